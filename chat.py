@@ -1,0 +1,122 @@
+"""Talk to a model: python chat.py outputs/checkpoints/latest [--prompt "..."]
+
+Any model directory, hub id or `tiny`; a step directory is one. Without --prompt: a conversation on the terminal
+(/reset forgets it, Ctrl-D ends it), or one answer to what is piped in. Answers end where training ended its turns.
+"""
+
+import importlib.util
+import os
+import sys
+
+# train.sh puts the packages into .venv where this Python lacks them; go on there, so that `python chat.py` just works.
+VENV = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".venv", "bin", "python")
+if importlib.util.find_spec("torch") is None and os.path.exists(VENV):
+    os.execv(VENV, [VENV, *sys.argv])
+
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+import data
+from config import knob, parse, run
+from model import CausalLM, ModelConfig, generate
+
+
+@dataclass
+class Config:
+    """Talk to a model: python chat.py DIR [flags]"""
+
+    model: str = knob("./outputs/checkpoints/latest", "model directory, hub id or tiny", group="chat")
+    prompt: str | None = knob(None, "answer this and end")
+    system: str | None = knob(None, "system message")
+    temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts")
+    top_p: float = knob(1.0, "sample only from the likeliest tokens that together have this probability")
+    max_new_tokens: int = knob(1024, "longest answer")
+    seed: int = knob(42, "of sampling")
+
+    def __post_init__(self):
+        ranges = ("temperature", 0, 100), ("top_p", 1e-6, 1), ("max_new_tokens", 1, 1e9), ("seed", 0, 1e18)
+        for name, low, high in ranges:
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least {low} and at most {high:g}")
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError(f"--top_p {self.top_p} does nothing without sampling; add --temperature 1")
+
+
+def sampler(temperature, top_p):
+    """A function from logits (V,) to a token id."""
+
+    def sample(logits):
+        if temperature == 0:
+            return int(logits.argmax())
+        probabilities, ids = torch.softmax(logits.float() / temperature, dim=0).sort(descending=True)
+        kept = probabilities.cumsum(0) - probabilities < top_p  # the one that passes top_p is in
+        return int(ids[torch.multinomial(probabilities * kept, 1)])
+
+    return sample
+
+
+def load(name):
+    """(model, tokenizer, ids that end an answer) of a model directory."""
+    directory = checkpoint.model_directory(name)
+    config = checkpoint.read_json(os.path.join(directory, "config.json"))
+    tokenizer = data.ChatTokenizer(directory)
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(config))
+    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    model.tie_weights()
+    checkpoint.load_weights(model, directory)
+    stops = checkpoint.generation_config(directory, config, tokenizer.stop_id)["eos_token_id"]
+    return model.eval(), tokenizer, set(stops if isinstance(stops, list) else [stops])
+
+
+def answer(model, tokenizer, stops, messages, cfg):
+    """Yield the answer's text piece by piece; a piece never ends inside a character."""
+    try:
+        prompt = tokenizer.render(messages, add_generation_prompt=True)
+    except data.jinja2.TemplateError as error:
+        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+    tokens, ids, shown = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids, [], ""
+    for token in generate(model, tokens, cfg.max_new_tokens, stops, sampler(cfg.temperature, cfg.top_p)):
+        ids.append(token)
+        text = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # the first bytes of a character decode to this
+            yield text[len(shown) :]
+            shown = text
+
+
+def main():
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-") and "=" not in argv[0]:
+        argv = ["--model", *argv]
+    cfg, _ = parse(Config, argv)
+    torch.manual_seed(cfg.seed)
+    model, tokenizer, stops = load(cfg.model)
+    start = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    messages, talking = list(start), cfg.prompt is None and sys.stdin.isatty()
+    while True:
+        try:
+            line = cfg.prompt or (input("> ") if talking else sys.stdin.read())
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if talking and line.strip() in ("", "/reset"):
+            messages = list(start) if line.strip() else messages
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        reply = ""
+        try:
+            for piece in answer(model, tokenizer, stops, messages, cfg):
+                print(piece, end="", flush=True)
+                reply += piece
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            if not talking:
+                raise
+        print()
+        if not talking:
+            return
+        messages.append({"role": "assistant", "content": reply})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,340 @@
+"""A decoder-only transformer with Hugging Face's own parameter names, and the loss that never holds its logits.
+
+Owns the architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (SmolLM2 is one) and Mistral, read from config.json. It does
+not know where weights come from, how many processes there are, or what a chat is.
+
+A micro-batch is one flat row of documents, one after another and without padding; each attends to itself alone, with
+positions from 0. Shapes: N tokens of the row, C hidden size, H query heads, K key/value heads, D head_dim, V words.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # a target that is not trained
+
+# What config.json leaves unsaid about a family: where its linear layers have biases, whether queries and keys are
+# normalised, and the defaults of Hugging Face's configuration classes for keys that a file may leave out.
+FAMILIES = {
+    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None),
+    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128),
+    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None),
+    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None),
+}  # None: config.json decides (attention_bias; hidden_size / num_attention_heads)
+
+
+@dataclass
+class ModelConfig:
+    """config.json, checked. Names are Hugging Face's; what would change the function and is not built is refused."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict  # {} or {"rope_type": "linear" | "llama3", ...}
+    tie_word_embeddings: bool
+    sliding_windows: tuple  # one entry a layer: how many tokens back it sees, itself included; None is all
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_dict(cls, config):
+        """Read a parsed config.json.
+
+        Raises ValueError for a model_type, an activation, a rope scaling or another setting that is not built here:
+        a model that loads and computes something slightly else would be worse.
+        """
+        kind = config.get("model_type")
+        if kind not in FAMILIES:
+            raise ValueError(f"config.json: model_type {kind!r} is not supported; these are: {', '.join(FAMILIES)}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for key in sizes:
+            if type(config.get(key)) is not int or config[key] < 1:
+                raise ValueError(f"config.json: {key} is {config.get(key)!r}; it must be a positive whole number")
+        only = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
+        for key, value in only.items():
+            if config.get(key, value) not in (value, None):
+                raise ValueError(f"config.json: {key} is {config[key]!r}; only {value!r} is supported")
+
+        family = FAMILIES[kind]
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or family["head_dim"] or config["hidden_size"] // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"config.json: {heads} attention heads, {kv_heads} key/value heads, head_dim {head_dim}: "
+                             "the first must be a multiple of the second, and head_dim even")
+        bias = bool(config.get("attention_bias", False))
+        return cls(
+            **{key: config[key] for key in sizes}, model_type=kind, num_key_value_heads=kv_heads, head_dim=head_dim,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6), tie_word_embeddings=config.get("tie_word_embeddings", False),
+            sliding_windows=sliding_windows(config), qk_norm=family["qk_norm"],
+            qkv_bias=bias if family["qkv_bias"] is None else family["qkv_bias"],
+            o_bias=bias if family["o_bias"] is None else family["o_bias"],
+            mlp_bias=bool(config.get("mlp_bias", False)) and kind == "llama", **rope_settings(config))
+
+
+def rope_settings(config):
+    """rope_theta and rope_scaling of a config.json, in today's spelling (rope_parameters) or the earlier one."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needs = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                              "original_max_position_embeddings")}
+    if kind not in needs or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"config.json: rope scaling {rope} is not supported; rope_type may be {', '.join(needs)}")
+    missing = [key for key in needs[kind] if key not in rope]
+    if missing:
+        raise ValueError(f"config.json: rope scaling {rope} lacks {', '.join(missing)}")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    return dict(rope_theta=float(theta), rope_scaling={} if kind == "default" else {**rope, "rope_type": kind})
+
+
+def sliding_windows(config):
+    """How many tokens back each layer sees, as Hugging Face's configuration classes read it."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    if config["model_type"] == "llama" or window is None:
+        return (None,) * layers
+    if config["model_type"] == "mistral":
+        return (window,) * layers
+    if not config.get("use_sliding_window", False):
+        return (None,) * layers
+    first = config.get("max_window_layers", 28)
+    kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"config.json: layer_types {kinds} must be full_attention or sliding_attention, one a layer")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def rope_cos_sin(positions, config):
+    """Cosine and sine of the rotary angles, (N, 1, D/2) each, fp32. Source: RoFormer; Llama 3.1's reference scaling.
+
+    Computed anew for each micro-batch (a few thousand numbers), so that there is no buffer to place, save or cast.
+    """
+    D, scaling = config.head_dim, config.rope_scaling
+    frequency = config.rope_theta ** -(torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
+    if scaling.get("rope_type") == "linear":
+        frequency = frequency / scaling["factor"]
+    elif scaling.get("rope_type") == "llama3":  # long waves are slowed by `factor`, short ones kept, smooth between
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * kept + frequency / scaling["factor"] * (1 - kept)
+    angle = positions[:, None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (i, i + D/2) of x (N, H, D) by its angle; in fp32, back in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+def attend(q, k, v, q_lengths, k_lengths, window):
+    """Causal attention, each document on its own.
+
+    q (N, H, D), k and v (M, K, D): documents one after another, q_lengths and k_lengths tokens of each. A document
+    with more keys than queries has its earlier ones from a cache. One call a document: no mask is built and nothing
+    is computed across documents (on CPU 179 ms against 304 ms for one masked call, 1,024 tokens in six documents).
+    """
+    outputs = []
+    for q, k, v in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths)):
+        T, past = q.shape[0], k.shape[0] - q.shape[0]
+        causal, mask = T > 1 and past == 0, None
+        if (past and T > 1) or (window and window < k.shape[0]):
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+            causal, mask = False, mask.triu(past + 1 - window) if window else mask
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        outputs.append(y[0].transpose(0, 1))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.window = D, config.sliding_windows[layer]
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, lengths, past=None):
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the head count is read off the tensor
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, k_lengths = rotate(q, cos, sin), rotate(k, cos, sin), lengths
+        if past is not None:  # this layer's earlier keys and values, of the one document that is being generated
+            k = past["k"] = torch.cat((past["k"], k)) if "k" in past else k
+            v = past["v"] = torch.cat((past["v"], v)) if "v" in past else v
+            k_lengths = (k.shape[0],)
+        return self.o_proj(attend(q, k, v, lengths, k_lengths, self.window).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, lengths, past=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, tokens, lengths, past=None):
+        start = past[0]["k"].shape[0] if past and past[0] else 0
+        positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(tokens.device, non_blocking=True)
+        cos, sin = rope_cos_sin(positions, self.config)
+        x = self.embed_tokens(tokens)  # (N, C)
+        for i, block in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # Keeps the block's input only and runs it again in backward: +1/3 of the work. Never re-entrant:
+                # that one gives no gradient at all where a block's input needs none (frozen embeddings, LoRA).
+                x = checkpoint(block, x, cos, sin, lengths, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, lengths, past[i] if past else None)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The whole model; parameters carry the checkpoint's names (model.layers.0.self_attn.q_proj.weight, ...)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Make head and embedding one storage where config.json says so; again after anything that moves parameters."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens, lengths, targets=None):
+        """Logits, or the summed loss where targets are given.
+
+        tokens   (N,)  int64; documents one after another
+        lengths        tuple of ints with sum N: the tokens of each document
+        targets  (N,)  int64; what each position has to predict (already shifted), or IGNORE
+        returns  (N, V) logits, or () fp32: nats summed over the targets; the caller divides
+        """
+        hidden = self.model(tokens, lengths)
+        if targets is None:
+            return self.lm_head(hidden)
+        return chunked_cross_entropy(hidden, self.lm_head.weight, targets)
+
+
+def chunked_cross_entropy(hidden, weight, targets, chunk=256):
+    """Next-token loss, summed, without the (N, V) logits: only target rows reach the head, `chunk` at a time.
+
+    hidden   (N, C)  after the final norm
+    weight   (V, C)  lm_head, possibly the tied embedding
+    targets  (N,)    int64; rows with IGNORE contribute nothing and cost nothing
+    returns  ()      fp32, nats summed over the targets
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    rows = (targets != IGNORE).nonzero().squeeze(1)  # a device sync on CUDA: the number of targets decides the shapes
+    with torch.autocast(device, enabled=False):
+        return _ChunkedCrossEntropy.apply(hidden[rows].to(dtype), weight, targets[rows], chunk,
+                                          torch.is_grad_enabled())
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Forms the gradient of each chunk in forward, while its logits are at hand: nothing is computed twice, and one
+    (chunk, V) buffer is alive instead of the three (N, V) ones of plain cross-entropy. The price is that the
+    gradients of hidden and weight, which backward would make anyway, live from forward on."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, grad_enabled):
+        ctx.set_materialize_grads(False)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        w = weight.to(hidden.dtype)
+        hidden_grad = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if grad_enabled and ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), chunk):
+            h, t = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = (h @ w.T).float()  # (chunk, V), from here on changed in place
+            logits -= logits.amax(dim=1, keepdim=True)
+            picked = logits.gather(1, t)
+            norm = logits.exp_().sum(dim=1, keepdim=True)
+            total += (norm.log() - picked).sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
+            logits /= norm  # the probabilities; less the one-hot target it is the gradient of the logits
+            logits.scatter_add_(1, t, torch.full_like(picked, -1))
+            logits = logits.to(h.dtype)
+            if hidden_grad is not None:
+                torch.mm(logits, w, out=hidden_grad[start : start + chunk])
+            if weight_grad is not None and h.dtype == weight.dtype:
+                weight_grad.addmm_(logits.T, h)
+            elif weight_grad is not None:
+                weight_grad += logits.T @ h
+        ctx.grads = hidden_grad, weight_grad
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad = ctx.grads
+        ctx.grads = None  # scaled in place below: a second backward must fail, not scale twice
+        for g in (hidden_grad, weight_grad):
+            if g is not None:
+                g.mul_(grad)
+        return hidden_grad, weight_grad, None, None, None
+
+
+@torch.inference_mode()
+def generate(model, tokens, max_new_tokens, stop_ids, sample=lambda logits: int(logits.argmax())):
+    """Yield new token ids one by one, with a key/value cache; stops after one of `stop_ids`, which is yielded too.
+
+    tokens  list of ids, the rendered prompt;  sample  maps (V,) logits to an id, greedy by default
+    """
+    past = [{} for _ in model.model.layers]
+    device = model.lm_head.weight.device
+    for _ in range(max_new_tokens):
+        hidden = model.model(torch.tensor(tokens, device=device), (len(tokens),), past)
+        token = sample(model.lm_head(hidden[-1]))
+        yield token
+        if token in stop_ids:
+            return
+        tokens = [token]

@@ -1,0 +1,257 @@
+"""Supervised fine-tuning of language models, in one loop.
+
+    ./train.sh --model tiny                                          # sets up, trains the embedded model, anywhere
+    python sft.py --model Qwen/Qwen2.5-0.5B --train_data my.json     # one GPU, or the CPU
+    python chat.py outputs/checkpoints/latest                        # talk to the result
+
+This file is where the others meet: config.py (settings), data.py (text to micro-batches), model.py (the transformer
+and its loss), checkpoint.py (model directories, resume). Read main() from top to bottom: it runs in that order.
+
+It does no preference tuning, no pre-training from raw text and no images.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+import checkpoint
+import data
+from config import knob, parse, run, write_yaml
+from model import IGNORE, CausalLM, ModelConfig
+
+
+@dataclass
+class Config:
+    """Supervised fine-tuning: ./train.sh [flags], or python sft.py [flags] [name=value ...]"""
+
+    model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, local directory, or tiny: the embedded one", group="model and data")
+    tokenizer: str | None = knob(None, "directory with tokenizer and chat template, if not the model's own")
+    train_data: str = knob("./data/example_sft.json", "file, several with commas, or a directory")
+    val_data: str | None = knob(None, "the same, for validation")
+    max_length: int = knob(2048, "tokens of a conversation that are kept")
+    too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
+    train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
+
+    batch_size: int = knob(4, "conversations an optimizer step, over all micro-batches", group="steps")
+    batch_tokens: int | None = knob(None, "instead of batch_size: fill each step up to this many tokens")
+    micro_batch_size: int = knob(1, "a micro-batch holds at most this many times max_length tokens")
+    packing: bool = knob(True, "fill micro-batches with conversations; off: at most micro_batch_size of them in each")
+    epochs: int = knob(3, "passes over the data")
+    max_steps: int | None = knob(None, "optimizer steps, whatever epochs says")
+    seed: int = knob(42, "order of the data")
+
+    lr: float = knob(2e-5, "peak learning rate", group="optimizer (AdamW)")
+    scheduler: str = knob("cosine", "learning rate after the warm-up", ("cosine", "linear", "constant"))
+    warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises from zero")
+    min_lr_ratio: float = knob(0.0, "what cosine and linear end at, as a share of lr")
+    weight_decay: float = knob(0.01, "of matrices; norms and biases have none")
+    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 is no limit")
+    beta1: float = knob(0.9, "decay of the first moment")
+    beta2: float = knob(0.95, "decay of the second moment")
+
+    gradient_checkpointing: bool = knob(True, "keep block inputs only: less memory, a third more work", group="memory")
+    dtype: str | None = knob(None, "of the computation; none is bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"))
+
+    output_dir: str = knob("./outputs", "where everything goes", group="output")
+    resume_from: str | None = knob(None, "step directory to go on from, or auto: the latest of output_dir, if any")
+    save_steps: int | None = knob(None, "steps between checkpoints; none is once an epoch")
+    keep_checkpoints: int | None = knob(None, "how many of the newest to keep; none is all")
+    eval_steps: int | None = knob(None, "steps between validations; none is once an epoch")
+
+    def __post_init__(self):
+        for names, low, high in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    raise ValueError(f"--{name} {value}: it must be at least {low}"
+                                     + (f" and at most {high}" if high < math.inf else ""))
+        if self.eval_steps and not self.val_data:
+            raise ValueError(f"--eval_steps {self.eval_steps} does nothing without --val_data FILE")
+        if self.min_lr_ratio and self.scheduler == "constant":
+            raise ValueError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; "
+                             "use cosine or linear")
+
+
+RANGES = (
+    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps", 1, math.inf),
+    ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed", 0, 1e18),
+    ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2", 0, 0.9999999),
+)
+
+
+def lr_at(step, total_steps, cfg):
+    """Learning rate of step 1 ... total_steps. A pure function: resume needs the step and nothing else."""
+    warmup = math.ceil(cfg.warmup_ratio * total_steps)
+    if step <= warmup:
+        return cfg.lr * step / warmup
+    progress = (step - 1 - warmup) / (total_steps - warmup)
+    low = cfg.lr * cfg.min_lr_ratio
+    if cfg.scheduler == "cosine":
+        return low + (cfg.lr - low) * (1 + math.cos(math.pi * progress)) / 2
+    return cfg.lr + (low - cfg.lr) * progress if cfg.scheduler == "linear" else cfg.lr
+
+
+@torch.no_grad()
+def evaluate(model, dataset, capacity, max_rows, device, autocast):
+    """(nats per target token over the whole set, its target tokens)."""
+    nll, n_targets = 0.0, 0
+    for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows):
+        with autocast:
+            nll += model(batch.tokens.to(device), batch.lengths, batch.targets.to(device)).item()
+        n_targets += int((batch.targets != IGNORE).sum())
+    return nll / n_targets, n_targets
+
+
+def peak_memory_gb(device):
+    """Most memory held so far, in GiB: the allocator's on CUDA, the process's on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def open_metrics(path, last_step):
+    """metrics.jsonl, ready for the next line; what an interrupted run wrote beyond its checkpoint is taken out."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(lines)
+        os.replace(path + ".tmp", path)
+    return open(path, "a", buffering=1, encoding="utf-8")  # a line is with the system as soon as it is written
+
+
+def main():
+    cfg, _ = parse(Config, sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's; the process group and its mesh will start here
+        raise ValueError("several processes are not supported yet; start one: python sft.py ...")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = cfg.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+    torch.manual_seed(cfg.seed)
+
+    # Where the weights come from: a checkpoint is a model directory too.
+    root, metrics_file = os.path.join(cfg.output_dir, "checkpoints"), os.path.join(cfg.output_dir, "metrics.jsonl")
+    os.makedirs(root, exist_ok=True)
+    resume = checkpoint.resume_directory(cfg.resume_from, root) if cfg.resume_from else None
+    state = checkpoint.load_state(resume) if resume else {"step": 0}
+    if not resume and os.path.exists(metrics_file):
+        raise ValueError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
+                         "starts another elsewhere")
+    source = resume or checkpoint.model_directory(cfg.model)
+    tokenizer_source = checkpoint.model_directory(cfg.tokenizer) if cfg.tokenizer else source
+    config_json = checkpoint.read_json(os.path.join(source, "config.json"))
+    model_config = ModelConfig.from_dict(config_json)
+
+    # Data: everything is known before the first step, the number of steps included.
+    tokenizer = data.ChatTokenizer(tokenizer_source)
+    if tokenizer.size > model_config.vocab_size:
+        raise ValueError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
+                         f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
+    train, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt) if files else None
+                  for files in (cfg.train_data, cfg.val_data))
+    sampler = data.Sampler(train.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps)
+    total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
+    max_rows = None if cfg.packing else cfg.micro_batch_size
+
+    # Model and optimizer: created without memory, then filled tensor by tensor from the disk.
+    with torch.device("meta"):
+        model = CausalLM(model_config)
+    model.to_empty(device=device)
+    model.tie_weights()
+    layout = checkpoint.load_weights(model, source)
+    model.model.gradient_checkpointing = cfg.gradient_checkpointing
+    parameters = list(model.parameters())
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+
+    # What decides which conversations a step holds: a run goes on with the same, or not at all.
+    identity = dict(data=train.digest(), seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
+    if resume:
+        differ = [f"{key} {state.get(key)} then, {now} now" for key, now in identity.items() if state.get(key) != now]
+        if differ:
+            raise ValueError(f"--resume_from {cfg.resume_from}: {resume} is of another run ({'; '.join(differ)}); give "
+                             "what it was started with, or start a new run with another --output_dir")
+        checkpoint.load_training_tensors(resume, model, optimizer, state["step"])
+        if os.path.dirname(resume) == os.path.realpath(root):
+            checkpoint.set_latest(root, state["step"])  # later steps there belong to the run that we leave
+    files = {"generation_config.json": checkpoint.generation_config(source, config_json, tokenizer.stop_id),
+             **checkpoint.read_bytes(source, ["config.json"]),
+             **checkpoint.read_bytes(tokenizer_source, checkpoint.TOKENIZER_FILES)}
+    if tokenizer.is_fallback:
+        files["chat_template.jinja"] = tokenizer.source.encode()
+    metrics = open_metrics(metrics_file, state["step"])
+    write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
+
+    n_parameters, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
+    print(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, all trained, "
+          f"{dtype} on {device}")
+    if tokenizer.is_fallback:
+        print("         it has no chat template: ChatML is used, and saved with it")
+    print(*train.ledger.lines(), *([f"{line} (validation)" for line in val.ledger.lines()] if val else []), sep="\n")
+    print(f"steps    {total_steps:,} = {total_steps / per_epoch:.4g} epochs of {per_epoch:,}, of about "
+          f"{len(train) / per_epoch:.3g} conversations, {int(train.sizes.sum()) / per_epoch:,.0f} tokens, "
+          f"{train.ledger.target / per_epoch:,.0f} targets")
+    if cfg.resume_from:
+        print("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
+
+    steps = range(state["step"] + 1, total_steps + 1)
+    bar = tqdm(steps, None, total_steps, initial=state["step"], dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 10)  # seconds between two drawings: few in a log file
+    for step in bar:
+        started = time.perf_counter()
+        epoch, ids = sampler.step(step)
+        batches = list(data.micro_batches(train, ids, capacity, max_rows))
+        n_targets = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            with autocast:
+                nll = model(batch.tokens.to(device), batch.lengths, batch.targets.to(device))
+            # Divided by the targets of the whole step: how it is cut into micro-batches does not change the gradient.
+            (nll / n_targets).backward()
+            loss += nll.detach() / n_targets
+        grad_norm = clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+        loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one device sync of a step
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the weights "
+                                     f"were touched. Conversations: {', '.join(train.sources[i] for i in ids)}")
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, total_steps, cfg)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds, n_tokens = time.perf_counter() - started, int(train.sizes[ids].sum())
+        line = dict(step=step, epoch=epoch, loss=loss, lr=lr_at(step, total_steps, cfg), grad_norm=grad_norm,
+                    tokens=n_tokens, target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
+                    peak_memory_gb=peak_memory_gb(device))
+        metrics.write(json.dumps(line) + "\n")
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {line['lr']:.2e}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
+
+        if val and (step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step)):
+            val_loss, val_tokens = evaluate(model, val, capacity, max_rows, device, autocast)
+            metrics.write(json.dumps(dict(step=step, val_loss=val_loss, val_tokens=val_tokens)) + "\n")
+            bar.write(f"step {step}: val_loss {val_loss:.4f}")
+        if step == total_steps or (step % cfg.save_steps == 0 if cfg.save_steps else sampler.ends_epoch(step)):
+            os.fsync(metrics.fileno())  # a checkpoint never outlives the lines that lead to it
+            checkpoint.save(root, step, model, layout, files, optimizer, identity)
+            if cfg.keep_checkpoints:
+                checkpoint.prune(root, cfg.keep_checkpoints, step)
+
+    latest = os.path.join(root, "latest")
+    python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
+    print(f"saved    {latest} -> step_{total_steps}, a Hugging Face model directory")
+    print(f"talk     {python} chat.py {latest}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The tests: sets up what they need (transformers and peft as oracles), then runs pytest with the arguments given.
+set -eu
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$("$here/../train.sh" --setup requirements-dev.txt)
+exec "$python" -m pytest -q --rootdir "$here" "${@:-$here}"

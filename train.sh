@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Sets up on first use, turns environment variables into flags, starts sft.py. Works from any folder.
+#   ./train.sh --model tiny        ./train.sh --help        MODEL_PATH=DIR LEARNING_RATE=1e-5 ./train.sh --epochs 1
+#   ./train.sh --setup FILE        only makes sure that FILE's packages are there; prints the Python that has them
+set -eu
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# Does this Python have what a requirements file asks for? A newer version than tested passes, with a line that says so.
+has_packages() {
+    "$1" - "$2" 2>/dev/null <<'PY'
+import os, re, sys
+from importlib.metadata import version
+def check(path):
+    for line in open(path):
+        if line.startswith("-r "):
+            check(os.path.join(os.path.dirname(path), line[3:].strip()))
+        elif match := re.match(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", line):
+            have, low, high = (tuple(map(int, re.findall(r"\d+", v)[:2])) if v else None
+                               for v in (version(match[1]), match[2], match[3]))
+            if have < low:
+                sys.exit(1)
+            if high and have >= high:
+                note = f"train.sh: {match[1]} {version(match[1])} is newer than what is tested ({match[0]})\n"
+                os.write(3, note.encode())
+sys.version_info >= (3, 10) or sys.exit(1)
+check(sys.argv[1])
+PY
+} 3>&2
+
+setup() { # requirements file -> $python
+    python=$here/.venv/bin/python
+    for candidate in "${PYTHON:-}" "$python" python python3; do
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && has_packages "$candidate" "$1"; then
+            python=$candidate
+            return
+        fi
+    done
+    echo "train.sh: installing $(basename "$1") into $here/.venv, once" >&2
+    [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$here/.venv"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$1" >&2
+}
+
+if [ "${1:-}" = --setup ]; then
+    setup "$here/$2"
+    echo "$python"
+    exit
+fi
+setup "$here/requirements.txt"
+
+args=()
+for pair in MODEL_PATH:model TOKENIZER_PATH:tokenizer TRAIN_DATA:train_data VAL_DATA:val_data MAX_LENGTH:max_length \
+    BATCH_SIZE:batch_size MICRO_BATCH_SIZE:micro_batch_size LEARNING_RATE:lr NUM_EPOCHS:epochs MAX_STEPS:max_steps \
+    SCHEDULER:scheduler WARMUP_RATIO:warmup_ratio WEIGHT_DECAY:weight_decay GRAD_CLIP:grad_clip DTYPE:dtype \
+    GRADIENT_CHECKPOINTING:gradient_checkpointing PACKING:packing OUTPUT_DIR:output_dir RESUME_FROM:resume_from \
+    SAVE_STEPS:save_steps KEEP_CHECKPOINTS:keep_checkpoints EVAL_STEPS:eval_steps CONFIG:config; do
+    name=${pair%%:*}
+    [ -z "${!name:-}" ] || args+=("--${pair#*:}" "${!name}")
+done
+
+# Presets, weaker than everything else: they stand first, and not at all beside a configuration file.
+words=" ${args[*]-} $* "
+preset=()
+case "$words" in *" --config"*) ;; *)
+    [ -e data/example_sft.json ] || preset+=(--train_data "$here/data/example_sft.json")
+    case "$words" in *" --model tiny "* | *" --model=tiny "*)
+        preset+=(--lr 4e-3 --epochs 60 --batch_size 8 --no-gradient_checkpointing --keep_checkpoints 2) ;;
+    esac ;;
+esac
+exec "$python" "$here/sft.py" ${preset[@]+"${preset[@]}"} ${args[@]+"${args[@]}"} "$@"
