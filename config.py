@@ -30,6 +30,11 @@ VERL = {
     "trainer.default_local_dir": "output_dir", "trainer.max_ckpt_to_keep": "keep_checkpoints", "trainer.seed": "seed",
     "trainer.resume_from_path": "resume_from",
 }
+# What a setting is called elsewhere: not accepted, but the error names ours.
+ELSEWHERE = {"learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "model_path": "model",
+             "model_name_or_path": "model", "dataset_name": "train_data", "max_seq_length": "max_length",
+             "lr_scheduler_type": "scheduler", "max_grad_norm": "grad_clip", "save_total_limit": "keep_checkpoints",
+             "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size"}
 SPELLINGS = {"too_long": {"right": "truncate"}}  # values that have another name here
 
 
@@ -103,8 +108,9 @@ def field_name(name, fields):
         short = short.removeprefix(prefix)
     if short in VERL and VERL[short] in fields:
         return VERL[short]
-    near = difflib.get_close_matches(known, list(fields), n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(name, list(VERL), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(known, [*fields, *ELSEWHERE], n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(name, list(VERL), n=1, cutoff=0.6)
+    near = [ELSEWHERE.get(n, n) for n in near if ELSEWHERE.get(n, n) in fields or n in VERL]
     raise ValueError(f"unknown setting {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
                      + "; --help lists them all")
 
@@ -211,7 +217,7 @@ def run(main):
     except BrokenPipeError:  # `| head` closed our output: not an error
         sys.exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frame = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")][-1]
         if os.path.dirname(os.path.abspath(frame.filename)) != here:
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)

@@ -1,0 +1,27 @@
+"""What the tests share: the project on sys.path, no hub, and one way to run the trainer inside the test's process."""
+
+import json
+import os
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """A function: flags of sft.py -> its training lines in metrics.jsonl. Runs in tmp_path, into out/ unless told."""
+    import sft
+
+    def run(*flags, model="tiny", out="out"):
+        monkeypatch.chdir(tmp_path)
+        words = ["sft.py", "--model", str(model), "--output_dir", out, "--train_data", f"{ROOT}/data/example_sft.json"]
+        monkeypatch.setattr(sys, "argv", words + [str(flag) for flag in flags])
+        sft.main()
+        with open(tmp_path / out / "metrics.jsonl", encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+
+    return run
