@@ -67,7 +67,10 @@ def parse(cls, argv):
         elif name in ("config", "config-path", "config-name"):
             files[name] = value if equals else take_value(words, name)
         elif name.startswith("no-") and not equals:
-            settings.append((field_name(name[3:], fields), "false", f"flag {word}"))
+            field = field_name(name[3:], fields)
+            if fields[field].type is not bool:
+                raise ValueError(f"{word}: {field} can't be negated, it isn't true or false; give a value")
+            settings.append((field, "false", f"flag {word}"))
         else:
             field = field_name(name, fields)
             # a boolean may stand alone: its next word is its value only if it reads as one
@@ -77,6 +80,8 @@ def parse(cls, argv):
             settings.append((field, value, f"flag {word}"))
 
     path = files.get("config")
+    if path and len(files) > 1:
+        raise ValueError("--config and --config-path or --config-name name two files; give one")
     if "config-path" in files or "config-name" in files:
         path = os.path.join(files.get("config-path", "."), files.get("config-name", "config"))
         path += "" if os.path.exists(path) or path.endswith(".yaml") else ".yaml"
@@ -161,6 +166,11 @@ def read_yaml(path, fields):
             raise ValueError(f"{where}: anchors and aliases are not supported; write the value out")
         seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
+            if name and not node.value:
+                raise ValueError(f"{where}: {name} is empty")
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise ValueError(f"{where}: {twice[0]} is there twice")
             for key, value in node.value:
                 walk(value, f"{name}.{key.value}".lstrip("."))
         elif isinstance(node, yaml.SequenceNode):

@@ -13,6 +13,7 @@ import heapq
 import json
 import os
 import re
+import zlib
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -42,7 +43,7 @@ def read_files(spec):
     Containers, told apart by their first bytes: a JSON array, JSON Lines, gzip of either, parquet (with pyarrow).
     Raises FileNotFoundError, or ValueError with the line and column where a file is not JSON.
     """
-    for path in spec.split(","):
+    for path in map(str.strip, spec.split(",")):
         if os.path.isdir(path):
             endings = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
             files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(endings))
@@ -63,8 +64,10 @@ def read_file(path):
     with open(path, "rb") as f:
         magic = f.read(4)
     if magic == b"PAR1":
-        import pyarrow.parquet  # optional: only parquet files need it
-
+        try:
+            import pyarrow.parquet  # optional: only parquet files need it
+        except ImportError as error:
+            raise ValueError(f"{path} is a parquet file, which pyarrow reads: pip install pyarrow") from error
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
         return
@@ -80,7 +83,7 @@ def read_file(path):
                         yield parse_json(line, path, number)
                 return
             rows = parse_json(f.read(), path, 1)
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} can't be read as UTF-8 text: {error}") from error
     yield from rows
 
@@ -91,6 +94,8 @@ def parse_json(text, path, first_line):
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: line {error.lineno + first_line - 1}, column {error.colno}: {error.msg}"
                          "; a file is a JSON array of rows, or one JSON object a line") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise ValueError(f"{path}: Python can't read its JSON, line {first_line} on: {error}") from error
 
 
 def to_messages(row, where):
@@ -106,13 +111,17 @@ def to_messages(row, where):
         messages = [to_message({"role": "user", "content": row["prompt"]}, where),
                     to_message({"role": "assistant", "content": row["response"]}, where)]
     elif isinstance(row, dict) and "instruction" in row and "output" in row:
-        exchanges = [*(row.get("history") or []), ["\n".join(filter(None, (row["instruction"], row.get("input")))),
-                                                   row["output"]]]
+        question, history = (row["instruction"], row.get("input") or ""), row.get("history") or []
+        if not all(isinstance(part, str) for part in question):
+            raise ValueError(f'{where}: "instruction" and "input" must be strings, they are {question!r:.80}')
+        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+            raise ValueError(f'{where}: "history" must be [["question", "answer"], ...], it is {history!r:.60}')
+        exchanges = [*history, ("\n".join(filter(None, question)), row["output"])]
         messages = [to_message({"role": role, "content": content}, where)
                     for exchange in exchanges for role, content in zip(("user", "assistant"), exchange)]
     else:
         raise ValueError(f"{where}: unknown row shape, its keys are {keys}; accepted are {SHAPES}")
-    if row.get("system") and messages[0]["role"] != "system":
+    if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, to_message({"role": "system", "content": row["system"]}, where))
     if not any(m["role"] == "assistant" for m in messages):
         raise ValueError(f"{where}: no assistant message, so there is nothing to train")
@@ -125,12 +134,14 @@ def to_message(turn, where):
         raise ValueError(f'{where}: a message must be {{"role", "content"}} or {{"from", "value"}}, it is {turn!r:.80}')
     message = {k: v for k, v in turn.items() if k not in ("from", "value", "weight")}
     if "from" in turn:
-        if turn["from"] not in SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
             raise ValueError(f"{where}: unknown \"from\": {turn['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
         message.update(role=SHAREGPT_ROLES[turn["from"]], content=turn.get("value"))
     weight = turn.get("weight", turn.get("train", True))
     if weight not in (0, 1):
         raise ValueError(f"{where}: \"train\" must be true or false (or \"weight\" 1 or 0), it is {weight!r}")
+    if not isinstance(message["role"], str):
+        raise ValueError(f"{where}: a role must be a string, it is {message['role']!r:.60}")
     message["train"] = bool(weight)
     content = message.get("content")
     if message["role"] == "assistant" and message.get("tool_calls"):
@@ -144,6 +155,9 @@ def to_message(turn, where):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the chat template and where its targets are
+
+
+TEMPLATE_ERRORS = jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -179,7 +193,10 @@ class ChatTokenizer:
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{directory} has no tokenizer.json; --tokenizer may name another directory")
-        self.tokenizer = Tokenizer.from_file(path)
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        parse_json(text, path, 1)
+        self.tokenizer = Tokenizer.from_str(text)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.added = self.tokenizer.get_added_tokens_decoder()
@@ -200,9 +217,11 @@ class ChatTokenizer:
                 source = f.read()
         self.is_fallback = source is None
         if self.is_fallback:
-            end = "<|im_end|>" if self.tokenizer.token_to_id("<|im_end|>") is not None else self.special["eos_token"]
+            end = "<|im_end|>" if self.tokenizer.token_to_id("<|im_end|>") is not None else self.special.get("eos_token")
+            if end is None:
+                raise ValueError(f"{directory}: no chat template, no <|im_end|> and no eos_token to end turns with")
             source = CHATML.replace("<|im_end|>", end)
-        self.source = source
+        self.source, self.marks_answers = source, re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
         # As transformers sets it up (utils/chat_template_utils.py), sandboxed: a template can't touch Python.
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -214,7 +233,7 @@ class ChatTokenizer:
         try:
             self.template = environment.from_string(source)
             self.learn_turns()
-        except jinja2.TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(f"{directory}: its chat template can't be used: {error}") from error
 
     def learn_turns(self):
@@ -226,16 +245,18 @@ class ChatTokenizer:
         tail, gap = (text[text.index("probe answer") + len("probe answer") :] for text in (one, two))
         joint = one[question_end : len(os.path.commonprefix([prompt, one]))]
         # What closes the user's turn closes the assistant's too; what is left of the joint is the answer's header.
-        self.header = joint[len(os.path.commonprefix([joint, gap])) :]
+        shared = os.path.commonprefix([joint, gap])
         added = [t.content for t in self.added.values()]
         ends = [(tail.index(token), -len(token), token) for token in added if token in tail]
         self.turn_end = min(ends)[2] if ends else None
         self.stop_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
+        opening = shared.rpartition(self.turn_end)[2].lstrip() if ends else ""
+        self.header = opening + joint[len(shared) :]
 
     def render(self, messages, add_generation_prompt=False, tools=None):
         """The text of a conversation, as transformers' apply_chat_template gives it."""
         text = self.render_marked(messages, add_generation_prompt, tools)
-        return text.replace(GenerationBlock.MARKS[0], "").replace(GenerationBlock.MARKS[1], "")
+        return re.sub(f"[{''.join(GenerationBlock.MARKS)}]", "", text) if self.marks_answers else text
 
     def render_marked(self, messages, add_generation_prompt=False, tools=None):
         messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
@@ -253,11 +274,11 @@ class ChatTokenizer:
         """
         try:
             marked = self.render_marked(messages, tools=tools)
-        except jinja2.TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(f"{where}: the model's chat template refuses this conversation: {error}") from error
         answers = [m for m in messages if m["role"] == "assistant"]
         opens, closes = GenerationBlock.MARKS
-        if opens in marked:
+        if self.marks_answers:
             text, spans = "", []
             for i, piece in enumerate(re.split(f"[{opens}{closes}]", marked)):
                 if i % 2:  # inside a block
@@ -275,9 +296,15 @@ class ChatTokenizer:
                 found = locate(text, content, cursor)
                 cursor = found[1] if found else cursor
                 continue
-            content = content.rpartition("</think>")[2].strip()  # templates move or drop the reasoning before it
             header = text.find(self.header, cursor)
-            found = locate(text, content, header + len(self.header)) if header >= 0 else None
+            begin = header + len(self.header)
+            found = locate(text, content, begin) if header >= 0 else None
+            if header >= 0 and (not found or text[begin : found[0]].strip()):
+                # templates move or drop the reasoning before the answer
+                limit = text.find(self.turn_end, begin) if self.turn_end else -1
+                thought = text.rfind("</think>", begin, limit if limit >= 0 else len(text))
+                found = locate(text, content.rpartition("</think>")[2].strip(),
+                               begin if thought < 0 else thought + len("</think>"))
             if not found:
                 raise ValueError(f"{where}: the answer {content!r:.60} can't be found in what the chat template made "
                                  f"of it: {text[cursor:]!r:.200}")
@@ -314,7 +341,10 @@ def token_range(encoding, start, stop, text_length):
     first = first_from(start)
     if first < len(encoding.ids) and encoding.token_to_chars(first)[0] < start:
         first += 1
-    return first, max(first, first_from(stop))
+    end = first_from(stop)
+    if end < len(encoding.ids) and encoding.token_to_chars(end)[0] < stop:
+        end += 1  # the turn's last token takes white space behind it in
+    return first, max(first, end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,11 +380,11 @@ class Ledger:
                 f"tokens   {self.tokens:,} in = {self.target:,} target + {self.context:,} context + "
                 f"{self.truncated:,} truncated{cut}{extra}")
 
-    def check(self, max_length):
+    def check(self, spec, max_length):
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self
         if not self.trained:
-            raise ValueError(f"no row is left to train on: {self.rows} in, dropped {self.dropped}; "
+            raise ValueError(f"{spec}: no row is left to train on: {self.rows} in, dropped {self.dropped}; "
                              f"--max_length {max_length} may be too small for any answer")
         if self.turns_stopped < 0.99 * self.turns:
             raise ValueError(f"only {self.turns_stopped} of {self.turns} assistant turns train a token that ends them: "
@@ -400,6 +430,10 @@ def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False
         rendered = []
         for where, row in rows:
             text, spans = tokenizer.render_spans(to_messages(row, where), where, row.get("tools"))
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{where}: half a character (a lone surrogate): {error}") from error
             rendered.append((where, text, spans))
         encodings = tokenizer.tokenizer.encode_batch([text for _, text, _ in rendered], add_special_tokens=False)
         for (where, text, spans), encoding in zip(rendered, encodings):
@@ -418,7 +452,7 @@ def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False
                 is_target[first:end] = trained or train_on_prompt
                 if trained and end <= kept:
                     ledger.turns += 1
-                    ledger.turns_stopped += whole
+                    ledger.turns_stopped += whole and tokenizer.stop_id in encoding.ids[first:end]
             is_target[0] = False  # nothing predicts the first token
             is_target = is_target[:kept]
             if not is_target.any():
@@ -441,7 +475,7 @@ def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False
             waiting = []
     if waiting:
         add(waiting)
-    ledger.check(max_length)
+    ledger.check(spec, max_length)
     starts = np.concatenate(([0], np.cumsum([len(t) for t in tokens])))
     lengths = np.array([mask.nonzero()[0][-1] for mask in masks])
     return Dataset(np.concatenate(tokens), np.concatenate(masks), starts, lengths, sources, ledger)
@@ -507,6 +541,7 @@ def pack(lengths, capacity, max_rows=None, dp_rank=0, dp_size=1):
     Longest first into the emptiest, with as few micro-batches as that fills: all ranks compute the same plan, so none
     has to ask another, and their loads are even.
     """
+    assert max(lengths) <= capacity, (max(lengths), capacity)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = max(1, -(-int(sum(lengths)) // (capacity * dp_size)))
     while True:
@@ -538,6 +573,9 @@ def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
     ids = np.asarray(ids)
     for group in pack(dataset.lengths[ids], capacity, max_rows, dp_rank, dp_size):
         spans = [(int(dataset.starts[i]), int(dataset.lengths[i])) for i in ids[group]]
+        if not group:  # a step with fewer conversations than ranks
+            yield MicroBatch(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), ())
+            continue
         inputs = np.concatenate([dataset.tokens[s : s + n] for s, n in spans])
         targets = np.concatenate([np.where(dataset.is_target[s + 1 : s + n + 1], dataset.tokens[s + 1 : s + n + 1],
                                            IGNORE) for s, n in spans])
