@@ -14,8 +14,10 @@ import shutil
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
@@ -103,39 +105,72 @@ def weight_entries(directory):
     entries = {}
     for file in files:
         entries.update(read_header(os.path.join(directory, file)))
-    if set(entries) != set(weight_map):
-        differ = sorted(set(entries) ^ set(weight_map))
+    found = {name: os.path.basename(entry.file) for name, entry in entries.items()}
+    if found != weight_map:
+        differ = sorted(name for name in {**found, **weight_map} if found.get(name) != weight_map.get(name))
         raise ValueError(f"{index} and the files it names do not hold the same tensors: {', '.join(differ[:5])}")
     return entries
 
 
+def local_part(tensor):
+    """(this rank's storage of a tensor, [(start, stop) of it in each dimension]). A plain tensor is all here.
+
+    A DTensor is split along tp first and then, each part again, along dp, as fsdp.py shards it.
+    """
+    spans = [(0, n) for n in tensor.shape]
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), spans
+    mesh = tensor.device_mesh
+    for axis in reversed(range(mesh.ndim)):  # dp, tp
+        dim = getattr(tensor.placements[axis], "dim", None)
+        if dim is not None:
+            (start, stop), rank = spans[dim], mesh.get_local_rank(axis)
+            size = -(-(stop - start) // mesh.size(axis))
+            spans[dim] = (min(start + rank * size, stop), min(start + (rank + 1) * size, stop))
+    return tensor.to_local().detach(), spans
+
+
 def read_into(entry, tensor):
-    """Fill `tensor` (contiguous, any device and dtype) from the disk, with at most one chunk beside it in memory."""
-    flat, dtype = tensor.detach().view(-1), DTYPES[entry.dtype]
-    direct = dtype == tensor.dtype and tensor.device.type == "cpu"
+    """Fill `tensor` (any device and dtype) from the disk. Reads this rank's part of it only, and has at most one chunk
+    beside it in memory."""
+    local, spans = local_part(tensor)
+    dtype, shape = DTYPES[entry.dtype], entry.shape
+    direct = dtype == local.dtype and local.device.type == "cpu"
+    flat = local.view(-1)
     buffer = None if direct else torch.empty(min(CHUNK, flat.numel()), dtype=dtype)
+    # (first element on the disk, count): one run, or one a row where columns are split too
+    width, (start, stop) = math.prod(shape[1:]), spans[0] if spans else (0, 1)
+    runs = [(start * width, (stop - start) * width)]
+    if spans[1:] and spans[1] != (0, shape[1]):
+        first, last = spans[1]
+        runs = [(row * width + first, last - first) for row in range(start, stop)]
     with open(entry.file, "rb", buffering=0) as f:
-        f.seek(entry.start)
-        for part in flat.split(CHUNK):
-            target = part if direct else buffer[: part.numel()]
-            raw = memoryview(target.view(torch.uint8).numpy())
-            while raw:
-                count = f.readinto(raw)
-                if not count:
-                    raise ValueError(f"{entry.file} ended while it was read")
-                raw = raw[count:]
-            if not direct:
-                part.copy_(target)
+        for offset, count in runs:
+            f.seek(entry.start + offset * dtype.itemsize)
+            here, flat = flat[:count], flat[count:]
+            for part in here.split(CHUNK):
+                target = part if direct else buffer[: part.numel()]
+                raw = memoryview(target.view(torch.uint8).numpy())
+                while raw:
+                    n = f.readinto(raw)
+                    if not n:
+                        raise ValueError(f"{entry.file} ended while it was read")
+                    raw = raw[n:]
+                if not direct:
+                    part.copy_(target)
 
 
-def load_weights(model, directory):
-    """Fill the parameters of `model` (materialised, any float dtype) from a model directory; return its layout.
+def load_weights(model, directory, optimizer=None):
+    """Fill the parameters of `model` (materialised, any float dtype), or what the optimizer holds instead of them
+    (master_weights), from a model directory; return its layout.
 
     The layout is what saving needs to write the same files again: file name -> {tensor name: dtype code}.
 
     Raises ValueError naming the missing, unexpected or wrongly shaped tensors.
     """
     entries = weight_entries(directory)
+    if strange := [f"{n} ({e.dtype}, {e.file})" for n, e in entries.items() if e.dtype not in ("F32", "BF16", "F16")]:
+        raise ValueError(f"weights must be F32, BF16 or F16, not {strange[0]}: quantised models can't be trained")
     entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}  # computed, not read
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = dict(model.named_parameters())  # a tied head is not in here, its embedding is
@@ -145,16 +180,16 @@ def load_weights(model, directory):
         raise ValueError(f"{directory} does not fit its config.json: missing {missing[:8] or 'nothing'}, "
                          f"unexpected {unexpected[:8] or 'nothing'}"
                          + (f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""))
-    for name, entry in entries.items():
-        shape = tuple(parameters[name].shape)
-        if entry.shape != shape:
-            raise ValueError(f"{entry.file}: {name} has shape {entry.shape}; config.json says {shape}")
-        if name in owned:
-            read_into(entry, parameters[name])
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
+    if wrong:
+        raise ValueError(f"{directory} does not fit its config.json: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
+    for name, master in master_weights(model, optimizer).items():
+        read_into(entries[name], master)
     for name in set(entries) - set(owned):  # the file holds a tied weight twice: both must say the same
         copy = torch.empty_like(parameters[name])
         read_into(entries[name], copy)
-        if not torch.equal(copy, parameters[name]):
+        if not torch.equal(local_part(copy)[0], local_part(parameters[name])[0]):
             raise ValueError(f"{entries[name].file}: config.json ties {name} to the embedding, but they differ; set "
                              "tie_word_embeddings to false")
     layout = {}
@@ -211,8 +246,43 @@ def generation_config(directory, config, stop_id):
     return {**found, "eos_token_id": eos if len(eos) > 1 else eos[0]}
 
 
+def numbered(tensors, stem, count):
+    """Spread {name: tensor} over `count` files of about equal size, in order: file name -> names."""
+    groups, position, total = {}, 0, sum(t.numel() for t in tensors.values())
+    for name, tensor in tensors.items():
+        groups.setdefault(position * count // total, []).append(name)
+        position += tensor.numel()
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))] if len(groups) > 1 else [stem]
+    return {f"{file}.safetensors": group for file, group in zip(names, groups.values())}
+
+
+def write_shared(directory, files, tensors, dtypes):
+    """Write {file: names} of tensors that may be split over the ranks. Each file has one writer, which gathers its
+    tensors one by one: no rank holds more of the model at a time than its files."""
+    rank, size = rank_and_size()
+    for i, (file, names) in enumerate(files.items()):
+        mine = {}
+        for name in names:
+            tensor = tensors[name].detach()
+            if isinstance(tensor, DTensor):  # all ranks take part; offloaded parts travel through the device
+                tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+            if i % size == rank:
+                mine[name] = tensor.to("cpu", dtypes[name])
+        if mine:
+            write_safetensors(os.path.join(directory, file), mine)
+
+
+def rank_and_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def save(root, step, model, layout, files, optimizer, state):
-    """Write root/step_N whole, then move root/latest; return its path.
+    """Write root/step_N whole, then move root/latest; return its path. All ranks call it.
 
     layout  what load_weights returned;  files  name -> bytes or JSON value, written as they stand
     state   JSON value: what the run needs to go on (see load_state)
@@ -221,36 +291,55 @@ def save(root, step, model, layout, files, optimizer, state):
     (bf16 on the disk, fp32 in memory), training_state/ holds the masters too: resume is exact.
     """
     final, temporary = os.path.join(root, f"step_{step}"), os.path.join(root, f"tmp_step_{step}")
-    for path in (temporary, final):  # what a kill left; a whole step_N only where a run goes over the same steps again
-        if os.path.exists(path):
-            shutil.rmtree(path)
-    os.makedirs(os.path.join(temporary, "training_state"))
-    for name, content in files.items():
-        write_file(os.path.join(temporary, name), content)
-    parameters = dict(model.named_parameters())
-    for file, codes in layout.items():
-        write_safetensors(os.path.join(temporary, file), {n: parameters[n].to(DTYPES[c]) for n, c in codes.items()})
-    codes = {n: code for names in layout.values() for n, code in names.items()}
-    if len(layout) > 1:
-        size = sum(parameters[n].numel() * DTYPES[code].itemsize for n, code in codes.items())
-        weight_map = {n: file for file, names in layout.items() for n in names}
-        write_file(os.path.join(temporary, "model.safetensors.index.json"),
-                   {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+    (rank, size), inner = rank_and_size(), os.path.join(temporary, "training_state")
+    if rank == 0:
+        os.makedirs(root, exist_ok=True)
+        for name in os.listdir(root):  # what a kill left behind
+            if re.fullmatch(r"tmp_(old_)?step_\d+", name):
+                shutil.rmtree(os.path.join(root, name))
+        os.makedirs(inner)
+        for name, content in files.items():
+            write_file(os.path.join(temporary, name), content)
+    barrier()
 
-    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    masters = master_weights(model, optimizer)
+    dtypes = {n: DTYPES[code] for names in layout.values() for n, code in names.items()}
+    names = {file: list(codes) for file, codes in layout.items()}
+    if len(names) < size:  # each rank writes its share
+        names = numbered({n: masters[n] for n in dtypes}, "model", size)
+    write_shared(temporary, names, masters, dtypes)
+    if len(names) > 1 and rank == 0:
+        total = sum(masters[n].numel() * dtype.itemsize for n, dtype in dtypes.items())
+        write_file(os.path.join(temporary, "model.safetensors.index.json"), {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted((n, file) for file, group in names.items() for n in group))})
+
+    trained = {n: p for n, p in masters.items() if p.requires_grad}
     tensors = {f"{key}.{n}": optimizer.state[p][key] for key in MOMENTS for n, p in trained.items()}
-    tensors.update({f"master.{n}": p for n, p in parameters.items() if p.dtype != DTYPES[codes[n]]})
+    tensors.update({f"master.{n}": p for n, p in masters.items() if p.dtype != dtypes[n]})
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    write_safetensors(os.path.join(temporary, "training_state", "tensors.safetensors"), tensors)
-    write_file(os.path.join(temporary, "training_state", "state.json"), {"step": step, **state})
+    write_shared(inner, numbered(tensors, "tensors", size), tensors, {n: t.dtype for n, t in tensors.items()})
+    barrier()
 
-    sync(os.path.join(temporary, "training_state"))
-    sync(temporary)
-    os.replace(temporary, final)
-    set_latest(root, step)
+    if rank == 0:
+        write_file(os.path.join(inner, "state.json"), {"step": step, **state})
+        sync(inner)
+        sync(temporary)
+        old = take_name(final) if os.path.exists(final) else None  # a run that went back goes over its steps again
+        os.replace(temporary, final)
+        set_latest(root, step)
+        if old:
+            shutil.rmtree(old)
+    barrier()
     return final
+
+
+def master_weights(model, optimizer):
+    """name -> the tensor that the optimizer steps: the parameter, or its master in host memory."""
+    host = getattr(optimizer, "host", {})
+    return {name: host.get(p, p) for name, p in model.named_parameters()}
 
 
 def set_latest(root, step):
@@ -270,11 +359,16 @@ def steps_in(root):
 
 
 def prune(root, keep, step):
-    """Keep the newest `keep` checkpoints up to step. Each loses its name first, so that none is ever seen half."""
+    """Keep the newest `keep` checkpoints up to step; later ones belong to a run that went back."""
     for old in [s for s in steps_in(root) if s <= step][:-keep]:
-        doomed = os.path.join(root, f"tmp_prune_{old}")
-        os.replace(os.path.join(root, f"step_{old}"), doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(take_name(os.path.join(root, f"step_{old}")))
+
+
+def take_name(directory):
+    """Rename a step directory that is to be removed: it is never seen half. Returns the new name."""
+    doomed = os.path.join(os.path.dirname(directory), f"tmp_old_{os.path.basename(directory)}")
+    os.replace(directory, doomed)
+    return doomed
 
 
 def resume_directory(resume_from, root):
@@ -305,24 +399,26 @@ def load_state(directory):
 
 def load_training_tensors(directory, model, optimizer, step):
     """Restore moments, master weights and RNG, exactly. Raises ValueError if a tensor is missing or misshapen."""
-    entries = read_header(os.path.join(directory, "training_state", "tensors.safetensors"))
-    parameters = dict(model.named_parameters())
-    wanted = {f"{key}.{name}": p for key in MOMENTS for name, p in parameters.items()
-              if p.requires_grad}
-    masters = {n: e for n, e in entries.items() if n.startswith("master.")}
-    wanted.update({n: parameters.get(n.removeprefix("master.")) for n in masters})
+    inner, entries = os.path.join(directory, "training_state"), {}
+    for file in sorted(os.listdir(inner)):
+        if file.endswith(".safetensors"):
+            entries.update(read_header(os.path.join(inner, file)))
+    masters = master_weights(model, optimizer)
+    trained = {n: p for n, p in masters.items() if p.requires_grad}
+    wanted = {f"{key}.{n}": p for key in MOMENTS for n, p in trained.items()}
+    codes = {n: e.dtype for n, e in weight_entries(directory).items()}
+    wanted.update({f"master.{n}": p for n, p in masters.items() if p.dtype != DTYPES[codes[n]]})
     stored = {n for n in entries if not n.startswith("rng.")}
-    if stored != set(wanted) or any(p is None or entries[n].shape != p.shape for n, p in wanted.items()):
+    if stored != set(wanted) or any(entries[n].shape != p.shape for n, p in wanted.items()):
         differ = sorted(stored ^ set(wanted)) or "a shape"
-        raise ValueError(f"{directory}/training_state does not belong to this model: {differ[:5]} differ")
-    for name, p in parameters.items():
-        if p.requires_grad:
-            moments = {key: torch.empty_like(p) for key in MOMENTS}
-            for key, tensor in moments.items():
-                read_into(entries[f"{key}.{name}"], tensor)
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
-    for name, entry in masters.items():
-        read_into(entry, parameters[name.removeprefix("master.")])
+        raise ValueError(f"{inner} does not belong to this model: {differ[:5]} differ")
+    for name, p in trained.items():
+        moments = {key: torch.empty_like(p) for key in MOMENTS}
+        for key, tensor in moments.items():
+            read_into(entries[f"{key}.{name}"], tensor)
+        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+    for name in (n for n in wanted if n.startswith("master.")):
+        read_into(entries[name], wanted[name])
     for name in (n for n in entries if n.startswith("rng.")):
         rng = torch.empty(entries[name].shape, dtype=torch.uint8)
         read_into(entries[name], rng)

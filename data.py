@@ -217,7 +217,8 @@ class ChatTokenizer:
                 source = f.read()
         self.is_fallback = source is None
         if self.is_fallback:
-            end = "<|im_end|>" if self.tokenizer.token_to_id("<|im_end|>") is not None else self.special.get("eos_token")
+            known = self.tokenizer.token_to_id("<|im_end|>") is not None
+            end = "<|im_end|>" if known else self.special.get("eos_token")
             if end is None:
                 raise ValueError(f"{directory}: no chat template, no <|im_end|> and no eos_token to end turns with")
             source = CHATML.replace("<|im_end|>", end)
@@ -403,13 +404,12 @@ class Dataset:
     sources: list  # "file[row]" of each
     ledger: Ledger
 
+    def __post_init__(self):
+        self.sizes = np.diff(self.starts)  # tokens of each
+        self.n_targets = np.add.reduceat(self.is_target, self.starts[:-1], dtype=np.int64)
+
     def __len__(self):
         return len(self.lengths)
-
-    @property
-    def sizes(self):
-        """Tokens of each conversation."""
-        return np.diff(self.starts)
 
     def digest(self):
         """A hash of tokens, targets and their order: resume goes on with the same data or not at all."""
@@ -541,7 +541,7 @@ def pack(lengths, capacity, max_rows=None, dp_rank=0, dp_size=1):
     Longest first into the emptiest, with as few micro-batches as that fills: all ranks compute the same plan, so none
     has to ask another, and their loads are even.
     """
-    assert max(lengths) <= capacity, (max(lengths), capacity)
+    assert all(n <= capacity for n in lengths), (lengths, capacity)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = max(1, -(-int(sum(lengths)) // (capacity * dp_size)))
     while True:
@@ -573,8 +573,8 @@ def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
     ids = np.asarray(ids)
     for group in pack(dataset.lengths[ids], capacity, max_rows, dp_rank, dp_size):
         spans = [(int(dataset.starts[i]), int(dataset.lengths[i])) for i in ids[group]]
-        if not group:  # a step with fewer conversations than ranks
-            yield MicroBatch(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), ())
+        if not group:  # fewer conversations than ranks: one token without a target, as all ranks step together
+            yield MicroBatch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE), (1,))
             continue
         inputs = np.concatenate([dataset.tokens[s : s + n] for s, n in spans])
         targets = np.concatenate([np.where(dataset.is_target[s + 1 : s + n + 1], dataset.tokens[s + 1 : s + n + 1],

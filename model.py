@@ -20,11 +20,11 @@ IGNORE = -100  # a target that is not trained
 # What config.json leaves unsaid about a family: where its linear layers have biases, whether queries and keys are
 # normalised, and the defaults of Hugging Face's configuration classes for keys that a file may leave out.
 FAMILIES = {
-    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None),
-    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128),
-    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None),
-    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None),
-}  # None: config.json decides (attention_bias; hidden_size / num_attention_heads)
+    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None, kv_heads=32, window=4096),
+    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128, kv_heads=32, window=4096),
+    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None, kv_heads=None, window=None),
+    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None, kv_heads=8, window=4096),
+}  # None: config.json decides (attention_bias; hidden_size / num_attention_heads; num_attention_heads)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class ModelConfig:
         family = FAMILIES[kind]
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or family["head_dim"] or config["hidden_size"] // heads
-        kv_heads = config.get("num_key_value_heads") or heads
+        kv_heads = config.get("num_key_value_heads", family["kv_heads"]) or heads
         if heads % kv_heads or head_dim % 2:
             raise ValueError(f"config.json: {heads} attention heads, {kv_heads} key/value heads, head_dim {head_dim}: "
                              "the first must be a multiple of the second, and head_dim even")
@@ -102,7 +102,8 @@ def rope_settings(config):
 
 def sliding_windows(config):
     """How many tokens back each layer sees, as Hugging Face's configuration classes read it."""
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window", FAMILIES[config["model_type"]]["window"])
     if config["model_type"] == "llama" or window is None:
         return (None,) * layers
     if config["model_type"] == "mistral":
@@ -243,6 +244,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss = chunked_cross_entropy
         self.tie_weights()
 
     def tie_weights(self):
@@ -261,23 +263,23 @@ class CausalLM(nn.Module):
         hidden = self.model(tokens, lengths)
         if targets is None:
             return self.lm_head(hidden)
-        return chunked_cross_entropy(hidden, self.lm_head.weight, targets)
+        return self.loss(hidden, self.lm_head.weight, targets)
 
 
-def chunked_cross_entropy(hidden, weight, targets, chunk=256):
+def chunked_cross_entropy(hidden, weight, targets, chunk=256, first=0, combine=None):
     """Next-token loss, summed, without the (N, V) logits: only target rows reach the head, `chunk` at a time.
 
     hidden   (N, C)  after the final norm
     weight   (V, C)  lm_head, possibly the tied embedding
     targets  (N,)    int64; rows with IGNORE contribute nothing and cost nothing
     returns  ()      fp32, nats summed over the targets
+
+    weight may be a part of the vocabulary, from word `first` on; combine(tensor, "max" or "sum") then combines a
+    tensor over all parts in place.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     rows = (targets != IGNORE).nonzero().squeeze(1)  # a device sync on CUDA: the number of targets decides the shapes
-    with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden[rows].to(dtype), weight, targets[rows], chunk,
-                                          torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden[rows], weight, targets[rows], chunk, first, combine,
+                                      torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -286,31 +288,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     gradients of hidden and weight, which backward would make anyway, live from forward on."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, grad_enabled):
-        ctx.set_materialize_grads(False)
+    def forward(ctx, hidden, weight, targets, chunk, first, combine, grad_enabled):
+        combine = combine or (lambda tensor, how: None)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        w = weight.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight) if grad_enabled and ctx.needs_input_grad[1] else None
+        weight_grad = None
+        if grad_enabled and ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # whatever the dtype, as it sums over chunks
         for start in range(0, len(targets), chunk):
-            h, t = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (h @ w.T).float()  # (chunk, V), from here on changed in place
-            logits -= logits.amax(dim=1, keepdim=True)
-            picked = logits.gather(1, t)
-            norm = logits.exp_().sum(dim=1, keepdim=True)
-            total += (norm.log() - picked).sum()
+            h, t = hidden[start : start + chunk], targets[start : start + chunk, None] - first
+            logits = (h @ weight.T).float()  # (chunk, V), from here on changed in place
+            largest = logits.amax(dim=1, keepdim=True)
+            combine(largest, "max")
+            logits -= largest
+            inside = ((t >= 0) & (t < weight.shape[0])).float()  # 1 where the target is among these words
+            t = t.clamp(0, weight.shape[0] - 1)
+            picked = logits.gather(1, t) * inside
+            sums = torch.cat((logits.exp_().sum(dim=1, keepdim=True), picked), dim=1)
+            combine(sums, "sum")
+            total += (sums[:, 0].log() - sums[:, 1]).sum()
             if hidden_grad is None and weight_grad is None:
                 continue
-            logits /= norm  # the probabilities; less the one-hot target it is the gradient of the logits
-            logits.scatter_add_(1, t, torch.full_like(picked, -1))
-            logits = logits.to(h.dtype)
+            logits /= sums[:, :1]  # the probabilities; less the one-hot target it is the gradient of the logits
+            logits.scatter_add_(1, t, -inside)
             if hidden_grad is not None:
-                torch.mm(logits, w, out=hidden_grad[start : start + chunk])
-            if weight_grad is not None and h.dtype == weight.dtype:
-                weight_grad.addmm_(logits.T, h)
+                torch.mm(logits.to(h.dtype), weight, out=hidden_grad[start : start + chunk])
+            if weight_grad is not None and h.dtype == torch.float32:
+                weight_grad.addmm_(logits.T, h)  # without a second (V, C) buffer
             elif weight_grad is not None:
-                weight_grad += logits.T @ h
-        ctx.grads = hidden_grad, weight_grad
+                weight_grad += logits.to(h.dtype).T @ h
+        if hidden_grad is not None:
+            combine(hidden_grad, "sum")
+        ctx.grads = hidden_grad, weight_grad if weight_grad is None else weight_grad.to(weight.dtype)
         return total
 
     @staticmethod
@@ -320,7 +329,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for g in (hidden_grad, weight_grad):
             if g is not None:
                 g.mul_(grad)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None
 
 
 @torch.inference_mode()

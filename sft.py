@@ -10,7 +10,6 @@ and its loss), checkpoint.py (model directories, resume). Read main() from top t
 It does no preference tuning, no pre-training from raw text and no images.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -21,11 +20,12 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import checkpoint
 import data
+import fsdp
 from config import knob, parse, run, write_yaml
 from model import IGNORE, CausalLM, ModelConfig
 
@@ -59,8 +59,16 @@ class Config:
     beta1: float = knob(0.9, "decay of the first moment")
     beta2: float = knob(0.95, "decay of the second moment")
 
-    gradient_checkpointing: bool = knob(True, "keep block inputs only: less memory, a third more work", group="memory")
+    strategy: str = knob("fsdp", "fsdp or fsdp2: FSDP2; megatron: matrices are split over tp ranks as well",
+                         ("fsdp", "fsdp2", "megatron"), group="several GPUs, memory")
+    tp: int = knob(1, "ranks that share each matrix, with --strategy megatron")
+    timeout: int = knob(600, "seconds after which a rank that the others wait for is given up")
+    param_offload: bool = knob(False, "parameters, gradients and optimizer in host memory")
+    optimizer_offload: bool = knob(False, "moments and master weights in host memory")
+    gradient_checkpointing: bool = knob(True, "keep block inputs only: less memory, a third more work")
     dtype: str | None = knob(None, "of the computation; none is bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"))
+
+    selfcheck: bool = knob(False, "prove on your model, data and ranks that no layout changes the gradient; end")
 
     output_dir: str = knob("./outputs", "where everything goes", group="output")
     resume_from: str | None = knob(None, "step directory to go on from, or auto: the latest of output_dir, if any")
@@ -77,13 +85,17 @@ class Config:
                                      + (f" and at most {high}" if high < math.inf else ""))
         if self.eval_steps and not self.val_data:
             raise ValueError(f"--eval_steps {self.eval_steps} does nothing without --val_data FILE")
+        if (self.tp > 1) != (self.strategy == "megatron"):
+            raise ValueError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
+                             "type --strategy megatron --tp 2, or leave both out")
         if self.min_lr_ratio and self.scheduler == "constant":
             raise ValueError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; "
                              "use cosine or linear")
 
 
 RANGES = (
-    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps", 1, math.inf),
+    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps tp timeout", 1,
+     math.inf),
     ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed", 0, 1e18),
     ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2", 0, 0.9999999),
 )
@@ -102,14 +114,13 @@ def lr_at(step, total_steps, cfg):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, capacity, max_rows, device, autocast):
-    """(nats per target token over the whole set, its target tokens)."""
-    nll, n_targets = 0.0, 0
-    for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows):
-        with autocast:
-            nll += model(batch.tokens.to(device), batch.lengths, batch.targets.to(device)).item()
-        n_targets += int((batch.targets != IGNORE).sum())
-    return nll / n_targets, n_targets
+def evaluate(model, dataset, capacity, max_rows, ranks):
+    """(nats per target token over the whole set, its target tokens); the same on every rank."""
+    nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows, ranks.dp_rank, ranks.dp_size):
+        nll += model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device))
+    n_targets = int(dataset.n_targets.sum())
+    return ranks.sum(nll).item() / n_targets, n_targets
 
 
 def peak_memory_gb(device):
@@ -119,24 +130,88 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def open_metrics(path, last_step):
-    """metrics.jsonl, ready for the next line; what an interrupted run wrote beyond its checkpoint is taken out."""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
+    """Compare loss and every gradient of one step over ways to lay it out; raise ValueError above `limit`.
+
+    The step's conversations are cut into micro-batches in several ways, with and without checkpointing, and, with
+    several data-parallel ranks, all put on one of them. Prints the largest relative difference of each.
+    """
+    max_length, n_targets = cfg.max_length, int(dataset.n_targets[ids].sum())
+
+    def gradient(capacity, max_rows, checkpointing, spread):
+        model.model.gradient_checkpointing = checkpointing
+        place = (ranks.dp_rank, ranks.dp_size) if spread else (0, 1)
+        batches = list(data.micro_batches(dataset, ids, capacity, max_rows, *place))
+        if not spread and ranks.dp_rank:  # idle, but in step: a collective waits for all
+            batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
+        loss = torch.zeros((), device=ranks.device)
+        for batch in batches:
+            fsdp.reduce_gradients(model, now=batch is batches[-1])
+            nll = model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device)) / n_targets
+            nll.backward()
+            loss += nll.detach()
+        gradients = [fsdp.local(p.grad).clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return ranks.sum(loss), gradients
+
+    ways = {"as configured": (cfg.micro_batch_size * max_length, None if cfg.packing else cfg.micro_batch_size,
+                              cfg.gradient_checkpointing, True),
+            "one conversation at a time": (max_length, 1, cfg.gradient_checkpointing, True),
+            "all in one micro-batch": (len(ids) * max_length, None, cfg.gradient_checkpointing, True),
+            "checkpointing the other way": (max_length, None, not cfg.gradient_checkpointing, True)}
+    if ranks.dp_size > 1:
+        ways["all on one data-parallel rank"] = (max_length, None, cfg.gradient_checkpointing, False)
+    base, worst = None, 0.0
+    for name, way in ways.items():
+        loss, gradients = gradient(*way)
+        base = base or (loss, gradients)
+        off = torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
+        off = max(fsdp.largest(off.max(), ranks), abs(loss / base[0] - 1).item())
+        worst = max(worst, off)
+        if ranks.rank == 0:
+            print(f"{name:32} loss {loss.item():.8f}   largest relative difference {off:.1e}")
+    if not worst <= limit:
+        raise ValueError(f"selfcheck: the gradient depends on the layout, {worst:.1e} is above {limit}")
+    if ranks.rank == 0:
+        print(f"selfcheck: ok, {len(ids)} conversations, nothing above {limit}")
+
+
+class Metrics:
+    """metrics.jsonl, written by rank 0: a line is with the system when write returns, on the disk when sync does."""
+
+    def __init__(self, path, last_step, writes):
+        self.file = None
+        if not writes:
+            return
+        lines = []
+        if os.path.exists(path):  # what an interrupted run wrote beyond its checkpoint is taken out
+            with open(path, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= last_step]
         with open(path + ".tmp", "w", encoding="utf-8") as f:
             f.writelines(lines)
         os.replace(path + ".tmp", path)
-    return open(path, "a", buffering=1, encoding="utf-8")  # a line is with the system as soon as it is written
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
+
+    def write(self, **values):
+        if self.file:
+            self.file.write(json.dumps(values) + "\n")
+
+    def sync(self):
+        if self.file:
+            os.fsync(self.file.fileno())
 
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's; the process group and its mesh will start here
-        raise ValueError("several processes are not supported yet; start one: python sft.py ...")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = cfg.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+    with fsdp.start(cfg.tp, cfg.timeout) as ranks:
+        train(cfg, ranks)
+
+
+def train(cfg, ranks):
+    """A run from beginning to end; every rank calls it."""
+    device, dtype = ranks.device, cfg.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
+    say = print if ranks.rank == 0 else (lambda *words, **options: None)
     torch.manual_seed(cfg.seed)
 
     # Where the weights come from: a checkpoint is a model directory too.
@@ -144,7 +219,7 @@ def main():
     os.makedirs(root, exist_ok=True)
     resume = checkpoint.resume_directory(cfg.resume_from, root) if cfg.resume_from else None
     state = checkpoint.load_state(resume) if resume else {"step": 0}
-    if not resume and os.path.exists(metrics_file):
+    if not resume and os.path.exists(metrics_file) and not cfg.selfcheck:
         raise ValueError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
                          "starts another elsewhere")
     source = resume or checkpoint.model_directory(cfg.model)
@@ -157,101 +232,114 @@ def main():
     if tokenizer.size > model_config.vocab_size:
         raise ValueError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
                          f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
-    train, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt) if files else None
+    ranks.at("tokenise")
+    rows, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt) if files else None
                   for files in (cfg.train_data, cfg.val_data))
-    sampler = data.Sampler(train.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps)
+    sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps)
     total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
     max_rows = None if cfg.packing else cfg.micro_batch_size
 
-    # Model and optimizer: created without memory, then filled tensor by tensor from the disk.
+    # Model and optimizer: created without memory, split over the ranks, then filled tensor by tensor from the disk.
+    ranks.at("load")
     with torch.device("meta"):
         model = CausalLM(model_config)
-    model.to_empty(device=device)
-    model.tie_weights()
-    layout = checkpoint.load_weights(model, source)
+    if cfg.optimizer_offload and dtype == "bf16":
+        model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
+    fsdp.shard(model, ranks, dtype == "bf16", cfg.param_offload)
+    model.to_empty(device="cpu" if cfg.param_offload else device)
+    model.tie_weights()
     parameters = list(model.parameters())
     matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    adamw = fsdp.HostAdamW if cfg.optimizer_offload else torch.optim.AdamW
+    optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    layout = checkpoint.load_weights(model, source, optimizer)
 
     # What decides which conversations a step holds: a run goes on with the same, or not at all.
-    identity = dict(data=train.digest(), seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
+    identity = dict(data=rows.digest(), seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
     if resume:
         differ = [f"{key} {state.get(key)} then, {now} now" for key, now in identity.items() if state.get(key) != now]
         if differ:
             raise ValueError(f"--resume_from {cfg.resume_from}: {resume} is of another run ({'; '.join(differ)}); give "
                              "what it was started with, or start a new run with another --output_dir")
         checkpoint.load_training_tensors(resume, model, optimizer, state["step"])
-        if os.path.dirname(resume) == os.path.realpath(root):
+        if os.path.dirname(resume) == os.path.realpath(root) and ranks.rank == 0:
             checkpoint.set_latest(root, state["step"])  # later steps there belong to the run that we leave
+    if cfg.optimizer_offload:
+        optimizer.publish()
     files = {"generation_config.json": checkpoint.generation_config(source, config_json, tokenizer.stop_id),
              **checkpoint.read_bytes(source, ["config.json"]),
              **checkpoint.read_bytes(tokenizer_source, checkpoint.TOKENIZER_FILES)}
     if tokenizer.is_fallback:
         files["chat_template.jinja"] = tokenizer.source.encode()
-    metrics = open_metrics(metrics_file, state["step"])
-    write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
+    if cfg.selfcheck:
+        return selfcheck(model, parameters, rows, sampler.step(1)[1], cfg, ranks, 2e-2 if dtype == "bf16" else 1e-5)
+    metrics = Metrics(metrics_file, state["step"], writes=ranks.rank == 0)
+    if ranks.rank == 0:
+        write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
 
     n_parameters, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
-    print(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, all trained, "
-          f"{dtype} on {device}")
+    say(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, all trained, "
+        f"{dtype} on {ranks.size} × {device.type}{f', {cfg.strategy}, tp {cfg.tp}' if ranks.size > 1 else ''}")
     if tokenizer.is_fallback:
-        print("         it has no chat template: ChatML is used, and saved with it")
-    print(*train.ledger.lines(), *([f"{line} (validation)" for line in val.ledger.lines()] if val else []), sep="\n")
-    print(f"steps    {total_steps:,} = {total_steps / per_epoch:.4g} epochs of {per_epoch:,}, of about "
-          f"{len(train) / per_epoch:.3g} conversations, {int(train.sizes.sum()) / per_epoch:,.0f} tokens, "
-          f"{train.ledger.target / per_epoch:,.0f} targets")
+        say("         it has no chat template: ChatML is used, and saved with it")
+    say(*rows.ledger.lines(), *([f"{line} (validation)" for line in val.ledger.lines()] if val else []), sep="\n")
+    say(f"steps    {total_steps:,} = {total_steps / per_epoch:.4g} epochs of {per_epoch:,}, of about "
+          f"{len(rows) / per_epoch:.3g} conversations, {int(rows.sizes.sum()) / per_epoch:,.0f} tokens, "
+          f"{rows.ledger.target / per_epoch:,.0f} targets")
     if cfg.resume_from:
-        print("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
+        say("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
 
     steps = range(state["step"] + 1, total_steps + 1)
-    bar = tqdm(steps, None, total_steps, initial=state["step"], dynamic_ncols=True,
+    bar = tqdm(steps, None, total_steps, initial=state["step"], dynamic_ncols=True, disable=ranks.rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # seconds between two drawings: few in a log file
     for step in bar:
         started = time.perf_counter()
+        ranks.at(f"step {step}")
         epoch, ids = sampler.step(step)
-        batches = list(data.micro_batches(train, ids, capacity, max_rows))
-        n_targets = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        batches = list(data.micro_batches(rows, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
+        n_targets = int(rows.n_targets[ids].sum())
         loss = torch.zeros((), device=device)
         for batch in batches:
-            with autocast:
-                nll = model(batch.tokens.to(device), batch.lengths, batch.targets.to(device))
-            # Divided by the targets of the whole step: how it is cut into micro-batches does not change the gradient.
+            fsdp.reduce_gradients(model, now=batch is batches[-1])
+            nll = model(batch.tokens.to(device), batch.lengths, batch.targets.to(device))
+            # Divided by the targets of the whole step, over all ranks: how the step is cut up does not change it.
             (nll / n_targets).backward()
             loss += nll.detach() / n_targets
-        grad_norm = clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one device sync of a step
+        grad_norm = fsdp.clip_grad_norm(parameters, cfg.grad_clip or math.inf)
+        loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()  # the one device sync of a step
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the weights "
-                                     f"were touched. Conversations: {', '.join(train.sources[i] for i in ids)}")
+                                     f"were touched. Conversations: {', '.join(rows.sources[i] for i in ids)}")
+        lr = lr_at(step, total_steps, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, total_steps, cfg)
+            group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-        seconds, n_tokens = time.perf_counter() - started, int(train.sizes[ids].sum())
-        line = dict(step=step, epoch=epoch, loss=loss, lr=lr_at(step, total_steps, cfg), grad_norm=grad_norm,
-                    tokens=n_tokens, target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
-                    peak_memory_gb=peak_memory_gb(device))
-        metrics.write(json.dumps(line) + "\n")
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {line['lr']:.2e}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
-
+        seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
+        metrics.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
+                      target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
+                      peak_memory_gb=peak_memory_gb(device))
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
         if val and (step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step)):
-            val_loss, val_tokens = evaluate(model, val, capacity, max_rows, device, autocast)
-            metrics.write(json.dumps(dict(step=step, val_loss=val_loss, val_tokens=val_tokens)) + "\n")
+            ranks.at(f"evaluation after step {step}")
+            val_loss, val_tokens = evaluate(model, val, capacity, max_rows, ranks)
+            metrics.write(step=step, val_loss=val_loss, val_tokens=val_tokens)
             bar.write(f"step {step}: val_loss {val_loss:.4f}")
         if step == total_steps or (step % cfg.save_steps == 0 if cfg.save_steps else sampler.ends_epoch(step)):
-            os.fsync(metrics.fileno())  # a checkpoint never outlives the lines that lead to it
+            ranks.at(f"save of step {step}")
+            metrics.sync()  # a checkpoint never outlives the lines that lead to it
             checkpoint.save(root, step, model, layout, files, optimizer, identity)
-            if cfg.keep_checkpoints:
+            if cfg.keep_checkpoints and ranks.rank == 0:
                 checkpoint.prune(root, cfg.keep_checkpoints, step)
 
     latest = os.path.join(root, "latest")
     python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
-    print(f"saved    {latest} -> step_{total_steps}, a Hugging Face model directory")
-    print(f"talk     {python} chat.py {latest}")
+    say(f"saved    {latest} -> step_{total_steps}, a Hugging Face model directory")
+    say(f"talk     {python} chat.py {latest}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(record(main))  # torchrun repeats the first rank's error at the end of its own report

@@ -51,6 +51,7 @@ args=()
 for pair in MODEL_PATH:model TOKENIZER_PATH:tokenizer TRAIN_DATA:train_data VAL_DATA:val_data MAX_LENGTH:max_length \
     BATCH_SIZE:batch_size MICRO_BATCH_SIZE:micro_batch_size LEARNING_RATE:lr NUM_EPOCHS:epochs MAX_STEPS:max_steps \
     SCHEDULER:scheduler WARMUP_RATIO:warmup_ratio WEIGHT_DECAY:weight_decay GRAD_CLIP:grad_clip DTYPE:dtype \
+    STRATEGY:strategy TP:tp PARAM_OFFLOAD:param_offload OPTIMIZER_OFFLOAD:optimizer_offload \
     GRADIENT_CHECKPOINTING:gradient_checkpointing PACKING:packing OUTPUT_DIR:output_dir RESUME_FROM:resume_from \
     SAVE_STEPS:save_steps KEEP_CHECKPOINTS:keep_checkpoints EVAL_STEPS:eval_steps CONFIG:config; do
     name=${pair%%:*}
@@ -66,4 +67,24 @@ case "$words" in *" --config"*) ;; *)
         preset+=(--lr 4e-3 --epochs 60 --batch_size 8 --no-gradient_checkpointing --keep_checkpoints 2) ;;
     esac ;;
 esac
-exec "$python" "$here/sft.py" ${preset[@]+"${preset[@]}"} ${args[@]+"${args[@]}"} "$@"
+
+# Processes: --n_gpus (or N_GPUS) on this node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT for several nodes.
+n_gpus=${N_GPUS:-1}
+flags=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --n_gpus) n_gpus=${2:?--n_gpus needs a number}; shift ;;
+        --n_gpus=*) n_gpus=${1#*=} ;;
+        *) flags+=("$1") ;;
+    esac
+    shift
+done
+case "$n_gpus" in *[!0-9]* | 0 | "") echo "train.sh: error: --n_gpus $n_gpus: it must be a number, at least 1" >&2; exit 2 ;; esac
+launch=("$python")
+if [ "$n_gpus" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+    # without a GPU each process would take all cores
+    [ -n "${OMP_NUM_THREADS:-}" ] || export OMP_NUM_THREADS=1
+    launch=("$python" -m torch.distributed.run --nproc_per_node "$n_gpus" --nnodes "${NNODES:-1}"
+        --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+fi
+exec "${launch[@]}" "$here/sft.py" ${preset[@]+"${preset[@]}"} ${args[@]+"${args[@]}"} ${flags[@]+"${flags[@]}"}

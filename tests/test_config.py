@@ -320,7 +320,8 @@ def test_negative_numbers_are_values():
 RANGES = {  # name: (the nearest value that is refused, the lowest that is taken)
     "batch_size": (0, 1), "batch_tokens": (0, 1), "micro_batch_size": (0, 1), "epochs": (0, 1), "max_steps": (0, 1),
     "save_steps": (0, 1), "keep_checkpoints": (0, 1), "eval_steps": (0, 1), "max_length": (1, 2), "seed": (-1, 0),
-    "lr": (-1e-9, 0.0), "weight_decay": (-1e-9, 0.0), "grad_clip": (-1e-9, 0.0), "warmup_ratio": (-0.1, 0.0),
+    "lr": (-1e-9, 0.0), "weight_decay": (-1e-9, 0.0), "grad_clip": (-1e-9, 0.0), "tp": (0, 1),
+    "timeout": (0, 1), "warmup_ratio": (-0.1, 0.0),
     "min_lr_ratio": (-0.1, 0.0), "beta1": (-0.1, 0.0), "beta2": (-0.1, 0.0)}
 
 

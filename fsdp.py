@@ -1,0 +1,233 @@
+"""Everything that knows of other processes: the mesh, sharding, offload, tensor parallelism, gradient norm.
+
+Ranks are laid out as (dp, tp): ranks of one tp group read the same conversations and hold slices of each matrix,
+ranks along dp read different ones and shard parameters, gradients and moments with FSDP2. It knows Hugging Face's
+module names and nothing else of the model; the model does not know it.
+"""
+
+import datetime
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+
+@dataclass
+class Ranks:
+    """Where this process stands. dp_rank indexes data; mesh has the axes dp and tp.
+
+    Used as `with start(...) as ranks`: a failure inside is reported with its rank and phase.
+    """
+
+    rank: int
+    size: int
+    dp_rank: int
+    dp_size: int
+    mesh: DeviceMesh
+    device: torch.device
+    store: dist.Store
+    phase: str = "start"
+
+    def at(self, phase):
+        """Note what this rank is doing, for the others to see should it not come back."""
+        self.phase = phase
+        self.store.set(f"rank {self.rank}", f"{phase}|{time.time()}|{socket.gethostname()}|{os.getpid()}")
+
+    def sum(self, tensor):
+        """Sum a tensor over the data-parallel ranks, in place: one all-reduce."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.mesh["dp"].get_group())
+        return tensor
+
+    def __enter__(self):
+        self.at("start")
+        return self
+
+    def __exit__(self, kind, error, _):
+        """Say which rank failed, where, and why; torchrun then ends the others. Where a collective failed, another
+        rank is the cause: the one that noted its phase longest ago. It is killed, for it may be stopped."""
+        if error is None or self.size == 1:
+            dist.destroy_process_group()
+        elif not (issubclass(kind, RuntimeError) and self.store.check([f"rank {r}" for r in range(self.size)])):
+            print(f"sft.py: rank {self.rank} failed in {self.phase}: {kind.__name__}: {error}", file=sys.stderr)
+        else:
+            noted = {r: self.store.get(f"rank {r}").decode().split("|") for r in range(self.size) if r != self.rank}
+            rank, (phase, since, host, pid) = min(noted.items(), key=lambda item: float(item[1][1]))
+            print(f"sft.py: rank {self.rank} waited in {self.phase} for rank {rank}, which is gone, or stalled in "
+                  f"{phase} since {time.time() - float(since):.0f} s: {str(error).splitlines()[0]}", file=sys.stderr)
+            if host == socket.gethostname() and "imed out" in str(error):
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def start(tp, timeout):
+    """Join the process group that torchrun describes (one process alone makes its own) and lay out the mesh.
+
+    tp       ranks that share each matrix;  timeout  seconds after which a rank that the others wait for is given up
+
+    Raises ValueError when tp does not divide the number of processes.
+    """
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    if size % tp:
+        fit = [n for n in range(1, size + 1) if size % n == 0]
+        raise ValueError(f"--tp {tp} does not divide the {size} processes; these do: {fit}")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    # Offloaded gradients are CPU tensors, so their collectives need gloo beside nccl.
+    store = next(dist.rendezvous("env://", rank, size))[0] if "WORLD_SIZE" in os.environ else dist.HashStore()
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=datetime.timedelta(seconds=timeout))
+    mesh = init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
+    return Ranks(rank, size, rank // tp, size // tp, mesh, device, store)
+
+
+def replicated(others=0):
+    """The whole input on each tp rank: one all-reduce in backward for all projections that read it, not one each.
+    `others` counts the further positional inputs of the module, which stay as they are."""
+    layouts = (Replicate(), *[None] * others)
+    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+
+
+BLOCK_PLAN = {
+    "self_attn": replicated(others=4), "mlp": replicated(),
+    "self_attn.q_proj": ColwiseParallel(), "self_attn.k_proj": ColwiseParallel(),
+    "self_attn.v_proj": ColwiseParallel(), "self_attn.o_proj": RowwiseParallel(),
+    # each rank normalises its own heads (axis 1 of N, H, D) with the same weight, whose gradient is then summed
+    "self_attn.q_norm": SequenceParallel(sequence_dim=1, use_local_output=True),
+    "self_attn.k_norm": SequenceParallel(sequence_dim=1, use_local_output=True),
+    "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel(),
+}
+
+
+def shard(model, ranks, bf16, param_offload):
+    """Split each block over tp (Megatron-style: two all-reduces a block and direction), then over dp with FSDP2.
+
+    Changes the model, which is on meta, in place. tp comes first: FSDP2 then shards the slices it finds.
+
+    Raises ValueError when tp does not divide what it splits.
+    """
+    tp = ranks.mesh["tp"]
+    if tp.size() > 1:
+        config = model.config
+        parts = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+        if any(n % tp.size() for n in parts):
+            fit = [n for n in range(1, config.num_key_value_heads + 1) if not any(part % n for part in parts)]
+            raise ValueError(f"--tp {tp.size()} must divide the attention heads, key/value heads, intermediate_size "
+                             f"and vocab_size, here {parts}; these do: {fit}")
+        for block in model.model.layers:
+            plan = {name: style for name, style in BLOCK_PLAN.items() if "norm" not in name or config.qk_norm}
+            parallelize_module(block, tp, plan)
+        parallelize_module(model.model, tp, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
+        if config.tie_word_embeddings:
+            model.tie_weights()
+        else:
+            parallelize_module(model, tp, {"lm_head": ColwiseParallel()})
+        split_vocabulary(model, tp)
+    if ranks.size == 1 and not bf16 and not param_offload:
+        return  # FSDP2 would only copy: nothing to shard, cast or move
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else None
+    settings = dict(mesh=ranks.mesh["dp"], mp_policy=bf16 or MixedPrecisionPolicy(cast_forward_inputs=False),
+                    offload_policy=CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if param_offload
+                    else OffloadPolicy())
+    for block in model.model.layers:
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # summed, not averaged: the loss is divided by the step's targets already
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
+
+
+def split_vocabulary(model, tp):
+    """Let the loss work on this rank's rows of the head: no rank ever holds a chunk's whole logits."""
+    ops, group, whole = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}, tp.get_group(), model.loss
+    first = tp.get_local_rank() * (model.config.vocab_size // tp.size())
+
+    def combine(tensor, how):
+        dist.all_reduce(tensor, ops[how], group)
+
+    model.loss = lambda hidden, weight, targets: whole(hidden, weight.to_local(), targets, first=first, combine=combine)
+
+
+def reduce_gradients(model, now):
+    """Whether the next backward reduces gradients over dp: once a step, with its last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def clip_grad_norm(parameters, max_norm):
+    """Norm of the whole gradient before clipping, which happens once, in place; () on the gradients' device.
+
+    torch.nn.utils.clip_grad_norm_ refuses gradients of several meshes (torch 2.13): a matrix's is on (dp, tp), a
+    norm's on (dp). Grouped by mesh, each gives its part.
+    """
+    groups = {}
+    for p in parameters:
+        groups.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups.values()]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for group in groups.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def local(tensor):
+    """This rank's part of a tensor that may be split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def largest(value, ranks):
+    """The largest of all ranks' values, as a float."""
+    value = value.to(ranks.device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+class HostAdamW(torch.optim.AdamW):
+    """AdamW whose moments and fp32 master weights lie in host memory; parameters and gradients stay on the device.
+
+    Saves 12 bytes a parameter of device memory; costs a copy of the gradients down and of the weights up, each step.
+    host maps each parameter to its master.
+    """
+
+    def __init__(self, groups, **settings):
+        self.host = {p: torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
+                     for group in groups for p in group["params"]}
+        super().__init__([{**group, "params": [self.host[p] for p in group["params"]]} for group in groups], **settings)
+
+    @torch.no_grad()
+    def step(self):
+        for p, master in self.host.items():
+            master.grad = p.grad.to("cpu", torch.float32)
+        super().step()
+        super().zero_grad()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self):
+        """Copy the masters into the parameters."""
+        for p, master in self.host.items():
+            p.copy_(master)
+
+    def zero_grad(self):
+        for p in self.host:
+            p.grad = None
