@@ -174,6 +174,12 @@ def reduce_gradients(model, now):
         model.set_requires_gradient_sync(now)
 
 
+def reshard(model):
+    """After a forward pass without backward: FSDP2 leaves the root's parameters whole, and backward would split them."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def clip_grad_norm(parameters, max_norm):
     """Norm of the whole gradient before clipping, which happens once, in place; () on the gradients' device.
 

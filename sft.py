@@ -119,6 +119,7 @@ def evaluate(model, dataset, capacity, max_rows, ranks):
     nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows, ranks.dp_rank, ranks.dp_size):
         nll += model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device))
+    fsdp.reshard(model)
     n_targets = int(dataset.n_targets.sum())
     return ranks.sum(nll).item() / n_targets, n_targets
 
@@ -145,8 +146,8 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
         if not spread and ranks.dp_rank:  # idle, but in step: a collective waits for all
             batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
         loss = torch.zeros((), device=ranks.device)
-        for batch in batches:
-            fsdp.reduce_gradients(model, now=batch is batches[-1])
+        for i, batch in enumerate(batches, 1):
+            fsdp.reduce_gradients(model, now=i == len(batches))
             nll = model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device)) / n_targets
             nll.backward()
             loss += nll.detach()
@@ -301,8 +302,8 @@ def train(cfg, ranks):
         batches = list(data.micro_batches(rows, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
         n_targets = int(rows.n_targets[ids].sum())
         loss = torch.zeros((), device=device)
-        for batch in batches:
-            fsdp.reduce_gradients(model, now=batch is batches[-1])
+        for i, batch in enumerate(batches, 1):
+            fsdp.reduce_gradients(model, now=i == len(batches))
             nll = model(batch.tokens.to(device), batch.lengths, batch.targets.to(device))
             # Divided by the targets of the whole step, over all ranks: how the step is cut up does not change it.
             (nll / n_targets).backward()

@@ -112,8 +112,8 @@ def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
 @pytest.mark.parametrize("scheduler, min_ratio", [("cosine", 0.0), ("linear", 0.1), ("constant", 0.0)])
 def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
     """Losses of ten steps are those of transformers' model and torch's AdamW on the same rows, padded, in one batch."""
-    ours = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25, "--max_steps", 10,
-                 "--weight_decay", 0.1, "--grad_clip", 0.5)
+    ours = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25,
+                 "--max_steps", 10, "--weight_decay", 0.1, "--grad_clip", 0.5)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
@@ -231,7 +231,8 @@ def test_a_killed_process_goes_on_exactly(tmp_path):
     assert process.wait() == -signal.SIGKILL
     subprocess.run([*flags, "--output_dir", tmp_path / "killed", "--resume_from", "auto"], check=True, **quiet)
     for file in ("model.safetensors", "training_state/tensors.safetensors"):
-        assert filecmp.cmp(*(tmp_path / out / "checkpoints" / "step_40" / file for out in ("straight", "killed")), False)
+        a, b = (tmp_path / out / "checkpoints" / "step_40" / file for out in ("straight", "killed"))
+        assert filecmp.cmp(a, b, shallow=False), file
 
 
 def test_auto_without_a_checkpoint_starts_and_says_so(train, capsys):
