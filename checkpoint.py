@@ -407,7 +407,7 @@ def load_training_tensors(directory, model, optimizer, step):
     trained = {n: p for n, p in masters.items() if p.requires_grad}
     wanted = {f"{key}.{n}": p for key in MOMENTS for n, p in trained.items()}
     codes = {n: e.dtype for n, e in weight_entries(directory).items()}
-    wanted.update({f"master.{n}": p for n, p in masters.items() if p.dtype != DTYPES[codes[n]]})
+    wanted.update({f"master.{n}": p for n, p in masters.items() if p.dtype != DTYPES.get(codes.get(n))})
     stored = {n for n in entries if not n.startswith("rng.")}
     if stored != set(wanted) or any(entries[n].shape != p.shape for n, p in wanted.items()):
         differ = sorted(stored ^ set(wanted)) or "a shape"

@@ -61,6 +61,11 @@ class Ranks:
     def __exit__(self, kind, error, _):
         """Say which rank failed, where, and why; torchrun then ends the others. Where a collective failed, another
         rank is the cause: the one that noted its phase longest ago. It is killed, for it may be stopped."""
+        if error is None:  # none hangs up while another is still in the last collective, rank 0 (the store) last of all
+            for word in ("done", "left"):
+                self.store.set(f"{word} {self.rank}", "")
+                if word == "done" or self.rank == 0:
+                    self.store.wait([f"{word} {rank}" for rank in range(self.size)])
         if error is None or self.size == 1:
             dist.destroy_process_group()
         elif not (issubclass(kind, RuntimeError) and self.store.check([f"rank {r}" for r in range(self.size)])):
@@ -175,7 +180,7 @@ def reduce_gradients(model, now):
 
 
 def reshard(model):
-    """After a forward pass without backward: FSDP2 leaves the root's parameters whole, and backward would split them."""
+    """Split the root's parameters again, which FSDP2 leaves whole after a forward pass that no backward follows."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

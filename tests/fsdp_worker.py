@@ -18,3 +18,7 @@ with open(sys.argv[1], encoding="utf-8") as f:
 for flags in runs:
     sys.argv = ["sft.py", *flags]
     sft.main()
+store = sft.fsdp.dist.distributed_c10d._get_default_store()
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+store.set(f"worker {rank}", "")  # Ranks.__exit__ does so after one run; the keys of the first run are still there
+store.wait([f"worker {rank}" for rank in range(size)])

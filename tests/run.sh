@@ -3,4 +3,5 @@
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$("$here/../train.sh" --setup requirements-dev.txt)
-exec "$python" -m pytest -q --rootdir "$here" "${@:-$here}"
+# two workers, each file in one of them: processes with one thread each leave a core idle otherwise
+exec "$python" -m pytest -q -n 2 --dist loadfile --rootdir "$here" "${@:-$here}"

@@ -452,7 +452,7 @@ def test_a_save_clears_what_kills_left_at_other_steps(run, monkeypatch):
         break_at(patch, 4)
         with pytest.raises(Killed):
             run.save(2)
-    (run.root / "tmp_prune_0").mkdir()
+    (run.root / "tmp_old_step_0").mkdir()
     run.save(3)
     assert sorted(os.listdir(run.root)) == ["latest", "step_1", "step_3"]
 

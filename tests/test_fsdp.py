@@ -23,7 +23,7 @@ import data
 import fsdp
 import sft
 
-RUN = ("--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "6", "--max_length", "256", "--max_steps", "10",
+RUN = ("--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "4", "--max_length", "256", "--max_steps", "10",
        "--timeout", "60")
 LAYOUTS = {  # name: (ranks, flags)
     "one": (1, ()), "dp2": (2, ()), "dp4": (4, ("--strategy", "fsdp2")),
@@ -92,14 +92,8 @@ def runs(tmp_path_factory, models):
             "--model", models[model], *flags, *offloads[offload], *shapes[shape])
     found = {}
     for ranks, plan in plans.items():
-        words = []
-        for name, flags in plan.items():
-            found[name] = root / name.replace(" ", "_")
-            words.append([*RUN, *map(str, flags), "--output_dir", str(found[name])])
-        file = root / f"{ranks}.json"
-        file.write_text(json.dumps(words))
-        result = torchrun(ranks, os.path.join(ROOT, "tests", "fsdp_worker.py"), file)
-        assert result.returncode == 0, result.stderr[-3000:]
+        found.update({name: root / name.replace(" ", "_") for name in plan})
+        share(ranks, [[*RUN, *flags, "--output_dir", found[name]] for name, flags in plan.items()], root)
     return found
 
 
@@ -144,18 +138,26 @@ def test_every_rank_writes_its_share(runs):
         assert torch.equal(theirs.state_dict()[name], tensor.float()), name
 
 
-def test_a_run_goes_on_with_another_layout(models, tmp_path):
+def share(ranks, lists, tmp_path):
+    """Run sft.main() for each list of flags in one process group."""
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps([[str(word) for word in words] for words in lists]))
+    result = torchrun(ranks, f"{ROOT}/tests/fsdp_worker.py", file)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_run_goes_on_with_another_layout(models, tmp_path, train):
     """Saved by 4 ranks at step 4, resumed by 1, 2 (offloaded) and tp 2: the same conversations, losses to 1e-5."""
     common = [*RUN, "--model", models["tied"], "--save_steps", 4]
-    straight = torchrun(4, f"{ROOT}/sft.py", *common, "--output_dir", tmp_path / "four")
-    assert straight.returncode == 0, straight.stderr[-2000:]
+    resume = ["--resume_from", tmp_path / "four" / "checkpoints" / "step_4"]
+    share(4, [[*common, "--output_dir", tmp_path / "four"],
+              [*common, *resume, "--output_dir", tmp_path / "same"]], tmp_path)
+    share(2, [[*common, *resume, "--param_offload", "--output_dir", tmp_path / "two"],
+              [*common, *resume, *LAYOUTS["tp2"][1], "--output_dir", tmp_path / "tp"]], tmp_path)
+    train(*common, *resume, out="one", model=models["tied"])
+    train(*common, *resume, "--optimizer_offload", out="host", model=models["tied"])
     base = metrics(tmp_path / "four")
-    for name, (ranks, flags) in {"one": (1, ()), "two": (2, ("--param_offload",)), "tp": LAYOUTS["tp2"],
-                                 "host": (1, ("--optimizer_offload",)), "same": (4, ())}.items():
-        words = (f"{ROOT}/sft.py", *common, *flags, "--output_dir", tmp_path / name, "--resume_from",
-                 tmp_path / "four" / "checkpoints" / "step_4")
-        resumed = torchrun(ranks, *words)
-        assert resumed.returncode == 0, resumed.stderr[-2000:]
+    for name in ("one", "host", "two", "tp", "same"):
         lines = metrics(tmp_path / name)
         assert [line["step"] for line in lines] == list(range(5, 11))
         for a, b in zip(base[4:], lines, strict=True):
@@ -163,19 +165,17 @@ def test_a_run_goes_on_with_another_layout(models, tmp_path):
             assert name != "same" or (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
 
 
-def test_few_conversations_for_many_ranks(models, tmp_path):
+def test_few_conversations_for_many_ranks(models, tmp_path, train):
     """One conversation a step for four ranks, and a short last step: no hang, the losses and val_loss of one rank."""
     rows = json.load(open(EXAMPLES, encoding="utf-8"))[:5]
     (tmp_path / "five.json").write_text(json.dumps(rows))
     (tmp_path / "three.json").write_text(json.dumps(rows[:3]))
-    for batch_size in (1, 3):
-        words = [f"{ROOT}/sft.py", "--model", models["untied"], "--train_data", tmp_path / "five.json", "--epochs", 1,
-                 "--val_data", tmp_path / "three.json", "--batch_size", batch_size, "--timeout", 60]
-        for ranks in (1, 4):
-            result = torchrun(ranks, *words, "--output_dir", tmp_path / f"{batch_size}_{ranks}")
-            assert result.returncode == 0, result.stderr[-2000:]
-        one, four = (metrics(tmp_path / f"{batch_size}_{ranks}") for ranks in (1, 4))
-        for a, b in zip(one, four, strict=True):
+    common = ["--model", models["untied"], "--epochs", 1, "--val_data", tmp_path / "three.json", "--timeout", 60,
+              "--train_data", tmp_path / "five.json"]
+    share(4, [[*common, "--batch_size", n, "--output_dir", tmp_path / f"four{n}"] for n in (1, 3)], tmp_path)
+    for n in (1, 3):
+        one = train(*common, "--batch_size", n, out=f"one{n}", model=models["untied"])
+        for a, b in zip(one, metrics(tmp_path / f"four{n}"), strict=True):
             if "val_loss" in a:
                 assert a["val_tokens"] == b["val_tokens"] and math.isclose(a["val_loss"], b["val_loss"], rel_tol=1e-6)
             else:
@@ -314,7 +314,7 @@ def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
     """Raise, SIGKILL or SIGSTOP of one rank: the run ends, non-zero, and the screen names rank, phase and cause."""
     (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
     result = torchrun(2, tmp_path / "plant.py", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2,
-                      "--timeout", 5, "--output_dir", tmp_path / "out")
+                      "--timeout", 10, "--output_dir", tmp_path / "out")
     assert result.returncode != 0
     if how == "raise":
         assert f"rank {rank} failed in {phase}: KeyError: 'planted'" in result.stderr
@@ -330,7 +330,7 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
     for ranks in (1, 2):
         words = [*RUN, "--model", models["tied"], "--selfcheck", "--output_dir", tmp_path]
         result = torchrun(ranks, f"{ROOT}/sft.py", *words)
-        assert result.returncode == 0 and "selfcheck: ok, 6 conversations" in result.stdout, result.stderr[-2000:]
+        assert result.returncode == 0 and "selfcheck: ok, 4 conversations" in result.stdout, result.stderr[-2000:]
         assert ("all on one data-parallel rank" in result.stdout) == (ranks == 2)
     forward = sft.CausalLM.forward
     monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets: (
