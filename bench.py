@@ -1,15 +1,19 @@
 """Measure a part of the trainer: python bench.py --part loss prints one JSON line.
 
 loss   the chunked cross-entropy beside a plain one: seconds and peak memory of forward and backward
-load   a model directory of random weights: seconds and peak memory of loading it into fp32
+load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does it: what
+       each reads beside its share of the file, and its peak memory beside its share of the parameters
+ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
 
-Each side runs in a process of its own, as peak memory is the process's; figures of one line come from one run of this
-command and are meant as ratios. Nothing here is a test.
+Each side runs in processes of its own, as peak memory is the process's; figures of one line come from one run of this
+command and are meant as ratios: three numbers are the median, the least and the most. On the CPU, of Linux: memory
+and bytes are what /proc tells. Nothing here is a test.
 """
 
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,42 +26,67 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import checkpoint
+import fsdp
 from config import knob, parse, run
 from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy
-from sft import peak_memory_gb
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=151936,
                 num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
+SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
+             num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
+LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}  # processes, flags
+UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buffers allocated
 
 
 @dataclass
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load"), group="bench")
-    repeats: int = knob(3, "timed runs after a warm-up; the median is given, with the extremes")
+    part: str = knob("loss", "what to measure", ("loss", "load", "ranks"), group="bench")
+    repeats: int = knob(3, "timed runs (loss and load: after a warm-up)")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
     vocab: int = knob(151936, "loss: words")
     targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt")
-    side: str | None = knob(None, "do this step only, in this process", ("plain", "chunked", "write", "load"))
+    ranks: int = knob(1, "load: processes that share the model")
+    steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
+    side: str | None = knob(None, "do this step only, in this process", ("plain", "chunked", "load"))
     directory: str | None = knob(None, "load: where the model is, for --side")
+
+    def __post_init__(self):
+        if self.ranks < 1 or (self.ranks > 1 and self.part != "load"):
+            raise ValueError(f"--ranks {self.ranks}: it must be at least 1, and above 1 is for --part load only")
+        if self.steps <= UNSTEADY:
+            raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
+
+
+def spread(values):
+    return [statistics.median(values), min(values), max(values)]
+
+
+def proc_gb(file, name):
+    """A figure of this process in GiB, from /proc/self: VmRSS (now) and VmHWM (at most so far) of status, rchar (read)
+    of io. Unlike getrusage's peak, VmHWM does not begin with that of the process which started this one."""
+    with open(f"/proc/self/{file}", encoding="utf-8") as f:
+        number, *unit = dict(line.split(":", 1) for line in f)[name].split()
+    return int(number) / (2**20 if unit == ["kB"] else 2**30)
 
 
 def timed(action, repeats):
-    """seconds [median, least, most] of action(), and the GiB that its first call adds to the process's peak."""
-    before = peak_memory_gb(torch.device("cpu"))
+    """Seconds of action(), the memory that the process has before, and what the first call adds to it at its peak."""
+    base = proc_gb("status", "VmRSS")
     action()
-    added = peak_memory_gb(torch.device("cpu")) - before
+    added = proc_gb("status", "VmHWM") - base
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": [statistics.median(seconds), min(seconds), max(seconds)], "added_peak_gb": added}
+    return {"seconds": spread(seconds), "base_gb": base, "added_peak_gb": added}
 
 
-def bench_loss(cfg):
+def side_loss(cfg):
     torch.manual_seed(0)
     hidden = torch.randn(cfg.tokens, cfg.hidden, requires_grad=True)
     weight = (torch.randn(cfg.vocab, cfg.hidden).mul_(0.02)).requires_grad_()
@@ -77,50 +106,97 @@ def bench_loss(cfg):
     return timed(action, cfg.repeats)
 
 
-def write_model(directory):
-    """A Qwen2.5-0.5B-shaped model.safetensors in bf16, as the hub has it."""
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in CausalLM(ModelConfig.from_dict(QWEN_05B)).named_parameters()}
-    save_file({n: torch.full(s, 0.5, dtype=torch.bfloat16) for n, s in shapes.items()},
-              os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
-    return {"parameters_gb": 4 * sum(s.numel() for s in shapes.values()) / 2**30}
+def side_load(cfg):
+    """What sft.py does between the data and the first step, without an optimizer; every rank calls it."""
+    read = []
 
-
-def bench_load(cfg):
     def load():
         with torch.device("meta"):
             model = CausalLM(ModelConfig.from_dict(QWEN_05B))
-        model.to_empty(device="cpu")
+        fsdp.shard(model, ranks, False, False)
+        model.to_empty(device=ranks.device)
         model.tie_weights()
+        before = proc_gb("io", "rchar")
         checkpoint.load_weights(model, cfg.directory)
+        read.append(proc_gb("io", "rchar") - before)
 
-    return timed(load, cfg.repeats)
+    with fsdp.start(1, 600) as ranks:
+        return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read[0]}
 
 
-def side(*flags):
-    """What `bench.py --side ...` prints, run in a process of its own."""
-    words = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], *flags]
-    return json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+def write_model(directory, config):
+    """A model directory of random weights in bf16, as the hub has it; its size, and that of the parameters in fp32."""
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in CausalLM(ModelConfig.from_dict(config)).named_parameters()}
+    tensors = {n: torch.ones(s, dtype=torch.bfloat16) if "norm" in n else torch.randn(s, dtype=torch.bfloat16).mul_(0.02)
+               for n, s in shapes.items()}
+    path = os.path.join(directory, "model.safetensors")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
+        json.dump(config, f)
+    return {"file_gb": os.path.getsize(path) / 2**30, "parameters_gb": sum(t.numel() for t in tensors.values()) / 2**28}
+
+
+def launch(n, *words):
+    """What a program prints, run as n processes of their own."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
+    return subprocess.run([sys.executable, *several, *words], stdout=subprocess.PIPE, check=True, text=True).stdout
+
+
+def sides(n, *flags):
+    """The results of n processes that run `bench.py --side ...` with this command's flags, in the order of ranks."""
+    lines = launch(n, os.path.abspath(__file__), *sys.argv[1:], *flags).splitlines()
+    return sorted(map(json.loads, lines), key=lambda result: result.get("rank", 0))
+
+
+def bench_loss(cfg, directory):
+    line = {name: sides(1, "--side", name)[0] for name in ("plain", "chunked")}
+    return {**line, "memory_ratio": line["chunked"]["added_peak_gb"] / line["plain"]["added_peak_gb"],
+            "time_ratio": line["chunked"]["seconds"][0] / line["plain"]["seconds"][0]}
+
+
+def bench_load(cfg, directory):
+    sizes = write_model(directory, QWEN_05B)
+    ranks = sides(cfg.ranks, "--side", "load", "--directory", directory)
+    for rank in ranks:
+        rank["read_ratio"] = rank["read_gb"] / (sizes["file_gb"] / cfg.ranks)
+        rank["memory_ratio"] = rank["added_peak_gb"] / (sizes["parameters_gb"] / cfg.ranks)
+    return {**sizes, **{key: max(rank[key] for rank in ranks) for key in ("read_ratio", "memory_ratio")}, "ranks": ranks}
+
+
+def bench_ranks(cfg, directory):
+    write_model(directory, SMALL)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(checkpoint.model_directory("tiny"), name), directory)
+    flags = ("--model", directory, "--train_data", os.path.join(HERE, "data", "example_sft.json"), "--batch_size", "16",
+             "--max_length", "512", "--no-gradient_checkpointing", "--max_steps", str(cfg.steps),
+             "--save_steps", str(cfg.steps))
+    speeds = {name: [] for name in LAYOUTS}
+    for i in range(cfg.repeats):
+        for name, (n, extra) in LAYOUTS.items():  # in turn: a machine that slows down slows all of them
+            output = os.path.join(directory, f"{name}_{i}")
+            launch(n, os.path.join(HERE, "sft.py"), *flags, *extra, "--output_dir", output)
+            with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as f:
+                steps = [json.loads(line) for line in f]
+            speeds[name].append(statistics.median(step["tokens_per_second"] for step in steps[UNSTEADY:]))
+            shutil.rmtree(output)
+    ratios = {f"{a}_to_{b}": spread([x / y for x, y in zip(speeds[a], speeds[b])])  # of the runs of one round
+              for a, b in (("dp2", "one"), ("tp2", "dp2"))}
+    return {"tokens_per_second": {name: spread(values) for name, values in speeds.items()}, **ratios}
 
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        sides = {"plain": bench_loss, "chunked": bench_loss, "load": bench_load,
-                 "write": lambda cfg: write_model(cfg.directory)}
-        return print(json.dumps(sides[cfg.side](cfg)))
+        return print(json.dumps((side_load if cfg.side == "load" else side_loss)(cfg)))
+    threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
+    os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="")  # for the processes that are started
     line = {"part": cfg.part, "command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
-            "python": platform.python_version(), "device": f"CPU, {torch.get_num_threads()} threads"}
-    if cfg.part == "load":
-        with tempfile.TemporaryDirectory() as directory:
-            line.update(side("--side", "write", "--directory", directory))
-            line.update(side("--side", "load", "--directory", directory))
-        line["memory_ratio"] = line["added_peak_gb"] / line["parameters_gb"]
-    else:
-        line.update({name: side("--side", name) for name in ("plain", "chunked")})
-        line["memory_ratio"] = line["chunked"]["added_peak_gb"] / line["plain"]["added_peak_gb"]
-        line["time_ratio"] = line["chunked"]["seconds"][0] / line["plain"]["seconds"][0]
-    print(json.dumps(line))
+            "python": platform.python_version(), "device": f"CPU, {os.cpu_count()} cores, {threads} threads a process"}
+    with tempfile.TemporaryDirectory() as directory:
+        line.update({"loss": bench_loss, "load": bench_load, "ranks": bench_ranks}[cfg.part](cfg, directory))
+    # four digits: the others are noise
+    print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ The conversation is rendered once, whole, with the model's own template and toke
 character offsets in that one text. Nothing is rendered message by message or derived from a padding id.
 """
 
+import fcntl
 import gzip
 import hashlib
 import heapq
 import json
 import os
 import re
+import shutil
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 import jinja2
@@ -37,12 +39,9 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
 # reading: files -> rows -> messages
 
 
-def read_files(spec):
-    """Yield (where, row) for every row of the files that `spec` names: a file, several with commas, or a directory.
-
-    Containers, told apart by their first bytes: a JSON array, JSON Lines, gzip of either, parquet (with pyarrow).
-    Raises FileNotFoundError, or ValueError with the line and column where a file is not JSON.
-    """
+def data_files(spec):
+    """The files that `spec` names: a file, several with commas, or a directory of them."""
+    found = []
     for path in map(str.strip, spec.split(",")):
         if os.path.isdir(path):
             endings = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -54,9 +53,19 @@ def read_files(spec):
                                     "commas, or a directory")
         else:
             files = [path]
-        for file in files:
-            for i, row in enumerate(read_file(file)):
-                yield f"{file}[{i}]", row
+        found += files
+    return found
+
+
+def read_files(spec):
+    """Yield (where, row) for every row of the files that `spec` names.
+
+    Containers, told apart by their first bytes: a JSON array, JSON Lines, gzip of either, parquet (with pyarrow).
+    Raises FileNotFoundError, or ValueError with the line and column where a file is not JSON.
+    """
+    for file in data_files(spec):
+        for i, row in enumerate(read_file(file)):
+            yield f"{file}[{i}]", row
 
 
 def read_file(path):
@@ -196,7 +205,7 @@ class ChatTokenizer:
         with open(path, encoding="utf-8") as f:
             text = f.read()
         parse_json(text, path, 1)
-        self.tokenizer = Tokenizer.from_str(text)
+        self.tokenizer, self.text = Tokenizer.from_str(text), text
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.added = self.tokenizer.get_added_tokens_decoder()
@@ -393,6 +402,9 @@ class Ledger:
                              "a special token")
 
 
+ARRAYS = "tokens", "is_target", "starts", "lengths"  # a Dataset's, in the order of its fields
+
+
 @dataclass
 class Dataset:
     """Conversations as flat arrays; conversation i is tokens[starts[i]:starts[i + 1]]."""
@@ -415,15 +427,49 @@ class Dataset:
         """A hash of tokens, targets and their order: resume goes on with the same data or not at all."""
         state = hashlib.blake2b(digest_size=16)
         for array in (self.tokens, self.is_target, self.starts):
-            state.update(array)
+            state.update(np.ascontiguousarray(array))
         return state.hexdigest()
 
 
-def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False):
+def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, cache_dir=None):
     """Read, render, tokenise and mask everything that `spec` names; return a checked Dataset.
 
-    too_long  what happens to a conversation of more than max_length tokens: truncate (from the right), drop, or error
+    too_long   what happens to a conversation of more than max_length tokens: truncate (from the right), drop, error
+    cache_dir  keep the result there, and map it into memory from there: under a lock, so one process of a node makes
+               it while the others wait, before any collective and so without a time-out
     """
+    options = max_length, too_long, train_on_prompt
+    if cache_dir is None:
+        return tokenise(spec, tokenizer, *options)
+    # The key is all that the result depends on, this program and, for templates that print it, the date included.
+    key = hashlib.blake2b(repr((spec, tokenizer.source, tokenizer.special, options)).encode(), digest_size=16)
+    key.update(tokenizer.text.encode())
+    if "strftime_now" in tokenizer.source:
+        key.update(datetime.now().strftime("%Y-%m-%d").encode())
+    for file in (__file__, *data_files(spec)):
+        with open(file, "rb") as f:
+            while chunk := f.read(2**24):
+                key.update(chunk)
+    path = os.path.join(os.path.expanduser(cache_dir), key.hexdigest())
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.isdir(path):
+            shutil.rmtree(path + ".tmp", ignore_errors=True)  # of a process that was killed here
+            dataset = tokenise(spec, tokenizer, *options)
+            os.makedirs(path + ".tmp")
+            for name in ARRAYS:
+                np.save(os.path.join(path + ".tmp", name + ".npy"), getattr(dataset, name))
+            with open(os.path.join(path + ".tmp", "facts.json"), "w", encoding="utf-8") as f:
+                json.dump({"sources": dataset.sources, "ledger": asdict(dataset.ledger)}, f)
+            os.replace(path + ".tmp", path)
+    arrays = [np.load(os.path.join(path, name + ".npy"), mmap_mode="r", allow_pickle=False) for name in ARRAYS]
+    with open(os.path.join(path, "facts.json"), encoding="utf-8") as f:
+        facts = json.load(f)
+    return Dataset(*arrays, facts["sources"], Ledger(**facts["ledger"]))
+
+
+def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt):
     ledger, tokens, masks, sources = Ledger(), [], [], []
 
     def add(rows):

@@ -41,6 +41,7 @@ class Config:
     max_length: int = knob(2048, "tokens of a conversation that are kept")
     too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
     train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
+    cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
 
     batch_size: int = knob(4, "conversations an optimizer step, over all micro-batches", group="steps")
     batch_tokens: int | None = knob(None, "instead of batch_size: fill each step up to this many tokens")
@@ -234,8 +235,8 @@ def train(cfg, ranks):
         raise ValueError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
                          f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
     ranks.at("tokenise")
-    rows, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt) if files else None
-                  for files in (cfg.train_data, cfg.val_data))
+    rows, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.cache_dir)
+                 if files else None for files in (cfg.train_data, cfg.val_data))
     sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps)
     total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
     max_rows = None if cfg.packing else cfg.micro_batch_size

@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import tempfile
 
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
+os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gain nothing, and ranks share the cores
 
 

@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import groupby
 
@@ -1331,3 +1333,74 @@ def test_ranks_share_a_step_and_none_waits_for_another(count, dp_size, tmp_path)
         tokens, mask = by_hand(chat(f"q{i}", f"answer {i}"))
         alone += [token for token, target in zip(tokens, mask, strict=True) if target]
     assert sorted(targets) == sorted(alone)
+
+
+# ---- the cache of tokenised data --------------------------------------------------------------------------------
+
+
+def same(a, b):
+    return (all(np.array_equal(getattr(a, name), getattr(b, name)) for name in data.ARRAYS)
+            and a.sources == b.sources and a.ledger == b.ledger and a.digest() == b.digest())
+
+
+def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
+    """A second load maps the first one's arrays and tokenises nothing."""
+    tokenizer, spec = data.ChatTokenizer(TINY), os.path.join(ROOT, "data", "example_sft.json")
+    fresh = data.load(spec, tokenizer, 64)
+    assert same(fresh, data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)))
+    monkeypatch.setattr(data, "tokenise", lambda *_: pytest.fail("tokenised again"))
+    cached = data.load(spec, tokenizer, 64, cache_dir=str(tmp_path))
+    assert same(fresh, cached) and isinstance(cached.tokens, np.memmap)
+
+
+def test_any_change_misses_the_cache(tmp_path, monkeypatch):
+    """Data, each option, template, tokenizer and special tokens are in the key; so is the date, for templates with it."""
+    spec = tmp_path / "rows.json"
+    spec.write_text(json.dumps([{"messages": chat("q", "answer")}]))
+    tokenizer, calls = data.ChatTokenizer(TINY), []
+    tokenise = data.tokenise
+    monkeypatch.setattr(data, "tokenise", lambda *words: (calls.append(1), tokenise(*words))[1])
+
+    def made(*options):
+        before = len(calls)
+        data.load(str(spec), tokenizer, *(options or (64,)), cache_dir=str(tmp_path / "cache"))
+        return len(calls) > before
+
+    assert made() and not made()
+    assert made(65) and made(64, "drop") and made(64, "truncate", True) and not made(64, "truncate", False)
+    spec.write_text(json.dumps([{"messages": chat("q", "answers")}]))
+    assert made() and not made()
+    for name, value in (("source", tokenizer.source + " "), ("text", tokenizer.text + " "),
+                        ("special", {**tokenizer.special, "x_token": "y"}), ("source", "{# strftime_now #}")):
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, name, value)
+            assert made() and not made(), name
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "source", "{# strftime_now #}")
+        clock = type("Clock", (), {"now": staticmethod(lambda: __import__("datetime").datetime(2000, 1, 1))})
+        patch.setattr(data, "datetime", clock)
+        assert made() and not made()
+
+
+def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
+    """An error on the way leaves no entry, and the next load makes it."""
+    tokenizer, spec = data.ChatTokenizer(TINY), os.path.join(ROOT, "data", "example.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.json, "dump", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data.load(spec, tokenizer, 64, cache_dir=str(tmp_path))
+    assert not [f for f in os.listdir(tmp_path) if not f.endswith((".tmp", ".lock"))]
+    assert same(data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)), data.load(spec, tokenizer, 64))
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
+    """Three processes at once: one makes the entry, the others wait on its lock and get the same."""
+    code = (f"import sys; sys.path.insert(0, {ROOT!r}); import data, os\n"
+            "tokenise = data.tokenise\n"
+            "data.tokenise = lambda *words: (print('MADE'), tokenise(*words))[1]\n"
+            f"dataset = data.load({os.path.join(ROOT, 'data', 'example_sft.json')!r}, data.ChatTokenizer({TINY!r}), 64, "
+            f"cache_dir={str(tmp_path)!r})\nprint(dataset.digest())")
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0].split() for process in processes]
+    assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1

@@ -308,13 +308,14 @@ config.run(sft.record(sft.main))
 """
 
 
-@pytest.mark.parametrize("how, phase, rank", [("raise", "step 2", 1), ("raise", "load", 0), ("kill", "step 2", 0),
-                                              ("stop", "save of step 2", 1)])
+@pytest.mark.parametrize("how, phase, rank", [
+    ("raise", "step 2", 1), ("raise", "load", 0), ("raise", "tokenise", 1), ("kill", "step 2", 0),
+    ("kill", "evaluation after step 2", 1), ("stop", "save of step 2", 1)])
 def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
     """Raise, SIGKILL or SIGSTOP of one rank: the run ends, non-zero, and the screen names rank, phase and cause."""
     (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
     result = torchrun(2, tmp_path / "plant.py", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2,
-                      "--timeout", 10, "--output_dir", tmp_path / "out")
+                      "--val_data", EXAMPLES, "--eval_steps", 2, "--timeout", 10, "--output_dir", tmp_path / "out")
     assert result.returncode != 0
     if how == "raise":
         assert f"rank {rank} failed in {phase}: KeyError: 'planted'" in result.stderr
