@@ -57,6 +57,9 @@ for pair in MODEL_PATH:model TOKENIZER_PATH:tokenizer TRAIN_DATA:train_data VAL_
     name=${pair%%:*}
     [ -z "${!name:-}" ] || args+=("--${pair#*:}" "${!name}")
 done
+for name in USE_LORA LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS COMPILE LOGGER WANDB_PROJECT; do
+    [ -z "${!name:-}" ] || { echo "train.sh: error: $name=${!name} is not supported yet; unset $name" >&2; exit 2; }
+done
 
 # Presets, weaker than everything else: they stand first, and not at all beside a configuration file.
 words=" ${args[*]-} $* "

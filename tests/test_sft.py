@@ -503,3 +503,10 @@ def test_environment_variables_become_flags_and_flags_win(tmp_path):
     for f, value in values.items():
         if f != "lr":
             assert shown[f].lower() in (value, value + ".0"), (f, value, shown[f])
+
+def test_a_variable_of_something_not_built_is_an_error(tmp_path):
+    """USE_LORA=true must not train the whole model in silence."""
+    env = {**os.environ, "PYTHON": sys.executable, "USE_LORA": "true"}
+    result = subprocess.run([os.path.join(ROOT, "train.sh"), "--explain"], cwd=tmp_path, env=env, capture_output=True,
+                            text=True)
+    assert result.returncode == 2 and "USE_LORA=true is not supported yet" in result.stderr
