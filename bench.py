@@ -126,9 +126,10 @@ def side_load(cfg):
 
 def write_model(directory, config):
     """A model directory of random weights in bf16, as the hub has it; its size, and that of the parameters in fp32."""
+    torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in CausalLM(ModelConfig.from_dict(config)).named_parameters()}
-    tensors = {n: torch.ones(s, dtype=torch.bfloat16) if "norm" in n else torch.randn(s, dtype=torch.bfloat16).mul_(0.02)
+    tensors = {n: (torch.ones if "norm" in n else torch.randn)(s, dtype=torch.bfloat16).mul_(1 if "norm" in n else 0.02)
                for n, s in shapes.items()}
     path = os.path.join(directory, "model.safetensors")
     save_file(tensors, path, metadata={"format": "pt"})
@@ -161,7 +162,8 @@ def bench_load(cfg, directory):
     for rank in ranks:
         rank["read_ratio"] = rank["read_gb"] / (sizes["file_gb"] / cfg.ranks)
         rank["memory_ratio"] = rank["added_peak_gb"] / (sizes["parameters_gb"] / cfg.ranks)
-    return {**sizes, **{key: max(rank[key] for rank in ranks) for key in ("read_ratio", "memory_ratio")}, "ranks": ranks}
+    worst = {key: max(rank[key] for rank in ranks) for key in ("read_ratio", "memory_ratio")}
+    return {**sizes, **worst, "ranks": ranks}
 
 
 def bench_ranks(cfg, directory):
@@ -188,12 +190,15 @@ def bench_ranks(cfg, directory):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        return print(json.dumps((side_load if cfg.side == "load" else side_loss)(cfg)))
+        result = (side_load if cfg.side == "load" else side_loss)(cfg)
+        # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
+        return print(json.dumps(result) + "\n", end="")
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
-    os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="")  # for the processes that are started
     line = {"part": cfg.part, "command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
             "python": platform.python_version(), "device": f"CPU, {os.cpu_count()} cores, {threads} threads a process"}
     with tempfile.TemporaryDirectory() as directory:
+        # for the processes that are started; torchrun leaves a folder in TMPDIR
+        os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
         line.update({"loss": bench_loss, "load": bench_load, "ranks": bench_ranks}[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))

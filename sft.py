@@ -288,8 +288,8 @@ def train(cfg, ranks):
         say("         it has no chat template: ChatML is used, and saved with it")
     say(*rows.ledger.lines(), *([f"{line} (validation)" for line in val.ledger.lines()] if val else []), sep="\n")
     say(f"steps    {total_steps:,} = {total_steps / per_epoch:.4g} epochs of {per_epoch:,}, of about "
-          f"{len(rows) / per_epoch:.3g} conversations, {int(rows.sizes.sum()) / per_epoch:,.0f} tokens, "
-          f"{rows.ledger.target / per_epoch:,.0f} targets")
+        f"{len(rows) / per_epoch:.3g} conversations, {int(rows.sizes.sum()) / per_epoch:,.0f} tokens, "
+        f"{rows.ledger.target / per_epoch:,.0f} targets")
     if cfg.resume_from:
         say("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
 
