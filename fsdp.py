@@ -73,10 +73,11 @@ class Ranks:
         else:
             noted = {r: self.store.get(f"rank {r}").decode().split("|") for r in range(self.size) if r != self.rank}
             rank, (phase, since, host, pid) = min(noted.items(), key=lambda item: float(item[1][1]))
-            print(f"sft.py: rank {self.rank} waited in {self.phase} for rank {rank}, which is gone, or stalled in "
-                  f"{phase} since {time.time() - float(since):.0f} s: {str(error).splitlines()[0]}", file=sys.stderr)
             if host == socket.gethostname() and "imed out" in str(error):
                 os.kill(int(pid), signal.SIGKILL)
+            raise RuntimeError(  # what torchrun then repeats, should it take this rank for the first to fail
+                f"rank {self.rank} waited in {self.phase} for rank {rank}, which is gone, or stalled in {phase} since "
+                f"{time.time() - float(since):.0f} s: {str(error).splitlines()[0]}") from error
 
 
 def start(tp, timeout):

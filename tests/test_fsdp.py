@@ -317,12 +317,15 @@ def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
     result = torchrun(2, tmp_path / "plant.py", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2,
                       "--val_data", EXAMPLES, "--eval_steps", 2, "--timeout", 10, "--output_dir", tmp_path / "out")
     assert result.returncode != 0
+    end = result.stderr.rsplit("Root Cause", 1)[1]  # torchrun's own last words
     if how == "raise":
         assert f"rank {rank} failed in {phase}: KeyError: 'planted'" in result.stderr
+        assert f"rank      : {rank} (local_rank: {rank})" in end
     else:
-        message = f"for rank {rank}, which is gone, or stalled in {phase}"
-        assert re.search(rf"rank {1 - rank} waited in .* {message}", result.stderr)
-    assert f"rank      : {rank} (local_rank: {rank})" in result.stderr.rsplit("Root Cause", 1)[1]
+        message = rf"rank {1 - rank} waited in .* for rank {rank}, which is gone, or stalled in {phase}"
+        assert f"rank      : {rank} (local_rank: {rank})" in end or re.search(message, end)
+        if how == "stop":  # torchrun ends the survivor of a kill sooner than that can speak, now and then
+            assert re.search(message, result.stderr)
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
 
 
