@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,7 +362,6 @@ def test_batch_tokens_fills_steps(train):
 
 def model_directory(path, change=None, tensors=None):
     """A copy of models/tiny with config.json or tensors changed."""
-    import shutil
 
     from safetensors.torch import save_file
 
@@ -510,3 +510,14 @@ def test_a_variable_of_something_not_built_is_an_error(tmp_path):
     result = subprocess.run([os.path.join(ROOT, "train.sh"), "--explain"], cwd=tmp_path, env=env, capture_output=True,
                             text=True)
     assert result.returncode == 2 and "USE_LORA=true is not supported yet" in result.stderr
+
+
+def test_a_newer_torch_is_used_as_it_is_and_called_untested(tmp_path):
+    """train.sh takes a Python whose torch is beyond the tested range, with one line; it never installs an older one."""
+    shutil.copy(os.path.join(ROOT, "train.sh"), tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch>=2.0,<2.1\n")
+    result = subprocess.run([tmp_path / "train.sh", "--setup", "requirements.txt"], capture_output=True, text=True,
+                            env={**os.environ, "PYTHON": sys.executable})
+    assert result.returncode == 0 and result.stdout.strip() == sys.executable
+    assert re.fullmatch(r"train.sh: torch \S+ is newer than what is tested \(torch>=2.0,<2.1\)\n", result.stderr)
+    assert not (tmp_path / ".venv").exists()
