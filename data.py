@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -431,16 +432,41 @@ class Dataset:
         return state.hexdigest()
 
 
-def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, cache_dir=None):
+def take_lock(lock, timeout):
+    """Lock a file, whose holder names itself in it and touches it at every sign of progress.
+
+    Raises TimeoutError, with the holder as its pid, when there was none for `timeout` seconds.
+    """
+    seen = since = None
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            return print(os.getpid(), file=lock, flush=True)
+        except BlockingIOError:
+            now = os.fstat(lock.fileno()).st_mtime_ns  # of whatever clock: only a change of it counts
+            seen, since = (seen, since) if now == seen else (now, time.monotonic())
+        if time.monotonic() - since > timeout:
+            lock.seek(0)
+            holder = lock.read().strip()
+            error = TimeoutError(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; end "
+                                 "it, or give another --cache_dir")
+            error.pid = holder
+            raise error
+        time.sleep(0.1)
+
+
+def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, cache_dir=None, timeout=600):
     """Read, render, tokenise and mask everything that `spec` names; return a checked Dataset.
 
     too_long   what happens to a conversation of more than max_length tokens: truncate (from the right), drop, error
     cache_dir  keep the result there, and map it into memory from there: under a lock, so one process of a node makes
-               it while the others wait, before any collective and so without a time-out
+               it while the others wait, before any collective, for as long as it goes on
+    timeout    seconds without progress after which it is given up (take_lock)
     """
     options = max_length, too_long, train_on_prompt
     if cache_dir is None:
-        return tokenise(spec, tokenizer, *options)
+        return tokenise(spec, tokenizer, *options, lambda: None)
     # The key is all that the result depends on, this program and, for templates that print it, the date included.
     key = hashlib.blake2b(repr((spec, tokenizer.source, tokenizer.special, options)).encode(), digest_size=16)
     key.update(tokenizer.text.encode())
@@ -452,11 +478,11 @@ def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False
                 key.update(chunk)
     path = os.path.join(os.path.expanduser(cache_dir), key.hexdigest())
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(path + ".lock", "a+") as lock:
+        take_lock(lock, timeout)
         if not os.path.isdir(path):
             shutil.rmtree(path + ".tmp", ignore_errors=True)  # of a process that was killed here
-            dataset = tokenise(spec, tokenizer, *options)
+            dataset = tokenise(spec, tokenizer, *options, lambda: os.utime(lock.fileno()))
             os.makedirs(path + ".tmp")
             for name in ARRAYS:
                 np.save(os.path.join(path + ".tmp", name + ".npy"), getattr(dataset, name))
@@ -469,7 +495,8 @@ def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False
     return Dataset(*arrays, facts["sources"], Ledger(**facts["ledger"]))
 
 
-def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt):
+def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, progress):
+    """See load; calls progress() every thousand rows."""
     ledger, tokens, masks, sources = Ledger(), [], [], []
 
     def add(rows):
@@ -519,6 +546,7 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt):
         if len(waiting) == 1000:  # encode_batch works on all cores
             add(waiting)
             waiting = []
+            progress()
     if waiting:
         add(waiting)
     ledger.check(spec, max_length)

@@ -60,20 +60,25 @@ class Ranks:
 
     def __exit__(self, kind, error, _):
         """Say which rank failed, where, and why; torchrun then ends the others. Where a collective failed, another
-        rank is the cause: the one that noted its phase longest ago. It is killed, for it may be stopped."""
+        rank is the cause: the one that noted its phase longest ago, or, where a lock was waited for, the one whose pid
+        the error has. It is killed, for it may be stopped."""
         if error is None:  # none hangs up while another is still in the last collective, rank 0 (the store) last of all
             for word in ("done", "left"):
                 self.store.set(f"{word} {self.rank}", "")
                 if word == "done" or self.rank == 0:
                     self.store.wait([f"{word} {rank}" for rank in range(self.size)])
         if error is None or self.size == 1:
-            dist.destroy_process_group()
-        elif not (issubclass(kind, RuntimeError) and self.store.check([f"rank {r}" for r in range(self.size)])):
+            return dist.destroy_process_group()
+        noted = {}
+        if issubclass(kind, (RuntimeError, TimeoutError)) and self.store.check([f"rank {r}" for r in range(self.size)]):
+            noted = {r: self.store.get(f"rank {r}").decode().split("|") for r in range(self.size) if r != self.rank}
+        if awaited := getattr(error, "pid", None):
+            noted = {r: note for r, note in noted.items() if note[2:] == [socket.gethostname(), awaited]}
+        if not noted:
             print(f"sft.py: rank {self.rank} failed in {self.phase}: {kind.__name__}: {error}", file=sys.stderr)
         else:
-            noted = {r: self.store.get(f"rank {r}").decode().split("|") for r in range(self.size) if r != self.rank}
             rank, (phase, since, host, pid) = min(noted.items(), key=lambda item: float(item[1][1]))
-            if host == socket.gethostname() and "imed out" in str(error):
+            if host == socket.gethostname() and (awaited or "imed out" in str(error)):
                 os.kill(int(pid), signal.SIGKILL)
             raise RuntimeError(  # what torchrun then repeats, should it take this rank for the first to fail
                 f"rank {self.rank} waited in {self.phase} for rank {rank}, which is gone, or stalled in {phase} since "

@@ -235,8 +235,8 @@ def train(cfg, ranks):
         raise ValueError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
                          f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
     ranks.at("tokenise")
-    rows, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.cache_dir)
-                 if files else None for files in (cfg.train_data, cfg.val_data))
+    rows, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.cache_dir,
+                           cfg.timeout) if files else None for files in (cfg.train_data, cfg.val_data))
     sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps)
     total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
     max_rows = None if cfg.packing else cfg.micro_batch_size

@@ -3,6 +3,7 @@
 Ranks are gloo processes on the CPU, one thread each.
 """
 
+import fcntl
 import itertools
 import json
 import math
@@ -291,7 +292,7 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
 PLANT = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import config, fsdp, sft
+import config, data, fsdp, sft
 how, phase, rank = sys.argv[1:4]
 sys.argv = ["sft.py", *sys.argv[4:]]
 at = fsdp.Ranks.at
@@ -303,7 +304,12 @@ def plant(self, name):
             raise KeyError("planted")
         os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
+def stop(*words):  # the first to get the lock of the token cache
+    os.kill(os.getpid(), signal.SIGSTOP)
+
 fsdp.Ranks.at = plant
+if phase == "lock":
+    data.tokenise = stop
 config.run(sft.record(sft.main))
 """
 
@@ -327,6 +333,26 @@ def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
         if how == "stop":  # torchrun ends the survivor of a kill sooner than that can speak, now and then
             assert re.search(message, result.stderr)
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
+
+
+def test_a_rank_that_stalls_while_it_tokenises_is_given_up(models, tmp_path):
+    """The others wait for the token cache's lock: not for ever, and they say for whom. A lock that another program
+    holds is not blamed on a rank."""
+    (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
+    words = [*RUN, "--model", models["tied"], "--timeout", 4, "--cache_dir", tmp_path / "cache", "--output_dir",
+             tmp_path / "out"]
+    result = torchrun(3, tmp_path / "plant.py", "stop", "lock", 0, *words)
+    waiter, holder = re.search(r"rank (\d) waited in tokenise for rank (\d), which is gone, or stalled in tokenise",
+                               result.stderr).groups()
+    assert result.returncode and waiter != holder and "has made no progress for 4 s" in result.stderr
+    lock, = (tmp_path / "cache").iterdir()
+    with open(lock, "r+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.truncate(0)
+        print(os.getpid(), file=f, flush=True)
+        result = torchrun(2, f"{ROOT}/sft.py", *words)
+    assert result.returncode and f"process {os.getpid()} holds {lock}" in result.stderr
+    assert re.search(r"rank \d failed in tokenise: TimeoutError", result.stderr)
 
 
 def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monkeypatch, train):
