@@ -4,12 +4,16 @@ loss   the chunked cross-entropy beside a plain one: seconds and peak memory of 
 load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does it: what
        each reads beside its share of the file, and its peak memory beside its share of the parameters
 ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
+memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
+       fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
 
 Each side runs in processes of its own, as peak memory is the process's; figures of one line come from one run of this
 command and are meant as ratios: three numbers are the median, the least and the most. On the CPU, of Linux: memory
 and bytes are what /proc tells. Nothing here is a test.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -32,10 +36,13 @@ from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=151936,
-                num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
+                num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True,
+                architectures=["Qwen2ForCausalLM"])
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
 LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}  # processes, flags
+RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
+LENGTH = 1024  # memory: tokens of a step
 UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buffers allocated
 
 
@@ -43,22 +50,26 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load", "ranks"), group="bench")
-    repeats: int = knob(3, "timed runs (loss and load: after a warm-up)")
+    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory"), group="bench")
+    repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
     vocab: int = knob(151936, "loss: words")
     targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt")
     ranks: int = knob(1, "load: processes that share the model")
     steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
-    side: str | None = knob(None, "do this step only, in this process", ("plain", "chunked", "load"))
-    directory: str | None = knob(None, "load: where the model is, for --side")
+    side: str | None = knob(None, "do this step only, in this process",
+                            ("plain", "chunked", "load", "trl_full", "trl_lora"))
+    directory: str | None = knob(None, "load, memory: where the model is, for --side")
+    vs: str | None = knob(None, "memory: another trainer, to measure on the same", ("trl",))
 
     def __post_init__(self):
         if self.ranks < 1 or (self.ranks > 1 and self.part != "load"):
             raise ValueError(f"--ranks {self.ranks}: it must be at least 1, and above 1 is for --part load only")
         if self.steps <= UNSTEADY:
             raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
+        if self.vs and self.part != "memory":
+            raise ValueError(f"--vs {self.vs} is for --part memory only")
 
 
 def spread(values):
@@ -124,8 +135,33 @@ def side_load(cfg):
         return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read[0]}
 
 
+def side_trl(cfg):
+    """The run of bench_memory by TRL: its defaults, but for what makes it the same work. It writes no checkpoint."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    ends = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"}, bf16=False,
+                           use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1, max_steps=cfg.repeats + 1,
+                           save_strategy="no", report_to="none", disable_tqdm=True)
+    with contextlib.redirect_stdout(sys.stderr):  # what it reports is not JSON
+        rows = datasets.Dataset.from_list(checkpoint.read_json(os.path.join(cfg.directory, "rows.json")))
+        trl.SFTTrainer(cfg.directory, config, train_dataset=rows, callbacks=[Clock()],
+                       peft_config=lora if cfg.side == "trl_lora" else None).train()
+    return {"peak_gb": proc_gb("status", "VmHWM"), "seconds": spread([b - a for a, b in zip(ends, ends[1:])])}
+
+
 def write_model(directory, config):
-    """A model directory of random weights in bf16, as the hub has it; its size, and that of the parameters in fp32."""
+    """A model directory of random weights in bf16, as the hub has it, with the tokenizer of `tiny`; the size of its
+    file, and that of the parameters in fp32."""
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in CausalLM(ModelConfig.from_dict(config)).named_parameters()}
@@ -135,6 +171,8 @@ def write_model(directory, config):
     save_file(tensors, path, metadata={"format": "pt"})
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
         json.dump(config, f)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(checkpoint.model_directory("tiny"), name), directory)
     return {"file_gb": os.path.getsize(path) / 2**30, "parameters_gb": sum(t.numel() for t in tensors.values()) / 2**28}
 
 
@@ -148,6 +186,17 @@ def sides(n, *flags):
     """The results of n processes that run `bench.py --side ...` with this command's flags, in the order of ranks."""
     lines = launch(n, os.path.abspath(__file__), *sys.argv[1:], *flags).splitlines()
     return sorted(map(json.loads, lines), key=lambda result: result.get("rank", 0))
+
+
+def train(directory, n, steps, *flags):
+    """What a run of sft.py, as n processes, writes of its steps; the model is the one of write_model."""
+    output = os.path.join(directory, "run")
+    launch(n, os.path.join(HERE, "sft.py"), "--model", directory, "--output_dir", output, "--cache_dir", "none",
+           "--max_steps", str(steps), "--save_steps", str(steps), *flags)
+    with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f]
+    shutil.rmtree(output)
+    return lines
 
 
 def bench_loss(cfg, directory):
@@ -168,29 +217,46 @@ def bench_load(cfg, directory):
 
 def bench_ranks(cfg, directory):
     write_model(directory, SMALL)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(os.path.join(checkpoint.model_directory("tiny"), name), directory)
-    flags = ("--model", directory, "--train_data", os.path.join(HERE, "data", "example_sft.json"), "--batch_size", "16",
-             "--max_length", "512", "--no-gradient_checkpointing", "--max_steps", str(cfg.steps),
-             "--save_steps", str(cfg.steps))
+    flags = ("--train_data", os.path.join(HERE, "data", "example_sft.json"), "--batch_size", "16",
+             "--max_length", "512", "--no-gradient_checkpointing")
     speeds = {name: [] for name in LAYOUTS}
-    for i in range(cfg.repeats):
+    for _ in range(cfg.repeats):
         for name, (n, extra) in LAYOUTS.items():  # in turn: a machine that slows down slows all of them
-            output = os.path.join(directory, f"{name}_{i}")
-            launch(n, os.path.join(HERE, "sft.py"), *flags, *extra, "--output_dir", output)
-            with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as f:
-                steps = [json.loads(line) for line in f]
+            steps = train(directory, n, cfg.steps, *flags, *extra)
             speeds[name].append(statistics.median(step["tokens_per_second"] for step in steps[UNSTEADY:]))
-            shutil.rmtree(output)
     ratios = {f"{a}_to_{b}": spread([x / y for x, y in zip(speeds[a], speeds[b])])  # of the runs of one round
               for a, b in (("dp2", "one"), ("tp2", "dp2"))}
     return {"tokens_per_second": {name: spread(values) for name, values in speeds.items()}, **ratios}
 
 
+def bench_memory(cfg, directory):
+    try:
+        versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "peft") if cfg.vs}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f"--vs trl: {error.name} is not installed: pip install trl peft") from error
+    write_model(directory, QWEN_05B)
+    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "the " * LENGTH}]  # one token each
+    path = os.path.join(directory, "rows.json")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump([{"messages": turns}] * (cfg.repeats + 1), f)
+    flags = ("--train_data", path, "--max_length", str(LENGTH), "--batch_size", "1", "--micro_batch_size", "1")
+    lora = ("--use_lora", "--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_targets", "all-linear")
+    line = {}
+    for name, extra in (("full", ()), ("lora", lora)):
+        steps = train(directory, 1, cfg.repeats + 1, *flags, *extra)
+        assert all(step["tokens"] == LENGTH for step in steps)
+        line[name] = {"peak_gb": steps[-1]["peak_memory_gb"], "seconds": spread([s["seconds"] for s in steps[1:]])}
+        if cfg.vs:
+            line[f"trl_{name}"] = sides(1, "--side", f"trl_{name}", "--directory", directory)[0]
+    ratios = {f"{a}_to_{b}": line[a]["peak_gb"] / line[b]["peak_gb"]
+              for a, b in (("lora", "full"), ("lora", "trl_lora"), ("full", "trl_full")) if b in line}
+    return {**line, **ratios, "time_lora_to_full": line["lora"]["seconds"][0] / line["full"]["seconds"][0], **versions}
+
+
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        result = (side_load if cfg.side == "load" else side_loss)(cfg)
+        result = {"load": side_load, "trl_full": side_trl, "trl_lora": side_trl}.get(cfg.side, side_loss)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
@@ -199,7 +265,8 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
-        line.update({"loss": bench_loss, "load": bench_load, "ranks": bench_ranks}[cfg.part](cfg, directory))
+        parts = {"loss": bench_loss, "load": bench_load, "ranks": bench_ranks, "memory": bench_memory}
+        line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))
 

@@ -1,6 +1,6 @@
 """Talk to a model: python chat.py outputs/checkpoints/latest [--prompt "..."]
 
-Any model directory, hub id or `tiny`; a step directory is one. Without --prompt: a conversation on the terminal
+Any model directory, hub id, adapter directory or `tiny`; a step directory is one. Without --prompt: a conversation on the terminal
 (/reset forgets it, Ctrl-D ends it), or one answer to what is piped in. Answers end where training ended its turns.
 """
 
@@ -19,6 +19,7 @@ import torch
 
 import checkpoint
 import data
+import lora
 from config import knob, parse, run
 from model import CausalLM, ModelConfig, generate
 
@@ -27,7 +28,8 @@ from model import CausalLM, ModelConfig, generate
 class Config:
     """Talk to a model: python chat.py DIR [flags]"""
 
-    model: str = knob("./outputs/checkpoints/latest", "model directory, hub id or tiny", group="chat")
+    model: str = knob("./outputs/checkpoints/latest", "model or adapter directory, hub id or tiny", group="chat")
+    base: str | None = knob(None, "model of an adapter, if not the one that its adapter_config.json names")
     prompt: str | None = knob(None, "answer this and end")
     system: str | None = knob(None, "system message")
     temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts")
@@ -57,16 +59,23 @@ def sampler(temperature, top_p):
     return sample
 
 
-def load(name):
-    """(model, tokenizer, ids that end an answer) of a model directory."""
-    directory = checkpoint.model_directory(name)
+def load(name, base=None):
+    """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter directory and its base."""
+    directory = adapter = checkpoint.model_directory(name)
+    if checkpoint.is_adapter(adapter):
+        settings = lora.checked(checkpoint.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
+        directory = checkpoint.model_directory(base or settings["base_model_name_or_path"])
     config = checkpoint.read_json(os.path.join(directory, "config.json"))
-    tokenizer = data.ChatTokenizer(directory)
+    has_tokenizer = os.path.exists(os.path.join(adapter, "tokenizer.json"))
+    tokenizer = data.ChatTokenizer(adapter if has_tokenizer else directory)
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
+    if adapter != directory:
+        lora.inject(model, settings, lora.ranks_of(checkpoint.weight_entries(adapter)))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     model.tie_weights()
-    checkpoint.load_weights(model, directory)
+    for source in dict.fromkeys((directory, adapter)):
+        checkpoint.load_weights(model, source)
     stops = checkpoint.generation_config(directory, config, tokenizer.stop_id)["eos_token_id"]
     return model.eval(), tokenizer, set(stops if isinstance(stops, list) else [stops])
 
@@ -92,7 +101,7 @@ def main():
         argv = ["--model", *argv]
     cfg, _ = parse(Config, argv)
     torch.manual_seed(cfg.seed)
-    model, tokenizer, stops = load(cfg.model)
+    model, tokenizer, stops = load(cfg.model, cfg.base)
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, talking = list(start), cfg.prompt is None and sys.stdin.isatty()
     while True:

@@ -6,6 +6,7 @@ that are whole or absent, resume, pruning. Everything is safetensors or JSON: no
 A step directory is written under a temporary name, flushed to the disk and renamed; `latest` moves after that.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,9 @@ from torch.distributed.tensor import DTensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
+ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's
+UMASK = os.umask(0)  # there is no way to read it but to set it
+os.umask(UMASK)
 CHUNK = 2**24  # elements converted at a time between the disk's dtype and memory's: 64 MB of fp32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
@@ -93,8 +97,15 @@ def read_header(path):
     return entries
 
 
+def is_adapter(directory):
+    return os.path.exists(os.path.join(directory, "adapter_config.json"))
+
+
 def weight_entries(directory):
-    """name -> Entry of a model directory, one file or sharded with an index."""
+    """name -> Entry of a model directory, one file or sharded with an index, or of a PEFT adapter's."""
+    if is_adapter(directory):
+        entries = read_header(os.path.join(directory, ADAPTER_FILE))
+        return {name.removeprefix(ADAPTER_PREFIX): entry for name, entry in entries.items()}
     index = os.path.join(directory, "model.safetensors.index.json")
     if not os.path.exists(index):
         return read_header(os.path.join(directory, "model.safetensors"))
@@ -160,9 +171,20 @@ def read_into(entry, tensor):
                     part.copy_(target)
 
 
+def fingerprint(directory):
+    """A short hash of a model directory's tensors, from the beginning of each: tells one base from another."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, entry in sorted(weight_entries(directory).items()):
+        with open(entry.file, "rb") as f:
+            f.seek(entry.start)
+            size = min(256, math.prod(entry.shape) * DTYPES[entry.dtype].itemsize)
+            state.update(f"{name} {entry.dtype} {entry.shape}".encode() + f.read(size))
+    return state.hexdigest()
+
+
 def load_weights(model, directory, optimizer=None):
     """Fill the parameters of `model` (materialised, any float dtype), or what the optimizer holds instead of them
-    (master_weights), from a model directory; return its layout.
+    (master_weights), from a model directory, or those that an adapter has from an adapter's; return its layout.
 
     The layout is what saving needs to write the same files again: file name -> {tensor name: dtype code}.
 
@@ -172,24 +194,27 @@ def load_weights(model, directory, optimizer=None):
     if strange := [f"{n} ({e.dtype}, {e.file})" for n, e in entries.items() if e.dtype not in ("F32", "BF16", "F16")]:
         raise ValueError(f"weights must be F32, BF16 or F16, not {strange[0]}: quantised models can't be trained")
     entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}  # computed, not read
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    owned = dict(model.named_parameters())  # a tied head is not in here, its embedding is
+    # an adapter's part is what it can train; a model's is all but what adapters add
+    part = (lambda n, p: p.requires_grad) if is_adapter(directory) else (lambda n, p: ".lora_" not in n)
+    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if part(n, p)}
+    owned = {n: p for n, p in model.named_parameters() if part(n, p)}  # without a tied head; its embedding is there
+    fits = f"{directory} does not fit " + ("this model" if is_adapter(directory) else "its config.json")
     missing = sorted(set(owned) - set(entries))
     unexpected = sorted(set(entries) - set(parameters))
     if missing or unexpected:
-        raise ValueError(f"{directory} does not fit its config.json: missing {missing[:8] or 'nothing'}, "
-                         f"unexpected {unexpected[:8] or 'nothing'}"
+        raise ValueError(f"{fits}: missing {missing[:8] or 'nothing'}, unexpected {unexpected[:8] or 'nothing'}"
                          + (f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""))
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
     if wrong:
-        raise ValueError(f"{directory} does not fit its config.json: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
-    for name, master in master_weights(model, optimizer).items():
-        read_into(entries[name], master)
+        raise ValueError(f"{fits}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
+    masters = master_weights(model, optimizer)
+    for name in owned:
+        read_into(entries[name], masters[name])
     for name in set(entries) - set(owned):  # the file holds a tied weight twice: both must say the same
-        copy = torch.empty_like(parameters[name])
+        copy = torch.empty_like(masters[name])
         read_into(entries[name], copy)
-        if not torch.equal(local_part(copy)[0], local_part(parameters[name])[0]):
+        if not torch.equal(local_part(copy)[0], local_part(masters[name])[0]):
             raise ValueError(f"{entries[name].file}: config.json ties {name} to the embedding, but they differ; set "
                              "tie_word_embeddings to false")
     layout = {}
@@ -199,9 +224,21 @@ def load_weights(model, directory, optimizer=None):
     return layout
 
 
+def fill(tensor, whole):
+    """Copy this rank's part of a whole tensor into one that may be split."""
+    part, spans = local_part(tensor)
+    part.copy_(whole[tuple(slice(*span) for span in spans)])
+
+
+def adapter_layout(model):
+    """The layout of an adapter: one file, fp32, of all that is trained; a tied head and embedding by both names."""
+    return {ADAPTER_FILE: {n: "F32" for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}}
+
+
 def write_safetensors(path, tensors):
     """Write {name: tensor} and flush it to the disk. Byte for byte what an untouched model was read from."""
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    os.chmod(path, 0o666 & ~UMASK)  # the package's is readable by its owner alone, whatever the umask
     sync(path)
 
 
@@ -256,9 +293,16 @@ def numbered(tensors, stem, count):
     return {f"{file}.safetensors": group for file, group in zip(names, groups.values())}
 
 
-def write_shared(directory, files, tensors, dtypes):
-    """Write {file: names} of tensors that may be split over the ranks. Each file has one writer, which gathers its
-    tensors one by one: no rank holds more of the model at a time than its files."""
+def write_index(directory, files, total_size):
+    """The index of a model in several files, {file: names}, of total_size bytes."""
+    weight_map = dict(sorted((name, file) for file, group in files.items() for name in group))
+    write_file(os.path.join(directory, "model.safetensors.index.json"),
+               {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def write_shared(directory, files, tensors, dtypes, prefix=""):
+    """Write {file: names} of tensors that may be split over the ranks, with `prefix` before each name. Each file has
+    one writer, which gathers its tensors one by one: no rank holds more of the model at a time than its files."""
     rank, size = rank_and_size()
     for i, (file, names) in enumerate(files.items()):
         mine = {}
@@ -267,7 +311,9 @@ def write_shared(directory, files, tensors, dtypes):
             if isinstance(tensor, DTensor):  # all ranks take part; offloaded parts travel through the device
                 tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
             if i % size == rank:
-                mine[name] = tensor.to("cpu", dtypes[name])
+                tensor = tensor.to("cpu", dtypes[name])
+                shared = any(tensor.data_ptr() == other.data_ptr() for other in mine.values())  # a tied one
+                mine[prefix + name] = tensor.clone() if shared else tensor
         if mine:
             write_safetensors(os.path.join(directory, file), mine)
 
@@ -292,6 +338,7 @@ def save(root, step, model, layout, files, optimizer, state):
     """
     final, temporary = os.path.join(root, f"step_{step}"), os.path.join(root, f"tmp_step_{step}")
     (rank, size), inner = rank_and_size(), os.path.join(temporary, "training_state")
+    prefix = ADAPTER_PREFIX if ADAPTER_FILE in layout else ""
     if rank == 0:
         os.makedirs(root, exist_ok=True)
         for name in os.listdir(root):  # what a kill left behind
@@ -305,21 +352,15 @@ def save(root, step, model, layout, files, optimizer, state):
     masters = master_weights(model, optimizer)
     dtypes = {n: DTYPES[code] for names in layout.values() for n, code in names.items()}
     names = {file: list(codes) for file, codes in layout.items()}
-    if len(names) < size:  # each rank writes its share
+    if len(names) < size and not prefix:  # each rank writes its share; an adapter, which is small, is one file
         names = numbered({n: masters[n] for n in dtypes}, "model", size)
-    write_shared(temporary, names, masters, dtypes)
+    write_shared(temporary, names, masters, dtypes, prefix)
     if len(names) > 1 and rank == 0:
-        total = sum(masters[n].numel() * dtype.itemsize for n, dtype in dtypes.items())
-        write_file(os.path.join(temporary, "model.safetensors.index.json"), {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted((n, file) for file, group in names.items() for n in group))})
+        write_index(temporary, names, sum(masters[n].numel() * dtype.itemsize for n, dtype in dtypes.items()))
 
-    trained = {n: p for n, p in masters.items() if p.requires_grad}
+    trained = trained_weights(model, optimizer)
     tensors = {f"{key}.{n}": optimizer.state[p][key] for key in MOMENTS for n, p in trained.items()}
-    tensors.update({f"master.{n}": p for n, p in masters.items() if p.dtype != dtypes[n]})
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors.update({f"master.{n}": p for n, p in trained.items() if p.dtype != dtypes[n]})
     write_shared(inner, numbered(tensors, "tensors", size), tensors, {n: t.dtype for n, t in tensors.items()})
     barrier()
 
@@ -337,9 +378,15 @@ def save(root, step, model, layout, files, optimizer, state):
 
 
 def master_weights(model, optimizer):
-    """name -> the tensor that the optimizer steps: the parameter, or its master in host memory."""
+    """name -> the tensor that the optimizer steps: the parameter, or its master in host memory. A tied one twice."""
     host = getattr(optimizer, "host", {})
-    return {name: host.get(p, p) for name, p in model.named_parameters()}
+    return {name: host.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def trained_weights(model, optimizer):
+    """The same of what is trained, a tied one once."""
+    masters = master_weights(model, optimizer)
+    return {name: masters[name] for name, p in model.named_parameters() if p.requires_grad}
 
 
 def set_latest(root, step):
@@ -398,19 +445,17 @@ def load_state(directory):
 
 
 def load_training_tensors(directory, model, optimizer, step):
-    """Restore moments, master weights and RNG, exactly. Raises ValueError if a tensor is missing or misshapen."""
+    """Restore moments and master weights, exactly. Raises ValueError if a tensor is missing or misshapen."""
     inner, entries = os.path.join(directory, "training_state"), {}
     for file in sorted(os.listdir(inner)):
         if file.endswith(".safetensors"):
             entries.update(read_header(os.path.join(inner, file)))
-    masters = master_weights(model, optimizer)
-    trained = {n: p for n, p in masters.items() if p.requires_grad}
+    trained = trained_weights(model, optimizer)
     wanted = {f"{key}.{n}": p for key in MOMENTS for n, p in trained.items()}
     codes = {n: e.dtype for n, e in weight_entries(directory).items()}
-    wanted.update({f"master.{n}": p for n, p in masters.items() if p.dtype != DTYPES.get(codes.get(n))})
-    stored = {n for n in entries if not n.startswith("rng.")}
-    if stored != set(wanted) or any(entries[n].shape != p.shape for n, p in wanted.items()):
-        differ = sorted(stored ^ set(wanted)) or "a shape"
+    wanted.update({f"master.{n}": p for n, p in trained.items() if p.dtype != DTYPES.get(codes.get(n))})
+    if set(entries) != set(wanted) or any(entries[n].shape != p.shape for n, p in wanted.items()):
+        differ = sorted(set(entries) ^ set(wanted)) or "a shape"
         raise ValueError(f"{inner} does not belong to this model: {differ[:5]} differ")
     for name, p in trained.items():
         moments = {key: torch.empty_like(p) for key in MOMENTS}
@@ -419,10 +464,3 @@ def load_training_tensors(directory, model, optimizer, step):
         optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
     for name in (n for n in wanted if n.startswith("master.")):
         read_into(entries[name], wanted[name])
-    for name in (n for n in entries if n.startswith("rng.")):
-        rng = torch.empty(entries[name].shape, dtype=torch.uint8)
-        read_into(entries[name], rng)
-        if name == "rng.cpu":
-            torch.set_rng_state(rng)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -145,6 +146,9 @@ def shard(model, ranks, bf16, param_offload):
                              f"and vocab_size, here {parts}; these do: {fit}")
         for block in model.model.layers:
             plan = {name: style for name, style in BLOCK_PLAN.items() if "norm" not in name or config.qk_norm}
+            for name, module in block.named_modules():
+                if hasattr(module, "lora_A"):
+                    split_adapted(module, isinstance(plan.pop(name), ColwiseParallel), tp)
             parallelize_module(block, tp, plan)
         parallelize_module(model.model, tp, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
         if config.tie_word_embeddings:
@@ -166,6 +170,40 @@ def shard(model, ranks, bf16, param_offload):
             module.set_gradient_divide_factor(1.0)
             # summed, not averaged: the loss is divided by the step's targets already
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
+
+
+def split_adapted(module, by_rows, tp):
+    """Split a linear layer and its adapter over tp: by rows of the weight (column parallel, in Megatron's words; B is
+    split with it) or by its columns (row parallel; A is). Nothing is communicated beyond what the layer does without
+    an adapter: the base's and the adapter's part of the output are summed in one all-reduce. The small matrix that
+    is not split gets a part of its gradient on each rank, and FSDP2 sums those once a step."""
+    split = Shard(0) if by_rows else Shard(1)
+    places = {"weight": split, "bias": split if by_rows else Replicate(), "lora_A.weight": Replicate() if by_rows
+              else split, "lora_B.weight": split if by_rows else Replicate(),
+              "lora_magnitude_vector": split if by_rows else Replicate()}
+    for name, p in list(module.named_parameters()):
+        part = nn.Parameter(distribute_tensor(p, tp, [places[name]]), requires_grad=p.requires_grad)
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, part)
+    compute = module.compute
+
+    def compute_part(x, weight, bias, *adapter):
+        parts = [p if p is None else p.to_local(grad_placements=[
+            Partial() if p.placements[0].is_replicate() else p.placements[0]]) for p in (weight, bias, *adapter)]
+        if by_rows:
+            return compute(x.to_local(grad_placements=[Partial()]), *parts)
+        if tp.get_local_rank():
+            parts[1] = None  # added once
+        y = DTensor.from_local(compute(x, *parts), tp, [Partial()], run_check=False)
+        return y.redistribute(placements=[Replicate()]).to_local()
+
+    def combine(squares):
+        dist.all_reduce(squares, group=tp.get_group())
+        return squares
+
+    module.compute = compute_part
+    if not by_rows:
+        module.combine = combine
 
 
 def split_vocabulary(model, tp):
@@ -212,11 +250,11 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def largest(value, ranks):
-    """The largest of all ranks' values, as a float."""
-    value = value.to(ranks.device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item()
+def largest(values, ranks):
+    """Each element's largest value of all ranks, as floats."""
+    values = values.to(ranks.device, torch.float32)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 class HostAdamW(torch.optim.AdamW):

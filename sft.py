@@ -26,6 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import fsdp
+import lora
 from config import knob, parse, run, write_yaml
 from model import IGNORE, CausalLM, ModelConfig
 
@@ -60,6 +61,17 @@ class Config:
     beta1: float = knob(0.9, "decay of the first moment")
     beta2: float = knob(0.95, "decay of the second moment")
 
+    use_lora: bool = knob(False, "train small adapters beside the frozen model", group="LoRA")
+    lora_rank: int = knob(8, "inner width of an adapter")
+    lora_alpha: int = knob(16, "adapters are scaled by alpha / rank")
+    lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out")
+    lora_targets: str = knob("all-linear", "layers: all-linear, names with commas, or a regular expression")
+    lora_rs: bool = knob(False, "scale by alpha / sqrt(rank): rsLoRA")
+    lora_dora: bool = knob(False, "learn the norm of each output's weights apart: DoRA")
+    lora_plus_ratio: float = knob(1.0, "learning rate of the B matrices, times lr: LoRA+")
+    lora_modules_to_save: str | None = knob(None, "train these whole as well: embed_tokens, lm_head, or both")
+    resume_adapter: str | None = knob(None, "begin with this adapter, made here or by PEFT, and its settings")
+
     strategy: str = knob("fsdp", "fsdp or fsdp2: FSDP2; megatron: matrices are split over tp ranks as well",
                          ("fsdp", "fsdp2", "megatron"), group="several GPUs, memory")
     tp: int = knob(1, "ranks that share each matrix, with --strategy megatron")
@@ -89,16 +101,25 @@ class Config:
         if (self.tp > 1) != (self.strategy == "megatron"):
             raise ValueError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
                              "type --strategy megatron --tp 2, or leave both out")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        for name in (name for name in given if name.startswith(("lora_", "resume_adapter"))):
+            if not self.use_lora:
+                raise ValueError(f"--{name} {getattr(self, name)} does nothing without --use_lora")
+            if self.resume_adapter and name in ADAPTER_KNOBS:
+                raise ValueError(f"--{name} {getattr(self, name)} with --resume_adapter: the adapter has its own; leave "
+                                 "it out")
         if self.min_lr_ratio and self.scheduler == "constant":
             raise ValueError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; "
                              "use cosine or linear")
 
 
+ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
+                 "lora_modules_to_save")  # in the order of lora.settings
 RANGES = (
-    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps tp timeout", 1,
-     math.inf),
-    ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed", 0, 1e18),
-    ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2", 0, 0.9999999),
+    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps tp timeout "
+     "lora_rank lora_alpha", 1, math.inf),
+    ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed lora_plus_ratio", 0, 1e18),
+    ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2 lora_dropout", 0, 0.9999999),
 )
 
 
@@ -118,9 +139,11 @@ def lr_at(step, total_steps, cfg):
 def evaluate(model, dataset, capacity, max_rows, ranks):
     """(nats per target token over the whole set, its target tokens); the same on every rank."""
     nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    model.eval()  # no dropout
     for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows, ranks.dp_rank, ranks.dp_size):
         nll += model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device))
     fsdp.reshard(model)
+    model.train()
     n_targets = int(dataset.n_targets.sum())
     return ranks.sum(nll).item() / n_targets, n_targets
 
@@ -169,7 +192,7 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
         loss, gradients = gradient(*way)
         base = base or (loss, gradients)
         off = torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
-        off = max(fsdp.largest(off.max(), ranks), abs(loss / base[0] - 1).item())
+        off = max(*fsdp.largest(off, ranks), abs(loss / base[0] - 1).item())
         worst = max(worst, off)
         if ranks.rank == 0:
             print(f"{name:32} loss {loss.item():.8f}   largest relative difference {off:.1e}")
@@ -177,6 +200,38 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
         raise ValueError(f"selfcheck: the gradient depends on the layout, {worst:.1e} is above {limit}")
     if ranks.rank == 0:
         print(f"selfcheck: ok, {len(ids)} conversations, nothing above {limit}")
+
+
+def add_adapters(model, cfg, directory):
+    """Freeze the model and put adapters on it, new ones or those of a PEFT directory; return PEFT's settings."""
+    if directory:
+        settings = lora.checked(checkpoint.read_json(os.path.join(directory, "adapter_config.json")), directory)
+        ranks = lora.ranks_of(checkpoint.weight_entries(directory))
+    else:
+        settings, ranks = lora.settings(model, cfg.model, *(getattr(cfg, name) for name in ADAPTER_KNOBS))
+    lora.inject(model, settings, ranks)
+    return settings
+
+
+@torch.no_grad()
+def start_adapters(model, masters, seed):
+    """First values of new adapters: what the layers compute does not change."""
+    for name, whole in lora.first_values(model, seed):
+        checkpoint.fill(masters[name], whole)
+    for name, module in model.named_modules():
+        if (masters.get(f"{name}.lora_magnitude_vector")) is not None:
+            squares = torch.linalg.vector_norm(fsdp.local(module.weight), dim=1, dtype=torch.float32).square()
+            fsdp.local(masters[f"{name}.lora_magnitude_vector"]).copy_(module.combine(squares).sqrt())
+
+
+def check_adapters(model, ranks):
+    """Stop a run whose adapters do not learn: in the first step each B matrix has a gradient, so each will change."""
+    found = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
+    alive = torch.tensor([g is not None and bool(fsdp.local(g).any()) for g in found.values()])
+    dead = [name for name, lives in zip(found, fsdp.largest(alive, ranks)) if not lives]
+    if dead:
+        raise ValueError(f"{len(dead)} of {len(found)} adapters have no gradient and would never learn: "
+                         f"{', '.join(dead[:5])}")
 
 
 class Metrics:
@@ -224,8 +279,13 @@ def train(cfg, ranks):
     if not resume and os.path.exists(metrics_file) and not cfg.selfcheck:
         raise ValueError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
                          "starts another elsewhere")
-    source = resume or checkpoint.model_directory(cfg.model)
-    tokenizer_source = checkpoint.model_directory(cfg.tokenizer) if cfg.tokenizer else source
+    adapter = (resume or cfg.resume_adapter) if cfg.use_lora else None
+    if (directory := adapter or resume) and checkpoint.is_adapter(directory) != cfg.use_lora:
+        raise ValueError(f"{directory} is {'a whole model' if cfg.use_lora else 'an adapter'}: go on with it "
+                         f"{'without' if cfg.use_lora else 'with'} --use_lora")
+    source = resume if resume and not adapter else checkpoint.model_directory(cfg.model)
+    tokenizer_source = checkpoint.model_directory(cfg.tokenizer) if cfg.tokenizer else next(
+        d for d in (adapter, source) if d == source or os.path.exists(os.path.join(d or "", "tokenizer.json")))
     config_json = checkpoint.read_json(os.path.join(source, "config.json"))
     model_config = ModelConfig.from_dict(config_json)
 
@@ -245,21 +305,32 @@ def train(cfg, ranks):
     ranks.at("load")
     with torch.device("meta"):
         model = CausalLM(model_config)
-    if cfg.optimizer_offload and dtype == "bf16":
-        model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host
+    if dtype == "bf16" and (cfg.optimizer_offload or cfg.use_lora):
+        model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or it is frozen
+    settings = add_adapters(model, cfg, adapter) if cfg.use_lora else {}
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     fsdp.shard(model, ranks, dtype == "bf16", cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else device)
     model.tie_weights()
-    parameters = list(model.parameters())
-    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters, matrices = list(trained.values()), [name for name, p in trained.items() if p.ndim >= 2]
+    groups = [dict(params=[p for n, p in trained.items() if n not in matrices], weight_decay=0.0, lr_ratio=1.0)]
+    for is_b, ratio in (False, 1.0), (True, cfg.lora_plus_ratio):
+        groups.append(dict(params=[trained[n] for n in matrices if (".lora_B." in n) == is_b], lr_ratio=ratio,
+                           weight_decay=cfg.weight_decay))
     adamw = fsdp.HostAdamW if cfg.optimizer_offload else torch.optim.AdamW
     optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
     layout = checkpoint.load_weights(model, source, optimizer)
+    if adapter:
+        layout = checkpoint.load_weights(model, adapter, optimizer)
+    elif cfg.use_lora:
+        layout = checkpoint.adapter_layout(model)
+        start_adapters(model, checkpoint.master_weights(model, optimizer), cfg.seed)
 
     # What decides which conversations a step holds: a run goes on with the same, or not at all.
     identity = dict(data=rows.digest(), seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
+    if cfg.use_lora:
+        identity.update({name: getattr(cfg, name) for name in ADAPTER_KNOBS}, base=checkpoint.fingerprint(source))
     if resume:
         differ = [f"{key} {state.get(key)} then, {now} now" for key, now in identity.items() if state.get(key) != now]
         if differ:
@@ -270,9 +341,12 @@ def train(cfg, ranks):
             checkpoint.set_latest(root, state["step"])  # later steps there belong to the run that we leave
     if cfg.optimizer_offload:
         optimizer.publish()
-    files = {"generation_config.json": checkpoint.generation_config(source, config_json, tokenizer.stop_id),
-             **checkpoint.read_bytes(source, ["config.json"]),
-             **checkpoint.read_bytes(tokenizer_source, checkpoint.TOKENIZER_FILES)}
+    files = checkpoint.read_bytes(tokenizer_source, checkpoint.TOKENIZER_FILES)
+    if cfg.use_lora:
+        files["adapter_config.json"] = settings
+    else:
+        files["generation_config.json"] = checkpoint.generation_config(source, config_json, tokenizer.stop_id)
+        files.update(checkpoint.read_bytes(source, ["config.json"]))
     if tokenizer.is_fallback:
         files["chat_template.jinja"] = tokenizer.source.encode()
     if cfg.selfcheck:
@@ -281,8 +355,10 @@ def train(cfg, ranks):
     if ranks.rank == 0:
         write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
 
-    n_parameters, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
-    say(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, all trained, "
+    n_parameters, n_trained = (sum(p.numel() for p in group) for group in (model.parameters(), parameters))
+    per_epoch = sampler.per_epoch[0]
+    say(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, "
+        f"{f'{n_trained:,} of them in adapters' if cfg.use_lora else 'all'} trained, "
         f"{dtype} on {ranks.size} × {device.type}{f', {cfg.strategy}, tp {cfg.tp}' if ranks.size > 1 else ''}")
     if tokenizer.is_fallback:
         say("         it has no chat template: ChatML is used, and saved with it")
@@ -299,6 +375,7 @@ def train(cfg, ranks):
     for step in bar:
         started = time.perf_counter()
         ranks.at(f"step {step}")
+        torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # of dropout: resume has no generator to restore
         epoch, ids = sampler.step(step)
         batches = list(data.micro_batches(rows, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
         n_targets = int(rows.n_targets[ids].sum())
@@ -309,6 +386,8 @@ def train(cfg, ranks):
             # Divided by the targets of the whole step, over all ranks: how the step is cut up does not change it.
             (nll / n_targets).backward()
             loss += nll.detach() / n_targets
+        if step == steps[0]:
+            check_adapters(model, ranks)
         grad_norm = fsdp.clip_grad_norm(parameters, cfg.grad_clip or math.inf)
         loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()  # the one device sync of a step
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -316,7 +395,7 @@ def train(cfg, ranks):
                                      f"were touched. Conversations: {', '.join(rows.sources[i] for i in ids)}")
         lr = lr_at(step, total_steps, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -339,7 +418,7 @@ def train(cfg, ranks):
 
     latest = os.path.join(root, "latest")
     python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
-    say(f"saved    {latest} -> step_{total_steps}, a Hugging Face model directory")
+    say(f"saved    {latest} -> step_{total_steps}, a {'PEFT adapter' if cfg.use_lora else 'Hugging Face model'} directory")
     say(f"talk     {python} chat.py {latest}")
 
 
