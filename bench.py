@@ -245,6 +245,7 @@ def bench_memory(cfg, directory):
     for name, extra in (("full", ()), ("lora", lora)):
         steps = train(directory, 1, cfg.repeats + 1, *flags, *extra)
         assert all(step["tokens"] == LENGTH for step in steps)
+        # getrusage's peak begins with that of this process, which is lower: it held the weights in bf16 only
         line[name] = {"peak_gb": steps[-1]["peak_memory_gb"], "seconds": spread([s["seconds"] for s in steps[1:]])}
         if cfg.vs:
             line[f"trl_{name}"] = sides(1, "--side", f"trl_{name}", "--directory", directory)[0]

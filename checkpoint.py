@@ -97,6 +97,17 @@ def read_header(path):
     return entries
 
 
+def read_packed(entry, tensor, module):
+    """Fill a weight that `module` stores in another form (its `fill`), from a few rows of the matrix at a time."""
+    local, spans = local_part(tensor)
+    (first, last), columns = spans[0], module.in_features
+    rows = max(1, CHUNK // columns)
+    for start in range(first, last, rows):
+        weight = torch.empty(min(rows, last - start), columns)
+        read_into(entry, weight, [(start, start + len(weight)), (0, columns)])
+        module.fill(local[start - first :][: len(weight)], weight.to(local.device))
+
+
 def is_adapter(directory):
     return os.path.exists(os.path.join(directory, "adapter_config.json"))
 
@@ -141,10 +152,11 @@ def local_part(tensor):
     return tensor.to_local().detach(), spans
 
 
-def read_into(entry, tensor):
-    """Fill `tensor` (any device and dtype) from the disk. Reads this rank's part of it only, and has at most one chunk
-    beside it in memory."""
-    local, spans = local_part(tensor)
+def read_into(entry, tensor, spans=None):
+    """Fill `tensor` (any device and dtype) from the disk. Reads this rank's part of it only, or the part that `spans`
+    gives, [(start, stop) in each dimension], and has at most one chunk beside it in memory."""
+    local, own = local_part(tensor)
+    spans = spans or own
     dtype, shape = DTYPES[entry.dtype], entry.shape
     direct = dtype == local.dtype and local.device.type == "cpu"
     flat = local.view(-1)
@@ -204,13 +216,18 @@ def load_weights(model, directory, optimizer=None):
     if missing or unexpected:
         raise ValueError(f"{fits}: missing {missing[:8] or 'nothing'}, unexpected {unexpected[:8] or 'nothing'}"
                          + (f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""))
+    packed = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "fill")}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    shapes.update({name: (m.out_features, m.in_features) for name, m in packed.items()})
     wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
     if wrong:
         raise ValueError(f"{fits}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
     masters = master_weights(model, optimizer)
     for name in owned:
-        read_into(entries[name], masters[name])
+        if name in packed:
+            read_packed(entries[name], masters[name], packed[name])
+        else:
+            read_into(entries[name], masters[name])
     for name in set(entries) - set(owned):  # the file holds a tied weight twice: both must say the same
         copy = torch.empty_like(masters[name])
         read_into(entries[name], copy)

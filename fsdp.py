@@ -144,6 +144,7 @@ def shard(model, ranks, bf16, param_offload):
             fit = [n for n in range(1, config.num_key_value_heads + 1) if not any(part % n for part in parts)]
             raise ValueError(f"--tp {tp.size()} must divide the attention heads, key/value heads, intermediate_size "
                              f"and vocab_size, here {parts}; these do: {fit}")
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         for block in model.model.layers:
             plan = {name: style for name, style in BLOCK_PLAN.items() if "norm" not in name or config.qk_norm}
             for name, module in block.named_modules():
@@ -155,6 +156,8 @@ def shard(model, ranks, bf16, param_offload):
             model.tie_weights()
         else:
             parallelize_module(model, tp, {"lm_head": ColwiseParallel()})
+        for name in frozen:  # a plan's styles make new parameters, some of which would be trained (torch 2.13)
+            model.get_parameter(name).requires_grad_(False)
         split_vocabulary(model, tp)
     if ranks.size == 1 and not bf16 and not param_offload:
         return  # FSDP2 would only copy: nothing to shard, cast or move

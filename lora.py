@@ -36,7 +36,10 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, scaling, dropout, dora):
         super().__init__()
         self.weight, self.bias, self.scaling, self.dropout = linear.weight, linear.bias, scaling, dropout
-        rows, columns = linear.weight.shape
+        self.in_features, self.out_features = columns, rows = linear.in_features, linear.out_features
+        self.product = getattr(linear, "product", F.linear)  # of a 4-bit weight, or a plain one
+        if hasattr(linear, "fill"):
+            self.fill = linear.fill
         new = dict(bias=False, device=linear.weight.device, dtype=torch.float32)
         self.lora_A, self.lora_B = nn.Linear(columns, rank, **new), nn.Linear(rank, rows, **new)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(rows, device=new["device"])) if dora else None
@@ -51,7 +54,7 @@ class LoRALinear(nn.Module):
         of x for it."""
         h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (N, rank)
         # Added in place: the base's output, the largest tensor here, is never copied.
-        y = F.linear(x, weight, bias if magnitude is None else None).addmm_(h, B.T, alpha=self.scaling)
+        y = self.product(x, weight, bias if magnitude is None else None).addmm_(h, B.T, alpha=self.scaling)
         if magnitude is None:
             return y
         y = y * (magnitude / self.row_norms(weight, A, B))
@@ -97,10 +100,10 @@ def settings(model, base, rank, alpha, dropout, targets, rslora, dora, modules_t
                              f"names are {known}; a whole one is {linears[0]}")
         found |= hits
     for name in sorted(found):
-        shape = tuple(model.get_submodule(name).weight.shape)
-        if rank > min(shape):
-            raise ValueError(f"--lora_rank {rank} is above the smaller side of {name}, {shape[0]} × {shape[1]}: at "
-                             f"most {min(shape)}, or choose others with --lora_targets")
+        module = model.get_submodule(name)
+        if rank > (most := min(module.out_features, module.in_features)):
+            raise ValueError(f"--lora_rank {rank} is above the smaller side of {name}, {module.out_features} × "
+                             f"{module.in_features}: at most {most}, or choose others with --lora_targets")
     saved = [name.strip() for name in (modules_to_save or "").split(",") if name.strip()]
     if strange := [name for name in saved if name not in ("embed_tokens", "lm_head")]:
         raise ValueError(f"--lora_modules_to_save {modules_to_save}: {strange[0]!r} can't be trained whole beside an "
@@ -127,6 +130,15 @@ def checked(config, path):
         raise ValueError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model as well; "
                          "convert the adapter with peft's path_initial_model_for_weight_conversion")
     return config
+
+
+def check_base(config, model):
+    """Raise ValueError when the adapter says that it was trained on another model than the one named `model`: it would
+    load wherever the shapes fit. A directory may have been moved, so its own name is enough."""
+    base = config.get("base_model_name_or_path")
+    if base and os.path.basename(base.rstrip("/")) != os.path.basename(os.path.realpath(model)):
+        raise ValueError(f"the adapter was trained on {base}, not on --model {model}; give the former, or correct "
+                         "base_model_name_or_path in its adapter_config.json")
 
 
 def ranks_of(entries):
@@ -241,7 +253,8 @@ def merge(cfg):
     groups = checkpoint.numbered(sizes, "model", math.ceil(sum(t.nbytes for t in sizes.values()) / 2**30))
     for file, names in groups.items():
         checkpoint.write_safetensors(os.path.join(temporary, file), {name: value(name).to(dtype) for name in names})
-    checkpoint.write_index(temporary, groups, sizes)
+    if len(groups) > 1:
+        checkpoint.write_index(temporary, groups, sum(t.nbytes for t in sizes.values()))
     os.replace(temporary, cfg.out)
     print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(ranks)} layers, {cfg.dtype}\ntalk     python chat.py "
           f"{cfg.out}")

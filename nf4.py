@@ -1,7 +1,7 @@
 """A frozen matrix in 4 bits: NormalFloat4 in blocks of 64, their scales in 8 bits, as QLoRA stores its base model.
 
-Owns the 16 levels, the storage of one matrix and products with it, in plain PyTorch on any device. It knows nothing of
-layers, adapters, files or other processes, and records nothing for autograd: the caller's Function does.
+Owns the 16 levels, the storage of one matrix, products with it and the linear layer made of them, in plain PyTorch on
+any device. It knows nothing of adapters, files or other processes.
 Source: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E.
 
 Row o of every stored tensor is all there is of row o of the matrix (an output feature), and does not depend on other
@@ -12,6 +12,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 BLOCK = 64  # neighbours in a row that share one scale: their largest magnitude
 GROUP = 256  # blocks of a row whose scales share two fp32 constants; a row's last group may have fewer
@@ -39,26 +40,28 @@ def pairs(device):
     return both.view(torch.int64).flatten().to(device)
 
 
-def empty(rows, columns, device):
-    """Storage of a (rows, columns) matrix, its values undefined; 0.525 bytes a weight for 896 columns.
+def views(packed, columns):
+    """The storage of a (rows, columns) matrix in packed (rows, bytes) uint8, a row of it after another; / rounds up.
 
-    codes   (rows, columns / 2)   uint8; two 4-bit indices of LEVELS, the left one in the high bits
+    coarse  (rows, 2 * groups)    fp32; low and step of each group of 256 blocks
     scales  (rows, columns / 64)  uint8; the scale of a block is low + code**2 * step
-    coarse  (rows, 2 * groups)    fp32, in mixed precision too; low and step of each group of 256 blocks
-
-    The divisions round up.
+    codes   (rows, columns / 2)   uint8; two 4-bit indices of LEVELS, the left one in the high bits
     """
     blocks = -(-columns // BLOCK)
-    return {
-        "codes": torch.empty(rows, -(-columns // 2), dtype=torch.uint8, device=device),
-        "scales": torch.empty(rows, blocks, dtype=torch.uint8, device=device),
-        "coarse": torch.empty(rows, 2 * -(-blocks // GROUP), dtype=torch.float32, device=device),
-    }
+    first, second = 8 * -(-blocks // GROUP), 8 * -(-blocks // GROUP) + blocks
+    return {"coarse": packed[:, :first].view(torch.float32), "scales": packed[:, first:second],
+            "codes": packed[:, second : second + -(-columns // 2)]}
+
+
+def empty(rows, columns, device):
+    """Undefined packed storage, (rows, bytes) uint8: 0.525 bytes a weight for 896 columns. A row is whole words."""
+    blocks = -(-columns // BLOCK)
+    used = 8 * -(-blocks // GROUP) + blocks + -(-columns // 2)
+    return torch.empty(rows, used + -used % 4, dtype=torch.uint8, device=device)
 
 
 def block_scales(storage, start, stop):
     """The scales in use of the blocks in rows start..stop, (stop - start, blocks) fp32."""
-    assert storage["coarse"].dtype == torch.float32, "the constants of the scales were cast"
     scales = storage["scales"][start:stop].float().square_()
     for g, part in enumerate(scales.split(GROUP, dim=1)):
         low, step = storage["coarse"][start:stop, 2 * g : 2 * g + 2].split(1, dim=1)
@@ -71,10 +74,11 @@ def quantize_(storage, weight):
     """Fill `storage` from weight (rows, columns) of any float dtype, PIECE / 4 values at a time.
 
     Raises ValueError where weight is NaN or infinite: one device sync a piece, to see whether it is.
-    The 8 bits of a scale are not the paper's (a float around the mean of 256 scales) but count the root of the distance
-    to the smallest scale. On normal weights that adds 0.03% to the mean error of one quantisation (0.0728 std), the
-    paper's 0.16%; where one column is 100 times the others 0.13%, the paper's 3%, even steps 0.8%: where few scales
-    are huge the steps between the others stay fine. A root is rounded exactly, a logarithm not everywhere alike.
+
+    The 8 bits of a scale count the root of its distance to the group's smallest; the paper has a float around the mean.
+    On normal weights this adds 0.03 to 0.05% to the mean error of one quantisation (0.0728 std), the paper's 0.2%; with
+    one column 100 times the others 0.1%, the paper's 9%, even steps 0.8%: a few huge scales leave fine steps for the
+    rest. A root is rounded exactly; a logarithm is not, and slices of rows could differ.
     """
     rows, columns = weight.shape
     midpoints = ((LEVELS[1:] + LEVELS[:-1]) / 2).to(weight.device)
@@ -104,7 +108,7 @@ def dequantize(storage, dtype, start, stop, columns=None):
     scales, codes = block_scales(storage, start, stop), storage["codes"][start:stop]
     columns = columns or 2 * codes.shape[1]
     values = pairs(codes.device).index_select(0, codes.flatten().int())
-    values = values.view(torch.float32).view(codes.shape[0], -1)[:, :columns]
+    values = values.view(torch.float32).view(codes.shape[0], 2 * codes.shape[1])[:, :columns]
     full = columns // BLOCK
     values[:, : full * BLOCK].unflatten(1, (full, BLOCK)).mul_(scales[:, :full, None])
     values[:, full * BLOCK :].mul_(scales[:, full:])  # of the last block, if the row ends within it
@@ -129,3 +133,49 @@ def matmul(x, storage, columns, transpose):
         else:
             out += x[:, start:stop] @ weight
     return out.to(x.dtype)
+
+
+class Product(torch.autograd.Function):
+    """x @ W.T, of which nothing is kept for backward but W's storage: W is dequantised a second time there."""
+
+    @staticmethod
+    def forward(ctx, x, weight, columns):
+        ctx.save_for_backward(weight)
+        ctx.columns = columns
+        return matmul(x, views(weight.view(torch.uint8), columns), columns, transpose=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return matmul(grad, views(weight.view(torch.uint8), ctx.columns), ctx.columns, transpose=False), None, None
+
+
+class NF4Linear(nn.Linear):
+    """A frozen linear layer whose weight is packed storage. The bytes pass as bf16, which nothing computes with: FSDP2
+    shards no integers (torch 2.11), and casts fp32 and integers in mixed precision, but bf16 not."""
+
+    def __init__(self, linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        packed = empty(linear.out_features, linear.in_features, linear.weight.device)
+        self.weight = nn.Parameter(packed.view(torch.bfloat16), requires_grad=False)
+
+    def product(self, x, weight, bias):
+        """x @ W.T + bias, of a whole weight as it is stored."""
+        y = Product.apply(x, weight, self.in_features)
+        return y if bias is None else y.add_(bias)
+
+    def forward(self, x):
+        return self.product(x, self.weight, self.bias)
+
+    def fill(self, stored, weight):
+        """Quantise rows of the matrix into the same rows of the weight. Raises ValueError where they aren't finite."""
+        quantize_(views(stored.view(torch.uint8), self.in_features), weight)
+
+
+def quantize_linears(model):
+    """Replace every linear layer but the head, whose weight the loss reads, by one that stores 4 bits; in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, NF4Linear(module))

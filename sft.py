@@ -27,6 +27,7 @@ import checkpoint
 import data
 import fsdp
 import lora
+import nf4
 from config import knob, parse, run, write_yaml
 from model import IGNORE, CausalLM, ModelConfig
 
@@ -70,6 +71,7 @@ class Config:
     lora_dora: bool = knob(False, "learn the norm of each output's weights apart: DoRA")
     lora_plus_ratio: float = knob(1.0, "learning rate of the B matrices, times lr: LoRA+")
     lora_modules_to_save: str | None = knob(None, "train these whole as well: embed_tokens, lm_head, or both")
+    quantize: str | None = knob(None, "keep the frozen matrices in 4 bits: QLoRA", ("nf4",))
     resume_adapter: str | None = knob(None, "begin with this adapter, made here or by PEFT, and its settings")
 
     strategy: str = knob("fsdp", "fsdp or fsdp2: FSDP2; megatron: matrices are split over tp ranks as well",
@@ -102,12 +104,15 @@ class Config:
             raise ValueError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
                              "type --strategy megatron --tp 2, or leave both out")
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        for name in (name for name in given if name.startswith(("lora_", "resume_adapter"))):
+        for name in (name for name in given if name.startswith(("lora_", "resume_adapter", "quantize"))):
             if not self.use_lora:
                 raise ValueError(f"--{name} {getattr(self, name)} does nothing without --use_lora")
             if self.resume_adapter and name in ADAPTER_KNOBS:
                 raise ValueError(f"--{name} {getattr(self, name)} with --resume_adapter: the adapter has its own; leave "
                                  "it out")
+        if self.quantize and (self.tp > 1 or self.lora_dora):
+            other = "--strategy megatron" if self.tp > 1 else "--lora_dora"
+            raise ValueError(f"--quantize {self.quantize} does not work with {other}; leave one of them out")
         if self.min_lr_ratio and self.scheduler == "constant":
             raise ValueError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; "
                              "use cosine or linear")
@@ -204,8 +209,12 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
 
 def add_adapters(model, cfg, directory):
     """Freeze the model and put adapters on it, new ones or those of a PEFT directory; return PEFT's settings."""
+    if cfg.quantize:
+        nf4.quantize_linears(model)
     if directory:
         settings = lora.checked(checkpoint.read_json(os.path.join(directory, "adapter_config.json")), directory)
+        if directory == cfg.resume_adapter:  # a checkpoint's base is compared tensor by tensor
+            lora.check_base(settings, cfg.model)
         ranks = lora.ranks_of(checkpoint.weight_entries(directory))
     else:
         settings, ranks = lora.settings(model, cfg.model, *(getattr(cfg, name) for name in ADAPTER_KNOBS))
@@ -305,6 +314,7 @@ def train(cfg, ranks):
     ranks.at("load")
     with torch.device("meta"):
         model = CausalLM(model_config)
+    n_parameters = sum(p.numel() for p in model.parameters())
     if dtype == "bf16" and (cfg.optimizer_offload or cfg.use_lora):
         model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or it is frozen
     settings = add_adapters(model, cfg, adapter) if cfg.use_lora else {}
@@ -321,16 +331,18 @@ def train(cfg, ranks):
     adamw = fsdp.HostAdamW if cfg.optimizer_offload else torch.optim.AdamW
     optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
     layout = checkpoint.load_weights(model, source, optimizer)
-    if adapter:
-        layout = checkpoint.load_weights(model, adapter, optimizer)
-    elif cfg.use_lora:
+    if cfg.use_lora:
         layout = checkpoint.adapter_layout(model)
+    if adapter:
+        checkpoint.load_weights(model, adapter, optimizer)
+    elif cfg.use_lora:
         start_adapters(model, checkpoint.master_weights(model, optimizer), cfg.seed)
 
     # What decides which conversations a step holds: a run goes on with the same, or not at all.
     identity = dict(data=rows.digest(), seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
     if cfg.use_lora:
-        identity.update({name: getattr(cfg, name) for name in ADAPTER_KNOBS}, base=checkpoint.fingerprint(source))
+        identity.update({name: getattr(cfg, name) for name in (*ADAPTER_KNOBS, "quantize")},
+                        base=checkpoint.fingerprint(source))
     if resume:
         differ = [f"{key} {state.get(key)} then, {now} now" for key, now in identity.items() if state.get(key) != now]
         if differ:
@@ -355,10 +367,9 @@ def train(cfg, ranks):
     if ranks.rank == 0:
         write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
 
-    n_parameters, n_trained = (sum(p.numel() for p in group) for group in (model.parameters(), parameters))
-    per_epoch = sampler.per_epoch[0]
+    n_trained, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
     say(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, "
-        f"{f'{n_trained:,} of them in adapters' if cfg.use_lora else 'all'} trained, "
+        f"{f'and {n_trained:,} in adapters' if cfg.use_lora else 'all'} trained, "
         f"{dtype} on {ranks.size} × {device.type}{f', {cfg.strategy}, tp {cfg.tp}' if ranks.size > 1 else ''}")
     if tokenizer.is_fallback:
         say("         it has no chat template: ChatML is used, and saved with it")

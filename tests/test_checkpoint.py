@@ -180,16 +180,14 @@ def test_rotary_frequencies_in_a_file_are_ignored(tmp_path):
 # Resume is exact
 
 
-def test_masters_moments_and_random_state_come_back_bitwise(run):
+def test_masters_and_moments_come_back_bitwise(run):
     """The files hold bf16 for others to load; a resumed run has the fp32 weights, and its next step is the same one."""
     saved = run.save(1)
-    numbers = torch.rand(3)
     with torch.no_grad():
         copy, _ = loaded(saved)
     rounded = {name: p.clone() for name, p in copy.named_parameters()}
     optimizer = adamw(copy)
     checkpoint.load_training_tensors(saved, copy, optimizer, checkpoint.load_state(saved)["step"])
-    assert torch.equal(torch.rand(3), numbers)
     assert any(not torch.equal(p, rounded[name]) for name, p in copy.named_parameters())  # bf16 did lose something
     for straight, resumed in zip(run.model.parameters(), copy.parameters(), strict=True):
         assert torch.equal(straight, resumed)
@@ -210,7 +208,7 @@ def test_state_comes_back_with_its_step(run):
 def test_masters_are_saved_only_where_the_disk_is_narrower(tmp_path, run):
     """fp32 files are the masters already; beside them lie two moments a weight."""
     other = Run(published(tmp_path / "fp32", UNTIED), tmp_path / "out")
-    for r, kinds in ((run, {"exp_avg", "exp_avg_sq", "master", "rng"}), (other, {"exp_avg", "exp_avg_sq", "rng"})):
+    for r, kinds in ((run, {"exp_avg", "exp_avg_sq", "master"}), (other, {"exp_avg", "exp_avg_sq"})):
         tensors = load_file(os.path.join(r.save(1), "training_state", "tensors.safetensors"))
         assert {name.split(".")[0] for name in tensors} == kinds
         assert sum(name.startswith("exp_avg.") for name in tensors) == len(list(r.model.parameters()))

@@ -53,8 +53,8 @@ def tensors_of(directory):
     return found
 
 
-def two_layers(directory, **changes):
-    """A model of two layers in the manner of models/tiny, with its tokenizer."""
+def two_layers(directory, std=0.02, **changes):
+    """A model of two layers in the manner of models/tiny, with its tokenizer; matrices are random with `std`."""
     for file in os.listdir(TINY):
         if file.startswith("tokenizer"):
             shutil.copy(os.path.join(TINY, file), directory)
@@ -63,7 +63,7 @@ def two_layers(directory, **changes):
     torch.manual_seed(1)
     model = sft.CausalLM(sft.ModelConfig.from_dict(config))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.normal_(p, mean=1.0, std=0.1)
+        torch.nn.init.normal_(p, std=std) if p.ndim > 1 else torch.nn.init.normal_(p, mean=1.0, std=0.1)
     save_file({n: p.detach().to(torch.bfloat16 if config["tie_word_embeddings"] else torch.float32)
                for n, p in model.named_parameters()}, directory / "model.safetensors", {"format": "pt"})
     return directory
@@ -194,6 +194,8 @@ with fsdp.start(tp, 60) as ranks:
     config = sft.ModelConfig.from_dict(json.load(open(sys.argv[2] + "/config.json")))
     with torch.device("meta"):
         model = sft.CausalLM(config)
+    if sys.argv[3] == "lora":
+        sft.lora.inject(model, *sft.lora.settings(model, "base", 8, 16, 0.0, "all-linear", False, False, None))
     fsdp.shard(model, ranks, False, False)
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -217,9 +219,9 @@ with fsdp.start(tp, 60) as ranks:
 """
 
 
-def count_collectives(ranks, tp, model, tmp_path):
+def count_collectives(ranks, tp, model, tmp_path, how="full"):
     (tmp_path / "count.py").write_text(COUNT.format(root=ROOT))
-    result = torchrun(ranks, tmp_path / "count.py", tp, model)
+    result = torchrun(ranks, tmp_path / "count.py", tp, model, how)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(re.search(r"RESULT (.*)", result.stdout)[1])
 
@@ -242,6 +244,16 @@ def test_two_all_reduces_a_block_and_direction(models, tmp_path):
     assert total(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
     assert total(backward, "all_reduce") == 2 * 2, backward
     assert held < 0.52 * whole
+
+
+def test_adapters_add_no_all_reduce_to_a_micro_batch(models, tmp_path):
+    """tp 2 with LoRA: the same two all-reduces a block and direction. What each adapter's unsplit matrix needs, one
+    sum of its gradient, happens once a step. The first block's input needs no gradient: its first sum is not made."""
+    ((forward, backward), (_, last)), held, whole = count_collectives(2, 2, models["tied"], tmp_path, "lora")
+    assert total(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
+    assert total(backward, "all_reduce") == 2 * 2 - 1, backward
+    assert total(last, "all_reduce") == 2 * 2 - 1 + 2 * 7, last  # seven adapted layers a block
+    assert held < 0.55 * whole
 
 
 @pytest.mark.parametrize("words, message", [
