@@ -97,7 +97,7 @@ def read_header(path):
     return entries
 
 
-def read_packed(entry, tensor, module):
+def read_packed(name, entry, tensor, module):
     """Fill a weight that `module` stores in another form (its `fill`), from a few rows of the matrix at a time."""
     local, spans = local_part(tensor)
     (first, last), columns = spans[0], module.in_features
@@ -105,7 +105,10 @@ def read_packed(entry, tensor, module):
     for start in range(first, last, rows):
         weight = torch.empty(min(rows, last - start), columns)
         read_into(entry, weight, [(start, start + len(weight)), (0, columns)])
-        module.fill(local[start - first :][: len(weight)], weight.to(local.device))
+        try:
+            module.fill(local[start - first :][: len(weight)], weight.to(local.device))
+        except ValueError as error:
+            raise ValueError(f"{entry.file}: {name}, counted from row {start}: {error}") from error
 
 
 def is_adapter(directory):
@@ -225,7 +228,7 @@ def load_weights(model, directory, optimizer=None):
     masters = master_weights(model, optimizer)
     for name in owned:
         if name in packed:
-            read_packed(entries[name], masters[name], packed[name])
+            read_packed(name, entries[name], masters[name], packed[name])
         else:
             read_into(entries[name], masters[name])
     for name in set(entries) - set(owned):  # the file holds a tied weight twice: both must say the same

@@ -53,11 +53,12 @@ for pair in MODEL_PATH:model TOKENIZER_PATH:tokenizer TRAIN_DATA:train_data VAL_
     SCHEDULER:scheduler WARMUP_RATIO:warmup_ratio WEIGHT_DECAY:weight_decay GRAD_CLIP:grad_clip DTYPE:dtype \
     STRATEGY:strategy TP:tp PARAM_OFFLOAD:param_offload OPTIMIZER_OFFLOAD:optimizer_offload \
     GRADIENT_CHECKPOINTING:gradient_checkpointing PACKING:packing OUTPUT_DIR:output_dir RESUME_FROM:resume_from \
-    SAVE_STEPS:save_steps KEEP_CHECKPOINTS:keep_checkpoints EVAL_STEPS:eval_steps CONFIG:config; do
+    SAVE_STEPS:save_steps KEEP_CHECKPOINTS:keep_checkpoints EVAL_STEPS:eval_steps CONFIG:config USE_LORA:use_lora \
+    LORA_RANK:lora_rank LORA_ALPHA:lora_alpha; do
     name=${pair%%:*}
     [ -z "${!name:-}" ] || args+=("--${pair#*:}" "${!name}")
 done
-for name in USE_LORA LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS COMPILE LOGGER WANDB_PROJECT; do
+for name in COMPILE LOGGER WANDB_PROJECT; do
     [ -z "${!name:-}" ] || { echo "train.sh: error: $name=${!name} is not supported yet; unset $name" >&2; exit 2; }
 done
 
@@ -67,7 +68,11 @@ preset=()
 case "$words" in *" --config"*) ;; *)
     [ -e data/example_sft.json ] || preset+=(--train_data "$here/data/example_sft.json")
     case "$words" in *" --model tiny "* | *" --model=tiny "*)
-        preset+=(--lr 4e-3 --epochs 60 --batch_size 8 --no-gradient_checkpointing --keep_checkpoints 2) ;;
+        preset+=(--lr 4e-3 --epochs 60 --batch_size 8 --no-gradient_checkpointing --keep_checkpoints 2)
+        # its weights are random: adapters alone could not say a word with an embedding that says nothing
+        case "$words" in *" --use_lora false "* | *" --resume_adapter"*) ;; *" --use_lora "*)
+            preset+=(--lora_modules_to_save embed_tokens) ;;
+        esac ;;
     esac ;;
 esac
 

@@ -505,11 +505,11 @@ def test_environment_variables_become_flags_and_flags_win(tmp_path):
             assert shown[f].lower() in (value, value + ".0"), (f, value, shown[f])
 
 def test_a_variable_of_something_not_built_is_an_error(tmp_path):
-    """USE_LORA=true must not train the whole model in silence."""
-    env = {**os.environ, "PYTHON": sys.executable, "USE_LORA": "true"}
+    """COMPILE=true must not be ignored in silence."""
+    env = {**os.environ, "PYTHON": sys.executable, "COMPILE": "true"}
     result = subprocess.run([os.path.join(ROOT, "train.sh"), "--explain"], cwd=tmp_path, env=env, capture_output=True,
                             text=True)
-    assert result.returncode == 2 and "USE_LORA=true is not supported yet" in result.stderr
+    assert result.returncode == 2 and "COMPILE=true is not supported yet" in result.stderr
 
 
 def test_a_newer_torch_is_used_as_it_is_and_called_untested(tmp_path):
