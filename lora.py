@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
 def settings(model, base, rank, alpha, dropout, targets, rslora, dora, modules_to_save):
     """PEFT's adapter_config.json for a new adapter, and {module name: rank} of the layers that get one.
 
-    base     what the adapter is for: a hub id stays, a directory is written whole
+    base     what the adapter is for: a hub id, or the whole name of a directory
     targets  all-linear, names with commas (of layers, or ends of their names), or a regular expression for whole names
 
     Raises ValueError for an entry that matches nothing, a rank above the matrix, a module that can't be saved.
@@ -111,10 +111,9 @@ def settings(model, base, rank, alpha, dropout, targets, rslora, dora, modules_t
     if saved and model.config.tie_word_embeddings:
         saved = ["embed_tokens", "lm_head"]  # one tensor, which PEFT stores under both names
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base, "inference_mode": True,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "use_rslora": rslora,
-        "use_dora": dora, "target_modules": targets if is_pattern else entries, "modules_to_save": saved or None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora, "use_dora": dora,
+        "target_modules": targets if is_pattern else entries, "modules_to_save": saved or None, "bias": "none",
         "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "fan_in_fan_out": False,
     }, dict.fromkeys(sorted(found), rank)
 

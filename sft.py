@@ -26,8 +26,6 @@ from tqdm import tqdm
 import checkpoint
 import data
 import fsdp
-import lora
-import nf4
 from config import knob, parse, run, write_yaml
 from model import IGNORE, CausalLM, ModelConfig
 
@@ -197,7 +195,7 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
         loss, gradients = gradient(*way)
         base = base or (loss, gradients)
         off = torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
-        off = max(*fsdp.largest(off, ranks), abs(loss / base[0] - 1).item())
+        off = max(*fsdp.largest(off.max()[None], ranks), abs(loss / base[0] - 1).item())
         worst = max(worst, off)
         if ranks.rank == 0:
             print(f"{name:32} loss {loss.item():.8f}   largest relative difference {off:.1e}")
@@ -209,7 +207,11 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
 
 def add_adapters(model, cfg, directory):
     """Freeze the model and put adapters on it, new ones or those of a PEFT directory; return PEFT's settings."""
+    import lora  # only where it is asked for, as nf4
+
     if cfg.quantize:
+        import nf4
+
         nf4.quantize_linears(model)
     if directory:
         settings = lora.checked(checkpoint.read_json(os.path.join(directory, "adapter_config.json")), directory)
@@ -217,7 +219,9 @@ def add_adapters(model, cfg, directory):
             lora.check_base(settings, cfg.model)
         ranks = lora.ranks_of(checkpoint.weight_entries(directory))
     else:
-        settings, ranks = lora.settings(model, cfg.model, *(getattr(cfg, name) for name in ADAPTER_KNOBS))
+        is_local = cfg.model == "tiny" or os.path.isdir(cfg.model)
+        base = os.path.abspath(checkpoint.model_directory(cfg.model)) if is_local else cfg.model  # as PEFT looks it up
+        settings, ranks = lora.settings(model, base, *(getattr(cfg, name) for name in ADAPTER_KNOBS))
     lora.inject(model, settings, ranks)
     return settings
 
@@ -225,6 +229,8 @@ def add_adapters(model, cfg, directory):
 @torch.no_grad()
 def start_adapters(model, masters, seed):
     """First values of new adapters: what the layers compute does not change."""
+    import lora
+
     for name, whole in lora.first_values(model, seed):
         checkpoint.fill(masters[name], whole)
     for name, module in model.named_modules():
@@ -397,7 +403,7 @@ def train(cfg, ranks):
             # Divided by the targets of the whole step, over all ranks: how the step is cut up does not change it.
             (nll / n_targets).backward()
             loss += nll.detach() / n_targets
-        if step == steps[0]:
+        if cfg.use_lora and step == steps[0]:
             check_adapters(model, ranks)
         grad_norm = fsdp.clip_grad_norm(parameters, cfg.grad_clip or math.inf)
         loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()  # the one device sync of a step

@@ -187,7 +187,7 @@ COUNT = """
 import json, sys
 import torch
 sys.path.insert(0, {root!r})
-import data, fsdp, sft
+import data, fsdp, lora, sft
 from torch.distributed.tensor.debug import CommDebugMode
 tp = int(sys.argv[1])
 with fsdp.start(tp, 60) as ranks:
@@ -195,7 +195,7 @@ with fsdp.start(tp, 60) as ranks:
     with torch.device("meta"):
         model = sft.CausalLM(config)
     if sys.argv[3] == "lora":
-        sft.lora.inject(model, *sft.lora.settings(model, "base", 8, 16, 0.0, "all-linear", False, False, None))
+        lora.inject(model, *lora.settings(model, "base", 8, 16, 0.0, "all-linear", False, False, None))
     fsdp.shard(model, ranks, False, False)
     model.to_empty(device="cpu")
     model.tie_weights()
