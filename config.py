@@ -192,8 +192,10 @@ def read_yaml(path, fields):
 
 def write_yaml(config, path):
     """Save a resolved configuration; --config PATH starts the same run again."""
+    values = dataclasses.asdict(config)
+    readable = "".join(map(str, values.values())).isprintable()  # a line break of Unicode would be folded, not escaped
     with open(path, "w", encoding="utf-8") as f:
-        yaml.safe_dump(dataclasses.asdict(config), f, sort_keys=False, allow_unicode=True)
+        yaml.safe_dump(values, f, sort_keys=False, allow_unicode=readable)
 
 
 def help_text(cls, fields):

@@ -317,6 +317,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 weight_grad.addmm_(logits.T, h)  # without a second (V, C) buffer
             elif weight_grad is not None:
                 weight_grad += logits.to(h.dtype).T @ h
+            del logits  # before the next chunk's are made: one buffer, not two
         if hidden_grad is not None:
             combine(hidden_grad, "sum")
         ctx.grads = hidden_grad, weight_grad if weight_grad is None else weight_grad.to(weight.dtype)

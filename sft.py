@@ -10,6 +10,7 @@ and its loss), checkpoint.py (model directories, resume). Read main() from top t
 It does no preference tuning, no pre-training from raw text and no images.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
@@ -239,6 +240,15 @@ def start_adapters(model, masters, seed):
             fsdp.local(masters[f"{name}.lora_magnitude_vector"]).copy_(module.combine(squares).sqrt())
 
 
+def return_large_buffers():
+    """Have glibc give freed tensors of 16 MiB and more back to the system. By default it keeps those of up to 32 MiB in
+    its heap, where small tensors settle in the holes: a LoRA step of 0.5B on the CPU, 1 × 1,024, peaked at 3.7 GiB
+    instead of 3.2. The pages that the system has to clear anew cost a tenth more time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such thing
+    if mallopt:
+        mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+
+
 def check_adapters(model, ranks):
     """Stop a run whose adapters do not learn: in the first step each B matrix has a gradient, so each will change."""
     found = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
@@ -323,7 +333,9 @@ def train(cfg, ranks):
     n_parameters = sum(p.numel() for p in model.parameters())
     if dtype == "bf16" and (cfg.optimizer_offload or cfg.use_lora):
         model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or it is frozen
-    settings = add_adapters(model, cfg, adapter) if cfg.use_lora else {}
+    if cfg.use_lora:
+        settings = add_adapters(model, cfg, adapter)
+        return_large_buffers()
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     fsdp.shard(model, ranks, dtype == "bf16", cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else device)

@@ -321,6 +321,7 @@ RANGES = {  # name: (the nearest value that is refused, the lowest that is taken
     "batch_size": (0, 1), "batch_tokens": (0, 1), "micro_batch_size": (0, 1), "epochs": (0, 1), "max_steps": (0, 1),
     "save_steps": (0, 1), "keep_checkpoints": (0, 1), "eval_steps": (0, 1), "max_length": (1, 2), "seed": (-1, 0),
     "lr": (-1e-9, 0.0), "weight_decay": (-1e-9, 0.0), "grad_clip": (-1e-9, 0.0), "tp": (0, 1),
+    "lora_rank": (0, 1), "lora_alpha": (0, 1), "lora_plus_ratio": (-0.1, 0.0), "lora_dropout": (-0.1, 0.0),
     "timeout": (0, 1), "warmup_ratio": (-0.1, 0.0),
     "min_lr_ratio": (-0.1, 0.0), "beta1": (-0.1, 0.0), "beta2": (-0.1, 0.0)}
 
@@ -331,7 +332,7 @@ def test_a_number_below_its_range_is_refused(name):
     low, lowest = RANGES[name]
     with pytest.raises(ValueError, match=re.escape(f"--{name} {low}: it must be at least ") + r"\d"):
         sft.Config(**{name: low})
-    assert getattr(sft.Config(val_data="v", **{name: lowest}), name) == lowest
+    assert getattr(sft.Config(val_data="v", use_lora="lora" in name, **{name: lowest}), name) == lowest
 
 
 def test_every_number_has_a_range():
