@@ -58,6 +58,7 @@ class Config:
     targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt")
     ranks: int = knob(1, "load: processes that share the model")
     steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
+    peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
     side: str | None = knob(None, "do this step only, in this process",
                             ("plain", "chunked", "load", "trl_full", "trl_lora"))
     directory: str | None = knob(None, "load, memory: where the model is, for --side")
@@ -66,6 +67,8 @@ class Config:
     def __post_init__(self):
         if self.ranks < 1 or (self.ranks > 1 and self.part != "load"):
             raise ValueError(f"--ranks {self.ranks}: it must be at least 1, and above 1 is for --part load only")
+        if not self.peer_checkpointing and not self.vs:
+            raise ValueError("--no-peer_checkpointing does nothing without --vs trl")
         if self.steps <= UNSTEADY:
             raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
         if self.vs and self.part != "memory":
@@ -151,7 +154,8 @@ def side_trl(cfg):
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"}, bf16=False,
                            use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1, max_steps=cfg.repeats + 1,
-                           save_strategy="no", report_to="none", disable_tqdm=True)
+                           save_strategy="no", report_to="none", disable_tqdm=True,
+                           gradient_checkpointing=cfg.peer_checkpointing)
     with contextlib.redirect_stdout(sys.stderr):  # what it reports is not JSON
         rows = datasets.Dataset.from_list(checkpoint.read_json(os.path.join(cfg.directory, "rows.json")))
         trl.SFTTrainer(cfg.directory, config, train_dataset=rows, callbacks=[Clock()],
@@ -245,7 +249,6 @@ def bench_memory(cfg, directory):
     for name, extra in (("full", ()), ("lora", lora)):
         steps = train(directory, 1, cfg.repeats + 1, *flags, *extra)
         assert all(step["tokens"] == LENGTH for step in steps)
-        # getrusage's peak begins with that of this process, which is lower: it held the weights in bf16 only
         line[name] = {"peak_gb": steps[-1]["peak_memory_gb"], "seconds": spread([s["seconds"] for s in steps[1:]])}
         if cfg.vs:
             line[f"trl_{name}"] = sides(1, "--side", f"trl_{name}", "--directory", directory)[0]

@@ -62,6 +62,8 @@ def sampler(temperature, top_p):
 def load(name, base=None):
     """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter directory and its base."""
     directory = adapter = checkpoint.model_directory(name)
+    if base and not checkpoint.is_adapter(adapter):
+        raise ValueError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
     if checkpoint.is_adapter(adapter):
         settings = lora.checked(checkpoint.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
         directory = checkpoint.model_directory(base or settings["base_model_name_or_path"])

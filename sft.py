@@ -156,7 +156,10 @@ def peak_memory_gb(device):
     """Most memory held so far, in GiB: the allocator's on CUDA, the process's on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    if os.path.exists("/proc/self/status"):  # Linux, where getrusage's begins with that of the process that started us
+        with open("/proc/self/status", encoding="utf-8") as f:
+            return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
 
 
 def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):

@@ -490,7 +490,7 @@ def test_environment_variables_become_flags_and_flags_win(tmp_path):
     fields = {f: str(getattr(sft.Config(), f)) for _, f in names if f != "config"}
     values = {"train_data": EXAMPLES, "model": "tiny", "scheduler": "linear", "dtype": "fp32", "packing": "false",
               "val_data": EXAMPLES, "gradient_checkpointing": "false", "strategy": "megatron",
-              "param_offload": "true", "optimizer_offload": "true"}
+              "param_offload": "true", "optimizer_offload": "true", "use_lora": "true"}
     env = {**os.environ, "PYTHON": sys.executable}
     for name, f in names:
         if f != "config":
