@@ -7,14 +7,18 @@ The conversation is rendered once, whole, with the model's own template and toke
 character offsets in that one text. Nothing is rendered message by message or derived from a padding id.
 """
 
+import contextlib
 import fcntl
 import gzip
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -27,6 +31,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+PIECE = 2**20  # characters of a JSON array that are read at a time
+SPACE, DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
 IGNORE = -100  # a target that is not trained: model.py's, and PyTorch's own
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": [{"role", '
           '"content"}, ...]} or {"conversations": [{"from", "value"}, ...]}')
@@ -40,22 +46,49 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
 # reading: files -> rows -> messages
 
 
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+
+
 def data_files(spec):
-    """The files that `spec` names: a file, several with commas, or a directory of them."""
-    found = []
-    for path in map(str.strip, spec.split(",")):
+    """[(weight or None, [files]), ...]: what `spec` names, in order.
+
+    spec  parts with commas; each a file, a directory of them or a dataset id of the hub, with :WEIGHT behind it where
+          all have one: the share of an epoch's conversations that come from there
+    """
+    groups = []
+    for part in map(str.strip, spec.split(",")):
+        match = None if os.path.exists(part) else re.fullmatch(r"(.+):(\d*\.?\d+)", part)
+        path, weight = (match[1], float(match[2])) if match else (part, None)
+        if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+            path = hub_dataset(path)
+        files = [path]
         if os.path.isdir(path):
-            endings = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-            files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(endings))
+            files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                           if name.endswith(ENDINGS))
+            # a dataset of the hub has its splits as files or folders: what says train is meant
+            files = [f for f in files if "train" in os.path.relpath(f, path)] or files
             if not files:
-                raise FileNotFoundError(f"{path}: no data file in this directory ({', '.join(endings)})")
+                raise FileNotFoundError(f"{path}: no data file in this directory ({', '.join(ENDINGS)})")
         elif not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such data file; give a JSON, JSON Lines or parquet file, several with "
-                                    "commas, or a directory")
-        else:
-            files = [path]
-        found += files
-    return found
+            raise FileNotFoundError(f"{path}: no such data file; give a JSON, JSON Lines or parquet file, a directory, a "
+                                    "dataset id of the hub, or several with commas")
+        groups.append((weight, files))
+    weights = [weight for weight, _ in groups]
+    if None in weights and any(weights) or 0 in weights:
+        raise ValueError(f"{spec}: give each part a weight above 0 (a.json:0.7,b.json:0.3), or none of them")
+    return groups
+
+
+def hub_dataset(name):
+    """Download a dataset's files from the hub, or find them in its cache; return their directory."""
+    from huggingface_hub import snapshot_download  # imported here: most runs read a file
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, repo_type="dataset", allow_patterns=["*" + ending for ending in ENDINGS])
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise FileNotFoundError(f"{name}: no such data file, and as a dataset of the hub it can't be had: "
+                                f"{str(error).strip().splitlines()[-1]}") from error
 
 
 def read_files(spec):
@@ -64,13 +97,14 @@ def read_files(spec):
     Containers, told apart by their first bytes: a JSON array, JSON Lines, gzip of either, parquet (with pyarrow).
     Raises FileNotFoundError, or ValueError with the line and column where a file is not JSON.
     """
-    for file in data_files(spec):
-        for i, row in enumerate(read_file(file)):
-            yield f"{file}[{i}]", row
+    for _, files in data_files(spec):
+        for file in files:
+            for i, row in enumerate(read_file(file)):
+                yield f"{file}[{i}]", row
 
 
 def read_file(path):
-    """Yield the rows of one file."""
+    """Yield the rows of one file, a stretch of it in memory at a time."""
     with open(path, "rb") as f:
         magic = f.read(4)
     if magic == b"PAR1":
@@ -87,25 +121,87 @@ def read_file(path):
             while start.isspace():
                 start = f.read(1)
             f.seek(0)
-            if start != "[":
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        yield parse_json(line, path, number)
+            if start == "[":
+                yield from json_array(f, path)
                 return
-            rows = parse_json(f.read(), path, 1)
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield parse_json(line, path, number)
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} can't be read as UTF-8 text: {error}") from error
-    yield from rows
 
 
-def parse_json(text, path, first_line):
+def json_array(f, path):
+    """Yield the elements of a JSON array one by one, holding a piece of the text at a time: Python's own parser reads
+    each, and once more with twice the text where it does not end in it. Raises ValueError with line and column."""
+    text, at, line, column = "", 0, 1, 0  # line and column: where text begins in the file
+
+    def grow():
+        nonlocal text, at, line, column
+        piece = f.read(max(PIECE, len(text) - at))
+        if not piece:
+            return False
+        done, text, at = text[:at], text[at:] + piece, 0
+        line, column = line + done.count("\n"), len(done) - done.rfind("\n") - 1 + ("\n" not in done) * column
+        return True
+
+    def peek():
+        """The next character that is not white space, or nothing at the end."""
+        nonlocal at
+        while True:
+            at = SPACE.match(text, at).end()
+            if at < len(text) or not grow():
+                return text[at : at + 1]
+
+    def fail(position, message):
+        before = text[:position]
+        place = len(before) - before.rfind("\n") + ("\n" not in before) * column
+        return not_json(path, line + before.count("\n"), place, message)
+
+    def element():
+        nonlocal at
+        while True:
+            try:
+                value, end = DECODER.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                # well before the end of the text it is wrong whatever follows, but for a string that goes on
+                if (error.pos > len(text) - 20 or error.msg.startswith("Unterminated")) and grow():
+                    continue
+                raise fail(error.pos, error.msg) from error
+            except (ValueError, RecursionError) as error:
+                raise fail(at, error) from error
+            if end + 20 < len(text) or not grow():  # a number may go on in the next piece
+                at = end
+                return value
+
+    peek()
+    at, char = at + 1, ","  # behind the [
+    if peek() == "]":
+        at, char = at + 1, "]"
+    while char == ",":
+        peek()
+        yield element()
+        char = peek()
+        at += 1
+    if char != "]":
+        raise fail(at - 1, "expected , or ]")
+    if peek():
+        raise fail(at, "something follows the array")
+
+
+def parse_json(text, path, line):
+    """The value of a JSON text that stands in a file from `line` on."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: line {error.lineno + first_line - 1}, column {error.colno}: {error.msg}"
-                         "; a file is a JSON array of rows, or one JSON object a line") from error
+        raise not_json(path, error.lineno + line - 1, error.colno, error.msg) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise ValueError(f"{path}: Python can't read its JSON, line {first_line} on: {error}") from error
+        raise not_json(path, line, 1, error) from error
+
+
+def not_json(path, line, column, message):
+    return ValueError(f"{path} is not JSON: line {line}, column {column}: {message}; a file is a JSON array of rows, or "
+                      "one JSON object a line")
 
 
 def to_messages(row, where):
@@ -403,33 +499,35 @@ class Ledger:
                              "a special token")
 
 
-ARRAYS = "tokens", "is_target", "starts", "lengths"  # a Dataset's, in the order of its fields
+ARRAYS = {"tokens": np.int32, "is_target": np.bool_, "sizes": np.int32, "lengths": np.int32, "n_targets": np.int32,
+          "file": np.int32, "row": np.int32}  # a Dataset's, one file each in its directory
 
 
 @dataclass
 class Dataset:
-    """Conversations as flat arrays; conversation i is tokens[starts[i]:starts[i + 1]]."""
+    """Conversations as flat arrays, mapped from the disk; conversation i is tokens[starts[i]:starts[i + 1]]."""
 
-    tokens: np.ndarray  # int32
-    is_target: np.ndarray  # bool
-    starts: np.ndarray  # int64, one more than there are conversations
-    lengths: np.ndarray  # int64: the inputs of each, up to its last target; what follows that can't change the loss
-    sources: list  # "file[row]" of each
+    tokens: np.ndarray
+    is_target: np.ndarray
+    sizes: np.ndarray  # tokens of each
+    lengths: np.ndarray  # the inputs of each, up to its last target; what follows that can't change the loss
+    n_targets: np.ndarray  # of each
+    file: np.ndarray  # where each came from: an index of files
+    row: np.ndarray  # and the row in that
+    files: list
+    weights: list  # of each file: the number of its group, and the group's weight, see data_files
     ledger: Ledger
+    digest: str  # a hash of tokens, targets and their order: resume goes on with the same data or not at all
 
     def __post_init__(self):
-        self.sizes = np.diff(self.starts)  # tokens of each
-        self.n_targets = np.add.reduceat(self.is_target, self.starts[:-1], dtype=np.int64)
+        self.starts = np.concatenate(([0], np.cumsum(self.sizes, dtype=np.int64)))
 
     def __len__(self):
         return len(self.lengths)
 
-    def digest(self):
-        """A hash of tokens, targets and their order: resume goes on with the same data or not at all."""
-        state = hashlib.blake2b(digest_size=16)
-        for array in (self.tokens, self.is_target, self.starts):
-            state.update(np.ascontiguousarray(array))
-        return state.hexdigest()
+    def source(self, i):
+        """Where a conversation came from: "file[row]"."""
+        return f"{self.files[self.file[i]]}[{self.row[i]}]"
 
 
 def take_lock(lock, timeout):
@@ -456,23 +554,29 @@ def take_lock(lock, timeout):
         time.sleep(0.1)
 
 
-def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, cache_dir=None, timeout=600):
+def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, train_on="all", cache_dir=None,
+         timeout=600, limit=None):
     """Read, render, tokenise and mask everything that `spec` names; return a checked Dataset.
 
+    train_on   all: the assistant's turns; last: the last of each conversation
     too_long   what happens to a conversation of more than max_length tokens: truncate (from the right), drop, error
     cache_dir  keep the result there, and map it into memory from there: under a lock, so one process of a node makes
                it while the others wait, before any collective, for as long as it goes on
     timeout    seconds without progress after which it is given up (take_lock)
+    limit      rows that are read, without cache_dir
     """
-    options = max_length, too_long, train_on_prompt
+    options = max_length, too_long, train_on_prompt, train_on
     if cache_dir is None:
-        return tokenise(spec, tokenizer, *options, lambda: None)
+        with tempfile.TemporaryDirectory() as directory:  # what is mapped stays when its name is gone
+            tokenise(spec, tokenizer, *options, directory, lambda: None, limit)
+            return read_arrays(directory)
     # The key is all that the result depends on, this program and, for templates that print it, the date included.
-    key = hashlib.blake2b(repr((spec, tokenizer.source, tokenizer.special, options)).encode(), digest_size=16)
+    groups = data_files(spec)
+    key = hashlib.blake2b(repr((groups, tokenizer.source, tokenizer.special, options)).encode(), digest_size=16)
     key.update(tokenizer.text.encode())
     if "strftime_now" in tokenizer.source:
         key.update(datetime.now().strftime("%Y-%m-%d").encode())
-    for file in (__file__, *data_files(spec)):
+    for file in (__file__, *(file for _, files in groups for file in files)):
         with open(file, "rb") as f:
             while chunk := f.read(2**24):
                 key.update(chunk)
@@ -482,40 +586,49 @@ def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False
         take_lock(lock, timeout)
         if not os.path.isdir(path):
             shutil.rmtree(path + ".tmp", ignore_errors=True)  # of a process that was killed here
-            dataset = tokenise(spec, tokenizer, *options, lambda: os.utime(lock.fileno()))
             os.makedirs(path + ".tmp")
-            for name in ARRAYS:
-                np.save(os.path.join(path + ".tmp", name + ".npy"), getattr(dataset, name))
-            with open(os.path.join(path + ".tmp", "facts.json"), "w", encoding="utf-8") as f:
-                json.dump({"sources": dataset.sources, "ledger": asdict(dataset.ledger)}, f)
+            tokenise(spec, tokenizer, *options, path + ".tmp", lambda: os.utime(lock.fileno()))
             os.replace(path + ".tmp", path)
-    arrays = [np.load(os.path.join(path, name + ".npy"), mmap_mode="r", allow_pickle=False) for name in ARRAYS]
-    with open(os.path.join(path, "facts.json"), encoding="utf-8") as f:
+    return read_arrays(path)
+
+
+def read_arrays(directory):
+    """The Dataset that tokenise wrote."""
+    with open(os.path.join(directory, "facts.json"), encoding="utf-8") as f:
         facts = json.load(f)
-    return Dataset(*arrays, facts["sources"], Ledger(**facts["ledger"]))
+    arrays = {name: np.memmap(os.path.join(directory, name), dtype, mode="r") for name, dtype in ARRAYS.items()}
+    return Dataset(**arrays, **{**facts, "ledger": Ledger(**facts["ledger"])})
 
 
-def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, progress):
-    """See load; calls progress() every thousand rows."""
-    ledger, tokens, masks, sources = Ledger(), [], [], []
+def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, directory, progress, limit=None):
+    """See load. Writes a Dataset's arrays and facts into a directory; calls progress() every thousand rows."""
+    ledger, state, groups = Ledger(), hashlib.blake2b(digest_size=16), data_files(spec)
+    files = [file for _, names in groups for file in names]
+    weights = [[group, weight] for group, (weight, names) in enumerate(groups) for _ in names]
 
     def add(rows):
-        rendered = []
-        for where, row in rows:
-            text, spans = tokenizer.render_spans(to_messages(row, where), where, row.get("tools"))
+        """Append a thousand rows."""
+        rendered, found = [], {name: [] for name in ARRAYS}
+        for file, number, row in rows:
+            where = f"{files[file]}[{number}]"
+            messages = to_messages(row, where)
+            if train_on == "last":
+                for message in [m for m in messages if m["role"] == "assistant"][:-1]:
+                    message["train"] = False
+            text, spans = tokenizer.render_spans(messages, where, row.get("tools"))
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{where}: half a character (a lone surrogate): {error}") from error
-            rendered.append((where, text, spans))
-        encodings = tokenizer.tokenizer.encode_batch([text for _, text, _ in rendered], add_special_tokens=False)
-        for (where, text, spans), encoding in zip(rendered, encodings):
+            rendered.append((file, number, text, spans))
+        encodings = tokenizer.tokenizer.encode_batch([text for *_, text, _ in rendered], add_special_tokens=False)
+        for (file, number, text, spans), encoding in zip(rendered, encodings):
             length, kept = len(encoding.ids), min(len(encoding.ids), max_length)
             ledger.rows += 1
             ledger.tokens += length
             if length > max_length and too_long == "error":
-                raise ValueError(f"{where} has {length} tokens, more than --max_length {max_length}; raise it, or set "
-                                 "--too_long to truncate or drop")
+                raise ValueError(f"{files[file]}[{number}] has {length} tokens, more than --max_length {max_length}; "
+                                 "raise it, or set --too_long to truncate or drop")
             if length > max_length and too_long == "drop":
                 ledger.drop("too long", length)
                 continue
@@ -531,28 +644,32 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, progress):
             if not is_target.any():
                 ledger.drop("without targets" + (" after truncation" if length > kept else ""), length)
                 continue
+            n_targets = int(is_target.sum())
             ledger.trained += 1
-            ledger.target += int(is_target.sum())
-            ledger.context += kept - int(is_target.sum())
+            ledger.target += n_targets
+            ledger.context += kept - n_targets
             ledger.truncated += length - kept
             ledger.rows_truncated += length > kept
-            tokens.append(np.array(encoding.ids[:kept], dtype=np.int32))
-            masks.append(is_target)
-            sources.append(where)
+            values = encoding.ids[:kept], is_target, [kept], is_target.nonzero()[0][-1:], [n_targets], [file], [number]
+            for name, part in zip(ARRAYS, values):
+                found[name].append(part)
+        for name, dtype in ARRAYS.items():
+            if found[name]:
+                block = np.concatenate(found[name]).astype(dtype).tobytes()
+                state.update(block if name in ("tokens", "is_target", "sizes") else b"")
+                outputs[name].write(block)
 
-    waiting = []
-    for item in read_files(spec):
-        waiting.append(item)
-        if len(waiting) == 1000:  # encode_batch works on all cores
-            add(waiting)
-            waiting = []
+    with contextlib.ExitStack() as stack:
+        outputs = {name: stack.enter_context(open(os.path.join(directory, name), "wb")) for name in ARRAYS}
+        rows = ((i, number, row) for i, file in enumerate(files) for number, row in enumerate(read_file(file)))
+        rows = itertools.islice(rows, limit)
+        while batch := list(itertools.islice(rows, 1000)):  # encode_batch works on all cores
+            add(batch)
             progress()
-    if waiting:
-        add(waiting)
     ledger.check(spec, max_length)
-    starts = np.concatenate(([0], np.cumsum([len(t) for t in tokens])))
-    lengths = np.array([mask.nonzero()[0][-1] for mask in masks])
-    return Dataset(np.concatenate(tokens), np.concatenate(masks), starts, lengths, sources, ledger)
+    facts = {"files": files, "weights": weights, "ledger": asdict(ledger), "digest": state.hexdigest()}
+    with open(os.path.join(directory, "facts.json"), "w", encoding="utf-8") as f:
+        json.dump(facts, f)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,3 +771,86 @@ def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
         targets = np.concatenate([np.where(dataset.is_target[s + 1 : s + n + 1], dataset.tokens[s + 1 : s + n + 1],
                                            IGNORE) for s, n in spans])
         yield MicroBatch(torch.from_numpy(inputs).long(), torch.from_numpy(targets).long(), tuple(n for _, n in spans))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py show|stats FILE --model DIR
+
+
+def show(dataset, tokenizer, count, ids, color):
+    """Print conversations as the model sees them, targets in green, or between « and » where colours are not wanted."""
+    marks = ("\033[32m", "\033[0m") if color else ("«", "»")
+    for i in range(min(count, len(dataset))):
+        here = slice(dataset.starts[i], dataset.starts[i + 1])
+        tokens, targets = dataset.tokens[here], dataset.is_target[here]
+        print(f"--- {dataset.source(i)}: {len(tokens)} tokens, {dataset.n_targets[i]} targets")
+        borders = [0, *(np.flatnonzero(np.diff(targets)) + 1), len(tokens)]
+        for start, stop in itertools.pairwise(borders):
+            part = tokens[start:stop].tolist()
+            text = " ".join(map(str, part)) + " " if ids else tokenizer.tokenizer.decode(part, skip_special_tokens=False)
+            print(f"{marks[0]}{text}{marks[1]}" if targets[start] else text, end="")
+        print()
+
+
+def stats(dataset, capacity, batch_size):
+    """Print lengths, what some max_length would cut, and how full packed micro-batches are."""
+    sizes, n_targets = dataset.sizes, int(dataset.n_targets.sum())
+    shares = (0, 25, 50, 75, 90, 95, 99, 100)
+    print("tokens   " + "   ".join(f"{q}%: {n:,.0f}" for q, n in zip(shares, np.percentile(sizes, shares))))
+    edges = [0, *(2**k for k in range(4, int(sizes.max()).bit_length() + 1))]
+    counts = np.histogram(sizes, edges)[0]
+    for low, high, n in zip(edges, edges[1:], counts):
+        print(f"{low:>9,} to {high - 1:<9,} {n:>11,} {'#' * round(40 * n / counts.max())}")
+    for length in (512, 1024, 2048, 4096):
+        long = np.flatnonzero(sizes > length)
+        lost = sum(int(dataset.is_target[dataset.starts[i] + length : dataset.starts[i + 1]].sum()) for i in long)
+        print(f"--max_length {length:<5,} cuts {len(long):,} rows ({len(long) / len(sizes):.2%}) and {lost:,} target "
+              f"tokens ({lost / n_targets:.2%})")
+    lengths, used, made = np.minimum(dataset.lengths, capacity), 0, 0
+    for ids in Sampler(lengths, 1, 42, batch_size).batches(0):
+        made += len(pack(lengths[ids], capacity))
+        used += int(lengths[ids].sum())
+    print(f"packing  {used / (made * capacity):.1%} of {made:,} micro-batches of {capacity:,} tokens are filled, at "
+          f"--batch_size {batch_size}")
+
+
+def main():
+    import checkpoint  # here this file is an entry point; for sft.py it is a leaf
+    from config import knob, parse
+
+    @dataclass
+    class Config:
+        """Look at data before training: python data.py show|stats FILE [flags]"""
+
+        data: str = knob("./data/example_sft.json", "as --train_data of sft.py", group="data")
+        model: str = knob("tiny", "model whose tokenizer and chat template are used: directory, hub id or tiny")
+        n: int = knob(3, "show: conversations")
+        ids: bool = knob(False, "show: token ids instead of text")
+        max_length: int = knob(2048, "show: tokens kept; stats: tokens of a micro-batch")
+        batch_size: int = knob(64, "stats: conversations a step")
+        train_on: str = knob("all", "which of the assistant's turns", ("all", "last"))
+
+    words = [{"-n": "--n"}.get(word, word) for word in sys.argv[1:]]
+    what = words.pop(0) if words and words[0] in ("show", "stats") else None
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        words = ["--data", *words]
+    cfg, _ = parse(Config, words)
+    if not what:
+        raise ValueError("what to do? python data.py show FILE --model DIR, or python data.py stats FILE --model DIR")
+    for name, low in (("n", 1), ("max_length", 2), ("batch_size", 1)):
+        if getattr(cfg, name) < low:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: it must be at least {low}")
+    tokenizer = ChatTokenizer(checkpoint.model_directory(cfg.model))
+    max_length, limit = (cfg.max_length, cfg.n) if what == "show" else (2**31 - 1, None)
+    dataset = load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit)
+    if what == "show":
+        show(dataset, tokenizer, cfg.n, cfg.ids, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    else:
+        print(*dataset.ledger.lines(), sep="\n")
+        stats(dataset, cfg.max_length, cfg.batch_size)
+
+
+if __name__ == "__main__":
+    from config import run
+
+    run(main)

@@ -37,10 +37,11 @@ class Config:
 
     model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, local directory, or tiny: the embedded one", group="model and data")
     tokenizer: str | None = knob(None, "directory with tokenizer and chat template, if not the model's own")
-    train_data: str = knob("./data/example_sft.json", "file, several with commas, or a directory")
+    train_data: str = knob("./data/example_sft.json", "file, directory, hub dataset id; several with commas, :WEIGHT")
     val_data: str | None = knob(None, "the same, for validation")
     max_length: int = knob(2048, "tokens of a conversation that are kept")
     too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
+    train_on: str = knob("all", "which of the assistant's turns: all, or the last of each conversation", ("all", "last"))
     train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
     cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
 
@@ -97,6 +98,8 @@ class Config:
                 if value is not None and not low <= value <= high:
                     raise ValueError(f"--{name} {value}: it must be at least {low}"
                                      + (f" and at most {high}" if high < math.inf else ""))
+        if self.train_on_prompt and self.train_on != "all":
+            raise ValueError(f"--train_on {self.train_on} does nothing with --train_on_prompt, which trains all tokens")
         if self.eval_steps and not self.val_data:
             raise ValueError(f"--eval_steps {self.eval_steps} does nothing without --val_data FILE")
         if (self.tp > 1) != (self.strategy == "megatron"):
@@ -323,8 +326,8 @@ def train(cfg, ranks):
         raise ValueError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
                          f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
     ranks.at("tokenise")
-    rows, val = (data.load(files, tokenizer, cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.cache_dir,
-                           cfg.timeout) if files else None for files in (cfg.train_data, cfg.val_data))
+    options = cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.train_on, cfg.cache_dir, cfg.timeout
+    rows, val = (data.load(files, tokenizer, *options) if files else None for files in (cfg.train_data, cfg.val_data))
     sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps)
     total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
     max_rows = None if cfg.packing else cfg.micro_batch_size
@@ -360,7 +363,7 @@ def train(cfg, ranks):
         start_adapters(model, checkpoint.master_weights(model, optimizer), cfg.seed)
 
     # What decides which conversations a step holds: a run goes on with the same, or not at all.
-    identity = dict(data=rows.digest(), seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
+    identity = dict(data=rows.digest, seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
     if cfg.use_lora:
         identity.update({name: getattr(cfg, name) for name in (*ADAPTER_KNOBS, "quantize")},
                         base=checkpoint.fingerprint(source))
@@ -424,7 +427,7 @@ def train(cfg, ranks):
         loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()  # the one device sync of a step
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the weights "
-                                     f"were touched. Conversations: {', '.join(rows.sources[i] for i in ids)}")
+                                     f"were touched. Conversations: {', '.join(rows.source(i) for i in ids)}")
         lr = lr_at(step, total_steps, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]

@@ -236,7 +236,7 @@ def test_every_example_row_equals_chatml_by_hand(path):
         rows = [json.loads(line) for line in f] if path.endswith("l") else json.load(f)
     dataset = data.load(path, tiny, 2048)
     assert_is(dataset, [by_hand(as_messages(row)) for row in rows])
-    assert dataset.sources == [f"{path}[{i}]" for i in range(len(rows))]
+    assert sources(dataset) == [f"{path}[{i}]" for i in range(len(rows))]
 
 
 WORDS = ["assistant", "user", "system", "assistant\n", "user\n", "im_start", "<|im_", "end|>", "{{ messages }}", "\n",
@@ -813,7 +813,7 @@ def test_the_ledger_has_these_numbers(max_length, too_long, on_prompt, expected,
     ledger = dataclasses.asdict(dataset.ledger)
     assert {key: ledger[key] for key in expected} == expected
     assert ledger["rows"] == 4
-    assert ledger["trained"] == len(dataset) == len(dataset.sources)
+    assert ledger["trained"] == len(dataset) == len(sources(dataset))
     assert (len(dataset.tokens), dataset.is_target.sum()) == (ledger["target"] + ledger["context"], ledger["target"])
 
 
@@ -845,7 +845,7 @@ def test_rows_without_targets_are_dropped_and_counted(tmp_path):
     untrained = {"messages": [chat("q")[0], {"role": "assistant", "content": "a", "train": False}]}
     path = write(tmp_path / "rows.json", [untrained, {"prompt": "a", "response": "b"}])
     dataset = data.load(path, tiny, 100)
-    assert dataset.ledger.dropped == {"without targets": 1} and dataset.sources == [f"{path}[1]"]
+    assert dataset.ledger.dropped == {"without targets": 1} and sources(dataset) == [f"{path}[1]"]
     assert dataset.ledger.in_dropped_rows == len(by_hand(untrained["messages"])[0])
 
 
@@ -903,7 +903,7 @@ def test_more_rows_than_one_batch_of_the_tokenizer_keep_their_order(tmp_path):
     rows = [{"prompt": str(i), "response": f"answer {i}"} for i in range(2001)]
     path = write(tmp_path / "rows.json", rows)
     dataset = data.load(path, tiny, 100)
-    assert dataset.sources == [f"{path}[{i}]" for i in range(2001)]
+    assert sources(dataset) == [f"{path}[{i}]" for i in range(2001)]
     for i in (0, 999, 1000, 1999, 2000):
         assert target_texts(dataset, i) == [f"answer {i}<|im_end|>"]
 
@@ -915,7 +915,7 @@ def test_the_digest_knows_tokens_targets_order_and_borders(tmp_path):
     untrained["messages"][1]["train"] = False
 
     def digest(rows, **how):
-        return data.load(write(tmp_path / "rows.json", rows), tiny, **{"max_length": 100, **how}).digest()
+        return data.load(write(tmp_path / "rows.json", rows), tiny, **{"max_length": 100, **how}).digest
 
     variants = [rows, rows[::-1], rows[:1], rows + rows[:1], [{"messages": [*chat("a", "b c"), *chat("d", "e f")]}],
                 [untrained], [rows[0], {"prompt": "d", "response": "e g"}]]
@@ -1338,9 +1338,13 @@ def test_ranks_share_a_step_and_none_waits_for_another(count, dp_size, tmp_path)
 # ---- the cache of tokenised data --------------------------------------------------------------------------------
 
 
+def sources(dataset):
+    return [dataset.source(i) for i in range(len(dataset))]
+
+
 def same(a, b):
     return (all(np.array_equal(getattr(a, name), getattr(b, name)) for name in data.ARRAYS)
-            and a.sources == b.sources and a.ledger == b.ledger and a.digest() == b.digest())
+            and a.files == b.files and a.ledger == b.ledger and a.digest == b.digest)
 
 
 def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
@@ -1367,7 +1371,8 @@ def test_any_change_misses_the_cache(tmp_path, monkeypatch):
         return len(calls) > before
 
     assert made() and not made()
-    assert made(65) and made(64, "drop") and made(64, "truncate", True) and not made(64, "truncate", False)
+    assert made(65) and made(64, "drop") and made(64, "truncate", True) and made(64, "truncate", False, "last")
+    assert not made(64, "truncate", False, "all")
     spec.write_text(json.dumps([{"messages": chat("q", "answers")}]))
     assert made() and not made()
     for name, value in (("source", tokenizer.source + " "), ("text", tokenizer.text + " "),
@@ -1400,7 +1405,7 @@ def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
             "tokenise = data.tokenise\n"
             "data.tokenise = lambda *words: (print('MADE'), tokenise(*words))[1]\n"
             f"dataset = data.load({os.path.join(ROOT, 'data', 'example_sft.json')!r}, data.ChatTokenizer({TINY!r}), 64, "
-            f"cache_dir={str(tmp_path)!r})\nprint(dataset.digest())")
+            f"cache_dir={str(tmp_path)!r})\nprint(dataset.digest)")
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]
     assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
