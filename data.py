@@ -23,6 +23,7 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from fractions import Fraction
 
 import jinja2
 import jinja2.ext
@@ -517,13 +518,20 @@ class Dataset:
     files: list
     weights: list  # of each file: the number of its group, and the group's weight, see data_files
     ledger: Ledger
-    digest: str  # a hash of tokens, targets and their order: resume goes on with the same data or not at all
+    digest: str  # a hash of tokens, targets, their order and weights: resume goes on with the same data or not at all
 
     def __post_init__(self):
         self.starts = np.concatenate(([0], np.cumsum(self.sizes, dtype=np.int64)))
 
     def __len__(self):
         return len(self.lengths)
+
+    def mix(self):
+        """(group of each conversation, weight of each group), or None where no weights were given."""
+        if self.weights[0][1] is None:
+            return None
+        groups = np.array([group for group, _ in self.weights])
+        return groups[self.file], [weight for _, weight in sorted(dict(self.weights).items())]
 
     def source(self, i):
         """Where a conversation came from: "file[row]"."""
@@ -667,6 +675,7 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, d
             add(batch)
             progress()
     ledger.check(spec, max_length)
+    state.update(repr(weights).encode())
     facts = {"files": files, "weights": weights, "ledger": asdict(ledger), "digest": state.hexdigest()}
     with open(os.path.join(directory, "facts.json"), "w", encoding="utf-8") as f:
         json.dump(facts, f)
@@ -681,15 +690,31 @@ class Sampler:
 
     batch_size conversations a step, or as many as batch_tokens tokens hold where that is given. The last step of an
     epoch takes what is left. len(sampler) is the number of steps: max_steps where given, else that of all epochs.
+
+    mix  Dataset.mix(): groups are drawn from by weight. An epoch is as long as it can be without a conversation twice:
+         the group that is shortest for its weight is in it whole, others in part, another part each epoch
     """
 
-    def __init__(self, sizes, epochs, seed, batch_size, batch_tokens=None, max_steps=None):
+    def __init__(self, sizes, epochs, seed, batch_size, batch_tokens=None, max_steps=None, mix=None):
         self.sizes, self.seed, self.batch_size, self.batch_tokens = sizes, seed, batch_size, batch_tokens
+        self.groups, self.quotas = None, [len(sizes)]
+        if mix:
+            self.groups, weights = mix
+            counts = np.bincount(self.groups, minlength=len(weights))
+            if not counts.all():
+                raise ValueError(f"part {counts.argmin() + 1} of the mixed data has no conversation to train on")
+            # exact fractions of the decimals as they were written: the same number on every machine
+            shares = [Fraction(str(weight)) for weight in weights]
+            most = min(int(count) / share for count, share in zip(counts, shares))
+            self.quotas = [int(most * share) for share in shares]
+            if not all(self.quotas):
+                raise ValueError(f"weights {weights} of {counts.tolist()} conversations leave a part without any; give "
+                                 "it a larger weight, or leave it out")
         if batch_tokens and max(sizes) > batch_tokens:
             raise ValueError(f"--batch_tokens {batch_tokens}: the longest conversation has {max(sizes)} tokens")
         self.per_epoch = []  # steps
         while sum(self.per_epoch) < max_steps if max_steps else len(self.per_epoch) < epochs:
-            steps = len(self.batches(len(self.per_epoch))) if batch_tokens else -(-len(sizes) // batch_size)
+            steps = len(self.batches(len(self.per_epoch))) if batch_tokens else -(-sum(self.quotas) // batch_size)
             self.per_epoch.append(steps)
         self.ends = np.cumsum(self.per_epoch)
         self.total = max_steps or int(self.ends[-1])
@@ -703,6 +728,10 @@ class Sampler:
         # Philox's raw stream is the same on every machine and NumPy version, a Generator's shuffle may change.
         keys = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self.sizes))
         order = np.argsort(keys, kind="stable")
+        if self.groups is not None:
+            drawn = [order[self.groups[order] == g][:quota] for g, quota in enumerate(self.quotas)]
+            order = np.concatenate(drawn)
+            order = order[np.argsort(keys[order], kind="stable")]
         if not self.batch_tokens:
             return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         cuts, total = [], 0

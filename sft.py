@@ -328,7 +328,10 @@ def train(cfg, ranks):
     ranks.at("tokenise")
     options = cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.train_on, cfg.cache_dir, cfg.timeout
     rows, val = (data.load(files, tokenizer, *options) if files else None for files in (cfg.train_data, cfg.val_data))
-    sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps)
+    if val and val.mix():
+        raise ValueError(f"--val_data {cfg.val_data}: all of it is evaluated, so its parts take no weights")
+    sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps,
+                           rows.mix())
     total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
     max_rows = None if cfg.packing else cfg.micro_batch_size
 
@@ -398,9 +401,12 @@ def train(cfg, ranks):
     if tokenizer.is_fallback:
         say("         it has no chat template: ChatML is used, and saved with it")
     say(*rows.ledger.lines(), *([f"{line} (validation)" for line in val.ledger.lines()] if val else []), sep="\n")
+    if rows.mix():
+        say("mix      " + " + ".join(f"{n:,}" for n in sampler.quotas) + f" of {len(rows):,} conversations an epoch")
+    drawn = sum(sampler.quotas) / len(rows) / per_epoch  # share of the data that a step has
     say(f"steps    {total_steps:,} = {total_steps / per_epoch:.4g} epochs of {per_epoch:,}, of about "
-        f"{len(rows) / per_epoch:.3g} conversations, {int(rows.sizes.sum()) / per_epoch:,.0f} tokens, "
-        f"{rows.ledger.target / per_epoch:,.0f} targets")
+        f"{len(rows) * drawn:.3g} conversations, {int(rows.sizes.sum()) * drawn:,.0f} tokens, "
+        f"{rows.ledger.target * drawn:,.0f} targets")
     if cfg.resume_from:
         say("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import groupby
 
@@ -1409,3 +1411,156 @@ def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]
     assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
+
+
+# ---- streamed arrays, mixing, train_on, hub datasets, show and stats -----------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                             lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6)),
+       st.sampled_from([1, 3, 17, 1000]), st.sampled_from([None, 1]), st.booleans(),
+       st.none() | st.tuples(st.integers(0, 200), st.sampled_from(["", ",", "]", "}", "x", '"', "\n"])))
+def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, damage):
+    """Any array in pieces of any size: json.loads' values, or its error with its line and column."""
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    if damage:
+        text = text[: 1 + damage[0]] + damage[1] + text[2 + damage[0] :]
+    try:
+        expected = json.loads(text)
+    except json.JSONDecodeError as error:
+        expected = f"line {error.lineno}, column {error.colno}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PIECE", piece)
+        try:
+            got = list(data.json_array(io.StringIO(text), "rows.json"))
+        except ValueError as error:
+            assert isinstance(expected, str) and expected in str(error), (text, expected)
+        else:
+            assert got == expected, text
+
+
+def test_an_array_is_read_in_pieces(tmp_path):
+    """2,000 rows of 5 kB: never more than a few pieces of text in memory, and an error far in has its place."""
+    path = tmp_path / "rows.json"
+    rows = [{"prompt": "p", "response": "word " * 1000}] * 2000
+    path.write_text(json.dumps(rows, indent=0) + "\n")
+    tracemalloc.start()
+    assert sum(1 for _ in data.read_file(str(path))) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * data.PIECE < path.stat().st_size
+    path.write_text(path.read_text().rstrip()[:-1] + ",\n{oops}]")
+    with pytest.raises(ValueError, match=rf"is not JSON: line {2000 * 4 + 3}, column 2: "):
+        list(data.read_file(str(path)))
+
+
+def mixed(tmp_path, *sizes):
+    return [write(tmp_path / f"{i}.json", [{"prompt": f"q{i}", "response": f"r{i} {j}"} for j in range(n)])
+            for i, n in enumerate(sizes)]
+
+
+def test_files_are_mixed_by_weight(tmp_path):
+    """0.7 and 0.3 of 100 and 20 conversations: an epoch has the 20 and 46 of the 100, other ones in the next epoch."""
+    a, b = mixed(tmp_path, 100, 20)
+    dataset = data.load(f"{a}:0.7,{b}:0.3", tiny, 100)
+    sampler = data.Sampler(dataset.lengths, 2, 42, 6, mix=dataset.mix())
+    assert len(sampler) == 22  # 66 conversations an epoch
+    epochs = [np.concatenate([sampler.step(s)[1] for s in range(first, first + 11)]) for first in (1, 12)]
+    for ids in epochs:
+        assert len(set(ids)) == 66 and np.bincount(dataset.file[ids]).tolist() == [46, 20]
+        assert 0 < np.count_nonzero(dataset.file[ids[:33]]) < 20  # in no order of files
+    assert set(epochs[0]) != set(epochs[1])
+    again = data.Sampler(dataset.lengths, 2, 42, 6, mix=dataset.mix())
+    assert all(np.array_equal(sampler.step(s)[1], again.step(s)[1]) for s in range(1, 23))
+    assert dataset.digest != data.load(f"{a}:0.6,{b}:0.4", tiny, 100).digest != data.load(f"{a},{b}", tiny, 100).digest
+    assert data.load(f"{a},{b}", tiny, 100).mix() is None
+
+
+def test_a_directory_has_one_weight(tmp_path):
+    """Its files are one group."""
+    (tmp_path / "dir").mkdir()
+    mixed(tmp_path / "dir", 10, 10)
+    (b,) = mixed(tmp_path, 5)
+    dataset = data.load(f"{tmp_path / 'dir'}:4,{b}:1", tiny, 100)
+    assert data.Sampler(dataset.lengths, 1, 1, 5, mix=dataset.mix()).quotas == [20, 5]
+
+
+@pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "give each part a weight"), ("{a}:0,{b}:1", "above 0"),
+                                           ("{a}:0.001,{b}:1", "leave a part without any")])
+def test_bad_weights_are_one_line(spec, message, tmp_path):
+    a, b = mixed(tmp_path, 5, 5)
+    with pytest.raises(ValueError, match=message):
+        dataset = data.load(spec.format(a=a, b=b), tiny, 100)
+        data.Sampler(dataset.lengths, 1, 1, 5, mix=dataset.mix())
+
+
+def test_train_on_last(tmp_path):
+    """The last assistant turn of each conversation only; a last turn that says train: false trains nothing instead."""
+    rows = [{"messages": [*chat("q", "first"), *chat("q2", "second")]},
+            {"messages": [*chat("q", "first"), {"role": "user", "content": "q2"},
+                          {"role": "assistant", "content": "second", "train": False}]}]
+    path = write(tmp_path / "rows.json", rows)
+    dataset = data.load(path, tiny, 100, train_on="last")
+    assert target_texts(dataset) == ["second<|im_end|>"]
+    assert dataset.ledger.dropped == {"without targets": 1} and dataset.ledger.turns == 1
+
+
+def test_a_hub_dataset_is_downloaded(tmp_path, monkeypatch):
+    """owner/name that is no path goes to the hub's client; the training split's files are read, others not."""
+    import huggingface_hub
+
+    asked = []
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000.json", "test-00000.json"):
+        write(tmp_path / "data" / name, [{"prompt": name, "response": "r"}])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: (asked.append((name, how)), str(
+        tmp_path))[1])
+    dataset = data.load("owner/name", tiny, 100)
+    assert sources(dataset) == [f"{tmp_path}/data/train-00000.json[0]"]
+    assert asked[0][0] == "owner/name" and asked[0][1]["repo_type"] == "dataset"
+
+
+def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="owner/name: no such data file, and as a dataset of the hub .*no network"):
+        data.load("owner/name", tiny, 100)
+
+
+def look(*words):
+    return subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), *map(str, words)], capture_output=True, text=True)
+
+
+def test_show_prints_what_the_model_sees(tmp_path, capsys):
+    """Targets are marked, in green on a terminal; ids on request; only so many rows are read."""
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "é answer"}] * 3 + [{"broken": 1}])
+    out = look("show", path, "--model", "tiny", "-n", 2).stdout
+    assert out.count("---") == 2 and out.count("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«é answer<|im_end|>»") == 2
+    ids = look("show", path, "-n", 1, "--ids").stdout
+    dataset = data.load(path, tiny, 100, limit=3)
+    assert "«" + " ".join(map(str, dataset.tokens[: dataset.starts[1]][dataset.is_target[: dataset.starts[1]]])) in ids
+    data.show(dataset, tiny, 1, False, True)
+    assert "\x1b[32mé answer<|im_end|>\x1b[0m" in capsys.readouterr().out
+
+
+def test_stats_say_what_max_length_cuts(tmp_path):
+    """Rows and target tokens beyond each length, by another count of the same."""
+    rows = [{"prompt": "q", "response": "word " * n} for n in (3, 600, 1500, 5000)]
+    path = write(tmp_path / "rows.json", rows)
+    out = look("stats", path, "--max_length", 512).stdout
+    whole = data.load(path, tiny, 10**6)
+    for length in (512, 1024, 2048, 4096):
+        cut = data.load(path, tiny, length)
+        lost = whole.ledger.target - cut.ledger.target
+        assert re.search(rf"--max_length {length:<5,} cuts {cut.ledger.rows_truncated} rows .* and {lost:,} target", out)
+    assert "packing " in out and "rows     4 in = 4 trained" in out
+    for words, message in ((("stats", tmp_path / "none.json"), "no such data file"), ((), "what to do?"),
+                           (("show", path, "-n", 0), "--n 0: it must be at least 1")):
+        result = look(*words)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
