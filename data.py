@@ -353,13 +353,16 @@ class ChatTokenizer:
         tail, gap = (text[text.index("probe answer") + len("probe answer") :] for text in (one, two))
         joint = one[question_end : len(os.path.commonprefix([prompt, one]))]
         # What closes the user's turn closes the assistant's too; what is left of the joint is the answer's header.
-        shared = os.path.commonprefix([joint, gap])
         added = [t.content for t in self.added.values()]
         ends = [(tail.index(token), -len(token), token) for token in added if token in tail]
         self.turn_end = min(ends)[2] if ends else None
         self.stop_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
-        opening = shared.rpartition(self.turn_end)[2].lstrip() if ends else ""
-        self.header = opening + joint[len(shared) :]
+        for joint in (joint, one[question_end : one.index("probe answer")]):
+            shared = os.path.commonprefix([joint, gap])
+            opening = shared.rpartition(self.turn_end)[2].lstrip() if ends else ""
+            self.header = opening + joint[len(shared) :]
+            if self.header.strip():
+                break  # else there is no generation prompt, and all that stands before an answer is its header
 
     def render(self, messages, add_generation_prompt=False, tools=None):
         """The text of a conversation, as transformers' apply_chat_template gives it."""
@@ -367,7 +370,8 @@ class ChatTokenizer:
         return re.sub(f"[{''.join(GenerationBlock.MARKS)}]", "", text) if self.marks_answers else text
 
     def render_marked(self, messages, add_generation_prompt=False, tools=None):
-        messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
+        # As transformers does it, a key whose value is None isn't there; every row of a parquet file has all keys.
+        messages = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
         return self.template.render(messages=messages, tools=tools, documents=None,
                                     add_generation_prompt=add_generation_prompt, **self.special)
 
@@ -395,43 +399,85 @@ class ChatTokenizer:
             if len(spans) != len(answers):
                 raise ValueError(f"{where}: the chat template marks {len(spans)} answers as generated, there are "
                                  f"{len(answers)}")
-            return text, [(*span, m["train"]) for span, m in zip(spans, answers)]
+            spans = [(*span, m["train"]) for span, m in zip(spans, answers)]
+        else:
+            text, shown, prompts = marked, marked, [m for m in messages if m["role"] != "assistant"]
+            if self.header.strip() and any(self.header in m["content"] for m in prompts):
+                # a header that a prompt quotes opens no answer: look where such quotes are written over
+                cover = re.sub(r"\S", "\ufdd2", self.header)
+                messages = [m if m["role"] == "assistant" else
+                            {**m, "content": m["content"].replace(self.header, cover)} for m in messages]
+                shown = self.render_marked(messages, tools=tools)
+                if len(shown) != len(text):
+                    raise ValueError(f"{where}: a prompt quotes {self.header!r}, and the chat template makes too much "
+                                     "of it to tell where answers begin")
+            spans = self.find_answers(shown, messages, where)
+        for (start, stop, *_), message in zip(spans, answers):
+            for call in message.get("tool_calls") or ():
+                name = str((call.get("function") or call).get("name")) if isinstance(call, dict) else str(call)
+                if name not in text[start:stop]:
+                    raise ValueError(f"{where}: the call of {name} can't be found in what the chat template made of its "
+                                     f"turn: {text[start:stop]!r:.200}")
+        return text, spans
 
-        text, spans, cursor = marked, [], 0
+    def find_answers(self, text, messages, where):
+        """The spans of render_spans, for a template that does not mark them."""
+        spans, cursor, said = [], 0, 0
         for message in messages:
-            content = message["content"].strip()
+            content, calls = message["content"].strip(), message.get("tool_calls")
             if message["role"] != "assistant":
-                found = locate(text, content, cursor)
-                cursor = found[1] if found else cursor
+                found = locate(text, content, cursor, self.header)
+                if not found and content and content in text[said:cursor]:
+                    raise ValueError(f"{where}: the {message['role']} message {content!r:.60} can't be told from an "
+                                     f"answer in what the chat template made of it: {text[said:]!r:.200}")
+                cursor = said = found[1] if found else cursor
                 continue
             header = text.find(self.header, cursor)
             begin = header + len(self.header)
-            found = locate(text, content, begin) if header >= 0 else None
-            if header >= 0 and (not found or text[begin : found[0]].strip()):
-                # templates move or drop the reasoning before the answer
+            found = locate(text, content, begin, self.turn_end) if header >= 0 else None
+            end, whole = self.find_end(text, found, calls)
+            if header >= 0 and (not found or text[begin : found[0]].strip() or not whole or calls):
+                thought, _, words = content.rpartition("</think>")
+                aside = json.dumps([thought, message.get("reasoning_content"), calls], ensure_ascii=False,
+                                   default=str)
+                if self.turn_end and self.turn_end in aside:
+                    raise ValueError(f"{where}: {self.turn_end} stands in the reasoning or the calls of the answer "
+                                     f"{content!r:.60}, so where its turn ends can't be told")
+                # templates move or drop the reasoning before the answer, or put a block of their own there
                 limit = text.find(self.turn_end, begin) if self.turn_end else -1
                 thought = text.rfind("</think>", begin, limit if limit >= 0 else len(text))
-                found = locate(text, content.rpartition("</think>")[2].strip(),
-                               begin if thought < 0 else thought + len("</think>"))
+                found = locate(text, words.strip(), begin if thought < 0 else thought + len("</think>"),
+                               self.turn_end) or found
+                end, whole = self.find_end(text, found, calls)
             if not found:
                 raise ValueError(f"{where}: the answer {content!r:.60} can't be found in what the chat template made "
                                  f"of it: {text[cursor:]!r:.200}")
-            start, stop = (header + len(self.header) if self.header else found[0]), found[1]
-            end = text.find(self.turn_end, stop) if self.turn_end else -1
-            between = text[stop:end].strip() if end >= 0 else "?"
-            whole = not between or bool(end >= 0 and message.get("tool_calls"))
-            cursor = end + len(self.turn_end) if whole else stop
+            start, said = (begin if self.header else found[0]), found[1]
+            cursor = end if whole else said
             spans.append((start, cursor, whole, message["train"]))
-        return text, spans
+            said = said if calls else cursor
+        return spans
+
+    def find_end(self, text, found, calls):
+        """(where a turn whose words are `found` ends, whether only its calls stand between)."""
+        end = text.find(self.turn_end, found[1]) if self.turn_end and found else -1
+        return end + len(self.turn_end or ""), end >= 0 and bool(calls or not text[found[1] : end].strip())
 
 
-def locate(text, content, start):
-    """(start, stop) of content in text, from `start` on; white space may differ, as some templates re-indent."""
+def locate(text, content, start, barrier):
+    """(start, stop) of content in text, from `start` on; white space may differ, as some templates re-indent.
+
+    None where the barrier, if there is one, stands before it: what is found behind it is of another message.
+    """
+
+    def barred(at):
+        return bool(barrier and barrier.strip()) and text.find(barrier, start, at) >= 0
+
     at = text.find(content, start)
-    if at >= 0:
-        return at, at + len(content)
-    found = re.compile(r"\s+".join(map(re.escape, content.split()))).search(text, start)
-    return found.span() if found else None
+    if at < 0 or barred(at):
+        found = re.compile(r"\s+".join(map(re.escape, content.split()))).search(text, start)
+        return found.span() if found and not barred(found.start()) else None
+    return at, at + len(content)
 
 
 def token_range(encoding, start, stop, text_length):
