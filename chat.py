@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
-import data
 import lora
+import template
 from config import knob, parse, run
 from model import CausalLM, ModelConfig, generate
 
@@ -69,7 +69,7 @@ def load(name, base=None):
         directory = checkpoint.model_directory(base or settings["base_model_name_or_path"])
     config = checkpoint.read_json(os.path.join(directory, "config.json"))
     has_tokenizer = os.path.exists(os.path.join(adapter, "tokenizer.json"))
-    tokenizer = data.ChatTokenizer(adapter if has_tokenizer else directory)
+    tokenizer = template.ChatTokenizer(adapter if has_tokenizer else directory)
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
     if adapter != directory:
@@ -86,7 +86,7 @@ def answer(model, tokenizer, stops, messages, cfg):
     """Yield the answer's text piece by piece; a piece never ends inside a character."""
     try:
         prompt = tokenizer.render(messages, add_generation_prompt=True)
-    except data.jinja2.TemplateError as error:
+    except template.jinja2.TemplateError as error:
         raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
     tokens, ids, shown = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids, [], ""
     for token in generate(model, tokens, cfg.max_new_tokens, stops, sampler(cfg.temperature, cfg.top_p)):

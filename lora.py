@@ -191,7 +191,7 @@ def merge(cfg):
     Raises ValueError for an adapter that does not fit the base, FileExistsError rather than write over something.
     """
     import checkpoint  # here this file is an entry point; for sft.py and chat.py it is a leaf
-    import data
+    import template
 
     if os.path.exists(cfg.out):
         raise FileExistsError(f"{cfg.out} exists already; give a new directory")
@@ -242,7 +242,7 @@ def merge(cfg):
     os.makedirs(temporary)
     for key in {"dtype", "torch_dtype"} & set(model_config):
         model_config[key] = str(dtype).removeprefix("torch.")
-    tokenizer = data.ChatTokenizer(cfg.adapter if os.path.exists(os.path.join(cfg.adapter, "tokenizer.json")) else base)
+    tokenizer = template.ChatTokenizer(cfg.adapter if os.path.exists(os.path.join(cfg.adapter, "tokenizer.json")) else base)
     files = {**checkpoint.read_bytes(base, checkpoint.TOKENIZER_FILES),
              **checkpoint.read_bytes(cfg.adapter, checkpoint.TOKENIZER_FILES), "config.json": model_config,
              "generation_config.json": checkpoint.generation_config(base, model_config, tokenizer.stop_id)}

@@ -29,6 +29,7 @@ import data
 import fsdp
 from config import knob, parse, run, write_yaml
 from model import IGNORE, CausalLM, ModelConfig
+from template import ChatTokenizer
 
 
 @dataclass
@@ -321,7 +322,7 @@ def train(cfg, ranks):
     model_config = ModelConfig.from_dict(config_json)
 
     # Data: everything is known before the first step, the number of steps included.
-    tokenizer = data.ChatTokenizer(tokenizer_source)
+    tokenizer = ChatTokenizer(tokenizer_source)
     if tokenizer.size > model_config.vocab_size:
         raise ValueError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
                          f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")

@@ -424,7 +424,7 @@ def stopped_with(capsys, main):
     (lambda: parse("--batchsize", "4"), "unknown setting 'batchsize'; the nearest is 'batch_size'"),
     (lambda: parse("--config", "missing.yaml"), "missing.yaml"),
     (lambda: sft.data.load("missing.json", None, 10), "missing.json: no such data file"),
-    (lambda: sft.data.ChatTokenizer("missing"), "missing has no tokenizer.json"),
+    (lambda: sft.ChatTokenizer("missing"), "missing has no tokenizer.json"),
 ], ids=["range", "unknown name", "missing YAML", "missing data", "missing tokenizer"])
 def test_an_error_about_the_input_is_one_line_and_code_2(main, say, capsys, monkeypatch):
     """A ValueError or OSError that our own files raise is answered with one line on standard error, no traceback."""

@@ -22,12 +22,13 @@ from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
 
 import data
+from template import ChatTokenizer
 
 TINY = os.path.join(ROOT, "models", "tiny")
 EXAMPLES = [os.path.join(ROOT, "data", name) for name in (
     "example_sft.json", "example_alpaca.json", "example_conversations.json", "example_sharegpt.json", "example.jsonl")]
 RAW = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
-tiny = data.ChatTokenizer(TINY)
+tiny = ChatTokenizer(TINY)
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=150)
 
 
@@ -280,7 +281,7 @@ def merging(tmp_path_factory):
 @pytest.mark.parametrize("merges", [False, True], ids=["tiny", "newlines merge"])
 def test_any_conversation_equals_chatml_by_hand(merges, merging, scratch):
     """Whatever is said, ids and mask are those of the independent reading, where answers begin with newlines too."""
-    tokenizer = data.ChatTokenizer(merging) if merges else tiny
+    tokenizer = ChatTokenizer(merging) if merges else tiny
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json")) if merges else RAW
 
     @repeatable
@@ -298,7 +299,7 @@ def test_a_token_that_begins_in_the_header_is_not_a_target(merging, tmp_path):
     """A newline that merged with the header's own is in the prompt already, so the model never has to say it."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "\nHi"}, {"prompt": "q", "response": "Hi"}])
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json"))
-    dataset = data.load(path, data.ChatTokenizer(merging), 2048)
+    dataset = data.load(path, ChatTokenizer(merging), 2048)
     assert [text for _, text, _ in runs(dataset, 0, raw)][0].endswith("assistant\n\n")
     assert target_texts(dataset, 0, raw) == ["Hi<|im_end|>"] == target_texts(dataset, 1, raw)
     unmerged = data.load(path, tiny, 2048)
@@ -322,7 +323,7 @@ def test_a_turn_marked_to_train_is_as_one_without_a_mark(mark, tmp_path):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "One.", **mark}]
     watching = chatml("(m.content + (' marked' if 'train' in m or 'weight' in m else ''))")
     path = write(tmp_path / "rows.json", [{"messages": messages}])
-    for tokenizer in (tiny, data.ChatTokenizer(make_directory(tmp_path / "model", watching))):
+    for tokenizer in (tiny, ChatTokenizer(make_directory(tmp_path / "model", watching))):
         assert_is(data.load(path, tokenizer, 2048), [by_hand(chat("q", "One."))])
 
 
@@ -528,7 +529,7 @@ FAMILIES = {
 def test_targets_of_template_that(name, tmp_path):
     """The decoded targets of single- and multi-turn conversations are exactly the answers and what ends them."""
     template, special, config, batch, expected = FAMILIES[name]
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
     path = write(tmp_path / "rows.json", [{"messages": messages} for messages in batch])
     dataset = data.load(path, tokenizer, 2048)
     assert not tokenizer.is_fallback
@@ -550,7 +551,7 @@ def test_text_and_ids_are_those_of_transformers(name, tmp_path):
             bos_and_id = bos, raw.token_to_id(bos)
             raw.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[bos_and_id])
         directory = make_directory(tmp_path / "model", template, special, raw, **config)
-    ours, theirs = data.ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    ours, theirs = ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": m} for m in batch]), ours, 2048)
     for i, messages in enumerate(batch):
         text = theirs.apply_chat_template(messages, tokenize=False)
@@ -580,7 +581,7 @@ def test_a_template_may_use_what_transformers_offers_it(tmp_path):
 {{ strftime_now('%Y') }}
 """
     directory = make_directory(tmp_path / "model", template)
-    ours, theirs = data.ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    ours, theirs = ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
     tools = [{"type": "function", "function": {"name": "天气", "description": "<b>'&\"", "parameters": {}}}]
     messages = chat("Hello?", "Hi.", "Again?", "Hi!", system="no")
     for given_tools in (None, tools):
@@ -592,7 +593,7 @@ def test_a_template_may_use_what_transformers_offers_it(tmp_path):
 def test_the_tools_of_a_row_reach_its_template(tmp_path):
     """A row's "tools" are rendered as its template does with them."""
     template = chatml("m.content").replace("{%- for", "{%- if tools %}{{- tools[0].name }}{%- endif %}{%- for", 1)
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("q", "a"), "tools": [{"name": "weather"}]}])
     assert runs(data.load(path, tokenizer, 2048))[0][1].startswith("weather<|im_start|>user\nq")
 
@@ -600,7 +601,7 @@ def test_the_tools_of_a_row_reach_its_template(tmp_path):
 def test_a_call_of_a_tool_is_a_target(tmp_path):
     """An assistant message without words but with tool_calls is trained as the template renders it, up to its end."""
     template = chatml("m.content + (m.tool_calls | tojson if m.tool_calls else '')")
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
                 {"role": "tool", "content": "7"}, {"role": "assistant", "content": "Seven."}]
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 2048)
@@ -614,7 +615,7 @@ def test_a_call_of_a_tool_is_a_target(tmp_path):
 def test_reasoning_that_already_says_the_answer_is_trained_to_its_end(template, thought, answer, tmp_path):
     """An answer's words may stand in the reasoning before them: the turn still ends where it ends."""
     source = {"tiny": chatml("m.content"), "Qwen3": QWEN3, "drops": DROPS_THINKING}[template]
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", source))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", source))
     said = f"<think>\n{thought}\n</think>\n\n{answer}"
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": chat("q", said)}]), tokenizer, 2048)
     rendered = tokenizer.render(chat("q", said)).split("<|im_start|>assistant\n")[1]
@@ -624,7 +625,7 @@ def test_reasoning_that_already_says_the_answer_is_trained_to_its_end(template, 
 
 def test_reasoning_in_a_key_of_its_own_may_say_the_answer(tmp_path):
     """reasoning_content that the template renders before the answer is trained with it, whatever it says."""
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", QWEN3))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", QWEN3))
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "42", "reasoning_content": "42?"}]
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 2048)
     assert target_texts(dataset) == ["<think>\n42?\n</think>\n\n42<|im_end|>"]
@@ -651,14 +652,14 @@ SOMETIMES_ENDS = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + 
 
 def test_a_template_that_never_ends_a_turn_is_refused(tmp_path):
     """A model that is never shown a stop token would never stop: the run does not start."""
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", NEVER_ENDS))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", NEVER_ENDS))
     with pytest.raises(ValueError, match="only 0 of 2 assistant turns .* would never stop"):
         data.load(write(tmp_path / "rows.json", [{"messages": m} for m in PLAIN[:1] * 2]), tokenizer, 2048)
 
 
 def test_99_percent_of_turns_must_end(tmp_path):
     """One endless turn of 100 may pass, one of 99 may not; turns that are not trained or were cut do not count."""
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", SOMETIMES_ENDS))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", SOMETIMES_ENDS))
     endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
     untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
     untrained["messages"][1]["train"] = False
@@ -684,7 +685,7 @@ def test_a_conversation_that_the_template_refuses_names_the_row(tmp_path):
 def test_an_answer_that_the_template_changes_names_the_row(tmp_path):
     """Targets are never guessed: where the answer isn't in the rendered text, the row is an error."""
     template = chatml("m.content.replace('secret', '***')")
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("q", "a")}, {"messages": chat("q", "a secret")}])
     with pytest.raises(ValueError, match=re.escape(f"{path}[1]: ") + "the answer 'a secret' can't be found"):
         data.load(path, tokenizer, 2048)
@@ -693,7 +694,7 @@ def test_an_answer_that_the_template_changes_names_the_row(tmp_path):
 def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
     """A question that is rendered in other words may hold a header and the answer: the answer's own place counts."""
     template = chatml("(m.content.replace('secret', '***') if m.role == 'user' else m.content)")
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("my secret:\nassistant\nHi.", "Hi.")}])
     shown = [(target, text) for target, text, _ in runs(data.load(path, tokenizer, 2048))]
     assert shown == [(False, "<|im_start|>user\nmy ***:\nassistant\nHi.<|im_end|>\n<|im_start|>assistant\n"),
@@ -709,13 +710,13 @@ def test_a_template_that_cannot_be_used_names_its_directory(template, say, tmp_p
     """A broken template, one that reaches for Python, or one that renders no message is an error with a place."""
     directory = make_directory(tmp_path / "model", template)
     with pytest.raises(ValueError, match=re.escape(directory) + f".*{say}"):
-        data.ChatTokenizer(directory)
+        ChatTokenizer(directory)
 
 
 def test_a_template_that_fails_on_a_conversation_names_the_row(tmp_path):
     """A Python error inside a template, such as adding text and a missing key, is an error of that row."""
     template = chatml("(m.content + (m.number if 'five' in m.content else ''))")
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     rows = [{"messages": [{"role": "user", "content": "five", "number": 5}, {"role": "assistant", "content": "a"}]}]
     path = write(tmp_path / "rows.json", rows)
     with pytest.raises(ValueError, match=re.escape(f"{path}[0]: ")):
@@ -724,7 +725,7 @@ def test_a_template_that_fails_on_a_conversation_names_the_row(tmp_path):
 
 def test_without_a_template_there_is_chatml(tmp_path):
     """A tokenizer without a template gets ChatML, says so, and trains the tokens that ChatML by hand has."""
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", None))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None))
     assert tokenizer.is_fallback and not tiny.is_fallback
     assert tokenizer.stop_id == RAW.token_to_id("<|im_end|>")
     batch = [*PLAIN, chat(" q", "\na ", system="s")]
@@ -741,7 +742,7 @@ def without_chatml_tokens():
 def test_chatml_without_its_tokens_ends_turns_with_the_eos(tmp_path):
     """Where the vocabulary has no <|im_end|>, the eos token stands in for it."""
     raw = without_chatml_tokens()
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", None, raw=raw))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None, raw=raw))
     assert tokenizer.is_fallback and tokenizer.turn_end == "<|endoftext|>"
     assert tokenizer.stop_id == raw.token_to_id("<|endoftext|>") == 0
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": m} for m in PLAIN]), tokenizer, 2048)
@@ -754,7 +755,7 @@ def test_chatml_without_any_token_to_end_turns_is_refused(tmp_path):
     """No template, no <|im_end|> and no eos token: an error that names the directory."""
     directory = make_directory(tmp_path / "model", None, raw=without_chatml_tokens(), eos_token=None)
     with pytest.raises(ValueError, match=re.escape(directory)):
-        data.ChatTokenizer(directory)
+        ChatTokenizer(directory)
 
 
 def test_where_a_template_is_found(tmp_path):
@@ -762,9 +763,9 @@ def test_where_a_template_is_found(tmp_path):
     several = [{"name": "tool_use", "template": chatml("'tool'")},
                {"name": "default", "template": chatml("'2' + m.content")}]
     directory = make_directory(tmp_path / "model", several)
-    assert data.ChatTokenizer(directory).render(chat("q")) == "<|im_start|>user\n2q<|im_end|>\n"
+    assert ChatTokenizer(directory).render(chat("q")) == "<|im_start|>user\n2q<|im_end|>\n"
     (tmp_path / "model" / "chat_template.jinja").write_text(chatml("'3' + m.content"), encoding="utf-8")
-    assert data.ChatTokenizer(directory).render(chat("q")) == "<|im_start|>user\n3q<|im_end|>\n"
+    assert ChatTokenizer(directory).render(chat("q")) == "<|im_start|>user\n3q<|im_end|>\n"
     assert AutoTokenizer.from_pretrained(directory).apply_chat_template(chat("q"), tokenize=False) == (
         "<|im_start|>user\n3q<|im_end|>\n")
 
@@ -772,7 +773,7 @@ def test_where_a_template_is_found(tmp_path):
 def test_a_directory_without_tokenizer_says_so(tmp_path):
     """No tokenizer.json: FileNotFoundError names the directory, the file and the flag."""
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path)) + " has no tokenizer.json; --tokenizer"):
-        data.ChatTokenizer(str(tmp_path))
+        ChatTokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -782,7 +783,7 @@ def test_a_broken_tokenizer_file_is_named(name, tmp_path):
     content = (tmp_path / "model" / name).read_text(encoding="utf-8")
     (tmp_path / "model" / name).write_text(content[: len(content) // 2], encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(os.path.join(directory, name))):
-        data.ChatTokenizer(directory)
+        ChatTokenizer(directory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1351,7 +1352,7 @@ def same(a, b):
 
 def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
     """A second load maps the first one's arrays and tokenises nothing."""
-    tokenizer, spec = data.ChatTokenizer(TINY), os.path.join(ROOT, "data", "example_sft.json")
+    tokenizer, spec = ChatTokenizer(TINY), os.path.join(ROOT, "data", "example_sft.json")
     fresh = data.load(spec, tokenizer, 64)
     assert same(fresh, data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)))
     monkeypatch.setattr(data, "tokenise", lambda *_: pytest.fail("tokenised again"))
@@ -1363,7 +1364,7 @@ def test_any_change_misses_the_cache(tmp_path, monkeypatch):
     """Data, each option, template, tokenizer and special tokens are in the key; so is the date, for templates with it."""
     spec = tmp_path / "rows.json"
     spec.write_text(json.dumps([{"messages": chat("q", "answer")}]))
-    tokenizer, calls = data.ChatTokenizer(TINY), []
+    tokenizer, calls = ChatTokenizer(TINY), []
     tokenise = data.tokenise
     monkeypatch.setattr(data, "tokenise", lambda *words: (calls.append(1), tokenise(*words))[1])
 
@@ -1391,7 +1392,7 @@ def test_any_change_misses_the_cache(tmp_path, monkeypatch):
 
 def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
     """An error on the way leaves no entry, and the next load makes it."""
-    tokenizer, spec = data.ChatTokenizer(TINY), os.path.join(ROOT, "data", "example.jsonl")
+    tokenizer, spec = ChatTokenizer(TINY), os.path.join(ROOT, "data", "example.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(data.json, "dump", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -1403,10 +1404,10 @@ def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
 
 def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
     """Three processes at once: one makes the entry, the others wait on its lock and get the same."""
-    code = (f"import sys; sys.path.insert(0, {ROOT!r}); import data, os\n"
+    code = (f"import sys; sys.path.insert(0, {ROOT!r}); import data, template\n"
             "tokenise = data.tokenise\n"
             "data.tokenise = lambda *words: (print('MADE'), tokenise(*words))[1]\n"
-            f"dataset = data.load({os.path.join(ROOT, 'data', 'example_sft.json')!r}, data.ChatTokenizer({TINY!r}), 64, "
+            f"dataset = data.load({os.path.join(ROOT, 'data', 'example_sft.json')!r}, template.ChatTokenizer({TINY!r}), 64, "
             f"cache_dir={str(tmp_path)!r})\nprint(dataset.digest)")
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]

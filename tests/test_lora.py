@@ -22,6 +22,7 @@ import data
 import lora
 import nf4
 import sft
+from template import ChatTokenizer
 
 TOKENS = torch.arange(40) % 37 + 5
 
@@ -132,7 +133,7 @@ def test_training_goes_the_way_of_peft(models, train, tmp_path):
         vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
         optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0)],
                                       lr=1e-3, betas=(0.9, 0.95))
-        rows = data.load(EXAMPLES, data.ChatTokenizer(models["untied"]), 2048)
+        rows = data.load(EXAMPLES, ChatTokenizer(models["untied"]), 2048)
         sampler = data.Sampler(rows.lengths, 3, 42, 4, max_steps=4)
         for line in lines:
             _, ids = sampler.step(line["step"])
@@ -401,7 +402,7 @@ def test_merge_of_a_trained_adapter(models, train, tmp_path, monkeypatch):
     assert merge(step, tmp_path / "merged").returncode == 0
     torch.testing.assert_close(our_logits(tmp_path / "merged"), our_logits(step), atol=1e-5, rtol=1e-5)
     generation = checkpoint.read_json(tmp_path / "merged" / "generation_config.json")
-    assert data.ChatTokenizer(step).stop_id in generation["eos_token_id"]
+    assert ChatTokenizer(step).stop_id in generation["eos_token_id"]
     assert merge(step, tmp_path / "small", "--dtype", "bf16").returncode == 0
     small, whole = (checkpoint.weight_entries(tmp_path / name) for name in ("small", "merged"))
     assert {e.dtype for e in small.values()} == {"BF16"} and {e.dtype for e in whole.values()} == {"F32"}

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 import data
+from template import ChatTokenizer
 
 # family: the tokens that open an answer, as they begin in the vocabulary; the text of the one that ends it
 FAMILIES = {
@@ -57,7 +58,7 @@ def family(request, packages):
     directory = str(target / "package" / "models")
     opening, end = FAMILIES[name]
     head = "".join(opening).replace("Ċ", "\n")
-    return types.SimpleNamespace(name=name, ours=data.ChatTokenizer(directory), opening=opening, head=head, end=end,
+    return types.SimpleNamespace(name=name, ours=ChatTokenizer(directory), opening=opening, head=head, end=end,
                                  theirs=AutoTokenizer.from_pretrained(directory))
 
 
@@ -385,7 +386,7 @@ TRAITS = {  # name: (template, [(conversation, target texts), ...])
 def test_a_template_that(name, tmp_path):
     """The targets are literally these, whatever the template does to the text around and inside them."""
     template, cases = TRAITS[name]
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
     for messages, expected in cases:
         dataset = loaded(tmp_path / "rows.json", tokenizer, messages)
@@ -425,7 +426,7 @@ REFUSED = {  # name: (template, conversation, what the error says behind the nam
 def test_a_conversation_is_refused_by_a_template_that(name, tmp_path):
     """Where an answer can't be told from what the template made of it, the error names the row and shows the place."""
     template, messages, say = REFUSED[name]
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": messages}, *[{"messages": chat("q", "fine")}] * 300])
     with pytest.raises(ValueError, match=re.escape(f"{path}[0]: ") + ".*" + say):
         data.load(path, tokenizer, 10**6)
@@ -435,6 +436,6 @@ def test_a_template_that_leaves_the_end_out_of_its_marks_is_refused(tmp_path):
     """{% generation %} around the words alone would train a model that never stops."""
     end, close = "{{- '<|im_end|>' }}", "{%- endgeneration -%}"
     template = MARKED.replace(end, "").replace(close, close + end)
-    tokenizer = data.ChatTokenizer(make_directory(tmp_path / "model", template))
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     with pytest.raises(ValueError, match="only 0 of 101 assistant turns .* would never stop"):
         loaded(tmp_path / "rows.json", tokenizer, chat("q", "a"))
