@@ -4,6 +4,8 @@ loss   the chunked cross-entropy beside a plain one: seconds and peak memory of 
 load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does it: what
        each reads beside its share of the file, and its peak memory beside its share of the parameters
 ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
+data   conversations a second of data.load (read, render, tokenise, mask, write the cache) beside encode_batch alone on
+       the same text, with all cores; with --vs trl beside the preparation of the same file by TRL, two processes
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
        fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
 
@@ -17,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -30,9 +33,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import checkpoint
+import data
 import fsdp
 from config import knob, parse, run
 from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy
+from template import ChatTokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=151936,
@@ -50,7 +55,7 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory"), group="bench")
+    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data"), group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
@@ -58,9 +63,11 @@ class Config:
     targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt")
     ranks: int = knob(1, "load: processes that share the model")
     steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
+    rows: int = knob(20000, "data: conversations")
+    model: str = knob("tiny", "data: whose tokenizer and template")
     peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
     side: str | None = knob(None, "do this step only, in this process",
-                            ("plain", "chunked", "load", "trl_full", "trl_lora"))
+                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data"))
     directory: str | None = knob(None, "load, memory: where the model is, for --side")
     vs: str | None = knob(None, "memory: another trainer, to measure on the same", ("trl",))
 
@@ -71,8 +78,8 @@ class Config:
             raise ValueError("--no-peer_checkpointing does nothing without --vs trl")
         if self.steps <= UNSTEADY:
             raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
-        if self.vs and self.part != "memory":
-            raise ValueError(f"--vs {self.vs} is for --part memory only")
+        if self.vs and self.part not in ("memory", "data"):
+            raise ValueError(f"--vs {self.vs} is for --part memory and --part data only")
 
 
 def spread(values):
@@ -163,6 +170,49 @@ def side_trl(cfg):
     return {"peak_gb": proc_gb("status", "VmHWM"), "seconds": spread([b - a for a, b in zip(ends, ends[1:])])}
 
 
+def side_data(cfg):
+    """Seconds that cfg.rows conversations take, by us, by the tokenizer alone, or by TRL."""
+    model, path = checkpoint.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
+    tokenizer = ChatTokenizer(model)
+    if cfg.side == "encode":
+        texts = [tokenizer.render(data.to_messages(row, where)) for where, row in data.read_files(path)]
+        start = time.perf_counter()
+        tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+    elif cfg.side == "data":
+        start = time.perf_counter()
+        data.load(path, tokenizer, LENGTH, cache_dir=cfg.directory)
+    else:
+        import datasets
+        import trl
+
+        with contextlib.redirect_stdout(sys.stderr):
+            rows = datasets.Dataset.from_list(checkpoint.read_json(path))
+            config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True, max_length=LENGTH,
+                                   report_to="none", dataset_num_proc=2, assistant_only_loss=False)
+            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # what it costs without data
+            before = time.perf_counter()
+            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))
+            start = time.perf_counter()
+            trl.SFTTrainer(model, config, train_dataset=rows)
+            start += start - before
+    return {"seconds": time.perf_counter() - start}
+
+
+def write_rows(path, n):
+    """n conversations of log-normal lengths, of the words of the example set."""
+    words = [word for _, row in data.read_files(os.path.join(HERE, "data", "example_sft.json"))
+             for message in data.to_messages(row, "") for word in message["content"].split()]
+    generator = random.Random(0)
+
+    def text(middle):
+        return " ".join(generator.choices(words, k=max(2, int(generator.lognormvariate(middle, 0.9)))))
+
+    rows = [{"messages": [{"role": "user", "content": text(3.3)}, {"role": "assistant", "content": text(3.9)}]}
+            for _ in range(n)]
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(rows, f, ensure_ascii=False)
+
+
 def write_model(directory, config):
     """A model directory of random weights in bf16, as the hub has it, with the tokenizer of `tiny`; the size of its
     file, and that of the parameters in fp32."""
@@ -233,11 +283,31 @@ def bench_ranks(cfg, directory):
     return {"tokens_per_second": {name: spread(values) for name, values in speeds.items()}, **ratios}
 
 
-def bench_memory(cfg, directory):
+def peer_versions(cfg):
     try:
-        versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "peft") if cfg.vs}
+        return {name: importlib.metadata.version(name) for name in ("trl", "transformers", "peft") if cfg.vs}
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(f"--vs trl: {error.name} is not installed: pip install trl peft") from error
+
+
+def bench_data(cfg, directory):
+    versions = peer_versions(cfg)
+    write_rows(os.path.join(directory, "rows.json"), cfg.rows)
+    names, speeds = ["data", "encode"] + ["trl_data"] * bool(cfg.vs), {}
+    for i in range(cfg.repeats):  # in turn, each with nothing cached
+        for name in names:
+            inner = os.path.join(directory, f"{name}_{i}")
+            os.makedirs(inner)
+            shutil.copy(os.path.join(directory, "rows.json"), inner)
+            seconds = sides(1, "--side", name, "--directory", inner)[0]["seconds"]
+            speeds.setdefault(name, []).append(cfg.rows / seconds)
+            shutil.rmtree(inner)
+    ratios = {f"data_to_{name}": spread([a / b for a, b in zip(speeds["data"], speeds[name])]) for name in names[1:]}
+    return {"conversations_per_second": {name: spread(found) for name, found in speeds.items()}, **ratios, **versions}
+
+
+def bench_memory(cfg, directory):
+    versions = peer_versions(cfg)
     write_model(directory, QWEN_05B)
     turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "the " * LENGTH}]  # one token each
     path = os.path.join(directory, "rows.json")
@@ -260,7 +330,8 @@ def bench_memory(cfg, directory):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        result = {"load": side_load, "trl_full": side_trl, "trl_lora": side_trl}.get(cfg.side, side_loss)(cfg)
+        result = {"load": side_load, "trl_full": side_trl, "trl_lora": side_trl, "plain": side_loss,
+                  "chunked": side_loss}.get(cfg.side, side_data)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
@@ -269,7 +340,8 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
-        parts = {"loss": bench_loss, "load": bench_load, "ranks": bench_ranks, "memory": bench_memory}
+        parts = {"loss": bench_loss, "load": bench_load, "ranks": bench_ranks, "memory": bench_memory,
+                 "data": bench_data}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))

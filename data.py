@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fractions import Fraction
@@ -266,13 +267,13 @@ def token_range(encoding, start, stop, text_length):
             if token is not None:
                 return token
             char += 1
-        return len(encoding.ids)
+        return len(encoding)
 
     first = first_from(start)
-    if first < len(encoding.ids) and encoding.token_to_chars(first)[0] < start:
+    if first < len(encoding) and encoding.token_to_chars(first)[0] < start:
         first += 1
     end = first_from(stop)
-    if end < len(encoding.ids) and encoding.token_to_chars(end)[0] < stop:
+    if end < len(encoding) and encoding.token_to_chars(end)[0] < stop:
         end += 1  # the turn's last token takes white space behind it in
     return first, max(first, end)
 
@@ -436,9 +437,9 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, d
     files = [file for _, names in groups for file in names]
     weights = [[group, weight] for group, (weight, names) in enumerate(groups) for _ in names]
 
-    def add(rows):
-        """Append a thousand rows."""
-        rendered, found = [], {name: [] for name in ARRAYS}
+    def render(rows):
+        """A thousand rows as (file, row number, text, spans)."""
+        rendered = []
         for file, number, row in rows:
             where = f"{files[file]}[{number}]"
             messages = to_messages(row, where)
@@ -451,9 +452,17 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, d
             except UnicodeEncodeError as error:
                 raise ValueError(f"{where}: half a character (a lone surrogate): {error}") from error
             rendered.append((file, number, text, spans))
-        encodings = tokenizer.tokenizer.encode_batch([text for *_, text, _ in rendered], add_special_tokens=False)
+        return rendered
+
+    def encode(rendered):
+        return tokenizer.tokenizer.encode_batch([text for *_, text, _ in rendered], add_special_tokens=False)
+
+    def write(rendered, encodings):
+        """Mask them and append them to the arrays."""
+        found = {name: [] for name in ARRAYS}
         for (file, number, text, spans), encoding in zip(rendered, encodings):
-            length, kept = len(encoding.ids), min(len(encoding.ids), max_length)
+            ids = np.array(encoding.ids, dtype=np.int32)
+            length, kept = len(ids), min(len(ids), max_length)
             ledger.rows += 1
             ledger.tokens += length
             if length > max_length and too_long == "error":
@@ -468,7 +477,7 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, d
                 is_target[first:end] = trained or train_on_prompt
                 if trained and end <= kept:
                     ledger.turns += 1
-                    ledger.turns_stopped += whole and tokenizer.stop_id in encoding.ids[first:end]
+                    ledger.turns_stopped += int(whole and tokenizer.stop_id in ids[first:end])
             is_target[0] = False  # nothing predicts the first token
             is_target = is_target[:kept]
             if not is_target.any():
@@ -480,7 +489,7 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, d
             ledger.context += kept - n_targets
             ledger.truncated += length - kept
             ledger.rows_truncated += length > kept
-            values = encoding.ids[:kept], is_target, [kept], is_target.nonzero()[0][-1:], [n_targets], [file], [number]
+            values = ids[:kept], is_target, [kept], is_target.nonzero()[0][-1:], [n_targets], [file], [number]
             for name, part in zip(ARRAYS, values):
                 found[name].append(part)
         for name, dtype in ARRAYS.items():
@@ -493,9 +502,14 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, d
         outputs = {name: stack.enter_context(open(os.path.join(directory, name), "wb")) for name in ARRAYS}
         rows = ((i, number, row) for i, file in enumerate(files) for number, row in enumerate(read_file(file)))
         rows = itertools.islice(rows, limit)
-        while batch := list(itertools.islice(rows, 1000)):  # encode_batch works on all cores
-            add(batch)
-            progress()
+        # The tokenizer works on all cores and without Python's lock: the next thousand are rendered meanwhile.
+        waiting, pool = None, stack.enter_context(ThreadPoolExecutor(1))
+        while (batch := list(itertools.islice(rows, 1000))) or waiting:
+            rendered = render(batch)
+            if waiting:
+                write(waiting[0], waiting[1].result())
+                progress()
+            waiting = (rendered, pool.submit(encode, rendered)) if batch else None
     ledger.check(spec, max_length)
     state.update(repr(weights).encode())
     facts = {"files": files, "weights": weights, "ledger": asdict(ledger), "digest": state.hexdigest()}
