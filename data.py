@@ -68,8 +68,8 @@ def data_files(spec):
             if not files:
                 raise FileNotFoundError(f"{path}: no data file in this directory ({', '.join(ENDINGS)})")
         elif not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such data file; give a JSON, JSON Lines or parquet file, a directory, a "
-                                    "dataset id of the hub, or several with commas")
+            raise FileNotFoundError(f"{path}: no such data file; give a JSON, JSON Lines or parquet file, a directory, "
+                                    "a dataset id of the hub, or several with commas")
         groups.append((weight, files))
     weights = [weight for weight, _ in groups]
     if None in weights and any(weights) or 0 in weights:
@@ -198,8 +198,8 @@ def parse_json(text, path, line):
 
 
 def not_json(path, line, column, message):
-    return ValueError(f"{path} is not JSON: line {line}, column {column}: {message}; a file is a JSON array of rows, or "
-                      "one JSON object a line")
+    return ValueError(f"{path} is not JSON: line {line}, column {column}: {message}; a file is a JSON array of rows, "
+                      "or one JSON object a line")
 
 
 def to_messages(row, where):
@@ -643,8 +643,8 @@ def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
 
 
 def show(dataset, tokenizer, count, ids, color):
-    """Print conversations as the model sees them, targets in green, or between « and » where colours are not wanted."""
-    marks = ("\033[32m", "\033[0m") if color else ("«", "»")
+    """Print conversations as the model sees them, targets in green, or between « and » without colours."""
+    marks, decode = ("\033[32m", "\033[0m") if color else ("«", "»"), tokenizer.tokenizer.decode
     for i in range(min(count, len(dataset))):
         here = slice(dataset.starts[i], dataset.starts[i + 1])
         tokens, targets = dataset.tokens[here], dataset.is_target[here]
@@ -652,7 +652,7 @@ def show(dataset, tokenizer, count, ids, color):
         borders = [0, *(np.flatnonzero(np.diff(targets)) + 1), len(tokens)]
         for start, stop in itertools.pairwise(borders):
             part = tokens[start:stop].tolist()
-            text = " ".join(map(str, part)) + " " if ids else tokenizer.tokenizer.decode(part, skip_special_tokens=False)
+            text = " ".join(map(str, part)) + " " if ids else decode(part, skip_special_tokens=False)
             print(f"{marks[0]}{text}{marks[1]}" if targets[start] else text, end="")
         print()
 

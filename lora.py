@@ -162,8 +162,8 @@ def inject(model, config, ranks):
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
         if not isinstance(modules.get(name), nn.Linear) or name == "lm_head":
-            raise ValueError(f"the adapter has a part for {name}, which is no layer of this model that can have one; is "
-                             f"it for another? Its base is {config.get('base_model_name_or_path')}")
+            raise ValueError(f"the adapter has a part for {name}, which is no layer of this model that can have one; "
+                             f"is it for another? Its base is {config.get('base_model_name_or_path')}")
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, LoRALinear(modules[name], rank, scaling_of(name, rank, config), config.get(
             "lora_dropout", 0.0), config.get("use_dora", False)))
@@ -242,7 +242,8 @@ def merge(cfg):
     os.makedirs(temporary)
     for key in {"dtype", "torch_dtype"} & set(model_config):
         model_config[key] = str(dtype).removeprefix("torch.")
-    tokenizer = template.ChatTokenizer(cfg.adapter if os.path.exists(os.path.join(cfg.adapter, "tokenizer.json")) else base)
+    has_tokenizer = os.path.exists(os.path.join(cfg.adapter, "tokenizer.json"))
+    tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
     files = {**checkpoint.read_bytes(base, checkpoint.TOKENIZER_FILES),
              **checkpoint.read_bytes(cfg.adapter, checkpoint.TOKENIZER_FILES), "config.json": model_config,
              "generation_config.json": checkpoint.generation_config(base, model_config, tokenizer.stop_id)}

@@ -42,7 +42,7 @@ class Config:
     val_data: str | None = knob(None, "the same, for validation")
     max_length: int = knob(2048, "tokens of a conversation that are kept")
     too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
-    train_on: str = knob("all", "which of the assistant's turns: all, or the last of each conversation", ("all", "last"))
+    train_on: str = knob("all", "the assistant's turns, or the last of each conversation only", ("all", "last"))
     train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
     cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
 
@@ -111,8 +111,8 @@ class Config:
             if not self.use_lora:
                 raise ValueError(f"--{name} {getattr(self, name)} does nothing without --use_lora")
             if self.resume_adapter and name in ADAPTER_KNOBS:
-                raise ValueError(f"--{name} {getattr(self, name)} with --resume_adapter: the adapter has its own; leave "
-                                 "it out")
+                raise ValueError(f"--{name} {getattr(self, name)} with --resume_adapter: the adapter has its own; "
+                                 "leave it out")
         if self.quantize and (self.tp > 1 or self.lora_dora):
             other = "--strategy megatron" if self.tp > 1 else "--lora_dora"
             raise ValueError(f"--quantize {self.quantize} does not work with {other}; leave one of them out")
@@ -460,7 +460,8 @@ def train(cfg, ranks):
 
     latest = os.path.join(root, "latest")
     python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
-    say(f"saved    {latest} -> step_{total_steps}, a {'PEFT adapter' if cfg.use_lora else 'Hugging Face model'} directory")
+    kind = "PEFT adapter" if cfg.use_lora else "Hugging Face model"
+    say(f"saved    {latest} -> step_{total_steps}, a {kind} directory")
     say(f"talk     {python} chat.py {latest}")
 
 

@@ -175,8 +175,8 @@ class ChatTokenizer:
             for call in message.get("tool_calls") or ():
                 name = str((call.get("function") or call).get("name")) if isinstance(call, dict) else str(call)
                 if name not in text[start:stop]:
-                    raise ValueError(f"{where}: the call of {name} can't be found in what the chat template made of its "
-                                     f"turn: {text[start:stop]!r:.200}")
+                    raise ValueError(f"{where}: the call of {name} can't be found in what the chat template made of "
+                                     f"its turn: {text[start:stop]!r:.200}")
         return text, spans
 
     def find_answers(self, text, messages, where):

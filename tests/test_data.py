@@ -1407,8 +1407,8 @@ def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
     code = (f"import sys; sys.path.insert(0, {ROOT!r}); import data, template\n"
             "tokenise = data.tokenise\n"
             "data.tokenise = lambda *words: (print('MADE'), tokenise(*words))[1]\n"
-            f"dataset = data.load({os.path.join(ROOT, 'data', 'example_sft.json')!r}, template.ChatTokenizer({TINY!r}), 64, "
-            f"cache_dir={str(tmp_path)!r})\nprint(dataset.digest)")
+            f"tokenizer, spec = template.ChatTokenizer({TINY!r}), {os.path.join(ROOT, 'data', 'example_sft.json')!r}\n"
+            f"dataset = data.load(spec, tokenizer, 64, cache_dir={str(tmp_path)!r})\nprint(dataset.digest)")
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]
     assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
@@ -1530,19 +1530,21 @@ def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match="owner/name: no such data file, and as a dataset of the hub .*no network"):
+    with pytest.raises(FileNotFoundError, match="owner/name: no such data file, and as a dataset .*no network"):
         data.load("owner/name", tiny, 100)
 
 
 def look(*words):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "data.py"), *map(str, words)], capture_output=True, text=True)
+    command = [sys.executable, os.path.join(ROOT, "data.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_show_prints_what_the_model_sees(tmp_path, capsys):
     """Targets are marked, in green on a terminal; ids on request; only so many rows are read."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "é answer"}] * 3 + [{"broken": 1}])
     out = look("show", path, "--model", "tiny", "-n", 2).stdout
-    assert out.count("---") == 2 and out.count("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«é answer<|im_end|>»") == 2
+    assert out.count("---") == 2
+    assert out.count("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«é answer<|im_end|>»") == 2
     ids = look("show", path, "-n", 1, "--ids").stdout
     dataset = data.load(path, tiny, 100, limit=3)
     assert "«" + " ".join(map(str, dataset.tokens[: dataset.starts[1]][dataset.is_target[: dataset.starts[1]]])) in ids
@@ -1559,7 +1561,8 @@ def test_stats_say_what_max_length_cuts(tmp_path):
     for length in (512, 1024, 2048, 4096):
         cut = data.load(path, tiny, length)
         lost = whole.ledger.target - cut.ledger.target
-        assert re.search(rf"--max_length {length:<5,} cuts {cut.ledger.rows_truncated} rows .* and {lost:,} target", out)
+        cuts = rf"--max_length {length:<5,} cuts {cut.ledger.rows_truncated} rows .* and {lost:,} target"
+        assert re.search(cuts, out)
     assert "packing " in out and "rows     4 in = 4 trained" in out
     for words, message in ((("stats", tmp_path / "none.json"), "no such data file"), ((), "what to do?"),
                            (("show", path, "-n", 0), "--n 0: it must be at least 1")):

@@ -22,7 +22,8 @@ def normal(rows, columns, seed=0):
 
 
 def stored(weight):
-    storage = nf4.views(nf4.empty(*weight.shape, weight.device).fill_(0xA5), weight.shape[1])  # what isn't written shows
+    packed = nf4.empty(*weight.shape, weight.device).fill_(0xA5)  # what isn't written shows
+    storage = nf4.views(packed, weight.shape[1])
     nf4.quantize_(storage, weight)
     return storage
 
