@@ -357,7 +357,7 @@ def test_a_rank_that_stalls_while_it_tokenises_is_given_up(models, tmp_path):
     waiter, holder = re.search(r"rank (\d) waited in tokenise for rank (\d), which is gone, or stalled in tokenise",
                                result.stderr).groups()
     assert result.returncode and waiter != holder and "has made no progress for 4 s" in result.stderr
-    lock, = (tmp_path / "cache").iterdir()
+    (lock,) = (tmp_path / "cache").glob("*.lock")
     with open(lock, "r+") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.truncate(0)
