@@ -66,6 +66,8 @@ def load(name, base=None):
         raise ValueError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
     if checkpoint.is_adapter(adapter):
         settings = lora.checked(checkpoint.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
+        if not (base or settings.get("base_model_name_or_path")):
+            raise ValueError(f"{adapter}: its adapter_config.json names no base model; give it with --base DIR")
         directory = checkpoint.model_directory(base or settings["base_model_name_or_path"])
     config = checkpoint.read_json(os.path.join(directory, "config.json"))
     has_tokenizer = os.path.exists(os.path.join(adapter, "tokenizer.json"))

@@ -197,6 +197,8 @@ def merge(cfg):
         raise FileExistsError(f"{cfg.out} exists already; give a new directory")
     path = os.path.join(cfg.adapter, "adapter_config.json")
     config = checked(checkpoint.read_json(path), path)
+    if not (cfg.base or config.get("base_model_name_or_path")):
+        raise ValueError(f"{path} names no base model; give it with --base DIR")
     base = checkpoint.model_directory(cfg.base or config["base_model_name_or_path"])
     model_config = checkpoint.read_json(os.path.join(base, "config.json"))
     entries, parts = checkpoint.weight_entries(base), checkpoint.weight_entries(cfg.adapter)
@@ -208,9 +210,7 @@ def merge(cfg):
 
     def value(name):
         """The merged tensor, fp32."""
-        if name in parts:
-            return read(parts[name])
-        weight, module = read(entries[name]), name.removesuffix(".weight")
+        weight, module = read(parts.get(name, entries[name])), name.removesuffix(".weight")
         if module in ranks:
             A, B = (read(parts[f"{module}.lora_{side}.weight"]) for side in "AB")
             if (B.shape[0], A.shape[1]) != weight.shape:

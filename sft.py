@@ -173,6 +173,7 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
     several data-parallel ranks, all put on one of them. Prints the largest relative difference of each.
     """
     max_length, n_targets = cfg.max_length, int(dataset.n_targets[ids].sum())
+    model.eval()  # no dropout, whose masks depend on the layout
 
     def gradient(capacity, max_rows, checkpointing, spread):
         model.model.gradient_checkpointing = checkpointing
@@ -317,7 +318,7 @@ def train(cfg, ranks):
                          f"{'without' if cfg.use_lora else 'with'} --use_lora")
     source = resume if resume and not adapter else checkpoint.model_directory(cfg.model)
     tokenizer_source = checkpoint.model_directory(cfg.tokenizer) if cfg.tokenizer else next(
-        d for d in (adapter, source) if d == source or os.path.exists(os.path.join(d or "", "tokenizer.json")))
+        d for d in (adapter, source) if d == source or d and os.path.exists(os.path.join(d, "tokenizer.json")))
     config_json = checkpoint.read_json(os.path.join(source, "config.json"))
     model_config = ModelConfig.from_dict(config_json)
 

@@ -412,6 +412,17 @@ def test_merge_of_a_trained_adapter(models, train, tmp_path, monkeypatch):
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
     wrong = merge(step, tmp_path / "wrong", "--base", models["untied"])
     assert wrong.returncode == 2 and "does not fit" in wrong.stderr and not (tmp_path / "wrong").exists()
+    config = checkpoint.read_json(step / "adapter_config.json")
+    (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    nameless = merge(step, tmp_path / "nameless")
+    assert nameless.returncode == 2 and "names no base model; give it with --base" in nameless.stderr
+    with pytest.raises(ValueError, match="names no base model"):
+        chat.load(str(step))
+    tensors = load_file(step / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, step / "adapter_model.safetensors", {"format": "pt"})
+    broken = merge(step, tmp_path / "broken", "--base", models["tied"])
+    assert broken.returncode == 2 and "would not be finite" in broken.stderr and not (tmp_path / "broken").exists()
     assert "what to do?" in subprocess.run([sys.executable, f"{ROOT}/lora.py"], capture_output=True, text=True).stderr
 
 
