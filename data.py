@@ -546,11 +546,11 @@ class Sampler:
             if not all(self.quotas):
                 raise ValueError(f"weights {weights} of {counts.tolist()} conversations leave a part without any; give "
                                  "it a larger weight, or leave it out")
-        if batch_tokens and max(sizes) > batch_tokens:
-            raise ValueError(f"--batch_tokens {batch_tokens}: the longest conversation has {max(sizes)} tokens")
+        if batch_tokens and np.max(sizes) > batch_tokens:
+            raise ValueError(f"--batch_tokens {batch_tokens}: the longest conversation has {np.max(sizes)} tokens")
         self.per_epoch = []  # steps
         while sum(self.per_epoch) < max_steps if max_steps else len(self.per_epoch) < epochs:
-            steps = len(self.batches(len(self.per_epoch))) if batch_tokens else -(-sum(self.quotas) // batch_size)
+            steps = len(self.plan(len(self.per_epoch))[1]) - 1 if batch_tokens else -(-sum(self.quotas) // batch_size)
             self.per_epoch.append(steps)
         self.ends = np.cumsum(self.per_epoch)
         self.total = max_steps or int(self.ends[-1])
@@ -559,8 +559,8 @@ class Sampler:
     def __len__(self):
         return self.total
 
-    def batches(self, epoch):
-        """The epoch's conversations in order, cut into steps."""
+    def plan(self, epoch):
+        """The epoch's conversations in order, and where in it each step starts and the last one stops."""
         # Philox's raw stream is the same on every machine and NumPy version, a Generator's shuffle may change.
         keys = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self.sizes))
         order = np.argsort(keys, kind="stable")
@@ -569,22 +569,22 @@ class Sampler:
             order = np.concatenate(drawn)
             order = order[np.argsort(keys[order], kind="stable")]
         if not self.batch_tokens:
-            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        cuts, total = [], 0
-        for i, size in enumerate(self.sizes[order].tolist()):
-            if total + size > self.batch_tokens:
-                cuts.append(i)
-                total = 0
-            total += size
-        return np.split(order, cuts)
+            return order, np.append(np.arange(0, len(order), self.batch_size), len(order))
+        sizes, cuts = self.sizes[order], [0]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        stops = np.searchsorted(ends, ends - sizes + self.batch_tokens, "right")  # of a step that starts at each
+        while cuts[-1] < len(order):
+            cuts.append(int(stops[cuts[-1]]))
+        return order, np.array(cuts)
 
     def step(self, step):
         """(epochs done after it as a float, conversation ids) of a step, counted from 1."""
         epoch = int(np.searchsorted(self.ends, step))
         if epoch != self.epoch:
-            self.epoch, self.cached = epoch, self.batches(epoch)
+            self.epoch, self.cached = epoch, self.plan(epoch)
         index = step - 1 - (int(self.ends[epoch - 1]) if epoch else 0)
-        return epoch + (index + 1) / self.per_epoch[epoch], self.cached[index]
+        order, cuts = self.cached
+        return epoch + (index + 1) / self.per_epoch[epoch], order[cuts[index] : cuts[index + 1]]
 
     def ends_epoch(self, step):
         return step in self.ends or step == self.total
@@ -594,25 +594,66 @@ def pack(lengths, capacity, max_rows=None, dp_rank=0, dp_size=1):
     """Lay conversations into micro-batches of at most `capacity` tokens (and max_rows conversations); return those of
     one rank as lists of indices into lengths. Every rank gets equally many.
 
-    Longest first into the emptiest, with as few micro-batches as that fills: all ranks compute the same plan, so none
-    has to ask another, and their loads are even.
+    Longest first into the emptiest. All ranks compute the same plan, in integers, so none has to ask another.
     """
-    assert all(n <= capacity for n in lengths), (lengths, capacity)
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    count = max(1, -(-int(sum(lengths)) // (capacity * dp_size)))
-    while True:
-        bins = [[] for _ in range(count * dp_size)]
-        heap = [(0, i) for i in range(len(bins))]
-        for i in order:
-            if not heap or heap[0][0] + lengths[i] > capacity:
-                break  # not even the emptiest has room
-            load, b = heapq.heappop(heap)
-            bins[b].append(i)
-            if max_rows is None or len(bins[b]) < max_rows:
-                heapq.heappush(heap, (load + int(lengths[i]), b))
-        else:
-            return bins[dp_rank::dp_size]
-        count += 1
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    n, places, longest = lengths[order], np.arange(len(order)), int(lengths.max(initial=1))
+    assert longest <= capacity, (lengths, capacity)
+    if max_rows:
+        room = min(max_rows, capacity // longest)  # so many fit, whichever they are
+        turn = places % (2 * dp_size)
+        ranks = np.minimum(turn, 2 * dp_size - 1 - turn)  # there and back: as many for each, and as long each time
+        count = max(1, -(-len(order) // (room * dp_size)))
+    else:
+        room, ranks = capacity, share(n, dp_size)
+        by_rank = np.argsort(ranks, kind="stable")
+        first = np.searchsorted(ranks[by_rank], ranks[by_rank])  # the place of its rank's longest
+        before = np.cumsum(n[by_rank]) - n[by_rank]
+        # When a conversation's turn comes, the emptiest of `count` micro-batches holds at most before / count tokens,
+        # and none while there are more of them than conversations before: this many leave room for each.
+        enough = np.minimum((before - before[first]) // (capacity - n[by_rank] + 1), places - first) + 1
+        count = int(enough.max(initial=1))
+    mine, n = order[ranks == dp_rank], n[ranks == dp_rank]
+    bins, batches = [], [[] for _ in range(count)]
+    fill(bins, np.ones_like(n) if max_rows else n, n, [room] * count)
+    for i, b in zip(mine.tolist(), bins, strict=True):
+        batches[b].append(i)
+    return batches
+
+
+def share(n, dp_size):
+    """The rank of each of `n` tokens, given longest first: even in tokens and in squared length, attention's cost.
+
+    The longest go where the cost so far is least, up to an even share of the tokens; the last 16th levels the tokens.
+    A rank still short of tokens will get more of the short ones: its cost counts what those cost a token beforehand.
+    """
+    if dp_size == 1 or len(n) <= dp_size:
+        return np.arange(len(n)) % dp_size
+    tokens, squares = (np.append(np.cumsum(x[::-1])[::-1], 0) for x in (n, n * n))  # from each one on
+    ranks, room = [], [-(-int(tokens[0]) // dp_size)] * dp_size
+    for part in 4, 8, 16:
+        stop = int((tokens > tokens[0] // part).sum())
+        fill(ranks, n[:stop], n * (n - squares[stop] // max(1, tokens[stop])), room)
+    fill(ranks, n, n, [int(tokens[0])] * dp_size)
+    return np.array(ranks)
+
+
+def fill(bins, sizes, costs, room):
+    """Go on with `bins`, the bin of each item: that of least cost so far, without bins from when they lacked room."""
+    loads, sizes, costs = [0] * len(room), sizes.tolist(), costs.tolist()
+    for b, cost in zip(bins, costs):
+        loads[b] += cost
+    heap = sorted((load, b) for b, load in enumerate(loads))
+    for size, cost in zip(sizes[len(bins) :], costs[len(bins) :]):
+        while heap and room[heap[0][1]] < size:
+            heapq.heappop(heap)
+        if not heap:
+            break
+        load, b = heap[0]
+        bins.append(b)
+        room[b] -= size
+        heapq.heapreplace(heap, (load + cost, b))
 
 
 @dataclass
@@ -672,7 +713,8 @@ def stats(dataset, capacity, batch_size):
         print(f"--max_length {length:<5,} cuts {len(long):,} rows ({len(long) / len(sizes):.2%}) and {lost:,} target "
               f"tokens ({lost / n_targets:.2%})")
     lengths, used, made = np.minimum(dataset.lengths, capacity), 0, 0
-    for ids in Sampler(lengths, 1, 42, batch_size).batches(0):
+    order, cuts = Sampler(lengths, 1, 42, batch_size).plan(0)
+    for ids in np.split(order, cuts[1:-1]):
         made += len(pack(lengths[ids], capacity))
         used += int(lengths[ids].sum())
     print(f"packing  {used / (made * capacity):.1%} of {made:,} micro-batches of {capacity:,} tokens are filled, at "
