@@ -100,10 +100,7 @@ def answer(model, tokenizer, stops, messages, cfg):
 
 
 def main():
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-") and "=" not in argv[0]:
-        argv = ["--model", *argv]
-    cfg, _ = parse(Config, argv)
+    cfg, _ = parse(Config, sys.argv[1:], positional=["model"])
     torch.manual_seed(cfg.seed)
     model, tokenizer, stops = load(cfg.model, cfg.base)
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []

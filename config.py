@@ -43,8 +43,10 @@ def knob(default, help, choices=(), group=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group})
 
 
-def parse(cls, argv):
+def parse(cls, argv, positional=()):
     """Build cls from command-line words; return it with a dict field name -> where its value came from.
+
+    positional  fields that the first words without a flag set, in this order
 
     Accepts --x v, --x=v, --x and --no-x for booleans, a.b=c (also with a leading +, ++ or --), --config FILE and
     --config-path DIR --config-name NAME. Handles --help and --explain, which print and exit.
@@ -56,12 +58,14 @@ def parse(cls, argv):
         print(help_text(cls, fields))
         sys.exit(0)
     explain, settings, files = False, [], {}
-    words = list(argv)
+    words, positional = list(argv), list(positional)
     while words:
         word = words.pop(0)
         name, equals, value = word.lstrip("+-").partition("=")
         if word == "--explain":
             explain = True
+        elif positional and not word.startswith("-") and not equals:
+            settings.append((positional.pop(0), word, f"word {word}"))
         elif not word.startswith("--") and not equals:
             raise ValueError(f"{word!r} is neither a flag (--name value) nor an override (name=value)")
         elif name in ("config", "config-path", "config-name"):

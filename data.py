@@ -382,7 +382,7 @@ def take_lock(lock, timeout):
                                  "it, or give another --cache_dir")
             error.pid = holder
             raise error
-        time.sleep(0.1)
+        time.sleep(0.1)  # flock takes no time-out; nothing but how soon we look again depends on this
 
 
 def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, train_on="all", cache_dir=None,
@@ -730,7 +730,8 @@ def main():
     class Config:
         """Look at data before training: python data.py show|stats FILE [flags]"""
 
-        data: str = knob("./data/example_sft.json", "as --train_data of sft.py", group="data")
+        do: str | None = knob(None, "what to do", ("show", "stats"), group="data")
+        data: str = knob("./data/example_sft.json", "as --train_data of sft.py")
         model: str = knob("tiny", "model whose tokenizer and chat template are used: directory, hub id or tiny")
         n: int = knob(3, "show: conversations")
         ids: bool = knob(False, "show: token ids instead of text")
@@ -738,20 +739,17 @@ def main():
         batch_size: int = knob(64, "stats: conversations a step")
         train_on: str = knob("all", "which of the assistant's turns", ("all", "last"))
 
-    words = [{"-n": "--n"}.get(word, word) for word in sys.argv[1:]]
-    what = words.pop(0) if words and words[0] in ("show", "stats") else None
-    if words and not words[0].startswith("-") and "=" not in words[0]:
-        words = ["--data", *words]
-    cfg, _ = parse(Config, words)
-    if not what:
+    words = ["--n" if word == "-n" else word for word in sys.argv[1:]]
+    cfg, _ = parse(Config, words, positional=["do", "data"])
+    if not cfg.do:
         raise ValueError("what to do? python data.py show FILE --model DIR, or python data.py stats FILE --model DIR")
     for name, low in (("n", 1), ("max_length", 2), ("batch_size", 1)):
         if getattr(cfg, name) < low:
             raise ValueError(f"--{name} {getattr(cfg, name)}: it must be at least {low}")
     tokenizer = template.ChatTokenizer(checkpoint.model_directory(cfg.model))
-    max_length, limit = (cfg.max_length, cfg.n) if what == "show" else (2**31 - 1, None)
+    max_length, limit = (cfg.max_length, cfg.n) if cfg.do == "show" else (2**31 - 1, None)
     dataset = load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit)
-    if what == "show":
+    if cfg.do == "show":
         show(dataset, tokenizer, cfg.n, cfg.ids, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     else:
         print(*dataset.ledger.lines(), sep="\n")

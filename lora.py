@@ -267,18 +267,16 @@ def main():
     class Config:
         """Merge an adapter into its base: python lora.py merge ADAPTER OUT [flags]"""
 
-        adapter: str = knob("./outputs/checkpoints/latest", "adapter directory", group="merge")
+        do: str | None = knob(None, "what to do", ("merge",), group="merge")
+        adapter: str = knob("./outputs/checkpoints/latest", "adapter directory")
         out: str = knob("./merged", "directory to write, which does not exist yet")
         base: str | None = knob(None, "model directory or hub id, if not the one that adapter_config.json names")
         dtype: str = knob("fp32", "of the result: bf16 is half as large, and rounds", ("fp32", "bf16"))
 
-    words = sys.argv[1:]
-    if words[:1] != ["merge"] and not {"-h", "--help"} & set(words):
+    cfg, _ = parse(Config, sys.argv[1:], positional=["do", "adapter", "out"])
+    if not cfg.do:
         raise ValueError("what to do? python lora.py merge ADAPTER OUT [--base DIR] [--dtype bf16]")
-    for name in ("adapter", "out"):
-        if len(words) > 1 and not words[1].startswith("-"):
-            words += [f"--{name}", words.pop(1)]
-    merge(parse(Config, words[1:])[0])
+    merge(cfg)
 
 
 if __name__ == "__main__":

@@ -398,7 +398,7 @@ def train(cfg, ranks):
 
     n_trained, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
     say(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, "
-        f"{f'and {n_trained:,} in adapters' if cfg.use_lora else 'all'} trained, "
+        f"{f'{n_trained:,} trained with LoRA' if cfg.use_lora else 'all trained'}, "
         f"{dtype} on {ranks.size} × {device.type}{f', {cfg.strategy}, tp {cfg.tp}' if ranks.size > 1 else ''}")
     if tokenizer.is_fallback:
         say("         it has no chat template: ChatML is used, and saved with it")

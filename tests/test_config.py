@@ -487,3 +487,14 @@ def test_a_misspelt_flag_of_the_program_is_one_line(tmp_path):
     assert done.stderr == ("sft.py: error: unknown setting 'batchsize'; the nearest is 'batch_size'; --help lists them "
                            "all\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_first_words_may_name_fields():
+    """chat.py DIR, lora.py merge ADAPTER OUT: words without a flag in their order, with flags between them."""
+    found, origins = config.parse(sft.Config, ["tiny", "--lr", "1", "data.json"], ["model", "train_data"])
+    assert (found.model, found.train_data, found.lr) == ("tiny", "data.json", 1.0)
+    assert origins["train_data"] == "word data.json"
+    with pytest.raises(ValueError, match="'more' is neither a flag"):
+        config.parse(sft.Config, ["tiny", "more"], ["model"])
+    with pytest.raises(ValueError, match="'-x' is neither a flag"):
+        config.parse(sft.Config, ["-x"], ["model"])
