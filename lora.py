@@ -26,6 +26,9 @@ KNOWN_KEYS = """peft_type task_type auto_mapping peft_version base_model_name_or
     runtime_config ensure_weight_tying""".split()
 
 
+FILE_BYTES = 2**30  # of each file that merging writes, and so holds, unless one tensor is larger
+
+
 class LoRALinear(nn.Module):
     """y = x W' + b + scaling · dropout(x) A' B', with W and b frozen; with DoRA each output is also rescaled.
 
@@ -186,7 +189,7 @@ def first_values(model, seed):
 
 
 def merge(cfg):
-    """Write a full model directory, tensor by tensor: memory holds a file of at most 1 GiB, or one larger tensor.
+    """Write a full model directory, tensor by tensor: memory holds one file of about FILE_BYTES, or a larger tensor.
 
     Raises ValueError for an adapter that does not fit the base, FileExistsError rather than write over something.
     """
@@ -250,7 +253,7 @@ def merge(cfg):
     for name, content in files.items():
         checkpoint.write_file(os.path.join(temporary, name), content)
     sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
-    groups = checkpoint.numbered(sizes, "model", math.ceil(sum(t.nbytes for t in sizes.values()) / 2**30))
+    groups = checkpoint.numbered(sizes, "model", math.ceil(sum(t.nbytes for t in sizes.values()) / FILE_BYTES))
     for file, names in groups.items():
         checkpoint.write_safetensors(os.path.join(temporary, file), {name: value(name).to(dtype) for name in names})
     if len(groups) > 1:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import peft
 import pytest
@@ -29,11 +30,13 @@ TOKENS = torch.arange(40) % 37 + 5
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """tied: qwen2 with biases, bf16 on the disk. untied: qwen3 with q/k norm, in fp32. Their weights are large enough
-    for attention to matter: where queries and keys have gradients of 1e-8, Adam makes steps of rounding errors."""
+    """tied: qwen2 with biases, bf16 on the disk. untied: qwen3 with q/k norm, in fp32. biased: llama with a bias in each
+    layer. Their weights are large enough for attention to matter: where queries and keys have gradients of 1e-8, Adam
+    makes steps of rounding errors."""
     return {"tied": two_layers(tmp_path_factory.mktemp("tied"), 0.1), "untied": two_layers(
         tmp_path_factory.mktemp("untied"), 0.1, model_type="qwen3", num_key_value_heads=4, head_dim=32,
-        tie_word_embeddings=False)}
+        tie_word_embeddings=False), "biased": two_layers(
+        tmp_path_factory.mktemp("biased"), 0.1, model_type="llama", attention_bias=True, mlp_bias=True)}
 
 
 def load_base(directory):
@@ -95,6 +98,8 @@ def test_peft_computes_what_we_do(shape, model, models, train, tmp_path):
     config = checkpoint.read_json(step / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(models[model]) and config["bias"] == "none"
     assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
+    whole = {"tied": ["embed_tokens", "lm_head"], "untied": ["embed_tokens"]}[model]
+    assert config["modules_to_save"] == (whole if shape == "whole" else None)
     assert not (step / "model.safetensors").exists() and (step / "tokenizer.json").exists()
 
 
@@ -398,7 +403,7 @@ def test_merge_equals_the_adapter(model, settings, models, tmp_path):
 
 
 def test_merge_of_a_trained_adapter(models, train, tmp_path, monkeypatch):
-    """Base from adapter_config.json; several files where one would be above the limit; bf16 on request; errors."""
+    """Base from adapter_config.json; bf16 on request; errors."""
     train("--use_lora", "--max_steps", 2, "--lr", 1e-2, model=models["tied"])
     step = tmp_path / "out" / "checkpoints" / "step_2"
     assert merge(step, tmp_path / "merged").returncode == 0
@@ -481,6 +486,30 @@ def test_a_base_that_is_not_finite_can_not_be_quantised(models, train, tmp_path)
         train("--use_lora", "--quantize", "nf4", "--max_steps", 1, model=broken)
 
 
+def test_merge_holds_one_file_at_a_time(models, tmp_path, monkeypatch):
+    """A model above the limit is written in files of about that size, each when the one before it is gone."""
+    adapter = peft_adapter(models["untied"], tmp_path / "a")
+    alive, sizes, write = [], [], checkpoint.write_safetensors
+
+    def watch(path, tensors):
+        assert not [ref for ref in alive if ref() is not None], "tensors of an earlier file are still held"
+        alive.extend(weakref.ref(t) for t in tensors.values())
+        sizes.append(sum(t.nbytes for t in tensors.values()))
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", watch)
+    monkeypatch.setattr(lora, "FILE_BYTES", 300_000)
+    words = ["lora.py", "merge", adapter, tmp_path / "m", "--base", models["untied"]]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    lora.main()
+    entries = checkpoint.weight_entries(tmp_path / "m")  # checks the index against the files
+    largest = max(math.prod(e.shape) * 4 for e in entries.values())
+    assert len(sizes) > 3 and max(sizes) <= largest + 300_000
+    with torch.no_grad():
+        logits = load_base(tmp_path / "m")(TOKENS[None]).logits[0]
+    torch.testing.assert_close(logits, peft_logits(models["untied"], adapter), atol=1e-5, rtol=1e-5)
+
+
 RUN = ("--use_lora", "--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "4", "--max_length", "256",
        "--max_steps", "6", "--timeout", "60")
 
@@ -505,6 +534,10 @@ def runs(tmp_path_factory, models):
             plans[1][f"{model} {kind} one"] = ("--model", models[model], *kinds[kind])
             plans[ranks][f"{model} {kind} {layout} {offload} {shape}"] = (
                 "--model", models[model], *kinds[kind], *flags, *offloads[offload], *shapes[shape])
+    # under tp 2 a bias of a layer that is split by columns is added once, with an adapter (o_proj) and without (down_proj)
+    for layout in ("one", "tp2"):
+        ranks, flags = LAYOUTS[layout]
+        plans[ranks][f"biased some {layout}"] = ("--model", models["biased"], *kinds["some"], *flags)
     found = {}
     for ranks, plan in plans.items():
         found.update({name: root / name.replace(" ", "_") for name in plan})
