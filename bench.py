@@ -6,6 +6,8 @@ load   a model directory of random weights, loaded into fp32 by one process or -
 ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
 data   conversations a second of data.load (read, render, tokenise, mask, write the cache) beside encode_batch alone on
        the same text, with all cores; with --vs trl beside the preparation of the same file by TRL, two processes
+chat   tokens a second of chat.py's generation beside transformers' generate, greedy, on the same random weights of the
+       size of Qwen2.5-0.5B in fp32, behind a prompt of 64 tokens (pip install transformers)
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
        fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
 
@@ -32,11 +34,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import chat
 import checkpoint
 import data
 import fsdp
 from config import knob, parse, run
-from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy
+from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy, generate
 from template import ChatTokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -55,7 +58,7 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data"), group="bench")
+    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat"), group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
@@ -64,11 +67,12 @@ class Config:
     ranks: int = knob(1, "load: processes that share the model")
     steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
     rows: int = knob(20000, "data: conversations")
+    new_tokens: int = knob(64, "chat: length of the answer")
     model: str = knob("tiny", "data: whose tokenizer and template")
     peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
     side: str | None = knob(None, "do this step only, in this process",
-                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data"))
-    directory: str | None = knob(None, "load, memory: where the model is, for --side")
+                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat", "transformers"))
+    directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
     vs: str | None = knob(None, "memory: another trainer, to measure on the same", ("trl",))
 
     def __post_init__(self):
@@ -198,6 +202,29 @@ def side_data(cfg):
     return {"seconds": time.perf_counter() - start}
 
 
+def side_chat(cfg):
+    """Seconds of an answer of cfg.new_tokens tokens, after one that warms up; the ids, which are the same for both."""
+    prompt = torch.randint(0, QWEN_05B["vocab_size"], (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    if cfg.side == "chat":
+        model = chat.load(cfg.directory)[0]
+
+        def answer():
+            return list(generate(model, prompt, cfg.new_tokens, stop_ids=()))
+    else:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
+
+        def answer():
+            ids = torch.tensor([prompt])
+            return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+                                  pad_token_id=0, max_new_tokens=cfg.new_tokens)[0, len(prompt) :].tolist()
+    answer()
+    start = time.perf_counter()
+    ids = answer()
+    return {"seconds": time.perf_counter() - start, "ids": ids}
+
+
 def write_rows(path, n):
     """n conversations of log-normal lengths, of the words of the example set."""
     words = [word for _, row in data.read_files(os.path.join(HERE, "data", "example_sft.json"))
@@ -306,6 +333,19 @@ def bench_data(cfg, directory):
     return {"conversations_per_second": {name: spread(found) for name, found in speeds.items()}, **ratios, **versions}
 
 
+def bench_chat(cfg, directory):
+    write_model(directory, QWEN_05B)
+    speeds = {"chat": [], "transformers": []}
+    for _ in range(cfg.repeats):
+        results = {name: sides(1, "--side", name, "--directory", directory)[0] for name in speeds}
+        assert results["chat"]["ids"] == results["transformers"]["ids"]
+        for name, result in results.items():
+            speeds[name].append(cfg.new_tokens / result["seconds"])
+    return {"tokens_per_second": {name: spread(found) for name, found in speeds.items()},
+            "chat_to_transformers": spread([a / b for a, b in zip(*speeds.values())]),
+            "transformers": importlib.metadata.version("transformers")}
+
+
 def bench_memory(cfg, directory):
     versions = peer_versions(cfg)
     write_model(directory, QWEN_05B)
@@ -331,7 +371,7 @@ def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
         result = {"load": side_load, "trl_full": side_trl, "trl_lora": side_trl, "plain": side_loss,
-                  "chunked": side_loss}.get(cfg.side, side_data)(cfg)
+                  "chunked": side_loss, "chat": side_chat, "transformers": side_chat}.get(cfg.side, side_data)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
@@ -341,7 +381,7 @@ def main():
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
         parts = {"loss": bench_loss, "load": bench_load, "ranks": bench_ranks, "memory": bench_memory,
-                 "data": bench_data}
+                 "data": bench_data, "chat": bench_chat}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))

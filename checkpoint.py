@@ -347,8 +347,8 @@ def barrier():
         dist.barrier()
 
 
-def save(root, step, model, layout, files, optimizer, state):
-    """Write root/step_N whole, then move root/latest; return its path. All ranks call it.
+def save(root, step, model, layout, files, optimizer, state, links=("latest",)):
+    """Write root/step_N whole, then move root/latest, or what `links` names; return its path. All ranks call it.
 
     layout  what load_weights returned;  files  name -> bytes or JSON value, written as they stand
     state   JSON value: what the run needs to go on (see load_state)
@@ -390,7 +390,8 @@ def save(root, step, model, layout, files, optimizer, state):
         sync(temporary)
         old = take_name(final) if os.path.exists(final) else None  # a run that went back goes over its steps again
         os.replace(temporary, final)
-        set_latest(root, step)
+        for link in links:
+            set_link(root, step, link)
         if old:
             shutil.rmtree(old)
     barrier()
@@ -409,13 +410,13 @@ def trained_weights(model, optimizer):
     return {name: masters[name] for name, p in model.named_parameters() if p.requires_grad}
 
 
-def set_latest(root, step):
-    """Point root/latest at step_N, in one move: there is no moment without it."""
-    link = os.path.join(root, "tmp_latest")
+def set_link(root, step, name="latest"):
+    """Point root/latest (or another name) at step_N, in one move: there is no moment without it."""
+    link = os.path.join(root, f"tmp_{name}")
     if os.path.lexists(link):
         os.remove(link)
     os.symlink(f"step_{step}", link)
-    os.replace(link, os.path.join(root, "latest"))
+    os.replace(link, os.path.join(root, name))
     sync(root)
 
 
@@ -425,10 +426,11 @@ def steps_in(root):
     return sorted(int(m[1]) for m in (re.fullmatch(r"step_(\d+)", name) for name in names) if m)
 
 
-def prune(root, keep, step):
-    """Keep the newest `keep` checkpoints up to step; later ones belong to a run that went back."""
-    for old in [s for s in steps_in(root) if s <= step][:-keep]:
-        shutil.rmtree(take_name(os.path.join(root, f"step_{old}")))
+def prune(root, keep, step, best=None):
+    """Keep the newest `keep` checkpoints up to step (None: all), and step `best`; later ones belong to a run that went back."""
+    for old in [s for s in steps_in(root) if s <= step][:-keep] if keep else ():
+        if old != best:
+            shutil.rmtree(take_name(os.path.join(root, f"step_{old}")))
 
 
 def take_name(directory):

@@ -663,6 +663,11 @@ class MicroBatch:
     tokens: torch.Tensor  # (N,) int64
     targets: torch.Tensor  # (N,) int64: the next token where that is a target, IGNORE elsewhere
     lengths: tuple  # of each conversation; their sum is N
+    ids: np.ndarray  # which conversations they are
+
+    def owners(self):
+        """(N,) int64: the conversation of each token."""
+        return torch.from_numpy(self.ids).repeat_interleave(torch.tensor(self.lengths))
 
 
 def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
@@ -671,12 +676,13 @@ def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
     for group in pack(dataset.lengths[ids], capacity, max_rows, dp_rank, dp_size):
         spans = [(int(dataset.starts[i]), int(dataset.lengths[i])) for i in ids[group]]
         if not group:  # fewer conversations than ranks: one token without a target, as all ranks step together
-            yield MicroBatch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE), (1,))
+            yield MicroBatch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE), (1,), ids[:1])
             continue
         inputs = np.concatenate([dataset.tokens[s : s + n] for s, n in spans])
         targets = np.concatenate([np.where(dataset.is_target[s + 1 : s + n + 1], dataset.tokens[s + 1 : s + n + 1],
                                            IGNORE) for s, n in spans])
-        yield MicroBatch(torch.from_numpy(inputs).long(), torch.from_numpy(targets).long(), tuple(n for _, n in spans))
+        yield MicroBatch(torch.from_numpy(inputs).long(), torch.from_numpy(targets).long(), tuple(n for _, n in spans),
+                         ids[group])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,12 @@ class Ranks:
             dist.all_reduce(tensor, group=self.mesh["dp"].get_group())
         return tensor
 
+    def agree(self, number):
+        """Rank 0's whole number, on every rank."""
+        number = torch.tensor(number, device=self.device)
+        dist.broadcast(number, 0)
+        return int(number)
+
     def __enter__(self):
         self.at("start")
         return self
@@ -155,7 +161,8 @@ def shard(model, ranks, bf16, param_offload):
         if config.tie_word_embeddings:
             model.tie_weights()
         else:
-            parallelize_module(model, tp, {"lm_head": ColwiseParallel()})
+            head = model.lm_head.weight
+            model.lm_head.weight = nn.Parameter(distribute_tensor(head, tp, [Shard(0)]), head.requires_grad)
         for name in frozen:  # a plan's styles make new parameters, some of which would be trained (torch 2.13)
             model.get_parameter(name).requires_grad_(False)
         split_vocabulary(model, tp)
@@ -210,14 +217,23 @@ def split_adapted(module, by_rows, tp):
 
 
 def split_vocabulary(model, tp):
-    """Let the loss work on this rank's rows of the head: no rank ever holds a chunk's whole logits."""
+    """Let the loss work on this rank's rows of the head: no rank ever holds a chunk's whole logits. What the head
+    itself gives, when a text is generated, is the whole logits of one token, gathered."""
     ops, group, whole = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}, tp.get_group(), model.loss
     first = tp.get_local_rank() * (model.config.vocab_size // tp.size())
 
     def combine(tensor, how):
         dist.all_reduce(tensor, ops[how], group)
 
-    model.loss = lambda hidden, weight, targets: whole(hidden, weight.to_local(), targets, first=first, combine=combine)
+    def logits(hidden):
+        part = nn.functional.linear(hidden, model.lm_head.weight.to_local()).contiguous()
+        parts = [torch.empty_like(part) for _ in range(tp.size())]
+        dist.all_gather(parts, part, group=group)
+        return torch.cat(parts, dim=-1)
+
+    model.lm_head.forward = logits
+    model.loss = lambda hidden, weight, targets, each: whole(hidden, weight.to_local(), targets, first=first,
+                                                             combine=combine, each=each)
 
 
 def reduce_gradients(model, now):

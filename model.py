@@ -252,34 +252,41 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, lengths, targets=None):
+    def forward(self, tokens, lengths, targets=None, each=None, past=None):
         """Logits, or the summed loss where targets are given.
 
         tokens   (N,)  int64; documents one after another
         lengths        tuple of ints with sum N: the tokens of each document
         targets  (N,)  int64; what each position has to predict (already shifted), or IGNORE
+        each     (N,)  fp32, zeros; if given, the loss of each target is written into it
+        past           a dict for each layer, which keeps keys and values of earlier calls: logits of the last token only
         returns  (N, V) logits, or () fp32: nats summed over the targets; the caller divides
         """
-        hidden = self.model(tokens, lengths)
+        hidden = self.model(tokens, lengths, past)
         if targets is None:
-            return self.lm_head(hidden)
-        return self.loss(hidden, self.lm_head.weight, targets)
+            return self.lm_head(hidden if past is None else hidden[-1:])
+        return self.loss(hidden, self.lm_head.weight, targets, each=each)
 
 
-def chunked_cross_entropy(hidden, weight, targets, chunk=256, first=0, combine=None):
+def chunked_cross_entropy(hidden, weight, targets, chunk=256, first=0, combine=None, each=None):
     """Next-token loss, summed, without the (N, V) logits: only target rows reach the head, `chunk` at a time.
 
     hidden   (N, C)  after the final norm
     weight   (V, C)  lm_head, possibly the tied embedding
     targets  (N,)    int64; rows with IGNORE contribute nothing and cost nothing
+    each     (N,)    fp32, if given: takes the loss of each target
     returns  ()      fp32, nats summed over the targets
 
     weight may be a part of the vocabulary, from word `first` on; combine(tensor, "max" or "sum") then combines a
     tensor over all parts in place.
     """
     rows = (targets != IGNORE).nonzero().squeeze(1)  # a device sync on CUDA: the number of targets decides the shapes
-    return _ChunkedCrossEntropy.apply(hidden[rows], weight, targets[rows], chunk, first, combine,
-                                      torch.is_grad_enabled())
+    losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+    total = _ChunkedCrossEntropy.apply(hidden[rows], weight, targets[rows], losses, chunk, first, combine,
+                                       torch.is_grad_enabled())
+    if each is not None:
+        each[rows] = losses
+    return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -288,9 +295,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     gradients of hidden and weight, which backward would make anyway, live from forward on."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, first, combine, grad_enabled):
+    def forward(ctx, hidden, weight, targets, losses, chunk, first, combine, grad_enabled):
         combine = combine or (lambda tensor, how: None)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         weight_grad = None
         if grad_enabled and ctx.needs_input_grad[1]:
@@ -306,7 +312,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, t) * inside
             sums = torch.cat((logits.exp_().sum(dim=1, keepdim=True), picked), dim=1)
             combine(sums, "sum")
-            total += (sums[:, 0].log() - sums[:, 1]).sum()
+            torch.sub(sums[:, 0].log(), sums[:, 1], out=losses[start : start + chunk])
             if hidden_grad is None and weight_grad is None:
                 continue
             logits /= sums[:, :1]  # the probabilities; less the one-hot target it is the gradient of the logits
@@ -321,7 +327,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             combine(hidden_grad, "sum")
         ctx.grads = hidden_grad, weight_grad if weight_grad is None else weight_grad.to(weight.dtype)
-        return total
+        return losses.sum()
 
     @staticmethod
     def backward(ctx, grad):
@@ -330,10 +336,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for g in (hidden_grad, weight_grad):
             if g is not None:
                 g.mul_(grad)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, tokens, max_new_tokens, stop_ids, sample=lambda logits: int(logits.argmax())):
     """Yield new token ids one by one, with a key/value cache; stops after one of `stop_ids`, which is yielded too.
 
@@ -342,8 +348,7 @@ def generate(model, tokens, max_new_tokens, stop_ids, sample=lambda logits: int(
     past = [{} for _ in model.model.layers]
     device = model.lm_head.weight.device
     for _ in range(max_new_tokens):
-        hidden = model.model(torch.tensor(tokens, device=device), (len(tokens),), past)
-        token = sample(model.lm_head(hidden[-1]))
+        token = sample(model(torch.tensor(tokens, device=device), (len(tokens),), past=past)[0])
         yield token
         if token in stop_ids:
             return

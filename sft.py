@@ -12,7 +12,6 @@ It does no preference tuning, no pre-training from raw text and no images.
 
 import ctypes
 import dataclasses
-import json
 import math
 import os
 import resource
@@ -20,15 +19,17 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from tqdm import tqdm
 
 import checkpoint
 import data
 import fsdp
+import report
 from config import knob, parse, run, write_yaml
-from model import IGNORE, CausalLM, ModelConfig
+from log import Log, Warnings, check_loggers
+from model import CausalLM, ModelConfig, generate
 from template import ChatTokenizer
 
 
@@ -91,6 +92,13 @@ class Config:
     save_steps: int | None = knob(None, "steps between checkpoints; none is once an epoch")
     keep_checkpoints: int | None = knob(None, "how many of the newest to keep; none is all")
     eval_steps: int | None = knob(None, "steps between validations; none is once an epoch")
+    keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well, as checkpoints/best")
+    early_stopping: int | None = knob(None, "end after this many validations without a lower val_loss")
+
+    logger: str = knob("console", "with commas: console, wandb, tensorboard, trackio", group="what is seen")
+    project: str | None = knob(None, "project of the run in wandb and trackio")
+    run_name: str | None = knob(None, "name of the run in wandb, trackio and the report")
+    sample_prompts: str | None = knob(None, "file of prompts, one a line, or rows as train_data's; answered at validations")
 
     def __post_init__(self):
         for names, low, high in RANGES:
@@ -101,8 +109,12 @@ class Config:
                                      + (f" and at most {high}" if high < math.inf else ""))
         if self.train_on_prompt and self.train_on != "all":
             raise ValueError(f"--train_on {self.train_on} does nothing with --train_on_prompt, which trains all tokens")
-        if self.eval_steps and not self.val_data:
-            raise ValueError(f"--eval_steps {self.eval_steps} does nothing without --val_data FILE")
+        check_loggers(self.logger)
+        if self.eval_steps and not (self.val_data or self.sample_prompts):
+            raise ValueError(f"--eval_steps {self.eval_steps} does nothing without --val_data or --sample_prompts FILE")
+        for name in ("keep_best", "early_stopping"):
+            if getattr(self, name) and not self.val_data:
+                raise ValueError(f"--{name} {getattr(self, name)} does nothing without --val_data FILE")
         if (self.tp > 1) != (self.strategy == "megatron"):
             raise ValueError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
                              "type --strategy megatron --tp 2, or leave both out")
@@ -124,8 +136,8 @@ class Config:
 ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
                  "lora_modules_to_save")  # in the order of lora.settings
 RANGES = (
-    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps tp timeout "
-     "lora_rank lora_alpha", 1, math.inf),
+    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps early_stopping tp "
+     "timeout lora_rank lora_alpha", 1, math.inf),
     ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed lora_plus_ratio", 0, 1e18),
     ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2 lora_dropout", 0, 0.9999999),
 )
@@ -267,29 +279,50 @@ def check_adapters(model, ranks):
                          f"{', '.join(dead[:5])}")
 
 
-class Metrics:
-    """metrics.jsonl, written by rank 0: a line is with the system when write returns, on the disk when sync does."""
+def read_prompts(path, tokenizer):
+    """[(what was said last, token ids), ...] of a .txt file with a prompt a line, or of a data file's conversations up
+    to their last answers."""
+    if path.endswith(".txt"):
+        with open(path, encoding="utf-8") as f:
+            conversations = [[{"role": "user", "content": line.strip()}] for line in f if line.strip()]
+    else:
+        conversations = [data.to_messages(row, where) for where, row in data.read_files(path)]
+        conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
+                         for messages in conversations]
+    if not conversations or not all(conversations):
+        raise ValueError(f"--sample_prompts {path}: it must have prompts, one a line, or rows as --train_data's, each "
+                         "with something before its last answer")
+    texts = [tokenizer.render(messages, add_generation_prompt=True) for messages in conversations]
+    ids = [tokenizer.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    return [(messages[-1]["content"], tokens) for messages, tokens in zip(conversations, ids)]
 
-    def __init__(self, path, last_step, writes):
-        self.file = None
-        if not writes:
-            return
-        lines = []
-        if os.path.exists(path):  # what an interrupted run wrote beyond its checkpoint is taken out
-            with open(path, encoding="utf-8") as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(lines)
-        os.replace(path + ".tmp", path)
-        self.file = open(path, "a", buffering=1, encoding="utf-8")
 
-    def write(self, **values):
-        if self.file:
-            self.file.write(json.dumps(values) + "\n")
+SAMPLE_TOKENS = 256  # of the longest answer to --sample_prompts
 
-    def sync(self):
-        if self.file:
-            os.fsync(self.file.fileno())
+
+def answers(model, tokenizer, prompts, stops, ranks):
+    """Yield (prompt, answer), greedy. All ranks compute each token together: a gather of each block a token."""
+    model.eval()
+    for prompt, tokens in prompts:
+        new = generate(model, tokens, SAMPLE_TOKENS, stops, lambda logits: ranks.agree(int(logits.argmax())))
+        yield prompt, tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)
+    fsdp.reshard(model)
+    model.train()
+
+
+def extremes(rows, losses, tokenizer, count=10):
+    """What samples.jsonl keeps of the conversations with the highest and the lowest loss per target, as they were when
+    each was last trained; `losses` (conversations,) are summed over a conversation, -1 if it has not been trained."""
+    mean = losses / torch.from_numpy(np.array(rows.n_targets))
+    mean[losses < 0] = math.nan  # sorted to the end
+    n, order = int((losses >= 0).sum()), mean.argsort()
+    for kind, ids in ("best", order[:n][:count]), ("worst", order[:n].flip(0)[:count]):
+        for i in ids.tolist():
+            tokens = rows.tokens[rows.starts[i] : rows.starts[i + 1]].tolist()
+            parts = [tokens] if len(tokens) <= 200 else [tokens[:100], tokens[-100:]]
+            text = " … ".join(tokenizer.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
+            yield dict(kind=kind, loss=mean[i].item(), target_tokens=int(rows.n_targets[i]), source=rows.source(i),
+                       text=text)
 
 
 def main():
@@ -302,6 +335,7 @@ def train(cfg, ranks):
     """A run from beginning to end; every rank calls it."""
     device, dtype = ranks.device, cfg.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
     say = print if ranks.rank == 0 else (lambda *words, **options: None)
+    warnings = Warnings(ranks.store, ranks.rank) if ranks.size > 1 else None
     torch.manual_seed(cfg.seed)
 
     # Where the weights come from: a checkpoint is a model directory too.
@@ -379,30 +413,36 @@ def train(cfg, ranks):
                              "what it was started with, or start a new run with another --output_dir")
         checkpoint.load_training_tensors(resume, model, optimizer, state["step"])
         if os.path.dirname(resume) == os.path.realpath(root) and ranks.rank == 0:
-            checkpoint.set_latest(root, state["step"])  # later steps there belong to the run that we leave
+            checkpoint.set_link(root, state["step"])  # later steps there belong to the run that we leave
     if cfg.optimizer_offload:
         optimizer.publish()
     files = checkpoint.read_bytes(tokenizer_source, checkpoint.TOKENIZER_FILES)
     if cfg.use_lora:
         files["adapter_config.json"] = settings
-    else:
-        files["generation_config.json"] = checkpoint.generation_config(source, config_json, tokenizer.stop_id)
+    generation = checkpoint.generation_config(source, config_json, tokenizer.stop_id)
+    if not cfg.use_lora:
+        files["generation_config.json"] = generation
         files.update(checkpoint.read_bytes(source, ["config.json"]))
     if tokenizer.is_fallback:
         files["chat_template.jinja"] = tokenizer.source.encode()
     if cfg.selfcheck:
         return selfcheck(model, parameters, rows, sampler.step(1)[1], cfg, ranks, 2e-2 if dtype == "bf16" else 1e-5)
-    metrics = Metrics(metrics_file, state["step"], writes=ranks.rank == 0)
-    if ranks.rank == 0:
-        write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
+    prompts = read_prompts(cfg.sample_prompts, tokenizer) if cfg.sample_prompts else []
+    stops = np.atleast_1d(generation["eos_token_id"]).tolist()
 
     n_trained, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
-    say(f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, "
-        f"{f'{n_trained:,} trained with LoRA' if cfg.use_lora else 'all trained'}, "
-        f"{dtype} on {ranks.size} × {device.type}{f', {cfg.strategy}, tp {cfg.tp}' if ranks.size > 1 else ''}")
+    facts = {"model": f"model    {cfg.model} ({model_config.model_type}): {n_parameters:,} parameters, "
+                      f"{f'{n_trained:,} trained with LoRA' if cfg.use_lora else 'all trained'}, {dtype} on "
+                      f"{ranks.size} × {device.type}{f', {cfg.strategy}, tp {cfg.tp}' if ranks.size > 1 else ''}",
+             "train": rows.ledger.lines(),
+             "validation": [f"{line} (validation)" for line in val.ledger.lines()] if val else []}
+    if ranks.rank == 0:
+        write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
+        checkpoint.write_file(os.path.join(cfg.output_dir, "ledger.json"), facts)
+    say(facts["model"])
     if tokenizer.is_fallback:
         say("         it has no chat template: ChatML is used, and saved with it")
-    say(*rows.ledger.lines(), *([f"{line} (validation)" for line in val.ledger.lines()] if val else []), sep="\n")
+    say(*facts["train"], *facts["validation"], sep="\n")
     if rows.mix():
         say("mix      " + " + ".join(f"{n:,}" for n in sampler.quotas) + f" of {len(rows):,} conversations an epoch")
     drawn = sum(sampler.quotas) / len(rows) / per_epoch  # share of the data that a step has
@@ -412,10 +452,13 @@ def train(cfg, ranks):
     if cfg.resume_from:
         say("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
 
-    steps = range(state["step"] + 1, total_steps + 1)
-    bar = tqdm(steps, None, total_steps, initial=state["step"], dynamic_ncols=True, disable=ranks.rank > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 10)  # seconds between two drawings: few in a log file
-    for step in bar:
+    log = Log(dataclasses.asdict(cfg), state["step"], total_steps, ranks.rank == 0, warnings)
+    losses = torch.full((len(rows),), -1.0, device=device)  # of each conversation, as last trained; for the report
+    best = state.get("best") or {"val_loss": None, "step": 0, "behind": 0}  # behind: validations since
+    is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
+    first = step = state["step"]
+    while step < total_steps and not is_over:
+        step += 1
         started = time.perf_counter()
         ranks.at(f"step {step}")
         torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # of dropout: resume has no generator to restore
@@ -423,13 +466,16 @@ def train(cfg, ranks):
         batches = list(data.micro_batches(rows, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
         n_targets = int(rows.n_targets[ids].sum())
         loss = torch.zeros((), device=device)
+        losses[torch.from_numpy(ids)] = 0.0
         for i, batch in enumerate(batches, 1):
             fsdp.reduce_gradients(model, now=i == len(batches))
-            nll = model(batch.tokens.to(device), batch.lengths, batch.targets.to(device))
+            each = torch.zeros(len(batch.tokens), device=device)
+            nll = model(batch.tokens.to(device), batch.lengths, batch.targets.to(device), each)
             # Divided by the targets of the whole step, over all ranks: how the step is cut up does not change it.
             (nll / n_targets).backward()
             loss += nll.detach() / n_targets
-        if cfg.use_lora and step == steps[0]:
+            losses.index_add_(0, batch.owners().to(device), each)
+        if cfg.use_lora and step == first + 1:
             check_adapters(model, ranks)
         grad_norm = fsdp.clip_grad_norm(parameters, cfg.grad_clip or math.inf)
         loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()  # the one device sync of a step
@@ -443,26 +489,39 @@ def train(cfg, ranks):
         optimizer.zero_grad()
 
         seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
-        metrics.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
-                      target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
-                      peak_memory_gb=peak_memory_gb(device))
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
-        if val and (step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step)):
+        log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens, target_tokens=n_targets,
+                 seconds=seconds, tokens_per_second=n_tokens / seconds, peak_memory_gb=peak_memory_gb(device))
+        is_best = False
+        if step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step):
             ranks.at(f"evaluation after step {step}")
-            val_loss, val_tokens = evaluate(model, val, capacity, max_rows, ranks)
-            metrics.write(step=step, val_loss=val_loss, val_tokens=val_tokens)
-            bar.write(f"step {step}: val_loss {val_loss:.4f}")
-        if step == total_steps or (step % cfg.save_steps == 0 if cfg.save_steps else sampler.ends_epoch(step)):
+            if val:
+                val_loss, val_tokens = evaluate(model, val, capacity, max_rows, ranks)
+                log.validation(step, val_loss, val_tokens)
+                is_best = best["val_loss"] is None or val_loss < best["val_loss"]
+                best = dict(val_loss=val_loss, step=step, behind=0) if is_best else {**best, "behind": best["behind"] + 1}
+                is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
+            for prompt, answer in answers(model, tokenizer, prompts, stops, ranks):
+                log.sample(step, kind="sample", prompt=prompt, answer=answer)
+        is_due = step % cfg.save_steps == 0 if cfg.save_steps else sampler.ends_epoch(step)
+        if is_due or step == total_steps or is_over or is_best and cfg.keep_best:
             ranks.at(f"save of step {step}")
-            metrics.sync()  # a checkpoint never outlives the lines that lead to it
-            checkpoint.save(root, step, model, layout, files, optimizer, identity)
-            if cfg.keep_checkpoints and ranks.rank == 0:
-                checkpoint.prune(root, cfg.keep_checkpoints, step)
+            for text in extremes(rows, ranks.sum(losses.clone()).cpu(), tokenizer):
+                log.sample(step, **text)
+            log.sync()  # a checkpoint never outlives the lines that lead to it
+            links = ("latest", "best") if is_best and cfg.keep_best else ("latest",)
+            checkpoint.save(root, step, model, layout, files, optimizer, {**identity, "best": best}, links)
+            if ranks.rank == 0:
+                checkpoint.prune(root, cfg.keep_checkpoints, step, cfg.keep_best and best["step"])
+                report.write(cfg.output_dir)
 
+    log.close()
+    if is_over:
+        say(f"stopped  after step {step}: {best['behind']} validations without a lower val_loss than "
+            f"{best['val_loss']:.4f} of step {best['step']}")
     latest = os.path.join(root, "latest")
     python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
     kind = "PEFT adapter" if cfg.use_lora else "Hugging Face model"
-    say(f"saved    {latest} -> step_{total_steps}, a {kind} directory")
+    say(f"saved    {latest} -> step_{step}, a {kind} directory")
     say(f"talk     {python} chat.py {latest}")
 
 

@@ -459,7 +459,7 @@ def test_a_kill_while_a_step_is_replaced_leaves_no_half_one(run, monkeypatch):
     """A run that went back goes over the same step numbers: the old step loses its name before its files."""
     files = listing(run.save(1))
     run.save(2)
-    checkpoint.set_latest(run.root, 1)
+    checkpoint.set_link(run.root, 1)
 
     def rmtree(path, *_, **__):
         os.remove(os.path.join(path, "model.safetensors"))
@@ -525,7 +525,7 @@ def steps(root, numbers, latest=None):
         (root / f"step_{n}" / "training_state").mkdir(parents=True)
         (root / f"step_{n}" / "training_state" / "state.json").write_text(json.dumps({"step": n}))
     if latest is not None:
-        checkpoint.set_latest(root, latest)
+        checkpoint.set_link(root, latest)
 
 
 def test_steps_are_in_order_of_number_and_whole(tmp_path):

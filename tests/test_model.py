@@ -262,6 +262,16 @@ def test_chunked_loss_is_plain_cross_entropy(chunk):
         torch.testing.assert_close(ours, expected)
 
 
+def test_the_loss_of_each_target_is_written_where_it_is():
+    """Zero where nothing is trained, plain cross-entropy's elsewhere; the sum is the loss."""
+    hidden, weight, targets = loss_inputs()
+    each = torch.zeros(len(targets))
+    loss = chunked_cross_entropy(hidden, weight, targets, 7, each=each)
+    expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(each, expected.detach())
+    torch.testing.assert_close(each.sum(), loss.detach())
+
+
 def test_chunked_loss_stands_large_logits():
     """Logits far beyond exp's range give the finite loss that plain cross-entropy gives."""
     hidden, weight, targets = loss_inputs()
