@@ -1,0 +1,93 @@
+"use strict";
+// Draws the curves of report.html from the columns that Run.curves in report.py made.
+const runs = JSON.parse(document.getElementById("data").textContent);
+const [smoothing, decay, axis, log] = ["smoothing", "decay", "axis", "log"].map(id => document.getElementById(id));
+const COLORS = [ // of the runs, in either theme
+  "#3b82f6", "#ef8a1f", "#12a594", "#d6409f", "#8e6bea", "#a3832f", "#e5484d", "#64923f"];
+const DECAYS = [0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999]; // the places of the slider
+const BIG = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 2});
+const charts = {};
+
+function text(value) {
+  if (value == null) return "–";
+  const size = Math.abs(value);
+  if (size >= 1e5) return BIG.format(value);
+  return size && size < 1e-4 ? value.toExponential(2).replace(/\.?0*e/, "e") : String(Number(value.toPrecision(4)));
+}
+
+// Exponential mean over all steps, those a point stands for included, less the weight of what was before the first.
+function smooth({loss, mean, weight}, kept) {
+  let sum = 0, total = 0;
+  return loss.map((value, i) => {
+    if (mean[i] == null) return null;
+    const old = kept ** weight[i];
+    sum = old * sum + (1 - old) * mean[i];
+    total = old * total + (1 - old);
+    return sum / total;
+  });
+}
+
+// What the curves are drawn over: its name, and by what to divide the column that has it.
+function abscissa() {
+  const longest = Math.max(0, ...runs.map(run => run.train.seconds.at(-1) ?? 0));
+  return axis.value != "seconds" || longest < 300 ? [axis.value, 1] : longest < 2e4 ? ["minutes", 60] : ["hours", 3600];
+}
+
+// What one chart shows: pairs of uPlot's options and the columns [x, y].
+function lines(name) {
+  const alone = runs.length == 1, [, length] = abscissa(), over = columns => columns[axis.value].map(x => x / length);
+  return runs.flatMap(({name: run, train, val}, i) => {
+    const stroke = COLORS[i % COLORS.length], x = over(train);
+    if (name != "loss") return [[{label: alone ? name : run, stroke, width: 1.5}, [x, train[name]]]];
+    const mark = {stroke: alone ? COLORS[1] : stroke, width: 1.5, dash: alone ? [] : [5, 4]};
+    return [[{label: "each step", stroke: stroke + "60", width: 1, class: "raw"}, [x, train.loss]],
+            [{label: alone ? "loss" : run, stroke, width: 2}, [x, smooth(train, DECAYS[smoothing.value])]],
+            [{label: alone ? "val_loss" : `${run}, val`, ...mark, points: {show: true, size: 6, fill: mark.stroke}},
+             [over(val), val.val_loss]]];
+  }).filter(([, [x]]) => x.length);
+}
+
+const joined = curves => curves.length ? uPlot.join(curves.map(([, columns]) => columns)) : [[]];
+
+const fromZero = (u, low, high) => [0, high * 1.08 || 1];
+
+function draw() {
+  const style = getComputedStyle(document.documentElement), color = name => style.getPropertyValue(name);
+  const line = {stroke: color("--line"), width: 1}, look = {stroke: color("--muted"), grid: line, ticks: line};
+  for (const box of document.querySelectorAll("[data-curve]")) {
+    const name = box.dataset.curve, curves = lines(name);
+    const isLog = log.checked && ["loss", "grad_norm"].includes(name);
+    charts[name]?.destroy();
+    charts[name] = new uPlot({
+      width: box.clientWidth, height: name == "loss" ? 330 : 200,
+      cursor: {sync: {key: "report"}},
+      scales: {x: {time: false}, y: isLog ? {distr: 3} : name == "loss" ? {} : {range: fromZero}},
+      axes: [{...look, size: 36, values: (u, marks) => marks.map(text)},
+             {...look, size: 56, values: (u, marks) => marks.map(mark => mark == null ? "" : text(mark))}],
+      series: [{label: abscissa()[0], value: (u, value) => text(value)},
+               ...curves.map(([options]) => ({...options, value: (u, value) => text(value)}))],
+    }, joined(curves), box);
+  }
+}
+
+function smoothen() {
+  decay.value = DECAYS[smoothing.value];
+  charts.loss?.setData(joined(lines("loss")), false); // where one has zoomed to stays
+  charts.loss?.redraw();
+}
+
+document.querySelectorAll("table, .runs").forEach(list => list.querySelectorAll(".swatch").forEach((swatch, i) => {
+  swatch.style.background = COLORS[i % COLORS.length];
+}));
+smoothing.max = DECAYS.length - 1;
+const most = Math.max(...runs.map(run => run.lines));
+// At first so much that noise goes and the shape stays: 0.8 for 200 steps, 0.9 for 1,000, 0.99 for 50,000.
+smoothing.value = Math.max(0, DECAYS.findLastIndex(kept => 2 / (1 - kept) <= Math.sqrt(most)));
+smoothing.oninput = smoothen;
+axis.onchange = log.onchange = draw;
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+window.onresize = () => Object.values(charts).forEach(({root, height, setSize}) => {
+  setSize({width: root.parentNode.clientWidth, height});
+});
+smoothen();
+draw();
