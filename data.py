@@ -36,6 +36,7 @@ SPACE, DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
 IGNORE = -100  # a target that is not trained: model.py's, and PyTorch's own
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": [{"role", '
           '"content"}, ...]} or {"conversations": [{"from", "value"}, ...]}')
+KEYS = "prompt", "response", "messages"  # of rows of the first and the third shape, unless told otherwise
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
                   "observation": "tool", "tool": "tool"}
 
@@ -202,19 +203,31 @@ def not_json(path, line, column, message):
                       "or one JSON object a line")
 
 
-def to_messages(row, where):
+def inside(row, key):
+    """[the value of a key], where there is none of b in a for the key a.b, or []."""
+    if key in row:
+        return [row[key]]
+    outer, _, inner = key.partition(".")
+    return inside(row[outer], inner) if inner and isinstance(row.get(outer), dict) else []
+
+
+def to_messages(row, where, keys=KEYS):
     """The messages of a row in any of the accepted shapes: [{"role", "content", "train"?, ...}, ...].
+
+    keys  of the prompt, the response and the list of messages; a row without them is told by the usual ones
 
     Raises ValueError naming the row for an unknown shape, an unknown role, an empty answer, or no answer at all.
     """
-    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-    turns = (row.get("messages") or row.get("conversations")) if isinstance(row, dict) else None
-    if isinstance(turns, list):
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: unknown row shape, its keys are {type(row).__name__}; accepted are {SHAPES}")
+    pairs = [inside(row, prompt) + inside(row, response) for prompt, response in (keys[:2], KEYS[:2])]
+    turns = next((row[key] for key in (keys[2], KEYS[2], "conversations") if row.get(key)), None)
+    if isinstance(turns, list) and (keys[:2] == KEYS[:2] or len(pairs[0]) < 2):  # a pair that was asked for comes first
         messages = [to_message(turn, where) for turn in turns]
-    elif isinstance(row, dict) and "prompt" in row and "response" in row:
-        messages = [to_message({"role": "user", "content": row["prompt"]}, where),
-                    to_message({"role": "assistant", "content": row["response"]}, where)]
-    elif isinstance(row, dict) and "instruction" in row and "output" in row:
+    elif pair := next((pair for pair in pairs if len(pair) == 2), None):
+        messages = [to_message({"role": role, "content": content}, where)
+                    for role, content in zip(("user", "assistant"), pair)]
+    elif "instruction" in row and "output" in row:
         question, history = (row["instruction"], row.get("input") or ""), row.get("history") or []
         if not all(isinstance(part, str) for part in question):
             raise ValueError(f'{where}: "instruction" and "input" must be strings, they are {question!r:.80}')
@@ -224,7 +237,9 @@ def to_messages(row, where):
         messages = [to_message({"role": role, "content": content}, where)
                     for exchange in exchanges for role, content in zip(("user", "assistant"), exchange)]
     else:
-        raise ValueError(f"{where}: unknown row shape, its keys are {keys}; accepted are {SHAPES}")
+        raise ValueError(f"{where}: unknown row shape, its keys are {sorted(row)}; accepted are {SHAPES}"
+                         + "".join(f", with --{name}_key {key}" for name, key, usual in zip(KEYS, keys, KEYS)
+                                   if key != usual))
     if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, to_message({"role": "system", "content": row["system"]}, where))
     if not any(m["role"] == "assistant" for m in messages):
@@ -386,7 +401,7 @@ def take_lock(lock, timeout):
 
 
 def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, train_on="all", cache_dir=None,
-         timeout=600, limit=None):
+         timeout=600, limit=None, keys=KEYS):
     """Read, render, tokenise and mask everything that `spec` names; return a checked Dataset.
 
     train_on   all: the assistant's turns; last: the last of each conversation
@@ -395,8 +410,9 @@ def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False
                it while the others wait, before any collective, for as long as it goes on
     timeout    seconds without progress after which it is given up (take_lock)
     limit      rows that are read, without cache_dir
+    keys       see to_messages
     """
-    options = max_length, too_long, train_on_prompt, train_on
+    options = max_length, too_long, train_on_prompt, train_on, keys
     if cache_dir is None:
         with tempfile.TemporaryDirectory() as directory:  # what is mapped stays when its name is gone
             tokenise(spec, tokenizer, *options, directory, lambda: None, limit)
@@ -431,7 +447,7 @@ def read_arrays(directory):
     return Dataset(**arrays, **{**facts, "ledger": Ledger(**facts["ledger"])})
 
 
-def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, directory, progress, limit=None):
+def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, keys, directory, progress, limit=None):
     """See load. Writes a Dataset's arrays and facts into a directory; calls progress() every thousand rows."""
     ledger, state, groups = Ledger(), hashlib.blake2b(digest_size=16), data_files(spec)
     files = [file for _, names in groups for file in names]
@@ -442,7 +458,7 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, d
         rendered = []
         for file, number, row in rows:
             where = f"{files[file]}[{number}]"
-            messages = to_messages(row, where)
+            messages = to_messages(row, where, keys)
             if train_on == "last":
                 for message in [m for m in messages if m["role"] == "assistant"][:-1]:
                     message["train"] = False
@@ -744,6 +760,9 @@ def main():
         max_length: int = knob(2048, "show: tokens kept; stats: tokens of a micro-batch")
         batch_size: int = knob(64, "stats: conversations a step")
         train_on: str = knob("all", "which of the assistant's turns", ("all", "last"))
+        prompt_key: str = knob(KEYS[0], "as of sft.py")
+        response_key: str = knob(KEYS[1], "as of sft.py")
+        messages_key: str = knob(KEYS[2], "as of sft.py")
 
     words = ["--n" if word == "-n" else word for word in sys.argv[1:]]
     cfg, _ = parse(Config, words, positional=["do", "data"])
@@ -754,7 +773,8 @@ def main():
             raise ValueError(f"--{name} {getattr(cfg, name)}: it must be at least {low}")
     tokenizer = template.ChatTokenizer(checkpoint.model_directory(cfg.model))
     max_length, limit = (cfg.max_length, cfg.n) if cfg.do == "show" else (2**31 - 1, None)
-    dataset = load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit)
+    dataset = load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit,
+                   keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
     if cfg.do == "show":
         show(dataset, tokenizer, cfg.n, cfg.ids, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     else:

@@ -1569,3 +1569,39 @@ def test_stats_say_what_max_length_cuts(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["data.py", *words])
         with pytest.raises((ValueError, OSError), match=message):
             data.main()
+
+
+@pytest.mark.parametrize("row, keys", [
+    ({"question": "q?", "answer": "a."}, ("question", "answer", "messages")),
+    ({"question": "q?", "answer": "a.", "messages": chat("x", "y")}, ("question", "answer", "messages")),
+    ({"question": "q?", "answer": "a.", "prompt": "x", "response": "y"}, ("question", "answer", "messages")),
+    ({"extra_info": {"question": "q?", "deep": {"answer": "a."}}, "prompt": chat("x")},
+     ("extra_info.question", "extra_info.deep.answer", "messages")),
+    ({"a.b": "q?", "a": {"b": "x"}, "c": "a."}, ("a.b", "c", "messages")),
+    ({"chat": chat("q?", "a."), "prompt": "x", "response": "y"}, ("prompt", "response", "chat")),
+    ({"chat": chat("q?", "a."), "messages": chat("x", "y")}, ("prompt", "response", "chat")),
+    ({"prompt": "q?", "response": "a."}, ("question", "answer", "chat")),
+    ({"instruction": "q?", "output": "a."}, ("question", "answer", "chat")),
+    ({"messages": chat("q?", "a."), "question": "x"}, ("question", "answer", "chat")),
+    ({"conversations": [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]},
+     ("question", "answer", "chat"))
+], ids=range(11))
+def test_keys_of_rows_may_be_named(row, keys):
+    """Where a row has the keys that were named, they are its question and answer, or its messages; any other row is
+    told by the usual ones."""
+    found = data.to_messages(row, "here", keys)
+    assert [(m["role"], m["content"]) for m in found] == [("user", "q?"), ("assistant", "a.")]
+
+
+def test_the_cache_knows_the_keys_of_rows(tmp_path):
+    """The same file read by other keys is other data; a row that has neither is refused, with the keys looked for."""
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "one", "question": "q", "answer": "two"}])
+    keys = dict.fromkeys(["prompt", "question"])
+    for question, answer in ("prompt", "response"), ("question", "answer"), ("prompt", "response"):
+        keys[question] = data.load(path, tiny, 100, cache_dir=str(tmp_path / "cache"),
+                                   keys=(question, answer, "messages"))
+    assert [target_texts(dataset) for dataset in keys.values()] == [["one<|im_end|>"], ["two<|im_end|>"]]
+    with pytest.raises(ValueError, match=r"its keys are \['a'\]; .* with --prompt_key q, with --response_key r$"):
+        data.to_messages({"a": 1}, "here", ("q", "r", "messages"))
+    with pytest.raises(ValueError, match="the content of a user message must be a string, it is None"):
+        data.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
