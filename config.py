@@ -1,13 +1,16 @@
 """Flags, YAML files and a.b=c overrides -> one flat dataclass, which sft.py declares.
 
 Owns spelling: every way to write a setting ends here, is checked against the dataclass's types and choices, and
-remembers where it came from. Strength: flag or override > YAML > default; of two flags the later one wins. An unknown
-name is an error that names the nearest one. It reads no environment variable (train.sh turns those into flags).
+remembers where it came from. Strength: flag or override > environment > YAML > default; of two flags the later wins.
+An unknown name is an error that names the nearest one. verl.py, imported when a name is not ours, knows verl's. The
+environment counts from where the word --environment stands, which train.sh puts before the flags.
 """
 
 import dataclasses
 import difflib
+import inspect
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -16,31 +19,28 @@ import typing
 
 import yaml
 
-# Names of verl's SFT configurations that mean exactly what one of ours means. docs of verl write them nested, with
-# or without the RL prefixes stripped in `field_name`.
-VERL = {
-    "data.train_files": "train_data", "data.val_files": "val_data", "data.max_length": "max_length",
-    "data.train_batch_size": "batch_size", "data.micro_batch_size_per_gpu": "micro_batch_size",
-    "data.truncation": "too_long", "model.partial_pretrain": "model", "model.path": "model",
-    "model.tokenizer_path": "tokenizer", "model.enable_gradient_checkpointing": "gradient_checkpointing",
-    "optim.lr": "lr", "optim.weight_decay": "weight_decay", "optim.clip_grad": "grad_clip",
-    "optim.grad_clip": "grad_clip", "optim.lr_warmup_steps_ratio": "warmup_ratio",
-    "optim.min_lr_ratio": "min_lr_ratio", "optim.lr_scheduler": "scheduler", "optim.lr_scheduler_type": "scheduler",
-    "optim.warmup_style": "scheduler", "trainer.total_epochs": "epochs", "trainer.total_training_steps": "max_steps",
-    "trainer.default_local_dir": "output_dir", "trainer.max_ckpt_to_keep": "keep_checkpoints", "trainer.seed": "seed",
-    "trainer.resume_from_path": "resume_from",
-}
-# What a setting is called elsewhere: not accepted, but the error names ours.
-ELSEWHERE = {"learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "model_path": "model",
-             "model_name_or_path": "model", "dataset_name": "train_data", "max_seq_length": "max_length",
-             "lr_scheduler_type": "scheduler", "max_grad_norm": "grad_clip", "save_total_limit": "keep_checkpoints",
-             "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size"}
-SPELLINGS = {"too_long": {"right": "truncate"}}  # values that have another name here
+# What a setting is called in other trainers: not accepted, but the error names ours.
+ELSEWHERE = {theirs: ours for ours, names in {
+    "model": "model_path model_name_or_path", "train_data": "dataset dataset_name", "val_data": "eval_dataset",
+    "max_length": "max_seq_length max_seq_len cutoff_len", "train_on_prompt": "train_on_input", "packing": "packed",
+    "batch_size": "per_device_train_batch_size gradient_accumulation_steps", "epochs": "num_train_epochs num_epochs",
+    "lr": "learning_rate", "scheduler": "lr_scheduler_type", "grad_clip": "max_grad_norm clip_grad_norm",
+    "beta1": "adam_beta1", "beta2": "adam_beta2", "use_lora": "use_peft", "lora_rank": "lora_r",
+    "lora_targets": "lora_target lora_target_modules", "lora_rs": "use_rslora", "lora_dora": "use_dora",
+    "quantize": "load_in_4bit quantization_bit", "resume_adapter": "adapter_name_or_path",
+    "param_offload": "fsdp_cpu_offload", "gradient_checkpointing": "enable_activation_checkpointing",
+    "keep_checkpoints": "save_total_limit", "resume_from": "resume_from_checkpoint", "logger": "report_to",
+    "timeout": "ddp_timeout"}.items() for theirs in names.split()}
+PLANNED = ("COMPILE",)  # environment variables that will be settings: until then an error, not nothing
 
 
-def knob(default, help, choices=(), group=None):
-    """A field of the flat dataclass. `group` begins a section of --help, at the first knob of that section."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group})
+def knob(default, help, choices=(), group=None, env=None):
+    """A field of the flat dataclass.
+
+    group  begins a section of --help, at the first knob of that section
+    env    the environment variable that sets it
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group, "env": env})
 
 
 def parse(cls, argv, positional=()):
@@ -48,22 +48,28 @@ def parse(cls, argv, positional=()):
 
     positional  fields that the first words without a flag set, in this order
 
-    Accepts --x v, --x=v, --x and --no-x for booleans, a.b=c (also with a leading +, ++ or --), --config FILE and
-    --config-path DIR --config-name NAME. Handles --help and --explain, which print and exit.
+    Accepts --x v, --x=v, --x and --no-x for booleans, a.b=c (also with a leading +, ++ or --, and c a list [x,y]),
+    --config FILE and --config-path DIR --config-name NAME, --environment. Handles --help and --explain, which print and
+    exit. Prints verl's names that change nothing, on rank 0.
 
     Raises ValueError for an unknown name, a value of the wrong type, a value that is none of the choices.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    show = print if os.environ.get("RANK", "0") == "0" else (lambda *text, **options: None)  # one process of torchrun's
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, fields))
+        show(help_text(cls, fields))
         sys.exit(0)
-    explain, settings, files = False, [], {}
+    explain, settings, files, default_file = False, [], {}, None
     words, positional = list(argv), list(positional)
     while words:
         word = words.pop(0)
         name, equals, value = word.lstrip("+-").partition("=")
         if word == "--explain":
             explain = True
+        elif word == "--environment":
+            settings = [(field, value, origin.replace("flag", "preset", 1)) for field, value, origin in settings]
+            settings += environment(fields)
+            default_file = os.environ.get("CONFIG")
         elif positional and not word.startswith("-") and not equals:
             settings.append((positional.pop(0), word, f"word {word}"))
         elif not word.startswith("--") and not equals:
@@ -72,15 +78,17 @@ def parse(cls, argv, positional=()):
             files[name] = value if equals else take_value(words, name)
         elif name.startswith("no-") and not equals:
             field = field_name(name[3:], fields)
-            if fields[field].type is not bool:
+            if field not in fields or fields[field].type is not bool:
                 raise ValueError(f"{word}: {field} can't be negated, it isn't true or false; give a value")
             settings.append((field, "false", f"flag {word}"))
         else:
             field = field_name(name, fields)
             # a boolean may stand alone: its next word is its value only if it reads as one
-            alone = fields[field].type is bool and (not words or words[0].lower() not in BOOLEANS)
+            alone = field in fields and fields[field].type is bool and (not words or words[0].lower() not in BOOLEANS)
             if not equals:
                 value = "true" if alone else take_value(words, name)
+            if field not in fields or not word.startswith("--"):
+                value = without_brackets(value)
             settings.append((field, value, f"flag {word}"))
 
     path = files.get("config")
@@ -89,14 +97,25 @@ def parse(cls, argv, positional=()):
     if "config-path" in files or "config-name" in files:
         path = os.path.join(files.get("config-path", "."), files.get("config-name", "config"))
         path += "" if os.path.exists(path) or path.endswith(".yaml") else ".yaml"
+    path = path or default_file
+    from_file = read_yaml(path, fields) if path else []
+    settings, warnings = ours(from_file + settings, fields)
     values, origins = {}, {name: "default" for name in fields}
-    for name, value, origin in (read_yaml(path, fields) if path else []) + settings:
-        values[name], origins[name] = convert(fields[name], value, origin), origin
+    for name, value, origin in settings:
+        value = convert(fields[name], value, origin)
+        if path and origin.startswith(f"{path}:") and values.get(name, value) != value:
+            raise ValueError(f"{origin}: {name} is {value} here, and {values[name]} at {origins[name]}; leave one out")
+        values[name], origins[name] = value, origin
+        if origin == "environment WANDB_PROJECT" and "wandb" not in values.get("logger", "").split(","):
+            values["logger"] = f"{values.get('logger', fields['logger'].default)},wandb"
+            origins["logger"] = origin
     config = cls(**values)
+    for warning in warnings:
+        show(f"warning: {warning}", file=sys.stderr)
     if explain:
         width = max(map(len, fields))
         for name in fields:
-            print(f"{name:{width}} = {getattr(config, name)!s:28} {origins[name]}")
+            show(f"{name:{width}} = {getattr(config, name)!s:28} {origins[name]}")
         sys.exit(0)
     return config, origins
 
@@ -107,21 +126,53 @@ def take_value(words, name):
     return words.pop(0)
 
 
+def without_brackets(value):
+    """[a,'b'] of an override as a,b: a list as a file's is read."""
+    match = re.fullmatch(r"\[([^\[\]]*)\]", value)
+    return ",".join(item.strip().strip("'\"") for item in match[1].split(",")) if match else value
+
+
+def environment(fields):
+    """What the environment sets. An empty variable is none."""
+    known = {f.metadata["env"]: name for name, f in fields.items() if f.metadata["env"]}
+    for name in PLANNED:
+        if os.environ.get(name) and name not in known:
+            raise ValueError(f"{name}={os.environ[name]} is not supported yet; unset {name}")
+    return [(field, os.environ[name], f"environment {name}") for name, field in known.items() if os.environ.get(name)]
+
+
 def field_name(name, fields):
-    """The field that a name means: its own, or one of verl's, whatever RL prefix stands before that."""
+    """The field that a name means or, if it is one of verl's, the key of verl.py's tables."""
     known = name.replace("-", "_")
     if known in fields:
         return known
-    short = name
-    for prefix in ("actor_rollout_ref.", "actor."):
-        short = short.removeprefix(prefix)
-    if short in VERL and VERL[short] in fields:
-        return VERL[short]
+    import verl  # only here: most runs are in our own words
+
+    key = verl.key_of(name)
+    if verl.row_of(key) and verl.FIELDS <= fields.keys():
+        return key
     near = difflib.get_close_matches(known, [*fields, *ELSEWHERE], n=1, cutoff=0.6)
-    near = near or difflib.get_close_matches(name, list(VERL), n=1, cutoff=0.6)
-    near = [ELSEWHERE.get(n, n) for n in near if ELSEWHERE.get(n, n) in fields or n in VERL]
+    if verl.FIELDS <= fields.keys() and ("." in name or not near):
+        near = difflib.get_close_matches(key, [*verl.TAKEN, *verl.WARNED, *verl.REFUSED], n=1, cutoff=0.6) or near
+    near = [ELSEWHERE.get(n, n) for n in near if ELSEWHERE.get(n, n) in fields or n not in ELSEWHERE]
     raise ValueError(f"unknown setting {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
                      + "; --help lists them all")
+
+
+def ours(settings, fields):
+    """Settings by field or key of verl.py, in order of strength -> by field, and warnings of what changes nothing."""
+    foreign = {name: (value, origin, i) for i, (name, value, origin) in enumerate(settings) if name not in fields}
+    if not foreign:
+        return settings, []
+    import verl
+
+    translated, warnings = verl.translate(foreign)
+    found = [[(name, value, origin)] if name in fields else [] for name, value, origin in settings]
+    for i, field, value in translated:
+        # null of a setting that can't be empty asks for what there is without it
+        if value != "none" or types.NoneType in typing.get_args(fields[field].type):
+            found[i].append((field, value, settings[i][2]))
+    return [setting for group in found for setting in group], warnings
 
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -130,9 +181,8 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "n
 def convert(field, value, origin):
     """Turn the text of a value into the field's type."""
     kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-    value = SPELLINGS.get(field.name, {}).get(value, value)
     rule = f"{origin}: {field.name} can't be {value!r}; it must be "
-    if value.lower() in ("none", "null", "~", ""):
+    if value.lower() in ("none", "null", "~", "", "{}"):
         if types.NoneType in kinds:
             return None
         raise ValueError(rule + f"{kinds[0].__name__}, not empty")
@@ -171,16 +221,19 @@ def read_yaml(path, fields):
         seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             if name and not node.value:
-                raise ValueError(f"{where}: {name} is empty")
+                settings.append((name, "{}", where))
             keys = [key.value for key, _ in node.value]
             if twice := [key for key in keys if keys.count(key) > 1]:
                 raise ValueError(f"{where}: {twice[0]} is there twice")
             for key, value in node.value:
                 walk(value, f"{name}.{key.value}".lstrip("."))
         elif isinstance(node, yaml.SequenceNode):
-            if any(not isinstance(item, yaml.ScalarNode) for item in node.value):
+            if name == "defaults":  # Hydra's list of other files
+                settings.append((name, "a list", where))
+            elif any(not isinstance(item, yaml.ScalarNode) for item in node.value):
                 raise ValueError(f"{where}: {name} must be a plain value or a list of plain values")
-            settings.append((name, ",".join(item.value for item in node.value), where))
+            else:
+                settings.append((name, ",".join(item.value for item in node.value), where))
         else:
             settings.append((name, node.value, where))
 
@@ -188,10 +241,14 @@ def read_yaml(path, fields):
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"{path}: the file must be `name: value` lines")
         walk(root, "")
-    try:
-        return [(field_name(name, fields), value, where) for name, value, where in settings]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    found = []
+    for name, value, where in settings:
+        try:
+            field = field_name(name, fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        found.append((field, value, where if field in fields else f"{where} {name}"))
+    return found
 
 
 def write_yaml(config, path):
@@ -203,22 +260,25 @@ def write_yaml(config, path):
 
 
 def help_text(cls, fields):
-    lines = [textwrap.dedent(cls.__doc__).strip()]
+    lines = [inspect.cleandoc(cls.__doc__)]
     for f in fields.values():
         if f.metadata["group"]:
             lines += ["", f.metadata["group"] + ":"]
         flag = f"--{f.name}" + (f", --no-{f.name}" if f.type is bool and f.default else "")
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         default = "none" if f.default is None else str(f.default).lower() if f.type is bool else f.default
-        text = f"{f.metadata['help']}{choices} [{default}]"
+        text = f"{f.metadata['help']}{choices} [{default}] {f.metadata['env'] or ''}".rstrip()
         if len(flag) > 22:
             lines.append(f"  {flag}")
             flag = ""
         lines += textwrap.wrap(text, 110, initial_indent=f"  {flag:24}", subsequent_indent=" " * 26)
-    lines += ["", "configuration:", "  --config FILE           read a YAML file (config.yaml lists every knob)",
+    lines += ["", "configuration:", "  --config FILE           read a YAML file, name: value a line",
               "  --config-path DIR --config-name NAME", "                          the same, in Hydra's words",
-              "  name=value, a.b=value   override one setting; verl's nested names work too",
-              "  --explain               print every value and where it came from, start nothing"]
+              "  name=value              as --name value"]
+    if any(f.metadata["env"] for f in fields.values()):
+        lines += ["  a.b=value, +a.b=[x,y]   the same in verl's words, as its files are (docs/verl.md)",
+                  "  --environment           read the variables in CAPITALS above, and CONFIG; train.sh does"]
+    lines.append("  --explain               print every value and where it came from, start nothing")
     return "\n".join(lines)
 
 

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Sets up on first use, turns environment variables into flags, starts sft.py. Works from any folder.
+# Sets up on first use and starts sft.py with its presets, the environment and the flags given. Works from any folder.
 #   ./train.sh --model tiny        ./train.sh --help        MODEL_PATH=DIR LEARNING_RATE=1e-5 ./train.sh --epochs 1
 #   ./train.sh --setup FILE        only makes sure that FILE's packages are there; prints the Python that has them
+# The environment that sft.py reads then, --help says for what: MODEL_PATH TOKENIZER_PATH TRAIN_DATA VAL_DATA MAX_LENGTH
+# BATCH_SIZE MICRO_BATCH_SIZE PACKING NUM_EPOCHS MAX_STEPS SEED LEARNING_RATE SCHEDULER WARMUP_RATIO WEIGHT_DECAY
+# GRAD_CLIP USE_LORA LORA_RANK LORA_ALPHA STRATEGY TP PARAM_OFFLOAD OPTIMIZER_OFFLOAD GRADIENT_CHECKPOINTING DTYPE
+# OUTPUT_DIR RESUME_FROM SAVE_STEPS KEEP_CHECKPOINTS EVAL_STEPS LOGGER WANDB_PROJECT CONFIG
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -47,38 +51,23 @@ if [ "${1:-}" = --setup ]; then
 fi
 setup "$here/requirements.txt"
 
-args=()
-for pair in MODEL_PATH:model TOKENIZER_PATH:tokenizer TRAIN_DATA:train_data VAL_DATA:val_data MAX_LENGTH:max_length \
-    BATCH_SIZE:batch_size MICRO_BATCH_SIZE:micro_batch_size LEARNING_RATE:lr NUM_EPOCHS:epochs MAX_STEPS:max_steps \
-    SCHEDULER:scheduler WARMUP_RATIO:warmup_ratio WEIGHT_DECAY:weight_decay GRAD_CLIP:grad_clip DTYPE:dtype \
-    STRATEGY:strategy TP:tp PARAM_OFFLOAD:param_offload OPTIMIZER_OFFLOAD:optimizer_offload \
-    GRADIENT_CHECKPOINTING:gradient_checkpointing PACKING:packing OUTPUT_DIR:output_dir RESUME_FROM:resume_from \
-    SAVE_STEPS:save_steps KEEP_CHECKPOINTS:keep_checkpoints EVAL_STEPS:eval_steps CONFIG:config USE_LORA:use_lora \
-    LORA_RANK:lora_rank LORA_ALPHA:lora_alpha; do
-    name=${pair%%:*}
-    [ -z "${!name:-}" ] || args+=("--${pair#*:}" "${!name}")
-done
-for name in COMPILE LOGGER WANDB_PROJECT; do
-    [ -z "${!name:-}" ] || { echo "train.sh: error: $name=${!name} is not supported yet; unset $name" >&2; exit 2; }
-done
-
-# Presets, weaker than everything else: they stand first, and not at all beside a configuration file.
-words=" ${args[*]-} $* "
-preset=()
-case "$words" in *" --config"*) ;; *)
+# Presets, weaker than all else: they stand first, and not at all beside a configuration file. The last word counts.
+words=" --model ${MODEL_PATH:-none} --use_lora ${USE_LORA:-false} $* " preset=()
+words=${words//--no-use[_-]lora/--use_lora false}
+model=${words##*[ -]model[ =]} lora=${words##*[ -]use[_-]lora[ =]}
+case "${CONFIG:+ --config}$words" in *" --config"*) ;; *)
     [ -e data/example_sft.json ] || preset+=(--train_data "$here/data/example_sft.json")
-    case "$words" in *" --model tiny "* | *" --model=tiny "*)
+    if [ "${model%% *}" = tiny ]; then
         preset+=(--lr 4e-3 --epochs 60 --batch_size 8 --no-gradient_checkpointing --keep_checkpoints 2)
         # its weights are random: adapters alone could not say a word with an embedding that says nothing
-        case "$words" in *" --use_lora false "* | *" --resume_adapter"*) ;; *" --use_lora "*)
+        case "${lora%% *} $words" in [Ff]alse\ * | no\ * | off\ * | 0\ * | *resume_adapter*) ;; *)
             preset+=(--lora_modules_to_save embed_tokens) ;;
-        esac ;;
-    esac ;;
+        esac
+    fi ;;
 esac
 
 # Processes: --n_gpus (or N_GPUS) on this node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT for several nodes.
-n_gpus=${N_GPUS:-1}
-flags=()
+n_gpus=${N_GPUS:-1} flags=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --n_gpus) n_gpus=${2:?--n_gpus needs a number}; shift ;;
@@ -90,9 +79,8 @@ done
 case "$n_gpus" in *[!0-9]* | 0 | "") echo "train.sh: error: --n_gpus $n_gpus: it must be a number, at least 1" >&2; exit 2 ;; esac
 launch=("$python")
 if [ "$n_gpus" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
-    # without a GPU each process would take all cores
-    [ -n "${OMP_NUM_THREADS:-}" ] || export OMP_NUM_THREADS=1
-    launch=("$python" -m torch.distributed.run --nproc_per_node "$n_gpus" --nnodes "${NNODES:-1}"
-        --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+    [ -n "${OMP_NUM_THREADS:-}" ] || export OMP_NUM_THREADS=1 # without a GPU each process would take all cores
+    launch+=(-m torch.distributed.run --nproc_per_node "$n_gpus" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+        --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
 fi
-exec "${launch[@]}" "$here/sft.py" ${preset[@]+"${preset[@]}"} ${args[@]+"${args[@]}"} ${flags[@]+"${flags[@]}"}
+exec "${launch[@]}" "$here/sft.py" ${preset[@]+"${preset[@]}"} --environment ${flags[@]+"${flags[@]}"}

@@ -92,34 +92,13 @@ def test_values_get_the_type_of_their_field():
         assert parse("--val_data=v.json", f"val_data={empty}").val_data is None
 
 
-@pytest.mark.parametrize("name, value, expected", [
-    ("data.train_files", "x.json", {"train_data": "x.json"}), ("data.val_files", "v.json", {"val_data": "v.json"}),
-    ("data.max_length", "64", {"max_length": 64}), ("data.train_batch_size", "16", {"batch_size": 16}),
-    ("data.micro_batch_size_per_gpu", "2", {"micro_batch_size": 2}), ("data.truncation", "right", {}),
-    ("data.truncation", "error", {"too_long": "error"}), ("model.partial_pretrain", "m", {"model": "m"}),
-    ("model.path", "m", {"model": "m"}),
-    ("model.enable_gradient_checkpointing", "False", {"gradient_checkpointing": False}),
-    ("optim.lr", "1e-4", {"lr": 1e-4}), ("optim.weight_decay", "0", {"weight_decay": 0.0}),
-    ("optim.clip_grad", "0.5", {"grad_clip": 0.5}), ("optim.lr_warmup_steps_ratio", "0.2", {"warmup_ratio": 0.2}),
-    ("optim.lr_scheduler", "linear", {"scheduler": "linear"}),
-    ("optim.warmup_style", "constant", {"scheduler": "constant"}),
-    ("actor_rollout_ref.actor.optim.lr_scheduler_type", "linear", {"scheduler": "linear"}),
-    ("actor_rollout_ref.actor.optim.lr", "1e-4", {"lr": 1e-4}), ("actor_rollout_ref.model.path", "m", {"model": "m"}),
-    ("trainer.total_epochs", "9", {"epochs": 9}), ("trainer.total_training_steps", "70", {"max_steps": 70}),
-    ("trainer.default_local_dir", "o", {"output_dir": "o"}), ("trainer.max_ckpt_to_keep", "2", {"keep_checkpoints": 2}),
-    ("trainer.resume_from_path", "auto", {"resume_from": "auto"})])
-def test_names_of_verl_mean_ours(name, value, expected, yaml_file):
-    """verl's nested names work as override, flag and nested YAML, with the prefixes of its RL configurations too."""
-    assert changed(f"{name}={value}") == changed(f"--{name}", value) == expected
-    keys = name.split(".")
-    text = "".join(" " * depth + key + ":\n" for depth, key in enumerate(keys)).rstrip() + f" {value}\n"
+def test_names_of_verl_mean_ours(yaml_file):
+    """verl's nested names work as override, flag and nested YAML, with the prefixes of its RL configurations too; which
+    there are is in test_verl.py."""
+    name, expected = "actor_rollout_ref.actor.optim.lr_scheduler_type", {"scheduler": "linear"}
+    assert changed(f"{name}=linear") == changed(f"--{name}", "linear") == changed(f"+{name}=linear") == expected
+    text = "actor_rollout_ref:\n  actor:\n    optim:\n      lr_scheduler_type: linear\n"
     assert changed("--config", yaml_file(text)) == expected
-
-
-def test_every_name_of_verl_is_one_of_our_fields():
-    """The table of foreign names has no entry that leads nowhere."""
-    assert set(config.VERL.values()) <= set(DEFAULTS)
-    assert set(config.SPELLINGS) <= set(DEFAULTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +182,19 @@ def test_a_configuration_survives_being_written(tmp_path):
 
 
 def test_the_configuration_file_of_the_repository_is_all_defaults():
-    """config.yaml, the file that people edit, names every knob at the value it has anyway."""
+    """config.yaml, the file that people edit, has every knob in its group, at the value it has anyway, and its help."""
+    with open(os.path.join(ROOT, "config.yaml"), encoding="utf-8") as f:
+        lines = f.read().splitlines()[2:]
+    for field in FIELDS:
+        value = "null" if field.default is None else str(field.default)
+        value = value.lower() if type(field.default) is bool else value
+        choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+        expected = [f"{field.name}: {value}".ljust(40) + f"# {field.metadata['help']}{choices}"]
+        if field.metadata["group"]:
+            expected = ["", "# " + field.metadata["group"], *expected]
+        assert lines[: len(expected)] == expected
+        lines = lines[len(expected) :]
+    assert lines == []
     parsed, origins = config.parse(sft.Config, ["--config", os.path.join(ROOT, "config.yaml")])
     assert parsed == sft.Config()
     assert [name for name, origin in origins.items() if origin == "default"] == []
@@ -220,7 +211,9 @@ def test_the_configuration_file_of_the_repository_is_all_defaults():
     ("seed: 1\nlr: fast\n", r":2: lr can't be 'fast'; it must be a number"), ("learning_rat: 1\n", "unknown setting"),
     ("optim:\n  lrr: 1\n", "unknown setting 'optim.lrr'; the nearest is 'optim.lr'"),
     ("packing: maybe\n", ":1: packing can't be 'maybe'; it must be true or false"),
-    ("bogus: {}\n", "bogus"), ("? [a, b]\n: 1\n", "unknown setting|is not YAML"),
+    ("bogus: {}\n", ":1: unknown setting 'bogus'"), ("seed: 1\nlr: {}\n", ":2: lr can't be '{}'; it must be float"),
+    ("seed: 1\nseeds: 2\n", ":2: unknown setting 'seeds'; the nearest is 'seed'"),
+    ("? [a, b]\n: 1\n", "unknown setting|is not YAML"),
     ("seed: 7\nlr: 1\nseed: 8\n", "seed")])
 def test_a_wrong_yaml_file_is_named(text, say, yaml_file):
     """What can't be read, said twice, or would do nothing, is a ValueError of one line that begins with the file."""
@@ -319,7 +312,8 @@ def test_negative_numbers_are_values():
 
 RANGES = {  # name: (the nearest value that is refused, the lowest that is taken)
     "batch_size": (0, 1), "batch_tokens": (0, 1), "micro_batch_size": (0, 1), "epochs": (0, 1), "max_steps": (0, 1),
-    "save_steps": (0, 1), "keep_checkpoints": (0, 1), "eval_steps": (0, 1), "max_length": (1, 2), "seed": (-1, 0),
+    "save_steps": (0, 1), "keep_checkpoints": (0, 1), "eval_steps": (0, 1), "early_stopping": (0, 1),
+    "max_length": (1, 2), "seed": (-1, 0),
     "lr": (-1e-9, 0.0), "weight_decay": (-1e-9, 0.0), "grad_clip": (-1e-9, 0.0), "tp": (0, 1),
     "lora_rank": (0, 1), "lora_alpha": (0, 1), "lora_plus_ratio": (-0.1, 0.0), "lora_dropout": (-0.1, 0.0),
     "timeout": (0, 1), "warmup_ratio": (-0.1, 0.0),
@@ -374,6 +368,154 @@ def test_settings_that_would_do_nothing_are_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the environment, and train.sh, which has it read
+
+
+VARIABLES = {  # name: (setting, a value that is not its default)
+    "MODEL_PATH": ("model", "m"), "TOKENIZER_PATH": ("tokenizer", "t"), "TRAIN_DATA": ("train_data", "a.json,b.json"),
+    "VAL_DATA": ("val_data", "v.json"), "MAX_LENGTH": ("max_length", "64"), "BATCH_SIZE": ("batch_size", "7"),
+    "MICRO_BATCH_SIZE": ("micro_batch_size", "3"), "PACKING": ("packing", "false"), "NUM_EPOCHS": ("epochs", "9"),
+    "MAX_STEPS": ("max_steps", "5"), "SEED": ("seed", "1"), "LEARNING_RATE": ("lr", "0.5"),
+    "SCHEDULER": ("scheduler", "linear"), "WARMUP_RATIO": ("warmup_ratio", "0.2"),
+    "WEIGHT_DECAY": ("weight_decay", "0.3"), "GRAD_CLIP": ("grad_clip", "2.0"), "USE_LORA": ("use_lora", "true"),
+    "LORA_RANK": ("lora_rank", "4"), "LORA_ALPHA": ("lora_alpha", "5"), "STRATEGY": ("strategy", "fsdp2"),
+    "TP": ("tp", "2"), "PARAM_OFFLOAD": ("param_offload", "true"), "OPTIMIZER_OFFLOAD": ("optimizer_offload", "true"),
+    "GRADIENT_CHECKPOINTING": ("gradient_checkpointing", "false"), "DTYPE": ("dtype", "fp32"),
+    "OUTPUT_DIR": ("output_dir", "o"), "RESUME_FROM": ("resume_from", "auto"), "SAVE_STEPS": ("save_steps", "6"),
+    "KEEP_CHECKPOINTS": ("keep_checkpoints", "2"), "EVAL_STEPS": ("eval_steps", "8"),
+    "LOGGER": ("logger", "tensorboard"), "WANDB_PROJECT": ("project", "p")}
+NEEDS = {"LORA_RANK": ["--use_lora"], "LORA_ALPHA": ["--use_lora"], "TP": ["--strategy", "megatron"],
+         "EVAL_STEPS": ["--val_data", "v.json"]}  # flags without which a variable alone does nothing
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """A function: environment variables -> they are set, and no other that sft.py reads."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # all loggers are installed
+
+    def set(**values):
+        for name in (*VARIABLES, "CONFIG", *config.PLANNED):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    set()
+    return set
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_sets_its_setting_and_a_flag_beats_it(name, variables, yaml_file):
+    """Alone: the value and where it came from; beside a flag after it: the flag; beside a preset before it, or a file:
+    the variable; empty, or without --environment: nothing."""
+    field, value = VARIABLES[name]
+    needs = NEEDS.get(name, [])
+    variables(**{name: value})
+    parsed, origins = config.parse(sft.Config, ["--environment", *needs])
+    assert str(getattr(parsed, field)).lower() == value and origins[field] == f"environment {name}"
+    unlike = DEFAULTS[field] if DEFAULTS[field] is not None else "none"
+    parsed, origins = config.parse(sft.Config, ["--environment", *needs, f"--{field}={unlike}", "--strategy=fsdp2"])
+    assert getattr(parsed, field) == (DEFAULTS[field] if name != "STRATEGY" else "fsdp2")
+    assert origins[field].startswith("flag")
+    path = yaml_file(f"{field}: {unlike}\n")
+    parsed, origins = config.parse(sft.Config, [f"--{field}={unlike}", "--environment", "--config", path, *needs])
+    assert str(getattr(parsed, field)).lower() == value and origins[field] == f"environment {name}"
+    assert parse(*(["--use_lora"] if "lora" in field else [])) == dataclasses.replace(
+        sft.Config(), use_lora="lora" in field)
+    variables(**{name: ""})
+    assert parse("--environment") == sft.Config()
+
+
+def test_every_variable_is_one_of_a_knob():
+    """No knob has another variable, and train.sh, where people look, names them all."""
+    assert {field.metadata["env"]: field.name for field in FIELDS if field.metadata["env"]} == {
+        name: field for name, (field, _) in VARIABLES.items()}
+    with open(os.path.join(ROOT, "train.sh"), encoding="utf-8") as f:
+        words = {word.strip(".") for line in f if line.startswith("# ") for word in line.split()}
+    assert words >= {*VARIABLES, "CONFIG"}
+
+
+@pytest.mark.parametrize("given, words, logger", [
+    ({"WANDB_PROJECT": "p"}, [], "console,wandb"), ({"WANDB_PROJECT": "p", "LOGGER": "console"}, [], "console,wandb"),
+    ({"WANDB_PROJECT": "p", "LOGGER": "wandb,console"}, [], "wandb,console"),
+    ({"WANDB_PROJECT": "p", "LOGGER": "trackio"}, [], "trackio,wandb"),
+    ({"WANDB_PROJECT": "p"}, ["--logger", "tensorboard"], "tensorboard"),
+    ({"WANDB_PROJECT": "p"}, ["trainer.logger=[console]"], "console"),
+    ({"WANDB_PROJECT": ""}, [], "console")], ids=str)
+def test_the_project_of_wandb_adds_its_logger(given, words, logger, variables):
+    """WANDB_PROJECT asks for wandb beside what else is logged, unless a flag names the loggers."""
+    variables(**given)
+    parsed = parse("--environment", *words)
+    assert (parsed.logger, parsed.project) == (logger, given["WANDB_PROJECT"] or None)
+
+
+def test_a_file_is_named_by_the_environment(variables, yaml_file):
+    """CONFIG is --config; a file that a flag names, in either way, takes its place."""
+    first, second = yaml_file("seed: 7\nlr: 1\n", "first.yaml"), yaml_file("seed: 8\n", "second.yaml")
+    variables(CONFIG=first, LEARNING_RATE="2")
+    assert changed("--environment") == {"seed": 7, "lr": 2.0}
+    assert changed("--environment", "--seed=9") == {"seed": 9, "lr": 2.0}
+    assert changed("--environment", "--config", second) == {"seed": 8, "lr": 2.0}
+    assert changed("--environment", f"--config-path={os.path.dirname(first)}", "--config-name=second")["seed"] == 8
+    assert changed() == {}
+
+
+def test_a_variable_of_something_not_built_is_an_error(variables, monkeypatch):
+    """A variable that will be a setting is not ignored in silence until then."""
+    variables(NOT_YET="true")
+    monkeypatch.setattr(config, "PLANNED", ("NOT_YET",))
+    with pytest.raises(ValueError, match="NOT_YET=true is not supported yet; unset NOT_YET"):
+        parse("--environment")
+    variables(NOT_YET="")
+    monkeypatch.setenv("NOT_YET", "")
+    assert parse("--environment") == sft.Config()
+    variables(LEARNING_RATE="fast")
+    with pytest.raises(ValueError, match="environment LEARNING_RATE: lr can't be 'fast'; it must be a number"):
+        parse("--environment")
+
+
+def explained(tmp_path, *words, **env):
+    """What ./train.sh WORDS --explain shows beside defaults: {setting: (value, origin)}; in tmp_path."""
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHON": sys.executable, **env}
+    done = subprocess.run([os.path.join(ROOT, "train.sh"), *words, "--explain"], cwd=tmp_path, env=env, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    lines = [re.fullmatch(r"(\w+) += (.*?) +(default|(?:flag|preset|environment) .*|\S+:\d+.*)", line).groups()
+             for line in done.stdout.splitlines()]
+    return {name: (value, origin) for name, value, origin in lines if origin != "default"}
+
+
+PRESET = {"lr": ("0.004", "preset --lr"), "epochs": ("60", "preset --epochs"),
+          "batch_size": ("8", "preset --batch_size"),
+          "gradient_checkpointing": ("False", "preset --no-gradient_checkpointing"),
+          "keep_checkpoints": ("2", "preset --keep_checkpoints"),
+          "train_data": (os.path.join(ROOT, "data", "example_sft.json"), "preset --train_data")}
+
+
+@pytest.mark.parametrize("words, env, expected", [
+    ([], {}, {"train_data": PRESET["train_data"]}),
+    (["--model", "tiny"], {}, {**PRESET, "model": ("tiny", "flag --model")}),
+    (["--lr=1", "--use_lora"], {"MODEL_PATH": "tiny", "NUM_EPOCHS": "2", "BATCH_SIZE": ""},
+     {**PRESET, "model": ("tiny", "environment MODEL_PATH"), "epochs": ("2", "environment NUM_EPOCHS"),
+      "lr": ("1.0", "flag --lr=1"), "use_lora": ("True", "flag --use_lora"),
+      "lora_modules_to_save": ("embed_tokens", "preset --lora_modules_to_save")}),
+    (["--no-use_lora", "model=tiny"], {"USE_LORA": "true", "MODEL_PATH": "m"},
+     {**PRESET, "model": ("tiny", "flag model=tiny"), "use_lora": ("False", "flag --no-use_lora")}),
+    (["--model=m", "--train_data", "a b.json"], {"MODEL_PATH": "tiny"},
+     {"model": ("m", "flag --model=m"), "train_data": ("a b.json", "flag --train_data")}),
+    (["--model", "tiny"], {"CONFIG": os.path.join(ROOT, "config.yaml"), "SEED": "5"},
+     {**{name: (str(value), None) for name, value in DEFAULTS.items()}, "model": ("tiny", "flag --model"),
+      "seed": ("5", "environment SEED")}),
+], ids=range(6))
+def test_presets_environment_and_flags_of_train_sh(words, env, expected, tmp_path):
+    """Presets are the weakest and belong to the model that the last word names; then the environment, then flags; a
+    configuration file is stronger than presets by taking their place."""
+    found = explained(tmp_path, *words, **env)
+    for name, (value, origin) in found.items():
+        assert value == expected[name][0] and expected[name][1] in (origin, None)
+    assert found.keys() == expected.keys()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # --help, --explain, and errors on the screen
 
 
@@ -391,10 +533,13 @@ def test_help_lists_every_knob_with_its_default(words, capsys):
         entry = " ".join(re.split(r"\n\n", entry)[0].split())
         default = str(field.default).lower() if field.default is None or field.type is bool else field.default
         choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-        assert entry.endswith(f" {field.metadata['help']}{choices} [{default}]") and field.metadata["help"]
+        variable = f" {field.metadata['env']}" if field.metadata["env"] else ""
+        assert entry.endswith(f" {field.metadata['help']}{choices} [{default}]{variable}") and field.metadata["help"]
         assert (f"--no-{field.name}" in entry) == (field.default is True)
-    for word in ("--config FILE", "--config-path DIR --config-name NAME", "--explain"):
+    for word in ("--config FILE", "--config-path DIR --config-name NAME", "--explain", "--n_gpus N", "NNODES"):
         assert word in printed
+    groups = [field.metadata["group"] for field in FIELDS if field.metadata["group"]] + ["configuration"]
+    assert re.findall(r"^(\S.*):$", printed, re.M) == groups and len(groups) > 6
 
 
 def test_explain_prints_each_value_and_where_it_came_from(yaml_file, capsys):
@@ -403,11 +548,20 @@ def test_explain_prints_each_value_and_where_it_came_from(yaml_file, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse("--config", path, "--explain", "--model", "tiny", "data.max_length=64", "--no-packing")
     assert stopped.value.code == 0
-    lines = [re.fullmatch(r"(\w+) += (.*?) +(default|flag \S+|\S+:\d+)", line).groups()
+    lines = [re.fullmatch(r"(\w+) += (.*?) +(default|flag \S+|\S+:\d+( \S+)?)", line).groups()[:3]
              for line in capsys.readouterr().out.splitlines()]
-    said = {"lr": ("0.001", f"{path}:2"), "seed": ("7", f"{path}:4"), "model": ("tiny", "flag --model"),
+    said = {"lr": ("0.001", f"{path}:2"), "seed": ("7", f"{path}:4 trainer.seed"), "model": ("tiny", "flag --model"),
             "max_length": ("64", "flag data.max_length=64"), "packing": ("False", "flag --no-packing")}
     assert lines == [(name, *said.get(name, (str(value), "default"))) for name, value in DEFAULTS.items()]
+
+
+def test_one_process_of_several_explains(monkeypatch, capsys):
+    """Under torchrun the first rank alone prints, and all end."""
+    monkeypatch.setenv("RANK", "1")
+    for word in "--help", "--explain":
+        with pytest.raises(SystemExit):
+            parse(word)
+    assert capsys.readouterr().out == ""
 
 
 def stopped_with(capsys, main):

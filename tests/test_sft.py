@@ -483,35 +483,6 @@ def test_train_sh_then_chat(tmp_path):
     assert said.stdout == rows[0]["response"] + "\n", said
 
 
-def test_environment_variables_become_flags_and_flags_win(tmp_path):
-    """Every variable of train.sh reaches its setting; --explain shows which won."""
-    names = re.findall(r"\b([A-Z_]+):([a-z_]+)", open(os.path.join(ROOT, "train.sh")).read())
-    assert len(names) > 20
-    fields = {f: str(getattr(sft.Config(), f)) for _, f in names if f != "config"}
-    values = {"train_data": EXAMPLES, "model": "tiny", "scheduler": "linear", "dtype": "fp32", "packing": "false",
-              "val_data": EXAMPLES, "gradient_checkpointing": "false", "strategy": "megatron",
-              "param_offload": "true", "optimizer_offload": "true", "use_lora": "true"}
-    env = {**os.environ, "PYTHON": sys.executable}
-    for name, f in names:
-        if f != "config":
-            env[name] = values.setdefault(f, "0.5" if "." in fields[f] and "/" not in fields[f] else "7")
-    run = [os.path.join(ROOT, "train.sh"), "--explain", "--lr", "0.25"]
-    out = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    shown = dict(re.findall(r"^(\w+) += (\S+)", out.stdout, re.M))
-    assert shown["lr"] == "0.25"
-    for f, value in values.items():
-        if f != "lr":
-            assert shown[f].lower() in (value, value + ".0"), (f, value, shown[f])
-
-def test_a_variable_of_something_not_built_is_an_error(tmp_path):
-    """COMPILE=true must not be ignored in silence."""
-    env = {**os.environ, "PYTHON": sys.executable, "COMPILE": "true"}
-    result = subprocess.run([os.path.join(ROOT, "train.sh"), "--explain"], cwd=tmp_path, env=env, capture_output=True,
-                            text=True)
-    assert result.returncode == 2 and "COMPILE=true is not supported yet" in result.stderr
-
-
 def test_a_newer_torch_is_used_as_it_is_and_called_untested(tmp_path):
     """train.sh takes a Python whose torch is beyond the tested range, with one line; it never installs an older one."""
     shutil.copy(os.path.join(ROOT, "train.sh"), tmp_path)
