@@ -57,7 +57,7 @@ class Warnings(logging.Handler):
         for rank, text in map(json.loads, self.store.get("warnings").decode().splitlines()):
             ranks.setdefault(text, []).append(rank)
         for text in ranks.keys() - self.said:
-            print(f"warning, rank {', '.join(map(str, ranks[text]))}: {text}", file=sys.stderr)
+            print(f"warning, rank {', '.join(map(str, sorted(ranks[text])))}: {text}", file=sys.stderr)
             self.said.add(text)
 
 

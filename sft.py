@@ -35,38 +35,48 @@ from template import ChatTokenizer
 
 @dataclass
 class Config:
-    """Supervised fine-tuning: ./train.sh [flags], or python sft.py [flags] [name=value ...]"""
+    """Supervised fine-tuning: ./train.sh [--n_gpus N] [flags], or python sft.py [flags] [name=value ...]
 
-    model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, local directory, or tiny: the embedded one", group="model and data")
-    tokenizer: str | None = knob(None, "directory with tokenizer and chat template, if not the model's own")
-    train_data: str = knob("./data/example_sft.json", "file, directory, hub dataset id; several with commas, :WEIGHT")
-    val_data: str | None = knob(None, "the same, for validation")
-    max_length: int = knob(2048, "tokens of a conversation that are kept")
+    train.sh reads the variables in CAPITALS as well, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+    """
+
+    model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, local directory, or tiny: the embedded one", group="model and data",
+                      env="MODEL_PATH")
+    tokenizer: str | None = knob(None, "directory with another tokenizer and chat template", env="TOKENIZER_PATH")
+    train_data: str = knob("./data/example_sft.json", "file, directory, hub dataset id; several with commas, :WEIGHT",
+                           env="TRAIN_DATA")
+    val_data: str | None = knob(None, "the same, for validation", env="VAL_DATA")
+    max_length: int = knob(2048, "tokens of a conversation that are kept", env="MAX_LENGTH")
     too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
     train_on: str = knob("all", "the assistant's turns, or the last of each conversation only", ("all", "last"))
     train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
+    prompt_key: str = knob("prompt", "a row's question, where it has one and response_key; a.b is b inside a")
+    response_key: str = knob("response", "its answer")
+    messages_key: str = knob("messages", "a row's list of messages; conversations is read as well")
     cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
 
-    batch_size: int = knob(4, "conversations an optimizer step, over all micro-batches", group="steps")
+    batch_size: int = knob(4, "conversations a step, over all micro-batches", group="steps", env="BATCH_SIZE")
     batch_tokens: int | None = knob(None, "instead of batch_size: fill each step up to this many tokens")
-    micro_batch_size: int = knob(1, "a micro-batch holds at most this many times max_length tokens")
-    packing: bool = knob(True, "fill micro-batches with conversations; off: at most micro_batch_size of them in each")
-    epochs: int = knob(3, "passes over the data")
-    max_steps: int | None = knob(None, "optimizer steps, whatever epochs says")
-    seed: int = knob(42, "order of the data")
+    micro_batch_size: int = knob(1, "times max_length: the most tokens of a micro-batch", env="MICRO_BATCH_SIZE")
+    packing: bool = knob(True, "fill micro-batches with conversations; off: at most micro_batch_size of them in each",
+                         env="PACKING")
+    epochs: int = knob(3, "passes over the data", env="NUM_EPOCHS")
+    max_steps: int | None = knob(None, "optimizer steps, whatever epochs says", env="MAX_STEPS")
+    seed: int = knob(42, "order of the data", env="SEED")
 
-    lr: float = knob(2e-5, "peak learning rate", group="optimizer (AdamW)")
-    scheduler: str = knob("cosine", "learning rate after the warm-up", ("cosine", "linear", "constant"))
-    warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises from zero")
+    lr: float = knob(2e-5, "peak learning rate", group="optimizer (AdamW)", env="LEARNING_RATE")
+    scheduler: str = knob("cosine", "learning rate after the warm-up", ("cosine", "linear", "constant"),
+                          env="SCHEDULER")
+    warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises from zero", env="WARMUP_RATIO")
     min_lr_ratio: float = knob(0.0, "what cosine and linear end at, as a share of lr")
-    weight_decay: float = knob(0.01, "of matrices; norms and biases have none")
-    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 is no limit")
+    weight_decay: float = knob(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY")
+    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 is no limit", env="GRAD_CLIP")
     beta1: float = knob(0.9, "decay of the first moment")
     beta2: float = knob(0.95, "decay of the second moment")
 
-    use_lora: bool = knob(False, "train small adapters beside the frozen model", group="LoRA")
-    lora_rank: int = knob(8, "inner width of an adapter")
-    lora_alpha: int = knob(16, "adapters are scaled by alpha / rank")
+    use_lora: bool = knob(False, "train small adapters beside the frozen model", group="LoRA", env="USE_LORA")
+    lora_rank: int = knob(8, "inner width of an adapter", env="LORA_RANK")
+    lora_alpha: int = knob(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA")
     lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out")
     lora_targets: str = knob("all-linear", "layers: all-linear, names with commas, or a regular expression")
     lora_rs: bool = knob(False, "scale by alpha / sqrt(rank): rsLoRA")
@@ -77,26 +87,28 @@ class Config:
     resume_adapter: str | None = knob(None, "begin with this adapter, made here or by PEFT, and its settings")
 
     strategy: str = knob("fsdp", "fsdp or fsdp2: FSDP2; megatron: matrices are split over tp ranks as well",
-                         ("fsdp", "fsdp2", "megatron"), group="several GPUs, memory")
-    tp: int = knob(1, "ranks that share each matrix, with --strategy megatron")
+                         ("fsdp", "fsdp2", "megatron"), group="several GPUs, memory", env="STRATEGY")
+    tp: int = knob(1, "ranks that share each matrix, with --strategy megatron", env="TP")
     timeout: int = knob(600, "seconds after which a rank that the others wait for is given up")
-    param_offload: bool = knob(False, "parameters, gradients and optimizer in host memory")
-    optimizer_offload: bool = knob(False, "moments and master weights in host memory")
-    gradient_checkpointing: bool = knob(True, "keep block inputs only: less memory, a third more work")
-    dtype: str | None = knob(None, "of the computation; none is bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"))
+    param_offload: bool = knob(False, "parameters, gradients and optimizer in host memory", env="PARAM_OFFLOAD")
+    optimizer_offload: bool = knob(False, "moments and master weights in host memory", env="OPTIMIZER_OFFLOAD")
+    gradient_checkpointing: bool = knob(True, "keep block inputs only: a third more work", env="GRADIENT_CHECKPOINTING")
+    dtype: str | None = knob(None, "of the computation; none is bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
+                             env="DTYPE")
 
     selfcheck: bool = knob(False, "prove on your model, data and ranks that no layout changes the gradient; end")
 
-    output_dir: str = knob("./outputs", "where everything goes", group="output")
-    resume_from: str | None = knob(None, "step directory to go on from, or auto: the latest of output_dir, if any")
-    save_steps: int | None = knob(None, "steps between checkpoints; none is once an epoch")
-    keep_checkpoints: int | None = knob(None, "how many of the newest to keep; none is all")
-    eval_steps: int | None = knob(None, "steps between validations; none is once an epoch")
+    output_dir: str = knob("./outputs", "where everything goes", group="output", env="OUTPUT_DIR")
+    resume_from: str | None = knob(None, "step directory, or auto: the latest of output_dir, if any", env="RESUME_FROM")
+    save_steps: int | None = knob(None, "steps between checkpoints; none is once an epoch", env="SAVE_STEPS")
+    keep_checkpoints: int | None = knob(None, "how many of the newest to keep; none is all", env="KEEP_CHECKPOINTS")
+    eval_steps: int | None = knob(None, "steps between validations; none is once an epoch", env="EVAL_STEPS")
     keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well, as checkpoints/best")
     early_stopping: int | None = knob(None, "end after this many validations without a lower val_loss")
 
-    logger: str = knob("console", "with commas: console, wandb, tensorboard, trackio", group="what is seen")
-    project: str | None = knob(None, "project of the run in wandb and trackio")
+    logger: str = knob("console", "with commas: console, wandb, tensorboard, trackio", group="what is seen",
+                       env="LOGGER")
+    project: str | None = knob(None, "project of the run in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = knob(None, "name of the run in wandb, trackio and the report")
     sample_prompts: str | None = knob(None, "file of prompts, one a line, or rows as train_data's; answered at validations")
 
@@ -279,14 +291,14 @@ def check_adapters(model, ranks):
                          f"{', '.join(dead[:5])}")
 
 
-def read_prompts(path, tokenizer):
+def read_prompts(path, tokenizer, keys=data.KEYS):
     """[(what was said last, token ids), ...] of a .txt file with a prompt a line, or of a data file's conversations up
     to their last answers."""
     if path.endswith(".txt"):
         with open(path, encoding="utf-8") as f:
             conversations = [[{"role": "user", "content": line.strip()}] for line in f if line.strip()]
     else:
-        conversations = [data.to_messages(row, where) for where, row in data.read_files(path)]
+        conversations = [data.to_messages(row, where, keys) for where, row in data.read_files(path)]
         conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
                          for messages in conversations]
     if not conversations or not all(conversations):
@@ -363,7 +375,9 @@ def train(cfg, ranks):
                          f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
     ranks.at("tokenise")
     options = cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.train_on, cfg.cache_dir, cfg.timeout
-    rows, val = (data.load(files, tokenizer, *options) if files else None for files in (cfg.train_data, cfg.val_data))
+    keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
+    rows, val = (data.load(files, tokenizer, *options, keys=keys) if files else None
+                 for files in (cfg.train_data, cfg.val_data))
     if val and val.mix():
         raise ValueError(f"--val_data {cfg.val_data}: all of it is evaluated, so its parts take no weights")
     sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps,
@@ -427,7 +441,7 @@ def train(cfg, ranks):
         files["chat_template.jinja"] = tokenizer.source.encode()
     if cfg.selfcheck:
         return selfcheck(model, parameters, rows, sampler.step(1)[1], cfg, ranks, 2e-2 if dtype == "bf16" else 1e-5)
-    prompts = read_prompts(cfg.sample_prompts, tokenizer) if cfg.sample_prompts else []
+    prompts = read_prompts(cfg.sample_prompts, tokenizer, keys) if cfg.sample_prompts else []
     stops = np.atleast_1d(generation["eos_token_id"]).tolist()
 
     n_trained, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
