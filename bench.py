@@ -5,9 +5,14 @@ load   a model directory of random weights, loaded into fp32 by one process or -
        each reads beside its share of the file, and its peak memory beside its share of the parameters
 ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
 data   conversations a second of data.load (read, render, tokenise, mask, write the cache) beside encode_batch alone on
-       the same text, with all cores; with --vs trl beside the preparation of the same file by TRL, two processes
+       the same text, with all cores; with --vs trl beside TRL's preparation of the same conversations to the same
+       targets, in two processes
 chat   tokens a second of chat.py's generation beside transformers' generate, greedy, on the same random weights of the
        size of Qwen2.5-0.5B in fp32, behind a prompt of 64 tokens (pip install transformers)
+step   non-pad tokens a second and peak memory of sft.py on random weights of --shape small or mid in fp32, all trained,
+       without checkpointing, on conversations of log-normal length up to 1,024 tokens, and seconds from the launch to
+       the first optimizer step's end; with --vs trl the same conversations by TRL's SFTTrainer, padded and packed, with
+       --vs transformers by a plain loop around its model: padded batches, AdamW
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
        fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
 
@@ -28,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +54,13 @@ QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num
                 architectures=["Qwen2ForCausalLM"])
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
+SHAPES = {  # of --part step
+    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=151936),
+    "mid": dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=32768),
+}
 LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}  # processes, flags
 RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
-LENGTH = 1024  # memory: tokens of a step
+LENGTH, BATCH = 1024, 4  # memory: tokens of a step; step: of a conversation, and conversations a step
 UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buffers allocated
 
 
@@ -58,7 +68,8 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat"), group="bench")
+    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat", "step"),
+                     group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
@@ -66,14 +77,16 @@ class Config:
     targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt")
     ranks: int = knob(1, "load: processes that share the model")
     steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
-    rows: int = knob(20000, "data: conversations")
+    rows: int | None = knob(None, "data, step: conversations; none is 20,000 and 48")
+    shape: str = knob("mid", "step: of the model", ("small", "mid"))
     new_tokens: int = knob(64, "chat: length of the answer")
     model: str = knob("tiny", "data: whose tokenizer and template")
     peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
     side: str | None = knob(None, "do this step only, in this process",
-                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat", "transformers"))
+                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat", "transformers",
+                             "trl_padded", "trl_packed", "plain_loop"))
     directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
-    vs: str | None = knob(None, "memory: another trainer, to measure on the same", ("trl",))
+    vs: str | None = knob(None, "memory, data, step: another trainer, to measure on the same", ("trl", "transformers"))
 
     def __post_init__(self):
         if self.ranks < 1 or (self.ranks > 1 and self.part != "load"):
@@ -82,8 +95,9 @@ class Config:
             raise ValueError("--no-peer_checkpointing does nothing without --vs trl")
         if self.steps <= UNSTEADY:
             raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
-        if self.vs and self.part not in ("memory", "data"):
-            raise ValueError(f"--vs {self.vs} is for --part memory and --part data only")
+        if self.vs and self.part not in (("memory", "data", "step") if self.vs == "trl" else ("step",)):
+            raise ValueError(f"--vs {self.vs} is not for --part {self.part}: trl is for memory, data and step, "
+                             "transformers for step")
 
 
 def spread(values):
@@ -174,6 +188,60 @@ def side_trl(cfg):
     return {"peak_gb": proc_gb("status", "VmHWM"), "seconds": spread([b - a for a, b in zip(ends, ends[1:])])}
 
 
+def side_step(cfg):
+    """The conversations of bench_step once, by TRL or a plain loop; [(seconds, non-pad tokens) of each step] and when
+    the first had ended."""
+    import transformers
+
+    path, ends, tokens = os.path.join(cfg.directory, "rows.json"), [time.perf_counter()], []
+    if cfg.side == "plain_loop":
+        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
+        tokenizer = ChatTokenizer(cfg.directory)
+        rows = data.load(path, tokenizer, LENGTH)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        ends[0] = time.perf_counter()
+        for ids in torch.arange(len(rows)).split(BATCH):
+            parts = [torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
+            masks = [torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
+            batch = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(IGNORE))
+            seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
+            model(input_ids=batch, attention_mask=seen, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ends.append(time.perf_counter())
+            tokens.append(int(seen.sum()))
+    else:
+        import datasets
+        import trl
+
+        class Clock(transformers.TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                ends.append(time.perf_counter())
+
+        class Counted(trl.SFTTrainer):
+            def training_step(self, model, inputs, *args, **kwargs):
+                mask = inputs.get("attention_mask")
+                tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        packed = cfg.side == "trl_packed"  # rows of LENGTH tokens, of whole conversations; one row a step is as many
+        config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
+                               bf16=False, use_cpu=True, max_length=LENGTH, packing=packed, save_strategy="no",
+                               per_device_train_batch_size=BATCH, num_train_epochs=1, report_to="none",
+                               disable_tqdm=True, gradient_checkpointing=False)
+        with contextlib.redirect_stdout(sys.stderr):
+            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+                                               for row in checkpoint.read_json(path)])
+            trainer = Counted(cfg.directory, config, train_dataset=rows, callbacks=[Clock()])
+            ends[0] = time.perf_counter()
+            trainer.train()
+    first = time.time() - (time.perf_counter() - ends[1])
+    seconds = [b - a for a, b in zip(ends, ends[1:])]
+    return {"steps": list(zip(seconds, tokens, strict=True)), "first": first, "peak_gb": proc_gb("status", "VmHWM")}
+
+
 def side_data(cfg):
     """Seconds that cfg.rows conversations take, by us, by the tokenizer alone, or by TRL."""
     model, path = checkpoint.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
@@ -190,9 +258,11 @@ def side_data(cfg):
         import trl
 
         with contextlib.redirect_stdout(sys.stderr):
-            rows = datasets.Dataset.from_list(checkpoint.read_json(path))
+            # the same conversations in the form of which it masks the prompt, as we do: from "messages" it trains all
+            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+                                               for row in checkpoint.read_json(path)])
             config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True, max_length=LENGTH,
-                                   report_to="none", dataset_num_proc=2, assistant_only_loss=False)
+                                   report_to="none", dataset_num_proc=2)
             trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # what it costs without data
             before = time.perf_counter()
             trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))
@@ -225,16 +295,16 @@ def side_chat(cfg):
     return {"seconds": time.perf_counter() - start, "ids": ids}
 
 
-def write_rows(path, n):
-    """n conversations of log-normal lengths, of the words of the example set."""
+def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
+    """n conversations of the words of the example set, whose numbers are log-normal."""
     words = [word for _, row in data.read_files(os.path.join(HERE, "data", "example_sft.json"))
              for message in data.to_messages(row, "") for word in message["content"].split()]
     generator = random.Random(0)
 
     def text(middle):
-        return " ".join(generator.choices(words, k=max(2, int(generator.lognormvariate(middle, 0.9)))))
+        return " ".join(generator.choices(words, k=max(2, int(generator.lognormvariate(middle, sigma)))))
 
-    rows = [{"messages": [{"role": "user", "content": text(3.3)}, {"role": "assistant", "content": text(3.9)}]}
+    rows = [{"messages": [{"role": "user", "content": text(question)}, {"role": "assistant", "content": text(answer)}]}
             for _ in range(n)]
     with open(path, "w", encoding="utf-8") as f:
         json.dump(rows, f, ensure_ascii=False)
@@ -272,10 +342,17 @@ def sides(n, *flags):
 def train(directory, n, steps, *flags):
     """What a run of sft.py, as n processes, writes of its steps; the model is the one of write_model."""
     output = os.path.join(directory, "run")
-    launch(n, os.path.join(HERE, "sft.py"), "--model", directory, "--output_dir", output, "--cache_dir", "none",
-           "--max_steps", str(steps), "--save_steps", str(steps), *flags)
-    with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as f:
+    path, lines = os.path.join(output, "metrics.jsonl"), []
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(launch, n, os.path.join(HERE, "sft.py"), "--model", directory, "--output_dir", output,
+                          "--cache_dir", "none", "--max_steps", str(steps), "--save_steps", str(steps), *flags)
+        while not run.done() and not (os.path.exists(path) and os.path.getsize(path)):
+            time.sleep(0.005)
+        first = time.time()
+        run.result()
+    with open(path, encoding="utf-8") as f:
         lines = [json.loads(line) for line in f]
+    lines[0]["at"] = first
     shutil.rmtree(output)
     return lines
 
@@ -319,7 +396,7 @@ def peer_versions(cfg):
 
 def bench_data(cfg, directory):
     versions = peer_versions(cfg)
-    write_rows(os.path.join(directory, "rows.json"), cfg.rows)
+    write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 20000)
     names, speeds = ["data", "encode"] + ["trl_data"] * bool(cfg.vs), {}
     for i in range(cfg.repeats):  # in turn, each with nothing cached
         for name in names:
@@ -327,7 +404,7 @@ def bench_data(cfg, directory):
             os.makedirs(inner)
             shutil.copy(os.path.join(directory, "rows.json"), inner)
             seconds = sides(1, "--side", name, "--directory", inner)[0]["seconds"]
-            speeds.setdefault(name, []).append(cfg.rows / seconds)
+            speeds.setdefault(name, []).append(rows / seconds)
             shutil.rmtree(inner)
     ratios = {f"data_to_{name}": spread([a / b for a, b in zip(speeds["data"], speeds[name])]) for name in names[1:]}
     return {"conversations_per_second": {name: spread(found) for name, found in speeds.items()}, **ratios, **versions}
@@ -344,6 +421,34 @@ def bench_chat(cfg, directory):
     return {"tokens_per_second": {name: spread(found) for name, found in speeds.items()},
             "chat_to_transformers": spread([a / b for a, b in zip(*speeds.values())]),
             "transformers": importlib.metadata.version("transformers")}
+
+
+def bench_step(cfg, directory):
+    versions = peer_versions(cfg)
+    write_model(directory, dict(QWEN_05B, num_attention_heads=8, num_key_value_heads=2, **SHAPES[cfg.shape]))
+    write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48, 2.3, 2.9, 1.1)  # median about 120 tokens
+    flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH), "--batch_size",
+             str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing", "--epochs", "1")
+    peers = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}[cfg.vs]
+    found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []} for name in ("sft", *peers)}
+    for _ in range(cfg.repeats):  # in turn
+        for name, figures in found.items():
+            started = time.time()
+            if name == "sft":
+                lines = train(directory, 1, -(-rows // BATCH), *flags)
+                steps, peak = [(line["seconds"], line["tokens"]) for line in lines], lines[-1]["peak_memory_gb"]
+                first = lines[0]["at"]
+            else:
+                result = sides(1, "--side", name, "--directory", directory)[0]
+                steps, first, peak = result["steps"], result["first"], result["peak_gb"]
+            seconds, tokens = map(sum, zip(*steps[1:]))
+            figures["tokens_per_second"].append(tokens / seconds)
+            figures["peak_gb"].append(peak)
+            figures["start_seconds"].append(first - started)
+    ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(found["sft"][key], found[name][key])])
+              for name in peers for key in found["sft"]}
+    return {"shape": cfg.shape, **{name: {key: spread(values) for key, values in figures.items()}
+                                   for name, figures in found.items()}, **ratios, **versions}
 
 
 def bench_memory(cfg, directory):
@@ -370,7 +475,7 @@ def bench_memory(cfg, directory):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        result = {"load": side_load, "trl_full": side_trl, "trl_lora": side_trl, "plain": side_loss,
+        result = {"trl_padded": side_step, "trl_packed": side_step, "plain_loop": side_step, "load": side_load, "trl_full": side_trl, "trl_lora": side_trl, "plain": side_loss,
                   "chunked": side_loss, "chat": side_chat, "transformers": side_chat}.get(cfg.side, side_data)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
@@ -381,7 +486,7 @@ def main():
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
         parts = {"loss": bench_loss, "load": bench_load, "ranks": bench_ranks, "memory": bench_memory,
-                 "data": bench_data, "chat": bench_chat}
+                 "data": bench_data, "chat": bench_chat, "step": bench_step}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))
