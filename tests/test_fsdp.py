@@ -375,7 +375,7 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
         assert result.returncode == 0 and "selfcheck: ok, 4 conversations" in result.stdout, result.stderr[-2000:]
         assert ("all on one data-parallel rank" in result.stdout) == (ranks == 2)
     forward = sft.CausalLM.forward
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets: (
+    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets, *rest: (
         forward(self, tokens, lengths, targets) / (targets != data.IGNORE).sum()))
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         train("--selfcheck", model=models["tied"])

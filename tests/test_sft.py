@@ -65,7 +65,7 @@ def test_micro_batches_are_really_different(monkeypatch, train):
     """The law above is not trivially true: packing and micro_batch_size change how often the model runs."""
     calls = []
     forward = sft.CausalLM.forward
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets=None: (
+    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets=None, *rest: (
         calls.append(lengths), forward(self, tokens, lengths, targets))[1])
     counts = {}
     for i, flags in enumerate((("--packing",), ("--no-packing",), ("--no-packing", "--micro_batch_size", 3))):
@@ -321,7 +321,7 @@ def test_every_weight_is_trained(train, tmp_path):
 def test_the_screen_tells_what_runs_and_what_came_of_it(train, capsys):
     """Model, ledger, steps before the first step; the result and how to talk to it after the last."""
     lines = train(*FAST, "--epochs", 1, "--keep_checkpoints", 1)
-    out, bar = capsys.readouterr()
+    out, _ = capsys.readouterr()
     assert "model    tiny (qwen2): 1,050,752 parameters, all trained, fp32 on 1 × cpu" in out
     rows, tokens = re.search(r"rows     72 in = 72 trained \+ 0 dropped", out), re.search(
         r"tokens   ([\d,]+) in = ([\d,]+) target \+ ([\d,]+) context \+ ([\d,]+) truncated", out)
@@ -329,7 +329,7 @@ def test_the_screen_tells_what_runs_and_what_came_of_it(train, capsys):
     assert rows and total == target + context + cut
     assert total == sum(line["tokens"] for line in lines) and target == sum(line["target_tokens"] for line in lines)
     assert "steps    9 = 1 epochs of 9, of about 8 conversations" in out
-    assert "python chat.py out/checkpoints/latest" in out and "loss" in bar and "tokens/s" in bar
+    assert "python chat.py out/checkpoints/latest" in out and "step 9 of 9: loss" in out
     assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds",
                              "tokens_per_second", "peak_memory_gb"}
     assert [line["step"] for line in lines] == list(range(1, 10)) and lines[-1]["epoch"] == 1.0
@@ -444,7 +444,7 @@ def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypat
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(1), step(self))[1])
     forward = sft.CausalLM.forward
 
-    def plant(self, tokens, lengths, targets=None):
+    def plant(self, tokens, lengths, targets=None, *rest):
         nll = forward(self, tokens, lengths, targets)
         calls.append(1)
         if len(calls) == 3:
