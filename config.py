@@ -31,7 +31,6 @@ ELSEWHERE = {theirs: ours for ours, names in {
     "param_offload": "fsdp_cpu_offload", "gradient_checkpointing": "enable_activation_checkpointing",
     "keep_checkpoints": "save_total_limit", "resume_from": "resume_from_checkpoint", "logger": "report_to",
     "timeout": "ddp_timeout"}.items() for theirs in names.split()}
-PLANNED = ("COMPILE",)  # environment variables that will be settings: until then an error, not nothing
 
 
 def knob(default, help, choices=(), group=None, env=None):
@@ -135,9 +134,6 @@ def without_brackets(value):
 def environment(fields):
     """What the environment sets. An empty variable is none."""
     known = {f.metadata["env"]: name for name, f in fields.items() if f.metadata["env"]}
-    for name in PLANNED:
-        if os.environ.get(name) and name not in known:
-            raise ValueError(f"{name}={os.environ[name]} is not supported yet; unset {name}")
     return [(field, os.environ[name], f"environment {name}") for name, field in known.items() if os.environ.get(name)]
 
 

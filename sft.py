@@ -95,6 +95,7 @@ class Config:
     gradient_checkpointing: bool = knob(True, "keep block inputs only: a third more work", env="GRADIENT_CHECKPOINTING")
     dtype: str | None = knob(None, "of the computation; none is bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
                              env="DTYPE")
+    compile: bool = knob(False, "fuse the blocks' small operations; takes a minute and a C++ compiler", env="COMPILE")
 
     selfcheck: bool = knob(False, "prove on your model, data and ranks that no layout changes the gradient; end")
 
@@ -137,6 +138,8 @@ class Config:
             if self.resume_adapter and name in ADAPTER_KNOBS:
                 raise ValueError(f"--{name} {getattr(self, name)} with --resume_adapter: the adapter has its own; "
                                  "leave it out")
+        if self.compile and self.tp > 1:
+            raise ValueError("--compile does not work with --tp: compiled, DTensor's steps go elsewhere; leave one out")
         if self.quantize and (self.tp > 1 or self.lora_dora):
             other = "--strategy megatron" if self.tp > 1 else "--lora_dora"
             raise ValueError(f"--quantize {self.quantize} does not work with {other}; leave one of them out")
@@ -396,6 +399,8 @@ def train(cfg, ranks):
         settings = add_adapters(model, cfg, adapter)
         return_large_buffers()
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.compile:
+        model.compile_blocks()
     fsdp.shard(model, ranks, dtype == "bf16", cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else device)
     model.tie_weights()

@@ -380,7 +380,7 @@ WARNED = {  # key: (values that ask for what happens anyway, why the others chan
     "engine.override_mcore_model_config.*": ("", "of Megatron"),
     "engine.entropy_from_logits_with_chunking": ("false", NO_RL),
     "engine.entropy_checkpointing": ("false", NO_RL),
-    "engine.use_torch_compile": ("false", "nothing is compiled"),
+    "engine.use_torch_compile": ("false", "verl compiles its entropy only; --compile compiles the blocks here"),
     "optim.lr_wsd_decay_style": ("exponential", "of a schedule that is not used"),
     "optim.lr_wsd_decay_steps": ("", "of a schedule that is not used"),
     "optim.use_checkpoint_opt_param_scheduler": ("false", "a resume goes on with the same schedule"),

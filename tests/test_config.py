@@ -383,7 +383,7 @@ VARIABLES = {  # name: (setting, a value that is not its default)
     "GRADIENT_CHECKPOINTING": ("gradient_checkpointing", "false"), "DTYPE": ("dtype", "fp32"),
     "OUTPUT_DIR": ("output_dir", "o"), "RESUME_FROM": ("resume_from", "auto"), "SAVE_STEPS": ("save_steps", "6"),
     "KEEP_CHECKPOINTS": ("keep_checkpoints", "2"), "EVAL_STEPS": ("eval_steps", "8"),
-    "LOGGER": ("logger", "tensorboard"), "WANDB_PROJECT": ("project", "p")}
+    "COMPILE": ("compile", "true"), "LOGGER": ("logger", "tensorboard"), "WANDB_PROJECT": ("project", "p")}
 NEEDS = {"LORA_RANK": ["--use_lora"], "LORA_ALPHA": ["--use_lora"], "TP": ["--strategy", "megatron"],
          "EVAL_STEPS": ["--val_data", "v.json"]}  # flags without which a variable alone does nothing
 
@@ -394,7 +394,7 @@ def variables(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # all loggers are installed
 
     def set(**values):
-        for name in (*VARIABLES, "CONFIG", *config.PLANNED):
+        for name in (*VARIABLES, "CONFIG"):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -459,15 +459,8 @@ def test_a_file_is_named_by_the_environment(variables, yaml_file):
     assert changed() == {}
 
 
-def test_a_variable_of_something_not_built_is_an_error(variables, monkeypatch):
-    """A variable that will be a setting is not ignored in silence until then."""
-    variables(NOT_YET="true")
-    monkeypatch.setattr(config, "PLANNED", ("NOT_YET",))
-    with pytest.raises(ValueError, match="NOT_YET=true is not supported yet; unset NOT_YET"):
-        parse("--environment")
-    variables(NOT_YET="")
-    monkeypatch.setenv("NOT_YET", "")
-    assert parse("--environment") == sft.Config()
+def test_a_wrong_value_in_a_variable_is_an_error(variables):
+    """It names the variable."""
     variables(LEARNING_RATE="fast")
     with pytest.raises(ValueError, match="environment LEARNING_RATE: lr can't be 'fast'; it must be a number"):
         parse("--environment")

@@ -483,6 +483,37 @@ def test_train_sh_then_chat(tmp_path):
     assert said.stdout == rows[0]["response"] + "\n", said
 
 
+COUNTS = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import sft
+from torch._dynamo.utils import counters
+seen = []
+step = sft.Log.step
+sft.Log.step = lambda self, *args, **values: (step(self, *args, **values), seen.append(counters["stats"]["unique_graphs"]))
+sft.main()
+print("graphs", *seen)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",), ("--use_lora",)])
+def test_compiled_blocks_learn_the_same_and_are_compiled_once(train, tmp_path, flags):
+    """An epoch of other packings each step: as many graphs after the first step as at the end, for all blocks together
+    fewer than three a block; losses to rounding."""
+    common = (*FAST, "--epochs", 1, *flags)
+    plain = train(*common)
+    (tmp_path / "counts.py").write_text(COUNTS)
+    words = ["--model", "tiny", "--train_data", EXAMPLES, *map(str, common), "--output_dir", "compiled", "--compile"]
+    result = subprocess.run([sys.executable, "counts.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    graphs = [int(n) for n in result.stdout.split("graphs")[-1].split()]
+    assert len(graphs) == 9 and graphs[0] == graphs[-1] and 0 < graphs[0] < 3 * 4
+    with open(tmp_path / "compiled" / "metrics.jsonl", encoding="utf-8") as f:
+        losses = [json.loads(line)["loss"] for line in f]
+    assert losses == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+
+
 def test_a_newer_torch_is_used_as_it_is_and_called_untested(tmp_path):
     """train.sh takes a Python whose torch is beyond the tested range, with one line; it never installs an older one."""
     shutil.copy(os.path.join(ROOT, "train.sh"), tmp_path)
