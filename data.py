@@ -39,6 +39,7 @@ SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messag
 KEYS = "prompt", "response", "messages"  # of rows of the first and the third shape, unless told otherwise
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
                   "observation": "tool", "tool": "tool"}
+REASONING = "reasoning_content", "thinking", "reasoning"  # names that a message's reasoning goes by
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,8 +112,11 @@ def read_file(path):
             import pyarrow.parquet  # optional: only parquet files need it
         except ImportError as error:
             raise ValueError(f"{path} is a parquet file, which pyarrow reads: pip install pyarrow") from error
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, ValueError, OSError) as error:  # of damaged bytes, any of them
+            raise ValueError(f"{path} can't be read as parquet: {error}") from error
         return
     with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rt", encoding="utf-8-sig") as f:
         try:
@@ -237,7 +241,7 @@ def to_messages(row, where, keys=KEYS):
         messages = [to_message({"role": role, "content": content}, where)
                     for exchange in exchanges for role, content in zip(("user", "assistant"), exchange)]
     else:
-        raise ValueError(f"{where}: unknown row shape, its keys are {sorted(row)}; accepted are {SHAPES}"
+        raise ValueError(f"{where}: unknown row shape, its keys are {sorted(row)!s:.200}; accepted are {SHAPES}"
                          + "".join(f", with --{name}_key {key}" for name, key, usual in zip(KEYS, keys, KEYS)
                                    if key != usual))
     if row.get("system") and messages and messages[0]["role"] != "system":
@@ -254,20 +258,27 @@ def to_message(turn, where):
     message = {k: v for k, v in turn.items() if k not in ("from", "value", "weight")}
     if "from" in turn:
         if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
-            raise ValueError(f"{where}: unknown \"from\": {turn['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
+            raise ValueError(f"{where}: unknown \"from\": {turn['from']!r:.60}; known are {', '.join(SHAREGPT_ROLES)}")
         message.update(role=SHAREGPT_ROLES[turn["from"]], content=turn.get("value"))
     weight = turn.get("weight", turn.get("train", True))
     if weight not in (0, 1):
-        raise ValueError(f"{where}: \"train\" must be true or false (or \"weight\" 1 or 0), it is {weight!r}")
+        raise ValueError(f"{where}: \"train\" must be true or false (or \"weight\" 1 or 0), it is {weight!r:.60}")
     if not isinstance(message["role"], str):
         raise ValueError(f"{where}: a role must be a string, it is {message['role']!r:.60}")
     message["train"] = bool(weight)
-    content = message.get("content")
-    if message["role"] == "assistant" and message.get("tool_calls"):
-        message["content"] = content or ""
-    elif not isinstance(content, str):
-        raise ValueError(f"{where}: the content of a {message['role']} message must be a string, it is {content!r:.60}")
-    elif message["role"] == "assistant" and not content.strip():
+    thoughts = {key: message[key] for key in REASONING if message.get(key) is not None}
+    if thoughts:  # under both names that templates read, as transformers does it
+        first = next(iter(thoughts.values()))
+        message.update({"thinking": first, **thoughts, "reasoning_content": first})
+    calls = message["role"] == "assistant" and message.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(
+            isinstance(call, dict) and isinstance(call.get("function") or call, dict) for call in calls)):
+        raise ValueError(f'{where}: "tool_calls" must be a list of objects, as templates read them, not {calls!r:.60}')
+    content = message["content"] = "" if calls and message.get("content") is None else message.get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: the content of a {message['role']:.60} message must be a string, it is "
+                         f"{content!r:.60}")
+    if message["role"] == "assistant" and not calls and not content.strip():
         raise ValueError(f"{where}: an empty answer; remove the row or write what the model should say")
     return message
 
@@ -333,9 +344,9 @@ class Ledger:
             raise ValueError(f"{spec}: no row is left to train on: {self.rows} in, dropped {self.dropped}; "
                              f"--max_length {max_length} may be too small for any answer")
         if self.turns_stopped < 0.99 * self.turns:
-            raise ValueError(f"only {self.turns_stopped} of {self.turns} assistant turns train a token that ends them: "
-                             "the model would never stop; use a chat template (--tokenizer) that ends each turn with "
-                             "a special token")
+            raise ValueError(f"{spec}: only {self.turns_stopped} of {self.turns} assistant turns train a token that "
+                             "ends them: the model would never stop; use a chat template (--tokenizer) that ends each "
+                             "turn with a special token")
 
 
 ARRAYS = {"tokens": np.int32, "is_target": np.bool_, "sizes": np.int32, "lengths": np.int32, "n_targets": np.int32,
@@ -490,6 +501,8 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, k
             is_target = np.full(length, train_on_prompt)
             for start, stop, whole, trained in spans:
                 first, end = token_range(encoding, start, stop, len(text))
+                if first >= kept < length:
+                    break  # cut off, and all behind it: finding its place takes a walk over all tokens
                 is_target[first:end] = trained or train_on_prompt
                 if trained and end <= kept:
                     ledger.turns += 1

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-TEMPLATE_ERRORS = jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                   SyntaxError, RecursionError)  # jinja leaves a break outside a loop to Python's compiler
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -34,11 +35,23 @@ class GenerationBlock(jinja2.ext.Extension):
         return caller().join(self.MARKS)
 
 
+def read(path):
+    """The text of a file, for error messages to name it."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def parse(text, path):
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, it is {text!r:.60}")
+    return value
 
 
 def refuse(message):
@@ -59,10 +72,12 @@ class ChatTokenizer:
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{directory} has no tokenizer.json; --tokenizer may name another directory")
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-        parse(text, path)
-        self.tokenizer, self.text = Tokenizer.from_str(text), text
+        self.text = read(path)
+        parse(self.text, path)
+        try:
+            self.tokenizer = Tokenizer.from_str(self.text)
+        except Exception as error:  # the package raises no narrower one
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.added = self.tokenizer.get_added_tokens_decoder()
@@ -70,17 +85,16 @@ class ChatTokenizer:
         config = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if os.path.exists(path := os.path.join(directory, name)):
-                with open(path, encoding="utf-8") as f:
-                    config.update(parse(f.read(), path))
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+                config.update(parse(read(path), path))
+        named = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         self.special = {k: v for k, v in named.items() if isinstance(v, str)}  # bos_token, eos_token, ...
 
         source = config.get("chat_template")
         if isinstance(source, list):  # several by name
-            source = {t["name"]: t["template"] for t in source}.get("default")
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
         if os.path.exists(path := os.path.join(directory, "chat_template.jinja")):
-            with open(path, encoding="utf-8") as f:
-                source = f.read()
+            source = read(path)
         self.is_fallback = source is None
         if self.is_fallback:
             known = self.tokenizer.token_to_id("<|im_end|>") is not None
@@ -88,6 +102,8 @@ class ChatTokenizer:
             if end is None:
                 raise ValueError(f"{directory}: no chat template, no <|im_end|> and no eos_token to end turns with")
             source = CHATML.replace("<|im_end|>", end)
+        if not isinstance(source, str):
+            raise ValueError(f"{directory}: its chat template must be a text, it is {source!r:.60}")
         self.source, self.marks_answers = source, re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
         # As transformers sets it up (utils/chat_template_utils.py), sandboxed: a template can't touch Python.
@@ -101,7 +117,7 @@ class ChatTokenizer:
             self.template = environment.from_string(source)
             self.learn_turns()
         except TEMPLATE_ERRORS as error:
-            raise ValueError(f"{directory}: its chat template can't be used: {error}") from error
+            raise ValueError(f"{directory}: its chat template can't be used: {error!s:.300}") from error
 
     def learn_turns(self):
         """Find header and turn end by rendering two short probes, with and without an answer."""
@@ -146,7 +162,8 @@ class ChatTokenizer:
         try:
             marked = self.render_marked(messages, tools=tools)
         except TEMPLATE_ERRORS as error:
-            raise ValueError(f"{where}: the model's chat template refuses this conversation: {error}") from error
+            raise ValueError(f"{where}: the model's chat template refuses this conversation: {error!s:.300}"
+                             ) from error
         answers = [m for m in messages if m["role"] == "assistant"]
         opens, closes = GenerationBlock.MARKS
         if self.marks_answers:
@@ -173,10 +190,10 @@ class ChatTokenizer:
             spans = self.find_answers(shown, messages, where)
         for (start, stop, *_), message in zip(spans, answers):
             for call in message.get("tool_calls") or ():
-                name = str((call.get("function") or call).get("name")) if isinstance(call, dict) else str(call)
+                name = str((call.get("function") or call).get("name"))
                 if name not in text[start:stop]:
-                    raise ValueError(f"{where}: the call of {name} can't be found in what the chat template made of "
-                                     f"its turn: {text[start:stop]!r:.200}")
+                    raise ValueError(f"{where}: the call of {name:.60} can't be found in what the chat template made "
+                                     f"of its turn: {text[start:stop]!r:.200}")
         return text, spans
 
     def find_answers(self, text, messages, where):
@@ -187,8 +204,8 @@ class ChatTokenizer:
             if message["role"] != "assistant":
                 found = locate(text, content, cursor, self.header)
                 if not found and content and content in text[said:cursor]:
-                    raise ValueError(f"{where}: the {message['role']} message {content!r:.60} can't be told from an "
-                                     f"answer in what the chat template made of it: {text[said:]!r:.200}")
+                    raise ValueError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be told from "
+                                     f"an answer in what the chat template made of it: {text[said:]!r:.200}")
                 cursor = said = found[1] if found else cursor
                 continue
             header = text.find(self.header, cursor)

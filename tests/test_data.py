@@ -15,6 +15,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1605,3 +1606,44 @@ def test_the_cache_knows_the_keys_of_rows(tmp_path):
         data.to_messages({"a": 1}, "here", ("q", "r", "messages"))
     with pytest.raises(ValueError, match="the content of a user message must be a string, it is None"):
         data.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
+
+
+def test_who_holds_the_lock_of_the_cache_shows_progress(tmp_path, monkeypatch):
+    """Every thousand rows its file gets another time: those who wait for it (take_lock) wait on, however long it is."""
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "a"}] * 3001)
+    tokenizer, times = ChatTokenizer(TINY), []
+    render = tokenizer.render_spans
+
+    def watching(messages, where, tools=None):
+        if where.endswith("000]"):
+            (lock,) = (tmp_path / "cache").glob("*.lock")
+            times.append(lock.stat().st_mtime)
+            os.utime(lock, (0, 0))
+        return render(messages, where, tools)
+
+    monkeypatch.setattr(tokenizer, "render_spans", watching)
+    data.load(path, tokenizer, 100, cache_dir=str(tmp_path / "cache"))
+    assert len(times) == 3 and all(times)
+
+
+THINKS = chatml("('<think>' + m.thinking + '</think>' if m.thinking is defined else '') + m.content")
+
+
+@pytest.mark.parametrize("said, as_content, as_thinking", [
+    ({"reasoning": "hm"}, "hm", "hm"), ({"thinking": "hm"}, "hm", "hm"), ({"reasoning_content": "hm"}, "hm", "hm"),
+    ({"reasoning_content": None, "thinking": None, "reasoning": "hm"}, "hm", "hm"), ({"reasoning_content": ""}, "", ""),
+    ({"reasoning": "b", "thinking": "a"}, "a", "a"), ({"reasoning_content": "a", "thinking": "b"}, "a", "b"),
+    ({"reasoning_content": "", "reasoning": "b"}, "", "")], ids=str)
+def test_reasoning_goes_by_three_names(said, as_content, as_thinking, tmp_path):
+    """reasoning, thinking and reasoning_content reach templates that read another of them, as transformers has it."""
+    messages = [*chat("q"), {"role": "assistant", "content": "a", **said}]
+    path = write(tmp_path / "rows.json", [{"messages": messages}])
+    for name, template, expected in (("a", QWEN3, f"<think>\n{as_content}\n</think>\n\na<|im_end|>"),
+                                     ("b", THINKS, f"<think>{as_thinking}</think>a<|im_end|>")):
+        directory = make_directory(tmp_path / name, template)
+        tokenizer = ChatTokenizer(directory)
+        assert target_texts(data.load(path, tokenizer, 100)) == [expected]
+        if hasattr(transformers.utils.chat_template_utils, "_alias_reasoning_fields"):  # since 5.24
+            text = AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, tokenize=False)
+            assert text.endswith(expected + "\n") and tokenizer.render(data.to_messages(
+                {"messages": messages}, "here")) == text
