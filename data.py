@@ -116,7 +116,7 @@ def read_file(path):
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, ValueError, OSError) as error:  # of damaged bytes, any of them
-            raise ValueError(f"{path} can't be read as parquet: {error}") from error
+            raise ValueError(f"{path} can't be read as parquet: {error!s:.300}") from error
         return
     with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rt", encoding="utf-8-sig") as f:
         try:

@@ -77,7 +77,7 @@ class ChatTokenizer:
         try:
             self.tokenizer = Tokenizer.from_str(self.text)
         except Exception as error:  # the package raises no narrower one
-            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+            raise ValueError(f"{path} is not a tokenizer: {error!s:.300}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.added = self.tokenizer.get_added_tokens_decoder()
@@ -222,8 +222,9 @@ class ChatTokenizer:
                 # templates move or drop the reasoning before the answer, or put a block of their own there
                 limit = text.find(self.turn_end, begin) if self.turn_end else -1
                 thought = text.rfind("</think>", begin, limit if limit >= 0 else len(text))
-                found = locate(text, words.strip(), begin if thought < 0 else thought + len("</think>"),
-                               self.turn_end) or found
+                rest = locate(text, words.strip(), begin if thought < 0 else thought + len("</think>"), self.turn_end)
+                if rest and (words.strip() or self.find_end(text, rest, calls)[1]):  # no words are found anywhere
+                    found = rest
                 end, whole = self.find_end(text, found, calls)
             if not found:
                 raise ValueError(f"{where}: the answer {content!r:.60} can't be found in what the chat template made "
