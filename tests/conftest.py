@@ -14,6 +14,21 @@ os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gain nothing, and ranks share the cores
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all layouts of the laws, not every second; a quarter longer")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip = pytest.mark.skip(reason="only with --full")
+    for item in items:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(skip)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: only with --full")
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """A function: flags of sft.py -> its training lines in metrics.jsonl. Runs in tmp_path, into out/ unless told."""

@@ -78,16 +78,19 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, models):
-    """Every axis of the law, pairwise and more: name -> output directory. One process group a number of ranks."""
+def runs(tmp_path_factory, models, pytestconfig):
+    """Every axis of the law, pairwise and, with --full, more: name -> output directory. One process group a number of
+    ranks."""
     root = tmp_path_factory.mktemp("runs")
     offloads = {"": (), "param": ("--param_offload",), "opt": ("--optimizer_offload",)}
     shapes = {"": (), "unpacked": ("--no-packing", "--no-gradient_checkpointing"),
               "plain": ("--no-gradient_checkpointing",)}
     plans = {1: {f"{model} one  ": ("--model", models[model]) for model in models}, 2: {}, 4: {}}
     for (i, layout), (j, offload) in itertools.product(enumerate(LAYOUTS), enumerate(offloads)):
+        if (i + j) % 2 and not pytestconfig.getoption("--full"):
+            continue
         ranks, flags = LAYOUTS[layout]
-        model = "untied" if (i + j) % 2 or layout == "tp4" else "tied"  # tied: two key/value heads
+        model = "untied" if (i + j // 2) % 2 or layout == "tp4" else "tied"  # tied: two key/value heads
         shape = list(shapes)[(i + 2 * j) % 3]
         plans[ranks][f"{model} {layout} {offload} {shape}"] = (
             "--model", models[model], *flags, *offloads[offload], *shapes[shape])
@@ -108,7 +111,7 @@ def test_losses_do_not_depend_on_the_layout(runs):
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (name, a, b)
             assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (name, a, b)
             assert a["tokens"] == b["tokens"] and a["target_tokens"] == b["target_tokens"]
-    assert len(runs) == 19 and worst > 0  # 18 pairs of layout and offload, one of which is a base, and the other base
+    assert len(runs) >= 10 and worst > 0  # of 18 pairs of layout and offload half, or with --full all; and the bases
 
 
 def test_checkpoints_do_not_depend_on_the_layout(runs):
@@ -278,7 +281,7 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
     """param_offload puts parameters and moments on the host (all is host here: FSDP2 gets the policy); with
     optimizer_offload the optimizer steps masters of its own and the parameters follow."""
     seen = {}
-    monkeypatch.setattr(sft.checkpoint, "save", lambda root, step, model, layout, files, optimizer, state: seen.update(
+    monkeypatch.setattr(sft.checkpoint, "save", lambda root, step, model, layout, files, optimizer, *_: seen.update(
         model=model, optimizer=optimizer))
     policies = []
     shard = fsdp.fully_shard
@@ -379,14 +382,3 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
         forward(self, tokens, lengths, targets) / (targets != data.IGNORE).sum()))
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         train("--selfcheck", model=models["tied"])
-
-
-def test_two_nodes_train_one_result(models, tmp_path):
-    """Two agents on the loopback address through train.sh, as the README shows, save one result."""
-    env = {**os.environ, "PYTHON": sys.executable, "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
-    words = [f"{ROOT}/train.sh", *RUN, "--model", models["tied"], "--output_dir", tmp_path / "out"]
-    nodes = [subprocess.Popen(list(map(str, words)), env={**env, "NODE_RANK": str(rank)}, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
-    screens = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], screens
-    assert len(metrics(tmp_path / "out")) == 10 and "saved" in screens[0] and "saved" not in screens[1]

@@ -159,8 +159,8 @@ def test_frozen_is_bit_identical_and_only_adapters_are_kept(models, train, tmp_p
     """The base does not change by a bit; it has no gradient and no optimizer state, and is not in the checkpoint."""
     seen = {}
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda root, step, model, layout, files, optimizer, state: (
-        seen.update(model=model, optimizer=optimizer), save(root, step, model, layout, files, optimizer, state)))
+    monkeypatch.setattr(checkpoint, "save", lambda root, step, model, layout, files, optimizer, *rest: (
+        seen.update(model=model, optimizer=optimizer), save(root, step, model, layout, files, optimizer, *rest)))
     train("--use_lora", "--max_steps", 3, "--lr", 1e-2, model=models["tied"])
     on_disk = load_file(models["tied"] / "model.safetensors")
     trained = set()
@@ -515,7 +515,7 @@ RUN = ("--use_lora", "--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, models):
+def runs(tmp_path_factory, models, pytestconfig):
     """LoRA over layouts, offloads, packing and checkpointing, pairwise: name -> output directory."""
     root = tmp_path_factory.mktemp("lora_runs")
     kinds = {"plain": (), "dora": ("--lora_dora", "--lora_rs"), "whole": ("--lora_modules_to_save", "embed_tokens"),
@@ -527,7 +527,8 @@ def runs(tmp_path_factory, models):
     for i, layout in enumerate(LAYOUTS):
         ranks, flags = LAYOUTS[layout]
         for j, kind in enumerate(kinds):
-            if (kind == "nf4" and "tp" in layout) or (i + j) % 2:  # pairwise: every second one
+            step = 2 if pytestconfig.getoption("--full") else 4  # pairwise, or each kind and each layout at least once
+            if (kind == "nf4" and "tp" in layout) or (i + j) % step:
                 continue
             model = "untied" if (i + j) % 4 or layout == "tp4" else "tied"
             offload, shape = list(offloads)[(i + j) // 2 % 3], list(shapes)[i // 2 % 2]

@@ -99,10 +99,12 @@ def test_every_command_runs(project):
                     command += " --tokens 64 --vocab 1000 --repeats 1"
                 command = command.replace("RUN1", "outputs").replace("RUN2", "outputs")
                 processes.append((command, start(command, project, MASTER_PORT="29633")))
+            screens = []
             for command, process in processes:
-                output, _ = process.communicate(timeout=200)
-                assert process.returncode == 0, f"{command}\n{output}"
+                screens.append(process.communicate(timeout=200)[0])
+                assert process.returncode == 0, f"{command}\n{screens[-1]}"
                 ran += 1
+            assert not together or ["saved " in screen for screen in screens] == [True, False]  # two nodes, one result
     assert ran > 12
     assert json.loads((project / "merged" / "config.json").read_text())["model_type"] == "qwen2"
     assert (project / "comparison.html").exists() and (project / "shared" / "run" / "metrics.jsonl").exists()

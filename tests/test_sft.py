@@ -221,7 +221,7 @@ def test_resume_is_exact(train, monkeypatch, tmp_path, at, how):
 def test_a_killed_process_goes_on_exactly(tmp_path):
     """SIGKILL at a random moment of a real process, then --resume_from auto, gives the bytes of an undisturbed run."""
     flags = [sys.executable, os.path.join(ROOT, "sft.py"), "--model", "tiny", "--train_data", EXAMPLES, *FAST,
-             "--max_steps", "40", "--save_steps", "3"]
+             "--max_steps", "18", "--save_steps", "3"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.run([*flags, "--output_dir", tmp_path / "straight"], check=True, **quiet)
     process = subprocess.Popen([*flags, "--output_dir", tmp_path / "killed"], **quiet)
@@ -232,7 +232,7 @@ def test_a_killed_process_goes_on_exactly(tmp_path):
     assert process.wait() == -signal.SIGKILL
     subprocess.run([*flags, "--output_dir", tmp_path / "killed", "--resume_from", "auto"], check=True, **quiet)
     for file in ("model.safetensors", "training_state/tensors.safetensors"):
-        a, b = (tmp_path / out / "checkpoints" / "step_40" / file for out in ("straight", "killed"))
+        a, b = (tmp_path / out / "checkpoints" / "step_18" / file for out in ("straight", "killed"))
         assert filecmp.cmp(a, b, shallow=False), file
 
 
@@ -473,7 +473,7 @@ def test_train_sh_then_chat(tmp_path):
     assert len(checkpoint.steps_in(tmp_path / "outputs" / "checkpoints")) == 1  # the environment beats the preset
     with open(EXAMPLES, encoding="utf-8") as f:
         rows = [row for row in json.load(f) if "prompt" in row]
-    for row in (rows[0], rows[1], rows[20]):
+    for row in (rows[1], rows[20]):
         words = [sys.executable, os.path.join(ROOT, "chat.py"), "outputs/checkpoints/latest", "--prompt", row["prompt"]]
         said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert said.returncode == 0 and said.stdout == row["response"] + "\n", said
@@ -497,7 +497,7 @@ print("graphs", *seen)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",), ("--use_lora",)])
+@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",), pytest.param(("--use_lora",), marks=pytest.mark.full)])
 def test_compiled_blocks_learn_the_same_and_are_compiled_once(train, tmp_path, flags):
     """An epoch of other packings each step: as many graphs after the first step as at the end, for all blocks together
     fewer than three a block; losses to rounding."""
