@@ -3,6 +3,8 @@
 loss   the chunked cross-entropy beside a plain one: seconds and peak memory of forward and backward
 load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does it: what
        each reads beside its share of the file, and its peak memory beside its share of the parameters
+save   a checkpoint of the same model, moments and fp32 masters included, written by one process, beside a copy of its
+       files; both are flushed to the disk. load has such a copy too, unflushed
 ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
 data   conversations a second of data.load (read, render, tokenise, mask, write the cache) beside encode_batch alone on
        the same text, with all cores; with --vs trl beside TRL's preparation of the same conversations to the same
@@ -68,7 +70,7 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat", "step"),
+    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat", "step", "save"),
                      group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
@@ -83,8 +85,8 @@ class Config:
     model: str = knob("tiny", "data: whose tokenizer and template")
     peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
     side: str | None = knob(None, "do this step only, in this process",
-                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat", "transformers",
-                             "trl_padded", "trl_packed", "plain_loop"))
+                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat",
+                             "save", "transformers", "trl_padded", "trl_packed", "plain_loop"))
     directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
     vs: str | None = knob(None, "memory, data, step: another trainer, to measure on the same", ("trl", "transformers"))
 
@@ -161,6 +163,41 @@ def side_load(cfg):
 
     with fsdp.start(1, 600) as ranks:
         return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read[0]}
+
+
+def side_save(cfg):
+    """Seconds of checkpoint.save, and of a copy of what it wrote, in turn."""
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(QWEN_05B))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    layout = checkpoint.load_weights(model, cfg.directory)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p] = {"exp_avg": torch.rand_like(p), "exp_avg_sq": torch.rand_like(p)}
+    seconds = {"save": [], "copy": []}
+    for i in range(cfg.repeats + 1):
+        start = time.perf_counter()
+        step = checkpoint.save(os.path.join(cfg.directory, "checkpoints"), i, model, layout, {}, optimizer, {})
+        between = time.perf_counter()
+        copy(step, os.path.join(cfg.directory, "copy"), flush=True)
+        for name, figure in ("save", between - start), ("copy", time.perf_counter() - between):
+            seconds[name].append(figure)
+        shutil.rmtree(step)
+    return {name: spread(values[1:]) for name, values in seconds.items()}
+
+
+def copy(source, target, flush):
+    """Copy a directory; to the disk if it is flushed. Returns the seconds it took."""
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    if flush:
+        for folder, _, names in os.walk(target):
+            for name in names:
+                checkpoint.sync(os.path.join(folder, name))
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
 
 
 def side_trl(cfg):
@@ -370,7 +407,15 @@ def bench_load(cfg, directory):
         rank["read_ratio"] = rank["read_gb"] / (sizes["file_gb"] / cfg.ranks)
         rank["memory_ratio"] = rank["added_peak_gb"] / (sizes["parameters_gb"] / cfg.ranks)
     worst = {key: max(rank[key] for rank in ranks) for key in ("read_ratio", "memory_ratio")}
-    return {**sizes, **worst, "ranks": ranks}
+    copies = spread([copy(directory, directory + "_copy", flush=False) for _ in range(cfg.repeats)])
+    return {**sizes, **worst, "copy": copies, "copy_to_load": copies[0] / max(rank["seconds"][0] for rank in ranks),
+            "ranks": ranks}
+
+
+def bench_save(cfg, directory):
+    sizes = write_model(directory, QWEN_05B)
+    seconds = sides(1, "--side", "save", "--directory", directory)[0]
+    return {**sizes, **seconds, "copy_to_save": seconds["copy"][0] / seconds["save"][0]}
 
 
 def bench_ranks(cfg, directory):
@@ -475,8 +520,10 @@ def bench_memory(cfg, directory):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        result = {"trl_padded": side_step, "trl_packed": side_step, "plain_loop": side_step, "load": side_load, "trl_full": side_trl, "trl_lora": side_trl, "plain": side_loss,
-                  "chunked": side_loss, "chat": side_chat, "transformers": side_chat}.get(cfg.side, side_data)(cfg)
+        functions = {side_loss: ("plain", "chunked"), side_load: ("load",), side_save: ("save",), side_trl: ("trl_full", "trl_lora"),
+                     side_data: ("data", "encode", "trl_data"), side_chat: ("chat", "transformers"),
+                     side_step: ("trl_padded", "trl_packed", "plain_loop")}
+        result = next(function for function, names in functions.items() if cfg.side in names)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
@@ -485,8 +532,8 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
-        parts = {"loss": bench_loss, "load": bench_load, "ranks": bench_ranks, "memory": bench_memory,
-                 "data": bench_data, "chat": bench_chat, "step": bench_step}
+        parts = {"loss": bench_loss, "load": bench_load, "save": bench_save, "ranks": bench_ranks,
+                 "memory": bench_memory, "data": bench_data, "chat": bench_chat, "step": bench_step}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))

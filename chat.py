@@ -1,7 +1,8 @@
 """Talk to a model: python chat.py outputs/checkpoints/latest [--prompt "..."]
 
 Any model directory, hub id, adapter directory or `tiny`; a step directory is one. Without --prompt: a conversation on
-the terminal (/reset forgets it, Ctrl-D ends it), or one answer to what is piped in. Answers end where training ended its turns.
+the terminal (/reset forgets it, Ctrl-D ends it), or one answer to what is piped in. Answers end where training ended
+its turns.
 """
 
 import importlib.util

@@ -427,7 +427,8 @@ def steps_in(root):
 
 
 def prune(root, keep, step, best=None):
-    """Keep the newest `keep` checkpoints up to step (None: all), and step `best`; later ones belong to a run that went back."""
+    """Keep the newest `keep` checkpoints up to step (None: all), and step `best`. Later ones belong to a run that went
+    back."""
     for old in [s for s in steps_in(root) if s <= step][:-keep] if keep else ():
         if old != best:
             shutil.rmtree(take_name(os.path.join(root, f"step_{old}")))

@@ -163,8 +163,8 @@ def attend(q, k, v, lengths, window):
 
 
 class Lengths:
-    """The tokens of each document, as an object that torch.compile only hands on. It looks into a tuple, and would compile
-    anew for each number of documents."""
+    """The tokens of each document, as an object that torch.compile only hands on. It looks into a tuple, and would
+    compile anew for each number of documents."""
 
     def __init__(self, of_each):
         self.of_each = of_each
@@ -257,8 +257,8 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def compile_blocks(self):
-        """Let torch.compile fuse what surrounds attention, once for all blocks and all row lengths. Attention stays as it
-        is: its loop over documents would be compiled anew for each packing."""
+        """Let torch.compile fuse what surrounds attention, once for all blocks and all row lengths. Attention stays as
+        it is: its loop over documents would be compiled anew for each packing."""
         for block in self.model.layers:
             block.self_attn.attend = torch.compiler.disable(attend)
             block.compile(dynamic=True)
@@ -275,7 +275,7 @@ class CausalLM(nn.Module):
         lengths        tuple of ints with sum N: the tokens of each document
         targets  (N,)  int64; what each position has to predict (already shifted), or IGNORE
         each     (N,)  fp32, zeros; if given, the loss of each target is written into it
-        past           a dict for each layer, which keeps keys and values of earlier calls: logits of the last token only
+        past           a dict a layer, which keeps keys and values of earlier calls: logits of the last token only
         returns  (N, V) logits, or () fp32: nats summed over the targets; the caller divides
         """
         hidden = self.model(tokens, lengths, past)
