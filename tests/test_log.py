@@ -175,10 +175,11 @@ def test_without_console_nothing_is_shown_while_it_runs(train, capsys):
 def test_samples_are_what_chat_answers(train, tmp_path, capsys):
     """At each validation, greedy, on the screen and in samples.jsonl; the last ones are those of the saved model."""
     (tmp_path / "prompts.txt").write_text("What is supervised fine-tuning?\n\n你好\n", encoding="utf-8")
-    train(*FAST, "--lr", "4e-3", "--epochs", 4, "--sample_prompts", "prompts.txt", "--eval_steps", 18)
+    train(*FAST, "--lr", "3e-4", "--epochs", 4, "--sample_prompts", "prompts.txt", "--eval_steps", 18)
     found = samples("out", "sample")
     assert [(line["step"], line["prompt"]) for line in found] == [
         (step, prompt) for step in (18, 36) for prompt in ("What is supervised fine-tuning?", "你好")]
+    assert max(len(line["answer"]) for line in found[2:]) > 20  # something to compare
     model, tokenizer, stops = chat.load("out/checkpoints/latest")
     cfg = chat.Config(max_new_tokens=256)
     for line in found[2:]:
@@ -209,11 +210,14 @@ import os, sys, warnings
 sys.path.insert(0, {ROOT!r})
 import sft
 lr_at = sft.lr_at
-def warn(*args):
+warnings.simplefilter("always")
+def warn(step, *args):
     warnings.warn("a warning of the test")
     if os.environ["RANK"] != "0":
         warnings.warn("not of rank 0")
-    return lr_at(*args)
+    elif step == 9:
+        print("the ninth", file=sys.stderr)
+    return lr_at(step, *args)
 sft.lr_at, sft.SAMPLE_TOKENS = warn, 12
 sft.main()
 """
@@ -240,6 +244,7 @@ def test_many_ranks_answer_as_one_and_warn_once(train, tmp_path, monkeypatch, ra
     assert len(lines) == 1 and "warning: " in lines[0]
     others = [line for line in result.stderr.splitlines() if "not of rank 0" in line]
     assert len(others) == 1 and re.match("warning, rank [1-3](, [23])*: ", others[0])  # who was there at that moment
+    assert result.stderr.index(others[0]) < result.stderr.index("the ninth")
 
 
 def test_best_and_worst_are_those_of_a_plain_reading(train, tmp_path):
