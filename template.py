@@ -65,6 +65,7 @@ class ChatTokenizer:
     stop_id      its id
     size         one more than the highest id
     header       what the generation prompt ends with, e.g. "assistant\\n": an answer's targets begin after it
+    is_closing   it is what closes each user turn, e.g. [/INST], so it stands between two of them as well
     is_fallback  the model has no template and gets ChatML
     """
 
@@ -138,6 +139,11 @@ class ChatTokenizer:
             self.header = opening + joint[len(shared) :]
             if self.header.strip():
                 break  # else there is no generation prompt, and all that stands before an answer is its header
+        try:
+            asked = self.render([ask, again])
+        except TEMPLATE_ERRORS:  # most refuse two questions
+            asked = ""
+        self.is_closing = bool(self.header.strip()) and self.header in asked.partition(again["content"])[0]
 
     def render(self, messages, add_generation_prompt=False, tools=None):
         """The text of a conversation, as transformers' apply_chat_template gives it."""
@@ -199,7 +205,7 @@ class ChatTokenizer:
     def find_answers(self, text, messages, where):
         """The spans of render_spans, for a template that does not mark them."""
         spans, cursor, said = [], 0, 0
-        for message in messages:
+        for message, after in zip(messages, [*messages[1:], {"role": "assistant"}]):
             content, calls = message["content"].strip(), message.get("tool_calls")
             if message["role"] != "assistant":
                 found = locate(text, content, cursor, self.header)
@@ -207,6 +213,9 @@ class ChatTokenizer:
                     raise ValueError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be told from "
                                      f"an answer in what the chat template made of it: {text[said:]!r:.200}")
                 cursor = said = found[1] if found else cursor
+                header = text.find(self.header, cursor)
+                if self.is_closing and message["role"] == after["role"] == "user" and header >= 0:
+                    cursor = said = header + len(self.header)
                 continue
             header = text.find(self.header, cursor)
             begin = header + len(self.header)

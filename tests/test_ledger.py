@@ -217,6 +217,7 @@ def test_whatever_a_file_holds_is_counted_or_refused(target, cases, tmp_path):
     fuzz.fuzz(target, cases, str(tmp_path))
 
 
+MISTRAL = list(FAMILIES).index("has [INST] of plain words, like Mistral")
 CALLS = b'{"messages": [{"role": "assistant", "content": "", "tool_calls": %s}]}'
 FOUND = {  # what ended with a traceback, or a page of text, before: a case of the target
     "a file of special tokens with null": ("tokenizer", ("special_tokens_map.json", b"null")),
@@ -237,9 +238,12 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
     "a page of another from": ("json", (b'{"conversations": [{"from": "' + b"x" * 5000 + b'"}]}',)),
     "a page of a weight": ("json", (b'{"messages": [{"role": "user", "weight": "' + b"1" * 5000 + b'"}]}',)),
     "a number beside a call": ("template", (-1, chat("q", "a"), {"content": 5, "tool_calls": [{}]}, None, ())),
-    "an answer of no words behind another answer": ("template", (  # its header is that of no answer
-        list(FAMILIES).index("has [INST] of plain words, like Mistral"),
-        [*chat("q", "a"), {"role": "assistant", "content": "</think>"}, *chat("r")], {}, None, ())),
+    # whose header is that of no answer
+    "an answer of no words behind another answer": ("template", (
+        MISTRAL, [*chat("q", "a"), {"role": "assistant", "content": "</think>"}, *chat("r")], {}, None, ())),
+    # each of which has the header behind it: what followed the first was trained
+    "several questions": ("template", (
+        MISTRAL, [*chat("q"), *chat(""), *chat("a b", "a"), *chat("a"), *chat("b", "a")], {}, None, ())),
     "a page of a tokenizer's error": ("tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
     "calls that are a number": ("json", (CALLS % b"5",)),
     "a call of a number": ("json", (CALLS % b'[{"function": 5}]',)),
