@@ -102,8 +102,8 @@ def test_every_change_of_the_page_is_checked():
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_change_applies_and_works(tmp_path, name):
-    """In a copy of the project, by git apply, as the page says; and the check fails without the change."""
+def test_the_change_applies_and_works(tmp_path, pytestconfig, name):
+    """In a copy of the project, by git apply, as the page says; and, with --full, the check fails without the change."""
     for entry in os.listdir(ROOT):
         path = os.path.join(ROOT, entry)
         if entry in ("data", "models", "assets"):
@@ -114,10 +114,10 @@ def test_the_change_applies_and_works(tmp_path, name):
     (tmp_path / "check.py").write_text(FIRST + CHECKS[name], encoding="utf-8")
     env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     check = [sys.executable, "check.py"]
-    before = subprocess.run(check, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert before.returncode != 0
-    for left in ("out", "straight", "again"):
-        shutil.rmtree(tmp_path / left, ignore_errors=True)
+    if pytestconfig.getoption("--full"):
+        assert subprocess.run(check, cwd=tmp_path, env=env, capture_output=True).returncode != 0
+        for left in ("out", "straight", "again"):
+            shutil.rmtree(tmp_path / left, ignore_errors=True)
     applied = subprocess.run(["git", "apply", "change.diff"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert applied.returncode == 0, applied.stderr
     result = subprocess.run(check, cwd=tmp_path, env=env, capture_output=True, text=True)

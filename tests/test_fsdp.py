@@ -330,7 +330,8 @@ config.run(sft.record(sft.main))
 
 
 @pytest.mark.parametrize("how, phase, rank", [
-    ("raise", "step 2", 1), ("raise", "load", 0), ("raise", "tokenise", 1), ("kill", "step 2", 0),
+    ("raise", "step 2", 1), pytest.param("raise", "load", 0, marks=pytest.mark.full), ("raise", "tokenise", 1),
+    pytest.param("kill", "step 2", 0, marks=pytest.mark.full),
     ("kill", "evaluation after step 2", 1), ("stop", "save of step 2", 1)])
 def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
     """Raise, SIGKILL or SIGSTOP of one rank: the run ends, non-zero, and the screen names rank, phase and cause."""
