@@ -1647,3 +1647,16 @@ def test_reasoning_goes_by_three_names(said, as_content, as_thinking, tmp_path):
             text = AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, tokenize=False)
             assert text.endswith(expected + "\n") and tokenizer.render(data.to_messages(
                 {"messages": messages}, "here")) == text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_questions_in_a_row_are_no_targets(name, tmp_path):
+    """Also where the header is what closes a question, as [/INST] does: of several only the last opens an answer."""
+    template, special, config, _, (plain, *_) = FAMILIES[name]
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
+    messages = [*chat("q"), *chat(""), *chat("a b", "a"), *chat("a"), *chat("b", "a")]
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 100)
+    answer = plain[0].replace("Hi there.", "a")
+    earlier = answer.rpartition("</think>\n\n")[2]  # Qwen3's empty thought is in the last turn only
+    assert target_texts(dataset, 0, tokenizer.tokenizer) == [earlier, answer]
+    assert tokenizer.is_closing == (name == "has [INST] of plain words, like Mistral")

@@ -241,9 +241,6 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
     # whose header is that of no answer
     "an answer of no words behind another answer": ("template", (
         MISTRAL, [*chat("q", "a"), {"role": "assistant", "content": "</think>"}, *chat("r")], {}, None, ())),
-    # each of which has the header behind it: what followed the first was trained
-    "several questions": ("template", (
-        MISTRAL, [*chat("q"), *chat(""), *chat("a b", "a"), *chat("a"), *chat("b", "a")], {}, None, ())),
     "a page of a tokenizer's error": ("tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
     "calls that are a number": ("json", (CALLS % b"5",)),
     "a call of a number": ("json", (CALLS % b'[{"function": 5}]',)),
