@@ -111,7 +111,7 @@ class Config:
                        env="LOGGER")
     project: str | None = knob(None, "project of the run in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = knob(None, "name of the run in wandb, trackio and the report")
-    sample_prompts: str | None = knob(None, "file of prompts, one a line, or rows as train_data's; answered at validations")
+    sample_prompts: str | None = knob(None, "file of prompts, one a line, or of rows; answered at validations")
 
     def __post_init__(self):
         for names, low, high in RANGES:
@@ -151,8 +151,8 @@ class Config:
 ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
                  "lora_modules_to_save")  # in the order of lora.settings
 RANGES = (
-    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps early_stopping tp "
-     "timeout lora_rank lora_alpha", 1, math.inf),
+    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps early_stopping "
+     "tp timeout lora_rank lora_alpha", 1, math.inf),
     ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed lora_plus_ratio", 0, 1e18),
     ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2 lora_dropout", 0, 0.9999999),
 )
@@ -517,7 +517,9 @@ def train(cfg, ranks):
                 val_loss, val_tokens = evaluate(model, val, capacity, max_rows, ranks)
                 log.validation(step, val_loss, val_tokens)
                 is_best = best["val_loss"] is None or val_loss < best["val_loss"]
-                best = dict(val_loss=val_loss, step=step, behind=0) if is_best else {**best, "behind": best["behind"] + 1}
+                best["behind"] += 1
+                if is_best:
+                    best = dict(val_loss=val_loss, step=step, behind=0)
                 is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
             for prompt, answer in answers(model, tokenizer, prompts, stops, ranks):
                 log.sample(step, kind="sample", prompt=prompt, answer=answer)
