@@ -520,9 +520,9 @@ def bench_memory(cfg, directory):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        functions = {side_loss: ("plain", "chunked"), side_load: ("load",), side_save: ("save",), side_trl: ("trl_full", "trl_lora"),
-                     side_data: ("data", "encode", "trl_data"), side_chat: ("chat", "transformers"),
-                     side_step: ("trl_padded", "trl_packed", "plain_loop")}
+        functions = {side_loss: ("plain", "chunked"), side_load: ("load",), side_save: ("save",),
+                     side_trl: ("trl_full", "trl_lora"), side_data: ("data", "encode", "trl_data"),
+                     side_chat: ("chat", "transformers"), side_step: ("trl_padded", "trl_packed", "plain_loop")}
         result = next(function for function, names in functions.items() if cfg.side in names)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
