@@ -514,6 +514,11 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once(train, tmp_path, f
     assert losses == pytest.approx([line["loss"] for line in plain], rel=1e-5)
 
 
+def test_compile_with_tp_is_refused(train):
+    with pytest.raises(ValueError, match="--compile does not work with --tp"):
+        train(*FAST, "--compile", "--strategy", "megatron", "--tp", 2)
+
+
 def test_a_newer_torch_is_used_as_it_is_and_called_untested(tmp_path):
     """train.sh takes a Python whose torch is beyond the tested range, with one line; it never installs an older one."""
     shutil.copy(os.path.join(ROOT, "train.sh"), tmp_path)
