@@ -651,8 +651,8 @@ def fuzz(target, cases, directory, seed_=None):
     def run(words):
         try:
             check(*words)
-        except Exception as error:
-            if seed_ is None:
+        except BaseException as error:  # a panic of Rust is no Exception
+            if seed_ is None or isinstance(error, KeyboardInterrupt):
                 raise
             frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ROOT)]
             kind = f"{type(error).__name__} at {os.path.relpath(frames[-1].filename, ROOT)}:{frames[-1].lineno}"
