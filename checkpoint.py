@@ -60,7 +60,7 @@ def read_json(path):
     with open(path, encoding="utf-8") as f:
         try:
             return json.load(f)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # nested without end, a number of thousands of digits
             raise ValueError(f"{path} is not JSON: {error}") from error
 
 
@@ -123,7 +123,10 @@ def weight_entries(directory):
     index = os.path.join(directory, "model.safetensors.index.json")
     if not os.path.exists(index):
         return read_header(os.path.join(directory, "model.safetensors"))
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = read_json(index)
+    weight_map = weight_map.get("weight_map", {}) if isinstance(weight_map, dict) else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must be an object of file names by tensor, it is {weight_map!r:.60}")
     files = sorted(set(weight_map.values()))
     if not files or any(os.path.basename(f) != f for f in files):
         raise ValueError(f"{index}: weight_map must name files of the same directory, it names {files[:3]}")

@@ -661,3 +661,15 @@ def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
     assert n_parameters == 494_032_768
     for size, held, limit in ((151936 * 896 * 4, alone, 1.25), (n_parameters * 4, peak, 1.1)):
         assert size < held < limit * size
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[" * 100_000, "is not JSON"), ("1" * 5000, "is not JSON"), ("[]", "weight_map must name files"),
+    ("null", "weight_map must name files"), ('{"weight_map": []}', "must be an object"),
+    ('{"weight_map": null}', "must be an object"), ('{"weight_map": {"a": []}}', "must be an object"),
+    ('{"weight_map": {"a": "b", "c": 1}}', "must be an object")], ids=lambda text: text[:24])
+def test_an_index_of_another_kind_is_an_error(tmp_path, text, message):
+    """Found by fuzzing: each ended in a traceback."""
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.weight_entries(str(tmp_path))
