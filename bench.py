@@ -17,6 +17,9 @@ step   non-pad tokens a second and peak memory of sft.py on random weights of --
        --vs transformers by a plain loop around its model: padded batches, AdamW
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
        fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
+plan   what sft.py --plan says that a run's memory will be beside its peak, both above what the process takes before it
+       has a model, in fp32: two shapes, full and with LoRA, with and without checkpointing and offload, one or two
+       micro-batches a step, whose conversations fill max_length
 
 Each side runs in processes of its own, as peak memory is the process's; figures of one line come from one run of this
 command and are meant as ratios: three numbers are the median, the least and the most. On the CPU, of Linux: memory
@@ -60,6 +63,15 @@ SHAPES = {  # of --part step
     "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=151936),
     "mid": dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=32768),
 }
+PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and their combinations
+    "32k": (dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, vocab_size=32000,
+                 num_attention_heads=10), 1024,
+            ("", "--no-gradient_checkpointing", "--batch_size 2", "--optimizer_offload", "--param_offload",
+             "--use_lora", "--use_lora --no-gradient_checkpointing")),
+    "152k": (dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8), 1536,
+             ("", "--no-gradient_checkpointing", "--optimizer_offload", "--param_offload --no-gradient_checkpointing",
+              "--use_lora --param_offload")),
+}
 LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}  # processes, flags
 RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
 LENGTH, BATCH = 1024, 4  # memory: tokens of a step; step: of a conversation, and conversations a step
@@ -70,8 +82,8 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat", "step", "save"),
-                     group="bench")
+    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat", "step", "save",
+                                                 "plan"), group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
@@ -496,13 +508,37 @@ def bench_step(cfg, directory):
                                    for name, figures in found.items()}, **ratios, **versions}
 
 
+def write_full_rows(directory, length, n):
+    """The path of n conversations that fill `length` tokens, nearly all of them targets."""
+    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "the " * length}]  # one token each
+    path = os.path.join(directory, "rows.json")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump([{"messages": turns}] * n, f)
+    return path
+
+
+def bench_plan(cfg, directory):
+    code = "import sft, bench; print(bench.proc_gb('status', 'VmRSS'))"  # and bench: about what the tokenizer is
+    base, line = float(launch(1, "-c", f"import sys; sys.path.insert(0, {HERE!r}); {code}")), {}
+    for shape, (config, length, runs) in PLANNED.items():
+        write_model(directory, dict(QWEN_05B, **config))
+        rows = write_full_rows(directory, length, 2 * (cfg.repeats + 1))
+        for run in runs:
+            flags = ("--max_length", str(length), *(() if "batch_size" in run else ("--batch_size", "1")), *run.split())
+            words = launch(1, os.path.join(HERE, "sft.py"), "--model", directory, "--plan", *flags).splitlines()
+            planned = float(next(text for text in words if text.startswith("peak")).split()[1])
+            steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
+            assert all(step["tokens"] == length * (2 if "batch_size" in run else 1) for step in steps)
+            peak = steps[-1]["peak_memory_gb"] - base
+            line[f"{shape} {run}".strip()] = {"planned_gb": planned, "peak_gb": peak, "ratio": planned / peak}
+    off = max(abs(found["ratio"] - 1) for found in line.values())
+    return {"base_gb": base, "runs": line, "largest_difference": off}
+
+
 def bench_memory(cfg, directory):
     versions = peer_versions(cfg)
     write_model(directory, QWEN_05B)
-    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "the " * LENGTH}]  # one token each
-    path = os.path.join(directory, "rows.json")
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump([{"messages": turns}] * (cfg.repeats + 1), f)
+    path = write_full_rows(directory, LENGTH, cfg.repeats + 1)
     flags = ("--train_data", path, "--max_length", str(LENGTH), "--batch_size", "1", "--micro_batch_size", "1")
     lora = ("--use_lora", "--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_targets", "all-linear")
     line = {}
@@ -533,7 +569,7 @@ def main():
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
         parts = {"loss": bench_loss, "load": bench_load, "save": bench_save, "ranks": bench_ranks,
-                 "memory": bench_memory, "data": bench_data, "chat": bench_chat, "step": bench_step}
+                 "memory": bench_memory, "data": bench_data, "chat": bench_chat, "step": bench_step, "plan": bench_plan}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))

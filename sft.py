@@ -99,6 +99,14 @@ class Config:
 
     selfcheck: bool = knob(False, "prove on your model, data and ranks that no layout changes the gradient; end")
 
+    plan: bool = knob(False, "print what a rank will need for full micro-batches, from config.json alone; end",
+                      group="planning")
+    memory_gb: float | None = knob(None, "with plan: of a rank, in GiB; says which micro_batch_size fits")
+    ranks: int | None = knob(None, "with plan: GPUs of a cluster that is not there; none is as it would be here")
+    tflops: float | None = knob(None, "with ranks: what a GPU achieves; none is 400, about an H100's in bf16")
+    gb_per_second: float | None = knob(None, "with ranks: what a rank sends, sharding; none is 50, between nodes")
+    tp_gb_per_second: float | None = knob(None, "with ranks and tp: what a rank sends for tp; none is 300, in a node")
+
     output_dir: str = knob("./outputs", "where everything goes", group="output", env="OUTPUT_DIR")
     resume_from: str | None = knob(None, "step directory, or auto: the latest of output_dir, if any", env="RESUME_FROM")
     save_steps: int | None = knob(None, "steps between checkpoints; none is once an epoch", env="SAVE_STEPS")
@@ -128,7 +136,7 @@ class Config:
         for name in ("keep_best", "early_stopping"):
             if getattr(self, name) and not self.val_data:
                 raise ValueError(f"--{name} {getattr(self, name)} does nothing without --val_data FILE")
-        if (self.tp > 1) != (self.strategy == "megatron"):
+        if (self.tp > 1) != (self.strategy == "megatron") and not (self.plan and self.tp > 1):
             raise ValueError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
                              "type --strategy megatron --tp 2, or leave both out")
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
@@ -143,6 +151,14 @@ class Config:
         if self.quantize and (self.tp > 1 or self.lora_dora):
             other = "--strategy megatron" if self.tp > 1 else "--lora_dora"
             raise ValueError(f"--quantize {self.quantize} does not work with {other}; leave one of them out")
+        for name, needs in (("memory_gb", "plan"), ("ranks", "plan"), ("tflops", "ranks"), ("gb_per_second", "ranks"),
+                            ("tp_gb_per_second", "ranks")):
+            if getattr(self, name) is not None and not getattr(self, needs):
+                raise ValueError(f"--{name} {getattr(self, name)} does nothing without --{needs}")
+        if self.tp_gb_per_second and self.tp == 1:
+            raise ValueError(f"--tp_gb_per_second {self.tp_gb_per_second} does nothing without --tp")
+        if self.plan and self.selfcheck:
+            raise ValueError("--plan and --selfcheck each end the run: leave one out")
         if self.min_lr_ratio and self.scheduler == "constant":
             raise ValueError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; "
                              "use cosine or linear")
@@ -153,6 +169,7 @@ ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lor
 RANGES = (
     ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps early_stopping "
      "tp timeout lora_rank lora_alpha", 1, math.inf),
+    ("ranks", 1, math.inf), ("memory_gb tflops gb_per_second tp_gb_per_second", 1e-3, 1e9),
     ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed lora_plus_ratio", 0, 1e18),
     ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2 lora_dropout", 0, 0.9999999),
 )
@@ -340,8 +357,35 @@ def extremes(rows, losses, tokenizer, count=10):
                        text=text)
 
 
+def plan(cfg):
+    """Print what a run would need: nothing is loaded, tokenised or written, and no other process is waited for."""
+    import forecast
+
+    config = checkpoint.read_json(os.path.join(checkpoint.model_directory(cfg.model), "config.json"))
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(config))
+    cuda = bool(cfg.ranks) or torch.cuda.is_available()  # a cluster that is not there has GPUs
+    bf16 = (cfg.dtype or ("bf16" if cuda else "fp32")) == "bf16"
+    if bf16 and (cfg.optimizer_offload or cfg.use_lora):
+        model.to(torch.bfloat16)  # as in train
+    if cfg.use_lora:
+        add_adapters(model, cfg, cfg.resume_adapter)
+    batch = math.ceil(cfg.batch_tokens / cfg.max_length) if cfg.batch_tokens else cfg.batch_size
+    size = cfg.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    shapes = tuple((n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
+    layout = forecast.Layout(model.config, shapes, cfg.max_length, cfg.micro_batch_size, batch, size, cfg.tp, bf16,
+                             cuda, cfg.gradient_checkpointing, cfg.param_offload, cfg.optimizer_offload,
+                             cfg.lora_dropout, bool(cfg.quantize))
+    forecast.check(layout)
+    if os.environ.get("RANK", "0") == "0":
+        print(*forecast.lines(layout, cfg.memory_gb, cfg.tflops or 400.0, cfg.gb_per_second or 50.0,
+                              cfg.tp_gb_per_second or 300.0), sep="\n")
+
+
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
+    if cfg.plan:
+        return plan(cfg)
     with fsdp.start(cfg.tp, cfg.timeout) as ranks:
         train(cfg, ranks)
 

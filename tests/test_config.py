@@ -317,7 +317,8 @@ RANGES = {  # name: (the nearest value that is refused, the lowest that is taken
     "lr": (-1e-9, 0.0), "weight_decay": (-1e-9, 0.0), "grad_clip": (-1e-9, 0.0), "tp": (0, 1),
     "lora_rank": (0, 1), "lora_alpha": (0, 1), "lora_plus_ratio": (-0.1, 0.0), "lora_dropout": (-0.1, 0.0),
     "timeout": (0, 1), "warmup_ratio": (-0.1, 0.0),
-    "min_lr_ratio": (-0.1, 0.0), "beta1": (-0.1, 0.0), "beta2": (-0.1, 0.0)}
+    "min_lr_ratio": (-0.1, 0.0), "beta1": (-0.1, 0.0), "beta2": (-0.1, 0.0), "ranks": (0, 1), "memory_gb": (0.0, 1e-3),
+    "tflops": (0.0, 1e-3), "gb_per_second": (0.0, 1e-3), "tp_gb_per_second": (0.0, 1e-3)}
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -326,7 +327,9 @@ def test_a_number_below_its_range_is_refused(name):
     low, lowest = RANGES[name]
     with pytest.raises(ValueError, match=re.escape(f"--{name} {low}: it must be at least ") + r"\d"):
         sft.Config(**{name: low})
-    assert getattr(sft.Config(val_data="v", use_lora="lora" in name, **{name: lowest}), name) == lowest
+    planned = name == "ranks" or name.endswith(("_gb", "flops", "_second"))
+    others = dict(plan=True, ranks=2, strategy="megatron", tp=2) if planned else dict(val_data="v")
+    assert getattr(sft.Config(**{**others, "use_lora": "lora" in name, name: lowest}), name) == lowest
 
 
 def test_every_number_has_a_range():
