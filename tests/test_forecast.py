@@ -269,6 +269,22 @@ def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_the_guide_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    """Each command of docs/scaling.md gives the lines below it."""
+    with open(f"{ROOT}/docs/scaling.md", encoding="utf-8") as f:
+        text = f.read()
+    monkeypatch.chdir(tmp_path)
+    for name, config in re.findall(r"mkdir (\S+) && echo '(.*)' >", text):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    shown = re.findall(r"```\n\$ python (sft.py .*)\n([^`]*)```", text)
+    assert len(shown) == 5
+    for command, output in shown:
+        monkeypatch.setattr(sys, "argv", command.split())
+        sft.main()
+        assert capsys.readouterr().out == output
+
+
 def test_step_time_is_work_over_speed(large):
     """Half the speeds, twice the time; 72B at full speed: 8 operations a parameter and token, embeddings apart."""
     def seconds(*speeds):
