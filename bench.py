@@ -396,7 +396,7 @@ def train(directory, n, steps, *flags):
         run = pool.submit(launch, n, os.path.join(HERE, "sft.py"), "--model", directory, "--output_dir", output,
                           "--cache_dir", "none", "--max_steps", str(steps), "--save_steps", str(steps), *flags)
         while not run.done() and not (os.path.exists(path) and os.path.getsize(path)):
-            time.sleep(0.005)
+            time.sleep(0.005)  # how exactly the first step's end is seen
         first = time.time()
         run.result()
     with open(path, encoding="utf-8") as f:

@@ -164,8 +164,9 @@ class Log:
         self.val_loss, self.printed, self.warnings = None, -1e9, warnings
         # first: one that can't start leaves no files behind that look like a run's
         self.loggers = [Logger(name, settings, directory, last_step) for name in names if writes and name in OPEN]
-        self.bar = tqdm(total=total_steps, initial=last_step, dynamic_ncols=True, mininterval=0.5,
-                        disable=not (self.on_console and sys.stderr.isatty()))
+        # a terminal that does not tell its size would be given an empty bar
+        has_bar = self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
+        self.bar = tqdm(total=total_steps, initial=last_step, dynamic_ncols=True, mininterval=0.5, disable=not has_bar)
         self.started = time.perf_counter()
         if writes:
             self.metrics, self.samples = (Lines(os.path.join(directory, f"{name}.jsonl"), last_step)

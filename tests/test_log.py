@@ -131,10 +131,10 @@ def test_a_logger_that_fails_or_hangs_never_ends_the_run(train, monkeypatch, cap
     hangs.set()
 
 
-def in_terminal(columns, *words):
-    """The screen of a command on a terminal `columns` wide: what was drawn, in order."""
+def in_terminal(rows, columns, *words):
+    """The screen of a command on a terminal of this size: what was drawn, in order."""
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     process = subprocess.Popen([sys.executable, *map(str, words)], stdout=theirs, stderr=theirs, cwd=ROOT)
     os.close(theirs)
     seen = b""
@@ -152,10 +152,16 @@ def in_terminal(columns, *words):
 def test_the_bar_fits_a_narrow_terminal(tmp_path):
     """30 columns: the bar's line is redrawn in place, never longer than the terminal is wide."""
     words = ["sft.py", "--model", "tiny", "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
-    seen = in_terminal(30, *words)
+    seen = in_terminal(24, 30, *words)
     drawn = [line for line in re.split(r"[\r\n]+", seen) if "|" in line or "it/s" in line or "%" in line]
     assert drawn and all(len(line) <= 30 for line in drawn), drawn
     assert "step 1 of 3" not in seen
+
+
+def test_a_terminal_without_a_size_has_plain_lines(tmp_path):
+    """As some containers and recorders give it: 0 × 0."""
+    words = ["sft.py", "--model", "tiny", "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
+    assert "step 3 of 3: loss" in in_terminal(0, 0, *words)
 
 
 def test_a_log_file_has_plain_lines(train, capsys):
