@@ -317,9 +317,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_grad = None
         if grad_enabled and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # whatever the dtype, as it sums over chunks
+        buffer = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])  # one for all chunks: new memory costs time
         for start in range(0, len(targets), chunk):
             h, t = hidden[start : start + chunk], targets[start : start + chunk, None] - first
-            logits = (h @ weight.T).float()  # (chunk, V), from here on changed in place
+            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()  # (chunk, V); from here on changed in place
             largest = logits.amax(dim=1, keepdim=True)
             combine(largest, "max")
             logits -= largest
@@ -339,7 +340,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 weight_grad.addmm_(logits.T, h)  # without a second (V, C) buffer
             elif weight_grad is not None:
                 weight_grad += logits.to(h.dtype).T @ h
-            del logits  # before the next chunk's are made: one buffer, not two
         if hidden_grad is not None:
             combine(hidden_grad, "sum")
         ctx.grads = hidden_grad, weight_grad if weight_grad is None else weight_grad.to(weight.dtype)
