@@ -3,15 +3,18 @@
 Owns: finding a model (hub id, directory, `tiny`), reading and writing safetensors tensor by tensor, step directories
 that are whole or absent, resume, pruning. Everything is safetensors or JSON: nothing read here can run code.
 
-A step directory is written under a temporary name, flushed to the disk and renamed; `latest` moves after that.
+A step directory is written under a temporary name, flushed to the disk and renamed; `latest` moves after that. Its
+manifest has the size and the checksum of every file, and no run goes on from one that differs by a bit.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +31,8 @@ os.umask(UMASK)
 CHUNK = 2**24  # elements converted at a time between the disk's dtype and memory's: 64 MB of fp32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
+MANIFEST, STATE = os.path.join("training_state", "manifest.json"), os.path.join("training_state", "state.json")
+READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all that is read from a checkpoint
 
 
 def model_directory(name):
@@ -80,6 +85,8 @@ def read_header(path):
     The package checks the header against the file; the bytes are then read by position instead of through its memory
     map, whose pages would count as ours: loading bf16 into fp32 would peak at 1.5 times the model.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, for ever
+        raise ValueError(f"{path} is not a file")
     with open(path, "rb") as f:
         position = 8 + int.from_bytes(f.read(8), "little")
     entries = {}
@@ -128,8 +135,9 @@ def weight_entries(directory):
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: weight_map must be an object of file names by tensor, it is {weight_map!r:.60}")
     files = sorted(set(weight_map.values()))
-    if not files or any(os.path.basename(f) != f for f in files):
-        raise ValueError(f"{index}: weight_map must name files of the same directory, it names {files[:3]}")
+    if not files or not all(re.fullmatch(r"[\w.+ -]+\.safetensors", f) for f in files):  # no separator, no NUL
+        raise ValueError(f"{index}: weight_map must name files of the same directory, such as "
+                         f"model-00001-of-00002.safetensors, it names {ascii(files[:3])}")
     entries = {}
     for file in files:
         entries.update(read_header(os.path.join(directory, file)))
@@ -260,25 +268,52 @@ def adapter_layout(model):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} and flush it to the disk. Byte for byte what an untouched model was read from."""
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    os.chmod(path, 0o666 & ~UMASK)  # the package's is readable by its owner alone, whatever the umask
+    with naming(path):
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+        os.chmod(path, 0o666 & ~UMASK)  # the package's is readable by its owner alone, whatever the umask
     sync(path)
 
 
 def write_file(path, content):
     """Write bytes, or a JSON value, and flush it to the disk."""
-    if not isinstance(content, bytes):
-        content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    with open(path, "wb") as f:
-        f.write(content)
+    with naming(path), open(path, "wb") as f:
+        f.write(content if isinstance(content, bytes) else encoded(content))
     sync(path)
+
+
+def encoded(value):
+    """A JSON value as it is written."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def sync(path):
     """Flush a file, or a directory: a rename is on the disk only when the directory that holds the name is."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove(directory):
+    with naming(directory):
+        shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Name the file in what goes wrong with it: a failed write or fsync says "No space left on device" and not where,
+    and safetensors has an error of its own."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or path) from error
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), path) from error
 
 
 def read_bytes(directory, names):
@@ -341,6 +376,67 @@ def write_shared(directory, files, tensors, dtypes, prefix=""):
             write_safetensors(os.path.join(directory, file), mine)
 
 
+def checksum(path):
+    """(size, CRC-32) of a file, (-1, 0) where there is none: a torn end, a flipped bit, another step's file differ."""
+    if not os.path.isfile(path):
+        return -1, 0
+    buffer, size, crc = memoryview(bytearray(2**20)), 0, 0
+    with naming(path), open(path, "rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            size, crc = size + n, zlib.crc32(buffer[:n], crc)
+    return size, crc
+
+
+def checksums(directory, *groups):
+    """name -> [size, CRC-32] of the files that the groups name; every rank calls it. They share the work: a group's
+    i-th file is read by rank i, and so around, as write_shared writes them: a writer has its files in memory still."""
+    rank, size = rank_and_size()
+    names = [name for group in groups for name in group]
+    owners = [i % size for group in groups for i in range(len(group))]
+    sums = torch.zeros(len(names), 2, dtype=torch.int64)
+    for name, owner, row in zip(names, owners, sums):
+        if owner == rank:
+            row.copy_(torch.tensor(checksum(os.path.join(directory, name))))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return dict(zip(names, sums.tolist()))
+
+
+def manifest(step, files):
+    """The bytes of a step's manifest, {"step", "files": {name: [size, CRC-32]}, "crc32": of the rest}."""
+    content = {"step": step, "files": dict(sorted(files.items()))}
+    return encoded({**content, "crc32": zlib.crc32(encoded(content))})
+
+
+def verify(directory):
+    """Raise ValueError, on every rank, unless the files of a step directory are, to the bit, what `save` wrote there.
+
+    A directory that never had a manifest can't be told from one that has lost it: neither is whole.
+    """
+    path, rest = os.path.join(directory, MANIFEST), ("; give --resume_from another step directory, or start a new run "
+                                                     "from these weights with --model and another --output_dir")
+    if not os.path.exists(path):
+        raise ValueError(f"{directory} has no {MANIFEST}, so nobody knows whether it is whole{rest}")
+    found = read_json(path)
+    step, files = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
+    with open(path, "rb") as f:
+        if not isinstance(files, dict) or f.read() != manifest(step, files):
+            raise ValueError(f"{path} is not as it was saved{rest}")
+    numbered_as = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
+    if numbered_as and int(numbered_as[1]) != step:
+        raise ValueError(f"{path} is of step {step}, not of {numbered_as[0]}{rest}")
+    wrong = []
+    for name, (size, crc) in checksums(directory, sorted(files)).items():
+        if [size, crc] != files[name]:
+            wrong.append(f"{name} is missing" if size < 0 else f"{name} has {size:,} bytes, not {files[name][0]:,}"
+                         if size != files[name][0] else f"{name} has other bytes")
+    there = os.listdir(directory) + [os.path.join("training_state", n)
+                                     for n in os.listdir(os.path.join(directory, "training_state"))]
+    wrong += [f"{name} was not there" for name in sorted({n for n in there if n.endswith(READ)} - {*files, MANIFEST})]
+    if wrong:
+        raise ValueError(f"{directory} is not as it was saved: {'; '.join(wrong[:8])} ({len(wrong)} in all){rest}")
+
+
 def rank_and_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -364,9 +460,11 @@ def save(root, step, model, layout, files, optimizer, state, links=("latest",)):
     prefix = ADAPTER_PREFIX if ADAPTER_FILE in layout else ""
     if rank == 0:
         os.makedirs(root, exist_ok=True)
-        for name in os.listdir(root):  # what a kill left behind
+        for name in os.listdir(root):  # what a kill, or a save that failed, left behind
             if re.fullmatch(r"tmp_(old_)?step_\d+", name):
-                shutil.rmtree(os.path.join(root, name))
+                remove(os.path.join(root, name))
+            elif re.fullmatch(r"tmp_(latest|best)", name):
+                os.remove(os.path.join(root, name))
         os.makedirs(inner)
         for name, content in files.items():
             write_file(os.path.join(temporary, name), content)
@@ -384,19 +482,30 @@ def save(root, step, model, layout, files, optimizer, state, links=("latest",)):
     trained = trained_weights(model, optimizer)
     tensors = {f"{key}.{n}": optimizer.state[p][key] for key in MOMENTS for n, p in trained.items()}
     tensors.update({f"master.{n}": p for n, p in trained.items() if p.dtype != dtypes[n]})
-    write_shared(inner, numbered(tensors, "tensors", size), tensors, {n: t.dtype for n, t in tensors.items()})
+    inner_names = numbered(tensors, "tensors", size)
+    write_shared(inner, inner_names, tensors, {n: t.dtype for n, t in tensors.items()})
+    if rank == 0:
+        write_file(os.path.join(temporary, STATE), {"step": step, **state})
     barrier()
 
+    by_rank_0 = [*files, STATE, *(["model.safetensors.index.json"] if len(names) > 1 else [])]
+    sums = checksums(temporary, list(names), [os.path.join("training_state", n) for n in inner_names],
+                     *([name] for name in by_rank_0))
     if rank == 0:
-        write_file(os.path.join(inner, "state.json"), {"step": step, **state})
+        write_file(os.path.join(temporary, MANIFEST), manifest(step, sums))
         sync(inner)
         sync(temporary)
         old = take_name(final) if os.path.exists(final) else None  # a run that went back goes over its steps again
-        os.replace(temporary, final)
+        try:
+            os.replace(temporary, final)
+        except OSError:
+            if old:  # latest may name it
+                os.replace(old, final)
+            raise
         for link in links:
             set_link(root, step, link)
         if old:
-            shutil.rmtree(old)
+            remove(old)
     barrier()
     return final
 
@@ -434,7 +543,7 @@ def prune(root, keep, step, best=None):
     back."""
     for old in [s for s in steps_in(root) if s <= step][:-keep] if keep else ():
         if old != best:
-            shutil.rmtree(take_name(os.path.join(root, f"step_{old}")))
+            remove(take_name(os.path.join(root, f"step_{old}")))
 
 
 def take_name(directory):
@@ -459,15 +568,21 @@ def resume_directory(resume_from, root):
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"--resume_from {resume_from}: there is no directory {directory}; give a step "
                                 "directory such as outputs/checkpoints/step_100, or auto")
-    if not os.path.exists(os.path.join(directory, "training_state", "state.json")):
-        raise ValueError(f"--resume_from {resume_from}: {directory} has no training_state/state.json, so it is not a "
+    if not os.path.exists(os.path.join(directory, STATE)):
+        raise ValueError(f"--resume_from {resume_from}: {directory} has no {STATE}, so it is not a "
                          "checkpoint to go on from; give another step directory, or start anew with --model")
     return os.path.realpath(directory)
 
 
 def load_state(directory):
     """The JSON state that `save` was given, with its step."""
-    return read_json(os.path.join(directory, "training_state", "state.json"))
+    path = os.path.join(directory, STATE)
+    state = read_json(path)
+    step = state.get("step") if isinstance(state, dict) else None
+    if type(step) is not int or step < 1:  # True is an int
+        raise ValueError(f"{path}: step must be a whole number of at least 1, it is {step!r:.60}; give --resume_from "
+                         "another step directory")
+    return state
 
 
 def load_training_tensors(directory, model, optimizer, step):

@@ -16,6 +16,8 @@ import uuid
 
 from tqdm import tqdm
 
+from checkpoint import naming
+
 LOGGERS = ("console", "wandb", "tensorboard", "trackio")
 
 
@@ -65,20 +67,38 @@ class Lines:
     """A file of JSON lines with a step each: one is with the system when write returns, on the disk when sync does."""
 
     def __init__(self, path, last_step):
-        lines = []
+        kept = []
         if os.path.exists(path):  # what an interrupted run wrote beyond its checkpoint is taken out
-            with open(path, encoding="utf-8") as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(lines)
+            with open(path, "rb") as f:
+                for number, line in enumerate(f, 1):
+                    if line.endswith(b"\n") and step_of(line, f"{path}, line {number}") <= last_step:
+                        kept.append(line)
+        with naming(path), open(path + ".tmp", "wb") as f:
+            f.writelines(kept)
         os.replace(path + ".tmp", path)
-        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        self.path, self.file = path, open(path, "ab", buffering=0)  # a buffer would be written once more at the end
 
     def write(self, **values):
-        self.file.write(json.dumps(values) + "\n")
+        line = (json.dumps(values) + "\n").encode()
+        with naming(self.path):
+            while line:  # a disk that is full takes a part, and the next time raises
+                line = line[self.file.write(line):]
 
     def sync(self):
-        os.fsync(self.file.fileno())
+        os.stat(self.path)  # raises where the file has lost its name: deleted, or with the file system it is on
+        with naming(self.path):
+            os.fsync(self.file.fileno())
+
+
+def step_of(line, where):
+    """The step of a line of JSON; ValueError, with where it is, if it has none."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}; take the line out") from error
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise ValueError(f"{where} has no step: {line!r:.60}; take the line out")
+    return values["step"]
 
 
 def open_wandb(settings, directory, last_step):

@@ -401,6 +401,8 @@ def train(cfg, ranks):
     root, metrics_file = os.path.join(cfg.output_dir, "checkpoints"), os.path.join(cfg.output_dir, "metrics.jsonl")
     os.makedirs(root, exist_ok=True)
     resume = checkpoint.resume_directory(cfg.resume_from, root) if cfg.resume_from else None
+    if resume:
+        checkpoint.verify(resume)
     state = checkpoint.load_state(resume) if resume else {"step": 0}
     if not resume and os.path.exists(metrics_file) and not cfg.selfcheck:
         raise ValueError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
@@ -500,7 +502,8 @@ def train(cfg, ranks):
              "train": rows.ledger.lines(),
              "validation": [f"{line} (validation)" for line in val.ledger.lines()] if val else []}
     if ranks.rank == 0:
-        write_yaml(cfg, os.path.join(cfg.output_dir, "config.yaml"))
+        with checkpoint.naming(yaml := os.path.join(cfg.output_dir, "config.yaml")):
+            write_yaml(cfg, yaml)
         checkpoint.write_file(os.path.join(cfg.output_dir, "ledger.json"), facts)
     say(facts["model"])
     if tokenizer.is_fallback:
@@ -577,7 +580,8 @@ def train(cfg, ranks):
             checkpoint.save(root, step, model, layout, files, optimizer, {**identity, "best": best}, links)
             if ranks.rank == 0:
                 checkpoint.prune(root, cfg.keep_checkpoints, step, cfg.keep_best and best["step"])
-                report.write(cfg.output_dir)
+                with checkpoint.naming(os.path.join(cfg.output_dir, "report.html")):
+                    report.write(cfg.output_dir)
 
     log.close()
     if is_over:

@@ -391,7 +391,7 @@ def test_generation_config_that_is_absent_is_made_from_config_json(tmp_path):
 # A step directory is whole or absent
 
 
-class Killed(OSError):
+class Killed(BaseException):  # as a kill, it is not handled
     pass
 
 

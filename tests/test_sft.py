@@ -243,12 +243,12 @@ def test_auto_without_a_checkpoint_starts_and_says_so(train, capsys):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda d: os.truncate(d / "model.safetensors", 1_000_000), "model.safetensors is torn"),
-    (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000), "tensors.safetensors is torn"),
+    (lambda d: os.truncate(d / "model.safetensors", 1_000_000), "model.safetensors has 1,000,000 bytes"),
+    (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000), "tensors.safetensors has 500,000 bytes"),
     (lambda d: os.remove(d / "training_state" / "state.json"), "not a checkpoint"),
-    (lambda d: os.remove(d / "training_state" / "tensors.safetensors"), "training_state does not belong"),
-    (lambda d: (d / "training_state" / "state.json").write_text("{"), "state.json is not JSON"),
-    (lambda d: os.remove(d / "config.json"), "config.json"),
+    (lambda d: os.remove(d / "training_state" / "tensors.safetensors"), "tensors.safetensors is missing"),
+    (lambda d: (d / "training_state" / "state.json").write_text("{"), "state.json has 1 bytes"),
+    (lambda d: os.remove(d / "config.json"), "config.json is missing"),
 ])
 def test_a_torn_checkpoint_is_an_error(train, tmp_path, damage, message):
     """A failed resume never trains: no fresh start, and the metrics of the run that was there stay as they are."""
