@@ -417,7 +417,10 @@ def verify(directory):
                                                      "from these weights with --model and another --output_dir")
     if not os.path.exists(path):
         raise ValueError(f"{directory} has no {MANIFEST}, so nobody knows whether it is whole{rest}")
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{rest}") from error
     step, files = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
     with open(path, "rb") as f:
         if not isinstance(files, dict) or f.read() != manifest(step, files):

@@ -8,6 +8,7 @@ environment counts from where the word --environment stands, which train.sh puts
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -278,6 +279,14 @@ def help_text(cls, fields):
     return "\n".join(lines)
 
 
+DISK = {errno.ENOSPC: "make room there", errno.EDQUOT: "make room in the quota", errno.EFBIG: "raise ulimit -f",
+        errno.EROFS: "make it writable, or give a directory that is",
+        errno.EACCES: "ask for the right to it, or give a directory that is yours",
+        errno.EIO: "the disk or its connection is failing: see dmesg",
+        errno.ESTALE: "the network file system has gone: mount it again",
+        errno.ENOTCONN: "the network file system has gone: mount it again"}
+
+
 def run(main):
     """Call main(); answer an error that our own code raised about its input with one line and exit code 2.
 
@@ -292,5 +301,8 @@ def run(main):
         frame = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")][-1]
         if os.path.dirname(os.path.abspath(frame.filename)) != here:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        advice = DISK.get(error.errno) if isinstance(error, OSError) else None
+        if advice and os.path.basename(sys.argv[0]) == "sft.py":
+            advice += "; then --resume_from auto goes on from the newest whole checkpoint"
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}{f'; {advice}' if advice else ''}", file=sys.stderr)
         sys.exit(2)
