@@ -124,11 +124,12 @@ def test_a_line_that_finds_no_room_is_an_error_and_is_taken_out(tmp_path, file_l
     """A half line of metrics.jsonl is left; the run that goes on begins it anew. A line that was damaged is named."""
     path = str(tmp_path / "metrics.jsonl")
     lines = Lines(path, 0)
-    file_limit(100)
+    file_limit(110)  # four lines and a half
+    for step in range(1, 5):
+        lines.write(step=step, loss=1.5)
     with pytest.raises(OSError, match=re.escape(path)):
-        for step in range(1, 100):
-            lines.write(step=step, loss=1.5)
-    assert os.path.getsize(path) == 100
+        lines.write(step=5, loss=1.5)
+    assert os.path.getsize(path) == 110
     Lines(path, 2)
     assert [json.loads(line)["step"] for line in open(path)] == [1, 2]
     os.remove(path)
@@ -203,8 +204,8 @@ def test_a_file_that_save_did_not_write_is_refused_where_it_would_be_read(run):
 
 
 @pytest.mark.full
-def test_all_ranks_refuse_what_one_of_them_has_read(train, tmp_path):
-    """Two ranks share the files: each sees the damage that the other found."""
+def test_two_ranks_share_the_files(train, tmp_path):
+    """Each sees what the other has read: the damaged file is named, whichever it is, and no other."""
     train(*FAST, "--max_steps", 1)
     for name in ("model.safetensors", "training_state/state.json"):
         path = tmp_path / LATEST / name
@@ -214,7 +215,7 @@ def test_all_ranks_refuse_what_one_of_them_has_read(train, tmp_path):
                  f"{ROOT}/sft.py", "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", *FAST,
                  "--max_steps", "2", "--output_dir", str(tmp_path / "out"), "--resume_from", "auto"]
         result = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert result.returncode and result.stderr.count(f"{name} has other bytes") >= 2
+        assert result.returncode and f"not as it was saved: {name} has other bytes (1 in all)" in result.stderr
         path.write_bytes(whole)
 
 
@@ -265,8 +266,11 @@ def test_weights_behind_links_are_read_and_a_pipe_is_not(tmp_path):
         assert torch.equal(ours, theirs)
     os.remove(snapshot / "model.safetensors")
     os.mkfifo(snapshot / "model.safetensors")
+    writer = os.open(snapshot / "model.safetensors", os.O_RDWR)  # for this test to fail instead of waiting
+    os.write(writer, bytes(16))
     with pytest.raises(ValueError, match="model.safetensors is not a file"):
         checkpoint.weight_entries(str(snapshot))
+    os.close(writer)
 
 
 class Bomb:
@@ -303,8 +307,9 @@ def test_a_pickle_beside_the_weights_is_never_opened(train, tmp_path):
 
 def test_nothing_that_can_run_code_is_called():
     """In any file of the product, comments included."""
-    banned = re.compile(r"pickle|marshal|shelve|torch\.(load|save)\b|_object(_list)?\(|np\.load\(|shell=True|os\.system|"
-                        r"(?<![.\w])(eval|exec)\(|yaml\.(load|unsafe_load|full_load)\(|trust_remote_code=True")
+    banned = re.compile(r"pickle|marshal|shelve|torch\.(load|save)\b|_object(_list)?\(|np\.load\(|shell=True|"
+                        r"os\.system|(?<![.\w])(eval|exec)\(|yaml\.(load|unsafe_load|full_load)\(|"
+                        r"trust_remote_code=True")
     files = sorted(Path(ROOT).glob("*.py"))
     assert len(files) > 10
     found = [f"{path.name}:{i}: {line.strip()}" for path in files
