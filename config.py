@@ -297,6 +297,8 @@ def run(main):
         main()
     except BrokenPipeError:  # `| head` closed our output: not an error
         sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         frame = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")][-1]
         if os.path.dirname(os.path.abspath(frame.filename)) != here:

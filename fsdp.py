@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,16 @@ from torch.distributed.tensor.parallel import (
 )
 
 
+# What ends a run early, and the exit code then: Ctrl-C, Slurm's warning before a requeue, a shutdown.
+STOPS = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143}
+
+
 @dataclass
 class Ranks:
     """Where this process stands. dp_rank indexes data; mesh has the axes dp and tp.
 
-    Used as `with start(...) as ranks`: a failure inside is reported with its rank and phase.
+    Used as `with start(...) as ranks`: a failure inside is reported with its rank and phase, and a signal of STOPS
+    ends the run in good order. Before the first call of stopped() there is nothing to save: it ends at once.
     """
 
     rank: int
@@ -43,6 +48,10 @@ class Ranks:
     device: torch.device
     store: dist.Store
     phase: str = "start"
+    noted: int = 0  # the signal that this rank has been sent
+    stop: int = 0  # the one that all ranks know of
+    is_polled: bool = False
+    handlers: dict = field(default_factory=dict)  # those that were there before
 
     def at(self, phase):
         """Note what this rank is doing, for the others to see should it not come back."""
@@ -61,14 +70,44 @@ class Ranks:
         dist.broadcast(number, 0)
         return int(number)
 
+    def note(self, number, _):
+        """The handler of STOPS. It writes without a buffer, for it may have come in the middle of a print."""
+        if number == self.noted == signal.SIGINT:
+            os.write(2, b"\nstopped at once: what came after the last checkpoint is lost\n")
+            os._exit(STOPS[number])
+        if self.rank == 0 and not self.noted:
+            what = "the step in hand ends and is saved" if self.is_polled else "stopped before the first step"
+            again = "; Ctrl-C again stops at once" if self.is_polled and number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: {what}{again}\n".encode())
+        self.noted = max(self.noted, number)
+        if not self.is_polled:
+            sys.exit(STOPS[self.noted])
+
+    def stopped(self):
+        """The signal that any rank has been sent, or 0. Every rank calls it and gets the same: none leaves alone."""
+        self.is_polled = True
+        number = torch.tensor(self.noted)  # of gloo, on the CPU: the device is not waited for
+        if self.size > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.stop = int(number)
+        return self.stop
+
     def __enter__(self):
         self.at("start")
+        self.handlers = {number: signal.signal(number, self.note) for number in STOPS}
         return self
 
     def __exit__(self, kind, error, _):
         """Say which rank failed, where, and why; torchrun then ends the others. Where a collective failed, another
         rank is the cause: the one that noted its phase longest ago, or, where a lock was waited for, the one whose pid
-        the error has. It is killed, for it may be stopped."""
+        the error has. It is killed, for it may be stopped. One that a signal has ended is nobody's fault: all end."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is SystemExit and self.noted:
+            self.store.set("stopped", str(self.noted))
+            return
+        if error is not None and self.size > 1 and self.store.check(["stopped"]):
+            sys.exit(STOPS[int(self.store.get("stopped"))])
         if error is None:  # none hangs up while another is still in the last collective, rank 0 (the store) last of all
             for word in ("done", "left"):
                 self.store.set(f"{word} {self.rank}", "")

@@ -187,12 +187,34 @@ def lr_at(step, total_steps, cfg):
     return cfg.lr + (low - cfg.lr) * progress if cfg.scheduler == "linear" else cfg.lr
 
 
+def backward(model, batches, n_targets, ranks, losses=None):
+    """Add up the gradients of a step; return this rank's part of its loss, (), in nats per target token.
+
+    n_targets  of the step, over all ranks: each micro-batch's sum is divided by it, so how a step is cut up does not
+               change its gradient
+    losses     (conversations of the data,): gets the sum of each that was computed here
+    """
+    loss = torch.zeros((), device=ranks.device)
+    for i, batch in enumerate(batches, 1):
+        fsdp.reduce_gradients(model, now=i == len(batches))
+        each = torch.zeros(len(batch.tokens), device=ranks.device)
+        nll = model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device), each) / n_targets
+        nll.backward()
+        loss += nll.detach()
+        if losses is not None:
+            losses.index_add_(0, batch.owners().to(ranks.device), each)
+    return loss
+
+
 @torch.no_grad()
 def evaluate(model, dataset, capacity, max_rows, ranks):
-    """(nats per target token over the whole set, its target tokens); the same on every rank."""
+    """(nats per target token over the whole set, its target tokens), the same on every rank; without meaning once
+    ranks.stop is set, for a signal ends it early."""
     nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows, ranks.dp_rank, ranks.dp_size):
+        if ranks.stopped():
+            break
         nll += model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device))
     fsdp.reshard(model)
     model.train()
@@ -225,12 +247,7 @@ def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
         batches = list(data.micro_batches(dataset, ids, capacity, max_rows, *place))
         if not spread and ranks.dp_rank:  # idle, but in step: a collective waits for all
             batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
-        loss = torch.zeros((), device=ranks.device)
-        for i, batch in enumerate(batches, 1):
-            fsdp.reduce_gradients(model, now=i == len(batches))
-            nll = model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device)) / n_targets
-            nll.backward()
-            loss += nll.detach()
+        loss = backward(model, batches, n_targets, ranks)
         gradients = [fsdp.local(p.grad).clone() for p in parameters]
         for p in parameters:
             p.grad = None
@@ -336,6 +353,8 @@ def answers(model, tokenizer, prompts, stops, ranks):
     """Yield (prompt, answer), greedy. All ranks compute each token together: a gather of each block a token."""
     model.eval()
     for prompt, tokens in prompts:
+        if ranks.stopped():
+            break
         new = generate(model, tokens, SAMPLE_TOKENS, stops, lambda logits: ranks.agree(int(logits.argmax())))
         yield prompt, tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)
     fsdp.reshard(model)
@@ -388,6 +407,8 @@ def main():
         return plan(cfg)
     with fsdp.start(cfg.tp, cfg.timeout) as ranks:
         train(cfg, ranks)
+    if ranks.stop:
+        sys.exit(fsdp.STOPS[ranks.stop])
 
 
 def train(cfg, ranks):
@@ -523,67 +544,71 @@ def train(cfg, ranks):
     best = state.get("best") or {"val_loss": None, "step": 0, "behind": 0}  # behind: validations since
     is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
     first = step = state["step"]
-    while step < total_steps and not is_over:
-        step += 1
-        started = time.perf_counter()
-        ranks.at(f"step {step}")
-        torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # of dropout: resume has no generator to restore
-        epoch, ids = sampler.step(step)
-        batches = list(data.micro_batches(rows, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
-        n_targets = int(rows.n_targets[ids].sum())
-        loss = torch.zeros((), device=device)
-        losses[torch.from_numpy(ids)] = 0.0
-        for i, batch in enumerate(batches, 1):
-            fsdp.reduce_gradients(model, now=i == len(batches))
-            each = torch.zeros(len(batch.tokens), device=device)
-            nll = model(batch.tokens.to(device), batch.lengths, batch.targets.to(device), each)
-            # Divided by the targets of the whole step, over all ranks: how the step is cut up does not change it.
-            (nll / n_targets).backward()
-            loss += nll.detach() / n_targets
-            losses.index_add_(0, batch.owners().to(device), each)
-        if cfg.use_lora and step == first + 1:
-            check_adapters(model, ranks)
-        grad_norm = fsdp.clip_grad_norm(parameters, cfg.grad_clip or math.inf)
-        loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()  # the one device sync of a step
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the weights "
-                                     f"were touched. Conversations: {', '.join(rows.source(i) for i in ids)}")
-        lr = lr_at(step, total_steps, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        optimizer.step()
-        optimizer.zero_grad()
+    is_cut = bool(state.get("is_cut"))  # a signal ended that step's evaluation early: it comes again, before all else
+    stop = ranks.stopped()
+    while (is_cut or step < total_steps and not is_over) and not stop:
+        if not is_cut:
+            step += 1
+            started = time.perf_counter()
+            ranks.at(f"step {step}")
+            torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # of dropout: resume has no generator to restore
+            epoch, ids = sampler.step(step)
+            batches = list(data.micro_batches(rows, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
+            n_targets = int(rows.n_targets[ids].sum())
+            losses[torch.from_numpy(ids)] = 0.0
+            loss = backward(model, batches, n_targets, ranks, losses)
+            if cfg.use_lora and step == first + 1:
+                check_adapters(model, ranks)
+            grad_norm = fsdp.clip_grad_norm(parameters, cfg.grad_clip or math.inf)
+            # the one device sync of a step
+            loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise FloatingPointError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the weights were touched. "
+                    f"Conversations: {', '.join(rows.source(i) for i in ids)}")
+            lr = lr_at(step, total_steps, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_ratio"]
+            optimizer.step()
+            optimizer.zero_grad()
 
-        seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
-        log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens, target_tokens=n_targets,
-                 seconds=seconds, tokens_per_second=n_tokens / seconds, peak_memory_gb=peak_memory_gb(device))
-        is_best = False
+            seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
+            log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
+                     target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
+                     peak_memory_gb=peak_memory_gb(device))
+        is_cut = is_best = False
         if step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step):
             ranks.at(f"evaluation after step {step}")
-            if val:
-                val_loss, val_tokens = evaluate(model, val, capacity, max_rows, ranks)
-                log.validation(step, val_loss, val_tokens)
-                is_best = best["val_loss"] is None or val_loss < best["val_loss"]
+            val_loss = evaluate(model, val, capacity, max_rows, ranks) if val else None
+            samples = list(answers(model, tokenizer, prompts, stops, ranks))
+            is_cut = bool((val or prompts) and ranks.stopped())
+            if val and not is_cut:
+                log.validation(step, *val_loss)
+                is_best = best["val_loss"] is None or val_loss[0] < best["val_loss"]
                 best["behind"] += 1
                 if is_best:
-                    best = dict(val_loss=val_loss, step=step, behind=0)
+                    best = dict(val_loss=val_loss[0], step=step, behind=0)
                 is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
-            for prompt, answer in answers(model, tokenizer, prompts, stops, ranks):
+            for prompt, answer in () if is_cut else samples:
                 log.sample(step, kind="sample", prompt=prompt, answer=answer)
+        stop = ranks.stopped()
         is_due = step % cfg.save_steps == 0 if cfg.save_steps else sampler.ends_epoch(step)
-        if is_due or step == total_steps or is_over or is_best and cfg.keep_best:
+        if is_due or step == total_steps or is_over or stop or is_best and cfg.keep_best:
             ranks.at(f"save of step {step}")
             for text in extremes(rows, ranks.sum(losses.clone()).cpu(), tokenizer):
                 log.sample(step, **text)
             log.sync()  # a checkpoint never outlives the lines that lead to it
             links = ("latest", "best") if is_best and cfg.keep_best else ("latest",)
-            checkpoint.save(root, step, model, layout, files, optimizer, {**identity, "best": best}, links)
+            now = {**identity, "best": best, "is_cut": is_cut}
+            checkpoint.save(root, step, model, layout, files, optimizer, now, links)
             if ranks.rank == 0:
                 checkpoint.prune(root, cfg.keep_checkpoints, step, cfg.keep_best and best["step"])
-                with checkpoint.naming(os.path.join(cfg.output_dir, "report.html")):
-                    report.write(cfg.output_dir)
+                report.write(cfg.output_dir)
+            stop = ranks.stopped()
 
     log.close()
+    if stop and (is_cut or step < total_steps):
+        say(f"stopped  after step {step} of {total_steps}: --resume_from auto goes on")
     if is_over:
         say(f"stopped  after step {step}: {best['behind']} validations without a lower val_loss than "
             f"{best['val_loss']:.4f} of step {best['step']}")

@@ -77,10 +77,29 @@ while [ $# -gt 0 ]; do
     shift
 done
 case "$n_gpus" in *[!0-9]* | 0 | "") echo "train.sh: error: --n_gpus $n_gpus: it must be a number, at least 1" >&2; exit 2 ;; esac
-launch=("$python")
-if [ "$n_gpus" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
-    [ -n "${OMP_NUM_THREADS:-}" ] || export OMP_NUM_THREADS=1 # without a GPU each process would take all cores
-    launch+=(-m torch.distributed.run --nproc_per_node "$n_gpus" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
-        --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
-fi
-exec "${launch[@]}" "$here/sft.py" ${preset[@]+"${preset[@]}"} --environment ${flags[@]+"${flags[@]}"}
+run=("$here/sft.py" ${preset[@]+"${preset[@]}"} --environment ${flags[@]+"${flags[@]}"})
+[ "$n_gpus" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ] || exec "$python" "${run[@]}"
+[ -n "${OMP_NUM_THREADS:-}" ] || export OMP_NUM_THREADS=1 # without a GPU each process would take all cores
+
+# torchrun would give a step and its checkpoint 30 s after a signal and end with 1 and a traceback. So it is deaf to
+# Ctrl-C, SIGTERM and Slurm's SIGUSR1, and its children get SIGUSR1 for each, every second, as they are deaf while Python
+# starts. Our exit code is 130, 143 or 0, as sft.py's is alone.
+(
+    trap '' INT TERM USR1
+    exec "$python" -m torch.distributed.run --nproc_per_node "$n_gpus" --nnodes "${NNODES:-1}" \
+        --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+        --signals_to_handle SIGHUP,SIGQUIT "${run[@]}"
+) &
+torchrun=$!
+children() { pgrep -P "$torchrun" || cat "/proc/$torchrun/task/$torchrun/children"; }
+stop() {
+    [ "$1 ${code:-}" != "130 130" ] || kill -KILL "$torchrun" $(children) # Ctrl-C again
+    code=${code:-$1}
+    while kill -0 "$torchrun"; do kill -USR1 $(children); sleep 1; done 2>/dev/null &
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 0' USR1
+while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" && result=0 || result=$?; done
+[ "$result" = 0 ] || [ "${code:-}" = 130 ] || exit "$result"
+exit "${code:-$result}"

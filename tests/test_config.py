@@ -606,7 +606,7 @@ def test_an_error_inside_a_library_keeps_its_traceback(tmp_path):
         config.run(own_module(os.path.join(ROOT, "ours.py"), source).fail)
 
 
-@pytest.mark.parametrize("error", [TypeError, KeyError, AssertionError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [TypeError, KeyError, AssertionError, RuntimeError])
 def test_other_errors_are_never_hidden(error):
     """Only what tells of the input or of a diverged run is turned into a line; a bug of ours shows itself."""
     fail = own_module(os.path.join(ROOT, "ours.py"), f"def fail():\n    raise {error.__name__}('ours')\n").fail
@@ -619,6 +619,12 @@ def test_a_diverged_run_is_one_line(capsys):
     source = "def fail():\n    raise FloatingPointError('step 3: loss nan')\n"
     code, err = stopped_with(capsys, own_module(os.path.join(ROOT, "ours.py"), source).fail)
     assert code == 2 and err.endswith("error: step 3: loss nan\n")
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(capsys):
+    """As a shell has it: 128 and the signal's number."""
+    source = "def fail():\n    raise KeyboardInterrupt\n"
+    assert stopped_with(capsys, own_module(os.path.join(ROOT, "ours.py"), source).fail) == (130, "")
 
 
 def test_run_returns_when_all_is_well(capsys):
