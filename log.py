@@ -181,6 +181,7 @@ class Log:
         directory, self.last_step, self.total = settings["output_dir"], last_step, total_steps
         names = [name.strip() for name in settings["logger"].split(",")]
         self.writes, self.on_console = writes, writes and "console" in names
+        self.peak_lr, self.was_warned = settings["lr"], False
         self.val_loss, self.printed, self.warnings = None, -1e9, warnings
         # first: one that can't start leaves no files behind that look like a run's
         self.loggers = [Logger(name, settings, directory, last_step) for name in names if writes and name in OPEN]
@@ -193,11 +194,18 @@ class Log:
                                           for name in ("metrics", "samples"))
 
     def step(self, step, **values):
-        """A training step's numbers."""
+        """A training step's numbers; those that are None have no place in the line."""
         if not self.writes:
             return
         if self.warnings:
             self.warnings.collect()
+        values = {name: value for name, value in values.items() if value is not None}
+        # a rate that rises or falls is small for a while, and what is left out changes nothing
+        is_still = values.get("changed", 1) < 0.01 and values["lr"] >= self.peak_lr / 2 and "skipped" not in values
+        if is_still and not self.was_warned:
+            self.was_warned = True
+            self.say(f"warning: step {step} changed {values['changed']:.2%} of the weights, at a learning rate of "
+                     f"{values['lr']:.2g}: too little for their precision, or there is no gradient")
         self.metrics.write(step=step, **values)
         self.send("train", step, values)
         val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""

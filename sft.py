@@ -10,11 +10,13 @@ and its loss), checkpoint.py (model directories, resume). Read main() from top t
 It does no preference tuning, no pre-training from raw text and no images.
 """
 
+import collections
 import ctypes
 import dataclasses
 import math
 import os
 import resource
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -71,6 +73,8 @@ class Config:
     min_lr_ratio: float = knob(0.0, "what cosine and linear end at, as a share of lr")
     weight_decay: float = knob(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY")
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 is no limit", env="GRAD_CLIP")
+    max_grad_norm_factor: float | None = knob(None, "a gradient's largest norm, times the last 64's median; "
+                                                    "a step above is left out")
     beta1: float = knob(0.9, "decay of the first moment")
     beta2: float = knob(0.95, "decay of the second moment")
 
@@ -96,6 +100,8 @@ class Config:
     dtype: str | None = knob(None, "of the computation; none is bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
                              env="DTYPE")
     compile: bool = knob(False, "fuse the blocks' small operations; takes a minute and a C++ compiler", env="COMPILE")
+
+    deterministic: bool = knob(False, "the same bits each time on CUDA too, slower; the CPU has no other way")
 
     selfcheck: bool = knob(False, "prove on your model, data and ranks that no layout changes the gradient; end")
 
@@ -170,6 +176,7 @@ RANGES = (
     ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps early_stopping "
      "tp timeout lora_rank lora_alpha", 1, math.inf),
     ("ranks", 1, math.inf), ("memory_gb tflops gb_per_second tp_gb_per_second", 1e-3, 1e9),
+    ("max_grad_norm_factor", 1, 1e18),
     ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed lora_plus_ratio", 0, 1e18),
     ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2 lora_dropout", 0, 0.9999999),
 )
@@ -220,6 +227,35 @@ def evaluate(model, dataset, capacity, max_rows, ranks):
     model.train()
     n_targets = int(dataset.n_targets.sum())
     return ranks.sum(nll).item() / n_targets, n_targets
+
+
+def find_non_finite(model, parameters, rows, ids, capacity, max_rows, n_targets, ranks):
+    """Say where a step that is not finite went wrong. Each of its micro-batches is computed alone, one after another
+    over the ranks: as long as dp_size steps, once, at the end of a run."""
+    (idle,) = data.micro_batches(rows, ids[:0], capacity)
+    places = [(dp_rank, i, batch) for dp_rank in range(ranks.dp_size) for i, batch in enumerate(
+        data.micro_batches(rows, ids, capacity, max_rows, dp_rank, ranks.dp_size), 1)]
+    for dp_rank, i, batch in places:
+        losses, is_mine = torch.zeros(len(rows), device=ranks.device), dp_rank == ranks.dp_rank
+        for p in parameters:
+            p.grad = None
+        loss = ranks.sum(backward(model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None))
+        if not math.isfinite(loss.item()) or not fsdp.clip_grad_norm(parameters, math.inf).isfinite():
+            bad = batch.ids[~ranks.sum(losses).isfinite().cpu().numpy()[batch.ids]]
+            return (f"rank {dp_rank * ranks.size // ranks.dp_size}, its micro-batch {i}; conversations: "
+                    f"{sources(rows, bad if len(bad) else batch.ids)}")  # a gradient is of the whole micro-batch
+    return f"no micro-batch alone shows it; conversations: {sources(rows, ids)}"
+
+
+def sources(rows, ids, count=20):
+    return ", ".join(rows.source(i) for i in ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
+
+
+def some_weights(optimizer):
+    """A copy of about 64 k elements, spread over all that this rank updates; for the share that a step changes."""
+    weights = [fsdp.local(p).detach().flatten() for group in optimizer.param_groups for p in group["params"]]
+    stride = 1 + sum(w.numel() for w in weights) // 2**16
+    return torch.cat([w[::stride] for w in weights])
 
 
 def peak_memory_gb(device):
@@ -405,6 +441,10 @@ def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.plan:
         return plan(cfg)
+    if cfg.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging; costs a pass over all new memory
     with fsdp.start(cfg.tp, cfg.timeout) as ranks:
         train(cfg, ranks)
     if ranks.stop:
@@ -543,6 +583,7 @@ def train(cfg, ranks):
     losses = torch.full((len(rows),), -1.0, device=device)  # of each conversation, as last trained; for the report
     best = state.get("best") or {"val_loss": None, "step": 0, "behind": 0}  # behind: validations since
     is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
+    norms = collections.deque(state.get("norms", ()), maxlen=64)  # of the gradient, before clipping
     first = step = state["step"]
     is_cut = bool(state.get("is_cut"))  # a signal ended that step's evaluation early: it comes again, before all else
     stop = ranks.stopped()
@@ -563,19 +604,30 @@ def train(cfg, ranks):
             # the one device sync of a step
             loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise FloatingPointError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the weights were touched. "
-                    f"Conversations: {', '.join(rows.source(i) for i in ids)}")
+                where = find_non_finite(model, parameters, rows, ids, capacity, max_rows, n_targets, ranks)
+                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the "
+                                         f"weights were touched. {where}")
             lr = lr_at(step, total_steps, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]
-            optimizer.step()
+            limit = math.inf
+            if cfg.max_grad_norm_factor and len(norms) >= 16:
+                limit = cfg.max_grad_norm_factor * statistics.median(norms)
+            norms.append(grad_norm)
+            before = some_weights(optimizer) if step % 10 == 1 else None
+            if grad_norm <= limit:
+                optimizer.step()
+            else:
+                log.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; "
+                        f"conversations: {sources(rows, ids)}")
             optimizer.zero_grad()
+            # a second device sync, so once in ten steps
+            changed = None if before is None else (some_weights(optimizer) != before).float().mean().item()
 
             seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
             log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
                      target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
-                     peak_memory_gb=peak_memory_gb(device))
+                     peak_memory_gb=peak_memory_gb(device), changed=changed, skipped=grad_norm > limit or None)
         is_cut = is_best = False
         if step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step):
             ranks.at(f"evaluation after step {step}")
@@ -599,7 +651,7 @@ def train(cfg, ranks):
                 log.sample(step, **text)
             log.sync()  # a checkpoint never outlives the lines that lead to it
             links = ("latest", "best") if is_best and cfg.keep_best else ("latest",)
-            now = {**identity, "best": best, "is_cut": is_cut}
+            now = {**identity, "best": best, "is_cut": is_cut, "norms": list(norms)}
             checkpoint.save(root, step, model, layout, files, optimizer, now, links)
             if ranks.rank == 0:
                 checkpoint.prune(root, cfg.keep_checkpoints, step, cfg.keep_best and best["step"])

@@ -318,7 +318,7 @@ RANGES = {  # name: (the nearest value that is refused, the lowest that is taken
     "lora_rank": (0, 1), "lora_alpha": (0, 1), "lora_plus_ratio": (-0.1, 0.0), "lora_dropout": (-0.1, 0.0),
     "timeout": (0, 1), "warmup_ratio": (-0.1, 0.0),
     "min_lr_ratio": (-0.1, 0.0), "beta1": (-0.1, 0.0), "beta2": (-0.1, 0.0), "ranks": (0, 1), "memory_gb": (0.0, 1e-3),
-    "tflops": (0.0, 1e-3), "gb_per_second": (0.0, 1e-3), "tp_gb_per_second": (0.0, 1e-3)}
+    "max_grad_norm_factor": (0.9, 1.0), "tflops": (0.0, 1e-3), "gb_per_second": (0.0, 1e-3), "tp_gb_per_second": (0.0, 1e-3)}
 
 
 @pytest.mark.parametrize("name", RANGES)

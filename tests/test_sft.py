@@ -331,7 +331,7 @@ def test_the_screen_tells_what_runs_and_what_came_of_it(train, capsys):
     assert "steps    9 = 1 epochs of 9, of about 8 conversations" in out
     assert "python chat.py out/checkpoints/latest" in out and "step 9 of 9: loss" in out
     assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds",
-                             "tokens_per_second", "peak_memory_gb"}
+                             "tokens_per_second", "peak_memory_gb", "changed"}
     assert [line["step"] for line in lines] == list(range(1, 10)) and lines[-1]["epoch"] == 1.0
 
 
