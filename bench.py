@@ -15,6 +15,8 @@ step   non-pad tokens a second and peak memory of sft.py on random weights of --
        without checkpointing, on conversations of log-normal length up to 1,024 tokens, and seconds from the launch to
        the first optimizer step's end; with --vs trl the same conversations by TRL's SFTTrainer, padded and packed, with
        --vs transformers by a plain loop around its model: padded batches, AdamW
+start  seconds from the launch of sft.py to the end of its first optimizer step on the embedded model, with nothing
+       cached and with the tokens cached; with --vs trl beside TRL's SFTTrainer on the same, or transformers, as in step
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
        fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
 plan   what sft.py --plan says that a run's memory will be beside its peak, both above what the process takes before it
@@ -83,7 +85,7 @@ class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
     part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat", "step", "save",
-                                                 "plan"), group="bench")
+                                                 "start", "plan"), group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
@@ -91,7 +93,7 @@ class Config:
     targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt")
     ranks: int = knob(1, "load: processes that share the model")
     steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
-    rows: int | None = knob(None, "data, step: conversations; none is 20,000 and 48")
+    rows: int | None = knob(None, "data, step, start: conversations; none is 20,000, 48 and 48")
     shape: str = knob("mid", "step: of the model", ("small", "mid"))
     new_tokens: int = knob(64, "chat: length of the answer")
     model: str = knob("tiny", "data: whose tokenizer and template")
@@ -100,7 +102,7 @@ class Config:
                             ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat",
                              "save", "transformers", "trl_padded", "trl_packed", "plain_loop"))
     directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
-    vs: str | None = knob(None, "memory, data, step: another trainer, to measure on the same", ("trl", "transformers"))
+    vs: str | None = knob(None, "memory, data, step, start: another trainer, on the same", ("trl", "transformers"))
 
     def __post_init__(self):
         if self.ranks < 1 or (self.ranks > 1 and self.part != "load"):
@@ -109,9 +111,9 @@ class Config:
             raise ValueError("--no-peer_checkpointing does nothing without --vs trl")
         if self.steps <= UNSTEADY:
             raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
-        if self.vs and self.part not in (("memory", "data", "step") if self.vs == "trl" else ("step",)):
-            raise ValueError(f"--vs {self.vs} is not for --part {self.part}: trl is for memory, data and step, "
-                             "transformers for step")
+        if self.vs and self.part not in ("step", "start", *(["memory", "data"] if self.vs == "trl" else [])):
+            raise ValueError(f"--vs {self.vs} is not for --part {self.part}: trl is for memory, data, step and start, "
+                             "transformers for step and start")
 
 
 def spread(values):
@@ -480,32 +482,51 @@ def bench_chat(cfg, directory):
             "transformers": importlib.metadata.version("transformers")}
 
 
+PEERS = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}
+
+
+def one_run(name, directory, rows, *flags):
+    """([(seconds, tokens) of each step], peak memory, seconds from the launch to the first step's end) of one side."""
+    started = time.time()
+    if name in ("trl_padded", "trl_packed", "plain_loop"):
+        result = sides(1, "--side", name, "--directory", directory)[0]
+        return result["steps"], result["peak_gb"], result["first"] - started
+    flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH), "--batch_size",
+             str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing", "--epochs", "1", *flags)
+    lines = train(directory, 1, -(-rows // BATCH), *flags)
+    return [(line["seconds"], line["tokens"]) for line in lines], lines[-1]["peak_memory_gb"], lines[0]["at"] - started
+
+
 def bench_step(cfg, directory):
     versions = peer_versions(cfg)
     write_model(directory, dict(QWEN_05B, num_attention_heads=8, num_key_value_heads=2, **SHAPES[cfg.shape]))
     write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48, 2.3, 2.9, 1.1)  # median about 120 tokens
-    flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH), "--batch_size",
-             str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing", "--epochs", "1")
-    peers = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}[cfg.vs]
-    found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []} for name in ("sft", *peers)}
+    found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []} for name in ("sft", *PEERS[cfg.vs])}
     for _ in range(cfg.repeats):  # in turn
         for name, figures in found.items():
-            started = time.time()
-            if name == "sft":
-                lines = train(directory, 1, -(-rows // BATCH), *flags)
-                steps, peak = [(line["seconds"], line["tokens"]) for line in lines], lines[-1]["peak_memory_gb"]
-                first = lines[0]["at"]
-            else:
-                result = sides(1, "--side", name, "--directory", directory)[0]
-                steps, first, peak = result["steps"], result["first"], result["peak_gb"]
+            steps, peak, start = one_run(name, directory, rows)
             seconds, tokens = map(sum, zip(*steps[1:]))
-            figures["tokens_per_second"].append(tokens / seconds)
-            figures["peak_gb"].append(peak)
-            figures["start_seconds"].append(first - started)
+            for figure, value in zip(figures.values(), (tokens / seconds, peak, start)):
+                figure.append(value)
     ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(found["sft"][key], found[name][key])])
-              for name in peers for key in found["sft"]}
+              for name in PEERS[cfg.vs] for key in found["sft"]}
     return {"shape": cfg.shape, **{name: {key: spread(values) for key, values in figures.items()}
                                    for name, figures in found.items()}, **ratios, **versions}
+
+
+def bench_start(cfg, directory):
+    versions = peer_versions(cfg)
+    shutil.copytree(checkpoint.model_directory("tiny"), directory, dirs_exist_ok=True)
+    write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48)
+    flags = {"sft": (), "sft_cached": ("--cache_dir", os.path.join(directory, "cache"))}
+    names, seconds = [*flags, *PEERS[cfg.vs][:1]], {}
+    one_run("sft_cached", directory, rows, *flags["sft_cached"])  # fills it
+    for _ in range(cfg.repeats):  # in turn
+        for name in names:
+            seconds.setdefault(name, []).append(one_run(name, directory, rows, *flags.get(name, ()))[2])
+    ratios = {f"{ours}_to_{name}": spread([a / b for a, b in zip(seconds[ours], seconds[name])])
+              for name in PEERS[cfg.vs][:1] for ours in flags}
+    return {"start_seconds": {name: spread(found) for name, found in seconds.items()}, **ratios, **versions}
 
 
 def write_full_rows(directory, length, n):
@@ -569,7 +590,8 @@ def main():
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
         parts = {"loss": bench_loss, "load": bench_load, "save": bench_save, "ranks": bench_ranks,
-                 "memory": bench_memory, "data": bench_data, "chat": bench_chat, "step": bench_step, "plan": bench_plan}
+                 "memory": bench_memory, "data": bench_data, "chat": bench_chat, "step": bench_step,
+                 "start": bench_start, "plan": bench_plan}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
     print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))

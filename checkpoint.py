@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,9 @@ MANIFEST, STATE = os.path.join("training_state", "manifest.json"), os.path.join(
 READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all that is read from a checkpoint
 
 
-def model_directory(name):
-    """The local directory of a model: `tiny`, a path, or a hub id, which is downloaded (or found in the hub's cache).
+def model_directory(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
+    """The local directory of a model: `tiny`, a path, or a hub id, whose `files` are downloaded (or found in the hub's
+    cache).
 
     Raises FileNotFoundError when there is no such directory, or the hub cannot be reached or does not have it.
     """
@@ -51,7 +53,7 @@ def model_directory(name):
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+        return snapshot_download(name, allow_patterns=list(files))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(f"--model {name}: the hub can't be reached and the model is not in its cache; "
                                 "use --model PATH with a local directory, or --model tiny") from error
@@ -237,11 +239,12 @@ def load_weights(model, directory, optimizer=None):
     if wrong:
         raise ValueError(f"{fits}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
     masters = master_weights(model, optimizer)
-    for name in owned:
-        if name in packed:
-            read_packed(name, entries[name], masters[name], packed[name])
-        else:
-            read_into(entries[name], masters[name])
+    for name in packed.keys() & owned.keys():
+        read_packed(name, entries[name], masters[name], packed[name])
+    # New memory is cleared by whoever writes to it first, which takes as long as reading does: by all cores.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        plain = [name for name in owned if name not in packed]
+        list(pool.map(lambda name: read_into(entries[name], masters[name]), plain))  # raises what one of them does
     for name in set(entries) - set(owned):  # the file holds a tied weight twice: both must say the same
         copy = torch.empty_like(masters[name])
         read_into(entries[name], copy)

@@ -14,11 +14,13 @@ import os
 import shlex
 import statistics
 import sys
+from array import array
 from dataclasses import dataclass
 
 import jinja2
 import yaml
 
+AXES = ("step", "tokens", "seconds")
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb")
 MOST_POINTS, MOST_ANSWERS = 2000, 20  # of a curve; to a prompt, the newest
 
@@ -36,16 +38,14 @@ DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity
 
 
 def read_lines(path):
-    """Objects of a JSON Lines file, if it exists. A line that is not whole is left out: the last may be."""
-    lines = []
+    """Yield the objects of a JSON Lines file, if it exists. A line that is not whole is left out: the last may be."""
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 try:
-                    lines.append(DECODER.decode(line))
+                    yield DECODER.decode(line)
                 except ValueError:
                     pass
-    return lines
 
 
 def read_dict(path, read):
@@ -67,15 +67,21 @@ class Run:
         if not os.path.exists(metrics):
             raise FileNotFoundError(f"{directory} is no run: it has no metrics.jsonl; give directories that were the "
                                     "--output_dir of sft.py, as in: python report.py ./outputs")
-        self.directory, self.train, self.val, tokens, seconds = os.fspath(directory), [], [], 0, 0.0
+        self.directory, self.val, tokens, seconds = os.fspath(directory), [], 0, 0.0
+        # Columns, NaN in the gaps: as dicts, the steps of a long run would take a kilobyte each, at every checkpoint.
+        self.train = {name: array("d") for name in ("epoch", *AXES, *CURVES)}
         for line in read_lines(metrics):
             tokens, seconds = tokens + (line.get("tokens") or 0), seconds + (line.get("seconds") or 0)
             line.update(tokens=tokens, seconds=seconds)  # since the start: curves may be drawn over them
-            (self.train if "loss" in line else self.val).append(line)
+            if "loss" not in line:
+                self.val.append(line)
+                continue
+            for name, values in self.train.items():
+                values.append(math.nan if line.get(name) is None else line[name])
         self.config, ledger = read_dict(config, yaml.safe_load), read_dict(ledger, json.load)
         self.ledger = [ledger["model"], *ledger["train"], *ledger["validation"]] if ledger else []
         self.name = str(self.config.get("run_name") or os.path.basename(os.path.abspath(directory)))
-        texts, answers = read_lines(samples), {}
+        texts, answers = list(read_lines(samples)), {}
         for text in (t for t in texts if t["kind"] == "sample"):
             answers.setdefault(text["prompt"], []).append(text)
         self.answers = {prompt: found[: -MOST_ANSWERS - 1 : -1] for prompt, found in answers.items()}
@@ -87,25 +93,27 @@ class Run:
         """Columns for report.js. Of a long run's steps those stay that a look at the curves must not miss: of each
         group of neighbours the lowest and highest loss, the highest gradient norm and the last. Smoothing is over all
         steps: `weight` is how many a point stands for, itself and those left out before it, `mean` their mean loss."""
-        rows, kept = self.train, set()
-        size = 1 if len(rows) <= MOST_POINTS else math.ceil(4 * len(rows) / MOST_POINTS)
-        loss, norm = ([row.get(name) for row in rows] for name in ("loss", "grad_norm"))
-        for start in range(0, len(rows), size):
-            group = range(start, min(start + size, len(rows)))
+        loss, norm, kept = self.train["loss"], self.train["grad_norm"], set()
+        n = len(loss)
+        size = 1 if n <= MOST_POINTS else math.ceil(4 * n / MOST_POINTS)
+        for start in range(0, n, size):
+            group = range(start, min(start + size, n))
             kept.add(group[-1])
             for values, pick in (loss, min), (loss, max), (norm, max):
-                kept.add(pick((i for i in group if values[i] is not None), key=values.__getitem__, default=group[-1]))
+                known = (i for i in group if math.isfinite(values[i]))
+                kept.add(pick(known, key=values.__getitem__, default=group[-1]))
         kept = sorted(kept)
-        spans = [[x for x in loss[a + 1 : b + 1] if x is not None] for a, b in zip([-1, *kept], kept)]
-        train = columns([rows[i] for i in kept], *CURVES)
+        spans = [[x for x in loss[a + 1 : b + 1] if math.isfinite(x)] for a, b in zip([-1, *kept], kept)]
+        train = {name: [shorter(self.train[name][i]) for i in kept] for name in (*AXES, *CURVES)}
         train.update(weight=[len(span) for span in spans], mean=[sum(s) / len(s) if s else None for s in spans])
-        return {"name": self.name, "lines": len(rows), "train": train, "val": columns(self.val, "val_loss")}
+        val = {name: [shorter(line.get(name)) for line in self.val] for name in (*AXES, "val_loss")}
+        return {"name": self.name, "lines": n, "train": train, "val": val}
 
     def facts(self):
         """What one asks first: (label, value, note) each."""
-        first, last = (self.train[i] if self.train else {} for i in (0, -1))
+        first, last = ({name: known(values[i]) for name, values in self.train.items() if values} for i in (0, -1))
         best = min((v for v in self.val if v.get("val_loss") is not None), key=lambda v: v["val_loss"], default={})
-        speeds, memory = ([row[name] for row in self.train if row.get(name) is not None]
+        speeds, memory = ([value for value in self.train[name] if math.isfinite(value)]
                           for name in ("tokens_per_second", "peak_memory_gb"))
         minutes = round(last.get("seconds", 0) / 60)
         duration = (f"{last.get('seconds', 0):.3g} s" if minutes < 2 else
@@ -118,10 +126,15 @@ class Run:
                 ("Time in steps", duration, f"for {show(last.get('tokens'), ',')} tokens")]
 
 
-def columns(rows, *names):
-    """Values by name, in seven digits: more than a screen shows, and a third of the bytes."""
-    return {name: [float(f"{value:.7g}") if isinstance(value := row.get(name), float) else value for row in rows]
-            for name in ("step", "tokens", "seconds", *names)}
+def known(value):
+    """A float, None where it is not finite, an int where it is whole: counts are."""
+    return None if not math.isfinite(value) else int(value) if value == int(value) else value
+
+
+def shorter(value):
+    """A number in seven digits, counts in all: more than a screen shows, and a third of the bytes."""
+    value = None if value is None else known(value)
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def show(value, form):

@@ -248,7 +248,9 @@ def find_non_finite(model, parameters, rows, ids, capacity, max_rows, n_targets,
 
 
 def sources(rows, ids, count=20):
-    return ", ".join(rows.source(i) for i in ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
+    """Where conversations came from, in words."""
+    more = f" and {len(ids) - count} more" if len(ids) > count else ""
+    return ", ".join(rows.source(i) for i in ids[:count]) + more
 
 
 def some_weights(optimizer):
@@ -416,7 +418,7 @@ def plan(cfg):
     """Print what a run would need: nothing is loaded, tokenised or written, and no other process is waited for."""
     import forecast
 
-    config = checkpoint.read_json(os.path.join(checkpoint.model_directory(cfg.model), "config.json"))
+    config = checkpoint.read_json(os.path.join(checkpoint.model_directory(cfg.model, ["config.json"]), "config.json"))
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
     cuda = bool(cfg.ranks) or torch.cuda.is_available()  # a cluster that is not there has GPUs

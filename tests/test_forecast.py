@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -267,6 +268,19 @@ def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     sft.main()
     assert capsys.readouterr().out == ""
+
+
+def test_of_the_hub_it_reads_the_configuration_alone(tmp_path, monkeypatch, capsys):
+    """A directory without weights or tokenizer will do; nothing else is asked for."""
+    import huggingface_hub
+
+    shutil.copy(os.path.join(ROOT, "models", "tiny", "config.json"), tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: (asked.append((name, how)),
+                                                                                   str(tmp_path))[1])
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--model", "some/model", "--plan"])
+    sft.main()
+    assert asked == [("some/model", {"allow_patterns": ["config.json"]})] and "peak" in capsys.readouterr().out
 
 
 def test_the_guide_shows_what_is_printed(tmp_path, monkeypatch, capsys):

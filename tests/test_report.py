@@ -70,7 +70,7 @@ def test_a_long_run_is_thinned_fast_and_nothing_that_matters_is_lost(tmp_path):
     assert train["loss"][spike] == max(train["loss"]) and train["grad_norm"][spike] == 51
     assert sum(train["weight"]) == 50_000
     total = sum(weight * mean for weight, mean in zip(train["weight"], train["mean"]))
-    assert math.isclose(total, sum(line["loss"] for line in report.Run(run).train), rel_tol=1e-9)
+    assert math.isclose(total, sum(report.Run(run).train["loss"]), rel_tol=1e-9)
 
 
 def test_the_command(tmp_path):
@@ -195,10 +195,11 @@ def test_smoothing_is_over_all_steps(browser, tmp_path):
         shown = browser.run("smoothing.value = DECAYS.indexOf(0.9); smoothing.oninput(); return charts.loss.data")
         assert browser.run("return decay.value") == "0.9"
         mean = weight = 0.0
-        for line in report.Run(tmp_path / str(steps)).train:
-            mean, weight = 0.9 * mean + 0.1 * line["loss"], 0.9 * weight + 0.1
-            if line["step"] in shown[0]:
-                assert math.isclose(shown[2][shown[0].index(line["step"])], mean / weight, rel_tol=most_off)
+        train = report.Run(tmp_path / str(steps)).train
+        for step, loss in zip(train["step"], train["loss"]):
+            mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
+            if step in shown[0]:
+                assert math.isclose(shown[2][shown[0].index(step)], mean / weight, rel_tol=most_off)
 
 
 def test_runs_overlaid(browser, tmp_path):
