@@ -210,3 +210,10 @@ def test_two_ranks_twice_are_the_same_to_the_bit(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without it, operations on CUDA add in any order")
 def test_deterministic_on_cuda(train, tmp_path):
     test_the_same_run_twice_is_the_same_to_the_bit(train, tmp_path, pytest.MonkeyPatch(), ("--deterministic",))
+
+
+@pytest.mark.parametrize("steps", [400, pytest.param(20000, marks=pytest.mark.full)])
+def test_a_long_run_leaves_nothing_behind(steps):
+    """Memory, open files, lines and speed are what they were; five minutes for the long one."""
+    subprocess.run([sys.executable, f"{ROOT}/tests/long_run.py", "--steps", str(steps)], check=True,
+                   capture_output=True, timeout=1200)
