@@ -29,7 +29,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
 ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's
 UMASK = os.umask(0)  # there is no way to read it but to set it
 os.umask(UMASK)
-CHUNK = 2**24  # elements converted at a time between the disk's dtype and memory's: 64 MB of fp32
+CHUNK = 2**20  # elements converted at a time between the disk's dtype and memory's; a thread's 2 MB stay in the cache
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 MANIFEST, STATE = os.path.join("training_state", "manifest.json"), os.path.join("training_state", "state.json")
