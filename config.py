@@ -6,6 +6,7 @@ An unknown name is an error that names the nearest one. verl.py, imported when a
 environment counts from where the word --environment stands, which train.sh puts before the flags.
 """
 
+import collections
 import dataclasses
 import difflib
 import errno
@@ -20,6 +21,7 @@ import typing
 
 import yaml
 
+LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
 # What a setting is called in other trainers: not accepted, but the error names ours.
 ELSEWHERE = {theirs: ours for ours, names in {
     "model": "model_path model_name_or_path", "train_data": "dataset dataset_name", "val_data": "eval_dataset",
@@ -73,7 +75,7 @@ def parse(cls, argv, positional=()):
         elif positional and not word.startswith("-") and not equals:
             settings.append((positional.pop(0), word, f"word {word}"))
         elif not word.startswith("--") and not equals:
-            raise ValueError(f"{word!r} is neither a flag (--name value) nor an override (name=value)")
+            raise ValueError(f"{word!r:.200} is neither a flag (--name value) nor an override (name=value)")
         elif name in ("config", "config-path", "config-name"):
             files[name] = value if equals else take_value(words, name)
         elif name.startswith("no-") and not equals:
@@ -152,7 +154,7 @@ def field_name(name, fields):
     if verl.FIELDS <= fields.keys() and ("." in name or not near):
         near = difflib.get_close_matches(key, [*verl.TAKEN, *verl.WARNED, *verl.REFUSED], n=1, cutoff=0.6) or near
     near = [ELSEWHERE.get(n, n) for n in near if ELSEWHERE.get(n, n) in fields or n not in ELSEWHERE]
-    raise ValueError(f"unknown setting {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
+    raise ValueError(f"unknown setting {name!r:.200}" + (f"; the nearest is {near[0]!r}" if near else "")
                      + "; --help lists them all")
 
 
@@ -178,7 +180,7 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "n
 def convert(field, value, origin):
     """Turn the text of a value into the field's type."""
     kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-    rule = f"{origin}: {field.name} can't be {value!r}; it must be "
+    rule = f"{origin}: {field.name} can't be {value!r:.200}; it must be "
     if value.lower() in ("none", "null", "~", "", "{}"):
         if types.NoneType in kinds:
             return None
@@ -202,13 +204,20 @@ def convert(field, value, origin):
 def read_yaml(path, fields):
     """Settings of a YAML file as (field, text, file:line). Nested keys read as a.b; lists join with commas.
 
-    Only scalars' text is taken and then converted as a flag's would be: no tag is ever constructed.
+    Only scalars' text is taken and then converted as a flag's would be: no tag is ever constructed, and an alias, by
+    which a short file can mean billions of values, is refused.
     """
-    with open(path, encoding="utf-8") as f:
-        try:
-            root = yaml.compose(f, Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    with open(path, "rb") as f:
+        content = f.read(LARGEST_YAML + 1)
+    if len(content) > LARGEST_YAML:
+        raise ValueError(f"{path} has more than {LARGEST_YAML:,} bytes, so it is no file of settings")
+    try:
+        root = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()):.300}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: lists or settings are nested hundreds deep; a setting is name: value, or a.b.c at "
+                         "most") from error
     settings, seen = [], set()
 
     def walk(node, name):
@@ -219,9 +228,9 @@ def read_yaml(path, fields):
         if isinstance(node, yaml.MappingNode):
             if name and not node.value:
                 settings.append((name, "{}", where))
-            keys = [key.value for key, _ in node.value]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise ValueError(f"{where}: {twice[0]} is there twice")
+            keys = collections.Counter(str(key.value) for key, _ in node.value)
+            if keys and (most := keys.most_common(1)[0])[1] > 1:
+                raise ValueError(f"{where}: {most[0]:.200} is there twice")
             for key, value in node.value:
                 walk(value, f"{name}.{key.value}".lstrip("."))
         elif isinstance(node, yaml.SequenceNode):
