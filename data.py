@@ -32,7 +32,9 @@ import numpy as np
 import torch
 
 PIECE = 2**20  # characters of a JSON array that are read at a time
+LONGEST = 2**26  # characters of one row: a file without line breaks, or a bomb in gzip, would fill the memory
 SPACE, DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
+TOO_LONG = f"a row has at most {LONGEST:,} characters, this one goes on"
 IGNORE = -100  # a target that is not trained: model.py's, and PyTorch's own
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": [{"role", '
           '"content"}, ...]} or {"conversations": [{"from", "value"}, ...]}')
@@ -127,7 +129,9 @@ def read_file(path):
             if start == "[":
                 yield from json_array(f, path)
                 return
-            for number, line in enumerate(f, 1):
+            for number, line in enumerate(iter(lambda: f.readline(LONGEST + 1), ""), 1):
+                if len(line) > LONGEST:
+                    raise not_json(path, number, 1, TOO_LONG)
                 if line.strip():
                     yield parse_json(line, path, number)
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -168,11 +172,16 @@ def json_array(f, path):
                 value, end = DECODER.raw_decode(text, at)
             except json.JSONDecodeError as error:
                 # well before the end of the text it is wrong whatever follows, but for a string that goes on
-                if (error.pos > len(text) - 20 or error.msg.startswith("Unterminated")) and grow():
+                goes_on = error.pos > len(text) - 20 or error.msg.startswith("Unterminated")
+                if goes_on and len(text) - at > LONGEST:
+                    raise fail(at, TOO_LONG) from error
+                if goes_on and grow():
                     continue
                 raise fail(error.pos, error.msg) from error
             except (ValueError, RecursionError) as error:
                 raise fail(at, error) from error
+            if end - at > LONGEST:
+                raise fail(at, TOO_LONG)
             if end + 20 < len(text) or not grow():  # a number may go on in the next piece
                 at = end
                 return value
