@@ -17,6 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that is not trained
 
+# The largest sizes a config.json may have, beyond any model there is: a layer each takes time to make even where none
+# takes memory, and numbers of elements must fit 64 bits.
+LARGEST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
+           "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**13}
+
 # What config.json leaves unsaid about a family: where its linear layers have biases, whether queries and keys are
 # normalised, and the defaults of Hugging Face's configuration classes for keys that a file may leave out.
 FAMILIES = {
@@ -56,17 +61,26 @@ class ModelConfig:
         Raises ValueError for a model_type, an activation, a rope scaling or another setting that is not built here:
         a model that loads and computes something slightly else would be worse.
         """
+        if not isinstance(config, dict):
+            raise ValueError(f"config.json must be a JSON object, it is {config!r:.60}")
         kind = config.get("model_type")
-        if kind not in FAMILIES:
-            raise ValueError(f"config.json: model_type {kind!r} is not supported; these are: {', '.join(FAMILIES)}")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise ValueError(f"config.json: model_type {kind!r:.60} is not supported; these are: {', '.join(FAMILIES)}")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in sizes:
-            if type(config.get(key)) is not int or config[key] < 1:
-                raise ValueError(f"config.json: {key} is {config.get(key)!r}; it must be a positive whole number")
+        for key in LARGEST:
+            value = config.get(key)
+            if (key in sizes or value) and (type(value) is not int or not 1 <= value <= LARGEST[key]):
+                raise ValueError(f"config.json: {key} is {value!r:.60}; it must be a whole number from 1 to "
+                                 f"{LARGEST[key]:,}")
         only = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
         for key, value in only.items():
             if config.get(key, value) not in (value, None):
-                raise ValueError(f"config.json: {key} is {config[key]!r}; only {value!r} is supported")
+                raise ValueError(f"config.json: {key} is {config[key]!r:.60}; only {value!r} is supported")
+        for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1)):
+            check_number(config, key, low)
+        for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+            if config.get(key) not in (None, True, False):
+                raise ValueError(f"config.json: {key} is {config[key]!r:.60}; it must be true or false")
 
         family = FAMILIES[kind]
         heads = config["num_attention_heads"]
@@ -85,17 +99,29 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)) and kind == "llama", **rope_settings(config))
 
 
+def check_number(config, key, low):
+    """Raise ValueError unless a key of config.json, if it is there, is a finite number of at least `low`."""
+    value = config.get(key)
+    if value is not None and (type(value) not in (int, float) or not low <= value < 1e30):
+        raise ValueError(f"config.json: {key} is {value!r:.60}; it must be a number of at least {low}")
+
+
 def rope_settings(config):
     """rope_theta and rope_scaling of a config.json, in today's spelling (rope_parameters) or the earlier one."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope scaling must be an object, it is {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     needs = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                               "original_max_position_embeddings")}
-    if kind not in needs or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"config.json: rope scaling {rope} is not supported; rope_type may be {', '.join(needs)}")
+    if not isinstance(kind, str) or kind not in needs or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"config.json: rope scaling {rope!r:.200} is not supported; rope_type may be "
+                         f"{', '.join(needs)}")
     missing = [key for key in needs[kind] if key not in rope]
     if missing:
-        raise ValueError(f"config.json: rope scaling {rope} lacks {', '.join(missing)}")
+        raise ValueError(f"config.json: rope scaling {rope!r:.200} lacks {', '.join(missing)}")
+    for key in ("rope_theta", *needs[kind]):
+        check_number(rope, key, 0)
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     return dict(rope_theta=float(theta), rope_scaling={} if kind == "default" else {**rope, "rope_type": kind})
 
@@ -110,10 +136,13 @@ def sliding_windows(config):
         return (window,) * layers
     if not config.get("use_sliding_window", False):
         return (None,) * layers
+    check_number(config, "max_window_layers", 0)
     first = config.get("max_window_layers", 28)
     kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"config.json: layer_types {kinds} must be full_attention or sliding_attention, one a layer")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(
+            kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise ValueError(f"config.json: layer_types {kinds!r:.200} must be full_attention or sliding_attention, one a "
+                         "layer")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
