@@ -75,6 +75,7 @@ def load(name, base=None):
     tokenizer = template.ChatTokenizer(adapter if has_tokenizer else directory)
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
+    checkpoint.fitting_entries(model, directory)  # before memory is taken
     if adapter != directory:
         lora.inject(model, settings, lora.ranks_of(checkpoint.weight_entries(adapter)))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")

@@ -32,6 +32,7 @@ os.umask(UMASK)
 CHUNK = 2**20  # elements converted at a time between the disk's dtype and memory's; a thread's 2 MB stay in the cache
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
+LARGEST_FILE = 2**28  # bytes of any other file than weights: tokenizer.json of 35 MB is the largest there is
 MANIFEST, STATE = os.path.join("training_state", "manifest.json"), os.path.join("training_state", "state.json")
 READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all that is read from a checkpoint
 
@@ -62,13 +63,32 @@ def model_directory(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", 
                                 "local directory, or --model tiny") from error
 
 
+def read_file(path):
+    """The bytes of a file of a model directory, which may be a stranger's: what is read here is shown in errors and
+    copied into checkpoints, so a link must not lead to a file that is not the model's own.
+
+    The hub's cache is made of links, and they stay good: models--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+    """
+    real, home = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+    in_cache = re.search(r"/(models|datasets)--[^/]+/blobs/[^/]+$", real)
+    if os.path.islink(path) and not in_cache and os.path.commonpath([real, home]) != home:
+        raise ValueError(f"{path} is a link to {real}, outside its directory; put a copy of that file there instead")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, for ever
+        raise ValueError(f"{path} is not a file")
+    with open(path, "rb") as f:
+        content = f.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{path} has more than {LARGEST_FILE:,} bytes, and no such file of a model has")
+    return content
+
+
 def read_json(path):
     """Parse a JSON file; ValueError with its name, line and column if it is not JSON."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except (ValueError, RecursionError) as error:  # nested without end, a number of thousands of digits
-            raise ValueError(f"{path} is not JSON: {error}") from error
+    content = read_file(path)
+    try:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # nested without end, a number of thousands of digits
+        raise ValueError(f"{path} is not JSON: {error!s:.300}") from error
 
 
 @dataclass
@@ -139,7 +159,7 @@ def weight_entries(directory):
     files = sorted(set(weight_map.values()))
     if not files or not all(re.fullmatch(r"[\w.+ -]+\.safetensors", f) for f in files):  # no separator, no NUL
         raise ValueError(f"{index}: weight_map must name files of the same directory, such as "
-                         f"model-00001-of-00002.safetensors, it names {ascii(files[:3])}")
+                         f"model-00001-of-00002.safetensors, it names {ascii(files[:3]):.200}")
     entries = {}
     for file in files:
         entries.update(read_header(os.path.join(directory, file)))
@@ -210,13 +230,11 @@ def fingerprint(directory):
     return state.hexdigest()
 
 
-def load_weights(model, directory, optimizer=None):
-    """Fill the parameters of `model` (materialised, any float dtype), or what the optimizer holds instead of them
-    (master_weights), from a model directory, or those that an adapter has from an adapter's; return its layout.
+def fitting_entries(model, directory):
+    """(name -> Entry of a directory's weights, name -> parameter that they fill, name -> module that packs it).
 
-    The layout is what saving needs to write the same files again: file name -> {tensor name: dtype code}.
-
-    Raises ValueError naming the missing, unexpected or wrongly shaped tensors.
+    `model` may be on the meta device: a config.json that asks for more memory than its weights is told before any is
+    taken. Raises ValueError naming the missing, unexpected or wrongly shaped tensors.
     """
     entries = weight_entries(directory)
     if strange := [f"{n} ({e.dtype}, {e.file})" for n, e in entries.items() if e.dtype not in ("F32", "BF16", "F16")]:
@@ -238,6 +256,17 @@ def load_weights(model, directory, optimizer=None):
     wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
     if wrong:
         raise ValueError(f"{fits}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
+    return entries, owned, packed
+
+
+def load_weights(model, directory, optimizer=None):
+    """Fill the parameters of `model` (materialised, any float dtype), or what the optimizer holds instead of them
+    (master_weights), from a model directory, or those that an adapter has from an adapter's; return its layout.
+
+    The layout is what saving needs to write the same files again: file name -> {tensor name: dtype code}.
+    Raises ValueError as fitting_entries does.
+    """
+    entries, owned, packed = fitting_entries(model, directory)
     masters = master_weights(model, optimizer)
     for name in packed.keys() & owned.keys():
         read_packed(name, entries[name], masters[name], packed[name])
@@ -324,8 +353,7 @@ def read_bytes(directory, names):
     found = {}
     for name in names:
         if os.path.exists(path := os.path.join(directory, name)):
-            with open(path, "rb") as f:
-                found[name] = f.read()
+            found[name] = read_file(path)
     return found
 
 
@@ -337,8 +365,10 @@ def generation_config(directory, config, stop_id):
     path = os.path.join(directory, "generation_config.json")
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = read_json(path) if os.path.exists(path) else {k: config[k] for k in keys if config.get(k) is not None}
-    eos = found.get("eos_token_id")
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos = found.get("eos_token_id") if isinstance(found, dict) else "nothing: the file is no object"
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if any(type(i) is not int for i in eos):
+        raise ValueError(f"{path}: eos_token_id must be a token's id or a list of them, it is {eos!r:.60}")
     if stop_id not in eos:
         eos.append(stop_id)
     return {**found, "eos_token_id": eos if len(eos) > 1 else eos[0]}

@@ -501,6 +501,7 @@ def train(cfg, ranks):
     ranks.at("load")
     with torch.device("meta"):
         model = CausalLM(model_config)
+    checkpoint.fitting_entries(model, source)  # before memory is taken
     n_parameters = sum(p.numel() for p in model.parameters())
     if dtype == "bf16" and (cfg.optimizer_offload or cfg.use_lora):
         model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or it is frozen

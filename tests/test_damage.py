@@ -258,7 +258,8 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path, content):
 
 def test_weights_behind_links_are_read_and_a_pipe_is_not(tmp_path):
     """The hub's cache is links into a directory of blobs. A pipe would be waited for, for ever."""
-    source, snapshot = published(tmp_path / "blobs", UNTIED), tmp_path / "snapshots" / "main"
+    home = tmp_path / "models--one--model"
+    source, snapshot = published(home / "blobs", UNTIED), home / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     for name in os.listdir(source):
         (snapshot / name).symlink_to(os.path.join("..", "..", "blobs", name))
