@@ -120,12 +120,15 @@ def read_file(path):
         except (pyarrow.ArrowException, ValueError, OSError) as error:  # of damaged bytes, any of them
             raise ValueError(f"{path} can't be read as parquet: {error!s:.300}") from error
         return
-    with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rt", encoding="utf-8-sig") as f:
+    with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rt", encoding="utf-8") as f:
         try:
-            start = f.read(1)
+            first = f.read(1)
+            mark = int(first == "\ufeff")  # Python's utf-8-sig, which drops it, drops a torn one as well
+            start = f.read(1) if mark else first
             while start.isspace():
                 start = f.read(1)
             f.seek(0)
+            f.read(mark)
             if start == "[":
                 yield from json_array(f, path)
                 return

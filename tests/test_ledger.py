@@ -3,6 +3,7 @@
 What has to be counted is counted here from token ids, with the tokenizers library, and nothing of data.py.
 """
 
+import gzip
 import json
 import os
 import re
@@ -237,6 +238,8 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
                                   b'{"role": "assistant", "content": "a"}]}',)),
     "a page of another from": ("json", (b'{"conversations": [{"from": "' + b"x" * 5000 + b'"}]}',)),
     "a page of a weight": ("json", (b'{"messages": [{"role": "user", "weight": "' + b"1" * 5000 + b'"}]}',)),
+    "half a byte order mark": ("json", (b"\xef",)),
+    "half a byte order mark in gzip": ("json", (gzip.compress(b"\xef\xbb"),)),
     "a number beside a call": ("template", (-1, chat("q", "a"), {"content": 5, "tool_calls": [{}]}, None, ())),
     # whose header is that of no answer
     "an answer of no words behind another answer": ("template", (
