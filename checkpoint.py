@@ -456,7 +456,10 @@ def verify(directory):
         raise ValueError(f"{error}{rest}") from error
     step, files = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
     with open(path, "rb") as f:
-        if not isinstance(files, dict) or f.read() != manifest(step, files):
+        whole = isinstance(files, dict) and all(
+            os.path.normpath(name) == name and not name.startswith(("/", "..")) and isinstance(entry, list)
+            and [type(number) for number in entry] == [int, int] for name, entry in files.items())
+        if not whole or f.read() != manifest(step, files):
             raise ValueError(f"{path} is not as it was saved{rest}")
     numbered_as = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
     if numbered_as and int(numbered_as[1]) != step:
