@@ -441,6 +441,14 @@ def manifest(step, files):
     return encoded({**content, "crc32": zlib.crc32(encoded(content))})
 
 
+def is_list_of_files(files):
+    """Whether what a manifest lists are names inside its directory, each with two numbers."""
+    return isinstance(files, dict) and all(
+        name.isprintable() and os.path.normpath(name) == name and not name.startswith(("/", ".."))
+        and isinstance(entry, list) and [type(number) for number in entry] == [int, int]
+        for name, entry in files.items())
+
+
 def verify(directory):
     """Raise ValueError, on every rank, unless the files of a step directory are, to the bit, what `save` wrote there.
 
@@ -456,10 +464,7 @@ def verify(directory):
         raise ValueError(f"{error}{rest}") from error
     step, files = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
     with open(path, "rb") as f:
-        whole = isinstance(files, dict) and all(
-            os.path.normpath(name) == name and not name.startswith(("/", "..")) and isinstance(entry, list)
-            and [type(number) for number in entry] == [int, int] for name, entry in files.items())
-        if not whole or f.read() != manifest(step, files):
+        if type(step) is not int or not is_list_of_files(files) or f.read() != manifest(step, files):
             raise ValueError(f"{path} is not as it was saved{rest}")
     numbered_as = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
     if numbered_as and int(numbered_as[1]) != step:

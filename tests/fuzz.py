@@ -605,32 +605,56 @@ def case_weights(directory):
 
 
 def case_resume(directory):
-    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a refusal."""
+    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a refusal. Its
+    manifest is damaged, alone or with a checksum of its own that fits, or fits whatever the state is."""
     import checkpoint
 
     state = {"step": 7, "data": "abc", "seed": 42, "best": {"val_loss": 1.5, "step": 3, "behind": 0}}
-    states = st.one_of(broken(json.dumps(state).encode(), 2), damaged(state).map(json.dumps).map(str.encode))
-    steps = st.lists(st.sampled_from(["step_1", "step_7", "step_07", "step_-1", "step_x", "tmp_step_9"]), max_size=3)
-    links = st.sampled_from([None, "step_7", "step_9", "latest", ".", "step_7/training_state", "/"])
+    saved = json.dumps(state).encode()
+    states = st.one_of(st.just(saved), broken(saved, 2), damaged(state).map(json.dumps).map(str.encode))
+    sums = {"step": 7, "files": {checkpoint.STATE: [len(saved), zlib.crc32(saved)]}}
+    manifest = checkpoint.manifest(**sums)
 
-    def check(content, names_, link, asked):
+    def signed(value):
+        """A damaged manifest with the checksum that makes it look as it was saved."""
+        text = json.dumps(value, indent=2)
+        if not isinstance(value, dict):
+            return text.encode()
+        return json.dumps({**value, "crc32": zlib.crc32((text + "\n").encode())}, indent=2).encode() + b"\n"
+
+    fits = st.just(None)
+    manifests = st.one_of(fits, fits, st.just(manifest), broken(manifest, 2), damaged(sums).map(signed))
+    any_steps = st.lists(st.sampled_from(["step_1", "step_7", "step_07", "step_-1", "step_x", "tmp_step_9"]),
+                         max_size=3)
+    steps = st.one_of(st.just(["step_7"]), st.just(["step_7"]), any_steps)
+    links = st.sampled_from([None, None, "step_7", "step_7", "step_7", "step_9", "latest", ".",
+                             "step_7/training_state", "/"])
+
+    def check(content, manifest_, names_, link, asked):
         root = os.path.join(directory, "root")
         shutil.rmtree(root, ignore_errors=True)
         for name in names_:
             os.makedirs(os.path.join(root, name, "training_state"), exist_ok=True)
-            Path(root, name, "training_state", "state.json").write_bytes(content)
+            Path(root, name, checkpoint.STATE).write_bytes(content)
+            number = int("".join(filter(str.isdigit, name)) or 7)
+            Path(root, name, checkpoint.MANIFEST).write_bytes(checkpoint.manifest(number, {
+                checkpoint.STATE: [len(content), zlib.crc32(content)]}) if manifest_ is None else manifest_)
         if link:
             os.makedirs(root, exist_ok=True)
             os.symlink(link, os.path.join(root, "latest"))
         asked = asked if asked == "auto" else os.path.join(root, asked)
         found, refusal = attempt(checkpoint.resume_directory, asked, root, naming="--resume_from")
         if found and not refusal:
+            _, refusal = attempt(checkpoint.verify, found, naming=found)
+            assert refusal or manifest_ is None or content == saved, "damage that nobody saw"
+            if refusal:
+                return note(refusal)
             state, refusal = attempt(checkpoint.load_state, found, naming="state.json")
             assert refusal or isinstance(state, dict) and isinstance(state.get("step"), int), state
         note(refusal or f"resumes {bool(found)}")
 
-    asked = st.sampled_from(["auto"] * 4 + ["step_7", "latest", "", "\0", "step_x"])
-    return check, st.tuples(states, steps, links, asked)
+    asked = st.sampled_from(["auto"] * 9 + ["step_7", "latest", "", "\0", "step_x"])
+    return check, st.tuples(states, manifests, steps, links, asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
