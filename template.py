@@ -241,7 +241,9 @@ class ChatTokenizer:
         parse(self.text, path)
         try:
             self.tokenizer = Tokenizer.from_str(self.text)
-        except Exception as error:  # the package raises no narrower one
+        except BaseException as error:  # the package raises no narrower one, and a panic of its Rust is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(f"{path} is not a tokenizer: {error!s:.300}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()

@@ -152,6 +152,13 @@ def linked_weights(directory):
     (directory / "model.safetensors").symlink_to("../weights")
 
 
+def prefixed(directory):
+    """The package's Rust panics of it, which Python sees as a BaseException."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["continuing_subword_prefix"] = "x" * 100
+    put("tokenizer.json", json.dumps(tokenizer))(directory)
+
+
 def pickled(directory):
     (directory / "pytorch_model.bin").write_bytes(b"cos\nmkdir\n(S'mark'\ntR.")
     (directory / "tokenizer.py").write_text("import os; os.mkdir('mark')")
@@ -243,6 +250,7 @@ CASES = {
     "tokenizer.json of half a character": (model, put("tokenizer.json", "\ud800"), "is not UTF-8 text"),
     "tokenizer.json nested 100,000 deep": (model, put("tokenizer.json", "[" * 100_000), "is not JSON"),
     "tokenizer.json of another kind": (model, put("tokenizer.json", "{}"), "is not a tokenizer"),
+    "tokenizer.json: a subword prefix longer than a word": (model, prefixed, "is not a tokenizer"),
     "tokenizer_config.json: template is a number": (model, put("tokenizer_config.json", '{"chat_template": 7}'),
                                                     "its chat template must be a text"),
     # a chat template
