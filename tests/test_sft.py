@@ -464,8 +464,10 @@ def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypat
 # ---- the README's first screen ----------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_train_sh_then_chat(tmp_path):
-    """./train.sh --model tiny from another folder, then chat.py recites an answer of the set and stops by itself."""
+    """./train.sh --model tiny from another folder, then chat.py recites an answer of the set and stops by itself.
+    .ci/run looks at one answer each time."""
     env = {**os.environ, "PYTHON": sys.executable, "KEEP_CHECKPOINTS": "1"}
     result = subprocess.run([os.path.join(ROOT, "train.sh"), "--model", "tiny"], cwd=tmp_path, env=env,
                             capture_output=True, text=True)
