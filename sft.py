@@ -467,7 +467,7 @@ def train(cfg, ranks):
     if resume:
         checkpoint.verify(resume)
     state = checkpoint.load_state(resume) if resume else {"step": 0}
-    if not resume and os.path.exists(metrics_file) and not cfg.selfcheck:
+    if not cfg.resume_from and os.path.exists(metrics_file) and not cfg.selfcheck:
         raise ValueError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
                          "starts another elsewhere")
     adapter = (resume or cfg.resume_adapter) if cfg.use_lora else None

@@ -242,6 +242,14 @@ def test_auto_without_a_checkpoint_starts_and_says_so(train, capsys):
     assert "nothing in out/checkpoints: a new run" in capsys.readouterr().out
 
 
+def test_auto_goes_on_after_a_kill_before_the_first_checkpoint(train, tmp_path):
+    """Lines of steps that no checkpoint holds do not stop it, and do not stay."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "lo')
+    lines = train(*FAST, "--max_steps", 1, "--resume_from", "auto")
+    assert [line["step"] for line in lines] == [1] and lines[0]["loss"] > 0
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda d: os.truncate(d / "model.safetensors", 1_000_000), "model.safetensors has 1,000,000 bytes"),
     (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000), "tensors.safetensors has 500,000 bytes"),
