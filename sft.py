@@ -543,6 +543,8 @@ def train(cfg, ranks):
         checkpoint.load_training_tensors(resume, model, optimizer, state["step"])
         if os.path.dirname(resume) == os.path.realpath(root) and ranks.rank == 0:
             checkpoint.set_link(root, state["step"])  # later steps there belong to the run that we leave
+            if cfg.keep_best and os.path.isdir(os.path.join(root, f"step_{state['best']['step']}")):
+                checkpoint.set_link(root, state["best"]["step"], "best")  # a kill between the two links left it behind
     if cfg.optimizer_offload:
         optimizer.publish()
     files = checkpoint.read_bytes(tokenizer_source, checkpoint.TOKENIZER_FILES)

@@ -250,6 +250,18 @@ def test_auto_goes_on_after_a_kill_before_the_first_checkpoint(train, tmp_path):
     assert [line["step"] for line in lines] == [1] and lines[0]["loss"] > 0
 
 
+def test_best_is_mended_after_a_kill_between_the_links(train, tmp_path):
+    """latest has moved, best has not: the run that goes on moves it."""
+    flags = (*FAST, "--max_steps", 4, "--save_steps", 2, "--eval_steps", 2, "--val_data", EXAMPLES, "--keep_best")
+    train(*flags)
+    best = tmp_path / "out" / "checkpoints" / "best"
+    assert os.readlink(best) == "step_4"
+    best.unlink()
+    best.symlink_to("step_2")
+    train(*flags, "--resume_from", "auto")
+    assert os.readlink(best) == "step_4"
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda d: os.truncate(d / "model.safetensors", 1_000_000), "model.safetensors has 1,000,000 bytes"),
     (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000), "tensors.safetensors has 500,000 bytes"),
