@@ -3,9 +3,10 @@
     python tests/soak.py --kills 100    # prints what was killed in which phase; exit code 1, and why, at a difference
 
 Runs of the tiny model, on one rank and on two, are killed (SIGKILL: all ranks, or one alone) and started again with
---resume_from auto. A kill waits for a phase of sft.py to begin (Ranks.at tells), then for a random part of the time that
-the phase takes; or it waits for one of the moves that make a checkpoint (os.replace, os.symlink), before which the rank
-stops to be killed. There is no torchrun, which would end the ranks that are left: they have to do it by themselves.
+--resume_from auto. A kill waits for a phase of sft.py to begin (Ranks.at tells), then for a random part of the time
+that the phase takes; or it waits for one of the moves that make a checkpoint (os.replace, os.symlink), before which the
+rank stops to be killed. There is no torchrun, which would end the ranks that are left: they have to do it by
+themselves.
 
 A start is a fork of this process, which has imported everything: an import takes ten times what is tested.
 """
@@ -37,7 +38,7 @@ import config  # noqa: E402
 import fsdp  # noqa: E402
 import sft  # noqa: E402
 
-STEPS, TIMEOUT = 8, 10
+STEPS, TIMEOUT = 6, 10
 EXAMPLES, VALIDATION = (os.path.join(ROOT, "data", name) for name in ("example_sft.json", "example.jsonl"))
 RUN = ("--model", "tiny", "--train_data", EXAMPLES, "--val_data", VALIDATION, "--max_length", 64, "--batch_size", 2,
        "--lr", 1e-3, "--max_steps", STEPS, "--save_steps", 2, "--eval_steps", 3, "--keep_checkpoints", 2, "--keep_best",
@@ -136,6 +137,15 @@ class Start:
         os.close(self.pipe)
         return [process.exitcode for process in self.processes]
 
+    def finish(self, seconds):
+        """Wait for the end of a run that nobody disturbs."""
+        codes = self.wait(seconds)
+        assert not any(codes), f"exit codes {codes}; see {self.screen}"
+
+    def times(self, word, ranks):
+        """How often one of the ranks has told the word."""
+        return sum(told == word and rank in ranks for _, rank, told in self.told)
+
     def kill(self, ranks):
         for rank in ranks:
             if self.processes[rank].is_alive():
@@ -160,8 +170,7 @@ def begin(directory, size, window=None):
 def undisturbed(directory, size):
     """A run without a kill: (seconds that each phase takes at the longest, what comes out)."""
     start = begin(directory, size)
-    codes = start.wait(120)
-    assert codes == [0] * size, f"exit codes {codes}; see {start.screen}"
+    start.finish(120)
     told = [(t, word) for t, rank, word in start.told if rank == 0] + [(time.monotonic(), "")]
     lasts = {}
     for (t, word), (then, _) in zip(told, told[1:]):
@@ -187,88 +196,97 @@ def outcome(directory):
 
 
 def disturb(directory, size, target, victims, lasts, draw):
-    """Start the run and kill `victims` in `target`, a phase or a window. Returns the phase that the kill met and the
-    seconds until all had ended; or None where the run came to its end before."""
-    start, is_window = begin(directory, size, target), target in MOVES
+    """Start the run and kill `victims` in `target`, a phase or a window. Returns the phase or window that the kill met
+    and the seconds until all had ended; or None where the run came to its end before."""
+    start, word = begin(directory, size, target), "window" if target in MOVES else target
     nth = draw.randint(1, 2) if target in ("step", "save") else 1
     until = time.monotonic() + 60
-    is_there = 0
-    while is_there < nth:
+    while start.times(word, victims[:1]) < nth:
         assert time.monotonic() < until, f"{target} did not come within 60 s; see {start.screen}"
         if not start.read(1):
-            codes = start.wait(0)
-            assert codes == [0] * size, f"exit codes {codes}; see {start.screen}"
+            start.finish(0)
             return None
-        is_there = sum(word == ("window" if is_window else target) and (is_window or rank == victims[0])
-                       for _, rank, word in start.told)
-    if not is_window:
+    if word == target:
         time.sleep(draw.random() * lasts[target])
     start.kill(victims)
     killed = time.monotonic()
     codes = start.wait(3 * TIMEOUT)
-    was_whole = os.path.isdir(os.path.join(directory, "checkpoints", f"step_{STEPS}"))
-    for rank in set(range(size)) - set(victims):  # in its last words it may miss nobody
-        assert codes[rank] or was_whole, f"rank {rank} ended with 0 without rank {victims}; see {start.screen}"
-    if all(codes[rank] == 0 for rank in victims):
+    if codes[victims[0]] == 0:
         return None  # it was faster
-    phase = [word for _, rank, word in start.told if rank == victims[0] and word != "window"][-1]
-    return target if is_window else phase, time.monotonic() - killed
+    assert codes[victims[0]] == -signal.SIGKILL, f"exit codes {codes}; see {start.screen}"
+    was_saved = os.path.isdir(os.path.join(directory, "checkpoints", f"step_{STEPS}"))
+    for rank in set(range(size)) - set(victims):  # with its work done it may miss nobody
+        assert codes[rank] or was_saved, f"rank {rank} ended with 0, rank {victims} being gone; see {start.screen}"
+    phases = [told for _, rank, told in start.told if rank == victims[0] and told != "window"]
+    return target if target in MOVES else phases[-1], time.monotonic() - killed
 
 
 def check_whole(directory):
-    """Law 5: whatever has the name of a step is whole, and so is what latest names."""
+    """Law 5: whatever has the name of a step is whole, and so is what the links name."""
     root = os.path.join(directory, "checkpoints")
-    steps = checkpoint.steps_in(root)
-    for step in steps:
+    for step in checkpoint.steps_in(root):
         checkpoint.verify(os.path.join(root, f"step_{step}"))
-    link = os.path.join(root, "latest")
-    assert not os.path.lexists(link) or os.path.isdir(link), f"{link} names what is not there"
+    for link in (os.path.join(root, name) for name in ("latest", "best")):
+        assert not os.path.lexists(link) or os.path.isdir(link), f"{link} names what is not there"
 
 
-def soak(kills, seed, directory):
-    """Kill `kills` times. Returns (Counter of phases and windows by ranks and victims, the longest that ranks took to
-    end after another was killed, runs compared, starts)."""
-    draw = random.Random(seed)
+def plan(kills, draw):
+    """Ranks -> phases and windows to kill in, in order. Each phase is there once before any comes again."""
     phases = draw.sample(PHASES, len(PHASES))
-    waiting = {1: phases[:3], 2: phases[3:]}  # few kills meet each phase once
-    for queue, n in zip(waiting.values(), ((kills + 1) // 2, kills // 2)):
-        while len(queue) < n:
-            queue += [*MOVES, *draw.sample(PHASES, len(PHASES))]
-        del queue[n:]
-    met, slowest, runs, starts = Counter(), 0.0, 0, 0
-    for size, queue in waiting.items():
-        lasts, right = undisturbed(os.path.join(directory, f"right{size}"), size)
-        for run in range(kills + 2):  # every run should meet a kill, most meet many
-            if not queue:
-                break
-            out, n_starts, is_over = os.path.join(directory, f"ranks{size}_run{run}"), 0, False
-            while not is_over:
-                kill = n_starts < 8 and queue
-                starts, n_starts = starts + 1, n_starts + 1
-                if not kill:
-                    codes = (last := begin(out, size)).wait(120)
-                    assert codes == [0] * size, f"exit codes {codes}; see {last.screen}"
-                    break
-                target = queue[0]
-                victims = [0] if size == 1 else draw.choice(([0, 1], [0], [1]))
-                if target in MOVES and size == 2:  # rank 0 makes them
-                    victims = draw.choice(([0, 1], [0]))
-                hit = disturb(out, size, target, victims, lasts, draw)
-                check_whole(out)
-                is_over = hit is None
-                if is_over and target in NEEDS:
-                    queue.insert(0, NEEDS[target])
-                elif hit:
-                    queue.pop(0)
-                    what, seconds = hit
-                    met[what, size, "all" if len(victims) == size else "one"] += 1
-                    slowest = max(slowest, seconds) if len(victims) < size else slowest
-                    if what != target and target not in {w for w, *_ in met}:
-                        queue.append(target)  # its moment was missed, and nothing has met it yet
-            runs += 1
-            compare(out, right)
-        assert not queue, f"{len(queue)} kills met nothing in {kills + 2} runs: {queue[:5]}"
-    return met, slowest, runs, starts
+    targets = {1: phases[:3], 2: phases[3:]}
+    for size, n in (1, (kills + 1) // 2), (2, kills // 2):
+        while len(targets[size]) < n:
+            targets[size] += [*MOVES, *draw.sample(PHASES, len(PHASES))]
+        del targets[size][n:]
+    return targets
+
+
+@dataclass
+class Tally:
+    met: Counter  # (phase or window, ranks, "all" or "one" of them killed) -> kills
+    starts: int = 0
+    runs: int = 0
+    slowest: float = 0.0  # seconds until a rank had ended that was left alone
+
+
+def disturbed(directory, size, targets, lasts, draw, tally):
+    """One run, killed up to eight times, until it is over. Takes from `targets` those that are done."""
+    for _ in range(8):
+        if not targets:
+            break
+        target, tally.starts = targets[0], tally.starts + 1
+        victims = draw.choice(([0], [0, 1], [1]) if target in PHASES else ([0], [0, 1]))  # rank 0 makes the moves
+        victims = [0] if size == 1 else victims
+        hit = disturb(directory, size, target, victims, lasts, draw)
+        check_whole(directory)
+        if hit is None:
+            if target in NEEDS:
+                targets.insert(0, NEEDS[target])
+            return
+        what, seconds = hit
+        tally.met[what, size, "all" if len(victims) == size else "one"] += 1
+        if len(victims) < size:
+            tally.slowest = max(tally.slowest, seconds)
+        targets.pop(0)
+        if not any(target == what for what, *_ in tally.met):  # its moment was missed, and no other kill has met it
+            targets.append(target)
+    tally.starts += 1
+    begin(directory, size).finish(120)
+
+
+def soak(kills, draw, directory):
+    """Kill `kills` times, compare each run, and return the Tally."""
+    tally = Tally(Counter())
+    for size, targets in plan(kills, draw).items():
+        lasts, right = undisturbed(os.path.join(directory, f"undisturbed{size}"), size)
+        for i in range(kills + 2):  # each run meets a kill at least, or its next does
+            if targets:
+                out = os.path.join(directory, f"ranks{size}_run{i}")
+                disturbed(out, size, targets, lasts, draw, tally)
+                compare(out, right)
+                tally.runs += 1
+        assert not targets, f"{len(targets)} kills met nothing in {kills + 2} runs: {targets[:5]}"
+    return tally
 
 
 def compare(directory, right):
@@ -283,18 +301,19 @@ def main():
     parser.add_argument("--kills", type=int, default=100, help="at least 6, one for each phase")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; none is another each time")
     args = parser.parse_args()
+    if args.kills < len(PHASES):
+        parser.error(f"--kills {args.kills}: each phase takes one; give at least {len(PHASES)}")
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     directory, started = tempfile.mkdtemp(prefix="soak_"), time.monotonic()
     print(f"seed {seed}, in {directory}", flush=True)
-    met, slowest, runs, starts = soak(args.kills, seed, directory)
-    columns = ((1, "all"), (2, "all"), (2, "one"))
-    print(f"{'killed in':28}{'1 rank':>10}{'both of 2':>12}{'one of 2':>12}")
+    tally = soak(args.kills, random.Random(seed), directory)
+    columns = {"1 rank": (1, "all"), "both of 2": (2, "all"), "one of 2": (2, "one")}
+    print(f"{'killed in':28}" + "".join(f"{name:>12}" for name in columns))
     for name in (*PHASES, *MOVES):
-        print(f"{name:28}" + "".join(f"{met[name, *column]:{width}}" for column, width in zip(columns, (10, 12, 12))))
-    print(f"{met.total()} kills, {starts} starts, {runs} runs, each to the bit that of an undisturbed one; "
-          f"a rank left alone ended within {slowest:.1f} s; {time.monotonic() - started:.0f} s in all")
-    missed = [name for name in PHASES if not any(what == name for what, *_ in met)]
-    if missed:
+        print(f"{name:28}" + "".join(f"{tally.met[name, *column]:12}" for column in columns.values()))
+    print(f"{tally.met.total()} kills, {tally.starts} starts, {tally.runs} runs, each to the bit as one undisturbed; "
+          f"a rank left alone ended within {tally.slowest:.1f} s; {time.monotonic() - started:.0f} s in all")
+    if missed := [name for name in PHASES if not any(what == name for what, *_ in tally.met)]:
         sys.exit(f"no kill met: {', '.join(missed)}")
     shutil.rmtree(directory)
 
