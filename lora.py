@@ -26,6 +26,7 @@ KNOWN_KEYS = """peft_type task_type auto_mapping peft_version base_model_name_or
     runtime_config ensure_weight_tying""".split()
 
 
+LARGEST_RANK = 2**14  # a header may claim any where the matrix has no columns
 FILE_BYTES = 2**30  # of each file that merging writes, and so holds, unless one tensor is larger
 
 
@@ -123,11 +124,26 @@ def settings(model, base, rank, alpha, dropout, targets, rslora, dora, modules_t
 
 def checked(config, path):
     """A parsed adapter_config.json, made here or by PEFT. Raises ValueError where it is another kind of adapter."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, it is {config!r:.60}")
     strange = [key for key, value in config.items() if value and key not in KNOWN_KEYS]
     if config.get("peft_type") != "LORA" or strange or config.get("bias", "none") != "none":
         what = strange or [key for key in ("peft_type", "bias") if key in config]
         raise ValueError(f"{path}: only plain LoRA, rsLoRA and DoRA are supported, this one has "
-                         + ", ".join(f"{key} {config[key]!r:.40}" for key in what))
+                         + ", ".join(f"{key:.40} {config[key]!r:.40}" for key in what[:8]))
+    patterns, saved = config.get("alpha_pattern") or {}, config.get("modules_to_save") or []
+    if not isinstance(patterns, dict) or any(type(a) not in (int, float) for a in (
+            config.get("lora_alpha"), config.get("lora_dropout", 0.0), *patterns.values())):
+        raise ValueError(f"{path}: lora_alpha, lora_dropout and what alpha_pattern has by name must be numbers")
+    for pattern in patterns:  # a stranger's regular expression: one of a few tries, not of billions
+        if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{]", pattern):
+            raise ValueError(f"{path}: alpha_pattern {pattern!r:.60} repeats too much; write out the layers' names")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{path}: alpha_pattern {pattern!r:.60} is no regular expression: {error}") from error
+    if not isinstance(saved, list) or not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise ValueError(f"{path}: modules_to_save must be a list, and base_model_name_or_path a text")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model as well; "
                          "convert the adapter with peft's path_initial_model_for_weight_conversion")
@@ -145,7 +161,8 @@ def check_base(config, model):
 
 def ranks_of(entries):
     """{module name: rank} of an adapter's tensors (name -> anything with a shape)."""
-    return {name.removesuffix(".lora_A.weight"): e.shape[0] for name, e in entries.items() if ".lora_A." in name}
+    return {name.removesuffix(".lora_A.weight"): (e.shape or (0,))[0] for name, e in entries.items()
+            if ".lora_A." in name}
 
 
 def scaling_of(name, rank, config):
@@ -167,6 +184,8 @@ def inject(model, config, ranks):
         if not isinstance(modules.get(name), nn.Linear) or name == "lm_head":
             raise ValueError(f"the adapter has a part for {name}, which is no layer of this model that can have one; "
                              f"is it for another? Its base is {config.get('base_model_name_or_path')}")
+        if not 1 <= rank <= LARGEST_RANK:
+            raise ValueError(f"the adapter's part for {name} has rank {rank}; it may be from 1 to {LARGEST_RANK:,}")
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, LoRALinear(modules[name], rank, scaling_of(name, rank, config), config.get(
             "lora_dropout", 0.0), config.get("use_dora", False)))
