@@ -8,6 +8,7 @@ half a gigabyte, run code, or bring up what stands in a file beside the director
 
 import gzip
 import json
+import math
 import os
 import resource
 import shutil
@@ -17,17 +18,19 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz import TINY, attempt
+from safetensors.torch import save_file
 from test_damage import header
 
 import checkpoint
 import config
 import data
+import lora
 import sft
 from model import CausalLM, ModelConfig
 from template import ChatTokenizer
 
 SECRET = "root:x:0:0"  # of the file beside the directory
-CHAT = [{"role": "user", "content": "hi", "train": True}, {"role": "assistant", "content": "hello there", "train": True}]
+CHAT = [{"role": "user", "content": "hi", "train": True}, {"role": "assistant", "content": "hello", "train": True}]
 USED = "is used: "  # a case that is no error
 
 
@@ -58,6 +61,25 @@ def read_model(directory):
     checkpoint.fitting_entries(net, directory)
     checkpoint.generation_config(directory, settings, tokenizer.stop_id)
     return checkpoint.read_bytes(directory, checkpoint.TOKENIZER_FILES)
+
+
+def adapter(scratch, change):
+    """A LoRA adapter of models/tiny with a change."""
+    directory = scratch / "adapter"
+    directory.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(2, 64)}, directory / checkpoint.ADAPTER_FILE)
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
+    change(directory)
+    path = str(directory / "adapter_config.json")
+    settings_ = lora.checked(checkpoint.read_json(path), path)
+    with torch.device("meta"):
+        net = CausalLM(ModelConfig.from_dict(checkpoint.read_json(os.path.join(TINY, "config.json"))))
+    lora.inject(net, settings_, lora.ranks_of(checkpoint.weight_entries(str(directory))))
+
+
+def peft(**changes):
+    return put("adapter_config.json", json.dumps({"peft_type": "LORA", "lora_alpha": 4, **changes}))
 
 
 def template(scratch, source):
@@ -136,6 +158,13 @@ def folder(name):
 
 def index(file, more=()):
     return put("model.safetensors.index.json", json.dumps({"weight_map": {"a": file, **dict(more)}}))
+
+
+def ranked(shape):
+    """An adapter's matrix of that shape."""
+    name, size = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", 4 * math.prod(shape)
+    text = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    return put(checkpoint.ADAPTER_FILE, len(text).to_bytes(8, "little") + text + bytes(size))
 
 
 def cached(directory):
@@ -233,7 +262,7 @@ CASES = {
     "config.json: model_type is a list": (model, settings(model_type=["llama"]), "is not supported"),
     "config.json is a list": (model, put("config.json", "[]"), "config.json must be a JSON object"),
     "config.json nested 100,000 deep": (model, put("config.json", '{"a":' * 100_000), "is not JSON"),
-    "config.json: a number of 100,000 digits": (model, put("config.json", '{"a":' + "9" * 100_000 + "}"), "is not JSON"),
+    "config.json: a number of 100,000 digits": (model, put("config.json", '{"a":' + "9" * 10**5 + "}"), "is not JSON"),
     "config.json is a pipe": (model, pipe("config.json"), "is not a file"),
     "config.json is a link to /dev/zero": (model, link("config.json", "/dev/zero"), "is a link to"),
     "generation_config.json is a list": (model, put("generation_config.json", "[]"), "eos_token_id must be"),
@@ -253,6 +282,17 @@ CASES = {
     "tokenizer.json: a subword prefix longer than a word": (model, prefixed, "is not a tokenizer"),
     "tokenizer_config.json: template is a number": (model, put("tokenizer_config.json", '{"chat_template": 7}'),
                                                     "its chat template must be a text"),
+    # an adapter
+    "adapter_config.json is a list": (adapter, put("adapter_config.json", "[]"), "must hold a JSON object"),
+    "adapter_config.json is a link out": (adapter, link("adapter_config.json", "../secret"), "is a link to"),
+    "another kind of adapter": (adapter, peft(peft_type="x" * 10**6), "only plain LoRA, rsLoRA and DoRA"),
+    "lora_alpha is a text": (adapter, peft(lora_alpha="4"), "must be numbers"),
+    "alpha_pattern that takes for ever": (adapter, peft(alpha_pattern={r"([\w.]+)+x": 1}), "repeats too much"),
+    "alpha_pattern that is no pattern": (adapter, peft(alpha_pattern={"(": 1}), "is no regular expression"),
+    "modules_to_save is a number": (adapter, peft(modules_to_save=7), "modules_to_save must be a list"),
+    "a rank of 10^12, without columns": (adapter, ranked([10**12, 0]), "it may be from 1 to"),
+    "a rank of 0": (adapter, ranked([0, 64]), "it may be from 1 to"),
+    "a matrix without dimensions": (adapter, ranked([]), "it may be from 1 to"),
     # a chat template
     "reads a class": (template, "{{ ''.__class__.__mro__ }}", "is unsafe"),
     "reads the globals": (template, "{{ messages.append.__globals__ }}", "is unsafe"),
@@ -301,13 +341,14 @@ CASES = {
     "is 2 MB long": (template, "x" * 2**21, "its chat template has"),
     "nested 10,000 deep": (template, "{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "recursion"),
     # a file of settings
-    "YAML: !!python/object/apply": (yaml, "lr: !!python/object/apply:os.mkdir [mark]", "lr"),
+    "YAML: !!python/object/apply": (yaml, "lr: !!python/object/apply:os.mkdir [mark]", "it must be a number"),
     "YAML: !!python/name": (yaml, "model: !!python/name:os.system", "model can't be ''"),
     "YAML nested 1,000 deep": (yaml, "[" * 1000, "nested hundreds deep"),
     "YAML nested 1,000 deep by {": (yaml, "{a: " * 1000, "nested hundreds deep"),
     "YAML nested by indentation": (yaml, "\n".join(" " * i + "a:" for i in range(500)), "nested hundreds deep"),
     "YAML: billion laughs": (yaml, "a: &a {x: 1}\n" + "\n".join(
-        f"{b}: &{b} {{x: *{a}, y: *{a}}}" for a, b in zip("abcdefgh", "bcdefghi")), "anchors and aliases are not supported"),
+        f"{b}: &{b} {{x: *{a}, y: *{a}}}" for a, b in zip("abcdefgh", "bcdefghi")),
+                             "anchors and aliases are not supported"),
     "YAML: an alias of itself": (yaml, "a: &a\n  b: *a", "anchors and aliases are not supported"),
     "YAML of 1 MB": (yaml, "lr: 1\n" * 200_000, "has more than 262,144 bytes"),
     "YAML: 4,000 keys": (yaml, "".join(f"k{i}: 1\n" for i in range(4_000)), "unknown setting 'k0'"),
@@ -315,17 +356,17 @@ CASES = {
     "YAML: a value of 200,000 characters": (yaml, "lr: " + "x" * 200_000, "it must be a number"),
     "YAML: NUL": (yaml, b"lr: \0", "is not YAML"),
     "YAML: not UTF-8": (yaml, b"lr: \xff", "is not YAML"),
-    "YAML: NaN": (yaml, "lr: .nan", "lr"),
+    "YAML: NaN": (yaml, "lr: .nan", "it must be a number"),
     "YAML: a number of 5,000 digits": (yaml, "seed: " + "9" * 5000, "it must be a whole number"),
     # a data file
-    "a line without an end": (rows, b'{"prompt": "' + b"a" * 5000, "a row has at most"),
-    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 5000, "a row has at most"),
-    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 5000 + b'"}]', "a row has at most"),
+    "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row has at most"),
+    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row has at most"),
+    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]', "a row has at most"),
     "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row has at most"),
     "a row nested 100,000 deep": (rows, b"[" * 100_000, "is not JSON"),
-    "a line nested 1,500 deep": (rows, b'{"a":' * 1500 + b"1" + b"}" * 1500, "rows.json"),
+    "a line nested 1,500 deep": (rows, b'{"a":' * 1500 + b"1" + b"}" * 1500, "recursion"),
     "half a character in a content": (rows, row(content="\ud800"), "half a character"),
-    "half a character in a role": (rows, row(role="\ud800"), "rows.json[0]"),
+    "half a character in a role": (rows, row(role="\ud800"), "refuses this conversation"),
     "NUL in a content": (rows, row(content="\0"), USED + "it is a character as others are"),
     "NUL bytes instead of text": (rows, bytes(100), "is not JSON"),
     "NaN for a content": (rows, row(content=float("nan")), "must be a string"),
@@ -338,15 +379,17 @@ CASES = {
     "parquet that is torn": (rows, b"PAR1" + bytes(100), "parquet"),
     "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "can't be read as UTF-8 text"),
     # a directory to go on from
-    "state.json is a link to a secret": (resume, link("training_state/state.json", "../../../secret"), "is not"),
+    "state.json is a link to a secret": (resume, link("training_state/state.json", "../../secret"),
+                                         "is a link to"),
     "state.json nested 100,000 deep": (resume, put("training_state/state.json", "[" * 100_000), "is not JSON"),
     "state.json: step is true": (resume, put("training_state/state.json", '{"step": true}'), "step must be"),
     "state.json: step is a text of 1 MB": (resume, put("training_state/state.json", json.dumps({"step": "x" * 10**6})),
                                            "step must be"),
     "state.json is a pipe": (resume, pipe("training_state/state.json"), "is not as it was saved"),
     "manifest names ../": (resume, put(checkpoint.MANIFEST, checkpoint.manifest(7, {"../secret": [0, 0]})),
-                           "is not as it was saved"),
-    "manifest of texts": (resume, put(checkpoint.MANIFEST, checkpoint.manifest(7, {"a": "b"})), "manifest.json"),
+                           "manifest.json is not as it was saved"),
+    "manifest of texts": (resume, put(checkpoint.MANIFEST, checkpoint.manifest(7, {"a": "b"})),
+                          "manifest.json is not as it was saved"),
     "manifest nested 100,000 deep": (resume, put(checkpoint.MANIFEST, "[" * 100_000), "is not JSON"),
 }
 
@@ -355,7 +398,7 @@ CASES = {
 def test_a_strangers_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "LONGEST", 4000)  # of the same rule, in less time
+    monkeypatch.setattr(data, "LONGEST", 10_000)  # of the same rule, in less time
     monkeypatch.setattr("template.COST", 2**24)
     monkeypatch.setattr("template.SECONDS", 0.5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -369,29 +412,52 @@ def test_a_strangers_file(name, tmp_path, monkeypatch):
         assert refusal and expected.replace("10 s", "0.5 s") in refusal and len(refusal) < 1500, refusal
 
 
-KINDS = {model: "A model directory", template: "A chat template, behind one that works", yaml: "A file of settings",
-         rows: "A data file", resume: "A step directory, whose manifest fits"}
+KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat template, behind one that works",
+         yaml: "A file of settings", rows: "A data file", resume: "A step directory, whose manifest fits"}
 
 
 def table():
     """docs/untrusted.md."""
-    lines = ["# Files from a stranger", "", "Printed by `python tests/test_untrusted.py`, which also runs every case: "
-             "what a file may hold, and what happens.", "An error is one line with the text in quotes, and exit code 2."]
+    lines = ["# Files from a stranger", "", "Printed by `python tests/test_untrusted.py`, which as a test runs every "
+             "case: what a file may hold, and what", "happens. An error is one line, with the text in quotes in it, and "
+             "exit code 2."]
     for kind, title in KINDS.items():
         lines += ["", f"## {title}", "", "| Case | What happens |", "|---|---|"]
         for name, (function, _, expected) in CASES.items():
             if function is kind:
                 what = expected if expected.startswith(USED) else f'refused: "{expected}"'
                 lines.append(f"| {name} | {what} |".replace("*", "\\*"))
-    return "\n".join([*lines, "", NOTES])
+    return "\n".join([*lines, "", RULES])
 
 
-NOTES = ""
+RULES = """## Rules
+
+- Nothing that is read is run: weights are safetensors, all else is JSON, text or YAML scalars. Pickles and modules
+  beside them are never opened.
+- Weights may be links to anywhere: disks are laid out so, and what is not safetensors of the right names and shapes is
+  refused. All other files of a model are copied into checkpoints and shown in errors, so a link has to stay in its
+  directory or lead to the `models--NAME/blobs` of the hub's cache. Nor may they be pipes, devices, or above 256 MiB.
+- Sizes in config.json are bounded, and its shapes compared with the headers of the weights, before memory is taken.
+- A chat template is sandboxed. It may make 268 million characters of one conversation (and 64 times as many as that
+  has; an item of a list counts as 32), take 10 s, and print 262,144 characters more than 16 times the conversation.
+  The filters `wordwrap` and `urlize` and the function `lipsum` are not there.
+- A row of a data file has at most 67,108,864 characters, as it is read; a file of settings 262,144 bytes.
+- A step directory is compared with its manifest. That finds damage, not forgery: who can write there can write both.
+
+## Not bounded
+
+- The time of one operation inside a template: a method of a text of a hundred million characters ends before the clock
+  is looked at. Seconds, not hours.
+- A row group of a parquet file, which pyarrow decompresses whole, and the tokenizers package at work on a long text.
+- How many rows there are, and the disk that their cache takes. Links among data files are followed: these are not
+  copied.
+- What a model says once it is trained.
+"""
 
 
 def test_the_table_in_docs_is_of_these_cases():
-    assert Path(TINY, "..", "..", "docs", "untrusted.md").read_text(encoding="utf-8") == table() + "\n"
+    assert Path(TINY, "..", "..", "docs", "untrusted.md").read_text(encoding="utf-8") == table()
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table() + "\n")
+    sys.stdout.write(table())
