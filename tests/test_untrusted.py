@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -213,7 +214,7 @@ def grows(first, step):
     return DOUBLE.replace("%s", first, 1).replace("%s", step, 1) + "{{ ns.x|length }}"
 
 
-LOOP = "{% for i in range(99999) %}"
+LOOP = "{% for i in many %}"
 LARGE, REFUSES = "million characters of one conversation", "chat template can't be used"
 
 CASES = {
@@ -248,8 +249,8 @@ CASES = {
     "config.json: num_hidden_layers 10^9": (model, settings(num_hidden_layers=10**9), "it must be a whole number"),
     "config.json: vocab_size 10^30": (model, settings(vocab_size=10**30), "it must be a whole number from 1 to"),
     "config.json: head_dim 10^9": (model, settings(head_dim=10**9), "it must be a whole number from 1 to"),
-    "config.json: as large as it may be": (model, settings(
-        hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=2**10), "does not fit its config.json"),
+    "config.json: 256 layers of the largest size": (model, settings(
+        hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=2**8), "does not fit its config.json"),
     "config.json: num_key_value_heads is a text": (model, settings(num_key_value_heads="2"), "whole number from 1 to"),
     "config.json: a size is true": (model, settings(hidden_size=True), "it must be a whole number from 1 to"),
     "config.json: rms_norm_eps is a text of 1 MB": (model, settings(rms_norm_eps="1" * 10**6), "it must be a number"),
@@ -303,7 +304,7 @@ CASES = {
     "calls open": (template, "{{ open('/etc/passwd').read() }}", "'open' is undefined"),
     "changes the messages": (template, "{{ messages.append(1) }}", "is unsafe"),
     "range(10^9)": (template, "{% for i in range(10**9) %}{% endfor %}", REFUSES),
-    "loops in loops": (template, LOOP * 4 + "{% endfor %}" * 4, "takes more than 10 s"),
+    "loops in loops": (template, "{% set many = range(99999) %}" + LOOP * 4 + "{% endfor %}" * 4, "takes more than 10 s"),
     "a macro that calls itself": (template, "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     "a macro that calls itself twice": (template, "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}"
                                         "{% endmacro %}{{ m(60) }}", "takes more than 10 s"),
@@ -426,7 +427,8 @@ def table():
         for name, (function, _, expected) in CASES.items():
             if function is kind:
                 what = expected if expected.startswith(USED) else f'refused: "{expected}"'
-                lines.append(f"| {name} | {what} |".replace("*", "\\*"))
+                name, what = (re.sub(r"([*|_<])", r"\\\1", text) for text in (name, what))
+                lines.append(f"| {name} | {what} |")
     return "\n".join([*lines, "", RULES])
 
 
