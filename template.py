@@ -332,11 +332,14 @@ class ChatTokenizer:
 
         Raises ValueError when the template refuses the conversation or an answer can't be found in the text.
         """
-        try:
-            marked = self.render_marked(messages, tools=tools)
-        except TEMPLATE_ERRORS as error:
-            raise ValueError(f"{where}: the model's chat template refuses this conversation: {error!s:.300}"
-                             ) from error
+        def rendered(messages):
+            try:
+                return self.render_marked(messages, tools=tools)
+            except TEMPLATE_ERRORS as error:
+                raise ValueError(f"{where}: the model's chat template refuses this conversation: {error!s:.300}"
+                                 ) from error
+
+        marked = rendered(messages)
         answers = [m for m in messages if m["role"] == "assistant"]
         opens, closes = GenerationBlock.MARKS
         if self.marks_answers:
@@ -356,7 +359,7 @@ class ChatTokenizer:
                 cover = re.sub(r"\S", "\ufdd2", self.header)
                 messages = [m if m["role"] == "assistant" else
                             {**m, "content": m["content"].replace(self.header, cover)} for m in messages]
-                shown = self.render_marked(messages, tools=tools)
+                shown = rendered(messages)
                 if len(shown) != len(text):
                     raise ValueError(f"{where}: a prompt quotes {self.header!r}, and the chat template makes too much "
                                      "of it to tell where answers begin")

@@ -310,7 +310,7 @@ CASES = {
                                         "{% endmacro %}{{ m(60) }}", "takes more than 10 s"),
     "'a' * 10^10": (template, "{{ 'a' * 10000000000 }}", LARGE),
     "[1] * 10^10": (template, "{{ [1] * 10000000000 }}", LARGE),
-    "10 ** 10^10": (template, "{{ 10 ** 10000000000 }}", "a number of thousands of digits"),
+    "ten to the power of 10^10": (template, "{{ 10 ** 10000000000 }}", "a number of thousands of digits"),
     "squares of squares": (template, grows("7", "ns.x * ns.x"), "a number of thousands of digits"),
     "text doubles with +": (template, grows("'a'", "ns.x + ns.x"), LARGE),
     "text doubles with ~": (template, grows("'a'", "ns.x ~ ns.x"), LARGE),
