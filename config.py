@@ -105,7 +105,7 @@ def parse(cls, argv, positional=()):
     values, origins = {}, {name: "default" for name in fields}
     for name, value, origin in settings:
         value = convert(fields[name], value, origin)
-        if path and origin.startswith(f"{path}:") and values.get(name, value) != value:
+        if path and origin.startswith(f"{path}:") and name in values and values[name] != value:
             raise ValueError(f"{origin}: {name} is {value} here, and {values[name]} at {origins[name]}; leave one out")
         values[name], origins[name] = value, origin
         if origin == "environment WANDB_PROJECT" and "wandb" not in values.get("logger", "").split(","):

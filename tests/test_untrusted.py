@@ -358,6 +358,7 @@ CASES = {
     "YAML: a value of 200,000 characters": (yaml, "lr: " + "x" * 200_000, "it must be a number"),
     "YAML: NUL": (yaml, b"lr: \0", "is not YAML"),
     "YAML: not UTF-8": (yaml, b"lr: \xff", "is not YAML"),
+    "YAML: NaN as Python writes it": (yaml, "lr: NaN", "it must be at least 0"),
     "YAML: NaN": (yaml, "lr: .nan", "it must be a number"),
     "YAML: a number of 5,000 digits": (yaml, "seed: " + "9" * 5000, "it must be a whole number"),
     # a data file
