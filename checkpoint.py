@@ -118,11 +118,11 @@ def read_header(path):
                 tensor = f.get_slice(name)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if dtype not in DTYPES:
-                    raise ValueError(f"{path}: {name} is of dtype {dtype}; these can be read: {', '.join(DTYPES)}")
+                    raise ValueError(f"{path}: {name:.200} is of dtype {dtype}; these can be read: {', '.join(DTYPES)}")
                 entries[name] = Entry(path, dtype, shape, position)
                 position += math.prod(shape) * DTYPES[dtype].itemsize
     except SafetensorError as error:
-        raise ValueError(f"{path} is torn or not safetensors: {error}") from error
+        raise ValueError(f"{path} is torn or not safetensors: {error!s:.300}") from error
     return entries
 
 
@@ -166,7 +166,7 @@ def weight_entries(directory):
     found = {name: os.path.basename(entry.file) for name, entry in entries.items()}
     if found != weight_map:
         differ = sorted(name for name in {**found, **weight_map} if found.get(name) != weight_map.get(name))
-        raise ValueError(f"{index} and the files it names do not hold the same tensors: {', '.join(differ[:5])}")
+        raise ValueError(f"{index} and the files it names do not hold the same tensors: {', '.join(differ[:5]):.300}")
     return entries
 
 
