@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -305,40 +306,58 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
 
 
 PLANT = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import config, data, fsdp, sft
 how, phase, rank = sys.argv[1:4]
 sys.argv = ["sft.py", *sys.argv[4:]]
-at = fsdp.Ranks.at
+at, train = fsdp.Ranks.at, sft.train
 
-def plant(self, name):
+def fail():
+    with open("planted", "w") as f:
+        f.write(str(time.time()))
+    if how == "raise":
+        raise KeyError("planted")
+    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+
+def at_and_fail(self, name):
     at(self, name)
-    if self.rank == int(rank) and name == phase:
-        if how == "raise":
-            raise KeyError("planted")
-        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+    if self.rank == int(rank) and name == phase != "start":
+        fail()
+
+def fail_and_train(cfg, ranks):
+    if ranks.rank == int(rank) and phase == "start":
+        fail()
+    train(cfg, ranks)
 
 def stop(*words):  # the first to get the lock of the token cache
     os.kill(os.getpid(), signal.SIGSTOP)
 
-fsdp.Ranks.at = plant
+fsdp.Ranks.at, sft.train = at_and_fail, fail_and_train
 if phase == "lock":
     data.tokenise = stop
 config.run(sft.record(sft.main))
 """
 
 
+PHASES = ("start", "tokenise", "load", "step 2", "evaluation after step 2", "save of step 2")
+USUAL = (("raise", "step 2", 1), ("raise", "tokenise", 0), ("kill", "evaluation after step 2", 1),
+         ("stop", "save of step 2", 1))
+
+
 @pytest.mark.parametrize("how, phase, rank", [
-    ("raise", "step 2", 1), pytest.param("raise", "load", 0, marks=pytest.mark.full), ("raise", "tokenise", 1),
-    pytest.param("kill", "step 2", 0, marks=pytest.mark.full),
-    ("kill", "evaluation after step 2", 1), ("stop", "save of step 2", 1)])
+    pytest.param(*cell, marks=() if cell in USUAL else pytest.mark.full)
+    for cell in itertools.product(("raise", "kill", "stop"), PHASES, (0, 1))])
 def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
-    """Raise, SIGKILL or SIGSTOP of one rank: the run ends, non-zero, and the screen names rank, phase and cause."""
+    """Raise, SIGKILL or SIGSTOP of one rank: the run ends, non-zero, and the screen names rank, phase and cause. With
+    --full in every phase and on both ranks; -rA shows how long each took to end."""
     (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
     result = torchrun(2, tmp_path / "plant.py", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2,
-                      "--val_data", EXAMPLES, "--eval_steps", 2, "--timeout", 10, "--output_dir", tmp_path / "out")
-    assert result.returncode != 0
+                      "--val_data", EXAMPLES, "--eval_steps", 2, "--timeout", 10, "--output_dir", tmp_path / "out",
+                      cwd=tmp_path)
+    seconds = time.time() - float((tmp_path / "planted").read_text())
+    print(f"{how:5} on rank {rank} in {phase:24} all had ended {seconds:4.1f} s later")
+    assert result.returncode != 0 and seconds < 30  # without a SIGKILL torchrun waits 30 s more for one that is stopped
     end = result.stderr.rsplit("Root Cause", 1)[1]  # torchrun's own last words
     if how == "raise":
         assert f"rank {rank} failed in {phase}: KeyError: 'planted'" in result.stderr
