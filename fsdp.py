@@ -109,10 +109,14 @@ class Ranks:
         if error is not None and self.size > 1 and self.store.check(["stopped"]):
             sys.exit(STOPS[int(self.store.get("stopped"))])
         if error is None:  # none hangs up while another is still in the last collective, rank 0 (the store) last of all
-            for word in ("done", "left"):
-                self.store.set(f"{word} {self.rank}", "")
-                if word == "done" or self.rank == 0:
-                    self.store.wait([f"{word} {rank}" for rank in range(self.size)])
+            self.phase = "end"  # others read what this rank noted last: since then it is waited for
+            try:
+                for word in ("done", "left"):
+                    self.store.set(f"{word} {self.rank}", "")
+                    if word == "done" or self.rank == 0:
+                        self.store.wait([f"{word} {rank}" for rank in range(self.size)])
+            except dist.DistStoreError as stalled:
+                kind, error = type(stalled), stalled
         if error is None or self.size == 1:
             return dist.destroy_process_group()
         noted = {}
@@ -124,7 +128,7 @@ class Ranks:
             print(f"sft.py: rank {self.rank} failed in {self.phase}: {kind.__name__}: {error}", file=sys.stderr)
         else:
             rank, (phase, since, host, pid) = min(noted.items(), key=lambda item: float(item[1][1]))
-            if host == socket.gethostname() and (awaited or "imed out" in str(error)):
+            if host == socket.gethostname() and (awaited or "imed out" in str(error) or "timeout" in str(error)):
                 os.kill(int(pid), signal.SIGKILL)
             raise RuntimeError(  # what torchrun then repeats, should it take this rank for the first to fail
                 f"rank {self.rank} waited in {self.phase} for rank {rank}, which is gone, or stalled in {phase} since "
@@ -149,6 +153,7 @@ def start(tp, timeout):
         torch.cuda.set_device(device)
     # Offloaded gradients are CPU tensors, so their collectives need gloo beside nccl.
     store = next(dist.rendezvous("env://", rank, size))[0] if "WORLD_SIZE" in os.environ else dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=timeout))  # its own is 30 minutes, which __exit__ would wait
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                 timeout=datetime.timedelta(seconds=timeout))

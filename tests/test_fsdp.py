@@ -329,6 +329,8 @@ def fail_and_train(cfg, ranks):
     if ranks.rank == int(rank) and phase == "start":
         fail()
     train(cfg, ranks)
+    if ranks.rank == int(rank) and phase == "end":
+        fail()
 
 def stop(*words):  # the first to get the lock of the token cache
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -368,6 +370,20 @@ def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
         if how == "stop":  # torchrun ends the survivor of a kill sooner than that can speak, now and then
             assert re.search(message, result.stderr)
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stalls_when_all_is_done_is_given_up(rank, models, tmp_path):
+    """The ranks wait for each other before they hang up: no longer than --timeout either."""
+    (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
+    result = torchrun(2, tmp_path / "plant.py", "stop", "end", rank, *RUN, "--model", models["tied"], "--timeout", 5,
+                      "--output_dir", tmp_path / "out", cwd=tmp_path)
+    seconds = time.time() - float((tmp_path / "planted").read_text())
+    print(f"stop  on rank {rank} in {'end':24} all had ended {seconds:4.1f} s later")
+    assert result.returncode != 0 and seconds < 25
+    assert f"rank {1 - rank} waited in end for rank {rank}, which is gone, or stalled in save of step" in result.stderr
+    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints")[-1] == 10  # and nothing is lost
 
 
 def test_a_rank_that_stalls_while_it_tokenises_is_given_up(models, tmp_path):
