@@ -346,7 +346,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_grad = None
         if grad_enabled and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # whatever the dtype, as it sums over chunks
-        buffer = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])  # one for all chunks: new memory costs time
+        buffer = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])  # for all chunks: new memory costs time
         for start in range(0, len(targets), chunk):
             h, t = hidden[start : start + chunk], targets[start : start + chunk, None] - first
             logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()  # (chunk, V); from here on changed in place

@@ -584,6 +584,7 @@ def train(cfg, ranks):
     if cfg.resume_from:
         say("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
 
+    stop = ranks.stopped()  # from here on a signal waits for the step to end; no rank still looks for a run before this
     log = Log(dataclasses.asdict(cfg), state["step"], total_steps, ranks.rank == 0, warnings)
     losses = torch.full((len(rows),), -1.0, device=device)  # of each conversation, as last trained; for the report
     best = state.get("best") or {"val_loss": None, "step": 0, "behind": 0}  # behind: validations since
@@ -591,7 +592,6 @@ def train(cfg, ranks):
     norms = collections.deque(state.get("norms", ()), maxlen=64)  # of the gradient, before clipping
     first = step = state["step"]
     is_cut = bool(state.get("is_cut"))  # a signal ended that step's evaluation early: it comes again, before all else
-    stop = ranks.stopped()
     while (is_cut or step < total_steps and not is_over) and not stop:
         if not is_cut:
             step += 1

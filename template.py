@@ -4,31 +4,22 @@ Owns rendering as transformers does it, sandboxed, and finding each answer by ch
 rendered: nothing is rendered message by message, and nothing is told from the id of a token.
 """
 
-import functools
 import json
 import os
 import re
-import time
-import types
-from collections.abc import MappingView
-from datetime import datetime
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
-import jinja2.visitor
 from tokenizers import Tokenizer
 
 from checkpoint import read_file
+from sandbox import Sandbox
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                    SyntaxError, RecursionError)  # jinja leaves a break outside a loop to Python's compiler
 LARGEST = 2**20  # characters of a template; the longest known have 30,000
-SECONDS, COST, ITEM = 10, 2**28, 32  # rendering one conversation: its time; the characters of all values that it makes,
-# where an item of a list counts as 32: so much memory it takes
-OUTPUT = 2**18  # characters of its text, beyond 16 times those of the conversation
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -44,159 +35,6 @@ class GenerationBlock(jinja2.ext.Extension):
 
     def mark(self, caller):
         return caller().join(self.MARKS)
-
-
-class Counted(jinja2.visitor.NodeTransformer):
-    """Rewrites a template so that the filters of Sandbox see each turn of a loop, list that is written and a ~ b."""
-
-    def filtered(self, node, name):
-        return jinja2.nodes.Filter(self.generic_visit(node), name, [], [], None, None, lineno=node.lineno)
-
-    def visit_For(self, node):
-        turn = jinja2.nodes.Filter(jinja2.nodes.Const(None), "turn", [], [], None, None, lineno=node.lineno)
-        self.generic_visit(node).body.insert(0, jinja2.nodes.ExprStmt(turn, lineno=node.lineno))
-        return node
-
-    def visit_List(self, node):
-        return self.filtered(node, "made")
-
-    visit_Dict = visit_List
-
-    def visit_Tuple(self, node):
-        return self.filtered(node, "made") if node.ctx == "load" else node  # else it is names to assign to
-
-    def visit_Concat(self, node):
-        parts = jinja2.nodes.List(self.generic_visit(node).nodes, lineno=node.lineno)
-        return jinja2.nodes.Filter(parts, "join", [], [], None, None, lineno=node.lineno)
-
-
-class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """As transformers sets it up: a template can't touch Python. And bounded, which transformers' isn't: what makes a
-    value larger than those it is made of tells its cost before it is done, and too much of it is an error."""
-
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-    passing = frozenset(  # filters that make no text of the items of a list
-        "attr batch count d default dictsort first groupby items last length list made map max min reject rejectattr "
-        "reverse select selectattr slice sort unique".split())
-
-    def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols],
-                         finalize=self.shown)
-        self.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
-            json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))
-        for name in ("wordwrap", "urlize"):  # no chat template has them, and each puts a text in many times
-            del self.filters[name]
-        del self.globals["lipsum"]
-        self.filters["made"] = lambda value: value
-        self.filters = {name: self.counted(name, function) for name, function in self.filters.items()}
-        self.filters["turn"] = jinja2.pass_context(lambda context, value: self.spend(1))
-        self.globals["raise_exception"] = refuse
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self.start(0)
-
-    def start(self, size):
-        """Before a conversation of so many characters."""
-        self.left, self.until = COST + 64 * size, time.monotonic() + SECONDS
-
-    def spend(self, cost):
-        self.left -= cost
-        if self.left < 0:
-            refuse(f"it makes more than {COST // 10**6} million characters of one conversation")
-        if time.monotonic() > self.until:
-            refuse(f"it takes more than {SECONDS} s for one conversation")
-
-    def size(self, value, as_text=True):
-        """The cost of a value with all inside it; texts inside it are an item as others are, unless as_text."""
-        if isinstance(value, str):
-            return len(value)
-        size, inside = 1, [value]
-        while inside:  # one list may be in a value a billion times
-            value = inside.pop()
-            if isinstance(value, jinja2.utils.Namespace):
-                value = value._Namespace__attrs
-            if isinstance(value, dict):
-                inside += value.keys() if as_text else ()
-                value = value.values()
-            if isinstance(value, (list, tuple, MappingView)):
-                inside += value
-                size += ITEM * len(value)
-            elif as_text and isinstance(value, str):
-                size += len(value)
-            if size > self.left:
-                break
-        return size
-
-    def cost(self, name, value, arguments):
-        """What a filter or a method of a value may make, at most: of texts in them, their product."""
-        cost = self.size(value, name not in self.passing)
-        sizes = [self.size(argument) for argument in arguments]
-        if name == "replace" and isinstance(value, str) and len(arguments) > 1:
-            cost += value.count(str(arguments[0])) * sizes[1]
-        elif name == "join":  # of a method the separator comes first
-            cost = sum(sizes, cost) + max([len(x) * (cost + sum(sizes) - self.size(x)) for x in (value, *arguments)
-                                           if isinstance(x, (list, tuple))], default=0)
-        elif name in ("format", "format_map", "translate"):
-            if isinstance(value, str) and re.search(r"\d{4}|\*", value):
-                refuse("a format pads to thousands of characters")
-            cost += (str(value).count("%") + str(value).count("{") if name != "translate" else cost) * sum(sizes)
-        else:
-            cost += sum(sizes)
-        for number in arguments:
-            if type(number) is int:
-                cost *= max(1, abs(number))
-        return cost
-
-    def counted(self, name, function):
-        @functools.wraps(function)  # with the mark by which jinja hands a context over
-        def filter_(*values, **named):
-            first = getattr(function, "jinja_pass_arg", None) is not None
-            if name == "join" and isinstance(values[first], types.GeneratorType):
-                values = (*values[:first], list(values[first]), *values[first + 1 :])
-            self.spend(self.cost(name, values[first], [*values[first + 1 :], *named.values()]))
-            return function(*values, **named)
-
-        return filter_
-
-    def call(self, context, function, /, *values, **named):
-        method = getattr(function, "__wrapped__", function)  # jinja wraps str.format
-        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, (str, int)):
-            values = [list(v) if name == "join" and isinstance(v, types.GeneratorType) else v for v in values]
-            self.spend(self.cost(name, owner, [*values, *named.values()]))
-        else:
-            self.spend(sum(self.size(value, False) for value in (*values, *named.values())) + 1)
-        return super().call(context, function, *values, **named)
-
-    def call_binop(self, context, operator, left, right):
-        if operator == "%" and isinstance(left, str):
-            self.spend(self.cost("format", left, [right if isinstance(right, (str, tuple, dict)) else str(right)]))
-        elif operator == "+":
-            self.spend(self.size(left, False) + self.size(right, False))
-        elif operator == "*":
-            for times, value in ((left, right), (right, left)):
-                if isinstance(times, int):
-                    self.spend(max(1, times) * (self.size(value, False) if not isinstance(value, int) else 0))
-        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length(), right.bit_length()
-            if (sum(bits) if operator == "*" else bits[0] * abs(right)) > 4096:
-                refuse("a number of thousands of digits")
-        return super().call_binop(context, operator, left, right)
-
-    def shown(self, value):
-        """Each value that is printed. Only text is cheap: a list in a list in a list may be a billion."""
-        if not isinstance(value, str):
-            self.spend(self.size(value))
-        return value
-
-    def concat(self, pieces):
-        made = []
-        for piece in pieces:
-            self.spend(len(piece) + 1)
-            made.append(piece)
-        return "".join(made)
-
-    def _parse(self, source, name, filename):
-        return Counted().visit(super()._parse(source, name, filename))
 
 
 def read(path):
@@ -216,10 +54,6 @@ def parse(text, path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} must be a JSON object, it is {text!r:.60}")
     return value
-
-
-def refuse(message):
-    raise jinja2.TemplateError(message)
 
 
 class ChatTokenizer:
@@ -275,7 +109,7 @@ class ChatTokenizer:
 
         if len(source) > LARGEST:
             raise ValueError(f"{directory}: its chat template has {len(source):,} characters; it may have {LARGEST:,}")
-        self.sandbox = Sandbox()
+        self.sandbox = Sandbox([GenerationBlock, jinja2.ext.loopcontrols])
         try:
             self.template = self.sandbox.from_string(source)
             self.learn_turns()
@@ -315,13 +149,8 @@ class ChatTokenizer:
     def render_marked(self, messages, add_generation_prompt=False, tools=None):
         # As transformers does it, a key whose value is None isn't there; every row of a parquet file has all keys.
         messages = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
-        size = len(repr(messages)) + len(repr(tools))
-        self.sandbox.start(size)
-        text = self.template.render(messages=messages, tools=tools, documents=None,
-                                    add_generation_prompt=add_generation_prompt, **self.special)
-        if len(text) > OUTPUT + 16 * size:
-            refuse(f"it makes {len(text):,} characters of a conversation of {size:,}")
-        return text
+        return self.sandbox.render(self.template, messages=messages, tools=tools, documents=None,
+                                   add_generation_prompt=add_generation_prompt, **self.special)
 
     def render_spans(self, messages, where, tools=None):
         """Render once and find each assistant turn: text, [(start, stop, whole, trained), ...] in characters.

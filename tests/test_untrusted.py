@@ -409,9 +409,9 @@ def test_a_strangers_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "LONGEST", 10_000)  # of the same rule, in less time
-    monkeypatch.setattr("template.COST", 2**24)
+    monkeypatch.setattr("sandbox.COST", 2**24)
     if "10 s" in expected:
-        monkeypatch.setattr("template.SECONDS", 0.5)
+        monkeypatch.setattr("sandbox.SECONDS", 0.5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result, refusal = attempt(function, tmp_path, holds)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
