@@ -16,7 +16,7 @@ PIECE = 2**22  # values of a 4-bit matrix that are made whole at a time
 BY_COLUMNS = "o_proj", "down_proj"  # what tp splits so: weight and A; of the others it splits weight, bias and B
 # Of the CPU, fitted to bench.py --part plan with glibc 2.36, whose heap does not fill the holes of freed tensors with
 # others: shares of what is kept, and of what all blocks have in turn, tensors above the limit apart, which the system
-# has back at once (LoRA runs lower it: sft.return_large_buffers).
+# has back at once (LoRA runs lower it: sft.settle_heap).
 KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT, HEAP_LIMIT_LORA = 0.2, 0.7, 2**25, 2**24
 
 
