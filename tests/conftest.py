@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gai
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all layouts of the laws, not every second; a quarter longer")
+    parser.addoption("--full", action="store_true", help="all layouts of the laws and all slow tests; three times as long")
 
 
 def pytest_collection_modifyitems(config, items):

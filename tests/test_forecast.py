@@ -199,6 +199,7 @@ with fsdp.start(2, 60) as ranks:
 """
 
 
+@pytest.mark.full
 def test_collectives_are_what_ranks_do(tmp_path):
     """dp 2 × tp 2, two micro-batches, full with and without checkpointing and LoRA: calls and bytes of each kind, and
     what rank 0 holds."""

@@ -230,7 +230,7 @@ sft.main()
 
 
 @pytest.mark.parametrize("ranks, flags", [
-    (4, ("--strategy", "megatron", "--tp", "2")), pytest.param(2, ("--param_offload",), marks=pytest.mark.full)])
+    pytest.param(4, ("--strategy", "megatron", "--tp", "2"), marks=pytest.mark.full), pytest.param(2, ("--param_offload",), marks=pytest.mark.full)])
 def test_many_ranks_answer_as_one_and_warn_once(train, tmp_path, monkeypatch, ranks, flags):
     """Samples, best and worst of dp x tp and of dp with offload are those of one rank; a warning is printed once."""
     (tmp_path / "prompts.txt").write_text("What is supervised fine-tuning?\n", encoding="utf-8")

@@ -195,6 +195,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(train, tmp_path, monkeypatch,
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.full  # of the default tests, those of tests/soak.py and signals compare two ranks to the bit
 def test_two_ranks_twice_are_the_same_to_the_bit(tmp_path):
     """Whatever order their messages come in."""
     flags = ["--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", *map(str, FAST), "--max_steps", "4"]

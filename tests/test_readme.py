@@ -80,6 +80,7 @@ def start(command, project, **env):
                             stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.full
 def test_every_command_runs(project):
     """Blocks first, in order: later ones use what earlier ones made; then those inside sentences."""
     ran = 0

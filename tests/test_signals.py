@@ -142,9 +142,9 @@ store.wait([f"worker {{rank}}" for rank in range(size)])
 
 
 def test_a_signal_to_one_rank_stops_both(tmp_path):
-    """In a step, an evaluation and a save, to either; together again the run is the undisturbed one to the bit."""
+    """In an evaluation and in a save, to either; together again the run is the undisturbed one to the bit."""
     flags = [*map(str, RUN), "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", "--output_dir"]
-    stops = [(i % 2, phase, list(fsdp.STOPS)[i % 3]) for i, phase in enumerate(PHASES[1:5])]
+    stops = [(i, phase, list(fsdp.STOPS)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
     runs = [(None, 0, [*flags, "whole"]), *(((rank, phase), number, [*flags, "out", "--resume_from", "auto"])
                                             for rank, phase, number in stops),
             (None, 0, [*flags, "out", "--resume_from", "auto"])]
