@@ -88,7 +88,7 @@ def runs(tmp_path_factory, models, pytestconfig):
               "plain": ("--no-gradient_checkpointing",)}
     plans = {1: {f"{model} one  ": ("--model", models[model]) for model in models}, 2: {}, 4: {}}
     for (i, layout), (j, offload) in itertools.product(enumerate(LAYOUTS), enumerate(offloads)):
-        if (i + j) % 3 and not pytestconfig.getoption("--full"):
+        if (i + j) % 3 != 1 and not pytestconfig.getoption("--full"):
             continue
         ranks, flags = LAYOUTS[layout]
         model = "untied" if (i + j // 2) % 2 or layout == "tp4" else "tied"  # tied: two key/value heads
@@ -112,7 +112,7 @@ def test_losses_do_not_depend_on_the_layout(runs):
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (name, a, b)
             assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (name, a, b)
             assert a["tokens"] == b["tokens"] and a["target_tokens"] == b["target_tokens"]
-    assert len(runs) >= 10 and worst > 0  # of 18 pairs of layout and offload half, or with --full all; and the bases
+    assert len(runs) >= 8 and worst > 0  # of 18 pairs of layout and offload a third, or with --full all; and the bases
 
 
 def test_checkpoints_do_not_depend_on_the_layout(runs):
