@@ -157,7 +157,7 @@ def weight_entries(directory):
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: weight_map must be an object of file names by tensor, it is {weight_map!r:.60}")
     files = sorted(set(weight_map.values()))
-    if not files or not all(re.fullmatch(r"[\w.+ -]+\.safetensors", f) for f in files):  # no separator, no NUL
+    if not files or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", f) for f in files):  # no separator, no NUL
         raise ValueError(f"{index}: weight_map must name files of the same directory, such as "
                          f"model-00001-of-00002.safetensors, it names {ascii(files[:3]):.200}")
     entries = {}
