@@ -17,7 +17,7 @@ BY_COLUMNS = "o_proj", "down_proj"  # what tp splits so: weight and A; of the ot
 # Of the CPU, fitted to bench.py --part plan with glibc 2.36, whose heap does not fill the holes of freed tensors with
 # others: shares of what is kept, and of what all blocks have in turn, tensors above the limit apart, which the system
 # has back at once (LoRA runs lower it: sft.settle_heap).
-KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT, HEAP_LIMIT_LORA = 0.2, 0.7, 2**25, 2**24
+KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)  # without and with LoRA
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,10 @@ def memory(layout):
     elif layout.cuda and layout.optimizer_offload:  # the masters' gradients are there in a step
         resting, host = state["weights"], state["moments"] + 2 * state["masters"]
     if not layout.cuda:
-        limit = HEAP_LIMIT_LORA if any(".lora_A." in n for n, *_ in layout.parameters) else HEAP_LIMIT
+        lora = any(".lora_A." in n for n, *_ in layout.parameters)
         wide = layout.tokens * (c.intermediate_size // layout.tp) * w  # the MLP's, of which a block keeps four
-        in_heap = 1 - 4 * wide / one * (wide > limit)
-        slack = int(in_heap * (KEPT_HOLES * kept + BLOCK_HOLES * (one + block) * blocks))
+        in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[lora])
+        slack = int(in_heap * (KEPT_HOLES[lora] * kept + BLOCK_HOLES * (one + block) * blocks))
     return dict(state, activations=kept, loss=loss, gathered=root + 2 * block + 2 * flat, held=held, slack=slack,
                 stage=stage, stages=stages, host=host, device=resting + stages[stage] + slack)
 

@@ -203,18 +203,18 @@ class ChatTokenizer:
 
     def find_answers(self, text, messages, where):
         """The spans of render_spans, for a template that does not mark them."""
-        spans, cursor, said = [], 0, 0
+        spans, cursor, asked = [], 0, 0  # asked: where the last prompt that was found ends
         for message, after in zip(messages, [*messages[1:], {"role": "assistant"}]):
             content, calls = message["content"].strip(), message.get("tool_calls")
             if message["role"] != "assistant":
                 found = locate(text, content, cursor, self.header)
-                if not found and content and content in text[said:cursor]:
+                if not found and content and content in text[asked:cursor]:
                     raise ValueError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be told from "
-                                     f"an answer in what the chat template made of it: {text[said:]!r:.200}")
-                cursor = said = found[1] if found else cursor
+                                     f"an answer in what the chat template made of it: {text[asked:]!r:.200}")
+                cursor = asked = found[1] if found else cursor
                 header = text.find(self.header, cursor)
                 if self.is_closing and message["role"] == after["role"] == "user" and header >= 0:
-                    cursor = said = header + len(self.header)
+                    cursor = asked = header + len(self.header)
                 continue
             header = text.find(self.header, cursor)
             begin = header + len(self.header)
@@ -237,10 +237,8 @@ class ChatTokenizer:
             if not found:
                 raise ValueError(f"{where}: the answer {content!r:.60} can't be found in what the chat template made "
                                  f"of it: {text[cursor:]!r:.200}")
-            start, said = (begin if self.header else found[0]), found[1]
-            cursor = end if whole else said
+            start, cursor = begin if self.header else found[0], end if whole else found[1]
             spans.append((start, cursor, whole, message["train"]))
-            said = said if calls else cursor
         return spans
 
     def find_end(self, text, found, calls):

@@ -244,6 +244,10 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
     # whose header is that of no answer
     "an answer of no words behind another answer": ("template", (
         MISTRAL, [*chat("q", "a"), {"role": "assistant", "content": "</think>"}, *chat("r")], {}, None, ())),
+    "an answer before any prompt, whose words are then asked": ("template", (MISTRAL, [
+        {"role": "assistant", "content": "x"}, *chat("x"), *chat("x")], {}, None, ())),
+    "an answer before any prompt, whose words the last one has": ("template", (MISTRAL, [
+        {"role": "assistant", "content": "x"}, *chat("y"), *chat("x"), *chat("z")], {}, None, ())),
     "a page of a tokenizer's error": ("tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
     "calls that are a number": ("json", (CALLS % b"5",)),
     "a call of a number": ("json", (CALLS % b'[{"function": 5}]',)),
