@@ -51,6 +51,7 @@ import chat
 import checkpoint
 import data
 import fsdp
+import processes
 from config import knob, parse, run
 from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy, generate
 from template import ChatTokenizer
@@ -175,7 +176,7 @@ def side_load(cfg):
         checkpoint.load_weights(model, cfg.directory)
         read.append(proc_gb("io", "rchar") - before)
 
-    with fsdp.start(1, 600) as ranks:
+    with processes.start(1, 600) as ranks:
         return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read[0]}
 
 

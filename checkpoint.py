@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
@@ -176,7 +175,7 @@ def local_part(tensor):
     A DTensor is split along tp first and then, each part again, along dp, as fsdp.py shards it.
     """
     spans = [(0, n) for n in tensor.shape]
-    if not isinstance(tensor, DTensor):
+    if not hasattr(tensor, "device_mesh"):
         return tensor.detach(), spans
     mesh = tensor.device_mesh
     for axis in reversed(range(mesh.ndim)):  # dp, tp
@@ -399,7 +398,7 @@ def write_shared(directory, files, tensors, dtypes, prefix=""):
         mine = {}
         for name in names:
             tensor = tensors[name].detach()
-            if isinstance(tensor, DTensor):  # all ranks take part; offloaded parts travel through the device
+            if hasattr(tensor, "device_mesh"):  # all ranks take part; offloaded parts travel through the device
                 tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
             if i % size == rank:
                 tensor = tensor.to("cpu", dtypes[name])

@@ -70,7 +70,7 @@ class Layout:
 
 
 def check(layout):
-    """Raise ValueError when tp does not divide what it splits: the rules of fsdp.start and fsdp.shard."""
+    """Raise ValueError when tp does not divide what it splits: the rules of processes.start and tp.split."""
     c, tp, ranks = layout.config, layout.tp, layout.ranks
     parts = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
     fit = [n for n in range(1, ranks + 1) if not any(part % n for part in (ranks, *parts))]

@@ -253,7 +253,9 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # not by Embedding's own way to its first values, which on meta imports torch's compiler: 0.7 s
+        first = torch.randn(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(first, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -345,7 +347,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         weight_grad = None
         if grad_enabled and ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # whatever the dtype, as it sums over chunks
+            weight_grad = torch.empty_like(weight, dtype=torch.float32)  # whatever the dtype, as it sums over chunks
+            if not len(targets) or hidden.dtype != torch.float32:
+                weight_grad.zero_()  # otherwise the first chunk's product overwrites it
         buffer = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])  # for all chunks: new memory costs time
         for start in range(0, len(targets), chunk):
             h, t = hidden[start : start + chunk], targets[start : start + chunk, None] - first
@@ -366,7 +370,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits.to(h.dtype), weight, out=hidden_grad[start : start + chunk])
             if weight_grad is not None and h.dtype == torch.float32:
-                weight_grad.addmm_(logits.T, h)  # without a second (V, C) buffer
+                weight_grad.addmm_(logits.T, h, beta=min(start, 1))  # without a second (V, C) buffer
             elif weight_grad is not None:
                 weight_grad += logits.to(h.dtype).T @ h
         if hidden_grad is not None:

@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import checkpoint
 import data
 import fsdp
+import processes
 import report
 from config import knob, parse, run, write_yaml
 from log import Log, Warnings, check_loggers
@@ -240,7 +241,7 @@ def find_non_finite(model, parameters, rows, ids, capacity, max_rows, n_targets,
         for p in parameters:
             p.grad = None
         loss = ranks.sum(backward(model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None))
-        if not math.isfinite(loss.item()) or not fsdp.clip_grad_norm(parameters, math.inf).isfinite():
+        if not math.isfinite(loss.item()) or not fsdp.grad_norm(parameters).isfinite():
             bad = batch.ids[~ranks.sum(losses).isfinite().cpu().numpy()[batch.ids]]
             return (f"rank {dp_rank * ranks.size // ranks.dp_size}, its micro-batch {i}; conversations: "
                     f"{sources(rows, bad if len(bad) else batch.ids)}")  # a gradient is of the whole micro-batch
@@ -454,10 +455,10 @@ def main():
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging; costs a pass over all new memory
-    with fsdp.start(cfg.tp, cfg.timeout) as ranks:
+    with processes.start(cfg.tp, cfg.timeout) as ranks:
         train(cfg, ranks)
     if ranks.stop:
-        sys.exit(fsdp.STOPS[ranks.stop])
+        sys.exit(processes.STOPS[ranks.stop])
 
 
 def train(cfg, ranks):
@@ -519,6 +520,10 @@ def train(cfg, ranks):
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         model.compile_blocks()
+    if cfg.tp > 1:
+        import tp  # only where it is asked for, as lora: DTensor takes half a second
+
+        tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, dtype == "bf16", cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else device)
     model.tie_weights()
@@ -528,8 +533,8 @@ def train(cfg, ranks):
     for is_b, ratio in (False, 1.0), (True, cfg.lora_plus_ratio):
         groups.append(dict(params=[trained[n] for n in matrices if (".lora_B." in n) == is_b], lr_ratio=ratio,
                            weight_decay=cfg.weight_decay))
-    adamw = fsdp.HostAdamW if cfg.optimizer_offload else torch.optim.AdamW
-    optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    adamw = fsdp.HostAdamW if cfg.optimizer_offload else fsdp.AdamW
+    optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8)
     layout = checkpoint.load_weights(model, source, optimizer)
     if cfg.use_lora:
         layout = checkpoint.adapter_layout(model)
@@ -613,9 +618,8 @@ def train(cfg, ranks):
             loss = backward(model, batches, n_targets, ranks, losses)
             if cfg.use_lora and step == first + 1:
                 check_adapters(model, ranks)
-            grad_norm = fsdp.clip_grad_norm(parameters, cfg.grad_clip or math.inf)
-            # the one device sync of a step
-            loss, grad_norm = torch.stack((ranks.sum(loss), grad_norm.to(device))).tolist()
+            norm = fsdp.grad_norm(parameters).to(device)
+            loss, grad_norm = torch.stack((ranks.sum(loss), norm)).tolist()  # the one device sync of a step
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 where = find_non_finite(model, parameters, rows, ids, capacity, max_rows, n_targets, ranks)
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the "
@@ -629,7 +633,7 @@ def train(cfg, ranks):
             norms.append(grad_norm)
             before = some_weights(optimizer) if step % 10 == 1 else None
             if grad_norm <= limit:
-                optimizer.step()
+                optimizer.step(grad_scale=max(1.0, (grad_norm + 1e-6) / cfg.grad_clip) if cfg.grad_clip else 1.0)
             else:
                 log.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; "
                         f"conversations: {sources(rows, ids)}")

@@ -31,11 +31,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; and a fork keeps no threads
 
-import torch._dynamo  # noqa: E402, F401  an optimizer imports it, in a second
+import torch._dynamo  # noqa: E402, F401  gradient checkpointing imports it, in a second
 
 import checkpoint  # noqa: E402
 import config  # noqa: E402
-import fsdp  # noqa: E402
+import processes  # noqa: E402
 import sft  # noqa: E402
 
 STEPS, TIMEOUT = 6, 10
@@ -70,7 +70,7 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-    at, replace, symlink = fsdp.Ranks.at, os.replace, os.symlink
+    at, replace, symlink = processes.Ranks.at, os.replace, os.symlink
     phase = ""
 
     def tell(word):
@@ -102,7 +102,7 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
         stop_before(source, "=>", target)
         symlink(source, target)
 
-    fsdp.Ranks.at, os.replace, os.symlink = tell_phase, told_replace, told_symlink
+    processes.Ranks.at, os.replace, os.symlink = tell_phase, told_replace, told_symlink
     sys.argv = ["sft.py", *map(str, flags)]
     config.run(sft.main)
 

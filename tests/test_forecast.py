@@ -90,21 +90,21 @@ def test_activations_to_the_byte(name, checkpointing, micro):
 ])
 def test_states_are_a_runs_tensors(train, monkeypatch, flags):
     """Weights, gradients, moments and masters of a run of tiny, to the byte."""
-    found, save, clip = {}, checkpoint.save, fsdp.clip_grad_norm
+    found, save, norm = {}, checkpoint.save, fsdp.grad_norm
 
     def size(tensors):
         return sum(fsdp.local(t).numel() * t.element_size() for t in tensors)
 
-    def counted_clip(parameters, limit):
+    def counted_norm(parameters):
         found["gradients"] = size(p.grad for p in parameters)
-        return clip(parameters, limit)
+        return norm(parameters)
 
     def counted_save(root, step, model, layout, files, optimizer, *rest):
         found.update(weights=size(model.parameters()), masters=size(getattr(optimizer, "host", {}).values()),
                      moments=size(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")))
         return save(root, step, model, layout, files, optimizer, *rest)
 
-    monkeypatch.setattr(fsdp, "clip_grad_norm", counted_clip)
+    monkeypatch.setattr(fsdp, "grad_norm", counted_norm)
     monkeypatch.setattr(checkpoint, "save", counted_save)
     planned, lines = [], forecast.lines
     monkeypatch.setattr(forecast, "lines", lambda layout, *rest: planned.append(layout) or lines(layout, *rest))
@@ -148,7 +148,7 @@ def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
 COUNT = """
 import json, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, fsdp, forecast
+import torch, fsdp, forecast, processes, tp
 from torch.utils._python_dispatch import TorchDispatchMode
 from test_forecast import build, layout_of
 
@@ -168,12 +168,13 @@ class Bytes(TorchDispatchMode):
         return func(*args, **(kwargs or {{}}))
 
 results = []
-with fsdp.start(2, 60) as ranks:
+with processes.start(2, 60) as ranks:
     for use_lora, checkpointing in ((False, True), (False, False), (True, True)):
         with torch.device("meta"):
             model = build(use_lora, model_type="qwen3", tie_word_embeddings=False)
         layout = layout_of(model, 300, batch=4, ranks=4, tp=2, checkpointing=checkpointing)
         model.model.gradient_checkpointing = checkpointing
+        tp.split(model, ranks.mesh["tp"])
         fsdp.shard(model, ranks, False, False)
         model.to_empty(device="cpu")
         for p in model.parameters():
@@ -258,7 +259,7 @@ def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     words = ["sft.py", "--model", ".", "--train_data", "none.json", "--plan", "--ranks", "64", "--tp", "8",
              "--memory_gb", "80"]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(sft.fsdp, "start", None)
+    monkeypatch.setattr(sft.processes, "start", None)
     sft.main()
     text = capsys.readouterr().out
     assert "dp 8 × tp 8" in text and os.listdir() == ["config.json"]

@@ -192,15 +192,17 @@ COUNT = """
 import json, sys
 import torch
 sys.path.insert(0, {root!r})
-import data, fsdp, lora, sft
+import data, fsdp, lora, processes, sft, tp
 from torch.distributed.tensor.debug import CommDebugMode
-tp = int(sys.argv[1])
-with fsdp.start(tp, 60) as ranks:
+size = int(sys.argv[1])
+with processes.start(size, 60) as ranks:
     config = sft.ModelConfig.from_dict(json.load(open(sys.argv[2] + "/config.json")))
     with torch.device("meta"):
         model = sft.CausalLM(config)
     if sys.argv[3] == "lora":
         lora.inject(model, *lora.settings(model, "base", 8, 16, 0.0, "all-linear", False, False, None))
+    if size > 1:
+        tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, False, False)
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -288,14 +290,14 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
     monkeypatch.setattr(sft.checkpoint, "save", lambda root, step, model, layout, files, optimizer, *_: seen.update(
         model=model, optimizer=optimizer))
     policies = []
-    shard = fsdp.fully_shard
-    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **settings: (policies.append(settings["offload_policy"]),
+    shard = torch.distributed.fsdp.fully_shard
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", lambda module, **settings: (policies.append(settings["offload_policy"]),
                                                                          shard(module, **settings))[1])
     train("--max_steps", 2, "--batch_size", 2, *([f"--{offload}_offload"] if offload else []), model=models["untied"])
     stepped = [p for group in seen["optimizer"].param_groups for p in group["params"]]
     parameters = list(seen["model"].parameters())
     if offload == "param":
-        assert len(policies) == 3 and all(isinstance(p, fsdp.CPUOffloadPolicy) for p in policies)
+        assert len(policies) == 3 and all(isinstance(p, torch.distributed.fsdp.CPUOffloadPolicy) for p in policies)
     else:
         assert not policies  # one rank, fp32: FSDP2 would only copy
     if offload == "optimizer":
@@ -311,10 +313,10 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
 PLANT = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-import config, data, fsdp, sft
+import config, data, processes, sft
 how, phase, rank = sys.argv[1:4]
 sys.argv = ["sft.py", *sys.argv[4:]]
-at, train = fsdp.Ranks.at, sft.train
+at, train = processes.Ranks.at, sft.train
 
 def fail():
     with open("planted", "w") as f:
@@ -338,7 +340,7 @@ def fail_and_train(cfg, ranks):
 def stop(*words):  # the first to get the lock of the token cache
     os.kill(os.getpid(), signal.SIGSTOP)
 
-fsdp.Ranks.at, sft.train = at_and_fail, fail_and_train
+processes.Ranks.at, sft.train = at_and_fail, fail_and_train
 if phase == "lock":
     data.tokenise = stop
 config.run(sft.record(sft.main))

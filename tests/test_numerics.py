@@ -109,13 +109,13 @@ def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
 
 def test_the_spike_guard_leaves_a_step_out_and_goes_on(train, tmp_path, capsys, monkeypatch):
     """By the rule, reckoned here again from the norms that were logged; resumed in between, to the bit the same."""
-    factor, clip = 1.5, sft.fsdp.clip_grad_norm
+    factor, norm = 1.5, sft.fsdp.grad_norm
 
-    def spiked(parameters, max_norm, at=[0]):
+    def spiked(parameters, at=[0]):
         at[0] += 1
-        return clip(parameters, max_norm) * (4.0 if at[0] in (10, 20) else 1.0)
+        return norm(parameters) * (4.0 if at[0] in (10, 20) else 1.0)
 
-    monkeypatch.setattr(sft.fsdp, "clip_grad_norm", spiked)
+    monkeypatch.setattr(sft.fsdp, "grad_norm", spiked)
     flags = (*FAST, "--max_grad_norm_factor", factor, "--save_steps", 18)
     lines = train(*flags, "--max_steps", 22)
     norms = [line["grad_norm"] for line in lines]
@@ -166,7 +166,7 @@ def test_an_update_too_small_to_see_is_warned_of_once(train, capsys):
 def test_adapters_without_a_gradient_are_warned_of(train, capsys, monkeypatch):
     """Should they die behind the check of the first step."""
     monkeypatch.setattr(sft, "check_adapters", lambda *_: None)
-    monkeypatch.setattr(sft.fsdp, "clip_grad_norm", lambda parameters, _: sum(p.grad.zero_().sum() for p in parameters))
+    monkeypatch.setattr(sft.fsdp, "grad_norm", lambda parameters: sum(p.grad.zero_().sum() for p in parameters))
     lines = train("--max_steps", 1, *FAST, "--use_lora", "--weight_decay", 0)
     assert lines[0]["changed"] == 0.0 and warned(capsys) == ["1"]
 

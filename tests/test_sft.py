@@ -460,8 +460,8 @@ def test_bad_input_is_one_clear_line(case, tmp_path, monkeypatch, capsys):
 def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypatch, tmp_path, planted):
     """NaN in the loss, or in a gradient alone, of step 3: two optimizer steps were taken, the rows are named."""
     steps, calls = [], []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(1), step(self))[1])
+    step = sft.fsdp.AdamW.step
+    monkeypatch.setattr(sft.fsdp.AdamW, "step", lambda self, **scale: (steps.append(1), step(self, **scale))[1])
     forward = sft.CausalLM.forward
 
     def plant(self, tokens, lengths, targets=None, *rest):

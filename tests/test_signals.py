@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import fsdp
+import processes
 
 RUN = ("--max_steps", 6, "--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing",
        "--eval_steps", 2, "--save_steps", 3, "--val_data", f"{ROOT}/data/example_sft.json")
@@ -47,12 +47,12 @@ def merged(directory):
 
 def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypatch, capfd):
     """Six times over, by each of the signals; the exit code tells which, a line tells what."""
-    before = [signal.getsignal(number) for number in fsdp.STOPS]
+    before = [signal.getsignal(number) for number in processes.STOPS]
     train(*RUN, out="whole")
-    at = fsdp.Ranks.at  # the phases are noted as ever, with a signal behind the one
+    at = processes.Ranks.at  # the phases are noted as ever, with a signal behind the one
     for i, phase in enumerate(PHASES):
-        number, code = list(fsdp.STOPS.items())[i % 3]
-        monkeypatch.setattr(fsdp.Ranks, "at", lambda self, name, due=phase, number=number:
+        number, code = list(processes.STOPS.items())[i % 3]
+        monkeypatch.setattr(processes.Ranks, "at", lambda self, name, due=phase, number=number:
                             (at(self, name), os.kill(os.getpid(), number) if name == due else None))
         with pytest.raises(SystemExit) as info:
             train(*RUN, "--resume_from", "auto")
@@ -63,10 +63,10 @@ def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypat
         assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == f"step_{step}"
         # stopped in its evaluation, even the last step is not all there is
         assert (f"stopped  after step {step} of 6: --resume_from auto" in out) == (phase != PHASES[-1])
-    monkeypatch.setattr(fsdp.Ranks, "at", at)
+    monkeypatch.setattr(processes.Ranks, "at", at)
     train(*RUN, "--resume_from", "auto")
     assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
-    assert [signal.getsignal(number) for number in fsdp.STOPS] == before
+    assert [signal.getsignal(number) for number in processes.STOPS] == before
 
 
 @pytest.mark.parametrize("phase", ["tokenise", "load"])
@@ -80,7 +80,7 @@ def test_stopped_before_the_first_step_nothing_is_written(phase, train, tmp_path
         if name == phase:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(fsdp.Ranks, "at", at)
+    monkeypatch.setattr(processes.Ranks, "at", at)
     with pytest.raises(SystemExit) as info:
         train(*RUN[2:], "--max_steps", 2, "--resume_from", "auto")
     assert info.value.code == 143 and "SIGTERM: stopped before the first step" in capfd.readouterr().err
@@ -113,16 +113,16 @@ config.run(sft.main)
 WORKER = f"""
 import json, os, sys
 sys.path.insert(0, {ROOT!r})
-import fsdp, sft
-fsdp.dist.destroy_process_group = lambda: None  # as in fsdp_worker.py
-at, codes = fsdp.Ranks.at, []
+import processes, sft
+processes.dist.destroy_process_group = lambda: None  # as in fsdp_worker.py
+at, codes = processes.Ranks.at, []
 
 def plant(self, name):
     at(self, name)
     if [self.rank, name] == due:
         os.kill(os.getpid(), number)
 
-fsdp.Ranks.at = plant
+processes.Ranks.at = plant
 with open(sys.argv[1]) as f:
     runs = json.load(f)
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -135,7 +135,7 @@ for due, number, flags in runs:
         codes.append(error.code)
 with open(f"codes {{rank}}", "w") as f:
     json.dump(codes, f)
-store = fsdp.dist.distributed_c10d._get_default_store()
+store = processes.dist.distributed_c10d._get_default_store()
 store.set(f"worker {{rank}}", "")
 store.wait([f"worker {{rank}}" for rank in range(size)])
 """
@@ -144,7 +144,7 @@ store.wait([f"worker {{rank}}" for rank in range(size)])
 def test_a_signal_to_one_rank_stops_both(tmp_path):
     """In an evaluation and in a save, to either; together again the run is the undisturbed one to the bit."""
     flags = [*map(str, RUN), "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", "--output_dir"]
-    stops = [(i, phase, list(fsdp.STOPS)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
+    stops = [(i, phase, list(processes.STOPS)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
     runs = [(None, 0, [*flags, "whole"]), *(((rank, phase), number, [*flags, "out", "--resume_from", "auto"])
                                             for rank, phase, number in stops),
             (None, 0, [*flags, "out", "--resume_from", "auto"])]
@@ -154,7 +154,7 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
                     "worker.py", "runs.json"], cwd=tmp_path, capture_output=True, check=True, timeout=120)
     for rank in range(2):
         codes = json.loads((tmp_path / f"codes {rank}").read_text())
-        assert codes == [None, *(fsdp.STOPS[number] for _, _, number in stops), None]
+        assert codes == [None, *(processes.STOPS[number] for _, _, number in stops), None]
     assert_same(merged(tmp_path / "out"), merged(tmp_path / "whole"))
 
 
