@@ -14,7 +14,8 @@ chat   tokens a second of chat.py's generation beside transformers' generate, gr
 step   non-pad tokens a second and peak memory of sft.py on random weights of --shape small or mid in fp32, all trained,
        without checkpointing, on conversations of log-normal length up to 1,024 tokens, and seconds from the launch to
        the first optimizer step's end; with --vs trl the same conversations by TRL's SFTTrainer, padded and packed, with
-       --vs transformers by a plain loop around its model: padded batches, AdamW
+       --vs transformers by a plain loop around its model: padded batches, AdamW. flops_use: of sft.py, the operations
+       that its losses need (head on targets, attention per document) beside what a product of 2,048 x 2,048 reaches
 start  seconds from the launch of sft.py to the end of its first optimizer step on the embedded model, with nothing
        cached and with the tokens cached; with --vs trl beside TRL's SFTTrainer on the same, or transformers, as in step
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
@@ -100,7 +101,7 @@ class Config:
     model: str = knob("tiny", "data: whose tokenizer and template")
     peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
     side: str | None = knob(None, "do this step only, in this process",
-                            ("plain", "chunked", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat",
+                            ("plain", "chunked", "product", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat",
                              "save", "transformers", "trl_padded", "trl_packed", "plain_loop"))
     directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
     vs: str | None = knob(None, "memory, data, step, start: another trainer, on the same", ("trl", "transformers"))
@@ -160,6 +161,13 @@ def side_loss(cfg):
         (plain if cfg.side == "plain" else chunked)()
 
     return timed(action, cfg.repeats)
+
+
+def side_product(cfg):
+    """What this machine's processor can do, in the units of useful_flops."""
+    a, b = torch.randn(2, 2048, 2048)
+    seconds = timed(lambda: a @ b, 10)["seconds"]
+    return {"flops": 2 * 2048**3 / seconds[0]}
 
 
 def side_load(cfg):
@@ -498,21 +506,43 @@ def one_run(name, directory, rows, *flags):
     return [(line["seconds"], line["tokens"]) for line in lines], lines[-1]["peak_memory_gb"], lines[0]["at"] - started
 
 
+def useful_flops(config, directory):
+    """Floating-point operations that the loss of each step of one_run needs, forward and, twice as many, backward: of
+    each input in the blocks' matrices, of each target in the head, of each causal pair in attention."""
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(config))
+    blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    heads = config["num_hidden_layers"] * model.config.num_attention_heads * model.config.head_dim
+    rows = data.load(os.path.join(directory, "rows.json"), ChatTokenizer(directory), LENGTH)
+    sampler, flops = data.Sampler(rows.lengths, 1, 42, BATCH), []
+    for step in range(1, len(sampler) + 1):
+        ids = sampler.step(step)[1]
+        lengths = rows.lengths[ids].astype(int)
+        head = config["vocab_size"] * config["hidden_size"] * rows.n_targets[ids].sum()
+        flops.append(6 * int(blocks * lengths.sum() + head + heads * (lengths * (lengths + 1)).sum()))
+    return flops
+
+
 def bench_step(cfg, directory):
     versions = peer_versions(cfg)
-    write_model(directory, dict(QWEN_05B, num_attention_heads=8, num_key_value_heads=2, **SHAPES[cfg.shape]))
+    config = dict(QWEN_05B, num_attention_heads=8, num_key_value_heads=2, **SHAPES[cfg.shape])
+    write_model(directory, config)
     write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48, 2.3, 2.9, 1.1)  # median about 120 tokens
     found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []} for name in ("sft", *PEERS[cfg.vs])}
+    uses = []
     for _ in range(cfg.repeats):  # in turn
         for name, figures in found.items():
             steps, peak, start = one_run(name, directory, rows)
             seconds, tokens = map(sum, zip(*steps[1:]))
+            if name == "sft":
+                rate = sides(1, "--side", "product")[0]["flops"]
+                uses.append(sum(useful_flops(config, directory)[1:]) / seconds / rate)
             for figure, value in zip(figures.values(), (tokens / seconds, peak, start)):
                 figure.append(value)
     ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(found["sft"][key], found[name][key])])
               for name in PEERS[cfg.vs] for key in found["sft"]}
     return {"shape": cfg.shape, **{name: {key: spread(values) for key, values in figures.items()}
-                                   for name, figures in found.items()}, **ratios, **versions}
+                                   for name, figures in found.items()}, "flops_use": spread(uses), **ratios, **versions}
 
 
 def bench_start(cfg, directory):
@@ -579,7 +609,8 @@ def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
         functions = {side_loss: ("plain", "chunked"), side_load: ("load",), side_save: ("save",),
-                     side_trl: ("trl_full", "trl_lora"), side_data: ("data", "encode", "trl_data"),
+                     side_trl: ("trl_full", "trl_lora"), side_product: ("product",),
+                     side_data: ("data", "encode", "trl_data"),
                      side_chat: ("chat", "transformers"), side_step: ("trl_padded", "trl_packed", "plain_loop")}
         result = next(function for function, names in functions.items() if cfg.side in names)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own

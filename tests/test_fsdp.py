@@ -282,6 +282,50 @@ def test_tp_must_divide_the_heads(tmp_path):
     assert result.returncode and "these do: [1, 2]" in result.stderr
 
 
+def test_adamw_is_torchs_behind_its_clipping():
+    """Five steps on a matrix, a vector and one that has no gradient, with a rate and a decay for each group."""
+    start = [torch.randn(40, 30), torch.randn(30), torch.randn(7)]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    settings = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8)
+    groups = [[dict(params=[p[0]], weight_decay=0.1), dict(params=p[1:], weight_decay=0.0, lr=0.01)] for p in (ours, theirs)]
+    optimizers = fsdp.AdamW(groups[0], **settings), torch.optim.AdamW(groups[1], **settings)
+    for step, limit in enumerate((1.0, 0.1, 1e9, 1e9, 3.0)):
+        for mine, other in zip(ours[:2], theirs[:2]):
+            mine.grad = torch.randn_like(mine) * 3**step
+            other.grad = mine.grad.clone()
+        norm = fsdp.grad_norm(ours[:2]).item()
+        assert math.isclose(norm, torch.nn.utils.clip_grad_norm_(theirs[:2], limit).item(), rel_tol=1e-6)
+        optimizers[0].step(grad_scale=max(1.0, (norm + 1e-6) / limit))
+        optimizers[1].step()
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[2], start[2]) and not torch.equal(ours[0], start[0])
+    optimizers[0].zero_grad()
+    assert all(p.grad is None for p in ours)
+
+
+def test_the_norm_of_a_large_gradient_is_exact():
+    """Sixteen million numbers: added up one after another in fp32, they are 6e-4 off."""
+    p = torch.nn.Parameter(torch.empty(2**15, 512))
+    p.grad = torch.randn(2**15, 512, generator=torch.Generator().manual_seed(0))
+    assert math.isclose(fsdp.grad_norm([p]).item(), p.grad.double().norm().item(), rel_tol=1e-6)
+
+
+def test_a_run_imports_only_what_it_uses(tmp_path):
+    """A second before the first step: torch's compiler, and on one rank FSDP2 and DTensor."""
+    code = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+sys.argv = ["sft.py", "--model", "tiny", "--train_data", {EXAMPLES!r}, "--max_steps", "1", "--no-gradient_checkpointing"]
+import sft
+sft.main()
+print("RESULT", [name for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
+                                   "transformers", "lora", "nf4", "tp", "forecast", "verl") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "RESULT []" in result.stdout, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("offload", ["", "param", "optimizer"])
 def test_where_tensors_lie(offload, models, monkeypatch, train):
     """param_offload puts parameters and moments on the host (all is host here: FSDP2 gets the policy); with
