@@ -1,4 +1,5 @@
-"""Measure a part of the trainer: python bench.py --part loss prints one JSON line.
+"""Measure the trainer: python bench.py prints one JSON line a part; --part NAME measures one, also of those that are
+not among the six of DEFAULT. It takes some minutes, with --vs trl a quarter of an hour.
 
 loss   the chunked cross-entropy beside a plain one: seconds and peak memory of forward and backward
 load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does it: what
@@ -30,6 +31,7 @@ and bytes are what /proc tells. Nothing here is a test.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -77,6 +79,8 @@ PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and th
               "--use_lora --param_offload")),
 }
 LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}  # processes, flags
+DEFAULT = ("loss", "data", "step", "load", "save", "start")
+COMPARED = {"trl": ("memory", "data", "step", "start"), "transformers": ("step", "start")}  # the parts of each --vs
 RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
 LENGTH, BATCH = 1024, 4  # memory: tokens of a step; step: of a conversation, and conversations a step
 UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buffers allocated
@@ -86,8 +90,9 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python bench.py --part NAME [flags]"""
 
-    part: str = knob("loss", "what to measure", ("loss", "load", "ranks", "memory", "data", "chat", "step", "save",
-                                                 "start", "plan"), group="bench")
+    part: str | None = knob(None, f"what to measure; none is {', '.join(DEFAULT)}, one after another",
+                            ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start", "plan"),
+                            group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
     tokens: int = knob(4096, "loss: rows of the hidden state")
     hidden: int = knob(896, "loss: their width")
@@ -101,8 +106,8 @@ class Config:
     model: str = knob("tiny", "data: whose tokenizer and template")
     peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
     side: str | None = knob(None, "do this step only, in this process",
-                            ("plain", "chunked", "product", "load", "trl_full", "trl_lora", "data", "encode", "trl_data", "chat",
-                             "save", "transformers", "trl_padded", "trl_packed", "plain_loop"))
+                            ("plain", "chunked", "product", "load", "trl_full", "trl_lora", "data", "encode",
+                             "trl_data", "chat", "save", "transformers", "trl_padded", "trl_packed", "plain_loop"))
     directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
     vs: str | None = knob(None, "memory, data, step, start: another trainer, on the same", ("trl", "transformers"))
 
@@ -113,9 +118,8 @@ class Config:
             raise ValueError("--no-peer_checkpointing does nothing without --vs trl")
         if self.steps <= UNSTEADY:
             raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
-        if self.vs and self.part not in ("step", "start", *(["memory", "data"] if self.vs == "trl" else [])):
-            raise ValueError(f"--vs {self.vs} is not for --part {self.part}: trl is for memory, data, step and start, "
-                             "transformers for step and start")
+        if self.vs and self.part and self.part not in COMPARED[self.vs]:
+            raise ValueError(f"--vs {self.vs} is not for --part {self.part}: it is for {', '.join(COMPARED[self.vs])}")
 
 
 def spread(values):
@@ -615,6 +619,12 @@ def main():
         result = next(function for function, names in functions.items() if cfg.side in names)(cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
+    for part in [cfg.part] if cfg.part else DEFAULT:
+        measure(dataclasses.replace(cfg, part=part, vs=cfg.vs if cfg.vs and part in COMPARED[cfg.vs] else None))
+
+
+def measure(cfg):
+    """Print the line of one part."""
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
     line = {"part": cfg.part, "command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
             "python": platform.python_version(), "device": f"CPU, {os.cpu_count()} cores, {threads} threads a process"}
@@ -626,7 +636,7 @@ def main():
                  "start": bench_start, "plan": bench_plan}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
-    print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))))
+    print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))), flush=True)
 
 
 if __name__ == "__main__":
