@@ -107,7 +107,7 @@ class AdamW:
                                          exp_avg_sq=torch.zeros_like(p))
             moments, variances, steps = ([local(self.state[p][key]) for p in params]
                                          for key in ("exp_avg", "exp_avg_sq", "step"))
-            scale = torch.tensor(grad_scale, device=params[0].device) if params and grad_scale != 1 else None
+            scale = torch.full((), grad_scale, device=params[0].device) if params and grad_scale != 1 else None
             adamw([local(p) for p in params], [local(p.grad) for p in params], moments, variances, [], steps,
                   lr=group["lr"], weight_decay=group["weight_decay"], grad_scale=scale, **self.settings)
 
