@@ -88,7 +88,7 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 
 @dataclass
 class Config:
-    """Measure a part of the trainer: python bench.py --part NAME [flags]"""
+    """Measure a part of the trainer: python bench.py [--part NAME] [flags]"""
 
     part: str | None = knob(None, f"what to measure; none is {', '.join(DEFAULT)}, one after another",
                             ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start", "plan"),
@@ -533,14 +533,14 @@ def bench_step(cfg, directory):
     write_model(directory, config)
     write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48, 2.3, 2.9, 1.1)  # median about 120 tokens
     found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []} for name in ("sft", *PEERS[cfg.vs])}
-    uses = []
+    uses, needed = [], sum(useful_flops(config, directory)[1:])
     for _ in range(cfg.repeats):  # in turn
         for name, figures in found.items():
             steps, peak, start = one_run(name, directory, rows)
             seconds, tokens = map(sum, zip(*steps[1:]))
             if name == "sft":
                 rate = sides(1, "--side", "product")[0]["flops"]
-                uses.append(sum(useful_flops(config, directory)[1:]) / seconds / rate)
+                uses.append(needed / seconds / rate)
             for figure, value in zip(figures.values(), (tokens / seconds, peak, start)):
                 figure.append(value)
     ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(found["sft"][key], found[name][key])])

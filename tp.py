@@ -37,8 +37,8 @@ BLOCK_PLAN = {
 
 
 def split(model, tp):
-    """Split the model, which is on meta, over the mesh `tp` of one dimension, in place. FSDP2 comes after it, and shards
-    the slices that it finds.
+    """Split the model, which is on meta, over the mesh `tp` of one dimension, in place. FSDP2 comes after it, and
+    shards the slices that it finds.
 
     Raises ValueError when its size does not divide what is split.
     """

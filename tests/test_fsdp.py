@@ -16,6 +16,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed.fsdp as fsdp2
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_sft import EXAMPLES, TINY
@@ -287,7 +288,8 @@ def test_adamw_is_torchs_behind_its_clipping():
     start = [torch.randn(40, 30), torch.randn(30), torch.randn(7)]
     ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
     settings = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8)
-    groups = [[dict(params=[p[0]], weight_decay=0.1), dict(params=p[1:], weight_decay=0.0, lr=0.01)] for p in (ours, theirs)]
+    groups = [[dict(params=[p[0]], weight_decay=0.1), dict(params=p[1:], weight_decay=0.0, lr=0.01)]
+              for p in (ours, theirs)]
     optimizers = fsdp.AdamW(groups[0], **settings), torch.optim.AdamW(groups[1], **settings)
     for step, limit in enumerate((1.0, 0.1, 1e9, 1e9, 3.0)):
         for mine, other in zip(ours[:2], theirs[:2]):
@@ -316,7 +318,8 @@ def test_a_run_imports_only_what_it_uses(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
-sys.argv = ["sft.py", "--model", "tiny", "--train_data", {EXAMPLES!r}, "--max_steps", "1", "--no-gradient_checkpointing"]
+sys.argv = ["sft.py", "--model", "tiny", "--train_data", {EXAMPLES!r}, "--max_steps", "1"]
+sys.argv += ["--no-gradient_checkpointing"]
 import sft
 sft.main()
 print("RESULT", [name for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
@@ -334,14 +337,14 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
     monkeypatch.setattr(sft.checkpoint, "save", lambda root, step, model, layout, files, optimizer, *_: seen.update(
         model=model, optimizer=optimizer))
     policies = []
-    shard = torch.distributed.fsdp.fully_shard
-    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", lambda module, **settings: (policies.append(settings["offload_policy"]),
-                                                                         shard(module, **settings))[1])
+    shard = fsdp2.fully_shard
+    monkeypatch.setattr(fsdp2, "fully_shard", lambda module, **settings: (policies.append(settings["offload_policy"]),
+                                                                          shard(module, **settings))[1])
     train("--max_steps", 2, "--batch_size", 2, *([f"--{offload}_offload"] if offload else []), model=models["untied"])
     stepped = [p for group in seen["optimizer"].param_groups for p in group["params"]]
     parameters = list(seen["model"].parameters())
     if offload == "param":
-        assert len(policies) == 3 and all(isinstance(p, torch.distributed.fsdp.CPUOffloadPolicy) for p in policies)
+        assert len(policies) == 3 and all(isinstance(p, fsdp2.CPUOffloadPolicy) for p in policies)
     else:
         assert not policies  # one rank, fp32: FSDP2 would only copy
     if offload == "optimizer":
