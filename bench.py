@@ -53,7 +53,10 @@ from safetensors.torch import save_file
 import chat
 import checkpoint
 import data
+import disk
+import formats
 import fsdp
+import pretrained
 import processes
 from config import knob, parse, run
 from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy, generate
@@ -185,7 +188,7 @@ def side_load(cfg):
         model.to_empty(device=ranks.device)
         model.tie_weights()
         before = proc_gb("io", "rchar")
-        checkpoint.load_weights(model, cfg.directory)
+        pretrained.load_weights(model, cfg.directory)
         read.append(proc_gb("io", "rchar") - before)
 
     with processes.start(1, 600) as ranks:
@@ -198,7 +201,7 @@ def side_save(cfg):
         model = CausalLM(ModelConfig.from_dict(QWEN_05B))
     model.to_empty(device="cpu")
     model.tie_weights()
-    layout = checkpoint.load_weights(model, cfg.directory)
+    layout = pretrained.load_weights(model, cfg.directory)
     optimizer = torch.optim.AdamW(model.parameters())
     for p in model.parameters():
         optimizer.state[p] = {"exp_avg": torch.rand_like(p), "exp_avg_sq": torch.rand_like(p)}
@@ -221,7 +224,7 @@ def copy(source, target, flush):
     if flush:
         for folder, _, names in os.walk(target):
             for name in names:
-                checkpoint.sync(os.path.join(folder, name))
+                disk.sync(os.path.join(folder, name))
     seconds = time.perf_counter() - start
     shutil.rmtree(target)
     return seconds
@@ -246,7 +249,7 @@ def side_trl(cfg):
                            save_strategy="no", report_to="none", disable_tqdm=True,
                            gradient_checkpointing=cfg.peer_checkpointing)
     with contextlib.redirect_stdout(sys.stderr):  # what it reports is not JSON
-        rows = datasets.Dataset.from_list(checkpoint.read_json(os.path.join(cfg.directory, "rows.json")))
+        rows = datasets.Dataset.from_list(disk.read_json(os.path.join(cfg.directory, "rows.json")))
         trl.SFTTrainer(cfg.directory, config, train_dataset=rows, callbacks=[Clock()],
                        peft_config=lora if cfg.side == "trl_lora" else None).train()
     return {"peak_gb": proc_gb("status", "VmHWM"), "seconds": spread([b - a for a, b in zip(ends, ends[1:])])}
@@ -297,7 +300,7 @@ def side_step(cfg):
                                disable_tqdm=True, gradient_checkpointing=False)
         with contextlib.redirect_stdout(sys.stderr):
             rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
-                                               for row in checkpoint.read_json(path)])
+                                               for row in disk.read_json(path)])
             trainer = Counted(cfg.directory, config, train_dataset=rows, callbacks=[Clock()])
             ends[0] = time.perf_counter()
             trainer.train()
@@ -308,10 +311,10 @@ def side_step(cfg):
 
 def side_data(cfg):
     """Seconds that cfg.rows conversations take, by us, by the tokenizer alone, or by TRL."""
-    model, path = checkpoint.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
+    model, path = pretrained.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
     tokenizer = ChatTokenizer(model)
     if cfg.side == "encode":
-        texts = [tokenizer.render(data.to_messages(row, where)) for where, row in data.read_files(path)]
+        texts = [tokenizer.render(formats.to_messages(row, where)) for where, row in formats.read_files(path)]
         start = time.perf_counter()
         tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
     elif cfg.side == "data":
@@ -324,7 +327,7 @@ def side_data(cfg):
         with contextlib.redirect_stdout(sys.stderr):
             # the same conversations in the form of which it masks the prompt, as we do: from "messages" it trains all
             rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
-                                               for row in checkpoint.read_json(path)])
+                                               for row in disk.read_json(path)])
             config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True, max_length=LENGTH,
                                    report_to="none", dataset_num_proc=2)
             trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # what it costs without data
@@ -361,8 +364,8 @@ def side_chat(cfg):
 
 def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
     """n conversations of the words of the example set, whose numbers are log-normal."""
-    words = [word for _, row in data.read_files(os.path.join(HERE, "data", "example_sft.json"))
-             for message in data.to_messages(row, "") for word in message["content"].split()]
+    words = [word for _, row in formats.read_files(os.path.join(HERE, "data", "example_sft.json"))
+             for message in formats.to_messages(row, "") for word in message["content"].split()]
     generator = random.Random(0)
 
     def text(middle):
@@ -387,7 +390,7 @@ def write_model(directory, config):
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
         json.dump(config, f)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(os.path.join(checkpoint.model_directory("tiny"), name), directory)
+        shutil.copy(os.path.join(pretrained.model_directory("tiny"), name), directory)
     return {"file_gb": os.path.getsize(path) / 2**30, "parameters_gb": sum(t.numel() for t in tensors.values()) / 2**28}
 
 
@@ -551,7 +554,7 @@ def bench_step(cfg, directory):
 
 def bench_start(cfg, directory):
     versions = peer_versions(cfg)
-    shutil.copytree(checkpoint.model_directory("tiny"), directory, dirs_exist_ok=True)
+    shutil.copytree(pretrained.model_directory("tiny"), directory, dirs_exist_ok=True)
     write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48)
     flags = {"sft": (), "sft_cached": ("--cache_dir", os.path.join(directory, "cache"))}
     names, seconds = [*flags, *PEERS[cfg.vs][:1]], {}

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
+import disk
 import lora
+import pretrained
 import template
-from config import knob, parse, run
+from config import check, knob, parse, run
 from model import CausalLM, ModelConfig, generate
 
 
@@ -33,18 +34,14 @@ class Config:
     base: str | None = knob(None, "model of an adapter, if not the one that its adapter_config.json names")
     prompt: str | None = knob(None, "answer this and end")
     system: str | None = knob(None, "system message")
-    temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts")
-    top_p: float = knob(1.0, "sample only from the likeliest tokens that together have this probability")
-    max_new_tokens: int = knob(1024, "longest answer")
-    seed: int = knob(42, "of sampling")
+    temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts", low=0, high=100)
+    top_p: float = knob(1.0, "sample only from the likeliest tokens that together have this probability",
+                        low=1e-6, high=1, needs="temperature")
+    max_new_tokens: int = knob(1024, "longest answer", low=1)
+    seed: int = knob(42, "of sampling", low=0)
 
     def __post_init__(self):
-        ranges = ("temperature", 0, 100), ("top_p", 1e-6, 1), ("max_new_tokens", 1, 1e9), ("seed", 0, 1e18)
-        for name, low, high in ranges:
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least {low} and at most {high:g}")
-        if self.top_p < 1 and not self.temperature:
-            raise ValueError(f"--top_p {self.top_p} does nothing without sampling; add --temperature 1")
+        check(self)
 
 
 def sampler(temperature, top_p):
@@ -62,27 +59,27 @@ def sampler(temperature, top_p):
 
 def load(name, base=None):
     """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter directory and its base."""
-    directory = adapter = checkpoint.model_directory(name)
-    if base and not checkpoint.is_adapter(adapter):
+    directory = adapter = pretrained.model_directory(name)
+    if base and not pretrained.is_adapter(adapter):
         raise ValueError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
-    if checkpoint.is_adapter(adapter):
-        settings = lora.checked(checkpoint.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
+    if pretrained.is_adapter(adapter):
+        settings = lora.checked(disk.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
         if not (base or settings.get("base_model_name_or_path")):
             raise ValueError(f"{adapter}: its adapter_config.json names no base model; give it with --base DIR")
-        directory = checkpoint.model_directory(base or settings["base_model_name_or_path"])
-    config = checkpoint.read_json(os.path.join(directory, "config.json"))
+        directory = pretrained.model_directory(base or settings["base_model_name_or_path"])
+    config = disk.read_json(os.path.join(directory, "config.json"))
     has_tokenizer = os.path.exists(os.path.join(adapter, "tokenizer.json"))
     tokenizer = template.ChatTokenizer(adapter if has_tokenizer else directory)
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
-    checkpoint.fitting_entries(model, directory)  # before memory is taken
+    pretrained.fitting_entries(model, directory)  # before memory is taken
     if adapter != directory:
-        lora.inject(model, settings, lora.ranks_of(checkpoint.weight_entries(adapter)))
+        lora.inject(model, settings, lora.ranks_of(pretrained.weight_entries(adapter)))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     model.tie_weights()
     for source in dict.fromkeys((directory, adapter)):
-        checkpoint.load_weights(model, source)
-    stops = checkpoint.generation_config(directory, config, tokenizer.stop_id)["eos_token_id"]
+        pretrained.load_weights(model, source)
+    stops = pretrained.generation_config(directory, config, tokenizer.stop_id)["eos_token_id"]
     return model.eval(), tokenizer, set(stops if isinstance(stops, list) else [stops])
 
 

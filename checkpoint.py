@@ -1,543 +1,75 @@
-"""Model directories in Hugging Face's layout, and the training state beside them.
-
-Owns: finding a model (hub id, directory, `tiny`), reading and writing safetensors tensor by tensor, step directories
-that are whole or absent, resume, pruning. Everything is safetensors or JSON: nothing read here can run code.
+"""Step directories: a model directory and the training state beside it, whole or absent; resume, pruning.
 
 A step directory is written under a temporary name, flushed to the disk and renamed; `latest` moves after that. Its
-manifest has the size and the checksum of every file, and no run goes on from one that differs by a bit.
+manifest has the size and the checksum of every file, and no run goes on from one that differs by a bit. Everything is
+safetensors or JSON: nothing read here can run code.
 """
 
-import contextlib
-import hashlib
-import json
-import math
 import os
 import re
-import shutil
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+import disk
+import pretrained
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
-ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's
-UMASK = os.umask(0)  # there is no way to read it but to set it
-os.umask(UMASK)
-CHUNK = 2**20  # elements converted at a time between the disk's dtype and memory's; a thread's 2 MB stay in the cache
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
-LARGEST_FILE = 2**28  # bytes of any other file than weights: tokenizer.json of 35 MB is the largest there is
 MANIFEST, STATE = os.path.join("training_state", "manifest.json"), os.path.join("training_state", "state.json")
 READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all that is read from a checkpoint
-
-
-def model_directory(name, files=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
-    """The local directory of a model: `tiny`, a path, or a hub id, whose `files` are downloaded (or found in the hub's
-    cache).
-
-    Raises FileNotFoundError when there is no such directory, or the hub cannot be reached or does not have it.
-    """
-    if name == "tiny":
-        return os.path.join(os.path.dirname(os.path.abspath(__file__)), "models", "tiny")
-    if os.path.isdir(name):
-        return name
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise FileNotFoundError(f"--model {name}: no such directory; give a directory, a hub id such as "
-                                "Qwen/Qwen2.5-0.5B, or tiny")
-    from huggingface_hub import snapshot_download  # imported here: most runs read a directory
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(name, allow_patterns=list(files))
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"--model {name}: the hub can't be reached and the model is not in its cache; "
-                                "use --model PATH with a local directory, or --model tiny") from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"--model {name}: {str(error).strip().splitlines()[-1]}; use --model PATH with a "
-                                "local directory, or --model tiny") from error
-
-
-def read_file(path):
-    """The bytes of a file of a model directory, which may be a stranger's: what is read here is shown in errors and
-    copied into checkpoints, so a link must not lead to a file that is not the model's own.
-
-    The hub's cache is made of links, and they stay good: models--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
-    """
-    real, home = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
-    in_cache = re.search(r"/(models|datasets)--[^/]+/blobs/[^/]+$", real)
-    if os.path.islink(path) and not in_cache and os.path.commonpath([real, home]) != home:
-        raise ValueError(f"{path} is a link to {real}, outside its directory; put a copy of that file there instead")
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, for ever
-        raise ValueError(f"{path} is not a file")
-    with open(path, "rb") as f:
-        content = f.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise ValueError(f"{path} has more than {LARGEST_FILE:,} bytes, and no such file of a model has")
-    return content
-
-
-def read_json(path):
-    """Parse a JSON file; ValueError with its name, line and column if it is not JSON."""
-    content = read_file(path)
-    try:
-        return json.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # nested without end, a number of thousands of digits
-        raise ValueError(f"{path} is not JSON: {error!s:.300}") from error
-
-
-@dataclass
-class Entry:
-    """One tensor of a safetensors file: where its bytes are."""
-
-    file: str
-    dtype: str
-    shape: tuple
-    start: int  # of its bytes, counted from the beginning of the file
-
-
-def read_header(path):
-    """name -> Entry of a safetensors file, in the file's order. Raises ValueError when it is torn or not safetensors.
-
-    The package checks the header against the file; the bytes are then read by position instead of through its memory
-    map, whose pages would count as ours: loading bf16 into fp32 would peak at 1.5 times the model.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, for ever
-        raise ValueError(f"{path} is not a file")
-    with open(path, "rb") as f:
-        position = 8 + int.from_bytes(f.read(8), "little")
-    entries = {}
-    try:
-        with safe_open(path, framework="pt") as f:
-            for name in f.offset_keys():
-                tensor = f.get_slice(name)
-                dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
-                if dtype not in DTYPES:
-                    raise ValueError(f"{path}: {name:.200} is of dtype {dtype}; these can be read: {', '.join(DTYPES)}")
-                entries[name] = Entry(path, dtype, shape, position)
-                position += math.prod(shape) * DTYPES[dtype].itemsize
-    except SafetensorError as error:
-        raise ValueError(f"{path} is torn or not safetensors: {error!s:.300}") from error
-    return entries
-
-
-def read_packed(name, entry, tensor, module):
-    """Fill a weight that `module` stores in another form (its `fill`), from a few rows of the matrix at a time."""
-    local, spans = local_part(tensor)
-    (first, last), columns = spans[0], module.in_features
-    rows = max(1, CHUNK // columns)
-    for start in range(first, last, rows):
-        weight = torch.empty(min(rows, last - start), columns)
-        read_into(entry, weight, [(start, start + len(weight)), (0, columns)])
-        try:
-            module.fill(local[start - first :][: len(weight)], weight.to(local.device))
-        except ValueError as error:
-            raise ValueError(f"{entry.file}: {name}, counted from row {start}: {error}") from error
-
-
-def is_adapter(directory):
-    return os.path.exists(os.path.join(directory, "adapter_config.json"))
-
-
-def weight_entries(directory):
-    """name -> Entry of a model directory, one file or sharded with an index, or of a PEFT adapter's."""
-    if is_adapter(directory):
-        entries = read_header(os.path.join(directory, ADAPTER_FILE))
-        return {name.removeprefix(ADAPTER_PREFIX): entry for name, entry in entries.items()}
-    index = os.path.join(directory, "model.safetensors.index.json")
-    if not os.path.exists(index):
-        return read_header(os.path.join(directory, "model.safetensors"))
-    weight_map = read_json(index)
-    weight_map = weight_map.get("weight_map", {}) if isinstance(weight_map, dict) else {}
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must be an object of file names by tensor, it is {weight_map!r:.60}")
-    files = sorted(set(weight_map.values()))
-    if not files or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", f) for f in files):  # no separator, no NUL
-        raise ValueError(f"{index}: weight_map must name files of the same directory, such as "
-                         f"model-00001-of-00002.safetensors, it names {ascii(files[:3]):.200}")
-    entries = {}
-    for file in files:
-        entries.update(read_header(os.path.join(directory, file)))
-    found = {name: os.path.basename(entry.file) for name, entry in entries.items()}
-    if found != weight_map:
-        differ = sorted(name for name in {**found, **weight_map} if found.get(name) != weight_map.get(name))
-        raise ValueError(f"{index} and the files it names do not hold the same tensors: {', '.join(differ[:5]):.300}")
-    return entries
-
-
-def local_part(tensor):
-    """(this rank's storage of a tensor, [(start, stop) of it in each dimension]). A plain tensor is all here.
-
-    A DTensor is split along tp first and then, each part again, along dp, as fsdp.py shards it.
-    """
-    spans = [(0, n) for n in tensor.shape]
-    if not hasattr(tensor, "device_mesh"):
-        return tensor.detach(), spans
-    mesh = tensor.device_mesh
-    for axis in reversed(range(mesh.ndim)):  # dp, tp
-        dim = getattr(tensor.placements[axis], "dim", None)
-        if dim is not None:
-            (start, stop), rank = spans[dim], mesh.get_local_rank(axis)
-            size = -(-(stop - start) // mesh.size(axis))
-            spans[dim] = (min(start + rank * size, stop), min(start + (rank + 1) * size, stop))
-    return tensor.to_local().detach(), spans
-
-
-def read_into(entry, tensor, spans=None):
-    """Fill `tensor` (any device and dtype) from the disk. Reads this rank's part of it only, or the part that `spans`
-    gives, [(start, stop) in each dimension], and has at most one chunk beside it in memory."""
-    local, own = local_part(tensor)
-    spans = spans or own
-    dtype, shape = DTYPES[entry.dtype], entry.shape
-    direct = dtype == local.dtype and local.device.type == "cpu"
-    flat = local.view(-1)
-    buffer = None if direct else torch.empty(min(CHUNK, flat.numel()), dtype=dtype)
-    # (first element on the disk, count): one run, or one a row where columns are split too
-    width, (start, stop) = math.prod(shape[1:]), spans[0] if spans else (0, 1)
-    runs = [(start * width, (stop - start) * width)]
-    if spans[1:] and spans[1] != (0, shape[1]):
-        first, last = spans[1]
-        runs = [(row * width + first, last - first) for row in range(start, stop)]
-    with open(entry.file, "rb", buffering=0) as f:
-        for offset, count in runs:
-            f.seek(entry.start + offset * dtype.itemsize)
-            here, flat = flat[:count], flat[count:]
-            for part in here.split(CHUNK):
-                target = part if direct else buffer[: part.numel()]
-                raw = memoryview(target.view(torch.uint8).numpy())
-                while raw:
-                    n = f.readinto(raw)
-                    if not n:
-                        raise ValueError(f"{entry.file} ended while it was read")
-                    raw = raw[n:]
-                if not direct:
-                    part.copy_(target)
-
-
-def fingerprint(directory):
-    """A short hash of a model directory's tensors, from the beginning of each: tells one base from another."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, entry in sorted(weight_entries(directory).items()):
-        with open(entry.file, "rb") as f:
-            f.seek(entry.start)
-            size = min(256, math.prod(entry.shape) * DTYPES[entry.dtype].itemsize)
-            state.update(f"{name} {entry.dtype} {entry.shape}".encode() + f.read(size))
-    return state.hexdigest()
-
-
-def fitting_entries(model, directory):
-    """(name -> Entry of a directory's weights, name -> parameter that they fill, name -> module that packs it).
-
-    `model` may be on the meta device: a config.json that asks for more memory than its weights is told before any is
-    taken. Raises ValueError naming the missing, unexpected or wrongly shaped tensors.
-    """
-    entries = weight_entries(directory)
-    if strange := [f"{n} ({e.dtype}, {e.file})" for n, e in entries.items() if e.dtype not in ("F32", "BF16", "F16")]:
-        raise ValueError(f"weights must be F32, BF16 or F16, not {strange[0]}: quantised models can't be trained")
-    entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}  # computed, not read
-    # an adapter's part is what it can train; a model's is all but what adapters add
-    part = (lambda n, p: p.requires_grad) if is_adapter(directory) else (lambda n, p: ".lora_" not in n)
-    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if part(n, p)}
-    owned = {n: p for n, p in model.named_parameters() if part(n, p)}  # without a tied head; its embedding is there
-    fits = f"{directory} does not fit " + ("this model" if is_adapter(directory) else "its config.json")
-    missing = sorted(set(owned) - set(entries))
-    unexpected = sorted(set(entries) - set(parameters))
-    if missing or unexpected:
-        raise ValueError(f"{fits}: missing {missing[:8] or 'nothing'}, unexpected {unexpected[:8] or 'nothing'}"
-                         + (f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""))
-    packed = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "fill")}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    shapes.update({name: (m.out_features, m.in_features) for name, m in packed.items()})
-    wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
-    if wrong:
-        raise ValueError(f"{fits}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
-    return entries, owned, packed
-
-
-def load_weights(model, directory, optimizer=None):
-    """Fill the parameters of `model` (materialised, any float dtype), or what the optimizer holds instead of them
-    (master_weights), from a model directory, or those that an adapter has from an adapter's; return its layout.
-
-    The layout is what saving needs to write the same files again: file name -> {tensor name: dtype code}.
-    Raises ValueError as fitting_entries does.
-    """
-    entries, owned, packed = fitting_entries(model, directory)
-    masters = master_weights(model, optimizer)
-    for name in packed.keys() & owned.keys():
-        read_packed(name, entries[name], masters[name], packed[name])
-    # New memory is cleared by whoever writes to it first, which takes as long as reading does: by all cores.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        plain = [name for name in owned if name not in packed]
-        list(pool.map(lambda name: read_into(entries[name], masters[name]), plain))  # raises what one of them does
-    for name in set(entries) - set(owned):  # the file holds a tied weight twice: both must say the same
-        copy = torch.empty_like(masters[name])
-        read_into(entries[name], copy)
-        if not torch.equal(local_part(copy)[0], local_part(masters[name])[0]):
-            raise ValueError(f"{entries[name].file}: config.json ties {name} to the embedding, but they differ; set "
-                             "tie_word_embeddings to false")
-    layout = {}
-    for name, entry in entries.items():
-        if name in owned:
-            layout.setdefault(os.path.basename(entry.file), {})[name] = entry.dtype
-    return layout
-
-
-def fill(tensor, whole):
-    """Copy this rank's part of a whole tensor into one that may be split."""
-    part, spans = local_part(tensor)
-    part.copy_(whole[tuple(slice(*span) for span in spans)])
-
-
-def adapter_layout(model):
-    """The layout of an adapter: one file, fp32, of all that is trained; a tied head and embedding by both names."""
-    return {ADAPTER_FILE: {n: "F32" for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}}
-
-
-def write_safetensors(path, tensors):
-    """Write {name: tensor} and flush it to the disk. Byte for byte what an untouched model was read from."""
-    with naming(path):
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-        os.chmod(path, 0o666 & ~UMASK)  # the package's is readable by its owner alone, whatever the umask
-    sync(path)
-
-
-def write_file(path, content):
-    """Write bytes, or a JSON value, and flush it to the disk."""
-    with naming(path), open(path, "wb") as f:
-        f.write(content if isinstance(content, bytes) else encoded(content))
-    sync(path)
-
-
-def encoded(value):
-    """A JSON value as it is written."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def sync(path):
-    """Flush a file, or a directory: a rename is on the disk only when the directory that holds the name is."""
-    with naming(path):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def remove(directory):
-    with naming(directory):
-        shutil.rmtree(directory)
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Name the file in what goes wrong with it: a failed write or fsync says "No space left on device" and not where,
-    and safetensors has an error of its own."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or path) from error
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), path) from error
-
-
-def read_bytes(directory, names):
-    """name -> bytes of those files that the directory has; read once, as the directory may be gone at the last save."""
-    found = {}
-    for name in names:
-        if os.path.exists(path := os.path.join(directory, name)):
-            found[name] = read_file(path)
-    return found
-
-
-def generation_config(directory, config, stop_id):
-    """generation_config.json with the trained turn-ending token among its eos ids.
-
-    A base Qwen2.5 lists <|endoftext|> only: trained on ChatML it would answer, end its turn, and go on.
-    """
-    path = os.path.join(directory, "generation_config.json")
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    found = read_json(path) if os.path.exists(path) else {k: config[k] for k in keys if config.get(k) is not None}
-    eos = found.get("eos_token_id") if isinstance(found, dict) else "nothing: the file is no object"
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if any(type(i) is not int for i in eos):
-        raise ValueError(f"{path}: eos_token_id must be a token's id or a list of them, it is {eos!r:.60}")
-    if stop_id not in eos:
-        eos.append(stop_id)
-    return {**found, "eos_token_id": eos if len(eos) > 1 else eos[0]}
-
-
-def numbered(tensors, stem, count):
-    """Spread {name: tensor} over `count` files of about equal size, in order: file name -> names."""
-    groups, position, total = {}, 0, sum(t.numel() for t in tensors.values())
-    for name, tensor in tensors.items():
-        groups.setdefault(position * count // total, []).append(name)
-        position += tensor.numel()
-    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))] if len(groups) > 1 else [stem]
-    return {f"{file}.safetensors": group for file, group in zip(names, groups.values())}
-
-
-def write_index(directory, files, total_size):
-    """The index of a model in several files, {file: names}, of total_size bytes."""
-    weight_map = dict(sorted((name, file) for file, group in files.items() for name in group))
-    write_file(os.path.join(directory, "model.safetensors.index.json"),
-               {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def write_shared(directory, files, tensors, dtypes, prefix=""):
-    """Write {file: names} of tensors that may be split over the ranks, with `prefix` before each name. Each file has
-    one writer, which gathers its tensors one by one: no rank holds more of the model at a time than its files."""
-    rank, size = rank_and_size()
-    for i, (file, names) in enumerate(files.items()):
-        mine = {}
-        for name in names:
-            tensor = tensors[name].detach()
-            if hasattr(tensor, "device_mesh"):  # all ranks take part; offloaded parts travel through the device
-                tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
-            if i % size == rank:
-                tensor = tensor.to("cpu", dtypes[name])
-                shared = any(tensor.data_ptr() == other.data_ptr() for other in mine.values())  # a tied one
-                mine[prefix + name] = tensor.clone() if shared else tensor
-        if mine:
-            write_safetensors(os.path.join(directory, file), mine)
-
-
-def checksum(path):
-    """(size, CRC-32) of a file, (-1, 0) where there is none: a torn end, a flipped bit, another step's file differ."""
-    if not os.path.isfile(path):
-        return -1, 0
-    buffer, size, crc = memoryview(bytearray(2**20)), 0, 0
-    with naming(path), open(path, "rb", buffering=0) as f:
-        while n := f.readinto(buffer):
-            size, crc = size + n, zlib.crc32(buffer[:n], crc)
-    return size, crc
-
-
-def checksums(directory, *groups):
-    """name -> [size, CRC-32] of the files that the groups name; every rank calls it. They share the work: a group's
-    i-th file is read by rank i, and so around, as write_shared writes them: a writer has its files in memory still."""
-    rank, size = rank_and_size()
-    names = [name for group in groups for name in group]
-    owners = [i % size for group in groups for i in range(len(group))]
-    sums = torch.zeros(len(names), 2, dtype=torch.int64)
-    for name, owner, row in zip(names, owners, sums):
-        if owner == rank:
-            row.copy_(torch.tensor(checksum(os.path.join(directory, name))))
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return dict(zip(names, sums.tolist()))
-
-
-def manifest(step, files):
-    """The bytes of a step's manifest, {"step", "files": {name: [size, CRC-32]}, "crc32": of the rest}."""
-    content = {"step": step, "files": dict(sorted(files.items()))}
-    return encoded({**content, "crc32": zlib.crc32(encoded(content))})
-
-
-def is_list_of_files(files):
-    """Whether what a manifest lists are names inside its directory, each with two numbers."""
-    return isinstance(files, dict) and all(
-        name.isprintable() and os.path.normpath(name) == name and not name.startswith(("/", ".."))
-        and isinstance(entry, list) and [type(number) for number in entry] == [int, int]
-        for name, entry in files.items())
-
-
-def verify(directory):
-    """Raise ValueError, on every rank, unless the files of a step directory are, to the bit, what `save` wrote there.
-
-    A directory that never had a manifest can't be told from one that has lost it: neither is whole.
-    """
-    path, rest = os.path.join(directory, MANIFEST), ("; give --resume_from another step directory, or start a new run "
-                                                     "from these weights with --model and another --output_dir")
-    if not os.path.exists(path):
-        raise ValueError(f"{directory} has no {MANIFEST}, so nobody knows whether it is whole{rest}")
-    try:
-        found = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}{rest}") from error
-    step, files = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
-    with open(path, "rb") as f:
-        if type(step) is not int or not is_list_of_files(files) or f.read() != manifest(step, files):
-            raise ValueError(f"{path} is not as it was saved{rest}")
-    numbered_as = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
-    if numbered_as and int(numbered_as[1]) != step:
-        raise ValueError(f"{path} is of step {step}, not of {numbered_as[0]}{rest}")
-    wrong = []
-    for name, (size, crc) in checksums(directory, sorted(files)).items():
-        if [size, crc] != files[name]:
-            wrong.append(f"{name} is missing" if size < 0 else f"{name} has {size:,} bytes, not {files[name][0]:,}"
-                         if size != files[name][0] else f"{name} has other bytes")
-    there = os.listdir(directory) + [os.path.join("training_state", n)
-                                     for n in os.listdir(os.path.join(directory, "training_state"))]
-    wrong += [f"{name} was not there" for name in sorted({n for n in there if n.endswith(READ)} - {*files, MANIFEST})]
-    if wrong:
-        raise ValueError(f"{directory} is not as it was saved: {'; '.join(wrong[:8])} ({len(wrong)} in all){rest}")
-
-
-def rank_and_size():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def save(root, step, model, layout, files, optimizer, state, links=("latest",)):
     """Write root/step_N whole, then move root/latest, or what `links` names; return its path. All ranks call it.
 
-    layout  what load_weights returned;  files  name -> bytes or JSON value, written as they stand
+    layout  what pretrained.load_weights returned;  files  name -> bytes or JSON value, written as they stand
     state   JSON value: what the run needs to go on (see load_state)
 
     Weights are written in the dtype of the model that was read. Where that is narrower than the master weights
     (bf16 on the disk, fp32 in memory), training_state/ holds the masters too: resume is exact.
     """
     final, temporary = os.path.join(root, f"step_{step}"), os.path.join(root, f"tmp_step_{step}")
-    (rank, size), inner = rank_and_size(), os.path.join(temporary, "training_state")
-    prefix = ADAPTER_PREFIX if ADAPTER_FILE in layout else ""
+    (rank, size), inner = pretrained.rank_and_size(), os.path.join(temporary, "training_state")
+    prefix = pretrained.ADAPTER_PREFIX if pretrained.ADAPTER_FILE in layout else ""
     if rank == 0:
         os.makedirs(root, exist_ok=True)
         for name in os.listdir(root):  # what a kill, or a save that failed, left behind
             if re.fullmatch(r"tmp_(old_)?step_\d+", name):
-                remove(os.path.join(root, name))
+                disk.remove(os.path.join(root, name))
             elif re.fullmatch(r"tmp_(latest|best)", name):
                 os.remove(os.path.join(root, name))
         os.makedirs(inner)
         for name, content in files.items():
-            write_file(os.path.join(temporary, name), content)
+            disk.write_file(os.path.join(temporary, name), content)
     barrier()
 
-    masters = master_weights(model, optimizer)
-    dtypes = {n: DTYPES[code] for names in layout.values() for n, code in names.items()}
+    masters = pretrained.master_weights(model, optimizer)
+    dtypes = {n: pretrained.DTYPES[code] for names in layout.values() for n, code in names.items()}
     names = {file: list(codes) for file, codes in layout.items()}
     if len(names) < size and not prefix:  # each rank writes its share; an adapter, which is small, is one file
-        names = numbered({n: masters[n] for n in dtypes}, "model", size)
-    write_shared(temporary, names, masters, dtypes, prefix)
+        names = pretrained.numbered({n: masters[n] for n in dtypes}, "model", size)
+    pretrained.write_shared(temporary, names, masters, dtypes, prefix)
     if len(names) > 1 and rank == 0:
-        write_index(temporary, names, sum(masters[n].numel() * dtype.itemsize for n, dtype in dtypes.items()))
+        size_of_all = sum(masters[n].numel() * dtype.itemsize for n, dtype in dtypes.items())
+        pretrained.write_index(temporary, names, size_of_all)
 
     trained = trained_weights(model, optimizer)
     tensors = {f"{key}.{n}": optimizer.state[p][key] for key in MOMENTS for n, p in trained.items()}
     tensors.update({f"master.{n}": p for n, p in trained.items() if p.dtype != dtypes[n]})
-    inner_names = numbered(tensors, "tensors", size)
-    write_shared(inner, inner_names, tensors, {n: t.dtype for n, t in tensors.items()})
+    inner_names = pretrained.numbered(tensors, "tensors", size)
+    pretrained.write_shared(inner, inner_names, tensors, {n: t.dtype for n, t in tensors.items()})
     if rank == 0:
-        write_file(os.path.join(temporary, STATE), {"step": step, **state})
+        disk.write_file(os.path.join(temporary, STATE), {"step": step, **state})
     barrier()
 
     by_rank_0 = [*files, STATE, *(["model.safetensors.index.json"] if len(names) > 1 else [])]
     sums = checksums(temporary, list(names), [os.path.join("training_state", n) for n in inner_names],
                      *([name] for name in by_rank_0))
     if rank == 0:
-        write_file(os.path.join(temporary, MANIFEST), manifest(step, sums))
-        sync(inner)
-        sync(temporary)
+        disk.write_file(os.path.join(temporary, MANIFEST), manifest(step, sums))
+        disk.sync(inner)
+        disk.sync(temporary)
         old = take_name(final) if os.path.exists(final) else None  # a run that went back goes over its steps again
         try:
             os.replace(temporary, final)
@@ -548,20 +80,14 @@ def save(root, step, model, layout, files, optimizer, state, links=("latest",)):
         for link in links:
             set_link(root, step, link)
         if old:
-            remove(old)
+            disk.remove(old)
     barrier()
     return final
 
 
-def master_weights(model, optimizer):
-    """name -> the tensor that the optimizer steps: the parameter, or its master in host memory. A tied one twice."""
-    host = getattr(optimizer, "host", {})
-    return {name: host.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
 def trained_weights(model, optimizer):
     """The same of what is trained, a tied one once."""
-    masters = master_weights(model, optimizer)
+    masters = pretrained.master_weights(model, optimizer)
     return {name: masters[name] for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -572,7 +98,7 @@ def set_link(root, step, name="latest"):
         os.remove(link)
     os.symlink(f"step_{step}", link)
     os.replace(link, os.path.join(root, name))
-    sync(root)
+    disk.sync(root)
 
 
 def steps_in(root):
@@ -586,7 +112,7 @@ def prune(root, keep, step, best=None):
     back."""
     for old in [s for s in steps_in(root) if s <= step][:-keep] if keep else ():
         if old != best:
-            remove(take_name(os.path.join(root, f"step_{old}")))
+            disk.remove(take_name(os.path.join(root, f"step_{old}")))
 
 
 def take_name(directory):
@@ -617,10 +143,42 @@ def resume_directory(resume_from, root):
     return os.path.realpath(directory)
 
 
+def verify(directory):
+    """Raise ValueError, on every rank, unless the files of a step directory are, to the bit, what `save` wrote there.
+
+    A directory that never had a manifest can't be told from one that has lost it: neither is whole.
+    """
+    path, rest = os.path.join(directory, MANIFEST), ("; give --resume_from another step directory, or start a new run "
+                                                     "from these weights with --model and another --output_dir")
+    if not os.path.exists(path):
+        raise ValueError(f"{directory} has no {MANIFEST}, so nobody knows whether it is whole{rest}")
+    try:
+        found = disk.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{rest}") from error
+    step, files = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
+    with open(path, "rb") as f:
+        if type(step) is not int or not is_list_of_files(files) or f.read() != manifest(step, files):
+            raise ValueError(f"{path} is not as it was saved{rest}")
+    numbered_as = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
+    if numbered_as and int(numbered_as[1]) != step:
+        raise ValueError(f"{path} is of step {step}, not of {numbered_as[0]}{rest}")
+    wrong = []
+    for name, (size, crc) in checksums(directory, sorted(files)).items():
+        if [size, crc] != files[name]:
+            wrong.append(f"{name} is missing" if size < 0 else f"{name} has {size:,} bytes, not {files[name][0]:,}"
+                         if size != files[name][0] else f"{name} has other bytes")
+    there = os.listdir(directory) + [os.path.join("training_state", n)
+                                     for n in os.listdir(os.path.join(directory, "training_state"))]
+    wrong += [f"{name} was not there" for name in sorted({n for n in there if n.endswith(READ)} - {*files, MANIFEST})]
+    if wrong:
+        raise ValueError(f"{directory} is not as it was saved: {'; '.join(wrong[:8])} ({len(wrong)} in all){rest}")
+
+
 def load_state(directory):
     """The JSON state that `save` was given, with its step."""
     path = os.path.join(directory, STATE)
-    state = read_json(path)
+    state = disk.read_json(path)
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 1:  # True is an int
         raise ValueError(f"{path}: step must be a whole number of at least 1, it is {step!r:.60}; give --resume_from "
@@ -633,18 +191,64 @@ def load_training_tensors(directory, model, optimizer, step):
     inner, entries = os.path.join(directory, "training_state"), {}
     for file in sorted(os.listdir(inner)):
         if file.endswith(".safetensors"):
-            entries.update(read_header(os.path.join(inner, file)))
+            entries.update(pretrained.read_header(os.path.join(inner, file)))
     trained = trained_weights(model, optimizer)
     wanted = {f"{key}.{n}": p for key in MOMENTS for n, p in trained.items()}
-    codes = {n: e.dtype for n, e in weight_entries(directory).items()}
-    wanted.update({f"master.{n}": p for n, p in trained.items() if p.dtype != DTYPES.get(codes.get(n))})
+    saved = {n: pretrained.DTYPES.get(e.dtype) for n, e in pretrained.weight_entries(directory).items()}
+    wanted.update({f"master.{n}": p for n, p in trained.items() if p.dtype != saved.get(n)})
     if set(entries) != set(wanted) or any(entries[n].shape != p.shape for n, p in wanted.items()):
         differ = sorted(set(entries) ^ set(wanted)) or "a shape"
         raise ValueError(f"{inner} does not belong to this model: {differ[:5]} differ")
     for name, p in trained.items():
         moments = {key: torch.empty_like(p) for key in MOMENTS}
         for key, tensor in moments.items():
-            read_into(entries[f"{key}.{name}"], tensor)
+            pretrained.read_into(entries[f"{key}.{name}"], tensor)
         optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
     for name in (n for n in wanted if n.startswith("master.")):
-        read_into(entries[name], wanted[name])
+        pretrained.read_into(entries[name], wanted[name])
+
+
+def manifest(step, files):
+    """The bytes of a step's manifest, {"step", "files": {name: [size, CRC-32]}, "crc32": of the rest}."""
+    content = {"step": step, "files": dict(sorted(files.items()))}
+    return disk.encoded({**content, "crc32": zlib.crc32(disk.encoded(content))})
+
+
+def is_list_of_files(files):
+    """Whether what a manifest lists are names inside its directory, each with two numbers."""
+    return isinstance(files, dict) and all(
+        name.isprintable() and os.path.normpath(name) == name and not name.startswith(("/", ".."))
+        and isinstance(entry, list) and [type(number) for number in entry] == [int, int]
+        for name, entry in files.items())
+
+
+def checksum(path):
+    """(size, CRC-32) of a file, (-1, 0) where there is none: a torn end, a flipped bit, another step's file differ."""
+    if not os.path.isfile(path):
+        return -1, 0
+    buffer, size, crc = memoryview(bytearray(2**20)), 0, 0
+    with disk.naming(path), open(path, "rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            size, crc = size + n, zlib.crc32(buffer[:n], crc)
+    return size, crc
+
+
+def checksums(directory, *groups):
+    """name -> [size, CRC-32] of the files that the groups name; every rank calls it. They share the work: a group's
+    i-th file is read by rank i, and so around, as write_shared writes them: a writer has its
+    files in memory still."""
+    rank, size = pretrained.rank_and_size()
+    names = [name for group in groups for name in group]
+    owners = [i % size for group in groups for i in range(len(group))]
+    sums = torch.zeros(len(names), 2, dtype=torch.int64)
+    for name, owner, row in zip(names, owners, sums):
+        if owner == rank:
+            row.copy_(torch.tensor(checksum(os.path.join(directory, name))))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return dict(zip(names, sums.tolist()))
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()

@@ -36,13 +36,29 @@ ELSEWHERE = {theirs: ours for ours, names in {
     "timeout": "ddp_timeout"}.items() for theirs in names.split()}
 
 
-def knob(default, help, choices=(), group=None, env=None):
+def knob(default, help, choices=(), group=None, env=None, low=-1e18, high=1e18, needs=None):
     """A field of the flat dataclass.
 
-    group  begins a section of --help, at the first knob of that section
-    env    the environment variable that sets it
+    group      begins a section of --help, at the first knob of that section
+    env        the environment variable that sets it
+    low, high  least and largest value of a number, which is finite at any rate
+    needs      the knobs without which it does nothing, as in "plan", "val_data or sample_prompts", "ranks and tp"
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group, "env": env})
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, group=group, env=env, low=low,
+                                                            high=high, needs=needs))
+
+
+def check(config):
+    """Raise ValueError for a value outside its knob's range, or one that does nothing as another knob is not set."""
+    given = {f.name: f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    for name, f in given.items():
+        value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            most = f" and at most {high}" if high < 1e18 else ""
+            raise ValueError(f"--{name} {value}: it must be at least {low}{most}")
+        for need in f.metadata["needs"].split(" and ") if f.metadata["needs"] else ():
+            if not given.keys() & need.split(" or "):
+                raise ValueError(f"--{name} {value} does nothing without --{need.replace(' or ', ' or --')}")
 
 
 def parse(cls, argv, positional=()):

@@ -16,7 +16,7 @@ import uuid
 
 from tqdm import tqdm
 
-from checkpoint import naming
+from disk import naming
 
 LOGGERS = ("console", "wandb", "tensorboard", "trackio")
 

@@ -2,7 +2,7 @@
 
     python lora.py merge outputs/checkpoints/latest OUT     # adapter and base -> a full model directory
 
-Owns the adapted layer, which layers get one, PEFT's adapter_config.json, first values, and merging. An adapter's
+Owns the adapted layer, which layers get one, PEFT's adapter_config.json, and first values. An adapter's
 settings are that file's dict, by PEFT's names; its tensors have PEFT's names less the prefix `base_model.model.`,
 which are the model's own. Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), peft 0.21.
 """
@@ -10,9 +10,6 @@ which are the model's own. Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732)
 import math
 import os
 import re
-import shutil
-import sys
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +24,6 @@ KNOWN_KEYS = """peft_type task_type auto_mapping peft_version base_model_name_or
 
 
 LARGEST_RANK = 2**14  # a header may claim any where the matrix has no columns
-FILE_BYTES = 2**30  # of each file that merging writes, and so holds, unless one tensor is larger
 
 
 class LoRALinear(nn.Module):
@@ -206,102 +202,8 @@ def first_values(model, seed):
             yield name, torch.zeros(p.shape)
 
 
-
-def merge(cfg):
-    """Write a full model directory, tensor by tensor: memory holds one file of about FILE_BYTES, or a larger tensor.
-
-    Raises ValueError for an adapter that does not fit the base, FileExistsError rather than write over something.
-    """
-    import checkpoint  # here this file is an entry point; for sft.py and chat.py it is a leaf
-    import template
-
-    if os.path.exists(cfg.out):
-        raise FileExistsError(f"{cfg.out} exists already; give a new directory")
-    path = os.path.join(cfg.adapter, "adapter_config.json")
-    config = checked(checkpoint.read_json(path), path)
-    if not (cfg.base or config.get("base_model_name_or_path")):
-        raise ValueError(f"{path} names no base model; give it with --base DIR")
-    base = checkpoint.model_directory(cfg.base or config["base_model_name_or_path"])
-    model_config = checkpoint.read_json(os.path.join(base, "config.json"))
-    entries, parts = checkpoint.weight_entries(base), checkpoint.weight_entries(cfg.adapter)
-
-    def read(entry):
-        tensor = torch.empty(entry.shape)
-        checkpoint.read_into(entry, tensor)
-        return tensor
-
-    def value(name):
-        """The merged tensor, fp32."""
-        weight, module = read(parts.get(name, entries[name])), name.removesuffix(".weight")
-        if module in ranks:
-            A, B = (read(parts[f"{module}.lora_{side}.weight"]) for side in "AB")
-            if (B.shape[0], A.shape[1]) != weight.shape:
-                raise ValueError(f"{cfg.adapter} does not fit {base}: its part for {module} is {B.shape[0]} × "
-                                 f"{A.shape[1]}, the base has {tuple(weight.shape)}")
-            weight.addmm_(B, A, alpha=scaling_of(module, ranks[module], config))
-            if config.get("use_dora"):
-                magnitude = read(parts[f"{module}.lora_magnitude_vector"])
-                weight *= (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} would not be finite; is {cfg.adapter} from a run that went wrong?")
-        return weight
-
-    ranks, embedding, head = ranks_of(parts), "model.embed_tokens.weight", "lm_head.weight"
-    if model_config.get("tie_word_embeddings"):
-        entries.pop(head, None)
-        # Where the adapter trained one of the two, or each by itself, tied they could not both be right.
-        other = parts.get(head, entries[embedding])
-        if {head, embedding} & set(parts) and not torch.equal(value(embedding), read(other)):
-            model_config["tie_word_embeddings"], entries[head] = False, entries[embedding]
-        else:
-            parts.pop(head, None)
-    known = {f"{m}.{part}" for m in ranks for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
-    strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in ranks} - set(entries)
-    if strange:
-        raise ValueError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; --base names another")
-    dtype, temporary = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype], cfg.out.rstrip("/") + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was ended
-    os.makedirs(temporary)
-    for key in {"dtype", "torch_dtype"} & set(model_config):
-        model_config[key] = str(dtype).removeprefix("torch.")
-    has_tokenizer = os.path.exists(os.path.join(cfg.adapter, "tokenizer.json"))
-    tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
-    files = {**checkpoint.read_bytes(base, checkpoint.TOKENIZER_FILES),
-             **checkpoint.read_bytes(cfg.adapter, checkpoint.TOKENIZER_FILES), "config.json": model_config,
-             "generation_config.json": checkpoint.generation_config(base, model_config, tokenizer.stop_id)}
-    for name, content in files.items():
-        checkpoint.write_file(os.path.join(temporary, name), content)
-    sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
-    groups = checkpoint.numbered(sizes, "model", math.ceil(sum(t.nbytes for t in sizes.values()) / FILE_BYTES))
-    for file, names in groups.items():
-        checkpoint.write_safetensors(os.path.join(temporary, file), {name: value(name).to(dtype) for name in names})
-    if len(groups) > 1:
-        checkpoint.write_index(temporary, groups, sum(t.nbytes for t in sizes.values()))
-    os.replace(temporary, cfg.out)
-    print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(ranks)} layers, {cfg.dtype}\ntalk     python chat.py "
-          f"{cfg.out}")
-
-
-def main():
-    from config import knob, parse
-
-    @dataclass
-    class Config:
-        """Merge an adapter into its base: python lora.py merge ADAPTER OUT [flags]"""
-
-        do: str | None = knob(None, "what to do", ("merge",), group="merge")
-        adapter: str = knob("./outputs/checkpoints/latest", "adapter directory")
-        out: str = knob("./merged", "directory to write, which does not exist yet")
-        base: str | None = knob(None, "model directory or hub id, if not the one that adapter_config.json names")
-        dtype: str = knob("fp32", "of the result: bf16 is half as large, and rounds", ("fp32", "bf16"))
-
-    cfg, _ = parse(Config, sys.argv[1:], positional=["do", "adapter", "out"])
-    if not cfg.do:
-        raise ValueError("what to do? python lora.py merge ADAPTER OUT [--base DIR] [--dtype bf16]")
-    merge(cfg)
-
-
 if __name__ == "__main__":
+    import merge  # here this file is an entry point; for sft.py and chat.py it is a leaf
     from config import run
 
-    run(main)
+    run(merge.main)

@@ -5,17 +5,16 @@
     python chat.py outputs/checkpoints/latest                        # talk to the result
 
 This file is where the others meet: config.py (settings), data.py (text to micro-batches), model.py (the transformer
-and its loss), checkpoint.py (model directories, resume). Read main() from top to bottom: it runs in that order.
+and its loss), pretrained.py (model directories), fsdp.py (shards, AdamW), checkpoint.py (saving, resume), log.py. Read
+main() from top to bottom: it runs in that order.
 
 It does no preference tuning, no pre-training from raw text and no images.
 """
 
 import collections
-import ctypes
 import dataclasses
 import math
 import os
-import resource
 import statistics
 import sys
 import time
@@ -27,12 +26,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import data
+import disk
 import fsdp
+import pretrained
 import processes
 import report
-from config import knob, parse, run, write_yaml
+import samples
+from config import check, knob, parse, run, write_yaml
 from log import Log, Warnings, check_loggers
-from model import CausalLM, ModelConfig, generate
+from model import CausalLM, ModelConfig
 from template import ChatTokenizer
 
 
@@ -49,7 +51,7 @@ class Config:
     train_data: str = knob("./data/example_sft.json", "file, directory, hub dataset id; several with commas, :WEIGHT",
                            env="TRAIN_DATA")
     val_data: str | None = knob(None, "the same, for validation", env="VAL_DATA")
-    max_length: int = knob(2048, "tokens of a conversation that are kept", env="MAX_LENGTH")
+    max_length: int = knob(2048, "tokens of a conversation that are kept", env="MAX_LENGTH", low=2)
     too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
     train_on: str = knob("all", "the assistant's turns, or the last of each conversation only", ("all", "last"))
     train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
@@ -58,43 +60,48 @@ class Config:
     messages_key: str = knob("messages", "a row's list of messages; conversations is read as well")
     cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
 
-    batch_size: int = knob(4, "conversations a step, over all micro-batches", group="steps", env="BATCH_SIZE")
-    batch_tokens: int | None = knob(None, "instead of batch_size: fill each step up to this many tokens")
-    micro_batch_size: int = knob(1, "times max_length: the most tokens of a micro-batch", env="MICRO_BATCH_SIZE")
+    batch_size: int = knob(4, "conversations a step, over all micro-batches", group="steps", env="BATCH_SIZE", low=1)
+    batch_tokens: int | None = knob(None, "instead of batch_size: fill each step up to this many tokens", low=1)
+    micro_batch_size: int = knob(1, "times max_length: the most tokens of a micro-batch", env="MICRO_BATCH_SIZE", low=1)
     packing: bool = knob(True, "fill micro-batches with conversations; off: at most micro_batch_size of them in each",
                          env="PACKING")
-    epochs: int = knob(3, "passes over the data", env="NUM_EPOCHS")
-    max_steps: int | None = knob(None, "optimizer steps, whatever epochs says", env="MAX_STEPS")
-    seed: int = knob(42, "order of the data", env="SEED")
+    epochs: int = knob(3, "passes over the data", env="NUM_EPOCHS", low=1)
+    max_steps: int | None = knob(None, "optimizer steps, whatever epochs says", env="MAX_STEPS", low=1)
+    seed: int = knob(42, "order of the data", env="SEED", low=0)
 
-    lr: float = knob(2e-5, "peak learning rate", group="optimizer (AdamW)", env="LEARNING_RATE")
+    lr: float = knob(2e-5, "peak learning rate", group="optimizer (AdamW)", env="LEARNING_RATE", low=0)
     scheduler: str = knob("cosine", "learning rate after the warm-up", ("cosine", "linear", "constant"),
                           env="SCHEDULER")
-    warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises from zero", env="WARMUP_RATIO")
-    min_lr_ratio: float = knob(0.0, "what cosine and linear end at, as a share of lr")
-    weight_decay: float = knob(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY")
-    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 is no limit", env="GRAD_CLIP")
+    warmup_ratio: float = knob(0.1, "share of the steps in which the rate rises from zero", env="WARMUP_RATIO",
+                               low=0, high=1)
+    min_lr_ratio: float = knob(0.0, "what cosine and linear end at, as a share of lr", low=0, high=1)
+    weight_decay: float = knob(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY", low=0)
+    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0 is no limit", env="GRAD_CLIP", low=0)
     max_grad_norm_factor: float | None = knob(None, "a gradient's largest norm, times the last 64's median; "
-                                                    "a step above is left out")
-    beta1: float = knob(0.9, "decay of the first moment")
-    beta2: float = knob(0.95, "decay of the second moment")
+                                                    "a step above is left out", low=1)
+    beta1: float = knob(0.9, "decay of the first moment", low=0, high=0.9999999)
+    beta2: float = knob(0.95, "decay of the second moment", low=0, high=0.9999999)
 
     use_lora: bool = knob(False, "train small adapters beside the frozen model", group="LoRA", env="USE_LORA")
-    lora_rank: int = knob(8, "inner width of an adapter", env="LORA_RANK")
-    lora_alpha: int = knob(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA")
-    lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out")
-    lora_targets: str = knob("all-linear", "layers: all-linear, names with commas, or a regular expression")
-    lora_rs: bool = knob(False, "scale by alpha / sqrt(rank): rsLoRA")
-    lora_dora: bool = knob(False, "learn the norm of each output's weights apart: DoRA")
-    lora_plus_ratio: float = knob(1.0, "learning rate of the B matrices, times lr: LoRA+")
-    lora_modules_to_save: str | None = knob(None, "train these whole as well: embed_tokens, lm_head, or both")
-    quantize: str | None = knob(None, "keep the frozen matrices in 4 bits: QLoRA", ("nf4",))
-    resume_adapter: str | None = knob(None, "begin with this adapter, made here or by PEFT, and its settings")
+    lora_rank: int = knob(8, "inner width of an adapter", env="LORA_RANK", low=1, needs="use_lora")
+    lora_alpha: int = knob(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA", low=1, needs="use_lora")
+    lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out",
+                               low=0, high=0.9999999, needs="use_lora")
+    lora_targets: str = knob("all-linear", "layers: all-linear, names with commas, or a regular expression",
+                             needs="use_lora")
+    lora_rs: bool = knob(False, "scale by alpha / sqrt(rank): rsLoRA", needs="use_lora")
+    lora_dora: bool = knob(False, "learn the norm of each output's weights apart: DoRA", needs="use_lora")
+    lora_plus_ratio: float = knob(1.0, "learning rate of the B matrices, times lr: LoRA+", low=0, needs="use_lora")
+    lora_modules_to_save: str | None = knob(None, "train these whole as well: embed_tokens, lm_head, or both",
+                                            needs="use_lora")
+    quantize: str | None = knob(None, "keep the frozen matrices in 4 bits: QLoRA", ("nf4",), needs="use_lora")
+    resume_adapter: str | None = knob(None, "begin with this adapter, made here or by PEFT, and its settings",
+                                      needs="use_lora")
 
     strategy: str = knob("fsdp", "fsdp or fsdp2: FSDP2; megatron: matrices are split over tp ranks as well",
                          ("fsdp", "fsdp2", "megatron"), group="several GPUs, memory", env="STRATEGY")
-    tp: int = knob(1, "ranks that share each matrix, with --strategy megatron", env="TP")
-    timeout: int = knob(600, "seconds after which a rank that the others wait for is given up")
+    tp: int = knob(1, "ranks that share each matrix, with --strategy megatron", env="TP", low=1)
+    timeout: int = knob(600, "seconds after which a rank that the others wait for is given up", low=1)
     param_offload: bool = knob(False, "parameters, gradients and optimizer in host memory", env="PARAM_OFFLOAD")
     optimizer_offload: bool = knob(False, "moments and master weights in host memory", env="OPTIMIZER_OFFLOAD")
     gradient_checkpointing: bool = knob(True, "keep block inputs only: a third more work", env="GRADIENT_CHECKPOINTING")
@@ -108,19 +115,28 @@ class Config:
 
     plan: bool = knob(False, "print what a rank will need for full micro-batches, from config.json alone; end",
                       group="planning")
-    memory_gb: float | None = knob(None, "with plan: of a rank, in GiB; says which micro_batch_size fits")
-    ranks: int | None = knob(None, "with plan: GPUs of a cluster that is not there; none is as it would be here")
-    tflops: float | None = knob(None, "with ranks: what a GPU achieves; none is 400, about an H100's in bf16")
-    gb_per_second: float | None = knob(None, "with ranks: what a rank sends, sharding; none is 50, between nodes")
-    tp_gb_per_second: float | None = knob(None, "with ranks and tp: what a rank sends for tp; none is 300, in a node")
+    memory_gb: float | None = knob(None, "with plan: of a rank, in GiB; says which micro_batch_size fits",
+                                   low=1e-3, needs="plan")
+    ranks: int | None = knob(None, "with plan: GPUs of a cluster that is not there; none is as it would be here",
+                             low=1, needs="plan")
+    tflops: float | None = knob(None, "with ranks: what a GPU achieves; none is 400, about an H100's in bf16",
+                                low=1e-3, needs="ranks")
+    gb_per_second: float | None = knob(None, "with ranks: what a rank sends, sharding; none is 50, between nodes",
+                                       low=1e-3, needs="ranks")
+    tp_gb_per_second: float | None = knob(None, "with ranks and tp: what a rank sends for tp; none is 300, in a node",
+                                          low=1e-3, needs="ranks and tp")
 
     output_dir: str = knob("./outputs", "where everything goes", group="output", env="OUTPUT_DIR")
     resume_from: str | None = knob(None, "step directory, or auto: the latest of output_dir, if any", env="RESUME_FROM")
-    save_steps: int | None = knob(None, "steps between checkpoints; none is once an epoch", env="SAVE_STEPS")
-    keep_checkpoints: int | None = knob(None, "how many of the newest to keep; none is all", env="KEEP_CHECKPOINTS")
-    eval_steps: int | None = knob(None, "steps between validations; none is once an epoch", env="EVAL_STEPS")
-    keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well, as checkpoints/best")
-    early_stopping: int | None = knob(None, "end after this many validations without a lower val_loss")
+    save_steps: int | None = knob(None, "steps between checkpoints; none is once an epoch", env="SAVE_STEPS", low=1)
+    keep_checkpoints: int | None = knob(None, "how many of the newest to keep; none is all", env="KEEP_CHECKPOINTS",
+                                        low=1)
+    eval_steps: int | None = knob(None, "steps between validations; none is once an epoch", env="EVAL_STEPS",
+                                  low=1, needs="val_data or sample_prompts")
+    keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well, as checkpoints/best",
+                           needs="val_data")
+    early_stopping: int | None = knob(None, "end after this many validations without a lower val_loss",
+                                      low=1, needs="val_data")
 
     logger: str = knob("console", "with commas: console, wandb, tensorboard, trackio", group="what is seen",
                        env="LOGGER")
@@ -129,41 +145,22 @@ class Config:
     sample_prompts: str | None = knob(None, "file of prompts, one a line, or of rows; answered at validations")
 
     def __post_init__(self):
-        for names, low, high in RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not low <= value <= high:
-                    raise ValueError(f"--{name} {value}: it must be at least {low}"
-                                     + (f" and at most {high}" if high < math.inf else ""))
+        check(self)
         if self.train_on_prompt and self.train_on != "all":
             raise ValueError(f"--train_on {self.train_on} does nothing with --train_on_prompt, which trains all tokens")
         check_loggers(self.logger)
-        if self.eval_steps and not (self.val_data or self.sample_prompts):
-            raise ValueError(f"--eval_steps {self.eval_steps} does nothing without --val_data or --sample_prompts FILE")
-        for name in ("keep_best", "early_stopping"):
-            if getattr(self, name) and not self.val_data:
-                raise ValueError(f"--{name} {getattr(self, name)} does nothing without --val_data FILE")
         if (self.tp > 1) != (self.strategy == "megatron") and not (self.plan and self.tp > 1):
             raise ValueError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
                              "type --strategy megatron --tp 2, or leave both out")
-        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        for name in (name for name in given if name.startswith(("lora_", "resume_adapter", "quantize"))):
-            if not self.use_lora:
-                raise ValueError(f"--{name} {getattr(self, name)} does nothing without --use_lora")
-            if self.resume_adapter and name in ADAPTER_KNOBS:
-                raise ValueError(f"--{name} {getattr(self, name)} with --resume_adapter: the adapter has its own; "
-                                 "leave it out")
+        changed = [name for name in ADAPTER_KNOBS if getattr(self, name) != getattr(Config, name)]
+        if self.resume_adapter and changed:
+            raise ValueError(f"--{changed[0]} {getattr(self, changed[0])} with --resume_adapter: the adapter has its "
+                             "own; leave it out")
         if self.compile and self.tp > 1:
             raise ValueError("--compile does not work with --tp: compiled, DTensor's steps go elsewhere; leave one out")
         if self.quantize and (self.tp > 1 or self.lora_dora):
             other = "--strategy megatron" if self.tp > 1 else "--lora_dora"
             raise ValueError(f"--quantize {self.quantize} does not work with {other}; leave one of them out")
-        for name, needs in (("memory_gb", "plan"), ("ranks", "plan"), ("tflops", "ranks"), ("gb_per_second", "ranks"),
-                            ("tp_gb_per_second", "ranks")):
-            if getattr(self, name) is not None and not getattr(self, needs):
-                raise ValueError(f"--{name} {getattr(self, name)} does nothing without --{needs}")
-        if self.tp_gb_per_second and self.tp == 1:
-            raise ValueError(f"--tp_gb_per_second {self.tp_gb_per_second} does nothing without --tp")
         if self.plan and self.selfcheck:
             raise ValueError("--plan and --selfcheck each end the run: leave one out")
         if self.min_lr_ratio and self.scheduler == "constant":
@@ -173,14 +170,6 @@ class Config:
 
 ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
                  "lora_modules_to_save")  # in the order of lora.settings
-RANGES = (
-    ("batch_size batch_tokens micro_batch_size epochs max_steps save_steps keep_checkpoints eval_steps early_stopping "
-     "tp timeout lora_rank lora_alpha", 1, math.inf),
-    ("ranks", 1, math.inf), ("memory_gb tflops gb_per_second tp_gb_per_second", 1e-3, 1e9),
-    ("max_grad_norm_factor", 1, 1e18),
-    ("max_length", 2, math.inf), ("lr weight_decay grad_clip seed lora_plus_ratio", 0, 1e18),
-    ("warmup_ratio min_lr_ratio", 0, 1), ("beta1 beta2 lora_dropout", 0, 0.9999999),
-)
 
 
 def lr_at(step, total_steps, cfg):
@@ -230,90 +219,6 @@ def evaluate(model, dataset, capacity, max_rows, ranks):
     return ranks.sum(nll).item() / n_targets, n_targets
 
 
-def find_non_finite(model, parameters, rows, ids, capacity, max_rows, n_targets, ranks):
-    """Say where a step that is not finite went wrong. Each of its micro-batches is computed alone, one after another
-    over the ranks: as long as dp_size steps, once, at the end of a run."""
-    (idle,) = data.micro_batches(rows, ids[:0], capacity)
-    places = [(dp_rank, i, batch) for dp_rank in range(ranks.dp_size) for i, batch in enumerate(
-        data.micro_batches(rows, ids, capacity, max_rows, dp_rank, ranks.dp_size), 1)]
-    for dp_rank, i, batch in places:
-        losses, is_mine = torch.zeros(len(rows), device=ranks.device), dp_rank == ranks.dp_rank
-        for p in parameters:
-            p.grad = None
-        loss = ranks.sum(backward(model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None))
-        if not math.isfinite(loss.item()) or not fsdp.grad_norm(parameters).isfinite():
-            bad = batch.ids[~ranks.sum(losses).isfinite().cpu().numpy()[batch.ids]]
-            return (f"rank {dp_rank * ranks.size // ranks.dp_size}, its micro-batch {i}; conversations: "
-                    f"{sources(rows, bad if len(bad) else batch.ids)}")  # a gradient is of the whole micro-batch
-    return f"no micro-batch alone shows it; conversations: {sources(rows, ids)}"
-
-
-def sources(rows, ids, count=20):
-    """Where conversations came from, in words."""
-    more = f" and {len(ids) - count} more" if len(ids) > count else ""
-    return ", ".join(rows.source(i) for i in ids[:count]) + more
-
-
-def some_weights(optimizer):
-    """A copy of about 64 k elements, spread over all that this rank updates; for the share that a step changes."""
-    weights = [fsdp.local(p).detach().flatten() for group in optimizer.param_groups for p in group["params"]]
-    stride = 1 + sum(w.numel() for w in weights) // 2**16
-    return torch.cat([w[::stride] for w in weights])
-
-
-def peak_memory_gb(device):
-    """Most memory held so far, in GiB: the allocator's on CUDA, the process's on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    if os.path.exists("/proc/self/status"):  # Linux, where getrusage's begins with that of the process that started us
-        with open("/proc/self/status", encoding="utf-8") as f:
-            return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
-
-
-def selfcheck(model, parameters, dataset, ids, cfg, ranks, limit):
-    """Compare loss and every gradient of one step over ways to lay it out; raise ValueError above `limit`.
-
-    The step's conversations are cut into micro-batches in several ways, with and without checkpointing, and, with
-    several data-parallel ranks, all put on one of them. Prints the largest relative difference of each.
-    """
-    max_length, n_targets = cfg.max_length, int(dataset.n_targets[ids].sum())
-    model.eval()  # no dropout, whose masks depend on the layout
-
-    def gradient(capacity, max_rows, checkpointing, spread):
-        model.model.gradient_checkpointing = checkpointing
-        place = (ranks.dp_rank, ranks.dp_size) if spread else (0, 1)
-        batches = list(data.micro_batches(dataset, ids, capacity, max_rows, *place))
-        if not spread and ranks.dp_rank:  # idle, but in step: a collective waits for all
-            batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
-        loss = backward(model, batches, n_targets, ranks)
-        gradients = [fsdp.local(p.grad).clone() for p in parameters]
-        for p in parameters:
-            p.grad = None
-        return ranks.sum(loss), gradients
-
-    ways = {"as configured": (cfg.micro_batch_size * max_length, None if cfg.packing else cfg.micro_batch_size,
-                              cfg.gradient_checkpointing, True),
-            "one conversation at a time": (max_length, 1, cfg.gradient_checkpointing, True),
-            "all in one micro-batch": (len(ids) * max_length, None, cfg.gradient_checkpointing, True),
-            "checkpointing the other way": (max_length, None, not cfg.gradient_checkpointing, True)}
-    if ranks.dp_size > 1:
-        ways["all on one data-parallel rank"] = (max_length, None, cfg.gradient_checkpointing, False)
-    base, worst = None, 0.0
-    for name, way in ways.items():
-        loss, gradients = gradient(*way)
-        base = base or (loss, gradients)
-        off = torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
-        off = max(*fsdp.largest(off.max()[None], ranks), abs(loss / base[0] - 1).item())
-        worst = max(worst, off)
-        if ranks.rank == 0:
-            print(f"{name:32} loss {loss.item():.8f}   largest relative difference {off:.1e}")
-    if not worst <= limit:
-        raise ValueError(f"selfcheck: the gradient depends on the layout, {worst:.1e} is above {limit}")
-    if ranks.rank == 0:
-        print(f"selfcheck: ok, {len(ids)} conversations, nothing above {limit}")
-
-
 def add_adapters(model, cfg, directory):
     """Freeze the model and put adapters on it, new ones or those of a PEFT directory; return PEFT's settings."""
     import lora  # only where it is asked for, as nf4
@@ -323,13 +228,13 @@ def add_adapters(model, cfg, directory):
 
         nf4.quantize_linears(model)
     if directory:
-        settings = lora.checked(checkpoint.read_json(os.path.join(directory, "adapter_config.json")), directory)
+        settings = lora.checked(disk.read_json(os.path.join(directory, "adapter_config.json")), directory)
         if directory == cfg.resume_adapter:  # a checkpoint's base is compared tensor by tensor
             lora.check_base(settings, cfg.model)
-        ranks = lora.ranks_of(checkpoint.weight_entries(directory))
+        ranks = lora.ranks_of(pretrained.weight_entries(directory))
     else:
         is_local = cfg.model == "tiny" or os.path.isdir(cfg.model)
-        base = os.path.abspath(checkpoint.model_directory(cfg.model)) if is_local else cfg.model  # as PEFT looks it up
+        base = os.path.abspath(pretrained.model_directory(cfg.model)) if is_local else cfg.model  # as PEFT looks it up
         settings, ranks = lora.settings(model, base, *(getattr(cfg, name) for name in ADAPTER_KNOBS))
     lora.inject(model, settings, ranks)
     return settings
@@ -341,27 +246,11 @@ def start_adapters(model, masters, seed):
     import lora
 
     for name, whole in lora.first_values(model, seed):
-        checkpoint.fill(masters[name], whole)
+        pretrained.fill(masters[name], whole)
     for name, module in model.named_modules():
         if (masters.get(f"{name}.lora_magnitude_vector")) is not None:
             squares = torch.linalg.vector_norm(fsdp.local(module.weight), dim=1, dtype=torch.float32).square()
             fsdp.local(masters[f"{name}.lora_magnitude_vector"]).copy_(module.combine(squares).sqrt())
-
-
-def settle_heap(keeps):
-    """Tell glibc what becomes of the memory of freed tensors, on the CPU. By default it gives some of them back to the
-    system and keeps others of up to 32 MiB in its heap, where small tensors settle in the holes.
-
-    keeps  all of it: a step's large gradients and logits find last step's memory, which the system would have to clear
-           anew. A quarter faster with hidden 256, 7 % with 512, for up to 5 % more memory. Otherwise what has 16 MiB
-           and more goes back: a LoRA step of 0.5B, 1 × 1,024, peaked at 3.7 GiB instead of 3.2, for a tenth less time
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such thing
-    if mallopt and keeps:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    elif mallopt:
-        mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
 def check_adapters(model, ranks):
@@ -374,59 +263,11 @@ def check_adapters(model, ranks):
                          f"{', '.join(dead[:5])}")
 
 
-def read_prompts(path, tokenizer, keys=data.KEYS):
-    """[(what was said last, token ids), ...] of a .txt file with a prompt a line, or of a data file's conversations up
-    to their last answers."""
-    if path.endswith(".txt"):
-        with open(path, encoding="utf-8") as f:
-            conversations = [[{"role": "user", "content": line.strip()}] for line in f if line.strip()]
-    else:
-        conversations = [data.to_messages(row, where, keys) for where, row in data.read_files(path)]
-        conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
-                         for messages in conversations]
-    if not conversations or not all(conversations):
-        raise ValueError(f"--sample_prompts {path}: it must have prompts, one a line, or rows as --train_data's, each "
-                         "with something before its last answer")
-    texts = [tokenizer.render(messages, add_generation_prompt=True) for messages in conversations]
-    ids = [tokenizer.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    return [(messages[-1]["content"], tokens) for messages, tokens in zip(conversations, ids)]
-
-
-SAMPLE_TOKENS = 256  # of the longest answer to --sample_prompts
-
-
-def answers(model, tokenizer, prompts, stops, ranks):
-    """Yield (prompt, answer), greedy. All ranks compute each token together: a gather of each block a token."""
-    model.eval()
-    for prompt, tokens in prompts:
-        if ranks.stopped():
-            break
-        new = generate(model, tokens, SAMPLE_TOKENS, stops, lambda logits: ranks.agree(int(logits.argmax())))
-        yield prompt, tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)
-    fsdp.reshard(model)
-    model.train()
-
-
-def extremes(rows, losses, tokenizer, count=10):
-    """What samples.jsonl keeps of the conversations with the highest and the lowest loss per target, as they were when
-    each was last trained; `losses` (conversations,) are summed over a conversation, -1 if it has not been trained."""
-    mean = losses / torch.from_numpy(np.array(rows.n_targets))
-    mean[losses < 0] = math.nan  # sorted to the end
-    n, order = int((losses >= 0).sum()), mean.argsort()
-    for kind, ids in ("best", order[:n][:count]), ("worst", order[:n].flip(0)[:count]):
-        for i in ids.tolist():
-            tokens = rows.tokens[rows.starts[i] : rows.starts[i + 1]].tolist()
-            parts = [tokens] if len(tokens) <= 200 else [tokens[:100], tokens[-100:]]
-            text = " … ".join(tokenizer.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
-            yield dict(kind=kind, loss=mean[i].item(), target_tokens=int(rows.n_targets[i]), source=rows.source(i),
-                       text=text)
-
-
 def plan(cfg):
     """Print what a run would need: nothing is loaded, tokenised or written, and no other process is waited for."""
     import forecast
 
-    config = checkpoint.read_json(os.path.join(checkpoint.model_directory(cfg.model, ["config.json"]), "config.json"))
+    config = disk.read_json(os.path.join(pretrained.model_directory(cfg.model, ["config.json"]), "config.json"))
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
     cuda = bool(cfg.ranks) or torch.cuda.is_available()  # a cluster that is not there has GPUs
@@ -479,13 +320,13 @@ def train(cfg, ranks):
         raise ValueError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
                          "starts another elsewhere")
     adapter = (resume or cfg.resume_adapter) if cfg.use_lora else None
-    if (directory := adapter or resume) and checkpoint.is_adapter(directory) != cfg.use_lora:
+    if (directory := adapter or resume) and pretrained.is_adapter(directory) != cfg.use_lora:
         raise ValueError(f"{directory} is {'a whole model' if cfg.use_lora else 'an adapter'}: go on with it "
                          f"{'without' if cfg.use_lora else 'with'} --use_lora")
-    source = resume if resume and not adapter else checkpoint.model_directory(cfg.model)
-    tokenizer_source = checkpoint.model_directory(cfg.tokenizer) if cfg.tokenizer else next(
+    source = resume if resume and not adapter else pretrained.model_directory(cfg.model)
+    tokenizer_source = pretrained.model_directory(cfg.tokenizer) if cfg.tokenizer else next(
         d for d in (adapter, source) if d == source or d and os.path.exists(os.path.join(d, "tokenizer.json")))
-    config_json = checkpoint.read_json(os.path.join(source, "config.json"))
+    config_json = disk.read_json(os.path.join(source, "config.json"))
     model_config = ModelConfig.from_dict(config_json)
 
     # Data: everything is known before the first step, the number of steps included.
@@ -509,14 +350,14 @@ def train(cfg, ranks):
     ranks.at("load")
     with torch.device("meta"):
         model = CausalLM(model_config)
-    checkpoint.fitting_entries(model, source)  # before memory is taken
+    pretrained.fitting_entries(model, source)  # before memory is taken
     n_parameters = sum(p.numel() for p in model.parameters())
     if dtype == "bf16" and (cfg.optimizer_offload or cfg.use_lora):
         model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or it is frozen
     if cfg.use_lora:
         settings = add_adapters(model, cfg, adapter)
     if cfg.use_lora or device.type == "cpu" and not (cfg.param_offload or cfg.optimizer_offload):
-        settle_heap(keeps=not cfg.use_lora)
+        fsdp.settle_heap(keeps=not cfg.use_lora)
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         model.compile_blocks()
@@ -535,19 +376,19 @@ def train(cfg, ranks):
                            weight_decay=cfg.weight_decay))
     adamw = fsdp.HostAdamW if cfg.optimizer_offload else fsdp.AdamW
     optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8)
-    layout = checkpoint.load_weights(model, source, optimizer)
+    layout = pretrained.load_weights(model, source, optimizer)
     if cfg.use_lora:
-        layout = checkpoint.adapter_layout(model)
+        layout = pretrained.adapter_layout(model)
     if adapter:
-        checkpoint.load_weights(model, adapter, optimizer)
+        pretrained.load_weights(model, adapter, optimizer)
     elif cfg.use_lora:
-        start_adapters(model, checkpoint.master_weights(model, optimizer), cfg.seed)
+        start_adapters(model, pretrained.master_weights(model, optimizer), cfg.seed)
 
     # What decides which conversations a step holds: a run goes on with the same, or not at all.
     identity = dict(data=rows.digest, seed=cfg.seed, batch_size=cfg.batch_size, batch_tokens=cfg.batch_tokens)
     if cfg.use_lora:
         identity.update({name: getattr(cfg, name) for name in (*ADAPTER_KNOBS, "quantize")},
-                        base=checkpoint.fingerprint(source))
+                        base=pretrained.fingerprint(source))
     if resume:
         differ = [f"{key} {state.get(key)} then, {now} now" for key, now in identity.items() if state.get(key) != now]
         if differ:
@@ -560,18 +401,21 @@ def train(cfg, ranks):
                 checkpoint.set_link(root, state["best"]["step"], "best")  # a kill between the two links left it behind
     if cfg.optimizer_offload:
         optimizer.publish()
-    files = checkpoint.read_bytes(tokenizer_source, checkpoint.TOKENIZER_FILES)
+    files = disk.read_bytes(tokenizer_source, pretrained.TOKENIZER_FILES)
     if cfg.use_lora:
         files["adapter_config.json"] = settings
-    generation = checkpoint.generation_config(source, config_json, tokenizer.stop_id)
+    generation = pretrained.generation_config(source, config_json, tokenizer.stop_id)
     if not cfg.use_lora:
         files["generation_config.json"] = generation
-        files.update(checkpoint.read_bytes(source, ["config.json"]))
+        files.update(disk.read_bytes(source, ["config.json"]))
     if tokenizer.is_fallback:
         files["chat_template.jinja"] = tokenizer.source.encode()
     if cfg.selfcheck:
-        return selfcheck(model, parameters, rows, sampler.step(1)[1], cfg, ranks, 2e-2 if dtype == "bf16" else 1e-5)
-    prompts = read_prompts(cfg.sample_prompts, tokenizer, keys) if cfg.sample_prompts else []
+        import diagnosis  # only where it is asked for, or needed
+
+        return diagnosis.compare(backward, model, parameters, rows, sampler.step(1)[1], cfg, ranks,
+                                 2e-2 if dtype == "bf16" else 1e-5)
+    prompts = samples.read_prompts(cfg.sample_prompts, tokenizer, keys) if cfg.sample_prompts else []
     stops = np.atleast_1d(generation["eos_token_id"]).tolist()
 
     n_trained, per_epoch = sum(p.numel() for p in parameters), sampler.per_epoch[0]
@@ -581,9 +425,9 @@ def train(cfg, ranks):
              "train": rows.ledger.lines(),
              "validation": [f"{line} (validation)" for line in val.ledger.lines()] if val else []}
     if ranks.rank == 0:
-        with checkpoint.naming(yaml := os.path.join(cfg.output_dir, "config.yaml")):
+        with disk.naming(yaml := os.path.join(cfg.output_dir, "config.yaml")):
             write_yaml(cfg, yaml)
-        checkpoint.write_file(os.path.join(cfg.output_dir, "ledger.json"), facts)
+        disk.write_file(os.path.join(cfg.output_dir, "ledger.json"), facts)
     say(facts["model"])
     if tokenizer.is_fallback:
         say("         it has no chat template: ChatML is used, and saved with it")
@@ -621,7 +465,10 @@ def train(cfg, ranks):
             norm = fsdp.grad_norm(parameters).to(device)
             loss, grad_norm = torch.stack((ranks.sum(loss), norm)).tolist()  # the one device sync of a step
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                where = find_non_finite(model, parameters, rows, ids, capacity, max_rows, n_targets, ranks)
+                import diagnosis
+
+                where = diagnosis.find_non_finite(backward, model, parameters, rows, ids, capacity, max_rows, n_targets,
+                                                  ranks)
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the "
                                          f"weights were touched. {where}")
             lr = lr_at(step, total_steps, cfg)
@@ -631,25 +478,25 @@ def train(cfg, ranks):
             if cfg.max_grad_norm_factor and len(norms) >= 16:
                 limit = cfg.max_grad_norm_factor * statistics.median(norms)
             norms.append(grad_norm)
-            before = some_weights(optimizer) if step % 10 == 1 else None
+            before = fsdp.some_weights(optimizer) if step % 10 == 1 else None
             if grad_norm <= limit:
                 optimizer.step(grad_scale=max(1.0, (grad_norm + 1e-6) / cfg.grad_clip) if cfg.grad_clip else 1.0)
             else:
                 log.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; "
-                        f"conversations: {sources(rows, ids)}")
+                        f"conversations: {rows.sources(ids)}")
             optimizer.zero_grad()
             # a second device sync, so once in ten steps
-            changed = None if before is None else (some_weights(optimizer) != before).float().mean().item()
+            changed = None if before is None else (fsdp.some_weights(optimizer) != before).float().mean().item()
 
             seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
             log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
                      target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
-                     peak_memory_gb=peak_memory_gb(device), changed=changed, skipped=grad_norm > limit or None)
+                     peak_memory_gb=fsdp.peak_memory_gb(device), changed=changed, skipped=grad_norm > limit or None)
         is_cut = is_best = False
         if step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step):
             ranks.at(f"evaluation after step {step}")
             val_loss = evaluate(model, val, capacity, max_rows, ranks) if val else None
-            samples = list(answers(model, tokenizer, prompts, stops, ranks))
+            answers = list(samples.answers(model, tokenizer, prompts, stops, ranks))
             is_cut = bool((val or prompts) and ranks.stopped())
             if val and not is_cut:
                 log.validation(step, *val_loss)
@@ -658,13 +505,13 @@ def train(cfg, ranks):
                 if is_best:
                     best = dict(val_loss=val_loss[0], step=step, behind=0)
                 is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
-            for prompt, answer in () if is_cut else samples:
+            for prompt, answer in () if is_cut else answers:
                 log.sample(step, kind="sample", prompt=prompt, answer=answer)
         stop = ranks.stopped()
         is_due = step % cfg.save_steps == 0 if cfg.save_steps else sampler.ends_epoch(step)
         if is_due or step == total_steps or is_over or stop or is_best and cfg.keep_best:
             ranks.at(f"save of step {step}")
-            for text in extremes(rows, ranks.sum(losses.clone()).cpu(), tokenizer):
+            for text in samples.extremes(rows, ranks.sum(losses.clone()).cpu(), tokenizer):
                 log.sample(step, **text)
             log.sync()  # a checkpoint never outlives the lines that lead to it
             links = ("latest", "best") if is_best and cfg.keep_best else ("latest",)

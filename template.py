@@ -12,7 +12,7 @@ import jinja2
 import jinja2.ext
 from tokenizers import Tokenizer
 
-from checkpoint import read_file
+from disk import read_file
 from sandbox import Sandbox
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

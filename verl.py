@@ -410,7 +410,7 @@ WARNED = {  # key: (values that ask for what happens anyway, why the others chan
 
 ROWS = "all rows are used: cut the file"
 TEMPLATE = "the chat template is that of the tokenizer's directory: put yours there, as chat_template.jinja"
-OWN_CODE = "code of others is not run; data.py and model.py are there to be changed"
+OWN_CODE = "code of others is not run; formats.py and model.py are there to be changed"
 REFUSED = {  # key: (values that ask for what happens anyway, why the others can't be)
     "data.train_max_samples": ("-1", ROWS),
     "data.val_max_samples": ("-1", ROWS),

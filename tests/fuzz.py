@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import data
+import formats
 from template import ChatTokenizer
 
 TINY = os.path.join(ROOT, "models", "tiny")
@@ -286,7 +287,7 @@ def check_damaged_rows(path, batch, how):
     write(path, batch)
     messages = []
     for i, row in enumerate(batch):
-        said, refusal = attempt(data.to_messages, row, f"{path}[{i}]", naming=f"{path}[{i}]")
+        said, refusal = attempt(formats.to_messages, row, f"{path}[{i}]", naming=f"{path}[{i}]")
         if refusal is None:
             _, refusal = attempt(tiny.render_spans, said, f"{path}[{i}]", row.get("tools"), naming=f"{path}[{i}]")
         if refusal is None and not is_text(said):
@@ -386,7 +387,7 @@ def check_bytes(path, content):
     """Read as Python's parser reads the whole; then trained or refused as rows are."""
     Path(path).write_bytes(content)
     expected = by_python(content)
-    got, refusal = attempt(lambda: list(data.read_file(path)), naming=path)
+    got, refusal = attempt(lambda: list(formats.read_file(path)), naming=path)
     if content[:4] != b"PAR1":
         assert (expected is None) == (got is None), refusal
         assert repr(got) == repr(expected)
@@ -462,7 +463,7 @@ def case_template(directory):
             if refusal:
                 return note(refusal)
         messages = [{**m, **(more if m["role"] == "assistant" else {})} for m in messages]
-        said, refusal = attempt(data.to_messages, {"messages": messages}, "here[0]", naming="here[0]")
+        said, refusal = attempt(formats.to_messages, {"messages": messages}, "here[0]", naming="here[0]")
         if refusal:
             return note(refusal)
         found, refusal = attempt(ours.render_spans, said, "here[0]", tools, naming="here[0]")
@@ -578,7 +579,7 @@ def case_weights(directory):
     import torch
     from safetensors.torch import save
 
-    import checkpoint
+    import pretrained
 
     tensors = {f"model.layers.{i}.weight": torch.arange(6.0).reshape(2, 3) for i in range(4)}
     halves = [save({n: tensors[n] for n in part}, {"format": "pt"}) for part in (list(tensors)[:2], list(tensors)[2:])]
@@ -601,10 +602,10 @@ def case_weights(directory):
                 Path(path).write_bytes(what)
             elif os.path.exists(path):
                 os.remove(path)
-        entries, refusal = attempt(checkpoint.weight_entries, directory, naming=directory)
+        entries, refusal = attempt(pretrained.weight_entries, directory, naming=directory)
         note(refusal or "read")
         for entry in (entries or {}).values():
-            size = math.prod(entry.shape) * checkpoint.DTYPES[entry.dtype].itemsize
+            size = math.prod(entry.shape) * pretrained.DTYPES[entry.dtype].itemsize
             assert 0 < entry.start <= entry.start + size <= os.path.getsize(entry.file)
 
     return check, st.one_of(st.tuples(first, st.none()), st.tuples(st.just(halves[0]), indexes),

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoint
+import disk
+import pretrained
 from model import CausalLM, ModelConfig
 
 SIZES = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -51,7 +53,7 @@ def published(directory, config, dtype=torch.float32, **saving):
 def created(directory):
     """Our model of a directory's config.json, its weights not read yet."""
     with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(checkpoint.read_json(os.path.join(directory, "config.json"))))
+        model = CausalLM(ModelConfig.from_dict(disk.read_json(os.path.join(directory, "config.json"))))
     model.to_empty(device="cpu")
     model.tie_weights()
     return model
@@ -60,7 +62,7 @@ def created(directory):
 def loaded(directory):
     """(our model of a directory, the layout of its files), as sft.py makes them."""
     model = created(directory)
-    return model, checkpoint.load_weights(model, directory)
+    return model, pretrained.load_weights(model, directory)
 
 
 def adamw(model):
@@ -80,7 +82,7 @@ class Run:
     def __init__(self, source, root):
         self.root, (self.model, self.layout) = root, loaded(source)
         self.optimizer = adamw(self.model)
-        self.files = checkpoint.read_bytes(source, ["config.json", *checkpoint.TOKENIZER_FILES])
+        self.files = disk.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
         root.mkdir()
 
     def save(self, step):
@@ -122,7 +124,7 @@ def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, savi
     (source / "config.json").write_text(json.dumps(odd, indent=3), encoding="utf-8")
     model, layout = loaded(source)
     model.requires_grad_(False)  # nothing is trained, so there are no moments to save
-    files = checkpoint.read_bytes(source, ["config.json", *checkpoint.TOKENIZER_FILES])
+    files = disk.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
     saved = checkpoint.save(tmp_path / "out", 1, model, layout, files, adamw(model), {})
     weights = [path.name for path in source.glob("*.safetensors")]
     assert len(weights) > 3 if saving else weights == ["model.safetensors"]
@@ -131,7 +133,7 @@ def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, savi
             assert f.read() == (source / name).read_bytes(), name
     assert {n for n in os.listdir(saved) if "safetensors" in n} == {p.name for p in source.glob("*.safetensors*")}
     if saving:
-        index, expected = (checkpoint.read_json(f"{d}/model.safetensors.index.json") for d in (saved, source))
+        index, expected = (disk.read_json(f"{d}/model.safetensors.index.json") for d in (saved, source))
         assert index["weight_map"] == expected["weight_map"]
         assert index["metadata"]["total_size"] == expected["metadata"]["total_size"]
 
@@ -156,7 +158,7 @@ def test_tied_weights_are_one_storage_and_one_key(tmp_path, saving):
     run = Run(source, tmp_path / "out")
     assert run.model.lm_head.weight is run.model.model.embed_tokens.weight
     assert run.model.lm_head.weight.data_ptr() == run.model.model.embed_tokens.weight.data_ptr()
-    keys = list(checkpoint.weight_entries(run.save(1)))
+    keys = list(pretrained.weight_entries(run.save(1)))
     assert EMBEDDING in keys and HEAD not in keys and len(keys) == len(list(run.model.parameters()))
 
 
@@ -166,14 +168,14 @@ def test_a_head_that_equals_the_embedding_is_accepted_and_saved_once(tmp_path):
     change(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     run = Run(source, tmp_path / "out")
     assert torch.equal(run.model.lm_head.weight, load_file(source / "model.safetensors")[EMBEDDING].float())
-    assert HEAD not in checkpoint.weight_entries(run.save(1))
+    assert HEAD not in pretrained.weight_entries(run.save(1))
 
 
 def test_rotary_frequencies_in_a_file_are_ignored(tmp_path):
     """Old Llama files hold inv_freq; it is computed, so it is neither unexpected nor saved."""
     source, name = published(tmp_path / "base", UNTIED), "model.layers.0.self_attn.rotary_emb.inv_freq"
     change(source, lambda tensors: tensors.update({name: torch.ones(2)}))
-    keys = checkpoint.weight_entries(Run(source, tmp_path / "out").save(1))
+    keys = pretrained.weight_entries(Run(source, tmp_path / "out").save(1))
     assert name not in keys and FIRST in keys
 
 
@@ -239,7 +241,7 @@ def refusal(directory, error=ValueError):
     """The message with which loading a directory fails."""
     model = created(directory)
     with pytest.raises(error) as info:
-        checkpoint.load_weights(model, directory)
+        pretrained.load_weights(model, directory)
     return str(info.value)
 
 
@@ -355,7 +357,7 @@ def test_a_config_that_is_not_json_is_named(source, content):
     """The path is in the error, for single quotes, nothing, half a file and another encoding."""
     (source / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(source / "config.json"))):
-        checkpoint.read_json(source / "config.json")
+        disk.read_json(source / "config.json")
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
@@ -377,15 +379,15 @@ def test_generation_config_gains_the_stop_id(tmp_path, before, after):
     written = rest if before is None else {**rest, "eos_token_id": before}
     (tmp_path / "generation_config.json").write_text(json.dumps(written))
     config = {"eos_token_id": 77}
-    assert checkpoint.generation_config(tmp_path, config, 9) == {**rest, "eos_token_id": after}
+    assert pretrained.generation_config(tmp_path, config, 9) == {**rest, "eos_token_id": after}
     assert config == {"eos_token_id": 77}
 
 
 def test_generation_config_that_is_absent_is_made_from_config_json(tmp_path):
     """transformers takes the ids from there, so they are not to be lost when the file appears."""
     config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "hidden_size": 8}
-    assert checkpoint.generation_config(tmp_path, config, 9) == {"bos_token_id": 1, "eos_token_id": [2, 9]}
-    assert checkpoint.generation_config(tmp_path, {}, 9) == {"eos_token_id": 9}
+    assert pretrained.generation_config(tmp_path, config, 9) == {"bos_token_id": 1, "eos_token_id": [2, 9]}
+    assert pretrained.generation_config(tmp_path, {}, 9) == {"eos_token_id": 9}
 
 
 # A step directory is whole or absent
@@ -396,7 +398,7 @@ class Killed(BaseException):  # as a kill, it is not handled
 
 
 def break_at(monkeypatch, count):
-    """Let the count-th operation of checkpoint.py that changes the disk raise, and all after it; return the log."""
+    """Let the count-th operation of a save that changes the disk raise, and all after it; return the log."""
     log = []
 
     def breaking(operation, name):
@@ -407,7 +409,7 @@ def break_at(monkeypatch, count):
             return operation(*args, **kwargs)
         return wrapper
 
-    for holder, name in ((checkpoint, "write_safetensors"), (checkpoint, "write_file"), (checkpoint, "sync"),
+    for holder, name in ((pretrained, "write_safetensors"), (disk, "write_file"), (disk, "sync"),
                          (os, "replace"), (os, "symlink"), (os, "makedirs"), (os, "remove"), (shutil, "rmtree")):
         monkeypatch.setattr(holder, name, breaking(getattr(holder, name), name))
     return log
@@ -601,11 +603,11 @@ def test_resume_from_a_model_without_training_state_is_an_error(source, tmp_path
 
 def test_model_directory_names_what_is_not_there(tmp_path):
     """A path is itself, tiny is embedded, and neither a mistyped path nor a hub that is offline is a traceback."""
-    assert checkpoint.model_directory(str(tmp_path)) == str(tmp_path)
-    assert "model.safetensors" in os.listdir(checkpoint.model_directory("tiny"))
+    assert pretrained.model_directory(str(tmp_path)) == str(tmp_path)
+    assert "model.safetensors" in os.listdir(pretrained.model_directory("tiny"))
     for name in (str(tmp_path / "absent"), "no-such-owner/no-such-model"):
         with pytest.raises(FileNotFoundError, match=re.escape(name)):
-            checkpoint.model_directory(name)
+            pretrained.model_directory(name)
 
 
 # Memory
@@ -616,7 +618,8 @@ QWEN2_5_05B = dict(model_type="qwen2", vocab_size=151936, hidden_size=896, inter
 MEASURE = """
 import re, sys
 import torch
-import checkpoint
+import disk
+import pretrained
 from model import CausalLM, ModelConfig
 
 torch.set_num_threads(2)
@@ -624,16 +627,16 @@ torch.set_num_threads(2)
 def status(key):  # VmHWM is ru_maxrss of this program alone: the other one begins with the parent's
     return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-config = ModelConfig.from_dict(checkpoint.read_json(sys.argv[1] + "/config.json"))
+config = ModelConfig.from_dict(disk.read_json(sys.argv[1] + "/config.json"))
 before = status("VmRSS")
-embedding = checkpoint.weight_entries(sys.argv[1])["model.embed_tokens.weight"]
-checkpoint.read_into(embedding, torch.empty(embedding.shape))
+embedding = pretrained.weight_entries(sys.argv[1])["model.embed_tokens.weight"]
+pretrained.read_into(embedding, torch.empty(embedding.shape))
 alone = status("VmHWM") - before
 with torch.device("meta"):
     model = CausalLM(config)
 model.to_empty(device="cpu")
 model.tie_weights()
-checkpoint.load_weights(model, sys.argv[1])
+pretrained.load_weights(model, sys.argv[1])
 print(sum(p.numel() for p in model.parameters()), alone, status("VmHWM") - before)
 """
 
@@ -672,4 +675,4 @@ def test_an_index_of_another_kind_is_an_error(tmp_path, text, message):
     """Found by fuzzing: each ended in a traceback."""
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        checkpoint.weight_entries(str(tmp_path))
+        pretrained.weight_entries(str(tmp_path))

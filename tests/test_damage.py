@@ -22,6 +22,8 @@ from test_checkpoint import TIED, UNTIED, Run, listing, loaded, one_thread, publ
 
 import checkpoint
 import config
+import disk
+import pretrained
 from log import Lines
 
 FAST = ("--lr", "1e-3", "--batch_size", "8", "--max_length", "128")
@@ -64,10 +66,10 @@ def fail_at(monkeypatch, count, code):
             raise OSError(code, os.strerror(code), *([path] if name != "fsync" else []))  # as Python's own has none
         return wrapper
 
-    for holder, name in ((checkpoint, "save_file"), (os, "fsync"), (os, "replace"), (os, "symlink"), (os, "makedirs"),
+    for holder, name in ((pretrained, "save_file"), (os, "fsync"), (os, "replace"), (os, "symlink"), (os, "makedirs"),
                          (shutil, "rmtree")):
         monkeypatch.setattr(holder, name, failing(getattr(holder, name), name))
-    monkeypatch.setattr(checkpoint, "open", failing(builtins.open, "open"), raising=False)
+    monkeypatch.setattr(disk, "open", failing(builtins.open, "open"), raising=False)
     return log
 
 
@@ -237,7 +239,7 @@ def test_a_state_without_a_step_is_refused(tmp_path, state):
 def test_a_file_name_in_an_index_that_none_has_is_refused(tmp_path, file):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
     with pytest.raises(ValueError, match="weight_map must name files") as info:
-        checkpoint.weight_entries(str(tmp_path))
+        pretrained.weight_entries(str(tmp_path))
     assert str(info.value).isprintable() and len(str(info.value)) < 1000
 
 
@@ -254,7 +256,7 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path, content):
     """At once, before memory is asked for."""
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="model.safetensors is torn or not safetensors"):
-        checkpoint.weight_entries(str(tmp_path))
+        pretrained.weight_entries(str(tmp_path))
 
 
 def test_weights_behind_links_are_read_and_a_pipe_is_not(tmp_path):
@@ -271,7 +273,7 @@ def test_weights_behind_links_are_read_and_a_pipe_is_not(tmp_path):
     writer = os.open(snapshot / "model.safetensors", os.O_RDWR)  # for this test to fail instead of waiting
     os.write(writer, bytes(16))
     with pytest.raises(ValueError, match="model.safetensors is not a file"):
-        checkpoint.weight_entries(str(snapshot))
+        pretrained.weight_entries(str(snapshot))
     os.close(writer)
 
 
@@ -289,7 +291,7 @@ def test_a_pickle_beside_the_weights_is_never_opened(train, tmp_path):
     """Of a model and of a checkpoint, under the names that other trainers read."""
     mark, model = tmp_path / "mark", tmp_path / "model"
     bomb = pickle.dumps(Bomb(str(mark)))
-    shutil.copytree(checkpoint.model_directory("tiny"), model)
+    shutil.copytree(pretrained.model_directory("tiny"), model)
     for name in ("pytorch_model.bin", "training_args.bin", "consolidated.00.pth", "vocab.pkl"):
         (model / name).write_bytes(bomb)
     train(*FAST, "--max_steps", 1, model=model)

@@ -23,6 +23,8 @@ from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
 
 import data
+import formats
+import show
 from template import ChatTokenizer
 
 TINY = os.path.join(ROOT, "models", "tiny")
@@ -950,7 +952,7 @@ def test_a_container_is_told_by_its_first_bytes(content, name, tmp_path):
     """JSON array, JSON Lines and gzip of either read the same, whatever the name, with BOM, blanks and CRLF."""
     (tmp_path / name).write_bytes(content)
     path = str(tmp_path / name)
-    assert list(data.read_files(path)) == [(f"{path}[0]", ROWS[0]), (f"{path}[1]", ROWS[1])]
+    assert list(formats.read_files(path)) == [(f"{path}[0]", ROWS[0]), (f"{path}[1]", ROWS[1])]
 
 
 def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
@@ -962,7 +964,7 @@ def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
         (tmp_path / name).write_text("not data", encoding="utf-8")
     expected = [(str(tmp_path / name) + "[0]", {"row": i})
                 for i, name in enumerate(("a.jsonl", "b.json", "c.jsonl.gz", "d.json.gz"))]
-    assert list(data.read_files(str(tmp_path))) == expected
+    assert list(formats.read_files(str(tmp_path))) == expected
 
 
 def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
@@ -970,7 +972,7 @@ def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
     (tmp_path / "sub").mkdir()
     first, second = write(tmp_path / "z.json", [{"row": 0}, {"row": 1}]), write(tmp_path / "a.json", [{"row": 2}])
     write(tmp_path / "sub" / "m.json", [{"row": 3}])
-    got = list(data.read_files(f"{first},{second},{tmp_path / 'sub'}"))
+    got = list(formats.read_files(f"{first},{second},{tmp_path / 'sub'}"))
     assert got == [(f"{first}[0]", {"row": 0}), (f"{first}[1]", {"row": 1}), (f"{second}[0]", {"row": 2}),
                    (f"{tmp_path / 'sub' / 'm.json'}[0]", {"row": 3})]
 
@@ -1433,9 +1435,9 @@ def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, da
     except json.JSONDecodeError as error:
         expected = f"line {error.lineno}, column {error.colno}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "PIECE", piece)
+        patch.setattr(formats, "PIECE", piece)
         try:
-            got = list(data.json_array(io.StringIO(text), "rows.json"))
+            got = list(formats.json_array(io.StringIO(text), "rows.json"))
         except ValueError as error:
             assert isinstance(expected, str) and expected in str(error), (text, expected)
         else:
@@ -1448,13 +1450,13 @@ def test_an_array_is_read_in_pieces(tmp_path):
     rows = [{"prompt": "p", "response": "word " * 1000}] * 2000
     path.write_text(json.dumps(rows, indent=0) + "\n")
     tracemalloc.start()
-    assert sum(1 for _ in data.read_file(str(path))) == 2000
+    assert sum(1 for _ in formats.read_file(str(path))) == 2000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6 * data.PIECE < path.stat().st_size
+    assert peak < 6 * formats.PIECE < path.stat().st_size
     path.write_text(path.read_text().rstrip()[:-1] + ",\n{oops}]")
     with pytest.raises(ValueError, match=rf"is not JSON: line {2000 * 4 + 3}, column 2: "):
-        list(data.read_file(str(path)))
+        list(formats.read_file(str(path)))
 
 
 def mixed(tmp_path, *sizes):
@@ -1549,7 +1551,7 @@ def test_show_prints_what_the_model_sees(tmp_path, capsys):
     ids = look("show", path, "-n", 1, "--ids").stdout
     dataset = data.load(path, tiny, 100, limit=3)
     assert "«" + " ".join(map(str, dataset.tokens[: dataset.starts[1]][dataset.is_target[: dataset.starts[1]]])) in ids
-    data.show(dataset, tiny, 1, False, True)
+    show.show(dataset, tiny, 1, False, True)
     assert "\x1b[32mé answer<|im_end|>\x1b[0m" in capsys.readouterr().out
 
 
@@ -1569,7 +1571,7 @@ def test_stats_say_what_max_length_cuts(tmp_path, monkeypatch):
                            (("show", path, "-n", "0"), "--n 0: it must be at least 1")):
         monkeypatch.setattr(sys, "argv", ["data.py", *words])
         with pytest.raises((ValueError, OSError), match=message):
-            data.main()
+            show.main()
 
 
 @pytest.mark.parametrize("row, keys", [
@@ -1590,7 +1592,7 @@ def test_stats_say_what_max_length_cuts(tmp_path, monkeypatch):
 def test_keys_of_rows_may_be_named(row, keys):
     """Where a row has the keys that were named, they are its question and answer, or its messages; any other row is
     told by the usual ones."""
-    found = data.to_messages(row, "here", keys)
+    found = formats.to_messages(row, "here", keys)
     assert [(m["role"], m["content"]) for m in found] == [("user", "q?"), ("assistant", "a.")]
 
 
@@ -1603,9 +1605,9 @@ def test_the_cache_knows_the_keys_of_rows(tmp_path):
                                    keys=(question, answer, "messages"))
     assert [target_texts(dataset) for dataset in keys.values()] == [["one<|im_end|>"], ["two<|im_end|>"]]
     with pytest.raises(ValueError, match=r"its keys are \['a'\]; .* with --prompt_key q, with --response_key r$"):
-        data.to_messages({"a": 1}, "here", ("q", "r", "messages"))
+        formats.to_messages({"a": 1}, "here", ("q", "r", "messages"))
     with pytest.raises(ValueError, match="the content of a user message must be a string, it is None"):
-        data.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
+        formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
 
 
 def test_who_holds_the_lock_of_the_cache_shows_progress(tmp_path, monkeypatch):
@@ -1645,7 +1647,7 @@ def test_reasoning_goes_by_three_names(said, as_content, as_thinking, tmp_path):
         assert target_texts(data.load(path, tokenizer, 100)) == [expected]
         if hasattr(transformers.utils.chat_template_utils, "_alias_reasoning_fields"):  # since 5.24
             text = AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, tokenize=False)
-            assert text.endswith(expected + "\n") and tokenizer.render(data.to_messages(
+            assert text.endswith(expected + "\n") and tokenizer.render(formats.to_messages(
                 {"messages": messages}, "here")) == text
 
 

@@ -74,7 +74,7 @@ with torch.no_grad():
 row = {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "category": "closed_qa"}
 with open("dolly.jsonl", "w") as f:
     f.write(json.dumps(row) + chr(10) + json.dumps({**row, "context": ""}) + chr(10))
-from data import read_files, to_messages
+from formats import read_files, to_messages
 found = [to_messages(row, where) for where, row in read_files("dolly.jsonl")]
 assert [m[0]["content"] for m in found] == ["Ada wrote it.\\n\\nWho?", "Who?"] and found[0][1]["content"] == "Ada."
 run("--train_data", "dolly.jsonl", "--max_steps", 1, "--output_dir", "out")

@@ -23,7 +23,9 @@ from test_sft import EXAMPLES, TINY
 
 import checkpoint
 import data
+import disk
 import fsdp
+import pretrained
 import sft
 
 RUN = ("--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "4", "--max_length", "256", "--max_steps", "10",
@@ -60,7 +62,7 @@ def two_layers(directory, std=0.02, **changes):
     for file in os.listdir(TINY):
         if file.startswith("tokenizer"):
             shutil.copy(os.path.join(TINY, file), directory)
-    config = {**checkpoint.read_json(os.path.join(TINY, "config.json")), "num_hidden_layers": 2, **changes}
+    config = {**disk.read_json(os.path.join(TINY, "config.json")), "num_hidden_layers": 2, **changes}
     (directory / "config.json").write_text(json.dumps(config))
     torch.manual_seed(1)
     model = sft.CausalLM(sft.ModelConfig.from_dict(config))
@@ -137,8 +139,8 @@ def test_every_rank_writes_its_share(runs):
     step = next(runs[name] for name in runs if name.startswith("untied dp4")) / "checkpoints" / "step_10"
     files = sorted(f for f in os.listdir(step) if f.endswith(".safetensors"))
     assert len(files) == 4 and files[0] == "model-00001-of-00004.safetensors"
-    index = checkpoint.read_json(step / "model.safetensors.index.json")["weight_map"]
-    assert set(index.values()) == set(files) and set(index) == set(checkpoint.weight_entries(step))
+    index = disk.read_json(step / "model.safetensors.index.json")["weight_map"]
+    assert set(index.values()) == set(files) and set(index) == set(pretrained.weight_entries(step))
     theirs = AutoModelForCausalLM.from_pretrained(step, dtype=torch.float32)
     for name, tensor in tensors_of(step).items():
         assert torch.equal(theirs.state_dict()[name], tensor.float()), name

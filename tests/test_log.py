@@ -200,11 +200,12 @@ def test_sample_prompts_may_be_rows(train, tmp_path):
                           {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"},
                           {"role": "assistant", "content": "SECRET"}]}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    import sft
+    import samples
     import template
 
-    (prompt, ids), = sft.read_prompts(str(tmp_path / "rows.json"), template.ChatTokenizer(os.path.join(ROOT, "models/tiny")))
-    text = template.ChatTokenizer(os.path.join(ROOT, "models/tiny")).tokenizer.decode(ids, skip_special_tokens=False)
+    tokenizer = template.ChatTokenizer(os.path.join(ROOT, "models/tiny"))
+    (prompt, ids), = samples.read_prompts(str(tmp_path / "rows.json"), tokenizer)
+    text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
     assert prompt == "three" and "SECRET" not in text and text.endswith("three<|im_end|>\n<|im_start|>assistant\n")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="--sample_prompts .*empty.txt: it must have prompts, one a line"):
@@ -224,7 +225,7 @@ def warn(step, *args):
     elif step == 9:
         print("the ninth", file=sys.stderr)
     return lr_at(step, *args)
-sft.lr_at, sft.SAMPLE_TOKENS = warn, 12
+sft.lr_at, sft.samples.SAMPLE_TOKENS = warn, 12
 sft.main()
 """
 
@@ -234,7 +235,7 @@ sft.main()
 def test_many_ranks_answer_as_one_and_warn_once(train, tmp_path, monkeypatch, ranks, flags):
     """Samples, best and worst of dp x tp and of dp with offload are those of one rank; a warning is printed once."""
     (tmp_path / "prompts.txt").write_text("What is supervised fine-tuning?\n", encoding="utf-8")
-    monkeypatch.setattr("sft.SAMPLE_TOKENS", 12)
+    monkeypatch.setattr("samples.SAMPLE_TOKENS", 12)
     common = (*FAST, "--epochs", 2, "--sample_prompts", tmp_path / "prompts.txt")
     train(*common)
     (tmp_path / "warns.py").write_text(WARNS)

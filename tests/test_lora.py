@@ -20,8 +20,11 @@ from test_fsdp import EXAMPLES, LAYOUTS, metrics, share, two_layers
 import chat
 import checkpoint
 import data
+import disk
 import lora
+import merge as merging
 import nf4
+import pretrained
 import sft
 from template import ChatTokenizer
 
@@ -95,7 +98,7 @@ def test_peft_computes_what_we_do(shape, model, models, train, tmp_path):
     ours, theirs = our_logits(step), peft_logits(models[model], step)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert (ours - our_logits(models[model])).abs().max() > 1e-3
-    config = checkpoint.read_json(step / "adapter_config.json")
+    config = disk.read_json(step / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(models[model]) and config["bias"] == "none"
     assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
     whole = {"tied": ["embed_tokens", "lm_head"], "untied": ["embed_tokens"]}[model]
@@ -233,7 +236,7 @@ def test_dropout_and_lora_plus_do_something(models, train, monkeypatch):
 def test_validation_has_no_dropout(models, train, tmp_path):
     """val_loss of one set of weights is the same with and without dropout."""
     adapter = peft_adapter(models["tied"], tmp_path / "a")
-    config = checkpoint.read_json(adapter / "adapter_config.json")
+    config = disk.read_json(adapter / "adapter_config.json")
     losses = []
     for dropout in (0.0, 0.9):
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": dropout}))
@@ -269,7 +272,7 @@ def products(model, n):
 
 def test_frozen_matrices_get_no_gradient_product(models):
     """Backward makes no weight gradient of a frozen matrix: the step has exactly the products that it needs."""
-    config = sft.ModelConfig.from_dict(checkpoint.read_json(models["tied"] / "config.json"))
+    config = sft.ModelConfig.from_dict(disk.read_json(models["tied"] / "config.json"))
     full, adapted = sft.CausalLM(config), sft.CausalLM(config)
     settings, ranks = lora.settings(adapted, "base", 8, 16, 0.0, "all-linear", False, False, None)
     lora.inject(adapted, settings, ranks)
@@ -340,7 +343,7 @@ def test_bad_settings_are_one_line(words, message, train):
 def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
     """Another shape, another base, another kind of adapter, a torn file: an error, never a model that is another."""
     adapter = peft_adapter(models["untied"], tmp_path / "a")
-    config = checkpoint.read_json(adapter / "adapter_config.json")
+    config = disk.read_json(adapter / "adapter_config.json")
     words = ("--use_lora", "--max_steps", 1, "--resume_adapter", adapter)
     with pytest.raises(ValueError, match="was trained on .*untied"):
         train(*words, model=models["tied"])
@@ -396,10 +399,10 @@ def test_merge_equals_the_adapter(model, settings, models, tmp_path):
     with torch.no_grad():
         again = load_base(tmp_path / "merged")(TOKENS[None]).logits[0]
     torch.testing.assert_close(again, theirs, atol=1e-5, rtol=1e-5)
-    config = checkpoint.read_json(tmp_path / "merged" / "config.json")
+    config = disk.read_json(tmp_path / "merged" / "config.json")
     stays = model == "tied" and (not saved or len(saved) == 2)
     assert config["tie_word_embeddings"] == stays
-    assert ("lm_head.weight" in checkpoint.weight_entries(tmp_path / "merged")) != stays
+    assert ("lm_head.weight" in pretrained.weight_entries(tmp_path / "merged")) != stays
 
 
 def test_merge_of_a_trained_adapter(models, train, tmp_path, monkeypatch):
@@ -408,16 +411,16 @@ def test_merge_of_a_trained_adapter(models, train, tmp_path, monkeypatch):
     step = tmp_path / "out" / "checkpoints" / "step_2"
     assert merge(step, tmp_path / "merged").returncode == 0
     torch.testing.assert_close(our_logits(tmp_path / "merged"), our_logits(step), atol=1e-5, rtol=1e-5)
-    generation = checkpoint.read_json(tmp_path / "merged" / "generation_config.json")
+    generation = disk.read_json(tmp_path / "merged" / "generation_config.json")
     assert ChatTokenizer(step).stop_id in generation["eos_token_id"]
     assert merge(step, tmp_path / "small", "--dtype", "bf16").returncode == 0
-    small, whole = (checkpoint.weight_entries(tmp_path / name) for name in ("small", "merged"))
+    small, whole = (pretrained.weight_entries(tmp_path / name) for name in ("small", "merged"))
     assert {e.dtype for e in small.values()} == {"BF16"} and {e.dtype for e in whole.values()} == {"F32"}
     again = merge(step, tmp_path / "merged")
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
     wrong = merge(step, tmp_path / "wrong", "--base", models["untied"])
     assert wrong.returncode == 2 and "does not fit" in wrong.stderr and not (tmp_path / "wrong").exists()
-    config = checkpoint.read_json(step / "adapter_config.json")
+    config = disk.read_json(step / "adapter_config.json")
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     nameless = merge(step, tmp_path / "nameless")
     assert nameless.returncode == 2 and "names no base model; give it with --base" in nameless.stderr
@@ -436,9 +439,9 @@ def test_quantised_training_is_that_of_the_rounded_base(models, train, tmp_path)
     a sixth of fp32's and below 0.6 bytes a weight; resume is exact; the adapter is a plain one for the plain base."""
     seen = {}
     words = ("--use_lora", "--lr", 1e-2, "--max_steps", 4, "--save_steps", 2)
-    load = checkpoint.load_weights
+    load = pretrained.load_weights
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "load_weights", lambda model, *rest: (seen.update(model=model),
+        patch.setattr(pretrained, "load_weights", lambda model, *rest: (seen.update(model=model),
                                                                                      load(model, *rest))[1])
         four = train(*words, "--quantize", "nf4", model=models["untied"])
     rounded = shutil.copytree(models["untied"], tmp_path / "rounded")
@@ -489,7 +492,7 @@ def test_a_base_that_is_not_finite_can_not_be_quantised(models, train, tmp_path)
 def test_merge_holds_one_file_at_a_time(models, tmp_path, monkeypatch):
     """A model above the limit is written in files of about that size, each when the one before it is gone."""
     adapter = peft_adapter(models["untied"], tmp_path / "a")
-    alive, sizes, write = [], [], checkpoint.write_safetensors
+    alive, sizes, write = [], [], pretrained.write_safetensors
 
     def watch(path, tensors):
         assert not [ref for ref in alive if ref() is not None], "tensors of an earlier file are still held"
@@ -497,12 +500,12 @@ def test_merge_holds_one_file_at_a_time(models, tmp_path, monkeypatch):
         sizes.append(sum(t.nbytes for t in tensors.values()))
         write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", watch)
-    monkeypatch.setattr(lora, "FILE_BYTES", 300_000)
+    monkeypatch.setattr(pretrained, "write_safetensors", watch)
+    monkeypatch.setattr(merging, "FILE_BYTES", 300_000)
     words = ["lora.py", "merge", adapter, tmp_path / "m", "--base", models["untied"]]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    lora.main()
-    entries = checkpoint.weight_entries(tmp_path / "m")  # checks the index against the files
+    merging.main()
+    entries = pretrained.weight_entries(tmp_path / "m")  # checks the index against the files
     largest = max(math.prod(e.shape) * 4 for e in entries.values())
     assert len(sizes) > 3 and max(sizes) <= largest + 300_000
     with torch.no_grad():

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import checkpoint
+import disk
 import model
+import pretrained
 from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy, generate
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -75,12 +76,12 @@ def published(directory, config, **saving):
 
 def loaded(directory, config=None):
     """Our model of a directory, created and filled as sft.py does it."""
-    config = ModelConfig.from_dict(config or checkpoint.read_json(os.path.join(directory, "config.json")))
+    config = ModelConfig.from_dict(config or disk.read_json(os.path.join(directory, "config.json")))
     with torch.device("meta"):
         ours = CausalLM(config)
     ours.to_empty(device="cpu")
     ours.tie_weights()
-    checkpoint.load_weights(ours, directory)
+    pretrained.load_weights(ours, directory)
     return ours
 
 
@@ -113,7 +114,7 @@ def test_logits_equal_transformers(tmp_path, name):
     oracle = published(tmp_path, config)
     tokens = random_ids(48)
     expected = oracle(tokens[None]).logits[0]
-    written = checkpoint.read_json(tmp_path / "config.json")
+    written = disk.read_json(tmp_path / "config.json")
     for spelling in (written, {**SIZES, **config}):
         torch.testing.assert_close(loaded(tmp_path, spelling)(tokens, (48,)), expected, atol=1e-4, rtol=1e-4)
     if other:

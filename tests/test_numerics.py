@@ -1,7 +1,6 @@
 """Numbers that go wrong: a step that is not finite, a spike, an update that nothing sees; and the same bits twice."""
 
 import json
-import math
 import os
 import re
 import statistics
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import data
+import pretrained
 import sft
 
 FAST = ("--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing", "--scheduler", "constant",
@@ -25,7 +25,7 @@ LATEST = os.path.join("out", "checkpoints", "latest")
 @pytest.fixture(scope="module")
 def rows():
     """The example set, as the runs here see it."""
-    tokenizer = sft.ChatTokenizer(checkpoint.model_directory("tiny"))
+    tokenizer = sft.ChatTokenizer(pretrained.model_directory("tiny"))
     return data.load(f"{ROOT}/data/example_sft.json", tokenizer, 128)
 
 

@@ -4,7 +4,6 @@ The tokenizers come from npm into a temporary directory; where it can't give the
 are compared with transformers'. The oracle of the targets walks over token ids: it knows no characters, no offsets.
 """
 
-import os
 import random
 import re
 import subprocess
@@ -13,7 +12,6 @@ import types
 
 import pytest
 from test_data import chat, chatml, make_directory, runs, target_texts, write
-from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 import data

@@ -25,7 +25,10 @@ from test_damage import header
 import checkpoint
 import config
 import data
+import disk
+import formats
 import lora
+import pretrained
 import sft
 from model import CausalLM, ModelConfig
 from template import ChatTokenizer
@@ -54,14 +57,14 @@ def model(scratch, change):
 
 
 def read_model(directory):
-    settings = checkpoint.read_json(os.path.join(directory, "config.json"))
+    settings = disk.read_json(os.path.join(directory, "config.json"))
     built = ModelConfig.from_dict(settings)
     tokenizer = ChatTokenizer(directory)
     with torch.device("meta"):
         net = CausalLM(built)
-    checkpoint.fitting_entries(net, directory)
-    checkpoint.generation_config(directory, settings, tokenizer.stop_id)
-    return checkpoint.read_bytes(directory, checkpoint.TOKENIZER_FILES)
+    pretrained.fitting_entries(net, directory)
+    pretrained.generation_config(directory, settings, tokenizer.stop_id)
+    return disk.read_bytes(directory, pretrained.TOKENIZER_FILES)
 
 
 def adapter(scratch, change):
@@ -69,14 +72,14 @@ def adapter(scratch, change):
     directory = scratch / "adapter"
     directory.mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file({name: torch.zeros(2, 64)}, directory / checkpoint.ADAPTER_FILE)
+    save_file({name: torch.zeros(2, 64)}, directory / pretrained.ADAPTER_FILE)
     (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
     change(directory)
     path = str(directory / "adapter_config.json")
-    settings_ = lora.checked(checkpoint.read_json(path), path)
+    settings_ = lora.checked(disk.read_json(path), path)
     with torch.device("meta"):
-        net = CausalLM(ModelConfig.from_dict(checkpoint.read_json(os.path.join(TINY, "config.json"))))
-    lora.inject(net, settings_, lora.ranks_of(checkpoint.weight_entries(str(directory))))
+        net = CausalLM(ModelConfig.from_dict(disk.read_json(os.path.join(TINY, "config.json"))))
+    lora.inject(net, settings_, lora.ranks_of(pretrained.weight_entries(str(directory))))
 
 
 def peft(**changes):
@@ -165,7 +168,7 @@ def ranked(shape):
     """An adapter's matrix of that shape."""
     name, size = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", 4 * math.prod(shape)
     text = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
-    return put(checkpoint.ADAPTER_FILE, len(text).to_bytes(8, "little") + text + bytes(size))
+    return put(pretrained.ADAPTER_FILE, len(text).to_bytes(8, "little") + text + bytes(size))
 
 
 def header_of(value):
@@ -408,7 +411,7 @@ CASES = {
 def test_a_strangers_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "LONGEST", 10_000)  # of the same rule, in less time
+    monkeypatch.setattr(formats, "LONGEST", 10_000)  # of the same rule, in less time
     monkeypatch.setattr("sandbox.COST", 2**24)
     if "10 s" in expected:
         monkeypatch.setattr("sandbox.SECONDS", 0.5)
