@@ -1,6 +1,7 @@
 """Kill a run again and again, let it go on, and compare what comes out with a run that nobody disturbed, bit for bit.
 
     python tests/soak.py --kills 100    # prints what was killed in which phase; exit code 1, and why, at a difference
+    python tests/soak.py -- --use_lora --lora_dropout 0.1    # the same of a run with these flags as well
 
 Runs of the tiny model, on one rank and on two, are killed (SIGKILL: all ranks, or one alone) and started again with
 --resume_from auto. A kill waits for a phase of sft.py to begin (Ranks.at tells), then for a random part of the time
@@ -43,6 +44,7 @@ EXAMPLES, VALIDATION = (os.path.join(ROOT, "data", name) for name in ("example_s
 RUN = ("--model", "tiny", "--train_data", EXAMPLES, "--val_data", VALIDATION, "--max_length", 64, "--batch_size", 2,
        "--lr", 1e-3, "--max_steps", STEPS, "--save_steps", 2, "--eval_steps", 3, "--keep_checkpoints", 2, "--keep_best",
        "--timeout", TIMEOUT, "--resume_from", "auto")
+MORE = []  # flags from behind --
 PHASES = ("start", "tokenise", "load", "step", "evaluation", "save")
 MOVES = {  # name of a window: the move that comes next in it, without numbers
     "a step without its name": "save: tmp_step -> step",
@@ -158,7 +160,7 @@ def begin(directory, size, window=None):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     screen, fork = f"{directory}.screen", multiprocessing.get_context("fork")
-    flags = (*RUN, "--output_dir", directory, "--cache_dir", f"{directory}.cache")
+    flags = (*RUN, *MORE, "--output_dir", directory, "--cache_dir", f"{directory}.cache")
     processes = [fork.Process(target=be_rank, args=(rank, size, port, flags, writing, screen, MOVES.get(window)))
                  for rank in range(size)]
     for process in processes:
@@ -300,7 +302,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="at least 6, one for each phase")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; none is another each time")
+    parser.add_argument("flags", nargs="*", help="of sft.py, behind --")
     args = parser.parse_args()
+    MORE.extend(args.flags)
     if args.kills < len(PHASES):
         parser.error(f"--kills {args.kills}: each phase takes one; give at least {len(PHASES)}")
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
