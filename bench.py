@@ -16,7 +16,8 @@ step   non-pad tokens a second and peak memory of sft.py on random weights of --
        without checkpointing, on conversations of log-normal length up to 1,024 tokens, and seconds from the launch to
        the first optimizer step's end; with --vs trl the same conversations by TRL's SFTTrainer, padded and packed, with
        --vs transformers by a plain loop around its model: padded batches, AdamW. flops_use: of sft.py, the operations
-       that its losses need (head on targets, attention per document) beside what a product of 2,048 x 2,048 reaches
+       that its losses need (head on targets, attention per document) beside what a product of 2,048 x 2,048 reaches,
+       product_gflops. The faster the products of a machine are, the more of a step is all else, which memory bounds
 start  seconds from the launch of sft.py to the end of its first optimizer step on the embedded model, with nothing
        cached and with the tokens cached; with --vs trl beside TRL's SFTTrainer on the same, or transformers, as in step
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
@@ -536,20 +537,21 @@ def bench_step(cfg, directory):
     write_model(directory, config)
     write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48, 2.3, 2.9, 1.1)  # median about 120 tokens
     found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []} for name in ("sft", *PEERS[cfg.vs])}
-    uses, needed = [], sum(useful_flops(config, directory)[1:])
+    uses, rates, needed = [], [], sum(useful_flops(config, directory)[1:])
     for _ in range(cfg.repeats):  # in turn
         for name, figures in found.items():
             steps, peak, start = one_run(name, directory, rows)
             seconds, tokens = map(sum, zip(*steps[1:]))
             if name == "sft":
-                rate = sides(1, "--side", "product")[0]["flops"]
-                uses.append(needed / seconds / rate)
+                rates.append(sides(1, "--side", "product")[0]["flops"])
+                uses.append(needed / seconds / rates[-1])
             for figure, value in zip(figures.values(), (tokens / seconds, peak, start)):
                 figure.append(value)
     ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(found["sft"][key], found[name][key])])
               for name in PEERS[cfg.vs] for key in found["sft"]}
     return {"shape": cfg.shape, **{name: {key: spread(values) for key, values in figures.items()}
-                                   for name, figures in found.items()}, "flops_use": spread(uses), **ratios, **versions}
+                                   for name, figures in found.items()}, "flops_use": spread(uses),
+            "product_gflops": spread([rate / 1e9 for rate in rates]), **ratios, **versions}
 
 
 def bench_start(cfg, directory):

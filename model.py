@@ -380,8 +380,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.grads is None:
+            raise RuntimeError("the loss has been differentiated once already, and its gradients were scaled in place; "
+                               "compute the loss anew")
         hidden_grad, weight_grad = ctx.grads
-        ctx.grads = None  # scaled in place below: a second backward must fail, not scale twice
+        ctx.grads = None
         for g in (hidden_grad, weight_grad):
             if g is not None:
                 g.mul_(grad)

@@ -14,6 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chat
 import config
 import sft
 
@@ -330,6 +331,19 @@ def test_a_number_below_its_range_is_refused(name):
     planned = name == "ranks" or name.endswith(("_gb", "flops", "_second"))
     others = dict(plan=True, ranks=2, strategy="megatron", tp=2) if planned else dict(val_data="v")
     assert getattr(sft.Config(**{**others, "use_lora": "lora" in name, name: lowest}), name) == lowest
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(top_p=0.5), "--top_p 0.5 does nothing without --temperature"),
+    (dict(temperature=-1.0), "--temperature -1.0: it must be at least 0 and at most 100"),
+    (dict(temperature=1.0, top_p=1.5), "--top_p 1.5: it must be at least 1e-06 and at most 1"),
+    (dict(max_new_tokens=0), "--max_new_tokens 0: it must be at least 1"),
+    (dict(seed=-1), "--seed -1: it must be at least 0"), (dict(seed=math.inf), "--seed inf: it must be at least 0")])
+def test_the_knobs_of_chat_have_ranges_too(values, message):
+    """A knob has its range and what it needs with it, in whichever program it is."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chat.Config(**values)
+    chat.Config(temperature=1.0, top_p=0.5)
 
 
 def test_every_number_has_a_range():

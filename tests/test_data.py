@@ -1364,7 +1364,8 @@ def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
 
 
 def test_any_change_misses_the_cache(tmp_path, monkeypatch):
-    """Data, each option, template, tokenizer and special tokens are in the key; so is the date, for templates with it."""
+    """Data, each option, template, tokenizer, special tokens and the program are in the key; so is the date, for
+    templates with it."""
     spec = tmp_path / "rows.json"
     spec.write_text(json.dumps([{"messages": chat("q", "answer")}]))
     tokenizer, calls = ChatTokenizer(TINY), []
@@ -1390,6 +1391,9 @@ def test_any_change_misses_the_cache(tmp_path, monkeypatch):
         patch.setattr(tokenizer, "source", "{# strftime_now #}")
         clock = type("Clock", (), {"now": staticmethod(lambda: __import__("datetime").datetime(2000, 1, 1))})
         patch.setattr(data, "datetime", clock)
+        assert made() and not made()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_file", lambda path: formats.read_file(path))  # which another file has
         assert made() and not made()
 
 

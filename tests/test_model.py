@@ -310,6 +310,17 @@ def count_flops():
     return FlopCounterMode(display=False, custom_mapping=in_place)
 
 
+def test_chunked_loss_is_differentiated_once():
+    """Its gradients are scaled in place: a second backward is refused, and leaves those of the first as they are."""
+    hidden, weight, targets = loss_inputs()
+    loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    loss.backward()
+    first = weight.grad.clone()
+    with pytest.raises(RuntimeError, match="differentiated once already"):
+        loss.backward()
+    assert torch.equal(weight.grad, first)
+
+
 def test_chunked_loss_costs_the_targets_only_and_gradients_only_where_wanted():
     """One product of targets x C x V for the value, one more for each gradient; ignored rows are not multiplied."""
     hidden, weight, targets = loss_inputs()
