@@ -54,7 +54,7 @@ def check(config):
     for name, f in given.items():
         value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
-            most = f" and at most {high}" if high < 1e18 else ""
+            most = f" and at most {high}" if high < 1e18 or value > high else ""
             raise ValueError(f"--{name} {value}: it must be at least {low}{most}")
         for need in f.metadata["needs"].split(" and ") if f.metadata["needs"] else ():
             if not given.keys() & need.split(" or "):

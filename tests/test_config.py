@@ -338,7 +338,7 @@ def test_a_number_below_its_range_is_refused(name):
     (dict(temperature=-1.0), "--temperature -1.0: it must be at least 0 and at most 100"),
     (dict(temperature=1.0, top_p=1.5), "--top_p 1.5: it must be at least 1e-06 and at most 1"),
     (dict(max_new_tokens=0), "--max_new_tokens 0: it must be at least 1"),
-    (dict(seed=-1), "--seed -1: it must be at least 0"), (dict(seed=math.inf), "--seed inf: it must be at least 0")])
+    (dict(seed=-1), "--seed -1: it must be at least 0"), (dict(seed=math.inf), "--seed inf: it must be at least 0 and at most 1e+18")])
 def test_the_knobs_of_chat_have_ranges_too(values, message):
     """A knob has its range and what it needs with it, in whichever program it is."""
     with pytest.raises(ValueError, match=re.escape(message)):
