@@ -2,7 +2,7 @@
 
 Owns spelling: every way to write a setting ends here, is checked against the dataclass's types and choices, and
 remembers where it came from. Strength: flag or override > environment > YAML > default; of two flags the later wins.
-An unknown name is an error that names the nearest one. verl.py, imported when a name is not ours, knows verl's. The
+An unknown name is an error that names the nearest one. verl.py, imported when a name is not ours, knows others'. The
 environment counts from where the word --environment stands, which train.sh puts before the flags.
 """
 
@@ -22,18 +22,6 @@ import typing
 import yaml
 
 LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
-# What a setting is called in other trainers: not accepted, but the error names ours.
-ELSEWHERE = {theirs: ours for ours, names in {
-    "model": "model_path model_name_or_path", "train_data": "dataset dataset_name", "val_data": "eval_dataset",
-    "max_length": "max_seq_length max_seq_len cutoff_len", "train_on_prompt": "train_on_input", "packing": "packed",
-    "batch_size": "per_device_train_batch_size gradient_accumulation_steps", "epochs": "num_train_epochs num_epochs",
-    "lr": "learning_rate", "scheduler": "lr_scheduler_type", "grad_clip": "max_grad_norm clip_grad_norm",
-    "beta1": "adam_beta1", "beta2": "adam_beta2", "use_lora": "use_peft", "lora_rank": "lora_r",
-    "lora_targets": "lora_target lora_target_modules", "lora_rs": "use_rslora", "lora_dora": "use_dora",
-    "quantize": "load_in_4bit quantization_bit", "resume_adapter": "adapter_name_or_path",
-    "param_offload": "fsdp_cpu_offload", "gradient_checkpointing": "enable_activation_checkpointing",
-    "keep_checkpoints": "save_total_limit", "resume_from": "resume_from_checkpoint", "logger": "report_to",
-    "timeout": "ddp_timeout"}.items() for theirs in names.split()}
 
 
 def knob(default, help, choices=(), group=None, env=None, low=-1e18, high=1e18, needs=None):
@@ -166,10 +154,10 @@ def field_name(name, fields):
     key = verl.key_of(name)
     if verl.row_of(key) and verl.FIELDS <= fields.keys():
         return key
-    near = difflib.get_close_matches(known, [*fields, *ELSEWHERE], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(known, [*fields, *verl.ELSEWHERE], n=1, cutoff=0.6)
     if verl.FIELDS <= fields.keys() and ("." in name or not near):
         near = difflib.get_close_matches(key, [*verl.TAKEN, *verl.WARNED, *verl.REFUSED], n=1, cutoff=0.6) or near
-    near = [ELSEWHERE.get(n, n) for n in near if ELSEWHERE.get(n, n) in fields or n not in ELSEWHERE]
+    near = [verl.ELSEWHERE.get(n, n) for n in near if verl.ELSEWHERE.get(n, n) in fields or n not in verl.ELSEWHERE]
     raise ValueError(f"unknown setting {name!r:.200}" + (f"; the nearest is {near[0]!r}" if near else "")
                      + "; --help lists them all")
 

@@ -6,6 +6,7 @@ config.py asks here for a name that is not ours. A key of TAKEN sets ours. One o
 one line, unless its value asks for what happens anyway. One of REFUSED would change what is trained: an error, unless
 its value asks for what happens anyway. Facts are from verl's sft_trainer.yaml and sft_trainer_engine.yaml with the
 model, engine and optim files that they compose; some keys of its RL files, which get pasted along, are here too.
+ELSEWHERE has names of other trainers.
 """
 
 import importlib.util
@@ -250,6 +251,19 @@ def launched(variable):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the tables
+
+# What a setting is called in TRL, torchtune and LLaMA-Factory: not accepted, but the error names ours.
+ELSEWHERE = {theirs: ours for ours, names in {
+    "model": "model_path model_name_or_path", "train_data": "dataset dataset_name", "val_data": "eval_dataset",
+    "max_length": "max_seq_length max_seq_len cutoff_len", "train_on_prompt": "train_on_input", "packing": "packed",
+    "batch_size": "per_device_train_batch_size gradient_accumulation_steps", "epochs": "num_train_epochs num_epochs",
+    "lr": "learning_rate", "scheduler": "lr_scheduler_type", "grad_clip": "max_grad_norm clip_grad_norm",
+    "beta1": "adam_beta1", "beta2": "adam_beta2", "use_lora": "use_peft", "lora_rank": "lora_r",
+    "lora_targets": "lora_target lora_target_modules", "lora_rs": "use_rslora", "lora_dora": "use_dora",
+    "quantize": "load_in_4bit quantization_bit", "resume_adapter": "adapter_name_or_path",
+    "param_offload": "fsdp_cpu_offload", "gradient_checkpointing": "enable_activation_checkpointing",
+    "keep_checkpoints": "save_total_limit", "resume_from": "resume_from_checkpoint", "logger": "report_to",
+    "timeout": "ddp_timeout"}.items() for theirs in names.split()}
 
 TAKEN = {  # key: (our fields, how its value becomes theirs, what to know)
     "data.train_files": ("train_data", path, "JSON and JSON Lines as well as parquet"),
