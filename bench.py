@@ -31,7 +31,6 @@ command and are meant as ratios: three numbers are the median, the least and the
 and bytes are what /proc tells. Nothing here is a test.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -48,25 +47,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import chat
-import checkpoint
 import data
-import disk
 import formats
-import fsdp
 import pretrained
-import processes
-from config import knob, parse, run
-from model import IGNORE, CausalLM, ModelConfig, chunked_cross_entropy, generate
+from config import check, knob, parse, run
+from model import CausalLM, ModelConfig
+from sides import ALPHA, BATCH, LENGTH, QWEN_05B, RANK, SIDES, copy, spread
 from template import ChatTokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=151936,
-                num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True,
-                architectures=["Qwen2ForCausalLM"])
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
 SHAPES = {  # of --part step
@@ -84,9 +75,9 @@ PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and th
 }
 LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}  # processes, flags
 DEFAULT = ("loss", "data", "step", "load", "save", "start")
+PEERS = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}  # the sides of each --vs
+PACKAGES = {"trl": ("trl", "transformers", "peft"), "transformers": ("transformers",), None: ()}
 COMPARED = {"trl": ("memory", "data", "step", "start"), "transformers": ("step", "start")}  # the parts of each --vs
-RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
-LENGTH, BATCH = 1024, 4  # memory: tokens of a step; step: of a conversation, and conversations a step
 UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buffers allocated
 
 
@@ -97,270 +88,30 @@ class Config:
     part: str | None = knob(None, f"what to measure; none is {', '.join(DEFAULT)}, one after another",
                             ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start", "plan"),
                             group="bench")
-    repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up")
-    tokens: int = knob(4096, "loss: rows of the hidden state")
-    hidden: int = knob(896, "loss: their width")
-    vocab: int = knob(151936, "loss: words")
-    targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt")
-    ranks: int = knob(1, "load: processes that share the model")
-    steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted")
-    rows: int | None = knob(None, "data, step, start: conversations; none is 20,000, 48 and 48")
+    repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up", low=1)
+    tokens: int = knob(4096, "loss: rows of the hidden state", low=1)
+    hidden: int = knob(896, "loss: their width", low=1)
+    vocab: int = knob(151936, "loss: words", low=1)
+    targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt", low=0, high=1)
+    ranks: int = knob(1, "load: processes that share the model", low=1)
+    steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted", low=UNSTEADY + 1)
+    rows: int | None = knob(None, "data, step, start: conversations; none is 20,000, 48 and 48", low=1)
     shape: str = knob("mid", "step: of the model", ("small", "mid"))
-    new_tokens: int = knob(64, "chat: length of the answer")
+    new_tokens: int = knob(64, "chat: length of the answer", low=1)
     model: str = knob("tiny", "data: whose tokenizer and template")
-    peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default")
+    peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default",
+                                    needs="vs")
     side: str | None = knob(None, "do this step only, in this process",
-                            ("plain", "chunked", "product", "load", "trl_full", "trl_lora", "data", "encode",
-                             "trl_data", "chat", "save", "transformers", "trl_padded", "trl_packed", "plain_loop"))
+                            tuple(SIDES))
     directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
     vs: str | None = knob(None, "memory, data, step, start: another trainer, on the same", ("trl", "transformers"))
 
     def __post_init__(self):
-        if self.ranks < 1 or (self.ranks > 1 and self.part != "load"):
-            raise ValueError(f"--ranks {self.ranks}: it must be at least 1, and above 1 is for --part load only")
-        if not self.peer_checkpointing and not self.vs:
-            raise ValueError("--no-peer_checkpointing does nothing without --vs trl")
-        if self.steps <= UNSTEADY:
-            raise ValueError(f"--steps {self.steps}: it must be above {UNSTEADY}, as the first {UNSTEADY} don't count")
+        check(self)
+        if self.ranks > 1 and self.part != "load":
+            raise ValueError(f"--ranks {self.ranks} is for --part load only")
         if self.vs and self.part and self.part not in COMPARED[self.vs]:
             raise ValueError(f"--vs {self.vs} is not for --part {self.part}: it is for {', '.join(COMPARED[self.vs])}")
-
-
-def spread(values):
-    return [statistics.median(values), min(values), max(values)]
-
-
-def proc_gb(file, name):
-    """A figure of this process in GiB, from /proc/self: VmRSS (now) and VmHWM (at most so far) of status, rchar (read)
-    of io. Unlike getrusage's peak, VmHWM does not begin with that of the process which started this one."""
-    with open(f"/proc/self/{file}", encoding="utf-8") as f:
-        number, *unit = dict(line.split(":", 1) for line in f)[name].split()
-    return int(number) / (2**20 if unit == ["kB"] else 2**30)
-
-
-def timed(action, repeats):
-    """Seconds of action(), the memory that the process has before, and what the first call adds to it at its peak."""
-    base = proc_gb("status", "VmRSS")
-    action()
-    added = proc_gb("status", "VmHWM") - base
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": spread(seconds), "base_gb": base, "added_peak_gb": added}
-
-
-def side_loss(cfg):
-    torch.manual_seed(0)
-    hidden = torch.randn(cfg.tokens, cfg.hidden, requires_grad=True)
-    weight = (torch.randn(cfg.vocab, cfg.hidden).mul_(0.02)).requires_grad_()
-    targets = torch.randint(0, cfg.vocab, (cfg.tokens,))
-    targets[torch.rand(cfg.tokens) >= cfg.targets] = IGNORE
-
-    def plain():
-        F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum").backward()
-
-    def chunked():
-        chunked_cross_entropy(hidden, weight, targets).backward()
-
-    def action():
-        hidden.grad = weight.grad = None
-        (plain if cfg.side == "plain" else chunked)()
-
-    return timed(action, cfg.repeats)
-
-
-def side_product(cfg):
-    """What this machine's processor can do, in the units of useful_flops."""
-    a, b = torch.randn(2, 2048, 2048)
-    seconds = timed(lambda: a @ b, 10)["seconds"]
-    return {"flops": 2 * 2048**3 / seconds[0]}
-
-
-def side_load(cfg):
-    """What sft.py does between the data and the first step, without an optimizer; every rank calls it."""
-    read = []
-
-    def load():
-        with torch.device("meta"):
-            model = CausalLM(ModelConfig.from_dict(QWEN_05B))
-        fsdp.shard(model, ranks, False, False)
-        model.to_empty(device=ranks.device)
-        model.tie_weights()
-        before = proc_gb("io", "rchar")
-        pretrained.load_weights(model, cfg.directory)
-        read.append(proc_gb("io", "rchar") - before)
-
-    with processes.start(1, 600) as ranks:
-        return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read[0]}
-
-
-def side_save(cfg):
-    """Seconds of checkpoint.save, and of a copy of what it wrote, in turn."""
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(QWEN_05B))
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    layout = pretrained.load_weights(model, cfg.directory)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        optimizer.state[p] = {"exp_avg": torch.rand_like(p), "exp_avg_sq": torch.rand_like(p)}
-    seconds = {"save": [], "copy": []}
-    for i in range(cfg.repeats + 1):
-        start = time.perf_counter()
-        step = checkpoint.save(os.path.join(cfg.directory, "checkpoints"), i, model, layout, {}, optimizer, {})
-        between = time.perf_counter()
-        copy(step, os.path.join(cfg.directory, "copy"), flush=True)
-        for name, figure in ("save", between - start), ("copy", time.perf_counter() - between):
-            seconds[name].append(figure)
-        shutil.rmtree(step)
-    return {name: spread(values[1:]) for name, values in seconds.items()}
-
-
-def copy(source, target, flush):
-    """Copy a directory; to the disk if it is flushed. Returns the seconds it took."""
-    start = time.perf_counter()
-    shutil.copytree(source, target)
-    if flush:
-        for folder, _, names in os.walk(target):
-            for name in names:
-                disk.sync(os.path.join(folder, name))
-    seconds = time.perf_counter() - start
-    shutil.rmtree(target)
-    return seconds
-
-
-def side_trl(cfg):
-    """The run of bench_memory by TRL: its defaults, but for what makes it the same work. It writes no checkpoint."""
-    import datasets
-    import peft
-    import transformers
-    import trl
-
-    ends = []
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            ends.append(time.perf_counter())
-
-    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"}, bf16=False,
-                           use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1, max_steps=cfg.repeats + 1,
-                           save_strategy="no", report_to="none", disable_tqdm=True,
-                           gradient_checkpointing=cfg.peer_checkpointing)
-    with contextlib.redirect_stdout(sys.stderr):  # what it reports is not JSON
-        rows = datasets.Dataset.from_list(disk.read_json(os.path.join(cfg.directory, "rows.json")))
-        trl.SFTTrainer(cfg.directory, config, train_dataset=rows, callbacks=[Clock()],
-                       peft_config=lora if cfg.side == "trl_lora" else None).train()
-    return {"peak_gb": proc_gb("status", "VmHWM"), "seconds": spread([b - a for a, b in zip(ends, ends[1:])])}
-
-
-def side_step(cfg):
-    """The conversations of bench_step once, by TRL or a plain loop; [(seconds, non-pad tokens) of each step] and when
-    the first had ended."""
-    import transformers
-
-    path, ends, tokens = os.path.join(cfg.directory, "rows.json"), [time.perf_counter()], []
-    if cfg.side == "plain_loop":
-        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
-        tokenizer = ChatTokenizer(cfg.directory)
-        rows = data.load(path, tokenizer, LENGTH)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        ends[0] = time.perf_counter()
-        for ids in torch.arange(len(rows)).split(BATCH):
-            parts = [torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
-            masks = [torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
-            batch = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-            labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(IGNORE))
-            seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
-            model(input_ids=batch, attention_mask=seen, labels=labels).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            ends.append(time.perf_counter())
-            tokens.append(int(seen.sum()))
-    else:
-        import datasets
-        import trl
-
-        class Clock(transformers.TrainerCallback):
-            def on_step_end(self, *args, **kwargs):
-                ends.append(time.perf_counter())
-
-        class Counted(trl.SFTTrainer):
-            def training_step(self, model, inputs, *args, **kwargs):
-                mask = inputs.get("attention_mask")
-                tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
-                return super().training_step(model, inputs, *args, **kwargs)
-
-        packed = cfg.side == "trl_packed"  # rows of LENGTH tokens, of whole conversations; one row a step is as many
-        config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
-                               bf16=False, use_cpu=True, max_length=LENGTH, packing=packed, save_strategy="no",
-                               per_device_train_batch_size=BATCH, num_train_epochs=1, report_to="none",
-                               disable_tqdm=True, gradient_checkpointing=False)
-        with contextlib.redirect_stdout(sys.stderr):
-            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
-                                               for row in disk.read_json(path)])
-            trainer = Counted(cfg.directory, config, train_dataset=rows, callbacks=[Clock()])
-            ends[0] = time.perf_counter()
-            trainer.train()
-    first = time.time() - (time.perf_counter() - ends[1])
-    seconds = [b - a for a, b in zip(ends, ends[1:])]
-    return {"steps": list(zip(seconds, tokens, strict=True)), "first": first, "peak_gb": proc_gb("status", "VmHWM")}
-
-
-def side_data(cfg):
-    """Seconds that cfg.rows conversations take, by us, by the tokenizer alone, or by TRL."""
-    model, path = pretrained.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
-    tokenizer = ChatTokenizer(model)
-    if cfg.side == "encode":
-        texts = [tokenizer.render(formats.to_messages(row, where)) for where, row in formats.read_files(path)]
-        start = time.perf_counter()
-        tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
-    elif cfg.side == "data":
-        start = time.perf_counter()
-        data.load(path, tokenizer, LENGTH, cache_dir=cfg.directory)
-    else:
-        import datasets
-        import trl
-
-        with contextlib.redirect_stdout(sys.stderr):
-            # the same conversations in the form of which it masks the prompt, as we do: from "messages" it trains all
-            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
-                                               for row in disk.read_json(path)])
-            config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True, max_length=LENGTH,
-                                   report_to="none", dataset_num_proc=2)
-            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # what it costs without data
-            before = time.perf_counter()
-            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))
-            start = time.perf_counter()
-            trl.SFTTrainer(model, config, train_dataset=rows)
-            start += start - before
-    return {"seconds": time.perf_counter() - start}
-
-
-def side_chat(cfg):
-    """Seconds of an answer of cfg.new_tokens tokens, after one that warms up; the ids, which are the same for both."""
-    prompt = torch.randint(0, QWEN_05B["vocab_size"], (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    if cfg.side == "chat":
-        model = chat.load(cfg.directory)[0]
-
-        def answer():
-            return list(generate(model, prompt, cfg.new_tokens, stop_ids=()))
-    else:
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
-
-        def answer():
-            ids = torch.tensor([prompt])
-            return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
-                                  pad_token_id=0, max_new_tokens=cfg.new_tokens)[0, len(prompt) :].tolist()
-    answer()
-    start = time.perf_counter()
-    ids = answer()
-    return {"seconds": time.perf_counter() - start, "ids": ids}
 
 
 def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
@@ -401,7 +152,7 @@ def launch(n, *words):
     return subprocess.run([sys.executable, *several, *words], stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
-def sides(n, *flags):
+def start_sides(n, *flags):
     """The results of n processes that run `bench.py --side ...` with this command's flags, in the order of ranks."""
     lines = launch(n, os.path.abspath(__file__), *sys.argv[1:], *flags).splitlines()
     return sorted(map(json.loads, lines), key=lambda result: result.get("rank", 0))
@@ -426,14 +177,14 @@ def train(directory, n, steps, *flags):
 
 
 def bench_loss(cfg, directory):
-    line = {name: sides(1, "--side", name)[0] for name in ("plain", "chunked")}
+    line = {name: start_sides(1, "--side", name)[0] for name in ("plain", "chunked")}
     return {**line, "memory_ratio": line["chunked"]["added_peak_gb"] / line["plain"]["added_peak_gb"],
             "time_ratio": line["chunked"]["seconds"][0] / line["plain"]["seconds"][0]}
 
 
 def bench_load(cfg, directory):
     sizes = write_model(directory, QWEN_05B)
-    ranks = sides(cfg.ranks, "--side", "load", "--directory", directory)
+    ranks = start_sides(cfg.ranks, "--side", "load", "--directory", directory)
     for rank in ranks:
         rank["read_ratio"] = rank["read_gb"] / (sizes["file_gb"] / cfg.ranks)
         rank["memory_ratio"] = rank["added_peak_gb"] / (sizes["parameters_gb"] / cfg.ranks)
@@ -445,7 +196,7 @@ def bench_load(cfg, directory):
 
 def bench_save(cfg, directory):
     sizes = write_model(directory, QWEN_05B)
-    seconds = sides(1, "--side", "save", "--directory", directory)[0]
+    seconds = start_sides(1, "--side", "save", "--directory", directory)[0]
     return {**sizes, **seconds, "copy_to_save": seconds["copy"][0] / seconds["save"][0]}
 
 
@@ -465,9 +216,10 @@ def bench_ranks(cfg, directory):
 
 def peer_versions(cfg):
     try:
-        return {name: importlib.metadata.version(name) for name in ("trl", "transformers", "peft") if cfg.vs}
+        return {name: importlib.metadata.version(name) for name in PACKAGES[cfg.vs]}
     except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"--vs trl: {error.name} is not installed: pip install trl peft") from error
+        raise ValueError(f"--vs {cfg.vs}: type pip install {' '.join(PACKAGES[cfg.vs])}; {error.name} is not "
+                         "installed") from error
 
 
 def bench_data(cfg, directory):
@@ -479,7 +231,7 @@ def bench_data(cfg, directory):
             inner = os.path.join(directory, f"{name}_{i}")
             os.makedirs(inner)
             shutil.copy(os.path.join(directory, "rows.json"), inner)
-            seconds = sides(1, "--side", name, "--directory", inner)[0]["seconds"]
+            seconds = start_sides(1, "--side", name, "--directory", inner)[0]["seconds"]
             speeds.setdefault(name, []).append(rows / seconds)
             shutil.rmtree(inner)
     ratios = {f"data_to_{name}": spread([a / b for a, b in zip(speeds["data"], speeds[name])]) for name in names[1:]}
@@ -490,7 +242,7 @@ def bench_chat(cfg, directory):
     write_model(directory, QWEN_05B)
     speeds = {"chat": [], "transformers": []}
     for _ in range(cfg.repeats):
-        results = {name: sides(1, "--side", name, "--directory", directory)[0] for name in speeds}
+        results = {name: start_sides(1, "--side", name, "--directory", directory)[0] for name in speeds}
         assert results["chat"]["ids"] == results["transformers"]["ids"]
         for name, result in results.items():
             speeds[name].append(cfg.new_tokens / result["seconds"])
@@ -499,14 +251,11 @@ def bench_chat(cfg, directory):
             "transformers": importlib.metadata.version("transformers")}
 
 
-PEERS = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}
-
-
 def one_run(name, directory, rows, *flags):
     """([(seconds, tokens) of each step], peak memory, seconds from the launch to the first step's end) of one side."""
     started = time.time()
     if name in ("trl_padded", "trl_packed", "plain_loop"):
-        result = sides(1, "--side", name, "--directory", directory)[0]
+        result = start_sides(1, "--side", name, "--directory", directory)[0]
         return result["steps"], result["peak_gb"], result["first"] - started
     flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH), "--batch_size",
              str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing", "--epochs", "1", *flags)
@@ -543,7 +292,7 @@ def bench_step(cfg, directory):
             steps, peak, start = one_run(name, directory, rows)
             seconds, tokens = map(sum, zip(*steps[1:]))
             if name == "sft":
-                rates.append(sides(1, "--side", "product")[0]["flops"])
+                rates.append(start_sides(1, "--side", "product")[0]["flops"])
                 uses.append(needed / seconds / rates[-1])
             for figure, value in zip(figures.values(), (tokens / seconds, peak, start)):
                 figure.append(value)
@@ -580,24 +329,25 @@ def write_full_rows(directory, length, n):
 
 def bench_plan(cfg, directory):
     def base_gb(*modules):
-        code = f"import {', '.join(modules)}; print(bench.proc_gb('status', 'VmRSS'))"
+        code = f"import sides, {', '.join(modules)}; print(sides.proc_gb('status', 'VmRSS'))"
         return float(launch(1, "-c", f"import sys; sys.path.insert(0, {HERE!r}); {code}"))
 
     line = {}
     for shape, (config, length, runs) in PLANNED.items():
         write_model(directory, dict(QWEN_05B, **config))
         rows = write_full_rows(directory, length, 2 * (cfg.repeats + 1))
-        for run in runs:
-            flags = ("--max_length", str(length), *(() if "batch_size" in run else ("--batch_size", "1")), *run.split())
+        for kind in runs:
+            batch = () if "batch_size" in kind else ("--batch_size", "1")
+            flags = ("--max_length", str(length), *batch, *kind.split())
             words = launch(1, os.path.join(HERE, "sft.py"), "--model", directory, "--plan", *flags).splitlines()
             planned = float(next(text for text in words if text.startswith("peak")).split()[1])
             steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
-            assert all(step["tokens"] == length * (2 if "batch_size" in run else 1) for step in steps)
+            assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)
             base = base_gb("sft", "bench",  # bench: about what the tokenizer is
-                           *["torch._dynamo"] * ("--no-gradient_checkpointing" not in run),  # checkpoint() imports it
-                           *["torch.distributed.fsdp"] * ("--param_offload" in run))
+                           *["torch._dynamo"] * ("--no-gradient_checkpointing" not in kind),  # checkpoint() imports it
+                           *["torch.distributed.fsdp"] * ("--param_offload" in kind))
             peak = steps[-1]["peak_memory_gb"] - base
-            line[f"{shape} {run}".strip()] = {"base_gb": base, "planned_gb": planned, "peak_gb": peak,
+            line[f"{shape} {kind}".strip()] = {"base_gb": base, "planned_gb": planned, "peak_gb": peak,
                                               "ratio": planned / peak}
     off = max(abs(found["ratio"] - 1) for found in line.values())
     return {"runs": line, "largest_difference": off}
@@ -615,7 +365,7 @@ def bench_memory(cfg, directory):
         assert all(step["tokens"] == LENGTH for step in steps)
         line[name] = {"peak_gb": steps[-1]["peak_memory_gb"], "seconds": spread([s["seconds"] for s in steps[1:]])}
         if cfg.vs:
-            line[f"trl_{name}"] = sides(1, "--side", f"trl_{name}", "--directory", directory)[0]
+            line[f"trl_{name}"] = start_sides(1, "--side", f"trl_{name}", "--directory", directory)[0]
     ratios = {f"{a}_to_{b}": line[a]["peak_gb"] / line[b]["peak_gb"]
               for a, b in (("lora", "full"), ("lora", "trl_lora"), ("full", "trl_full")) if b in line}
     return {**line, **ratios, "time_lora_to_full": line["lora"]["seconds"][0] / line["full"]["seconds"][0], **versions}
@@ -624,11 +374,7 @@ def bench_memory(cfg, directory):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.side:
-        functions = {side_loss: ("plain", "chunked"), side_load: ("load",), side_save: ("save",),
-                     side_trl: ("trl_full", "trl_lora"), side_product: ("product",),
-                     side_data: ("data", "encode", "trl_data"),
-                     side_chat: ("chat", "transformers"), side_step: ("trl_padded", "trl_packed", "plain_loop")}
-        result = next(function for function, names in functions.items() if cfg.side in names)(cfg)
+        result = SIDES[cfg.side](cfg)
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
     for part in [cfg.part] if cfg.part else DEFAULT:

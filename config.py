@@ -41,12 +41,13 @@ def check(config):
     given = {f.name: f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
     for name, f in given.items():
         value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
+        said = f"--no-{name}" if value is False else f"--{name} {value}"
         if isinstance(value, (int, float)) and not low <= value <= high:
             most = f" and at most {high}" if high < 1e18 or value > high else ""
-            raise ValueError(f"--{name} {value}: it must be at least {low}{most}")
+            raise ValueError(f"{said}: it must be at least {low}{most}")
         for need in f.metadata["needs"].split(" and ") if f.metadata["needs"] else ():
             if not given.keys() & need.split(" or "):
-                raise ValueError(f"--{name} {value} does nothing without --{need.replace(' or ', ' or --')}")
+                raise ValueError(f"{said} does nothing without --{need.replace(' or ', ' or --')}")
 
 
 def parse(cls, argv, positional=()):

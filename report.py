@@ -79,6 +79,7 @@ class Run:
             for name, values in self.train.items():
                 values.append(math.nan if line.get(name) is None else line[name])
         self.config, ledger = read_dict(config, yaml.safe_load), read_dict(ledger, json.load)
+        self.ranks = ledger.get("ranks", 1)
         self.ledger = [ledger["model"], *ledger["train"], *ledger["validation"]] if ledger else []
         self.name = str(self.config.get("run_name") or os.path.basename(os.path.abspath(directory)))
         texts, answers = list(read_lines(samples)), {}

@@ -423,7 +423,7 @@ def train(cfg, ranks):
                       f"{f'{n_trained:,} trained with LoRA' if cfg.use_lora else 'all trained'}, {dtype} on "
                       f"{ranks.size} × {device.type}{f', {cfg.strategy}, tp {cfg.tp}' if ranks.size > 1 else ''}",
              "train": rows.ledger.lines(),
-             "validation": [f"{line} (validation)" for line in val.ledger.lines()] if val else []}
+             "validation": [f"{line} (validation)" for line in val.ledger.lines()] if val else [], "ranks": ranks.size}
     if ranks.rank == 0:
         with disk.naming(yaml := os.path.join(cfg.output_dir, "config.yaml")):
             write_yaml(cfg, yaml)

@@ -53,6 +53,19 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl", "report.html"]  # nothing temporary
 
 
+@pytest.mark.parametrize("ranks, start", [(None, "python sft.py"), (1, "python sft.py"),
+                                          (4, "torchrun --nproc_per_node 4 sft.py")])
+def test_how_to_go_on(tmp_path, ranks, start):
+    """With as many ranks as it had; a run of an earlier version does not say how many those were."""
+    directory = make_run(tmp_path / "run")
+    if ranks:
+        ledger = json.loads((directory / "ledger.json").read_text())
+        (directory / "ledger.json").write_text(json.dumps({**ledger, "ranks": ranks}))
+    report.write(directory)
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert f"<code>{start} --config {directory}/config.yaml --resume_from auto</code>" in page
+
+
 def test_half_a_character_in_a_text(tmp_path):
     report.write(make_run(tmp_path / "run", text="half \ud83d, whole 🙂"))
     assert "half ?, whole 🙂" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
