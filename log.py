@@ -253,3 +253,6 @@ class Log:
             self.warnings.collect()
         for logger in self.loggers:
             logger.close()
+        if self.writes:
+            self.metrics.file.close()
+            self.samples.file.close()

@@ -292,7 +292,12 @@ def write_shared(directory, files, tensors, dtypes, prefix=""):
         for name in names:
             tensor = tensors[name].detach()
             if hasattr(tensor, "device_mesh"):  # all ranks take part; offloaded parts travel through the device
-                tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+                tensor = tensor.to(tensor.device_mesh.device_type)
+                if tensor.device_mesh.ndim > 1:  # dp, then tp: full_tensor does it so too, with a warning that it does
+                    from torch.distributed.tensor import Replicate  # it is there: no other run has such a mesh
+
+                    tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
+                tensor = tensor.full_tensor()
             if i % size == rank:
                 tensor = tensor.to("cpu", dtypes[name])
                 shared = any(tensor.data_ptr() == other.data_ptr() for other in mine.values())  # a tied one

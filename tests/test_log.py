@@ -231,7 +231,8 @@ sft.main()
 
 
 @pytest.mark.parametrize("ranks, flags", [
-    pytest.param(4, ("--strategy", "megatron", "--tp", "2"), marks=pytest.mark.full), pytest.param(2, ("--param_offload",), marks=pytest.mark.full)])
+    pytest.param(4, ("--strategy", "megatron", "--tp", "2"), marks=pytest.mark.full),
+    pytest.param(2, ("--param_offload",), marks=pytest.mark.full)])
 def test_many_ranks_answer_as_one_and_warn_once(train, tmp_path, monkeypatch, ranks, flags):
     """Samples, best and worst of dp x tp and of dp with offload are those of one rank; a warning is printed once."""
     (tmp_path / "prompts.txt").write_text("What is supervised fine-tuning?\n", encoding="utf-8")
@@ -252,6 +253,7 @@ def test_many_ranks_answer_as_one_and_warn_once(train, tmp_path, monkeypatch, ra
     others = [line for line in result.stderr.splitlines() if "not of rank 0" in line]
     assert len(others) == 1 and re.match("warning, rank [1-3](, [23])*: ", others[0])  # who was there at that moment
     assert result.stderr.index(others[0]) < result.stderr.index("the ninth")
+    assert [line for line in result.stderr.splitlines() if re.match("warning[:,]", line)] == [*lines, *others]  # no more
 
 
 def test_best_and_worst_are_those_of_a_plain_reading(train, tmp_path):
