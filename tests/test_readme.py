@@ -16,7 +16,8 @@ from conftest import ROOT
 
 READMES = [os.path.join(ROOT, name) for name in ("README.md", "README.zh-CN.md")]
 SMALLER = {"10.0.0.1": "127.0.0.1", "--n_gpus 8": "--n_gpus 1", "N_GPUS=8": "N_GPUS=1", "--n_gpus 4": "--n_gpus 2",
-           "--nproc_per_node 4": "--nproc_per_node 2", "/shared/": "shared/"}
+           "--nproc_per_node 4": "--nproc_per_node 2", "/shared/": "shared/",
+           "--vs trl": "--vs transformers --rows 8 --repeats 1"}  # TRL is not installed for the tests
 STARTS = re.compile(r"(\./train\.sh|python|torchrun|bash|[A-Z_]+=\S+ )")
 
 
