@@ -348,7 +348,7 @@ def bench_plan(cfg, directory):
                            *["torch.distributed.fsdp"] * ("--param_offload" in kind))
             peak = steps[-1]["peak_memory_gb"] - base
             line[f"{shape} {kind}".strip()] = {"base_gb": base, "planned_gb": planned, "peak_gb": peak,
-                                              "ratio": planned / peak}
+                                               "ratio": planned / peak}
     off = max(abs(found["ratio"] - 1) for found in line.values())
     return {"runs": line, "largest_difference": off}
 

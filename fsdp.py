@@ -1,4 +1,4 @@
-"""Where the parameters lie, and what a step does with them: FSDP2, offload, the gradient's norm, AdamW.
+"""Where the parameters lie, what a step does with them and the memory it takes: FSDP2, offload, norm, AdamW, heap.
 
 FSDP2 shards parameters, gradients and moments over the ranks that read different conversations (dp); what tp.py has
 split is split once more.

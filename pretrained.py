@@ -280,7 +280,7 @@ def write_index(directory, files, total_size):
     """The index of a model in several files, {file: names}, of total_size bytes."""
     weight_map = dict(sorted((name, file) for file, group in files.items() for name in group))
     disk.write_file(os.path.join(directory, "model.safetensors.index.json"),
-               {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+                    {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def write_shared(directory, files, tensors, dtypes, prefix=""):

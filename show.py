@@ -30,6 +30,9 @@ class Config:
     response_key: str = knob(KEYS[1], "as of sft.py")
     messages_key: str = knob(KEYS[2], "as of sft.py")
 
+    def __post_init__(self):
+        check(self)
+
 
 def show(dataset, tokenizer, count, ids, color):
     """Print conversations as the model sees them, targets in green, or between « and » without colours."""
@@ -74,11 +77,10 @@ def main():
     cfg, _ = parse(Config, words, positional=["do", "data"])
     if not cfg.do:
         raise ValueError("what to do? python data.py show FILE --model DIR, or python data.py stats FILE --model DIR")
-    check(cfg)
     tokenizer = template.ChatTokenizer(pretrained.model_directory(cfg.model))
     max_length, limit = (cfg.max_length, cfg.n) if cfg.do == "show" else (2**31 - 1, None)
     dataset = data.load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit,
-                   keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
+                        keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
     if cfg.do == "show":
         show(dataset, tokenizer, cfg.n, cfg.ids, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     else:

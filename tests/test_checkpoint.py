@@ -1,4 +1,5 @@
-"""checkpoint.py: what is read comes back byte for byte, what is torn is named, and a kill never costs a checkpoint."""
+"""checkpoint.py, pretrained.py, disk.py: what is read comes back byte for byte, what is torn is named, and a kill never
+costs a checkpoint."""
 
 import json
 import os

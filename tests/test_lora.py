@@ -442,7 +442,7 @@ def test_quantised_training_is_that_of_the_rounded_base(models, train, tmp_path)
     load = pretrained.load_weights
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained, "load_weights", lambda model, *rest: (seen.update(model=model),
-                                                                                     load(model, *rest))[1])
+                                                                    load(model, *rest))[1])
         four = train(*words, "--quantize", "nf4", model=models["untied"])
     rounded = shutil.copytree(models["untied"], tmp_path / "rounded")
     weights, stored, n = load_file(rounded / "model.safetensors"), 0, 0
