@@ -5,25 +5,24 @@ the terminal (/reset forgets it, Ctrl-D ends it), or one answer to what is piped
 its turns.
 """
 
-import importlib.util
+if __name__ == "__main__":
+    from settings import venv
+
+    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
+
 import os
 import sys
-
-# train.sh puts the packages into .venv where this Python lacks them; go on there, so that `python chat.py` just works.
-VENV = os.path.join(os.path.dirname(os.path.abspath(__file__)), ".venv", "bin", "python")
-if importlib.util.find_spec("torch") is None and os.path.exists(VENV):
-    os.execv(VENV, [VENV, *sys.argv])
-
 from dataclasses import dataclass
 
 import torch
 
-import disk
 import lora
-import pretrained
-import template
-from config import check, knob, parse, run
-from model import CausalLM, ModelConfig, generate
+from disk import files, peft, pretrained
+from families.config import ModelConfig
+from model import CausalLM, generate
+from settings.errors import UserError, run
+from settings.parser import check, knob, parse
+from text import template
 
 
 @dataclass
@@ -61,20 +60,20 @@ def load(name, base=None):
     """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter directory and its base."""
     directory = adapter = pretrained.model_directory(name)
     if base and not pretrained.is_adapter(adapter):
-        raise ValueError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
+        raise UserError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
     if pretrained.is_adapter(adapter):
-        settings = lora.checked(disk.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
+        settings = peft.checked(files.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
         if not (base or settings.get("base_model_name_or_path")):
-            raise ValueError(f"{adapter}: its adapter_config.json names no base model; give it with --base DIR")
+            raise UserError(f"{adapter}: its adapter_config.json names no base model; give it with --base DIR")
         directory = pretrained.model_directory(base or settings["base_model_name_or_path"])
-    config = disk.read_json(os.path.join(directory, "config.json"))
+    config = files.read_json(os.path.join(directory, "config.json"))
     has_tokenizer = os.path.exists(os.path.join(adapter, "tokenizer.json"))
     tokenizer = template.ChatTokenizer(adapter if has_tokenizer else directory)
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
     pretrained.fitting_entries(model, directory)  # before memory is taken
     if adapter != directory:
-        lora.inject(model, settings, lora.ranks_of(pretrained.weight_entries(adapter)))
+        lora.inject(model, settings, peft.ranks_of(pretrained.weight_entries(adapter)))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     model.tie_weights()
     for source in dict.fromkeys((directory, adapter)):
@@ -88,7 +87,7 @@ def answer(model, tokenizer, stops, messages, cfg):
     try:
         prompt = tokenizer.render(messages, add_generation_prompt=True)
     except template.jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+        raise UserError(f"the model's chat template refuses this conversation: {error}") from error
     tokens, ids, shown = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids, [], ""
     for token in generate(model, tokens, cfg.max_new_tokens, stops, sampler(cfg.temperature, cfg.top_p)):
         ids.append(token)

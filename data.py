@@ -9,7 +9,6 @@ It knows ranks as two integers and nothing else of other processes. A conversati
 """
 
 import contextlib
-import fcntl
 import hashlib
 import heapq
 import inspect
@@ -18,7 +17,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -27,7 +25,9 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from formats import KEYS, data_files, read_file, to_messages
+from disk.files import take_lock
+from settings.errors import UserError
+from text.formats import KEYS, data_files, read_file, to_messages
 
 IGNORE = -100  # a target that is not trained: model.py's, and PyTorch's own
 
@@ -90,12 +90,12 @@ class Ledger:
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self
         if not self.trained:
-            raise ValueError(f"{spec}: no row is left to train on: {self.rows} in, dropped {self.dropped}; "
-                             f"--max_length {max_length} may be too small for any answer")
+            raise UserError(f"{spec}: no row is left to train on: {self.rows} in, dropped {self.dropped}; "
+                            f"--max_length {max_length} may be too small for any answer")
         if self.turns_stopped < 0.99 * self.turns:
-            raise ValueError(f"{spec}: only {self.turns_stopped} of {self.turns} assistant turns train a token that "
-                             "ends them: the model would never stop; use a chat template (--tokenizer) that ends each "
-                             "turn with a special token")
+            raise UserError(f"{spec}: only {self.turns_stopped} of {self.turns} assistant turns train a token that "
+                            "ends them: the model would never stop; use a chat template (--tokenizer) that ends each "
+                            "turn with a special token")
 
 
 ARRAYS = {"tokens": np.int32, "is_target": np.bool_, "sizes": np.int32, "lengths": np.int32, "n_targets": np.int32,
@@ -139,30 +139,6 @@ class Dataset:
         """The same of several, in words."""
         more = f" and {len(ids) - count} more" if len(ids) > count else ""
         return ", ".join(map(self.source, ids[:count])) + more
-
-
-def take_lock(lock, timeout):
-    """Lock a file, whose holder names itself in it and touches it at every sign of progress.
-
-    Raises TimeoutError, with the holder as its pid, when there was none for `timeout` seconds.
-    """
-    seen = since = None
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            return print(os.getpid(), file=lock, flush=True)
-        except BlockingIOError:
-            now = os.fstat(lock.fileno()).st_mtime_ns  # of whatever clock: only a change of it counts
-            seen, since = (seen, since) if now == seen else (now, time.monotonic())
-        if time.monotonic() - since > timeout:
-            lock.seek(0)
-            holder = lock.read().strip()
-            error = TimeoutError(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; end "
-                                 "it, or give another --cache_dir")
-            error.pid = holder
-            raise error
-        time.sleep(0.1)  # flock takes no time-out; nothing but how soon we look again depends on this
 
 
 def load(spec, tokenizer, max_length, too_long="truncate", train_on_prompt=False, train_on="all", cache_dir=None,
@@ -232,7 +208,7 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, k
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"{where}: half a character (a lone surrogate): {error}") from error
+                raise UserError(f"{where}: half a character (a lone surrogate): {error}") from error
             rendered.append((file, number, text, spans))
         return rendered
 
@@ -248,8 +224,8 @@ def tokenise(spec, tokenizer, max_length, too_long, train_on_prompt, train_on, k
             ledger.rows += 1
             ledger.tokens += length
             if length > max_length and too_long == "error":
-                raise ValueError(f"{files[file]}[{number}] has {length} tokens, more than --max_length {max_length}; "
-                                 "raise it, or set --too_long to truncate or drop")
+                raise UserError(f"{files[file]}[{number}] has {length} tokens, more than --max_length {max_length}; "
+                                "raise it, or set --too_long to truncate or drop")
             if length > max_length and too_long == "drop":
                 ledger.drop("too long", length)
                 continue
@@ -322,16 +298,16 @@ class Sampler:
             self.groups, weights = mix
             counts = np.bincount(self.groups, minlength=len(weights))
             if not counts.all():
-                raise ValueError(f"part {counts.argmin() + 1} of the mixed data has no conversation to train on")
+                raise UserError(f"part {counts.argmin() + 1} of the mixed data has no conversation to train on")
             # exact fractions of the decimals as they were written: the same number on every machine
             shares = [Fraction(str(weight)) for weight in weights]
             most = min(int(count) / share for count, share in zip(counts, shares))
             self.quotas = [int(most * share) for share in shares]
             if not all(self.quotas):
-                raise ValueError(f"weights {weights} of {counts.tolist()} conversations leave a part without any; give "
-                                 "it a larger weight, or leave it out")
+                raise UserError(f"weights {weights} of {counts.tolist()} conversations leave a part without any; give "
+                                "it a larger weight, or leave it out")
         if batch_tokens and np.max(sizes) > batch_tokens:
-            raise ValueError(f"--batch_tokens {batch_tokens}: the longest conversation has {np.max(sizes)} tokens")
+            raise UserError(f"--batch_tokens {batch_tokens}: the longest conversation has {np.max(sizes)} tokens")
         self.per_epoch = []  # steps
         while sum(self.per_epoch) < max_steps if max_steps else len(self.per_epoch) < epochs:
             steps = len(self.plan(len(self.per_epoch))[1]) - 1 if batch_tokens else -(-sum(self.quotas) // batch_size)
@@ -470,7 +446,7 @@ def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
 
 
 if __name__ == "__main__":
-    import show  # here this file is an entry point; for sft.py it is a leaf
-    from config import run
+    from tools import show  # here this file is an entry point; for sft.py it is a leaf
+    from settings.errors import run
 
     run(show.main)

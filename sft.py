@@ -24,18 +24,18 @@ import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
 import data
-import disk
 import fsdp
-import pretrained
-import processes
-import report
-import samples
-from config import check, knob, parse, run, write_yaml
-from log import Log, Warnings, check_loggers
-from model import CausalLM, ModelConfig
-from template import ChatTokenizer
+from disk import checkpoint, files, peft, pretrained
+from families.config import ModelConfig
+from model import CausalLM
+from ops import memory, optim
+from ranks import processes
+from screen import report, samples
+from screen.log import Log, Warnings, check_loggers
+from settings.errors import UserError, run
+from settings.parser import check, knob, parse, write_yaml
+from text.template import ChatTokenizer
 
 
 @dataclass
@@ -147,25 +147,25 @@ class Config:
     def __post_init__(self):
         check(self)
         if self.train_on_prompt and self.train_on != "all":
-            raise ValueError(f"--train_on {self.train_on} does nothing with --train_on_prompt, which trains all tokens")
+            raise UserError(f"--train_on {self.train_on} does nothing with --train_on_prompt, which trains all tokens")
         check_loggers(self.logger)
         if (self.tp > 1) != (self.strategy == "megatron") and not (self.plan and self.tp > 1):
-            raise ValueError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
-                             "type --strategy megatron --tp 2, or leave both out")
+            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
+                            "type --strategy megatron --tp 2, or leave both out")
         changed = [name for name in ADAPTER_KNOBS if getattr(self, name) != getattr(Config, name)]
         if self.resume_adapter and changed:
-            raise ValueError(f"--{changed[0]} {getattr(self, changed[0])} with --resume_adapter: the adapter has its "
-                             "own; leave it out")
+            raise UserError(f"--{changed[0]} {getattr(self, changed[0])} with --resume_adapter: the adapter has its "
+                            "own; leave it out")
         if self.compile and self.tp > 1:
-            raise ValueError("--compile does not work with --tp: compiled, DTensor's steps go elsewhere; leave one out")
+            raise UserError("--compile does not work with --tp: compiled, DTensor's steps go elsewhere; leave one out")
         if self.quantize and (self.tp > 1 or self.lora_dora):
             other = "--strategy megatron" if self.tp > 1 else "--lora_dora"
-            raise ValueError(f"--quantize {self.quantize} does not work with {other}; leave one of them out")
+            raise UserError(f"--quantize {self.quantize} does not work with {other}; leave one of them out")
         if self.plan and self.selfcheck:
-            raise ValueError("--plan and --selfcheck each end the run: leave one out")
+            raise UserError("--plan and --selfcheck each end the run: leave one out")
         if self.min_lr_ratio and self.scheduler == "constant":
-            raise ValueError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; "
-                             "use cosine or linear")
+            raise UserError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; "
+                            "use cosine or linear")
 
 
 ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
@@ -224,18 +224,18 @@ def add_adapters(model, cfg, directory):
     import lora  # only where it is asked for, as nf4
 
     if cfg.quantize:
-        import nf4
+        from ops import nf4
 
         nf4.quantize_linears(model)
     if directory:
-        settings = lora.checked(disk.read_json(os.path.join(directory, "adapter_config.json")), directory)
+        settings = peft.checked(files.read_json(os.path.join(directory, "adapter_config.json")), directory)
         if directory == cfg.resume_adapter:  # a checkpoint's base is compared tensor by tensor
-            lora.check_base(settings, cfg.model)
-        ranks = lora.ranks_of(pretrained.weight_entries(directory))
+            peft.check_base(settings, cfg.model)
+        ranks = peft.ranks_of(pretrained.weight_entries(directory))
     else:
         is_local = cfg.model == "tiny" or os.path.isdir(cfg.model)
         base = os.path.abspath(pretrained.model_directory(cfg.model)) if is_local else cfg.model  # as PEFT looks it up
-        settings, ranks = lora.settings(model, base, *(getattr(cfg, name) for name in ADAPTER_KNOBS))
+        settings, ranks = peft.settings(model, base, *(getattr(cfg, name) for name in ADAPTER_KNOBS))
     lora.inject(model, settings, ranks)
     return settings
 
@@ -249,49 +249,26 @@ def start_adapters(model, masters, seed):
         pretrained.fill(masters[name], whole)
     for name, module in model.named_modules():
         if (masters.get(f"{name}.lora_magnitude_vector")) is not None:
-            squares = torch.linalg.vector_norm(fsdp.local(module.weight), dim=1, dtype=torch.float32).square()
-            fsdp.local(masters[f"{name}.lora_magnitude_vector"]).copy_(module.combine(squares).sqrt())
+            squares = torch.linalg.vector_norm(memory.local(module.weight), dim=1, dtype=torch.float32).square()
+            memory.local(masters[f"{name}.lora_magnitude_vector"]).copy_(module.combine(squares).sqrt())
 
 
 def check_adapters(model, ranks):
     """Stop a run whose adapters do not learn: in the first step each B matrix has a gradient, so each will change."""
     found = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
-    alive = torch.tensor([g is not None and bool(fsdp.local(g).any()) for g in found.values()])
+    alive = torch.tensor([g is not None and bool(memory.local(g).any()) for g in found.values()])
     dead = [name for name, lives in zip(found, fsdp.largest(alive, ranks)) if not lives]
     if dead:
-        raise ValueError(f"{len(dead)} of {len(found)} adapters have no gradient and would never learn: "
-                         f"{', '.join(dead[:5])}")
-
-
-def plan(cfg):
-    """Print what a run would need: nothing is loaded, tokenised or written, and no other process is waited for."""
-    import forecast
-
-    config = disk.read_json(os.path.join(pretrained.model_directory(cfg.model, ["config.json"]), "config.json"))
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(config))
-    cuda = bool(cfg.ranks) or torch.cuda.is_available()  # a cluster that is not there has GPUs
-    bf16 = (cfg.dtype or ("bf16" if cuda else "fp32")) == "bf16"
-    if bf16 and (cfg.optimizer_offload or cfg.use_lora):
-        model.to(torch.bfloat16)  # as in train
-    if cfg.use_lora:
-        add_adapters(model, cfg, cfg.resume_adapter)
-    batch = math.ceil(cfg.batch_tokens / cfg.max_length) if cfg.batch_tokens else cfg.batch_size
-    size = cfg.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    shapes = tuple((n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
-    layout = forecast.Layout(model.config, shapes, cfg.max_length, cfg.micro_batch_size, batch, size, cfg.tp, bf16,
-                             cuda, cfg.gradient_checkpointing, cfg.param_offload, cfg.optimizer_offload,
-                             cfg.lora_dropout, bool(cfg.quantize))
-    forecast.check(layout)
-    if os.environ.get("RANK", "0") == "0":
-        print(*forecast.lines(layout, cfg.memory_gb, cfg.tflops or 400.0, cfg.gb_per_second or 50.0,
-                              cfg.tp_gb_per_second or 300.0), sep="\n")
+        raise UserError(f"{len(dead)} of {len(found)} adapters have no gradient and would never learn: "
+                        f"{', '.join(dead[:5])}")
 
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     if cfg.plan:
-        return plan(cfg)
+        from tools import plan
+
+        return plan.plan(cfg)
     if cfg.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -317,30 +294,30 @@ def train(cfg, ranks):
         checkpoint.verify(resume)
     state = checkpoint.load_state(resume) if resume else {"step": 0}
     if not cfg.resume_from and os.path.exists(metrics_file) and not cfg.selfcheck:
-        raise ValueError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
-                         "starts another elsewhere")
+        raise UserError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir DIR "
+                        "starts another elsewhere")
     adapter = (resume or cfg.resume_adapter) if cfg.use_lora else None
     if (directory := adapter or resume) and pretrained.is_adapter(directory) != cfg.use_lora:
-        raise ValueError(f"{directory} is {'a whole model' if cfg.use_lora else 'an adapter'}: go on with it "
-                         f"{'without' if cfg.use_lora else 'with'} --use_lora")
+        raise UserError(f"{directory} is {'a whole model' if cfg.use_lora else 'an adapter'}: go on with it "
+                        f"{'without' if cfg.use_lora else 'with'} --use_lora")
     source = resume if resume and not adapter else pretrained.model_directory(cfg.model)
     tokenizer_source = pretrained.model_directory(cfg.tokenizer) if cfg.tokenizer else next(
         d for d in (adapter, source) if d == source or d and os.path.exists(os.path.join(d, "tokenizer.json")))
-    config_json = disk.read_json(os.path.join(source, "config.json"))
+    config_json = files.read_json(os.path.join(source, "config.json"))
     model_config = ModelConfig.from_dict(config_json)
 
     # Data: everything is known before the first step, the number of steps included.
     tokenizer = ChatTokenizer(tokenizer_source)
     if tokenizer.size > model_config.vocab_size:
-        raise ValueError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
-                         f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
+        raise UserError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
+                        f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
     ranks.at("tokenise")
     options = cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.train_on, cfg.cache_dir, cfg.timeout
     keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
-    rows, val = (data.load(files, tokenizer, *options, keys=keys) if files else None
-                 for files in (cfg.train_data, cfg.val_data))
+    rows, val = (data.load(spec, tokenizer, *options, keys=keys) if spec else None
+                 for spec in (cfg.train_data, cfg.val_data))
     if val and val.mix():
-        raise ValueError(f"--val_data {cfg.val_data}: all of it is evaluated, so its parts take no weights")
+        raise UserError(f"--val_data {cfg.val_data}: all of it is evaluated, so its parts take no weights")
     sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps,
                            rows.mix())
     total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
@@ -357,12 +334,12 @@ def train(cfg, ranks):
     if cfg.use_lora:
         settings = add_adapters(model, cfg, adapter)
     if cfg.use_lora or device.type == "cpu" and not (cfg.param_offload or cfg.optimizer_offload):
-        fsdp.settle_heap(keeps=not cfg.use_lora)
+        memory.settle_heap(keeps=not cfg.use_lora)
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         model.compile_blocks()
     if cfg.tp > 1:
-        import tp  # only where it is asked for, as lora: DTensor takes half a second
+        from ranks import tp  # only where it is asked for, as lora: DTensor takes half a second
 
         tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, dtype == "bf16", cfg.param_offload)
@@ -374,7 +351,7 @@ def train(cfg, ranks):
     for is_b, ratio in (False, 1.0), (True, cfg.lora_plus_ratio):
         groups.append(dict(params=[trained[n] for n in matrices if (".lora_B." in n) == is_b], lr_ratio=ratio,
                            weight_decay=cfg.weight_decay))
-    adamw = fsdp.HostAdamW if cfg.optimizer_offload else fsdp.AdamW
+    adamw = optim.HostAdamW if cfg.optimizer_offload else optim.AdamW
     optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8)
     layout = pretrained.load_weights(model, source, optimizer)
     if cfg.use_lora:
@@ -392,8 +369,8 @@ def train(cfg, ranks):
     if resume:
         differ = [f"{key} {state.get(key)} then, {now} now" for key, now in identity.items() if state.get(key) != now]
         if differ:
-            raise ValueError(f"--resume_from {cfg.resume_from}: {resume} is of another run ({'; '.join(differ)}); give "
-                             "what it was started with, or start a new run with another --output_dir")
+            raise UserError(f"--resume_from {cfg.resume_from}: {resume} is of another run ({'; '.join(differ)}); give "
+                            "what it was started with, or start a new run with another --output_dir")
         checkpoint.load_training_tensors(resume, model, optimizer, state["step"])
         if os.path.dirname(resume) == os.path.realpath(root) and ranks.rank == 0:
             checkpoint.set_link(root, state["step"])  # later steps there belong to the run that we leave
@@ -401,19 +378,19 @@ def train(cfg, ranks):
                 checkpoint.set_link(root, state["best"]["step"], "best")  # a kill between the two links left it behind
     if cfg.optimizer_offload:
         optimizer.publish()
-    files = disk.read_bytes(tokenizer_source, pretrained.TOKENIZER_FILES)
+    exported = files.read_bytes(tokenizer_source, pretrained.TOKENIZER_FILES)
     if cfg.use_lora:
-        files["adapter_config.json"] = settings
+        exported["adapter_config.json"] = settings
     generation = pretrained.generation_config(source, config_json, tokenizer.stop_id)
     if not cfg.use_lora:
-        files["generation_config.json"] = generation
-        files.update(disk.read_bytes(source, ["config.json"]))
+        exported["generation_config.json"] = generation
+        exported.update(files.read_bytes(source, ["config.json"]))
     if tokenizer.is_fallback:
-        files["chat_template.jinja"] = tokenizer.source.encode()
+        exported["chat_template.jinja"] = tokenizer.source.encode()
     if cfg.selfcheck:
-        import diagnosis  # only where it is asked for, or needed
+        from tools import selfcheck  # only where it is asked for, or needed
 
-        return diagnosis.compare(backward, model, parameters, rows, sampler.step(1)[1], cfg, ranks,
+        return selfcheck.compare(backward, model, parameters, rows, sampler.step(1)[1], cfg, ranks,
                                  2e-2 if dtype == "bf16" else 1e-5)
     prompts = samples.read_prompts(cfg.sample_prompts, tokenizer, keys) if cfg.sample_prompts else []
     stops = np.atleast_1d(generation["eos_token_id"]).tolist()
@@ -425,9 +402,9 @@ def train(cfg, ranks):
              "train": rows.ledger.lines(),
              "validation": [f"{line} (validation)" for line in val.ledger.lines()] if val else [], "ranks": ranks.size}
     if ranks.rank == 0:
-        with disk.naming(yaml := os.path.join(cfg.output_dir, "config.yaml")):
+        with files.naming(yaml := os.path.join(cfg.output_dir, "config.yaml")):
             write_yaml(cfg, yaml)
-        disk.write_file(os.path.join(cfg.output_dir, "ledger.json"), facts)
+        files.write_file(os.path.join(cfg.output_dir, "ledger.json"), facts)
     say(facts["model"])
     if tokenizer.is_fallback:
         say("         it has no chat template: ChatML is used, and saved with it")
@@ -465,9 +442,9 @@ def train(cfg, ranks):
             norm = fsdp.grad_norm(parameters).to(device)
             loss, grad_norm = torch.stack((ranks.sum(loss), norm)).tolist()  # the one device sync of a step
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                import diagnosis
+                from tools import selfcheck
 
-                where = diagnosis.find_non_finite(backward, model, parameters, rows, ids, capacity, max_rows, n_targets,
+                where = selfcheck.find_non_finite(backward, model, parameters, rows, ids, capacity, max_rows, n_targets,
                                                   ranks)
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the "
                                          f"weights were touched. {where}")
@@ -491,7 +468,7 @@ def train(cfg, ranks):
             seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
             log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
                      target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
-                     peak_memory_gb=fsdp.peak_memory_gb(device), changed=changed, skipped=grad_norm > limit or None)
+                     peak_memory_gb=memory.peak_memory_gb(device), changed=changed, skipped=grad_norm > limit or None)
         is_cut = is_best = False
         if step % cfg.eval_steps == 0 if cfg.eval_steps else sampler.ends_epoch(step):
             ranks.at(f"evaluation after step {step}")
@@ -516,7 +493,7 @@ def train(cfg, ranks):
             log.sync()  # a checkpoint never outlives the lines that lead to it
             links = ("latest", "best") if is_best and cfg.keep_best else ("latest",)
             now = {**identity, "best": best, "is_cut": is_cut, "norms": list(norms)}
-            checkpoint.save(root, step, model, layout, files, optimizer, now, links)
+            checkpoint.save(root, step, model, layout, exported, optimizer, now, links)
             if ranks.rank == 0:
                 checkpoint.prune(root, cfg.keep_checkpoints, step, cfg.keep_best and best["step"])
                 report.write(cfg.output_dir)

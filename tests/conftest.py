@@ -8,7 +8,7 @@ import tempfile
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, *(os.path.join(ROOT, "tests", name) for name in ("unit", "laws", "hostile", "docs"))]
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gain nothing, and ranks share the cores

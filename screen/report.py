@@ -1,0 +1,195 @@
+"""One page about a run, or several overlaid: python report.py RUN [RUN2 ...] [--output FILE]
+
+RUN is an output directory of sft.py, which calls `write` itself at every checkpoint. The page is one file and needs no
+network: assets/report.html with the style and the scripts beside it put in, and uPlot (assets/uplot), which draws the
+curves. What comes from data or settings is text, never markup: Jinja escapes it, and the page's own policy lets nothing
+run but the script whose hash it names.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+from array import array
+from dataclasses import dataclass
+
+import jinja2
+import yaml
+
+from settings.errors import UserError
+
+AXES = ("step", "tokens", "seconds")
+CURVES = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb")
+MOST_POINTS, MOST_ANSWERS = 2000, 20  # of a curve; to a prompt, the newest
+
+
+def asset(*name):
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", *name), encoding="utf-8") as f:
+        return f.read()
+
+
+# Read on import: a file that is missing stops a run before its first step, not at its first checkpoint.
+STYLE = asset("uplot", "uPlot.min.css") + asset("report.css")
+SCRIPT = f"/* {asset('uplot', 'LICENSE')} */\n" + asset("uplot", "uPlot.iife.min.js") + asset("report.js")
+PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(asset("report.html"))
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity are gaps
+
+
+def read_lines(path):
+    """Yield the objects of a JSON Lines file, if it exists. A line that is not whole is left out: the last may be."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                try:
+                    yield DECODER.decode(line)
+                except ValueError:
+                    pass
+
+
+def read_dict(path, read):
+    """What `read` makes of a file; empty if it does not exist or is not whole yet."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = read(f)
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
+        values = None
+    return values if isinstance(values, dict) else {}
+
+
+class Run:
+    """What the files of an output directory say. All but metrics.jsonl may be missing."""
+
+    def __init__(self, directory):
+        metrics, config, ledger, samples = (os.path.join(directory, name) for name in (
+            "metrics.jsonl", "config.yaml", "ledger.json", "samples.jsonl"))
+        if not os.path.exists(metrics):
+            raise UserError(f"{directory} is no run: it has no metrics.jsonl; give directories that were the "
+                            "--output_dir of sft.py, as in: python report.py ./outputs")
+        self.directory, self.val, tokens, seconds = os.fspath(directory), [], 0, 0.0
+        # Columns, NaN in the gaps: as dicts, the steps of a long run would take a kilobyte each, at every checkpoint.
+        self.train = {name: array("d") for name in ("epoch", *AXES, *CURVES)}
+        for line in read_lines(metrics):
+            tokens, seconds = tokens + (line.get("tokens") or 0), seconds + (line.get("seconds") or 0)
+            line.update(tokens=tokens, seconds=seconds)  # since the start: curves may be drawn over them
+            if "loss" not in line:
+                self.val.append(line)
+                continue
+            for name, values in self.train.items():
+                values.append(math.nan if line.get(name) is None else line[name])
+        self.config, ledger = read_dict(config, yaml.safe_load), read_dict(ledger, json.load)
+        self.ranks = ledger.get("ranks", 1)
+        self.ledger = [ledger["model"], *ledger["train"], *ledger["validation"]] if ledger else []
+        self.name = str(self.config.get("run_name") or os.path.basename(os.path.abspath(directory)))
+        texts, answers = list(read_lines(samples)), {}
+        for text in (t for t in texts if t["kind"] == "sample"):
+            answers.setdefault(text["prompt"], []).append(text)
+        self.answers = {prompt: found[: -MOST_ANSWERS - 1 : -1] for prompt, found in answers.items()}
+        last = max((t["step"] for t in texts if t["kind"] != "sample"), default=0)
+        self.worst, self.best = ([t for t in texts if t["kind"] == kind and t["step"] == last]
+                                 for kind in ("worst", "best"))
+
+    def curves(self):
+        """Columns for report.js. Of a long run's steps those stay that a look at the curves must not miss: of each
+        group of neighbours the lowest and highest loss, the highest gradient norm and the last. Smoothing is over all
+        steps: `weight` is how many a point stands for, itself and those left out before it, `mean` their mean loss."""
+        loss, norm, kept = self.train["loss"], self.train["grad_norm"], set()
+        n = len(loss)
+        size = 1 if n <= MOST_POINTS else math.ceil(4 * n / MOST_POINTS)
+        for start in range(0, n, size):
+            group = range(start, min(start + size, n))
+            kept.add(group[-1])
+            for values, pick in (loss, min), (loss, max), (norm, max):
+                known = (i for i in group if math.isfinite(values[i]))
+                kept.add(pick(known, key=values.__getitem__, default=group[-1]))
+        kept = sorted(kept)
+        spans = [[x for x in loss[a + 1 : b + 1] if math.isfinite(x)] for a, b in zip([-1, *kept], kept)]
+        train = {name: [shorter(self.train[name][i]) for i in kept] for name in (*AXES, *CURVES)}
+        train.update(weight=[len(span) for span in spans], mean=[sum(s) / len(s) if s else None for s in spans])
+        val = {name: [shorter(line.get(name)) for line in self.val] for name in (*AXES, "val_loss")}
+        return {"name": self.name, "lines": n, "train": train, "val": val}
+
+    def facts(self):
+        """What one asks first: (label, value, note) each."""
+        first, last = ({name: known(values[i]) for name, values in self.train.items() if values} for i in (0, -1))
+        best = min((v for v in self.val if v.get("val_loss") is not None), key=lambda v: v["val_loss"], default={})
+        speeds, memory = ([value for value in self.train[name] if math.isfinite(value)]
+                          for name in ("tokens_per_second", "peak_memory_gb"))
+        minutes = round(last.get("seconds", 0) / 60)
+        duration = (f"{last.get('seconds', 0):.3g} s" if minutes < 2 else
+                    f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min")
+        return [("Steps", show(last.get("step"), ","), f"{show(last.get('epoch'), '.3g')} epochs"),
+                ("Last loss", show(last.get("loss"), ".4f"), f"{show(first.get('loss'), '.4f')} at first"),
+                ("Best val_loss", show(best.get("val_loss"), ".4f"), f"after step {show(best.get('step'), ',')}"),
+                ("Tokens per second", show(statistics.median(speeds) if speeds else None, ",.0f"), "median"),
+                ("Peak memory", show(max(memory, default=None), ".2f"), "GiB"),
+                ("Time in steps", duration, f"for {show(last.get('tokens'), ',')} tokens")]
+
+
+def known(value):
+    """A float, None where it is not finite, an int where it is whole: counts are."""
+    return None if not math.isfinite(value) else int(value) if value == int(value) else value
+
+
+def shorter(value):
+    """A number in seven digits, counts in all: more than a screen shows, and a third of the bytes."""
+    value = None if value is None else known(value)
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def show(value, form):
+    return "–" if value is None else format(value, form)
+
+
+def setting(value):
+    """As one types it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def build(directories, path):
+    """Write the page about these runs; return its path. A reader never sees half a page."""
+    runs = [Run(directory) for directory in directories]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = run.directory
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    differ = [name for name in names if len({setting(run.config.get(name)) for run in runs}) > 1]
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    text = PAGE.render(runs=runs, curves=[run.curves() for run in runs], differ=differ, style=STYLE, script=SCRIPT,
+                       digest=digest, setting=setting, shell=lambda *words: shlex.join(words))
+    with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:  # half a surrogate pair can be in the data
+        f.write(text)
+    os.replace(f"{path}.tmp", path)
+    return path
+
+
+def write(directory):
+    """Write DIRECTORY/report.html; return its path."""
+    return build([directory], os.path.join(directory, "report.html"))
+
+
+def main():
+    from settings.parser import knob, parse  # here this file is an entry point; for sft.py it is a leaf
+
+    @dataclass
+    class Config:
+        """Write a page about a run, or lay several over each other: python report.py RUN [RUN2 ...] [flags]"""
+
+        output: str | None = knob(None, "page to write; none is RUN/report.html, of several runs ./comparison.html",
+                                  group="report")
+
+    words = sys.argv[1:]
+    n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    cfg, _ = parse(Config, words[n_runs:])
+    runs = words[:n_runs] or ["./outputs"]
+    path = cfg.output or (os.path.join(runs[0], "report.html") if len(runs) == 1 else "comparison.html")
+    print(f"report   {build(runs, path)}")
+
+
+if __name__ == "__main__":
+    from settings.errors import run
+
+    run(main)

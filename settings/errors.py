@@ -1,0 +1,57 @@
+"""What is the input's fault, and how a program answers it: one line and exit code 2. Bugs keep their tracebacks."""
+
+import errno
+import os
+import sys
+
+# What helps against an error of the disk, by its number.
+ADVICE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in the quota",
+    errno.EFBIG: "raise ulimit -f",
+    errno.EROFS: "make it writable, or give a directory that is",
+    errno.EACCES: "ask for the right to it, or give a directory that is yours",
+    errno.EIO: "the disk or its connection is failing: see dmesg",
+    errno.ESTALE: "the network file system has gone: mount it again",
+    errno.ENOTCONN: "the network file system has gone: mount it again",
+}
+
+
+class UserError(ValueError):
+    """The input is at fault: a setting, a file, a model. Says the value given, the rule, and what to type instead."""
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is NaN or infinite; the weights were not touched."""
+
+
+def run(main):
+    """Call main() and turn what is not a bug into one line on standard error and an exit code.
+
+    2    a UserError, or an OSError that names its file
+    1    a NonFiniteError
+    130  Ctrl-C before the run listens for signals
+
+    Every other exception, a plain ValueError included, is a bug of this code or of a fork's and keeps its traceback.
+    """
+    program = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except BrokenPipeError:  # `| head` closed our output: not an error
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except NonFiniteError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        advice = ADVICE.get(error.errno, "")
+        if advice and program == "sft.py":
+            advice += "; then --resume_from auto goes on from the newest whole checkpoint"
+        print(f"{program}: error: {error}" + (f"; {advice}" if advice else ""), file=sys.stderr)
+        sys.exit(2)

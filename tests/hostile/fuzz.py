@@ -1,0 +1,715 @@
+"""Whatever a file holds, it is used as it is meant, or refused with one line that names it.
+
+    python tests/hostile/fuzz.py data --cases 100000 [--seed N]
+    targets: data (rows), json and parquet (bytes of data files), template, tokenizer, config, weights, resume
+
+Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error that our
+own code raises and config.run prints as one line. Anything else, and what takes longer than SECONDS, is a failure: the
+shortest of each kind is printed. What was found is kept in test_ledger.py, which runs some hundred cases of this too.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import faulthandler
+import gzip
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from conftest import ROOT
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+import data
+from text import formats
+from text.template import ChatTokenizer
+
+TINY = os.path.join(ROOT, "models", "tiny")
+RAW = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
+SECONDS = 20  # of one case; most take milliseconds
+ended = Counter()  # how the cases ended, for the report
+
+
+class Hang(Exception):
+    pass
+
+
+def hang(*_):
+    raise Hang(f"no end after {SECONDS} s")
+
+
+def limit(seconds):
+    """Of the processor's time, which is the case's own; of the clock's, for what only waits."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 15 * seconds)
+
+
+signal.signal(signal.SIGPROF, hang)
+signal.signal(signal.SIGALRM, hang)
+
+
+def attempt(function, *words, naming="", **named):
+    """(what it returns, None), or (None, the error's text) where config.run would print that as one line.
+
+    naming  a text that the error must have, to be of some use. Any other exception goes through.
+    """
+    limit(SECONDS)
+    try:
+        return function(*words, **named), None
+    except (ValueError, OSError, FloatingPointError) as error:
+        last = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")][-1]
+        if os.path.dirname(os.path.abspath(last.filename)) != ROOT or naming not in str(error):
+            raise
+        assert not naming or len(str(error)) < 2000, "an error of more than a few lines"
+        return None, str(error)
+    finally:
+        limit(0)
+
+
+def note(outcome):
+    """Count an outcome by its words, without those that a case brings in."""
+    text = str(outcome).replace("n't", " not")
+    text = re.sub(r"(?s)'.*?'|\".*?\"|\[.*|\{.*|\S*/\S+|here\[0\]|[^ -~]+|\d+", "…", text)
+    ended[" ".join(text.split())[:60]] += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# conversations and rows
+
+WEIRD = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>assistant\n",
+         "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n", "<|im_", "end|>", "assistant\n", "user\n", "system",
+         "<think>", "</think>", "<think>\nhm\n</think>\n\n", "{{ x }}", "{% generation %}", "\ufdd0", "\ufdd1",
+         "\ufdd2", "\ufeff", "\ufffd", "\0", "\x1c", "\x85", "\u200b", "\u202e", "\u2028", "\u0301", "e\u0301", "🙂",
+         "👩‍👩‍👧", "🇨🇳", "你好，世界。", "\u3000", "\u00a0", " ", "  ", "\n", "\n\n", "\r\n", "\t", "word " * 60,
+         "a" * 700, "\n" * 90, '"', "\\", "\\ud800", "'s", "0", "42", "def f(x):\n    return x\n"]
+texts = st.lists(st.one_of(st.sampled_from(WEIRD), st.text(max_size=6)), max_size=5).map("".join)
+answers = texts.filter(str.strip)
+marks = st.sampled_from([{}] * 4 + [{"train": True}, {"train": False}, {"weight": 1}, {"weight": 0}, {"weight": 0.0},
+                                    {"train": True, "weight": 0}])
+
+
+def is_trained(message):
+    return bool(message.get("weight", message.get("train", True)))
+
+
+@st.composite
+def conversations(draw):
+    """Messages that the tiny template takes: a system message may be the first, the others come in any order."""
+    alternating = st.integers(1, 3).map(lambda n: ["user", "assistant"] * n)
+    roles = draw(st.one_of(alternating, alternating, st.lists(st.sampled_from(["user", "assistant"]), min_size=1,
+                                                              max_size=5).filter(lambda r: "assistant" in r)))
+    messages = [{"role": r, "content": draw(answers if r == "assistant" else texts), **draw(marks)} for r in roles]
+    return ([{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []) + messages
+
+
+@st.composite
+def rows(draw):
+    """(a row in any of the accepted shapes, its messages)."""
+    messages = draw(conversations())
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    turns = [{k: v for k, v in m.items() if k in ("role", "content")} for m in messages[system is not None :]]
+    pairs = list(zip(turns[::2], turns[1::2]))
+    plain = len(turns) % 2 == 0 and all([m["role"] for m in pair] == ["user", "assistant"] for pair in pairs)
+    more = ["history"] + ["pair"] * (len(pairs) == 1) if plain else []
+    shape = draw(st.sampled_from(["messages", "conversations", "from", *more]))
+    extra = draw(st.sampled_from([{}, {}, {"id": 7}, {"tools": None}, {"source": "web", "score": 1.5, "prompt": "x"}]))
+    if shape in ("messages", "conversations"):
+        return {shape: messages, **extra}, messages
+    if shape == "from":
+        senders = {"user": ("human", "user"), "assistant": ("gpt", "assistant"), "system": ("system",)}
+        said = [{"from": draw(st.sampled_from(senders[m["role"]])), "value": m["content"],
+                 **{k: m[k] for k in ("train", "weight") if k in m}} for m in messages]
+        if system and draw(st.booleans()):
+            return {"conversations": said[1:], "system": system, **extra}, messages
+        return {"conversations": said, **extra}, messages
+    messages = ([{"role": "system", "content": system}] if system else []) + turns
+    around = {"system": system} if system or draw(st.booleans()) else {}
+    if shape == "pair":
+        return {**extra, "prompt": turns[0]["content"], "response": turns[1]["content"], **around}, messages
+    *history, (question, answer) = [[m["content"] for m in pair] for pair in pairs]
+    more = {"history": history} if history or draw(st.booleans()) else {}
+    extra.pop("prompt", None)
+    return {"instruction": question, "output": answer, **more, **around, **extra}, messages
+
+
+names = st.sampled_from([
+    "role", "content", "from", "value", "train", "weight", "messages", "conversations", "prompt", "response",
+    "instruction", "input", "output", "history", "system", "tools", "tool_calls", "function", "name", "arguments",
+    "reasoning_content", "reasoning", "thinking", "id", ""])
+leaves = st.integers(0, 3).flatmap(lambda kind: (texts, *map(st.sampled_from, (
+    [None, True, False], [0, 1, -1, 2, 10**30, 0.5, float("nan"), float("inf")],
+    ["", " ", "\ud800", "a\udfff", "user", "assistant", "system", "tool", "human", "gpt", "true", "x" * 3000])))[kind])
+values = st.recursive(leaves, lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(names, inner, max_size=3),
+    st.dictionaries(st.one_of(names, texts), inner, max_size=3)), max_leaves=5)
+
+
+extras = st.dictionaries(st.sampled_from(["tool_calls", "tool_calls", "reasoning_content", "reasoning", "thinking",
+                                          "tools", "name", "weight", "system"]), values, max_size=2)
+
+
+@st.composite
+def damaged(draw, value):
+    """A JSON value with something else in one place of it."""
+    if not isinstance(value, (list, dict)) or not value or draw(st.integers(0, 5)) == 0:
+        return draw(values)
+    value = value.copy()
+    key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
+    how = draw(st.integers(0, 9))
+    if how == 0:
+        del value[key]
+    elif how == 1 and isinstance(value, dict):
+        value[draw(names)] = draw(values)
+    elif how == 1:
+        value.insert(key, draw(values))
+    else:
+        value[key] = draw(damaged(value[key]))
+    return value
+
+
+@st.composite
+def damaged_rows(draw):
+    """A row whose messages have further keys, or one with one or two places wrong, or any JSON value at all."""
+    row, messages = draw(rows())
+    if draw(st.booleans()):
+        return {"messages": [{**message, **draw(extras)} for message in messages], **draw(extras)}
+    for _ in range(draw(st.integers(1, 2))):
+        row = draw(damaged(row))
+    return row
+
+
+options = st.fixed_dictionaries({
+    "max_length": st.one_of(st.integers(2, 60), st.integers(30, 400), st.just(10**6), st.just(10**6)),
+    "too_long": st.sampled_from(["truncate", "truncate", "drop", "error"]), "train_on_prompt": st.booleans(),
+    "train_on": st.sampled_from(["all", "all", "last"])})
+
+
+def by_pieces(messages, on_prompt=False):
+    """(ids, mask) of ChatML with models/tiny's tokenizer, without offsets: what stands between two special tokens is
+    encoded alone, and a token's letters, one a byte, say where it begins."""
+    special = {i: token.content for i, token in RAW.get_added_tokens_decoder().items()}
+    start, end, newline = (RAW.encode(text).ids for text in ("<|im_start|>", "<|im_end|>", "\n"))
+    ids, mask = [], []
+    for message in messages:
+        header, trained = message["role"] + "\n", message["role"] == "assistant" and is_trained(message)
+        piece, at = RAW.encode(header + message["content"]).ids, 0
+        ids += [*start, *piece, *end, *newline]
+        mask += [False]
+        for token in piece:
+            mask.append(trained and at >= len(header.encode()))
+            at += len(special.get(token) or RAW.id_to_token(token))
+        mask += [trained, False]
+    return (ids, [False] + [True] * (len(ids) - 1)) if on_prompt else (ids, mask)
+
+
+def count(conversations_, max_length, too_long, train_on_prompt, train_on):
+    """(the conversations that are trained as (row, ids, mask), what the ledger must say), counted by hand."""
+    kept, says, dropped = [], Counter(), Counter()
+    for row, messages in enumerate(conversations_):
+        if train_on == "last":
+            last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            messages = [m if i == last or m["role"] != "assistant" else {**m, "train": False, "weight": 0}
+                        for i, m in enumerate(messages)]
+        ids, mask = by_pieces(messages, train_on_prompt)
+        says.update(rows=1, tokens=len(ids))
+        is_long, cut = len(ids) > max_length, min(len(ids), max_length)
+        reason = ("too long" if is_long and too_long == "drop" else None if any(mask[:cut]) else
+                  "without targets" + (" after truncation" if is_long else ""))
+        if reason:
+            dropped[reason] += 1
+            says.update(in_dropped_rows=len(ids))
+            continue
+        kept.append((row, ids[:cut], mask[:cut]))
+        says.update(trained=1, target=sum(mask[:cut]), context=cut - sum(mask[:cut]), truncated=len(ids) - cut,
+                    rows_truncated=is_long)
+    return kept, {**dict.fromkeys(("rows", "tokens", "in_dropped_rows", "trained", "target", "context", "truncated",
+                                   "rows_truncated"), 0), **says, "dropped": dict(dropped)}
+
+
+def assert_counts(dataset, path, kept, says):
+    """A dataset holds exactly these conversations, and its ledger says what was counted."""
+    ledger = dataclasses.asdict(dataset.ledger)
+    assert {name: ledger[name] for name in says} == says
+    assert ledger["rows"] == ledger["trained"] + sum(ledger["dropped"].values())
+    assert ledger["tokens"] == sum(ledger[name] for name in ("target", "context", "truncated", "in_dropped_rows"))
+    assert 0.99 * ledger["turns"] <= ledger["turns_stopped"] <= ledger["turns"]
+    assert len(dataset) == len(kept) == ledger["trained"]
+    for i, (row, ids, mask) in enumerate(kept):
+        here = slice(dataset.starts[i], dataset.starts[i + 1])
+        assert dataset.tokens[here].tolist() == ids
+        assert dataset.is_target[here].tolist() == mask
+        assert dataset.source(i) == f"{path}[{row}]"
+        assert dataset.n_targets[i] == sum(mask) > 0
+        assert dataset.lengths[i] == max(place for place, target in enumerate(mask) if target)
+    assert dataset.starts[-1] == len(dataset.tokens) == ledger["target"] + ledger["context"]
+    assert dataset.n_targets.sum() == ledger["target"]
+
+
+def check_load(path, conversations_, how, tokenizer):
+    """Load a file whose conversations are known: counted exactly, or refused where, and only where, it has to be."""
+    kept, says = count(conversations_, **how)
+    dataset, refusal = attempt(data.load, path, tokenizer, **how, naming=path)
+    longest = max((len(by_pieces(messages)[0]) for messages in conversations_), default=0)
+    if how["too_long"] == "error" and longest > how["max_length"]:
+        assert "more than --max_length" in refusal
+    elif not kept:
+        assert "no row is left to train on" in refusal
+    else:
+        assert refusal is None, refusal
+        assert_counts(dataset, path, kept, says)
+    note(refusal or "trained")
+
+
+tiny = ChatTokenizer(TINY)
+
+
+def check_rows(path, batch, how):
+    """Rows whose messages are known, as an array or lines, are trained to the token."""
+    write(path, [row for row, _ in batch], lines=len(batch) % 2 == 0)
+    check_load(path, [messages for _, messages in batch], how, tiny)
+
+
+def check_damaged_rows(path, batch, how):
+    """Rows with anything in any place: what to_messages makes of them is trained to the token, or a row is refused."""
+    write(path, batch)
+    messages = []
+    for i, row in enumerate(batch):
+        said, refusal = attempt(formats.to_messages, row, f"{path}[{i}]", naming=f"{path}[{i}]")
+        if refusal is None:
+            _, refusal = attempt(tiny.render_spans, said, f"{path}[{i}]", row.get("tools"), naming=f"{path}[{i}]")
+        if refusal is None and not is_text(said):
+            refusal = f"{path}[{i}]: half a character"
+        if refusal:
+            _, first = attempt(data.load, path, tiny, **{**how, "too_long": "truncate"}, naming=path)
+            assert first and first.startswith(refusal[: len(f"{path}[{i}]: half a character")]), (first, refusal)
+            return note(refusal)
+        messages.append(said)
+    check_load(path, messages, how, tiny)
+
+
+def is_text(messages):
+    try:
+        "".join(m["role"] + m["content"] for m in messages).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write(path, batch, lines=False):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("\n".join(map(json.dumps, batch)) if lines else json.dumps(batch))
+
+
+# A target: directory -> (a function that checks one case, a strategy of its arguments).
+
+
+def case_data(directory):
+    """Rows: two of three cases are as they should be."""
+    path = os.path.join(directory, "rows.json")
+
+    def check(good, batch, how):
+        check_rows(path, batch, how) if good else check_damaged_rows(path, batch, how)
+
+    return check, st.one_of(
+        st.tuples(st.just(True), st.lists(rows(), min_size=1, max_size=4), options),
+        st.tuples(st.just(True), st.lists(rows(), min_size=1, max_size=4), options),
+        st.tuples(st.just(False), st.lists(damaged_rows(), min_size=1, max_size=2), options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bytes
+
+PIECES = [b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\\ud800",
+          b"\n", b"\r", b"\x0b", b"\xc2\xa0", b"NaN", b"-Infinity", b"1e999", b"-", b"9" * 5000, b"[" * 3000,
+          b'{"a":' * 3000, b"null", b"true", b'"prompt"', b'"messages": []', b"PAR1", b"\x1f\x8b"]
+
+
+@st.composite
+def broken(draw, content, most=4):
+    """Bytes with up to `most` flips, cuts, insertions, doubled stretches."""
+    for _ in range(draw(st.integers(0, most))):
+        at, n = draw(st.integers(0, len(content))), draw(st.integers(0, 60))
+        how = draw(st.integers(0, 5))
+        if how == 0:
+            flipped = bytes(b ^ (1 << draw(st.integers(0, 7))) for b in content[at : at + 1])
+            content = content[:at] + flipped + content[at + 1 :]
+        elif how == 1:
+            content = content[:at]
+        elif how == 2:
+            content = content[:at] + content[at + n :]
+        elif how == 3:
+            content = content[: at + n] + content[at:]
+        else:
+            content = content[:at] + draw(st.sampled_from(PIECES)) + content[at:]
+    return content
+
+
+EXAMPLES = [path.read_bytes() for path in sorted(Path(ROOT, "data").iterdir())]
+EXAMPLES = [content if len(content) < 4000 else json.dumps(json.loads(content)[:6], ensure_ascii=False).encode()
+            for content in EXAMPLES]
+
+
+@st.composite
+def files(draw):
+    """Bytes of a damaged data file, some in gzip, which may be damaged as well."""
+    content = draw(broken(draw(st.sampled_from(EXAMPLES))))
+    if draw(st.integers(0, 3)) == 0:
+        content = draw(broken(gzip.compress(content, 1, mtime=0), 1))
+    return content
+
+
+def by_python(content):
+    """The rows of a file by json.loads of the whole text or of whole lines; None where it is not JSON."""
+    try:
+        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+        text = io.StringIO(text, newline=None).read()  # line ends as a text file's
+        if text.lstrip()[:1] == "[":
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, EOFError, OSError, zlib.error, RecursionError):
+        return None
+
+
+def check_bytes(path, content):
+    """Read as Python's parser reads the whole; then trained or refused as rows are."""
+    Path(path).write_bytes(content)
+    expected = by_python(content)
+    got, refusal = attempt(lambda: list(formats.read_file(path)), naming=path)
+    if content[:4] != b"PAR1":
+        assert (expected is None) == (got is None), refusal
+        assert repr(got) == repr(expected)
+    how = dict(max_length=2048, too_long="truncate", train_on_prompt=False, train_on="all")
+    if expected is None or "\\ud" in ascii(expected):
+        _, refusal = attempt(data.load, path, tiny, **how, naming=path)
+        assert refusal or expected
+        return note(refusal or "trained, half a character is where no one looks")
+    check_damaged_rows(path, got, how) if got else attempt(data.load, path, tiny, **how, naming=path)
+
+
+def case_json(directory):
+    """The example files, damaged."""
+    path = os.path.join(directory, "rows.json")
+    return lambda content: check_bytes(path, content), st.tuples(files())
+
+
+def case_parquet(directory):
+    """A parquet file of rows, damaged; needs pyarrow."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = os.path.join(directory, "rows.parquet")
+    batch = [{"prompt": f"q{i}", "response": f"answer {i}", "n": [i] * i} for i in range(50)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(batch), path)
+    whole = Path(path).read_bytes()
+
+    def check(content):
+        Path(path).write_bytes(content)
+        dataset, refusal = attempt(data.load, path, tiny, 2048, naming=path)
+        assert refusal or dataset.ledger.rows == len(dataset)
+        note(refusal or "trained")
+
+    return check, st.tuples(broken(whole, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# templates and tokenizers
+
+
+CODE = ["{%", "%}", "{{", "}}", "{#", "'", "(", ")", "|", ".", "x", " ", "\\n", "{% generation %}",
+        "{% endgeneration %}", "{% for i in range(9) %}", "{% endfor %}", "| tojson", ".__class__", "messages",
+        "1/0", "m.content", "eos_token", "{{ raise_exception(messages) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "strftime_now('%Q')", "loop", "{% break %}",
+        "{% include 'x' %}", "<|im_end|>", "\ud800", "~", "is not defined", "[::-1]", "[0]", "('%s' % m)",
+        "namespace()", "{% set x = namespace(a=[]) %}", "*"]
+
+
+def case_template(directory):
+    """The text of any conversation is transformers', or neither renders it; in a changed template, or none is used."""
+    from test_data import FAMILIES, chatml, make_directory
+    from transformers import AutoTokenizer
+
+    made = []
+    for i, (template, special, config, *_) in enumerate([*FAMILIES.values(), (chatml("m.content | string"), [], {})]):
+        path = make_directory(Path(directory) / f"model{i}", template, special, **config)
+        made.append((path, ChatTokenizer(path), AutoTokenizer.from_pretrained(path)))
+    thinks = ["think" in tokenizer.source for _, tokenizer, _ in made]
+    calls = st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": texts, "arguments": values})}),
+                     max_size=2)
+    more_ = st.one_of(extras, st.fixed_dictionaries({}, optional={
+        "reasoning_content": texts, "reasoning": texts, "thinking": texts, "tool_calls": calls}))
+
+    def check(which, messages, more, tools, changed):
+        path, ours, theirs = made[which]
+        if changed:
+            source = changed[0](ours.source)
+            path = os.path.join(directory, "changed")
+            shutil.copytree(made[which][0], path, dirs_exist_ok=True)
+            with open(os.path.join(path, "chat_template.jinja"), "w", encoding="utf-8", errors="surrogatepass") as f:
+                f.write(source)
+            ours, refusal = attempt(ChatTokenizer, path, naming=path)
+            if refusal:
+                return note(refusal)
+        messages = [{**m, **(more if m["role"] == "assistant" else {})} for m in messages]
+        said, refusal = attempt(formats.to_messages, {"messages": messages}, "here[0]", naming="here[0]")
+        if refusal:
+            return note(refusal)
+        found, refusal = attempt(ours.render_spans, said, "here[0]", tools, naming="here[0]")
+        note(refusal or "rendered")
+        if refusal:
+            return
+        text, spans = found
+        turns = [m for m in said if m["role"] == "assistant"]
+        assert [trained for *_, trained in spans] == [m["train"] for m in turns]
+        assert all(0 <= start <= stop <= len(text) for start, stop, *_ in spans)
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+        assert not [span for span in spans if span[2] and ours.turn_end not in text[span[0] : span[1]]]
+        if not changed:  # these templates strip contents and drop reasoning, and leave the rest as it is
+            for (start, stop, whole, _), message in zip(spans, turns):
+                assert whole and text[:stop].endswith(ours.turn_end)
+                turn = text[start:stop].removesuffix(ours.turn_end).strip()
+                if thinks[which]:
+                    assert turn.endswith(message["content"].rpartition("</think>")[2].strip())
+                else:
+                    assert turn == message["content"].strip()
+                assert ours.marks_answers or text[:start].endswith(ours.header)
+            plain = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+            with contextlib.suppress(UnicodeEncodeError):  # half a character, which data.load refuses
+                assert text == theirs.apply_chat_template(plain, tools=tools, tokenize=False)
+
+    @st.composite
+    def edits(draw):
+        """A function that changes a template's source in a few places."""
+        draws = draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.integers(0, 3), st.sampled_from(
+            CODE)), min_size=1, max_size=3))
+
+        def apply(source):
+            for at, n, how, piece in draws:
+                at %= len(source) + 1
+                source = {0: source[:at] + source[at + n :], 1: source[: at + n] + source[at:]}.get(
+                    how, source[:at] + piece + source[at:])
+            return source
+
+        return apply
+
+    return check, st.tuples(st.integers(0, len(made) - 1), conversations(), more_,
+                            st.one_of(st.none(), st.lists(st.dictionaries(names, leaves, max_size=2), max_size=2)),
+                            st.one_of(st.just(()), st.tuples(edits())))
+
+
+def case_tokenizer(directory):
+    """tokenizer.json, tokenizer_config.json or special_tokens_map.json, damaged: loads, or is named."""
+    path = os.path.join(directory, "model")
+    shutil.copytree(TINY, path)
+    read = {name: Path(path, name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    small = json.loads(read["tokenizer.json"])
+    small["model"]["merges"] = small["model"]["merges"][:40]
+    small["model"]["vocab"] = dict(list(small["model"]["vocab"].items())[:340])
+    read["tokenizer.json"] = json.dumps(small, ensure_ascii=False).encode()
+    read["special_tokens_map.json"] = b'{"eos_token": {"content": "<|im_end|>", "lstrip": false}}'
+
+    def check(name, content):
+        for other, whole in read.items():
+            Path(path, other).write_bytes(content if other == name else whole)
+        note(attempt(ChatTokenizer, path, naming=path)[1] or "used")
+
+    return check, st.sampled_from(sorted(read)).flatmap(lambda name: st.tuples(st.just(name), st.one_of(
+        broken(read[name], 2), damaged(json.loads(read[name])).map(json.dumps).map(str.encode))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings and checkpoints
+
+
+def case_config(directory):
+    """Words of the command line and a YAML file."""
+    import sft
+    from settings import verl
+    from settings.parser import parse
+
+    path = os.path.join(directory, "run.yaml")
+    whole = Path(ROOT, "config.yaml").read_bytes()
+    lines = st.lists(st.sampled_from([
+        b"lr: 1e-4", b"use_lora: true", b"model: tiny", b"batch_size: 8", b"data:", b"  train_files: a.json",
+        b"trainer:", b"  total_epochs: 2", b"actor_rollout_ref:", b"  actor:", b"    strategy: fsdp", b"- a", b"[a, b]",
+        b"lr: !!python/object/apply:os.system [x]", b"lr: &a 1", b"seed: *a", b"<<: *a", b"? x", b"%YAML 9.9", b"---",
+        b"...", b"{a: b}", b"lr: .nan", b"lr: .inf", b"seed: 1_000", b"seed: 0x10", b"lr: '1e-4", b"\t lr: 1",
+        b"defaults: [a]", b"null: 1", b"[a]: 1", b"{a: 1}: 2", b"1: 1", b"lora_targets: [q_proj, v_proj]", b"# x"]),
+        max_size=6).map(b"\n".join)
+    yamls = st.one_of(broken(whole), lines, lines.flatmap(broken), st.sampled_from(PIECES))
+    ours = st.sampled_from([f.name for f in dataclasses.fields(sft.Config)])
+    keys = st.one_of(ours, ours, ours, st.sampled_from(sorted(verl.TAKEN)), texts, st.sampled_from(
+        ["config", "config-path", "config-name", "no-packing", "no-lr", "help", "explain", "environment", "a.b.c", ""]))
+    given_ = st.one_of(texts, *[st.sampled_from([
+        "", "1", "2", "0", "-1", "0.5", "true", "none", "nan", "inf", "1e400", "1e-4", "[a,b]", "[", "{}", "9" * 5000,
+        "1_0", "٣", "tiny", directory, path, "\0", "\ud800", "fsdp", "bf16", "linear"])] * 4)
+    before = st.sampled_from(["--"] * 6 + ["-", "", "+", "++", "---"])
+    words = st.lists(st.one_of(st.tuples(st.builds("{}{}={}".format, before, keys, given_)),
+                               st.tuples(st.builds("{}{}".format, before, keys), given_),
+                               st.tuples(st.builds("{}{}={}".format, before, keys, given_))), max_size=4)
+
+    def check(words, content):
+        Path(path).write_bytes(content)
+        argv = [word for group in words for word in group] + ["--config", path] * (content != b"")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                _, refusal = attempt(parse, sft.Config, argv)
+            except SystemExit as end:
+                refusal = None
+                assert end.code == 0
+        note(refusal or "parsed")
+
+    return check, st.tuples(words, st.one_of(st.just(b""), yamls))
+
+
+def case_weights(directory):
+    """A safetensors file, or an index and its files, damaged: entries that lie inside their files, or a refusal."""
+    import torch
+    from safetensors.torch import save
+
+    from disk import pretrained
+
+    tensors = {f"model.layers.{i}.weight": torch.arange(6.0).reshape(2, 3) for i in range(4)}
+    halves = [save({n: tensors[n] for n in part}, {"format": "pt"}) for part in (list(tensors)[:2], list(tensors)[2:])]
+    index = {"metadata": {"total_size": 96}, "weight_map": {n: f"{i // 2}.safetensors" for i, n in enumerate(tensors)}}
+    header = json.loads(halves[0][8 : 8 + int.from_bytes(halves[0][:8], "little")])
+    body = halves[0][-48:]
+
+    def packed(value):
+        text = json.dumps(value).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    first = st.one_of(broken(halves[0], 2), damaged(header).map(packed))
+    indexes = st.one_of(broken(json.dumps(index).encode(), 2), damaged(index).map(json.dumps).map(str.encode))
+
+    def check(content, map_):
+        for name, what in (("0.safetensors", content), ("1.safetensors", halves[1]), ("model.safetensors", content),
+                           ("model.safetensors.index.json", map_)):
+            path = os.path.join(directory, name)
+            if what is not None:
+                Path(path).write_bytes(what)
+            elif os.path.exists(path):
+                os.remove(path)
+        entries, refusal = attempt(pretrained.weight_entries, directory, naming=directory)
+        note(refusal or "read")
+        for entry in (entries or {}).values():
+            size = math.prod(entry.shape) * pretrained.DTYPES[entry.dtype].itemsize
+            assert 0 < entry.start <= entry.start + size <= os.path.getsize(entry.file)
+
+    return check, st.one_of(st.tuples(first, st.none()), st.tuples(st.just(halves[0]), indexes),
+                            st.tuples(first, indexes))
+
+
+def case_resume(directory):
+    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a refusal. Its
+    manifest is damaged, alone or with a checksum of its own that fits, or fits whatever the state is."""
+    from disk import checkpoint
+
+    state = {"step": 7, "data": "abc", "seed": 42, "best": {"val_loss": 1.5, "step": 3, "behind": 0}}
+    saved = json.dumps(state).encode()
+    states = st.one_of(st.just(saved), broken(saved, 2), damaged(state).map(json.dumps).map(str.encode))
+    sums = {"step": 7, "files": {checkpoint.STATE: [len(saved), zlib.crc32(saved)]}}
+    manifest = checkpoint.manifest(**sums)
+
+    def signed(value):
+        """A damaged manifest with the checksum that makes it look as it was saved."""
+        text = json.dumps(value, indent=2)
+        if not isinstance(value, dict):
+            return text.encode()
+        return json.dumps({**value, "crc32": zlib.crc32((text + "\n").encode())}, indent=2).encode() + b"\n"
+
+    fits = st.just(None)
+    manifests = st.one_of(fits, fits, st.just(manifest), broken(manifest, 2), damaged(sums).map(signed))
+    any_steps = st.lists(st.sampled_from(["step_1", "step_7", "step_07", "step_-1", "step_x", "tmp_step_9"]),
+                         max_size=3)
+    steps = st.one_of(st.just(["step_7"]), st.just(["step_7"]), any_steps)
+    links = st.sampled_from([None, None, "step_7", "step_7", "step_7", "step_9", "latest", ".",
+                             "step_7/training_state", "/"])
+
+    def check(content, manifest_, names_, link, asked):
+        root = os.path.join(directory, "root")
+        shutil.rmtree(root, ignore_errors=True)
+        for name in names_:
+            os.makedirs(os.path.join(root, name, "training_state"), exist_ok=True)
+            Path(root, name, checkpoint.STATE).write_bytes(content)
+            number = int("".join(filter(str.isdigit, name)) or 7)
+            Path(root, name, checkpoint.MANIFEST).write_bytes(checkpoint.manifest(number, {
+                checkpoint.STATE: [len(content), zlib.crc32(content)]}) if manifest_ is None else manifest_)
+        if link:
+            os.makedirs(root, exist_ok=True)
+            os.symlink(link, os.path.join(root, "latest"))
+        asked = asked if asked == "auto" else os.path.join(root, asked)
+        found, refusal = attempt(checkpoint.resume_directory, asked, root, naming="--resume_from")
+        if found and not refusal:
+            _, refusal = attempt(checkpoint.verify, found, naming=found)
+            assert refusal or manifest_ is None or content == saved, "damage that nobody saw"
+            if refusal:
+                return note(refusal)
+            state, refusal = attempt(checkpoint.load_state, found, naming="state.json")
+            assert refusal or isinstance(state, dict) and isinstance(state.get("step"), int), state
+        note(refusal or f"resumes {bool(found)}")
+
+    asked = st.sampled_from(["auto"] * 9 + ["step_7", "latest", "", "\0", "step_x"])
+    return check, st.tuples(states, manifests, steps, links, asked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+TARGETS = {"data": case_data, "json": case_json, "parquet": case_parquet, "template": case_template,
+           "tokenizer": case_tokenizer, "config": case_config, "weights": case_weights, "resume": case_resume}
+
+
+def fuzz(target, cases, directory, seed_=None):
+    """Run so many cases of a target. Without a seed always the same ones, and the smallest that fails raises; with
+    one return {kind of failure: (the shortest case, its traceback)}."""
+    check, strategy = TARGETS[target](directory)
+    failures, phases = {}, (Phase.generate,) if seed_ is not None else (Phase.generate, Phase.shrink)
+
+    @settings(max_examples=cases, deadline=None, database=None, derandomize=seed_ is None, phases=phases,
+              suppress_health_check=list(HealthCheck), print_blob=False)
+    @given(strategy)
+    def run(words):
+        try:
+            check(*words)
+        except BaseException as error:  # a panic of Rust is no Exception
+            if seed_ is None or isinstance(error, KeyboardInterrupt):
+                raise
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ROOT)]
+            kind = f"{type(error).__name__} at {os.path.relpath(frames[-1].filename, ROOT)}:{frames[-1].lineno}"
+            note(f"FAILED {kind.partition(':')[0]}")
+            if len(repr(words)) < len(repr(failures.get(kind, (words * 2,))[0])):
+                failures[kind] = words, traceback.format_exc()
+
+    (run if seed_ is None else seed(seed_)(run))()
+    return failures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**9))
+    asked = parser.parse_args()
+    faulthandler.enable()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    with tempfile.TemporaryDirectory() as scratch:
+        failures = fuzz(asked.target, asked.cases, scratch, asked.seed)
+    print(f"{asked.target}, seed {asked.seed}: {sum(ended.values()):,} cases")
+    for outcome, n in ended.most_common(30):
+        print(f"{n:>9,} {outcome}")
+    for kind, (words, trace) in failures.items():
+        short = "\n".join(line[:300] for line in trace.splitlines()[-14:])
+        print(f"\n{kind}: {words!r:.1500}\n{short}")
+    sys.exit(bool(failures))

@@ -1,0 +1,322 @@
+"""What a disk does to a checkpoint: writes that fail, files that are torn or another step's, planted ones."""
+
+import builtins
+import errno
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from settings import errors
+from conftest import ROOT
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from test_checkpoint import TIED, UNTIED, Run, listing, loaded, one_thread, published  # noqa: F401
+
+from disk import checkpoint
+from settings import parser
+from disk import files
+from disk import pretrained
+from screen.log import Lines
+
+FAST = ("--lr", "1e-3", "--batch_size", "8", "--max_length", "128")
+LATEST = Path("out", "checkpoints", "latest")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of the tied model, bf16 on the disk, nothing saved yet."""
+    return Run(published(tmp_path / "base", TIED, torch.bfloat16), tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def file_limit():
+    """A function: no file may grow beyond so many bytes, as on a full disk. Given back at the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Writes that fail
+
+
+def fail_at(monkeypatch, count, code):
+    """Let the count-th call that changes the disk fail with an error number, as the system reports it; return the log
+    of (call, path)."""
+    log = []
+
+    def failing(operation, name):
+        def wrapper(*args, **kwargs):
+            if name == "open" and args[1:] != ("wb",):
+                return operation(*args, **kwargs)
+            path = args[1] if name == "save_file" else args[-1] if name in ("symlink", "replace") else args[0]
+            path = os.readlink(f"/proc/self/fd/{path}") if name == "fsync" else str(path)
+            log.append((name, path))
+            if len(log) != count + 1:
+                return operation(*args, **kwargs)
+            if name == "save_file":
+                raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+            raise OSError(code, os.strerror(code), *([path] if name != "fsync" else []))  # as Python's own has none
+        return wrapper
+
+    for holder, name in ((pretrained, "save_file"), (os, "fsync"), (os, "replace"), (os, "symlink"), (os, "makedirs"),
+                         (shutil, "rmtree")):
+        monkeypatch.setattr(holder, name, failing(getattr(holder, name), name))
+    monkeypatch.setattr(disk, "open", failing(builtins.open, "open"), raising=False)
+    return log
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the path of a descriptor is read from Linux's /proc")
+def test_a_write_that_fails_costs_no_checkpoint(run, monkeypatch):
+    """Whichever it is: the error names the file, latest is a whole step before and after, also where that step is the
+    one that is saved again, and the next save leaves nothing temporary behind."""
+    run.save(1)
+    with monkeypatch.context() as patch:
+        log = fail_at(patch, -1, 0)
+        run.save(1)
+    assert {name for name, _ in log} == {"save_file", "fsync", "replace", "symlink", "makedirs", "rmtree", "open"}
+    step = 1
+    for again in (False, True):
+        for moment in range(len(log)):
+            code = (errno.ENOSPC, errno.EROFS, errno.ESTALE, errno.EIO)[moment % 4]
+            step += not again
+            with monkeypatch.context() as patch:
+                tried = fail_at(patch, moment, code)
+                try:
+                    run.save(step)
+                except OSError as error:
+                    assert error.errno == code and str(error.filename) == tried[moment][1], tried[moment]
+                else:
+                    assert len(tried) <= moment, tried[moment]  # a step that is new has less to do
+            resumed = checkpoint.resume_directory("auto", run.root)
+            checkpoint.verify(resumed)
+            assert os.path.basename(resumed) in (f"step_{step}", f"step_{step - 1}")
+            (run.root / "tmp_best").symlink_to("step_0")  # what a failed move of that link would leave
+            run.save(step)
+            assert not [name for name in os.listdir(run.root) if name.startswith("tmp")]
+            checkpoint.verify(checkpoint.resume_directory("auto", run.root))
+
+
+def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on(train, file_limit, capsys):
+    """The file, what happened, what to do, exit code 2; from the checkpoint before, the run then goes on."""
+    train(*FAST, "--max_steps", 1)
+    capsys.readouterr()
+    file_limit(3_000_000)
+    with pytest.raises(SystemExit) as info:
+        errors.run(lambda: train(*FAST, "--max_steps", 3, "--save_steps", 2, "--resume_from", "auto"))
+    file_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"sft.py: error: \[Errno 27\] File too large: 'out/checkpoints/tmp_step_2/training_state/"
+                        r"tensors.safetensors'; raise ulimit -f; then --resume_from auto goes on from the newest whole "
+                        r"checkpoint", line)
+    lines = train(*FAST, "--max_steps", 3, "--resume_from", "auto")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert sorted(os.listdir("out/checkpoints")) == ["latest", "step_1", "step_3"]
+
+
+def test_a_line_that_finds_no_room_is_an_error_and_is_taken_out(tmp_path, file_limit):
+    """A half line of metrics.jsonl is left; the run that goes on begins it anew. A line that was damaged is named."""
+    path = str(tmp_path / "metrics.jsonl")
+    lines = Lines(path, 0)
+    file_limit(110)  # four lines and a half
+    for step in range(1, 5):
+        lines.write(step=step, loss=1.5)
+    with pytest.raises(OSError, match=re.escape(path)):
+        lines.write(step=5, loss=1.5)
+    assert os.path.getsize(path) == 110
+    Lines(path, 2)
+    assert [json.loads(line)["step"] for line in open(path)] == [1, 2]
+    os.remove(path)
+    with pytest.raises(FileNotFoundError, match=re.escape(path)):
+        lines.sync()
+    for damaged in (b"\x00\n", b"\xff\n", b"[]\n", b'{"step": null}\n', b'{"step": tru\n'):
+        with open(path, "wb") as f:
+            f.write(b'{"step": 1}\n' + damaged)
+        with pytest.raises(ValueError, match=re.escape(f"{path}, line 2")):
+            Lines(path, 2)
+
+
+# Files that are not as they were saved
+
+
+def refusal(directory):
+    with pytest.raises(ValueError, match="--resume_from") as info:
+        checkpoint.verify(directory)
+    return str(info.value)
+
+
+def test_every_torn_flipped_or_swapped_file_is_named(run):
+    """Each file of a step, its manifest too: cut at 50 places, a bit flipped at 200, put in from the step before."""
+    other, saved = run.save(1), run.save(2)
+    checkpoint.verify(saved)
+    chance, swapped, names = random.Random(0), set(), listing(saved)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training_state/manifest.json",
+            "training_state/state.json", "training_state/tensors.safetensors"} <= set(names)
+    for name in names:
+        path = Path(saved, name)
+        whole, before = path.read_bytes(), Path(other, name).read_bytes()
+        cuts = chance.sample(range(len(whole)), min(50, len(whole)))
+        flips = chance.sample(range(8 * len(whole)), min(200, 8 * len(whole)))
+        for damaged in [whole[:n] for n in cuts] + [
+                whole[: n // 8] + bytes([whole[n // 8] ^ 1 << n % 8]) + whole[n // 8 + 1 :] for n in flips]:
+            path.write_bytes(damaged)
+            assert name in refusal(saved)
+        if before != whole:
+            path.write_bytes(before)
+            assert name in refusal(saved)
+            swapped.add(name)
+        os.remove(path)
+        assert name in refusal(saved)
+        path.write_bytes(whole)
+    assert swapped == {"model.safetensors", *(n for n in names if n.startswith("training_state/"))}
+    checkpoint.verify(saved)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"step": 1}', '{"step": 1, "files": [1]}', "{}"])
+def test_a_manifest_of_another_kind_is_refused(run, content):
+    saved = run.save(1)
+    Path(saved, checkpoint.MANIFEST).write_text(content)
+    assert "manifest.json is not as it was saved" in refusal(saved)
+
+
+def test_a_directory_with_another_steps_name_is_refused(run):
+    """Its number would be gone on from; a copy under a name of its own is what it says it is."""
+    saved = run.save(1)
+    shutil.copytree(saved, run.root / "copy")
+    checkpoint.verify(str(run.root / "copy"))
+    os.rename(saved, run.root / "step_2")
+    assert "of step 1, not of step_2" in refusal(str(run.root / "step_2"))
+
+
+def test_a_file_that_save_did_not_write_is_refused_where_it_would_be_read(run):
+    """All tensors of training_state are read, whatever file they are in; a README is nobody's business."""
+    saved = run.save(1)
+    Path(saved, "README.md").write_text("mine")
+    checkpoint.verify(saved)
+    save_file({"a": torch.ones(1)}, Path(saved, "training_state", "tensors-2.safetensors"))
+    assert "tensors-2.safetensors was not there" in refusal(saved)
+
+
+@pytest.mark.full
+def test_two_ranks_share_the_files(train, tmp_path):
+    """Each sees what the other has read: the damaged file is named, whichever it is, and no other."""
+    train(*FAST, "--max_steps", 1)
+    for name in ("model.safetensors", "training_state/state.json"):
+        path = tmp_path / LATEST / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + b"\x01")
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                 f"{ROOT}/sft.py", "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", *FAST,
+                 "--max_steps", "2", "--output_dir", str(tmp_path / "out"), "--resume_from", "auto"]
+        result = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert result.returncode and f"not as it was saved: {name} has other bytes (1 in all)" in result.stderr
+        path.write_bytes(whole)
+
+
+# Files that were made to do harm
+
+
+@pytest.mark.parametrize("state", [
+    "null", "[]", "7", '"step"', "{}", *(f'{{"step": {step}}}' for step in ("true", "-1", "0", "1.0", '"1"', "[1]"))])
+def test_a_state_without_a_step_is_refused(tmp_path, state):
+    (tmp_path / "training_state").mkdir()
+    (tmp_path / "training_state" / "state.json").write_text(state)
+    with pytest.raises(ValueError, match="state.json: step must be"):
+        checkpoint.load_state(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["", ".", "..", "a\0.safetensors", "\ud800.safetensors", "a/b.safetensors",
+                                  "a\\b.safetensors", "/x.safetensors", "pytorch_model.bin", ".safetensors",
+                                  5000 * "a" + ".safetensors"])
+def test_a_file_name_in_an_index_that_none_has_is_refused(tmp_path, file):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(ValueError, match="weight_map must name files") as info:
+        pretrained.weight_entries(str(tmp_path))
+    assert str(info.value).isprintable() and len(str(info.value)) < 1000
+
+
+def header(shape, end, length=None):
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(16)
+
+
+@pytest.mark.parametrize("content", [
+    header([10**12], 4 * 10**12), header([10**12], 16), header([2**62, 2**62], 16), header([-4], 16), header([4.0], 16),
+    header([4], -16), header([4], 16, 2**60), header([4], 16, 2**64 - 1)],
+    ids=["elements", "elements-in-16-bytes", "overflow", "negative", "float", "offset", "exabytes", "minus-one"])
+def test_a_header_that_claims_too_much_is_refused(tmp_path, content):
+    """At once, before memory is asked for."""
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is torn or not safetensors"):
+        pretrained.weight_entries(str(tmp_path))
+
+
+def test_weights_behind_links_are_read_and_a_pipe_is_not(tmp_path):
+    """The hub's cache is links into a directory of blobs. A pipe would be waited for, for ever."""
+    home = tmp_path / "models--one--model"
+    source, snapshot = published(home / "blobs", UNTIED), home / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for name in os.listdir(source):
+        (snapshot / name).symlink_to(os.path.join("..", "..", "blobs", name))
+    for ours, theirs in zip(loaded(snapshot)[0].parameters(), loaded(source)[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    os.remove(snapshot / "model.safetensors")
+    os.mkfifo(snapshot / "model.safetensors")
+    writer = os.open(snapshot / "model.safetensors", os.O_RDWR)  # for this test to fail instead of waiting
+    os.write(writer, bytes(16))
+    with pytest.raises(ValueError, match="model.safetensors is not a file"):
+        pretrained.weight_entries(str(snapshot))
+    os.close(writer)
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_beside_the_weights_is_never_opened(train, tmp_path):
+    """Of a model and of a checkpoint, under the names that other trainers read."""
+    mark, model = tmp_path / "mark", tmp_path / "model"
+    bomb = pickle.dumps(Bomb(str(mark)))
+    shutil.copytree(pretrained.model_directory("tiny"), model)
+    for name in ("pytorch_model.bin", "training_args.bin", "consolidated.00.pth", "vocab.pkl"):
+        (model / name).write_bytes(bomb)
+    train(*FAST, "--max_steps", 1, model=model)
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt"):
+        (tmp_path / LATEST / "training_state" / name).write_bytes(bomb)
+        (tmp_path / LATEST / name).write_bytes(bomb)
+    assert len(train(*FAST, "--max_steps", 2, "--resume_from", "auto", model=model)) == 2
+    assert not mark.exists()
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (model / name).unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):  # not the other file instead
+        train(*FAST, "--max_steps", 1, model=model, out="other")
+    assert not mark.exists()
+    pickle.loads(bomb)
+    assert mark.exists()  # it would have gone off
+
+
+def test_nothing_that_can_run_code_is_called():
+    """In any file of the product, comments included."""
+    banned = re.compile(r"pickle|marshal|shelve|torch\.(load|save)\b|_object(_list)?\(|np\.load\(|shell=True|"
+                        r"os\.system|(?<![.\w])(eval|exec)\(|yaml\.(load|unsafe_load|full_load)\(|"
+                        r"trust_remote_code=True")
+    files = sorted(Path(ROOT).glob("*.py"))
+    assert len(files) > 10
+    found = [f"{path.name}:{i}: {line.strip()}" for path in files
+             for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if banned.search(line)]
+    assert found == []

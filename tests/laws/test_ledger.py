@@ -1,0 +1,312 @@
+"""The ledger on five adversarial data sets, from flags to metrics.jsonl; and a few hundred cases of fuzz.py.
+
+What has to be counted is counted here from token ids, with the tokenizers library, and nothing of data.py.
+"""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import tracemalloc
+
+import fuzz
+import pytest
+from fuzz import RAW, TINY, attempt, by_pieces, tiny
+from test_data import FAMILIES, chat, chatml, make_directory
+from tokenizers import Tokenizer, processors
+
+import data
+import sft
+from settings.errors import run
+from text.template import ChatTokenizer
+
+END, BOS = RAW.token_to_id("<|im_end|>"), RAW.token_to_id("<|endoftext|>")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A function: chat template, tokenizer_config's keys -> models/tiny with that tokenizer, in a directory."""
+
+    def make(template=None, raw=None, **config):
+        shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+        return make_directory(tmp_path / "model", template or chatml("m.content"), raw=raw, **config)
+
+    return make
+
+
+@pytest.fixture
+def ledger(train, tmp_path, capsys):
+    """A function: rows and flags -> (lines of metrics.jsonl, the ledger's numbers as they are printed), after one epoch
+    through sft.main; the two lines have to balance."""
+
+    def start(rows, *flags, model="tiny", out="out"):
+        (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        steps = train("--train_data", tmp_path / "rows.json", "--epochs", 1, "--cache_dir", "none", *flags, model=model,
+                      out=out)
+        printed = capsys.readouterr().out
+        lines = [re.search(rf"^{name} .*", printed, re.M)[0].replace(",", "") for name in ("rows", "tokens")]
+        patterns = (r"rows +(?P<rows>\d+) in = (?P<trained>\d+) trained \+ (?P<dropped>\d+) dropped(?P<reasons>.*)",
+                    r"tokens +(?P<tokens>\d+) in = (?P<target>\d+) target \+ (?P<context>\d+) context \+ "
+                    r"(?P<truncated>\d+) truncated( \(of (?P<cut>\d+) rows\))?( \+ (?P<lost>\d+) in dropped rows)?")
+        found = {}
+        for pattern, line in zip(patterns, lines, strict=True):
+            found.update(re.fullmatch(pattern, line).groupdict())
+        reasons = {reason: int(n) for n, reason in re.findall(r" (\d+) ([a-z ]+)", found.pop("reasons"))}
+        says = {name: int(value or 0) for name, value in found.items()}
+        assert sum(reasons.values()) == says["dropped"] and says["rows"] == says["trained"] + says["dropped"]
+        assert says["tokens"] == says["target"] + says["context"] + says["truncated"] + says["lost"]
+        assert sum(step["target_tokens"] for step in steps) == says["target"]
+        assert sum(step["tokens"] for step in steps) == says["target"] + says["context"]
+        return steps, {**says, "reasons": reasons}
+
+    return start
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """A function: rows and flags -> the one line that the run ends with, having trained nothing."""
+
+    def start(rows, *flags, model="tiny"):
+        (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        words = ["sft.py", "--model", model, "--train_data", tmp_path / "rows.json", "--output_dir",
+                 tmp_path / "refused", "--cache_dir", "none", *flags]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        with pytest.raises(SystemExit) as end:
+            run(sft.main)
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("sft.py: error: ")
+        assert not os.path.exists(tmp_path / "refused" / "metrics.jsonl")
+        assert not os.listdir(tmp_path / "refused" / "checkpoints")
+        return lines[0].removeprefix("sft.py: error: ")
+
+    return start
+
+
+TALKS = [chat("Hello?", "Hi there."), chat("你是谁？", "我是模型 🙂", "And?", "<|im_end|> ends a turn.", system="s"),
+         [*chat("q", "One."), *chat("r", "Two.")[:1], {"role": "assistant", "content": "Two.", "train": False}]]
+ROWS = [{"messages": messages} for messages in TALKS]
+
+
+def counted(talks, max_length=10**6, before=0):
+    """(tokens, targets, those cut off) of conversations in ChatML with `before` tokens of context in front of each."""
+    pieces = [(before + len(ids), mask) for ids, mask in map(by_pieces, talks)]
+    return (sum(n for n, _ in pieces), sum(sum(mask[: max_length - before]) for _, mask in pieces),
+            sum(max(0, n - max_length) for n, _ in pieces))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# five adversarial data sets
+
+
+def test_pad_equals_eos(model, ledger, tmp_path):
+    """A pad token that also ends turns takes no target away: each turn trains its end, though its id is the pad's."""
+    directory = model(pad_token="<|im_end|>", eos_token="<|im_end|>")
+    steps, says = ledger(ROWS, "--batch_size", 2, model=directory)
+    tokens, targets, _ = counted(TALKS)
+    assert says == dict(rows=3, trained=3, dropped=0, reasons={}, tokens=tokens, target=targets,
+                        context=tokens - targets, truncated=0, cut=0, lost=0)
+    assert len(steps) == 2
+    dataset = data.load(str(tmp_path / "rows.json"), ChatTokenizer(directory), 2048)
+    trained = dataset.tokens[dataset.is_target].tolist()
+    assert trained.count(END) == 1 + 3 + 1  # one of each trained turn, and one that an answer writes out
+
+
+def test_over_long_prompts(ledger, refused):
+    """A prompt longer than max_length leaves no target: its row is dropped and counted, others are cut and counted."""
+    talks = [chat("word " * 60, "lost"), chat("q", "words " * 60), chat("q", "short"),
+             chat("word " * 20, "x", "r", "y")]
+    rows = [{"messages": messages} for messages in talks]
+    sizes = [len(by_pieces(messages)[0]) for messages in talks]
+    assert sizes[0] > 60 and sizes[1] > 60 and sizes[3] < 60
+    kept = [talks[1], talks[2], talks[3]]
+    tokens, targets, cut = counted(kept, 60)
+    _, says = ledger(rows, "--max_length", 60)
+    assert says == dict(rows=4, trained=3, dropped=1, reasons={"without targets after truncation": 1}, lost=sizes[0],
+                        cut=1, tokens=sum(sizes), target=targets, context=tokens - cut - targets, truncated=cut)
+    _, says = ledger(rows, "--max_length", 60, "--too_long", "drop", out="dropping")
+    tokens, targets, _ = counted(talks[2:])
+    assert says == dict(rows=4, trained=2, dropped=2, reasons={"too long": 2}, lost=sizes[0] + sizes[1], cut=0,
+                        tokens=sum(sizes), target=targets, context=tokens - targets, truncated=0)
+    error = refused(rows, "--max_length", 60, "--too_long", "error")
+    assert f"rows.json[0] has {sizes[0]} tokens, more than --max_length 60" in error
+    for how in ("truncate", "drop"):
+        error = refused(rows[:1] * 3, "--max_length", 60, "--too_long", how)
+        assert "no row is left to train on: 3 in, dropped {'" in error and error.endswith("too small for any answer")
+
+
+@pytest.mark.parametrize("reply", ["", " ", "\n\t\u3000"])
+def test_empty_replies(reply, refused):
+    """An answer without words is refused by the name of its row, wherever it stands, trained or not."""
+    empty = {"role": "assistant", "content": reply}
+    rows = [{"prompt": "q", "response": reply}, {"messages": [*chat("q"), {**empty, "train": False}]},
+            {"messages": [*chat("q"), empty, *chat("r", "b")]},
+            {"instruction": "q", "output": "a", "history": [["q", reply]]},
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": reply}]}]
+    for row in rows:
+        assert re.search(r"rows\.json\[1\]: an empty answer; remove the row", refused([ROWS[0], row]))
+
+
+def adds_bos(raw):
+    """A tokenizer that puts its BOS before what it encodes, as Llama's does."""
+    raw.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", BOS)])
+    return raw
+
+
+def test_a_template_that_adds_the_bos_itself(model, ledger, tmp_path):
+    """The text begins with a BOS and the tokenizer would add one: there is one, which is context."""
+    raw = adds_bos(Tokenizer.from_file(os.path.join(TINY, "tokenizer.json")))
+    assert raw.encode("<|endoftext|>x").ids[:2] == [BOS, BOS]
+    directory = model("{{- bos_token }}" + chatml("m.content"), raw, bos_token="<|endoftext|>")
+    _, says = ledger(ROWS, model=directory)
+    tokens, targets, _ = counted(TALKS, before=1)
+    assert says == dict(rows=3, trained=3, dropped=0, reasons={}, tokens=tokens, target=targets,
+                        context=tokens - targets, truncated=0, cut=0, lost=0)
+    dataset = data.load(str(tmp_path / "rows.json"), ChatTokenizer(directory), 2048)
+    for i, messages in enumerate(TALKS):
+        ids, mask = by_pieces(messages)
+        here = slice(dataset.starts[i], dataset.starts[i + 1])
+        assert dataset.tokens[here].tolist() == [BOS, *ids] and dataset.is_target[here].tolist() == [False, *mask]
+
+
+USERS_END = chatml("m.content").replace("'<|im_end|>\\n'", "('\\n' if m.role == 'assistant' else '<|im_end|>\\n')")
+
+
+@pytest.mark.parametrize("template, how_many", [
+    ("{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}"
+     "{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}", "0 of 4"),
+    (chatml("m.content").replace("<|im_end|>", ""), "0 of 4"),
+    (USERS_END, "0 of 4")], ids=["plain words", "headers only", "ends the user's turns"])
+def test_a_template_that_never_ends_the_turn(template, how_many, model, refused):
+    """The model would never learn to stop: the run does not start, and says so."""
+    talks = [TALKS[0], chat("q", "a", "r", "b"), TALKS[2]]
+    error = refused([{"messages": messages} for messages in talks], model=model(template))
+    assert f"rows.json: only {how_many} assistant turns train a token that ends them: the model would never" in error
+
+
+SOMETIMES = chatml("m.content").replace("'<|im_end|>\\n'", "('\\n' if m.content == 'endless' else '<|im_end|>\\n')")
+
+
+def test_99_percent_of_the_turns_must_train_their_end(model, ledger, refused):
+    """99 of 100 do: the run starts. 98 of 99 do not, nor 197 of 199; turns that are cut or not trained do not count."""
+    directory = model(SOMETIMES)
+    endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
+    untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
+    untrained["messages"][1]["train"] = False
+    long = {"messages": chat("q", "a very long answer " * 9)}
+    _, says = ledger([endless] + [ended] * 99, "--batch_size", 100, "--max_length", 40, model=directory)
+    ids, mask = by_pieces(chat("q", "done"))
+    shown = by_pieces(chat("q", "endless"))
+    assert says["tokens"] == 99 * len(ids) + len(shown[0]) - 1 and says["target"] == 99 * sum(mask) + sum(shown[1]) - 1
+    for rows, how_many in (([endless] + [ended] * 98, "98 of 99"), ([endless] * 2 + [ended] * 197, "197 of 199"),
+                           ([endless] + [ended] * 98 + [long] * 50, "98 of 99"),
+                           ([endless] + [ended] * 50 + [untrained] * 48, "98 of 99")):
+        assert f"only {how_many} assistant turns" in refused(rows, "--max_length", 40, model=directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# anything at all: fuzz.py
+
+
+@pytest.mark.parametrize("target, cases", [("data", 200), ("json", 200), ("parquet", 60), ("tokenizer", 60)])
+def test_whatever_a_file_holds_is_counted_or_refused(target, cases, tmp_path):
+    """Each case is trained as it is counted by hand, or ends in one line of our own that names the file."""
+    if target == "parquet":
+        pytest.importorskip("pyarrow")
+    fuzz.fuzz(target, cases, str(tmp_path))
+
+
+MISTRAL = list(FAMILIES).index("has [INST] of plain words, like Mistral")
+CALLS = b'{"messages": [{"role": "assistant", "content": "", "tool_calls": %s}]}'
+FOUND = {  # what ended with a traceback, or a page of text, before: a case of the target
+    "a file of special tokens with null": ("tokenizer", ("special_tokens_map.json", b"null")),
+    "a special token without content": ("tokenizer", ("tokenizer_config.json", b'{"pad_token": {}}')),
+    "a template that is no text": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": {}}')),
+    "templates by name that are no texts": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": [1, {}]}')),
+    "a tokenizer that is none": ("tokenizer", ("tokenizer.json", b"{}")),
+    "a tokenizer that is not UTF-8": ("tokenizer", ("tokenizer.json", b'{"a": "\xff"}')),
+    "a configuration that is not UTF-8": ("tokenizer", ("tokenizer_config.json", b'{"a": "\xff"}')),
+    "a break outside a loop": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": "{% break %}"}')),
+    "a macro that calls itself": ("tokenizer", ("tokenizer_config.json", json.dumps(
+        {"chat_template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}).encode())),
+    "four letters of parquet": ("parquet", (b"PAR1",)),
+    "other bytes between the letters of parquet": ("parquet", (b"PAR1" + b"x" * 99 + b"PAR1",)),
+    "a page of a key": ("json", (b'{"' + b"x" * 5000 + b'": 1}',)),
+    "a page of a role": ("json", (b'{"messages": [{"role": "' + b"x" * 5000 + b'", "content": "q"}, '
+                                  b'{"role": "assistant", "content": "a"}]}',)),
+    "a page of another from": ("json", (b'{"conversations": [{"from": "' + b"x" * 5000 + b'"}]}',)),
+    "a page of a weight": ("json", (b'{"messages": [{"role": "user", "weight": "' + b"1" * 5000 + b'"}]}',)),
+    "half a byte order mark": ("json", (b"\xef",)),
+    "half a byte order mark in gzip": ("json", (gzip.compress(b"\xef\xbb"),)),
+    "a number beside a call": ("template", (-1, chat("q", "a"), {"content": 5, "tool_calls": [{}]}, None, ())),
+    # whose header is that of no answer
+    "an answer of no words behind another answer": ("template", (
+        MISTRAL, [*chat("q", "a"), {"role": "assistant", "content": "</think>"}, *chat("r")], {}, None, ())),
+    "an answer before any prompt, whose words are then asked": ("template", (MISTRAL, [
+        {"role": "assistant", "content": "x"}, *chat("x"), *chat("x")], {}, None, ())),
+    "an answer before any prompt, whose words the last one has": ("template", (MISTRAL, [
+        {"role": "assistant", "content": "x"}, *chat("y"), *chat("x"), *chat("z")], {}, None, ())),
+    "a page of a tokenizer's error": ("tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
+    "calls that are a number": ("json", (CALLS % b"5",)),
+    "a call of a number": ("json", (CALLS % b'[{"function": 5}]',)),
+    "a call of a list": ("json", (CALLS % b"[[1]]",)),
+    "a page of a call's name": ("json", (CALLS % (b'[{"name": "' + b"x" * 5000 + b'"}]'),)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name, tmp_path):
+    """Cases that once were crashes."""
+    target, words = FOUND[name]
+    if target == "parquet":
+        pytest.importorskip("pyarrow")
+    fuzz.TARGETS[target](str(tmp_path))[0](*words)
+
+
+START = '{"prompt": "q", "response": "a", "x": '
+TRAPS = {  # name: (how a row begins, what follows so many times, how it ends, what the error says if it is refused)
+    "50 MB in one line": (START + '"', "word ", 10**7, '"}', None),
+    "50 MB in one line that does not end": (START + '"', "word ", 10**7, "", "Unterminated string"),
+    "100,000 lists in one another": (START, "[", 10**5, "]" * 10**5 + "}", "recursion"),
+    "100,000 objects in one another": (START, '{"a":', 10**5, "1" + "}" * (10**5 + 1), "recursion"),
+    "a number of 100,000 digits": (START, "9", 10**5, "}", "limit"),
+    "a fraction of 100,000 digits": (START + "0.", "9", 10**5, "}", None),
+    "no numbers": (START, "[NaN, Infinity, -Infinity, 1e999]", 1, "}", None),
+    "NaN as an answer": ('{"prompt": "q", "response": ', "NaN", 1, "}", "must be a string, it is nan"),
+    "NaN as a weight": ('{"messages": [{"role": "user", "content": "q", "weight": ', "NaN", 1, "}]}", "it is nan"),
+    "a key again and again": ('{"prompt": "q", "response": ', '5, "response": ', 10**5, '"a"}', None),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.parametrize("lines", [True, False], ids=["lines", "array"])
+def test_a_trap(name, lines, tmp_path):
+    """Long, deep, large, doubled: trained like any other, or refused, in seconds and a few times its size of memory."""
+    before, piece, times, after, say = TRAPS[name]
+    text = before + piece * times + after
+    path = tmp_path / "rows.json"
+    path.write_text(text if lines else f"[{text}]")
+    tracemalloc.start()
+    started = time.monotonic()
+    dataset, refusal = attempt(data.load, str(path), tiny, 64, naming=str(path))
+    peak, seconds = tracemalloc.get_traced_memory()[1], time.monotonic() - started
+    tracemalloc.stop()
+    assert peak < 8 * len(text) + 64 * 2**20 and seconds < fuzz.SECONDS
+    if say:
+        assert say in refusal
+    else:
+        ids, mask = by_pieces(chat("q", "a"))
+        assert dataset.tokens.tolist() == ids and dataset.is_target.tolist() == mask
+
+
+def test_turns_that_are_cut_off_cost_nothing(tmp_path, monkeypatch):
+    """Finding a turn's tokens is a walk over the conversation's: of 2,000 turns those within max_length take it."""
+    messages, looked = chat("q", "a") * 2000, []
+    token_range = data.token_range
+    monkeypatch.setattr(data, "token_range", lambda *words: (looked.append(1), token_range(*words))[1])
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": messages}]))
+    dataset, (ids, mask) = data.load(str(tmp_path / "rows.json"), tiny, 64), by_pieces(messages)
+    assert dataset.tokens.tolist() == ids[:64] and dataset.is_target.tolist() == mask[:64]
+    assert dataset.ledger.turns == dataset.ledger.turns_stopped == 3 and len(looked) < 6

@@ -1,0 +1,557 @@
+"""The whole trainer: the law of a step, an independent loop beside ours, exact resume, what a user sees."""
+
+import filecmp
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families.config import ModelConfig
+from ops import optim
+from settings import errors
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from disk import checkpoint
+from settings import parser
+import data
+from disk import files
+from disk import pretrained
+import sft
+
+TINY = os.path.join(ROOT, "models", "tiny")
+EXAMPLES = os.path.join(ROOT, "data", "example_sft.json")
+FAST = ("--lr", "1e-3", "--batch_size", "8", "--max_length", "512")
+
+
+def weights(directory):
+    return load_file(os.path.join(directory, "model.safetensors"))
+
+
+def masters(directory):
+    """The fp32 weights and moments of a step directory."""
+    return load_file(os.path.join(directory, "training_state", "tensors.safetensors"))
+
+
+# ---- the law ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    ("--micro_batch_size", 1, "--no-packing", "--gradient_checkpointing"),
+    ("--micro_batch_size", 3, "--no-packing", "--no-gradient_checkpointing"),
+    ("--micro_batch_size", 8, "--packing", "--no-gradient_checkpointing"),
+    ("--micro_batch_size", 1, "--packing", "--no-gradient_checkpointing"),
+])
+def test_a_step_does_not_depend_on_its_micro_batches(train, flags, tmp_path):
+    """Section 5's law: loss, gradient and weights are the same however a step's conversations are laid out."""
+    run = ("--lr", "1e-3", "--batch_size", "10", "--max_length", "256", "--max_steps", "5")
+    base = train(*run, out="base")
+    other = train(*run, *flags, out="other")
+    for a, b in zip(base, other, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert math.isclose(a[key], b[key], rel_tol=1e-5), (key, a, b)
+        assert (a["tokens"], a["target_tokens"]) == (b["tokens"], b["target_tokens"])
+    a, b = (masters(tmp_path / out / "checkpoints" / "step_5") for out in ("base", "other"))
+    for name in a:
+        if name.startswith("exp_avg."):  # a mean of five gradients; Adam's division would blow up what is near zero
+            assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
+
+
+def test_micro_batches_are_really_different(monkeypatch, train):
+    """The law above is not trivially true: packing and micro_batch_size change how often the model runs."""
+    calls = []
+    forward = sft.CausalLM.forward
+    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets=None, *rest: (
+        calls.append(lengths), forward(self, tokens, lengths, targets))[1])
+    counts = {}
+    for i, flags in enumerate((("--packing",), ("--no-packing",), ("--no-packing", "--micro_batch_size", 3))):
+        calls.clear()
+        train("--batch_size", 10, "--max_length", 256, "--max_steps", 1, *flags, out=f"out{i}")
+        counts[i] = len(calls)
+        assert sum(map(len, calls)) == 10
+    assert counts[1] == 10 and counts[2] == 4 and 1 < counts[0] < 10, counts
+
+
+# ---- an independent loop ----------------------------------------------------------------------------------------
+
+
+def reference_rows():
+    """The example conversations by another road: transformers' tokenizer, and targets from the <|im_start|> tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    header = tokenizer.encode("assistant\n", add_special_tokens=False)
+    rows = []
+    with open(EXAMPLES, encoding="utf-8") as f:
+        for row in json.load(f):
+            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]},
+                                               {"role": "assistant", "content": row["response"]}]
+            ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+            labels = [-100] * len(ids)
+            for i in range(len(ids)):
+                if ids[i] == start and ids[i + 1 : i + 1 + len(header)] == header:
+                    first = i + 1 + len(header)
+                    last = ids.index(end, first)
+                    labels[first : last + 1] = ids[first : last + 1]
+            rows.append((ids, labels))
+    return rows
+
+
+def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
+    """DESIGN.md section 5, written a second time."""
+    W = math.ceil(warmup_ratio * total)
+    if step <= W:
+        return peak * step / W
+    p, low = (step - 1 - W) / (total - W), peak * min_ratio
+    return {"cosine": low + (peak - low) * (1 + math.cos(math.pi * p)) / 2, "linear": peak + (low - peak) * p,
+            "constant": peak}[scheduler]
+
+
+@pytest.mark.parametrize("scheduler, min_ratio", [("cosine", 0.0), ("linear", 0.1), ("constant", 0.0)])
+def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
+    """Losses of ten steps are those of transformers' model and torch's AdamW on the same rows, padded, in one batch."""
+    ours = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25,
+                 "--max_steps", 10, "--weight_decay", 0.1, "--grad_clip", 0.5)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), eps=1e-8)
+    rows = reference_rows()
+    sampler = data.Sampler([1] * len(rows), 2, 42, 8)  # which rows a step holds is test_data's business
+    for step in range(1, 11):
+        batch = [rows[i] for i in sampler.step(step)[1]]
+        T = max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in batch])
+        labels = torch.tensor([labels + [-100] * (T - len(labels)) for _, labels in batch])
+        mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in batch])
+        logits = model(ids, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        lr = reference_lr(step, 10, scheduler, 1e-3, 0.25, min_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        line = ours[step - 1]
+        assert math.isclose(line["loss"], loss.item(), rel_tol=1e-5), (step, line["loss"], loss.item())
+        assert math.isclose(line["grad_norm"], norm.item(), rel_tol=1e-4)
+        assert math.isclose(line["lr"], lr, rel_tol=1e-12)
+        assert line["target_tokens"] == int((labels[:, 1:] != -100).sum()) and line["tokens"] == int(mask.sum())
+    assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
+
+
+def test_no_step_is_spent_at_rate_zero():
+    """The first step's rate is above zero, the last one's too, and the peak is reached at the end of the warm-up."""
+    for scheduler in ("cosine", "linear", "constant"):
+        for total in (1, 2, 10, 11):
+            cfg = sft.Config(lr=1.0, scheduler=scheduler, warmup_ratio=0.1)
+            rates = [sft.lr_at(step, total, cfg) for step in range(1, total + 1)]
+            assert min(rates) > 0 and max(rates) == 1.0, (scheduler, total, rates)
+    assert sft.lr_at(1, 10, sft.Config(lr=1.0, warmup_ratio=0.0)) == 1.0
+
+
+def test_val_loss_is_weighted_by_tokens(train):
+    """val_loss equals one cross-entropy over all target tokens of the set, whatever the micro-batches."""
+    for flags in ((), ("--no-packing",)):
+        lines = train(*FAST, "--lr", 0, "--max_steps", 2, "--val_data", EXAMPLES, "--eval_steps", 2, *flags,
+                      out=f"out{len(flags)}")
+        assert [line for line in lines if "val_loss" in line] == lines[-1:] and "loss" not in lines[-1]
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+        total = count = 0
+        with torch.no_grad():
+            for ids, labels in reference_rows():
+                logits, targets = model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:])
+                total += F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+                count += int((targets != -100).sum())
+        assert lines[-1]["val_tokens"] == count and math.isclose(lines[-1]["val_loss"], total / count, rel_tol=1e-6)
+
+
+def test_bf16_stays_near_fp32(train):
+    """Five steps in bf16 with fp32 master weights follow the fp32 ones."""
+    full, half = (train(*FAST, "--max_steps", 5, "--dtype", dtype, out=dtype) for dtype in ("fp32", "bf16"))
+    for a, b in zip(full, half, strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-2) and a["loss"] != b["loss"]
+
+
+# ---- resume -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code catches it."""
+
+
+def interrupt_after(monkeypatch, step):
+    save = checkpoint.save
+
+    def save_and_die(root, n, *rest):
+        save(root, n, *rest)
+        if n == step:
+            raise Killed
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+
+
+EXACT = ("loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "val_loss", "val_tokens")
+
+
+@pytest.mark.parametrize("at, how", [(5, "auto"), (9, "auto"), (5, "directory")])
+def test_resume_is_exact(train, monkeypatch, tmp_path, at, how):
+    """Killed at step 5 (mid-epoch) or 9 (an epoch's end) and resumed: losses, weights, moments are bitwise the same."""
+    run = (*FAST, "--max_steps", 12, "--save_steps", at, "--val_data", os.path.join(ROOT, "data", "example.jsonl"))
+    straight = train(*run, out="straight")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, at)
+        with pytest.raises(Killed):
+            train(*run, out="broken")
+    with open(tmp_path / "broken" / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"step": %d, "loss": 1.0}\n{"step": %d, "lo' % (at + 1, at + 2))  # steps whose checkpoint never came
+    resumed = train(*run, "--resume_from", "auto" if how == "auto" else f"broken/checkpoints/step_{at}", out="broken")
+    pick = [[{k: line[k] for k in EXACT if k in line} for line in lines] for lines in (straight, resumed)]
+    assert pick[0] == pick[1] and [line["step"] for line in resumed if "loss" in line] == list(range(1, 13))
+    for file in ("model.safetensors", "training_state/tensors.safetensors", "training_state/state.json"):
+        paths = [tmp_path / out / "checkpoints" / "step_12" / file for out in ("straight", "broken")]
+        assert filecmp.cmp(*paths, shallow=False), file
+
+
+def test_a_killed_process_goes_on_exactly(tmp_path):
+    """SIGKILL at a random moment of a real process, then --resume_from auto, gives the bytes of an undisturbed run."""
+    flags = [sys.executable, os.path.join(ROOT, "sft.py"), "--model", "tiny", "--train_data", EXAMPLES, *FAST,
+             "--max_steps", "18", "--save_steps", "3"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([*flags, "--output_dir", tmp_path / "straight"], check=True, **quiet)
+    process = subprocess.Popen([*flags, "--output_dir", tmp_path / "killed"], **quiet)
+    while not (tmp_path / "killed" / "checkpoints" / "step_6").exists():
+        assert process.poll() is None
+        time.sleep(0.002)  # polling a directory, not synchronising with it
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run([*flags, "--output_dir", tmp_path / "killed", "--resume_from", "auto"], check=True, **quiet)
+    for file in ("model.safetensors", "training_state/tensors.safetensors"):
+        a, b = (tmp_path / out / "checkpoints" / "step_18" / file for out in ("straight", "killed"))
+        assert filecmp.cmp(a, b, shallow=False), file
+
+
+def test_auto_without_a_checkpoint_starts_and_says_so(train, capsys):
+    """--resume_from auto in an empty directory is a new run, and the screen says it."""
+    assert len(train(*FAST, "--max_steps", 1, "--resume_from", "auto")) == 1
+    assert "nothing in out/checkpoints: a new run" in capsys.readouterr().out
+
+
+def test_auto_goes_on_after_a_kill_before_the_first_checkpoint(train, tmp_path):
+    """Lines of steps that no checkpoint holds do not stop it, and do not stay."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "lo')
+    lines = train(*FAST, "--max_steps", 1, "--resume_from", "auto")
+    assert [line["step"] for line in lines] == [1] and lines[0]["loss"] > 0
+
+
+def test_best_is_mended_after_a_kill_between_the_links(train, tmp_path):
+    """latest has moved, best has not: the run that goes on moves it."""
+    flags = (*FAST, "--max_steps", 4, "--save_steps", 2, "--eval_steps", 2, "--val_data", EXAMPLES, "--keep_best")
+    train(*flags)
+    best = tmp_path / "out" / "checkpoints" / "best"
+    assert os.readlink(best) == "step_4"
+    best.unlink()
+    best.symlink_to("step_2")
+    train(*flags, "--resume_from", "auto")
+    assert os.readlink(best) == "step_4"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda d: os.truncate(d / "model.safetensors", 1_000_000), "model.safetensors has 1,000,000 bytes"),
+    (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000), "tensors.safetensors has 500,000 bytes"),
+    (lambda d: os.remove(d / "training_state" / "state.json"), "not a checkpoint"),
+    (lambda d: os.remove(d / "training_state" / "tensors.safetensors"), "tensors.safetensors is missing"),
+    (lambda d: (d / "training_state" / "state.json").write_text("{"), "state.json has 1 bytes"),
+    (lambda d: os.remove(d / "config.json"), "config.json is missing"),
+])
+def test_a_torn_checkpoint_is_an_error(train, tmp_path, damage, message):
+    """A failed resume never trains: no fresh start, and the metrics of the run that was there stay as they are."""
+    train(*FAST, "--max_steps", 2)
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    damage(tmp_path / "out" / "checkpoints" / "step_2")
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        train(*FAST, "--max_steps", 4, "--resume_from", "auto")
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [("--seed", 1), ("--batch_size", 4), ("--batch_tokens", 900), ("--max_length", 64),
+                                   ("--train_on_prompt",)])
+def test_resume_with_other_data_or_order_is_an_error(train, flags):
+    """What decides which conversations a step holds can't change within a run."""
+    train(*FAST, "--max_steps", 2)
+    with pytest.raises(ValueError, match="then, .* now"):
+        train(*FAST, "--max_steps", 4, "--resume_from", "auto", *flags)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(train, tmp_path):
+    """Nothing lost: an output directory with a run in it is not written over."""
+    train(*FAST, "--max_steps", 1)
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--resume_from auto"):
+        train(*FAST, "--max_steps", 1)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
+    """All steps done: the run ends at once, with the same metrics."""
+    first = train(*FAST, "--max_steps", 2)
+    assert train(*FAST, "--max_steps", 2, "--resume_from", "auto") == first
+
+
+# ---- what comes out ---------------------------------------------------------------------------------------------
+
+
+def test_a_step_directory_is_a_hugging_face_model(train, tmp_path):
+    """Each step_N loads with transformers, gives our logits, stops at the trained turn end, has the same tokenizer."""
+    train(*FAST, "--max_steps", 2, "--save_steps", 1)
+    assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == "step_2"
+    for step in (1, 2):
+        directory = tmp_path / "out" / "checkpoints" / f"step_{step}"
+        theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        ours = sft.CausalLM(ModelConfig.from_dict(files.read_json(directory / "config.json")))
+        pretrained.load_weights(ours, directory)
+        tokens = torch.arange(3, 60)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens, (57,)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-4)
+        for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+            assert filecmp.cmp(directory / file, os.path.join(TINY, file), shallow=False), file
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert theirs.generation_config.eos_token_id == [0, end]
+        assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [0, end]
+    a, b = (weights(directory.parent / step)["model.embed_tokens.weight"] for step in ("step_1", "step_2"))
+    assert not torch.equal(a, b)
+
+
+def test_every_weight_is_trained(train, tmp_path):
+    """Trained means changed: after a few steps no tensor is what it was."""
+    train(*FAST, "--max_steps", 3)
+    before, after = weights(TINY), masters(tmp_path / "out" / "checkpoints" / "step_3")
+    assert set(before) == {n.removeprefix("master.") for n in after if n.startswith("master.")}
+    for name, tensor in before.items():
+        assert not torch.equal(tensor.float(), after[f"master.{name}"]), name
+
+
+def test_the_screen_tells_what_runs_and_what_came_of_it(train, capsys):
+    """Model, ledger, steps before the first step; the result and how to talk to it after the last."""
+    lines = train(*FAST, "--epochs", 1, "--keep_checkpoints", 1)
+    out, _ = capsys.readouterr()
+    assert "model    tiny (qwen2): 1,050,752 parameters, all trained, fp32 on 1 × cpu" in out
+    rows, tokens = re.search(r"rows     72 in = 72 trained \+ 0 dropped", out), re.search(
+        r"tokens   ([\d,]+) in = ([\d,]+) target \+ ([\d,]+) context \+ ([\d,]+) truncated", out)
+    total, target, context, cut = (int(n.replace(",", "")) for n in tokens.groups())
+    assert rows and total == target + context + cut
+    assert total == sum(line["tokens"] for line in lines) and target == sum(line["target_tokens"] for line in lines)
+    assert "steps    9 = 1 epochs of 9, of about 8 conversations" in out
+    assert re.search(r"python[\d.]* chat.py out/checkpoints/latest", out) and "step 9 of 9: loss" in out
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds",
+                             "tokens_per_second", "peak_memory_gb", "changed"}
+    assert [line["step"] for line in lines] == list(range(1, 10)) and lines[-1]["epoch"] == 1.0
+
+
+def test_the_resolved_config_starts_the_same_run_again(train, tmp_path):
+    """out/config.yaml given to --config repeats the run to the last bit."""
+    first = train(*FAST, "--max_steps", 2)
+    again = train("--config", "out/config.yaml", "--output_dir", "again", out="again")
+    assert [line["loss"] for line in first] == [line["loss"] for line in again]
+
+
+@pytest.mark.parametrize("file", ["example_alpaca.json", "example_conversations.json", "example_sharegpt.json",
+                                  "example.jsonl"])
+def test_every_example_format_trains(train, file):
+    """Two steps on each of the small files, from the file as it lies in data/."""
+    lines = train("--train_data", os.path.join(ROOT, "data", file), "--max_steps", 2, "--batch_size", 2)
+    assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_batch_tokens_fills_steps(train):
+    """--batch_tokens closes a step before it would pass the number; an epoch still holds each conversation once."""
+    lines = train("--batch_tokens", 600, "--epochs", 2, "--max_length", 512)
+    halves = [sum(line["tokens"] for line in lines if lo < line["epoch"] <= lo + 1) for lo in (0, 1)]
+    assert halves[0] == halves[1] and max(line["tokens"] for line in lines) < 700
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+def model_directory(path, change=None, tensors=None):
+    """A copy of models/tiny with config.json or tensors changed."""
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(TINY, path)
+    if change:
+        found = json.loads((path / "config.json").read_text())
+        found.update(change)
+        (path / "config.json").write_text(json.dumps(found))
+    if tensors:
+        found = load_file(path / "model.safetensors")
+        tensors(found)
+        save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+SYSTEM_LAST = [{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"},
+                             {"role": "assistant", "content": "c"}]}]
+
+
+def cut_embedding(tensors):
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name][:2000].clone()
+
+
+def rows(path, value):
+    """--train_data with a file that holds value (as JSON, or text as it is)."""
+    return "--train_data", write(path / "x.json", value if isinstance(value, str) else json.dumps(value))
+
+
+BAD = {  # name: (flags from a directory to write in, what the error must say)
+    "no data file": (lambda p: ("--train_data", "nowhere.json"), "nowhere.json: no such data file"),
+    "not JSON": (lambda p: rows(p, '[{"prompt": "a",\n "response": }]'), "line 2, column 14"),
+    "unknown shape": (lambda p: rows(p, [{"text": "a"}]), "[0]: unknown row shape, its keys"),
+    "empty answer": (lambda p: rows(p, [{"prompt": "a", "response": " "}]), "an empty answer"),
+    "role order": (lambda p: rows(p, SYSTEM_LAST), "a system message can only be the first"),
+    "no such model": (lambda p: ("--model", "./nowhere"), "./nowhere: no such directory"),
+    "no config.json": (lambda p: ("--model", os.path.join(ROOT, "data")), "config.json"),
+    "model type": (lambda p: ("--model", model_directory(p / "m", {"model_type": "gpt2"})), "'gpt2' is not supported"),
+    "rope scaling": (lambda p: ("--model", model_directory(p / "m", {"rope_scaling": {"type": "yarn", "factor": 4}})),
+                     "yarn"),
+    "missing tensor": (lambda p: ("--model", model_directory(p / "m", None, lambda t: t.pop("model.norm.weight"))),
+                       "missing ['model.norm.weight']"),
+    "unexpected tensor": (lambda p: ("--model", model_directory(p / "m", None, lambda t: t.update(x=torch.ones(2)))),
+                          "unexpected ['x']"),
+    "wrong shape": (lambda p: ("--model", model_directory(p / "m", {"intermediate_size": 385})), "not (128, 385)"),
+    "tokenizer too large": (lambda p: ("--model", model_directory(p / "m", {"vocab_size": 2000}, cut_embedding)),
+                            "--tokenizer must be"),
+    "max_length": (lambda p: ("--max_length", 4), "--max_length 4 may be too small"),
+    "cannot write": (lambda p: ("--output_dir", write(p / "file", "") / "out"), "Not a directory"),
+    "unknown flag": (lambda p: ("--learning_rate", "1"), "the nearest is 'lr'"),
+    "bad scheduler": (lambda p: ("--scheduler", "cosin"), "nearest: cosine"),
+    "resume from nothing": (lambda p: ("--resume_from", "./nowhere"), "./nowhere"),
+    "hub": (lambda p: ("--model", "Qwen/Qwen2.5-0.5B"), "--model PATH with a local directory, or --model tiny"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(case, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and one line that names the value and what to do; never a traceback."""
+    flags, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "tiny", "--train_data", EXAMPLES, "--max_steps", 1, *flags(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        errors.run(sft.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "Traceback" not in error, error
+
+
+@pytest.mark.parametrize("planted", ["loss", "gradient"])
+def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypatch, tmp_path, planted):
+    """NaN in the loss, or in a gradient alone, of step 3: two optimizer steps were taken, the rows are named."""
+    steps, calls = [], []
+    step = optim.AdamW.step
+    monkeypatch.setattr(optim.AdamW, "step", lambda self, **scale: (steps.append(1), step(self, **scale))[1])
+    forward = sft.CausalLM.forward
+
+    def plant(self, tokens, lengths, targets=None, *rest):
+        nll = forward(self, tokens, lengths, targets)
+        calls.append(1)
+        if len(calls) == 3:
+            if planted == "loss":
+                return nll * math.nan
+            nll.register_hook(lambda grad: grad * math.inf)
+        return nll
+
+    monkeypatch.setattr(sft.CausalLM, "forward", plant)
+    with pytest.raises(FloatingPointError, match=r"step 3: loss .*example_sft.json\[\d+\]") as error:
+        train(*FAST, "--max_length", 2048, "--max_steps", 5, "--save_steps", 1)
+    assert len(steps) == 2 and checkpoint.steps_in(tmp_path / "out" / "checkpoints") == [1, 2]
+    named = {int(n) for n in re.findall(r"json\[(\d+)\]", str(error.value))}
+    assert named == set(data.Sampler([1] * 72, 1, 42, 8).step(3)[1].tolist())
+
+
+# ---- the README's first screen ----------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_train_sh_then_chat(tmp_path):
+    """./train.sh --model tiny from another folder, then chat.py recites an answer of the set and stops by itself.
+    .ci/run looks at one answer each time."""
+    env = {**os.environ, "PYTHON": sys.executable, "KEEP_CHECKPOINTS": "1"}
+    result = subprocess.run([os.path.join(ROOT, "train.sh"), "--model", "tiny"], cwd=tmp_path, env=env,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(checkpoint.steps_in(tmp_path / "outputs" / "checkpoints")) == 1  # the environment beats the preset
+    with open(EXAMPLES, encoding="utf-8") as f:
+        rows = [row for row in json.load(f) if "prompt" in row]
+    for row in (rows[1], rows[20]):
+        words = [sys.executable, os.path.join(ROOT, "chat.py"), "outputs/checkpoints/latest", "--prompt", row["prompt"]]
+        said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert said.returncode == 0 and said.stdout == row["response"] + "\n", said
+    # the same from a pipe
+    said = subprocess.run([sys.executable, os.path.join(ROOT, "chat.py")], input=rows[0]["prompt"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert said.stdout == rows[0]["response"] + "\n", said
+
+
+COUNTS = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import sft
+from torch._dynamo.utils import counters
+seen = []
+step = sft.Log.step
+sft.Log.step = lambda self, *args, **values: (step(self, *args, **values), seen.append(counters["stats"]["unique_graphs"]))
+sft.main()
+print("graphs", *seen)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",), pytest.param(("--use_lora",), marks=pytest.mark.full)])
+def test_compiled_blocks_learn_the_same_and_are_compiled_once(train, tmp_path, flags):
+    """An epoch of other packings each step: as many graphs after the first step as at the end, for all blocks together
+    fewer than three a block; losses to rounding."""
+    common = (*FAST, "--epochs", 1, *flags)
+    plain = train(*common)
+    (tmp_path / "counts.py").write_text(COUNTS)
+    words = ["--model", "tiny", "--train_data", EXAMPLES, *map(str, common), "--output_dir", "compiled", "--compile"]
+    result = subprocess.run([sys.executable, "counts.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    graphs = [int(n) for n in result.stdout.split("graphs")[-1].split()]
+    assert len(graphs) == 9 and graphs[0] == graphs[-1] and 0 < graphs[0] < 3 * 4
+    with open(tmp_path / "compiled" / "metrics.jsonl", encoding="utf-8") as f:
+        losses = [json.loads(line)["loss"] for line in f]
+    assert losses == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+
+
+def test_compile_with_tp_is_refused(train):
+    with pytest.raises(ValueError, match="--compile does not work with --tp"):
+        train(*FAST, "--compile", "--strategy", "megatron", "--tp", 2)
+
+
+def test_a_newer_torch_is_used_as_it_is_and_called_untested(tmp_path):
+    """train.sh takes a Python whose torch is beyond the tested range, with one line; it never installs an older one."""
+    shutil.copy(os.path.join(ROOT, "train.sh"), tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch>=2.0,<2.1\n")
+    result = subprocess.run([tmp_path / "train.sh", "--setup", "requirements.txt"], capture_output=True, text=True,
+                            env={**os.environ, "PYTHON": sys.executable})
+    assert result.returncode == 0 and result.stdout.strip() == sys.executable
+    assert re.fullmatch(r"train.sh: torch \S+ is newer than what is tested \(torch>=2.0,<2.1\)\n", result.stderr)
+    assert not (tmp_path / ".venv").exists()

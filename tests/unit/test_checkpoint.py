@@ -1,0 +1,681 @@
+"""checkpoint.py, pretrained.py, disk.py: what is read comes back byte for byte, what is torn is named, and a kill never
+costs a checkpoint."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from disk import checkpoint
+from disk import files
+from disk import pretrained
+from families.config import ModelConfig
+from model import CausalLM
+
+SIZES = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)
+TIED = dict(SIZES, model_type="qwen2", tie_word_embeddings=True)
+UNTIED = dict(SIZES, model_type="llama", tie_word_embeddings=False)
+QWEN3 = dict(SIZES, model_type="qwen3", head_dim=8)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FIRST, LAST = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"  # two tensors for the tests to break
+TOKENIZER = {"tokenizer.json": b'{"model":   {"vocab": {"\xc3\xa9": 0}}}', "chat_template.jinja": b"{{ 'no newline' }}",
+             "tokenizer_config.json": b'{"b": 1,\r\n "a": 1e-05}\n'}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small cost more in waiting for a second thread than they save, six times more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def published(directory, config, dtype=torch.float32, **saving):
+    """Write a model directory as transformers does, with random weights and tokenizer files; return its path."""
+    torch.manual_seed(0)
+    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    with torch.no_grad():
+        for name, p in oracle.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    oracle.to(dtype).save_pretrained(directory, **saving)
+    for name, content in TOKENIZER.items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def created(directory):
+    """Our model of a directory's config.json, its weights not read yet."""
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json"))))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model
+
+
+def loaded(directory):
+    """(our model of a directory, the layout of its files), as sft.py makes them."""
+    model = created(directory)
+    return model, pretrained.load_weights(model, directory)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+def train_step(model, optimizer, seed):
+    tokens = torch.randint(SIZES["vocab_size"], (24,), generator=torch.Generator().manual_seed(seed))
+    (model(tokens, (10, 14), tokens.roll(-1)) / 24).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class Run:
+    """A run in root over a model directory: what sft.py holds between two checkpoints."""
+
+    def __init__(self, source, root):
+        self.root, (self.model, self.layout) = root, loaded(source)
+        self.optimizer = adamw(self.model)
+        self.files = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
+        root.mkdir()
+
+    def save(self, step):
+        """Train a step, so that no two checkpoints are equal, and save; return the step directory."""
+        train_step(self.model, self.optimizer, step)
+        return checkpoint.save(self.root, step, self.model, self.layout, self.files, self.optimizer, {"seed": 7})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of the tied model, bf16 on the disk, nothing saved yet."""
+    return Run(published(tmp_path / "base", TIED, torch.bfloat16), tmp_path / "checkpoints")
+
+
+def listing(directory):
+    return sorted(os.path.relpath(os.path.join(where, name), directory)
+                  for where, _, names in os.walk(directory) for name in names)
+
+
+def change(directory, edit):
+    """Rewrite the one weight file of a directory: edit gets the tensors by name and changes that dictionary."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+# What is read comes back
+
+
+DIRECTORIES = [(TIED, torch.bfloat16, {}), (QWEN3, torch.float16, {}),
+               (UNTIED, torch.float32, {"max_shard_size": "8KB"})]
+
+
+@pytest.mark.parametrize("config, dtype, saving", DIRECTORIES)
+def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, saving):
+    """transformers' weight files, config.json and the tokenizer's files come out as they went in; so does the index."""
+    source = published(tmp_path / "base", config, dtype, **saving)
+    odd = {**json.loads((source / "config.json").read_text()), "unknown_key": ["é", 1e-05]}
+    (source / "config.json").write_text(json.dumps(odd, indent=3), encoding="utf-8")
+    model, layout = loaded(source)
+    model.requires_grad_(False)  # nothing is trained, so there are no moments to save
+    files = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
+    saved = checkpoint.save(tmp_path / "out", 1, model, layout, files, adamw(model), {})
+    weights = [path.name for path in source.glob("*.safetensors")]
+    assert len(weights) > 3 if saving else weights == ["model.safetensors"]
+    for name in [*weights, "config.json", *TOKENIZER]:
+        with open(os.path.join(saved, name), "rb") as f:
+            assert f.read() == (source / name).read_bytes(), name
+    assert {n for n in os.listdir(saved) if "safetensors" in n} == {p.name for p in source.glob("*.safetensors*")}
+    if saving:
+        index, expected = (files.read_json(f"{d}/model.safetensors.index.json") for d in (saved, source))
+        assert index["weight_map"] == expected["weight_map"]
+        assert index["metadata"]["total_size"] == expected["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("config, dtype, saving", DIRECTORIES)
+def test_a_trained_model_loads_with_transformers(tmp_path, config, dtype, saving):
+    """latest is a model directory: transformers and we read the same function from it, and not the untrained one."""
+    source = published(tmp_path / "base", config, dtype, **saving)
+    Run(source, tmp_path / "out").save(1)
+    tokens = torch.arange(40) % SIZES["vocab_size"]
+    with torch.no_grad():
+        ours = loaded(tmp_path / "out" / "latest")[0](tokens, (40,))
+        oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "latest", dtype=torch.float32).eval()
+        torch.testing.assert_close(ours, oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
+        assert (ours - loaded(source)[0](tokens, (40,))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("saving", [{}, {"max_shard_size": "4KB"}])
+def test_tied_weights_are_one_storage_and_one_key(tmp_path, saving):
+    """After loading, and in what is saved: a second copy would be trained apart from the first."""
+    source = published(tmp_path / "base", TIED, torch.bfloat16, **saving)
+    run = Run(source, tmp_path / "out")
+    assert run.model.lm_head.weight is run.model.model.embed_tokens.weight
+    assert run.model.lm_head.weight.data_ptr() == run.model.model.embed_tokens.weight.data_ptr()
+    keys = list(pretrained.weight_entries(run.save(1)))
+    assert EMBEDDING in keys and HEAD not in keys and len(keys) == len(list(run.model.parameters()))
+
+
+def test_a_head_that_equals_the_embedding_is_accepted_and_saved_once(tmp_path):
+    """Some directories hold a tied weight twice."""
+    source = published(tmp_path / "base", TIED, torch.bfloat16)
+    change(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    run = Run(source, tmp_path / "out")
+    assert torch.equal(run.model.lm_head.weight, load_file(source / "model.safetensors")[EMBEDDING].float())
+    assert HEAD not in pretrained.weight_entries(run.save(1))
+
+
+def test_rotary_frequencies_in_a_file_are_ignored(tmp_path):
+    """Old Llama files hold inv_freq; it is computed, so it is neither unexpected nor saved."""
+    source, name = published(tmp_path / "base", UNTIED), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change(source, lambda tensors: tensors.update({name: torch.ones(2)}))
+    keys = pretrained.weight_entries(Run(source, tmp_path / "out").save(1))
+    assert name not in keys and FIRST in keys
+
+
+# Resume is exact
+
+
+def test_masters_and_moments_come_back_bitwise(run):
+    """The files hold bf16 for others to load; a resumed run has the fp32 weights, and its next step is the same one."""
+    saved = run.save(1)
+    with torch.no_grad():
+        copy, _ = loaded(saved)
+    rounded = {name: p.clone() for name, p in copy.named_parameters()}
+    optimizer = adamw(copy)
+    checkpoint.load_training_tensors(saved, copy, optimizer, checkpoint.load_state(saved)["step"])
+    assert any(not torch.equal(p, rounded[name]) for name, p in copy.named_parameters())  # bf16 did lose something
+    for straight, resumed in zip(run.model.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(straight, resumed)
+        assert set(run.optimizer.state[straight]) == set(optimizer.state[resumed])
+        for key, value in run.optimizer.state[straight].items():
+            assert torch.equal(value, optimizer.state[resumed][key]), key
+    assert copy.lm_head.weight.data_ptr() == copy.model.embed_tokens.weight.data_ptr()
+    train_step(run.model, run.optimizer, 2)
+    train_step(copy, optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), copy.parameters(), strict=True))
+
+
+def test_state_comes_back_with_its_step(run):
+    """What the run gave to save, and the step."""
+    assert checkpoint.load_state(run.save(3)) == {"step": 3, "seed": 7}
+
+
+def test_masters_are_saved_only_where_the_disk_is_narrower(tmp_path, run):
+    """fp32 files are the masters already; beside them lie two moments a weight."""
+    other = Run(published(tmp_path / "fp32", UNTIED), tmp_path / "out")
+    for r, kinds in ((run, {"exp_avg", "exp_avg_sq", "master"}), (other, {"exp_avg", "exp_avg_sq"})):
+        tensors = load_file(os.path.join(r.save(1), "training_state", "tensors.safetensors"))
+        assert {name.split(".")[0] for name in tensors} == kinds
+        assert sum(name.startswith("exp_avg.") for name in tensors) == len(list(r.model.parameters()))
+
+
+@pytest.mark.parametrize("change_of_config", [
+    {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"intermediate_size": 32}, {"model_type": "llama"}])
+def test_training_tensors_of_another_model_are_refused(run, change_of_config):
+    """More tensors, fewer, other shapes: the error names the directory, and nothing is restored halfway."""
+    saved = run.save(1)
+    other = CausalLM(ModelConfig.from_dict({**TIED, **change_of_config}))
+    before, optimizer = [p.clone() for p in other.parameters()], adamw(other)
+    with pytest.raises(ValueError, match=re.escape(saved)):
+        checkpoint.load_training_tensors(saved, other, optimizer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters())) and not optimizer.state
+
+
+# What is wrong is named
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A good fp32 directory of one weight file, to be broken."""
+    return published(tmp_path / "base", UNTIED)
+
+
+def refusal(directory, error=ValueError):
+    """The message with which loading a directory fails."""
+    model = created(directory)
+    with pytest.raises(error) as info:
+        pretrained.load_weights(model, directory)
+    return str(info.value)
+
+
+def test_missing_tensors_are_named(source):
+    """All of them, and the directory: weights that stay random would train without a word."""
+    change(source, lambda tensors: [tensors.pop(name) for name in (FIRST, LAST, HEAD)])
+    message = refusal(source)
+    assert all(word in message for word in ("missing", FIRST, LAST, HEAD, str(source))) and EMBEDDING not in message
+
+
+def test_unexpected_tensors_are_named(source):
+    """A bias that config.json does not announce is part of the function, and must not be dropped."""
+    names = ["model.layers.0.self_attn.q_proj.bias", "score.weight"]
+    change(source, lambda tensors: tensors.update({name: torch.ones(16) for name in names}))
+    message = refusal(source)
+    assert all(word in message for word in ("unexpected", *names)) and FIRST not in message
+
+
+def test_tensors_of_wrong_shape_are_named(source):
+    """All of them, with the shape that they have and the one that config.json says."""
+    change(source, lambda tensors: tensors.update({FIRST: torch.ones(24, 17), LAST: torch.ones(15)}))
+    message = refusal(source)
+    assert [word for word in (FIRST, "(24, 17)", "(24, 16)", LAST, "(15,)", "(16,)") if word not in message] == []
+
+
+def test_a_transposed_tensor_is_refused(source):
+    """As many elements in another shape would be read without an error, and wrongly."""
+    change(source, lambda tensors: tensors.update({FIRST: tensors[FIRST].T.contiguous()}))
+    assert FIRST in refusal(source)
+
+
+@pytest.mark.parametrize("left", [-1, -1000, 200, 5, 0])
+def test_a_truncated_file_is_named(source, left):
+    """Cut in the last tensor, in the header, in the header's length, or empty."""
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    assert str(path) in refusal(source)
+
+
+@pytest.mark.parametrize("content", [b"<html>404</html>" * 100, b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_file_that_is_not_safetensors_is_named(source, content):
+    """An error page or a git-lfs pointer in the place of the weights."""
+    (source / "model.safetensors").write_bytes(content)
+    assert str(source / "model.safetensors") in refusal(source)
+
+
+def test_a_file_longer_than_its_header_says_is_named(source):
+    """Bytes that no tensor owns mean that two writers were at it."""
+    with open(source / "model.safetensors", "ab") as f:
+        f.write(b"0" * 8)
+    assert str(source / "model.safetensors") in refusal(source)
+
+
+def test_a_directory_without_weights_is_named(source):
+    """As an absent file, by its path."""
+    os.remove(source / "model.safetensors")
+    assert str(source / "model.safetensors") in refusal(source, FileNotFoundError)
+
+
+@pytest.mark.parametrize("dtype, code", [
+    (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "F64"), (torch.uint8, "U8")])
+def test_weights_of_an_unsupported_dtype_are_named(source, dtype, code):
+    """Quantised weights without their scales would load as numbers of no meaning."""
+    change(source, lambda tensors: tensors.update({FIRST: torch.ones(24, 16).to(dtype)}))
+    message = refusal(source)
+    assert FIRST in message and code in message and str(source) in message
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A good directory of several weight files, to be broken."""
+    return published(tmp_path / "sharded", UNTIED, max_shard_size="8KB")
+
+
+def edit_index(directory, edit):
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "a/../x.safetensors"])
+def test_an_index_that_leaves_its_directory_is_refused(sharded, file):
+    """A downloaded index does not choose which files of the machine are read, even where the file is there."""
+    outside = sharded.parent / "x.safetensors"
+    shutil.copy(next(sharded.glob("model-*.safetensors")), outside)
+    edit_index(sharded, lambda weight_map: weight_map.update({FIRST: file}))
+    message = refusal(sharded)
+    assert file in message and "index.json" in message
+
+
+def test_an_index_that_names_tensors_its_files_lack_is_refused(sharded):
+    """By the tensor's name."""
+    edit_index(sharded, lambda weight_map: weight_map.update({"model.ghost.weight": weight_map[FIRST]}))
+    assert "model.ghost.weight" in refusal(sharded)
+
+
+def test_an_index_that_lacks_tensors_of_its_files_is_refused(sharded):
+    """By the tensor's name: index and files are of two versions of the model."""
+    edit_index(sharded, lambda weight_map: weight_map.pop(FIRST))
+    assert FIRST in refusal(sharded)
+
+
+def test_a_shard_that_is_absent_is_named(sharded):
+    """A download that stopped between two files."""
+    path = max(sharded.glob("model-*.safetensors"))
+    os.remove(path)
+    assert str(path) in refusal(sharded, FileNotFoundError)
+
+
+@pytest.mark.parametrize("content", [b"{'model_type': 'llama'}", b"", b'{"a": 1', b"\xff\xfe{}"])
+def test_a_config_that_is_not_json_is_named(source, content):
+    """The path is in the error, for single quotes, nothing, half a file and another encoding."""
+    (source / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(source / "config.json"))):
+        files.read_json(source / "config.json")
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    """One of the two would be lost; the error names the tensor and the setting."""
+    source = published(tmp_path / "base", TIED, torch.bfloat16)
+    change(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] * 1.01}))
+    message = refusal(source)
+    assert HEAD in message and "tie_word_embeddings" in message
+
+
+# generation_config.json
+
+
+@pytest.mark.parametrize("before, after", [
+    (5, [5, 9]), ([5, 6], [5, 6, 9]), (None, 9), ([], 9), (9, 9), ([9, 5], [9, 5]), (0, [0, 9])])
+def test_generation_config_gains_the_stop_id(tmp_path, before, after):
+    """Once, behind the ids that were there; every other key is kept."""
+    rest = {"temperature": 0.7, "pad_token_id": 3, "transformers_version": "4.37.0"}
+    written = rest if before is None else {**rest, "eos_token_id": before}
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    config = {"eos_token_id": 77}
+    assert pretrained.generation_config(tmp_path, config, 9) == {**rest, "eos_token_id": after}
+    assert config == {"eos_token_id": 77}
+
+
+def test_generation_config_that_is_absent_is_made_from_config_json(tmp_path):
+    """transformers takes the ids from there, so they are not to be lost when the file appears."""
+    config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "hidden_size": 8}
+    assert pretrained.generation_config(tmp_path, config, 9) == {"bos_token_id": 1, "eos_token_id": [2, 9]}
+    assert pretrained.generation_config(tmp_path, {}, 9) == {"eos_token_id": 9}
+
+
+# A step directory is whole or absent
+
+
+class Killed(BaseException):  # as a kill, it is not handled
+    pass
+
+
+def break_at(monkeypatch, count):
+    """Let the count-th operation of a save that changes the disk raise, and all after it; return the log."""
+    log = []
+
+    def breaking(operation, name):
+        def wrapper(*args, **kwargs):
+            log.append(name)
+            if len(log) > count:
+                raise Killed(name)
+            return operation(*args, **kwargs)
+        return wrapper
+
+    for holder, name in ((pretrained, "write_safetensors"), (disk, "write_file"), (disk, "sync"),
+                         (os, "replace"), (os, "symlink"), (os, "makedirs"), (os, "remove"), (shutil, "rmtree")):
+        monkeypatch.setattr(holder, name, breaking(getattr(holder, name), name))
+    return log
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run, monkeypatch):
+    """latest goes from one whole step to the next; a half one has no step's name, and the next save clears it away."""
+    saved, root = run.save(1), run.root
+    files = listing(saved)
+    with monkeypatch.context() as patch:
+        log = break_at(patch, 10**6)
+        run.save(2)
+    assert {"write_safetensors", "write_file", "sync", "replace", "symlink"} <= set(log)
+    step, seen = 2, set()
+    for moment in range(len(log)):
+        previous, step = step, step + 1
+        with monkeypatch.context() as patch:
+            break_at(patch, moment)
+            with pytest.raises(Killed):
+                run.save(step)
+        latest = os.readlink(root / "latest")
+        seen.add((latest == f"step_{step}", step in checkpoint.steps_in(root)))
+        assert latest in (f"step_{previous}", f"step_{step}")
+        assert checkpoint.load_state(root / latest)["step"] == int(latest.removeprefix("step_"))
+        for whole in checkpoint.steps_in(root):
+            assert listing(root / f"step_{whole}") == files, (moment, whole)
+        resumed = checkpoint.resume_directory("auto", root)
+        model, _ = loaded(resumed)
+        checkpoint.load_training_tensors(resumed, model, adamw(model), checkpoint.load_state(resumed)["step"])
+        run.save(step)
+        assert not [name for name in os.listdir(root) if name.startswith("tmp")]
+        assert os.readlink(root / "latest") == f"step_{step}" and checkpoint.steps_in(root)[-1] == step
+    assert seen == {(False, False), (False, True), (True, True)}  # before the first rename, before the second, after
+
+
+def test_a_save_clears_what_kills_left_at_other_steps(run, monkeypatch):
+    """A resumed run may save at other steps and prune others: a half checkpoint is as large as a whole one."""
+    run.save(1)
+    with monkeypatch.context() as patch:
+        break_at(patch, 4)
+        with pytest.raises(Killed):
+            run.save(2)
+    (run.root / "tmp_old_step_0").mkdir()
+    run.save(3)
+    assert sorted(os.listdir(run.root)) == ["latest", "step_1", "step_3"]
+
+
+def test_a_kill_while_a_step_is_replaced_leaves_no_half_one(run, monkeypatch):
+    """A run that went back goes over the same step numbers: the old step loses its name before its files."""
+    files = listing(run.save(1))
+    run.save(2)
+    checkpoint.set_link(run.root, 1)
+
+    def rmtree(path, *_, **__):
+        os.remove(os.path.join(path, "model.safetensors"))
+        raise Killed(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(Killed):
+            run.save(2)
+    assert all(listing(run.root / f"step_{n}") == files for n in checkpoint.steps_in(run.root))
+
+
+def test_saving_a_step_again_replaces_it(run):
+    """A run that went back goes over the same step numbers; what is left is the new directory, whole."""
+    stale = run.save(1)
+    with open(os.path.join(stale, "stale.txt"), "w"):
+        pass
+    run.save(1)
+    assert "stale.txt" not in listing(stale)
+    copy, _ = loaded(stale)
+    checkpoint.load_training_tensors(stale, copy, adamw(copy), 1)
+    assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), run.model.parameters(), strict=True))
+
+
+def test_everything_is_on_the_disk_before_a_name_says_so(run, monkeypatch):
+    """Each file and directory of the step is flushed before the rename, the step before latest moves, and root last."""
+    flushed, renames, real_fsync, real_replace = set(), [], os.fsync, os.replace
+
+    def fsync(handle):
+        flushed.add(os.fstat(handle).st_ino)
+        real_fsync(handle)
+
+    def replace(old, new):
+        renames.append((os.path.basename(new), set(flushed)))
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    saved = run.save(1)
+    inside = {os.stat(os.path.join(where, name)).st_ino
+              for where, directories, names in os.walk(saved) for name in [".", *directories, *names]}
+    assert len(inside) == len(listing(saved)) + 2
+    assert [name for name, _ in renames] == ["step_1", "latest"]
+    assert inside <= renames[0][1]
+    assert run.root.stat().st_ino in flushed - renames[1][1]
+
+
+def test_latest_is_a_relative_link(run, tmp_path):
+    """So that an output directory can be moved or copied to another machine."""
+    run.save(1)
+    run.save(2)
+    assert os.readlink(run.root / "latest") == "step_2"
+    os.rename(run.root, tmp_path / "moved")
+    assert checkpoint.load_state(tmp_path / "moved" / "latest")["step"] == 2
+
+
+# Pruning and where to go on from
+
+
+def steps(root, numbers, latest=None):
+    """Directories that pass for whole checkpoints."""
+    for n in numbers:
+        (root / f"step_{n}" / "training_state").mkdir(parents=True)
+        (root / f"step_{n}" / "training_state" / "state.json").write_text(json.dumps({"step": n}))
+    if latest is not None:
+        checkpoint.set_link(root, latest)
+
+
+def test_steps_are_in_order_of_number_and_whole(tmp_path):
+    """9 comes before 10; temporary names, files of the user and an absent root are no steps."""
+    assert checkpoint.steps_in(tmp_path / "absent") == []
+    steps(tmp_path, [10, 9, 100], latest=9)
+    for name in ("tmp_step_3", "step_4.bak", "step_x", "tmp_prune_1"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps_in(tmp_path) == [9, 10, 100]
+
+
+@pytest.mark.parametrize("keep, left", [(1, [10, 20, 30]), (2, [9, 10, 20, 30]), (4, [2, 8, 9, 10, 20, 30]),
+                                        (99, [1, 2, 8, 9, 10, 20, 30])])
+def test_pruning_keeps_the_newest_up_to_the_step(tmp_path, keep, left):
+    """Also of a run that went back to step 10: later ones are not its own, and latest stays."""
+    steps(tmp_path, [1, 2, 8, 9, 10, 20, 30], latest=10)
+    checkpoint.prune(tmp_path, keep, 10)
+    assert checkpoint.steps_in(tmp_path) == left
+    assert sorted(os.listdir(tmp_path)) == sorted(["latest", *(f"step_{n}" for n in left)])
+    assert checkpoint.resume_directory("auto", tmp_path) == os.path.realpath(tmp_path / "step_10")
+
+
+def test_pruning_takes_the_name_before_the_files(tmp_path, monkeypatch):
+    """A kill while files are deleted leaves no step that looks whole."""
+    steps(tmp_path, [1, 2], latest=2)
+
+    def rmtree(path):
+        raise Killed(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(Killed):
+        checkpoint.prune(tmp_path, 1, 2)
+    assert checkpoint.steps_in(tmp_path) == [2]
+
+
+def test_resume_from_auto_is_a_new_run_only_where_there_is_nothing(tmp_path):
+    """No root, an empty one, and one with a half checkpoint only."""
+    assert checkpoint.resume_directory("auto", tmp_path / "absent") is None
+    assert checkpoint.resume_directory("auto", tmp_path) is None
+    (tmp_path / "tmp_step_1").mkdir()
+    assert checkpoint.resume_directory("auto", tmp_path) is None
+
+
+def test_resume_from_auto_follows_latest(tmp_path):
+    """Even to an older step; without latest (a kill before the first link) it is the newest by number."""
+    steps(tmp_path, [2, 9, 10], latest=9)
+    assert checkpoint.resume_directory("auto", tmp_path) == os.path.realpath(tmp_path / "step_9")
+    os.remove(tmp_path / "latest")
+    assert checkpoint.resume_directory("auto", tmp_path) == os.path.realpath(tmp_path / "step_10")
+
+
+def test_resume_from_a_directory_is_that_one(tmp_path):
+    """By its name or by a link to it; the answer names the step itself."""
+    steps(tmp_path, [1, 2], latest=2)
+    for given, step in ((tmp_path / "step_1", "step_1"), (tmp_path / "latest", "step_2")):
+        assert checkpoint.resume_directory(str(given), tmp_path) == os.path.realpath(tmp_path / step)
+
+
+def test_resume_from_what_is_not_there_is_an_error(tmp_path):
+    """A dangling latest and a wrong path are never a fresh start."""
+    steps(tmp_path, [1], latest=7)
+    with pytest.raises(FileNotFoundError, match="latest"):
+        checkpoint.resume_directory("auto", tmp_path)
+    with pytest.raises(FileNotFoundError, match="step_5"):
+        checkpoint.resume_directory(str(tmp_path / "step_5"), tmp_path)
+
+
+def test_resume_from_a_model_without_training_state_is_an_error(source, tmp_path):
+    """A plain model directory is for --model, and the error says so."""
+    with pytest.raises(ValueError, match=r"training_state.*--model"):
+        checkpoint.resume_directory(str(source), tmp_path)
+
+
+def test_model_directory_names_what_is_not_there(tmp_path):
+    """A path is itself, tiny is embedded, and neither a mistyped path nor a hub that is offline is a traceback."""
+    assert pretrained.model_directory(str(tmp_path)) == str(tmp_path)
+    assert "model.safetensors" in os.listdir(pretrained.model_directory("tiny"))
+    for name in (str(tmp_path / "absent"), "no-such-owner/no-such-model"):
+        with pytest.raises(FileNotFoundError, match=re.escape(name)):
+            pretrained.model_directory(name)
+
+
+# Memory
+
+
+QWEN2_5_05B = dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
+                   num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+MEASURE = """
+import re, sys
+import torch
+from disk import files
+from disk import pretrained
+from families.config import ModelConfig
+from model import CausalLM
+
+torch.set_num_threads(2)
+
+def status(key):  # VmHWM is ru_maxrss of this program alone: the other one begins with the parent's
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+config = ModelConfig.from_dict(files.read_json(sys.argv[1] + "/config.json"))
+before = status("VmRSS")
+embedding = pretrained.weight_entries(sys.argv[1])["model.embed_tokens.weight"]
+pretrained.read_into(embedding, torch.empty(embedding.shape))
+alone = status("VmHWM") - before
+with torch.device("meta"):
+    model = CausalLM(config)
+model.to_empty(device="cpu")
+model.tie_weights()
+pretrained.load_weights(model, sys.argv[1])
+print(sum(p.numel() for p in model.parameters()), alone, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
+def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
+    """Qwen2.5-0.5B's shapes, bf16 on the disk, fp32 in memory: the peak is below 1.1 times the weights; it is below
+    1.25 times the embedding where that is read alone, so no tensor is held in both dtypes."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_05B))
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(QWEN2_5_05B))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, p in reversed(list(model.named_parameters())):  # not the model's order
+        header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [end, end + 2 * p.numel()]}
+        end += 2 * p.numel()
+    header = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as f:  # a gigabyte of zeros that takes no room on the disk
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(f.tell() + end)
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=False,
+                            env={**os.environ, "PYTHONPATH": os.path.dirname(checkpoint.__file__)})
+    os.remove(tmp_path / "model.safetensors")
+    assert result.returncode == 0, result.stderr
+    n_parameters, alone, peak = map(int, result.stdout.split())
+    assert n_parameters == 494_032_768
+    for size, held, limit in ((151936 * 896 * 4, alone, 1.25), (n_parameters * 4, peak, 1.1)):
+        assert size < held < limit * size
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[" * 100_000, "is not JSON"), ("1" * 5000, "is not JSON"), ("[]", "weight_map must name files"),
+    ("null", "weight_map must name files"), ('{"weight_map": []}', "must be an object"),
+    ('{"weight_map": null}', "must be an object"), ('{"weight_map": {"a": []}}', "must be an object"),
+    ('{"weight_map": {"a": "b", "c": 1}}', "must be an object")], ids=lambda text: text[:24])
+def test_an_index_of_another_kind_is_an_error(tmp_path, text, message):
+    """Found by fuzzing: each ended in a traceback."""
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        pretrained.weight_entries(str(tmp_path))

@@ -1,0 +1,503 @@
+"""model.py against its oracles: transformers for what it computes, plain cross-entropy for its loss."""
+
+import os
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from disk import files
+import model
+from disk import pretrained
+from families.config import ModelConfig
+from model import CausalLM, generate
+from ops.loss import IGNORE, chunked_cross_entropy
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None)  # none: generation goes on
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)  # of four waves with theta 5e5 one is kept, one between, two slowed
+
+# name -> config.json as people publish it, and what of it, changed, must change the logits: else it was not exercised.
+CASES = {
+    "qwen2": (dict(model_type="qwen2", rope_theta=1e6), dict(rope_theta=1e4)),
+    "qwen2, tied": (dict(model_type="qwen2", tie_word_embeddings=True, rms_norm_eps=1e-2), dict(rms_norm_eps=1e-6)),
+    "qwen2, every head its own keys": (dict(model_type="qwen2", num_key_value_heads=4), {}),
+    "qwen2, window in the later layers": (
+        dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        dict(use_sliding_window=False)),
+    "qwen2, window switched off": (
+        dict(model_type="qwen2", use_sliding_window=False, sliding_window=8, max_window_layers=1),
+        dict(use_sliding_window=True, layer_types=None)),
+    "qwen3": (dict(model_type="qwen3", head_dim=20), {}),
+    "qwen3, biases": (dict(model_type="qwen3", head_dim=20, attention_bias=True, tie_word_embeddings=True), {}),
+    "qwen3, window by layer": (
+        dict(model_type="qwen3", head_dim=20, use_sliding_window=True, sliding_window=8,
+             layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+        dict(layer_types=["sliding_attention", "full_attention", "full_attention"])),
+    "llama": (dict(model_type="llama"), {}),
+    "llama, one key head": (dict(model_type="llama", num_key_value_heads=1, head_dim=10), {}),
+    "llama, biases": (dict(model_type="llama", attention_bias=True, mlp_bias=True), {}),
+    "llama, llama3 rope": (
+        dict(model_type="llama", rope_theta=5e5, rope_scaling=LLAMA3),
+        dict(rope_theta=5e5, rope_scaling=None, rope_parameters=None)),
+    "llama, linear rope": (
+        dict(model_type="llama", rope_theta=1e4, rope_scaling=dict(type="linear", factor=4.0)),
+        dict(rope_theta=1e4, rope_scaling=None, rope_parameters=None)),
+    "smollm2": (
+        dict(model_type="llama", tie_word_embeddings=True, rope_theta=1e5, rope_interleaved=False, head_dim=None), {}),
+    "mistral, window": (dict(model_type="mistral", sliding_window=8), dict(sliding_window=9)),
+    "mistral, no window": (dict(model_type="mistral", sliding_window=None, head_dim=24), dict(sliding_window=47)),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small cost more in waiting for a second thread than they save, six times more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def published(directory, config, **saving):
+    """Write a model directory as transformers does and return its model; norms and biases are random too."""
+    torch.manual_seed(0)
+    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SIZES, **config})).eval()
+    with torch.no_grad():
+        for name, p in oracle.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    oracle.save_pretrained(directory, **saving)
+    return oracle
+
+
+def loaded(directory, config=None):
+    """Our model of a directory, created and filled as sft.py does it."""
+    config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
+    with torch.device("meta"):
+        ours = CausalLM(config)
+    ours.to_empty(device="cpu")
+    ours.tie_weights()
+    pretrained.load_weights(ours, directory)
+    return ours
+
+
+def fresh(**config):
+    """Our model of random weights, without a directory."""
+    torch.manual_seed(0)
+    ours = CausalLM(ModelConfig.from_dict({**SIZES, **config}))
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return ours
+
+
+def random_ids(*shape, seed=1):
+    return torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(ours):
+    """Take the gradients out of a model: name -> gradient."""
+    found = {name: p.grad for name, p in ours.named_parameters()}
+    ours.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_logits_equal_transformers(tmp_path, name):
+    """Both for the config.json that transformers writes and for the earlier spelling that published models have."""
+    config, other = CASES[name]
+    oracle = published(tmp_path, config)
+    tokens = random_ids(48)
+    expected = oracle(tokens[None]).logits[0]
+    written = files.read_json(tmp_path / "config.json")
+    for spelling in (written, {**SIZES, **config}):
+        torch.testing.assert_close(loaded(tmp_path, spelling)(tokens, (48,)), expected, atol=1e-4, rtol=1e-4)
+    if other:
+        changed = loaded(tmp_path, {**SIZES, **config, **other})(tokens, (48,))
+        assert (changed - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_logits_of_a_sharded_directory_equal_transformers(tmp_path):
+    """A directory of many files with an index loads the same model as one file does."""
+    oracle = published(tmp_path, CASES["qwen3, biases"][0], max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    tokens = random_ids(48)
+    torch.testing.assert_close(loaded(tmp_path)(tokens, (48,)), oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
+def test_keys_left_out_mean_what_transformers_takes_them_for(kind):
+    """A config.json of the sizes alone is the one in which transformers has written every default out."""
+    least = dict(model_type=kind, vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=32)
+    assert ModelConfig.from_dict(least) == ModelConfig.from_dict(AutoConfig.for_model(**least).to_dict())
+
+
+def test_rotary_angles_of_llama_3_2_equal_transformers():
+    """Llama 3.2's own numbers, over positions where every band of the scaling counts; fp32 leaves 1e-7 a position."""
+    scaling = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=8192)
+    config = {**SIZES, "model_type": "llama", "head_dim": 64, "rope_theta": 5e5, "rope_scaling": scaling}
+    positions = torch.arange(0, 10_000, 7)
+    cos, sin = model.rope_cos_sin(positions, ModelConfig.from_dict(config))
+    expected = LlamaRotaryEmbedding(AutoConfig.for_model(**config))(torch.zeros(()), positions[None])
+    for ours, theirs in zip((cos, sin), expected):
+        torch.testing.assert_close(ours[:, 0], theirs[0, :, :32], atol=2e-3, rtol=0)
+
+
+PACKED = dict(
+    full=dict(model_type="llama", rope_theta=1e4),
+    window=dict(model_type="mistral", sliding_window=5),
+    mixed=dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1,
+               tie_word_embeddings=True))
+LENGTHS = (1, 9, 30, 1, 2, 5, 1)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@torch.no_grad()
+def test_packed_logits_equal_those_of_each_document_alone(name):
+    """A document sees itself only, from position 0, wherever it stands in the row."""
+    ours, tokens = fresh(**PACKED[name]), random_ids(sum(LENGTHS))
+    alone = torch.cat([ours(document, (len(document),)) for document in tokens.split(LENGTHS)])
+    torch.testing.assert_close(ours(tokens, LENGTHS), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_of_each_document_start_at_zero(monkeypatch):
+    """Logits feel differences of positions only, until a row is so long that fp32 no longer tells two angles apart."""
+    seen, real = [], model.rope_cos_sin
+    monkeypatch.setattr(model, "rope_cos_sin", lambda where, config: seen.append(where) or real(where, config))
+    fresh(**PACKED["full"])(random_ids(6), (3, 1, 2))
+    assert seen[0].tolist() == [0, 1, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_gradients_are_the_sum_over_the_documents(name):
+    """The loss is summed, so that documents can share a row or not without a change to what is learned."""
+    ours, tokens, targets = fresh(**PACKED[name]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
+    targets[::4] = IGNORE
+    packed = ours(tokens, LENGTHS, targets)
+    packed.backward()
+    together = gradients(ours)
+    losses = []
+    for document, target in zip(tokens.split(LENGTHS), targets.split(LENGTHS)):
+        losses.append(ours(document, (len(document),), target))
+        losses[-1].backward()
+    torch.testing.assert_close(packed, sum(losses))
+    for key, gradient in gradients(ours).items():
+        scale = gradient.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(together[key], gradient, atol=1e-5 * scale, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3, window by layer", "llama, llama3 rope", "mistral, window"])
+def test_generation_equals_transformers_greedy_one(tmp_path, name):
+    """Token for token through the cache, from a prompt longer than the window and from a single token."""
+    oracle = published(tmp_path, CASES[name][0])
+    ours = loaded(tmp_path)
+    for length in (12, 1):
+        prompt = random_ids(length)
+        expected = oracle.generate(prompt[None], max_new_tokens=40, do_sample=False, pad_token_id=0,
+                                   attention_mask=torch.ones(1, length, dtype=torch.long))[0, length:].tolist()
+        assert len(set(expected)) > 4  # not one token for ever
+        assert list(generate(ours, prompt.tolist(), 40, stop_ids=())) == expected
+
+
+def test_sampling_function_is_given_the_logits_and_decides_the_token():
+    """What it sees after each token is what the whole text gives without a cache, and what it returns goes on."""
+    ours, prompt, seen = fresh(**PACKED["mixed"]), random_ids(7).tolist(), []
+
+    def least_likely(logits):
+        seen.append(logits.clone())
+        return int(logits.argmin())
+
+    new = list(generate(ours, prompt, 20, stop_ids=(), sample=least_likely))
+    with torch.no_grad():
+        logits = ours(torch.tensor(prompt + new[:-1]), (26,))[6:]
+    torch.testing.assert_close(torch.stack(seen), logits, atol=1e-4, rtol=1e-4)
+    assert new == logits.argmin(dim=1).tolist()
+
+
+def test_generation_ends_with_a_stop_id_or_at_the_limit():
+    """The stop id is the last token that is yielded; without one the limit holds."""
+    ours, prompt = fresh(**PACKED["full"]), random_ids(5).tolist()
+    free = list(generate(ours, prompt, 12, stop_ids=()))
+    assert len(free) == 12
+    stop, never = max(free, key=free.index), next(i for i in range(97) if i not in free)
+    cut = free.index(stop) + 1
+    assert 3 < cut and list(generate(ours, prompt, 50, stop_ids=(never, stop))) == free[:cut]
+
+
+def loss_inputs(n=50, dtype=torch.float32, ignored=slice(3, None, 4)):
+    """(hidden, weight, targets), the first two with gradients wanted, some targets to be ignored."""
+    rng = torch.Generator().manual_seed(3)
+    hidden = torch.randn(n, 24, generator=rng).to(dtype).requires_grad_()
+    weight = torch.randn(97, 24, generator=rng).to(dtype).requires_grad_()
+    targets = random_ids(n)
+    targets[ignored] = IGNORE
+    return hidden, weight, targets
+
+
+def plain_loss(hidden, weight, targets):
+    """The oracle, in fp32: (loss, gradient of hidden, gradient of weight), the loss scaled by 1/3 before backward."""
+    hidden, weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    loss = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
+    (loss / 3).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 38, 64, None])
+def test_chunked_loss_is_plain_cross_entropy(chunk):
+    """In value and both gradients, for chunks that do not divide the 38 targets, that are all of them, and for more."""
+    hidden, weight, targets = loss_inputs()
+    assert (targets != IGNORE).sum() == 38
+    loss = chunked_cross_entropy(hidden, weight, targets, *([chunk] if chunk else []))
+    (loss / 3).backward()
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    for ours, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_the_loss_of_each_target_is_written_where_it_is():
+    """Zero where nothing is trained, plain cross-entropy's elsewhere; the sum is the loss."""
+    hidden, weight, targets = loss_inputs()
+    each = torch.zeros(len(targets))
+    loss = chunked_cross_entropy(hidden, weight, targets, 7, each=each)
+    expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(each, expected.detach())
+    torch.testing.assert_close(each.sum(), loss.detach())
+
+
+def test_chunked_loss_stands_large_logits():
+    """Logits far beyond exp's range give the finite loss that plain cross-entropy gives."""
+    hidden, weight, targets = loss_inputs()
+    hidden = (hidden.detach() * 100).requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    (loss / 3).backward()
+    for ours, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_chunked_loss_without_a_target_is_zero():
+    """A row in which nothing is trained has loss 0 and gradients of zeros, not none and not NaN."""
+    hidden, weight, targets = loss_inputs(ignored=slice(None))
+    loss = chunked_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert loss.item() == 0
+    torch.testing.assert_close(hidden.grad, torch.zeros_like(hidden), atol=0, rtol=0)
+    torch.testing.assert_close(weight.grad, torch.zeros_like(weight), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_chunked_loss_gives_no_gradient_to_what_is_frozen(frozen):
+    """The other one's gradient stays right (a frozen head under LoRA; a probe on frozen hidden states)."""
+    inputs = loss_inputs()
+    inputs[frozen].requires_grad_(False)
+    (chunked_cross_entropy(*inputs, 7) / 3).backward()
+    assert inputs[frozen].grad is None
+    torch.testing.assert_close(inputs[1 - frozen].grad, plain_loss(*inputs)[2 - frozen])
+
+
+def count_flops():
+    """A context that counts what matrix products cost; torch's own list leaves the one in place out."""
+    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
+def test_chunked_loss_is_differentiated_once():
+    """Its gradients are scaled in place: a second backward is refused, and leaves those of the first as they are."""
+    hidden, weight, targets = loss_inputs()
+    loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    loss.backward()
+    first = weight.grad.clone()
+    with pytest.raises(RuntimeError, match="differentiated once already"):
+        loss.backward()
+    assert torch.equal(weight.grad, first)
+
+
+def test_chunked_loss_costs_the_targets_only_and_gradients_only_where_wanted():
+    """One product of targets x C x V for the value, one more for each gradient; ignored rows are not multiplied."""
+    hidden, weight, targets = loss_inputs()
+    one = 2 * 38 * 24 * 97
+    costs = []
+    for needs in ((True, True), (True, False), (False, False)):
+        hidden.requires_grad_(needs[0])
+        weight.requires_grad_(needs[1])
+        with count_flops() as counter:
+            chunked_cross_entropy(hidden, weight, targets, 7)
+        costs.append(counter.get_total_flops())
+    assert costs == [3 * one, 2 * one, one]
+
+
+def test_chunked_loss_forms_no_gradient_under_no_grad():
+    """Evaluation gets the same value for one product."""
+    hidden, weight, targets = loss_inputs()
+    with torch.no_grad(), count_flops() as counter:
+        loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    assert not loss.requires_grad and counter.get_total_flops() == 2 * 38 * 24 * 97
+    torch.testing.assert_close(loss, plain_loss(hidden, weight, targets)[0])
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the element count of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_loss_never_holds_the_logits():
+    """No tensor of a forward and backward is larger than the hidden states, though N x V is four times that."""
+    hidden, weight, targets = loss_inputs(n=8 * 24)
+    with Largest() as largest:
+        chunked_cross_entropy(hidden, weight, targets, 8).backward()
+    assert largest.numel == hidden.numel() > weight.numel()
+
+
+def test_second_backward_through_the_loss_raises():
+    """The gradients are scaled in place: a second pass would scale twice, so it must not happen at all."""
+    hidden, weight, targets = loss_inputs()
+    loss = chunked_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    before = hidden.grad.clone(), weight.grad.clone()
+    with pytest.raises((RuntimeError, TypeError)):
+        loss.backward()
+    assert torch.equal(hidden.grad, before[0]) and torch.equal(weight.grad, before[1])
+
+
+def assert_near(ours, expected, limit):
+    """The distance of two tensors is below a share of the second one's length."""
+    assert (ours.float() - expected).norm() < limit * expected.norm()
+
+
+def test_loss_under_bf16_autocast_is_close_to_fp32():
+    """The value is summed in fp32, and fp32 weights get fp32 gradients."""
+    hidden, weight, targets = loss_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    (loss / 3).backward()
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    expected = plain_loss(hidden, weight, targets)
+    torch.testing.assert_close(loss.detach(), expected[0], rtol=5e-3, atol=0)
+    for ours, theirs in zip((hidden.grad, weight.grad), expected[1:]):
+        assert_near(ours, theirs, 0.02)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_loss_in_bf16_is_close_to_fp32_for_any_chunk(chunk):
+    """Gradients are rounded to bf16 once, not after each of 900 chunks of one target."""
+    hidden, weight, targets = loss_inputs(n=1200, dtype=torch.bfloat16)
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk)
+    (loss / 3).backward()
+    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    expected = plain_loss(hidden, weight, targets)
+    torch.testing.assert_close(loss.detach(), expected[0], rtol=5e-3, atol=0)
+    for ours, theirs in zip((hidden.grad, weight.grad), expected[1:]):
+        assert_near(ours, theirs, 0.007)
+
+
+@pytest.mark.parametrize("how", ["autocast", "parameters"])
+def test_model_in_bf16_is_close_to_fp32(how):
+    """Loss and gradients of a whole packed row: fp32 parameters under autocast, and parameters cast to bf16."""
+    ours, tokens, targets = fresh(**PACKED["mixed"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
+    exact = ours(tokens, LENGTHS, targets)
+    exact.backward()
+    expected = gradients(ours)
+    if how == "parameters":
+        ours.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        loss = ours(tokens, LENGTHS, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+    for name, gradient in gradients(ours).items():
+        assert gradient.dtype == (torch.float32 if how == "autocast" else torch.bfloat16)
+        assert F.cosine_similarity(gradient.flatten().float(), expected[name].flatten(), dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize("frozen", [(), ("embed_tokens",), ("embed_tokens", "norm", "mlp")])
+def test_gradient_checkpointing_changes_no_bit(frozen):
+    """Nor does it lose gradients where the first block's input needs none; each block does run twice."""
+    ours, tokens, targets = fresh(**PACKED["window"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
+    for name, p in ours.named_parameters():
+        p.requires_grad_(not any(word in name for word in frozen))
+    calls = []
+    for i, block in enumerate(ours.model.layers):
+        block.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    results = []
+    for on in (False, True):
+        ours.model.gradient_checkpointing = on
+        loss = ours(tokens, LENGTHS, targets)
+        loss.backward()
+        results.append((loss.detach(), gradients(ours)))
+    assert calls == [0, 1, 2] + [0, 1, 2, 2, 1, 0]
+    assert torch.equal(results[0][0], results[1][0])
+    for name, p in ours.named_parameters():
+        plain, checkpointed = (found[name] for _, found in results)
+        assert (plain is None) == (checkpointed is None) == (not p.requires_grad)
+        assert plain is None or torch.equal(plain, checkpointed), name
+
+
+REFUSED = [
+    (dict(model_type="gpt2"), "model_type 'gpt2'"),
+    (dict(model_type=None), "model_type None"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn'"),
+    (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
+    (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "'longrope'"),
+    (dict(rope_scaling=dict(type="linear")), "lacks factor"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+     "'partial_rotary_factor': 0.5"),
+    (dict(quantization_config=dict(quant_method="awq")), "quantization_config is {'quant_method': 'awq'}"),
+    (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
+    (dict(num_attention_heads=4, num_key_value_heads=3), "4 attention heads, 3 key/value heads"),
+    (dict(head_dim=9), "head_dim 9"),
+    (dict(hidden_size=None), "hidden_size is None"),
+    (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
+    (dict(vocab_size="97"), "vocab_size is '97'"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, layer_types=["full_attention"] * 2),
+     "['full_attention', 'full_attention']"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, layer_types=["linear_attention"] * 3),
+     "'linear_attention'"),
+] + [(dict(rope_scaling={k: v for k, v in LLAMA3.items() if k != key}), f"lacks {key}")
+     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")]
+
+
+@pytest.mark.parametrize("change, named", REFUSED)
+def test_config_that_is_not_built_is_refused_by_its_value(change, named):
+    """What would change the function and is not built raises an error that names the key's value."""
+    with pytest.raises(ValueError, match=re.escape(named)):
+        ModelConfig.from_dict({**SIZES, "model_type": "llama", **change})
+
+
+def test_config_without_hidden_size_is_refused():
+    """A size that is absent is an error that names it, not a default."""
+    config = {key: value for key, value in SIZES.items() if key != "hidden_size"}
+    with pytest.raises(ValueError, match="hidden_size"):
+        ModelConfig.from_dict({**config, "model_type": "llama"})
+
+
+def test_settings_spelled_out_at_their_only_value_are_accepted():
+    """null, 0.0 and 1.0 say what is built."""
+    config = {**SIZES, "model_type": "llama"}
+    spelled = dict(hidden_act="silu", attention_dropout=0.0, partial_rotary_factor=1.0, quantization_config=None,
+                   rope_scaling=None, head_dim=None)
+    assert ModelConfig.from_dict({**config, **spelled}) == ModelConfig.from_dict(config)
+
+
+def test_model_knows_nothing_distributed():
+    """How many processes there are is the business of other files."""
+    with open(model.__file__, encoding="utf-8") as f:
+        assert re.search(r"mesh|dtensor|\brank\b|fsdp|torch\.distributed", f.read(), re.I) is None

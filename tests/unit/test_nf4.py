@@ -1,0 +1,257 @@
+"""nf4.py against a naive quantiser in float64, against bitsandbytes' table, and against slices of itself."""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ops import nf4
+
+TABLE = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])  # appendix E of the paper
+SHAPES = [(896, 896), (4864, 896), (896, 4864), (128, 896)]  # the linears of a model of half a billion
+ODD_SHAPES = [(5, 200), (3, 61), (4, 1), (1, 64), (7, 129), (2, 64 * 257 + 3)]  # partial, odd, alone; two groups
+
+
+def normal(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def stored(weight):
+    packed = nf4.empty(*weight.shape, weight.device).fill_(0xA5)  # what isn't written shows
+    storage = nf4.views(packed, weight.shape[1])
+    nf4.quantize_(storage, weight)
+    return storage
+
+
+def round_trip(weight):
+    rows, columns = weight.shape
+    return nf4.dequantize(stored(weight), torch.float32, 0, rows, columns)
+
+
+def naive(weight, second=lambda scales: scales):
+    """One quantisation in float64 by the definition: each value against all 16 levels times its block's scale.
+
+    second  what becomes of the scales, (rows, blocks), before they multiply; the codes do not know of it
+    """
+    rows, columns = weight.shape
+    values = F.pad(weight.double(), (0, -columns % 64)).view(rows, -1, 64)
+    scales = values.abs().amax(dim=2)
+    result = torch.empty_like(values)
+    for r in range(rows):
+        candidates = TABLE.double() * scales[r, :, None, None]  # (blocks, 1, 16)
+        nearest = (values[r, :, :, None] - candidates).abs().argmin(dim=2)
+        result[r] = TABLE.double()[nearest] * second(scales)[r, :, None]
+    return result.view(rows, -1)[:, :columns].float()
+
+
+def float8_around_the_mean(scales):
+    """The paper's second quantisation: 8-bit floats of what is left of the mean, 256 scales to a constant."""
+    flat = (scales - scales.mean()).flatten()
+    groups = F.pad(flat, (0, -len(flat) % 256)).view(-1, 256)
+    largest = groups.abs().amax(dim=1, keepdim=True) / 448  # the largest float8_e4m3
+    groups = (groups / largest).float().to(torch.float8_e4m3fn).double() * largest
+    return scales.mean() + groups.flatten()[: len(flat)].view_as(scales)
+
+
+def mean_error(result, weight):
+    """Mean absolute error in units of the weight's standard deviation."""
+    return ((result - weight).abs().mean() / weight.std()).item()
+
+
+def test_levels_are_those_of_the_paper():
+    assert nf4.LEVELS.dtype == torch.float32
+    torch.testing.assert_close(nf4.LEVELS, TABLE, atol=1e-6, rtol=0)
+    assert nf4.LEVELS[[0, 7, 15]].tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("columns", [64 * 14, 64 * 300, 64 * 5 + 9])
+def test_round_trip_equals_the_definition_where_scales_are_exact(columns):
+    """Blocks whose largest value is one that 8 bits can say: then the second quantisation must add nothing at all."""
+    weight = normal(6, columns)
+    blocks = -(-columns // 64)
+    codes = torch.randint(0, 256, (6, blocks), generator=torch.Generator().manual_seed(1))
+    codes[:, 0::256], codes[:, 1::256] = 0, 255  # each group has its smallest and its largest scale
+    scales = 2**-7 + codes.double() ** 2 * 2**-22
+    scales[:, 256:] *= 4  # a group with constants of its own
+    weight = F.pad(weight, (0, -columns % 64)).view(6, blocks, 64)
+    weight = weight / weight[:, :, :9].abs().amax(dim=2, keepdim=True)  # the largest is inside the partial block, too
+    weight = (weight.clamp(-1, 1) * scales[:, :, None].float()).view(6, -1)[:, :columns]
+    torch.testing.assert_close(round_trip(weight), naive(weight), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_of_normal_weights(shape):
+    """Two quantisations cost 0.1% more than one at most; one costs 0.0728 of a standard deviation."""
+    weight = normal(*shape)[:200]
+    once = mean_error(naive(weight), weight)
+    assert 0.072 < once < 0.074
+    assert once < mean_error(round_trip(weight), weight) < 1.001 * once
+    assert mean_error(naive(weight, float8_around_the_mean), weight) > 1.0015 * once  # what the paper's would cost
+
+
+def test_one_large_column_leaves_the_others_their_scales():
+    """The paper's second quantisation adds 9% to the error here; evenly spaced codes would add 0.8%."""
+    weight = normal(100, 896)
+    weight[:, 100] *= 100
+    once = mean_error(naive(weight), weight)
+    assert mean_error(round_trip(weight), weight) < 1.003 * once
+    assert mean_error(naive(weight, float8_around_the_mean), weight) > 1.05 * once
+
+
+def test_codes_are_the_nearest_under_the_scale_in_use():
+    """No other of the 16 levels, times the scale that dequantises, is closer to any weight."""
+    weight = normal(50, 896)
+    weight[:, 100] *= 30  # scales of the others are coarse enough to tell
+    storage = stored(weight)
+    scales = nf4.block_scales(storage, 0, 50).repeat_interleave(64, dim=1)
+    best = (weight[..., None] - nf4.LEVELS * scales[..., None]).abs().amin(dim=2)
+    error = (weight - nf4.dequantize(storage, torch.float32, 0, 50)).abs()
+    torch.testing.assert_close(error, best, atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bytes_a_weight(shape):
+    layer = nf4.NF4Linear(torch.nn.Linear(*reversed(shape), bias=False, device="meta"))
+    assert 0.5 < layer.weight.nbytes / (shape[0] * shape[1]) < 0.53
+    assert all(len(tensor) == shape[0] for tensor in nf4.views(nf4.empty(*shape, "cpu"), shape[1]).values())
+
+
+@pytest.mark.parametrize("shape", [(896, 896), *ODD_SHAPES])
+def test_slices_of_rows_are_the_storage_of_those_rows(shape, monkeypatch):
+    """Bit for bit, wherever the pieces begin: ranks quantise their own rows and gather each other's."""
+    weight = normal(*shape)
+    whole = stored(weight)
+    monkeypatch.setattr(nf4, "PIECE", 4 * 3 * shape[1])  # three rows at a time
+    for start, stop in ((0, 1), (1, 2), (shape[0] // 3, shape[0]), (0, shape[0])):
+        alone = stored(weight[start:stop])
+        for name, tensor in whole.items():
+            assert torch.equal(alone[name], tensor[start:stop]), name
+        part = nf4.dequantize(whole, torch.float32, start, stop, shape[1])
+        assert torch.equal(part, nf4.dequantize(alone, torch.float32, 0, stop - start, shape[1]))
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_any_number_of_columns(shape):
+    weight = normal(*shape)
+    result = round_trip(weight)
+    assert result.shape == shape
+    largest = F.pad(weight, (0, -shape[1] % 64)).view(shape[0], -1, 64).abs().amax(dim=2)
+    allowed = largest.repeat_interleave(64, dim=1)[:, : shape[1]] * 0.16  # half the widest gap, 0.152, and some
+    assert ((result - weight).abs() <= allowed).all()
+
+
+class FiniteQuotients(TorchDispatchMode):
+    """Fails where a division gives NaN or inf: which integer these become is up to the processor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert func is not torch.ops.aten.div.Tensor or result.isfinite().all()
+        return result
+
+
+def test_zero_rows_and_blocks_are_exactly_zero():
+    weight = normal(6, 896)
+    weight[0] = 0
+    weight[1, 64:128] = 0
+    weight[2, 64:] = 0
+    weight[3, :] = 0
+    weight[3, 5] = 3e-3  # all of one row but one value
+    weight[4, 0] = 1e4  # beside this the row's other blocks are next to nothing
+    weight[5] = weight[5].sign() * 1e-30
+    with FiniteQuotients():
+        result = round_trip(weight)
+    assert torch.equal(result[weight == 0], torch.zeros(int((weight == 0).sum())))
+    assert result[3, 5] == weight[3, 5]
+    assert torch.equal(result[5], weight[5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_quantised_as_their_fp32_values(dtype):
+    weight = normal(9, 200).to(dtype)
+    same = stored(weight.float())
+    assert all(torch.equal(tensor, same[name]) for name, tensor in stored(weight).items())
+    result = nf4.dequantize(same, dtype, 2, 7)
+    assert result.dtype == dtype and torch.equal(result, nf4.dequantize(same, torch.float32, 2, 7).to(dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(value):
+    weight = normal(4, 130)
+    weight[2, 129] = value
+    with pytest.raises(ValueError, match=f"the weight is {value} at row 2, column 129; only finite numbers"):
+        stored(weight)
+
+
+@pytest.mark.parametrize("rows, columns", [(300, 200), (50, 61), (5, 1)])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_product_equals_that_with_the_whole_matrix(rows, columns, transpose, monkeypatch):
+    """In pieces of 40 rows, the last one shorter."""
+    monkeypatch.setattr(nf4, "PIECE", 40 * columns)
+    storage = stored(normal(rows, columns))
+    weight = nf4.dequantize(storage, torch.float32, 0, rows, columns)
+    x = normal(17, columns if transpose else rows, seed=1) * 50
+    expected = (x.double() @ (weight.T if transpose else weight).double()).float()
+    result = nf4.matmul(x, storage, columns, transpose)
+    assert result.dtype == x.dtype
+    assert (result - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_product_in_bf16_is_rounded_once(transpose, monkeypatch):
+    """Sums over 100 pieces kept in bf16 would be off by 1%; one rounding of the result is 0.2%."""
+    monkeypatch.setattr(nf4, "PIECE", 4 * 200)
+    storage = stored(normal(400, 200))
+    weight = nf4.dequantize(storage, torch.bfloat16, 0, 400).double()
+    x = normal(64, 200 if transpose else 400, seed=1).bfloat16()
+    expected = x.double() @ (weight.T if transpose else weight)
+    result = nf4.matmul(x, storage, 200, transpose)
+    assert result.dtype == torch.bfloat16
+    assert (result.double() - expected).norm() < 3e-3 * expected.norm()
+
+
+class Peak(TorchDispatchMode):
+    """Remembers the most bytes that tensors made by operations occupied at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.bytes = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.alive.append(weakref.ref(result))
+        storages = [ref().untyped_storage() for ref in self.alive if ref() is not None]
+        self.bytes = max(self.bytes, sum({s.data_ptr(): s.nbytes() for s in storages}.values()))  # views count once
+        return result
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_product_never_holds_the_matrix(transpose, monkeypatch):
+    """In pieces of an eighth of the matrix, less than three exist: one, the one before it, and codes as integers."""
+    monkeypatch.setattr(nf4, "PIECE", 4864 * 896 // 8)
+    rows, columns = 4864, 896
+    storage = stored(normal(rows, columns))
+    x = normal(8, columns if transpose else rows)
+    blocks, dequantize = [], nf4.dequantize
+    monkeypatch.setattr(nf4, "dequantize", lambda *a: blocks.append(a[3] - a[2]) or dequantize(*a))
+    with Peak() as peak:
+        result = nf4.matmul(x, storage, columns, transpose)
+    assert len(blocks) == 8 and sum(blocks) == rows and max(blocks) == rows // 8
+    inputs = x.nbytes + sum(tensor.nbytes for tensor in storage.values())  # views of them were seen
+    assert 4 * nf4.PIECE < peak.bytes - inputs - result.nbytes < 3 * 4 * nf4.PIECE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantising_adds_less_than_64_mb(dtype):
+    """To the (4864, 896) matrix, or any other: a piece is a quarter of 2**22 values however many rows there are."""
+    weight = normal(4864, 896).to(dtype)
+    storage = nf4.views(nf4.empty(*weight.shape, "cpu"), weight.shape[1])
+    with Peak() as peak:
+        nf4.quantize_(storage, weight)
+    assert peak.bytes - weight.nbytes - sum(t.nbytes for t in storage.values()) < 64e6
+    assert nf4.PIECE == 2**22

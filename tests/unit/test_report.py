@@ -1,0 +1,253 @@
+"""report.py: what it makes of a run's files, and its page in a browser: Chromium by WebDriver, if there is one."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from screen import report
+
+NASTY = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\u2028{{ 7 * 6 }}"
+
+
+def make_run(directory, steps=60, text="你好 🙂", **config):
+    """An output directory as sft.py leaves it. Losses fall from 3 to 1; step 40 has a spike."""
+    os.makedirs(directory / "checkpoints")
+    with open(directory / "metrics.jsonl", "w", encoding="utf-8") as f:
+        for step in range(1, steps + 1):
+            spike = 5.0 if step == 40 else 0.0
+            line = {"step": step, "epoch": step / 20, "loss": 1 + 2 * (1 - step / steps) + spike,
+                    "lr": 1e-3 * step / steps, "grad_norm": 1.0 + 10 * spike, "tokens": 100, "target_tokens": 50,
+                    "seconds": 0.5, "tokens_per_second": 200.0, "peak_memory_gb": 1.5}
+            f.write(json.dumps(line) + "\n")
+            if step % 20 == 0:
+                f.write(json.dumps({"step": step, "val_loss": 2.0 + abs(step - 40), "val_tokens": 9}) + "\n")
+    samples = [{"step": step, "kind": "sample", "prompt": f"prompt {text}", "answer": f"answer {step} {text}"}
+               for step in (20, 40, 60)]
+    samples += [{"step": step, "kind": kind, "loss": 0.5, "target_tokens": 12, "source": f"data/x.json[3] {text}",
+                 "text": f"{kind} {text}"} for step in (40, 60) for kind in ("worst", "best")]
+    (directory / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    (directory / "ledger.json").write_text(json.dumps({"model": "model    tiny", "train": ["rows     9 in"],
+                                                       "validation": []}))
+    (directory / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "run_name": None, **config}))
+    return directory
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    """No file but metrics.jsonl, empty at first; then NaN, half a line and half a character."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert report.write(tmp_path) == str(tmp_path / "report.html")
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.5}\n{"step": 3,\xe4')
+    (tmp_path / "config.yaml").write_text("model: 'ti")
+    report.write(tmp_path)
+    run = report.Run(tmp_path)
+    assert run.curves()["train"]["loss"] == [None, 2.5] and run.facts()[1][1] == "2.5000"
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl", "report.html"]  # nothing temporary
+
+
+@pytest.mark.parametrize("ranks, start", [(None, "python sft.py"), (1, "python sft.py"),
+                                          (4, "torchrun --nproc_per_node 4 sft.py")])
+def test_how_to_go_on(tmp_path, ranks, start):
+    """With as many ranks as it had; a run of an earlier version does not say how many those were."""
+    directory = make_run(tmp_path / "run")
+    if ranks:
+        ledger = json.loads((directory / "ledger.json").read_text())
+        (directory / "ledger.json").write_text(json.dumps({**ledger, "ranks": ranks}))
+    report.write(directory)
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert f"<code>{start} --config {directory}/config.yaml --resume_from auto</code>" in page
+
+
+def test_half_a_character_in_a_text(tmp_path):
+    report.write(make_run(tmp_path / "run", text="half \ud83d, whole 🙂"))
+    assert "half ?, whole 🙂" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_long_run_is_thinned_fast_and_nothing_that_matters_is_lost(tmp_path):
+    run = make_run(tmp_path / "run", steps=50_000)
+    started = time.process_time()
+    report.write(run)
+    assert time.process_time() - started < 2  # 0.3 measured; other work shares the cores
+    curves = report.Run(run).curves()
+    train = curves["train"]
+    assert 900 < len(train["step"]) <= 2000 and train["step"][-1] == 50_000 and len(curves["val"]["step"]) == 2500
+    spike = train["step"].index(40)
+    assert train["loss"][spike] == max(train["loss"]) and train["grad_norm"][spike] == 51
+    assert sum(train["weight"]) == 50_000
+    total = sum(weight * mean for weight, mean in zip(train["weight"], train["mean"]))
+    assert math.isclose(total, sum(report.Run(run).train["loss"]), rel_tol=1e-9)
+
+
+def test_the_command(tmp_path):
+    for name in ("a b", "c"):
+        make_run(tmp_path / name)
+
+    def command(*words):
+        words = sys.executable, f"{ROOT}/report.py", *words
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+
+    assert command("a b").stdout == "report   a b/report.html\n"
+    assert "python chat.py &#39;a b/checkpoints/latest&#39;" in (tmp_path / "a b" / "report.html").read_text()
+    assert command("a b", "c").stdout == "report   comparison.html\n"
+    assert command("c", "--output", "x.html").stdout == "report   x.html\n"
+    failed = command("c", "d")
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("report.py: error: d is no run: it has no metrics.jsonl; give")
+
+
+class Browser:
+    """Chromium without a window, by chromedriver's HTTP interface, for which the standard library is enough."""
+
+    def __init__(self, profile):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        line = next(line for line in self.driver.stdout if "successfully on port" in line)
+        self.address = f"http://127.0.0.1:{line.split()[-1].rstrip('.')}/session"
+        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update", f"user-data-dir={profile}"]
+        wanted = {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        self.address += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+
+    def call(self, path, values, method="POST"):
+        request = urllib.request.Request(self.address + path, json.dumps(values).encode(), method=method)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def devtools(self, command, **values):
+        return self.call("/goog/cdp/execute", {"cmd": command, "params": values})
+
+    def open(self, path, width=1200, scheme="light"):
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.devtools("Emulation.setDeviceMetricsOverride", **size)
+        self.scheme(scheme)
+        self.logs()  # of the page before
+        self.call("/url", {"url": path.resolve().as_uri()})
+
+    def scheme(self, name):
+        self.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
+        frames = "const [done] = arguments; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
+        self.call("/execute/async", {"script": frames, "args": []})  # the page hears of it with its next frame
+
+    def run(self, body, *arguments):
+        """What a JavaScript function with this body returns, in the page."""
+        return self.call("/execute/sync", {"script": body, "args": arguments})
+
+    def logs(self):
+        """What the console said since the last call, and the addresses that were asked for but files."""
+        console = [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
+        events = [json.loads(e["message"])["message"] for e in self.call("/se/log", {"type": "performance"})]
+        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return console, [url for url in urls if not url.startswith(("file:", "data:"))]
+
+    def close(self):
+        self.call("", {}, "DELETE")
+        self.driver.terminate()
+        self.driver.communicate()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+# Of each chart, how many pixels have about this color.
+PIXELS = """const [color] = arguments;
+return Object.fromEntries(Object.entries(charts).map(([name, {ctx}]) => {
+  const {width, height} = ctx.canvas, copy = new OffscreenCanvas(width, height).getContext("2d");
+  copy.drawImage(ctx.canvas, 0, 0);
+  const {data} = copy.getImageData(0, 0, width, height);
+  let n = 0;
+  for (let i = 0; i < data.length; i += 4)
+    n += data[i + 3] > 200 && color.every((part, k) => Math.abs(data[i + k] - part) < 12);
+  return [name, n];
+}))"""
+BLUE, ORANGE, GRID, GRID_IN_DARK = [59, 130, 246], [239, 138, 31], [226, 229, 234], [43, 50, 60]
+
+
+def test_the_watch_on_console_and_network_works(browser, tmp_path):
+    (tmp_path / "bad.html").write_text("<img src=http://127.0.0.1:9/x.png><script>undefined.x</script>")
+    browser.open(tmp_path / "bad.html")
+    console, urls = browser.logs()
+    assert any("TypeError" in line for line in console) and urls == ["http://127.0.0.1:9/x.png"]
+
+
+def test_page(browser, tmp_path):
+    """All charts are drawn, in the colors of the scheme; it fits a phone; nothing is fetched, nothing complains."""
+    report.write(make_run(tmp_path / "run", use_lora=True))
+    browser.open(tmp_path / "run" / "report.html", width=375)
+    assert browser.run("return document.documentElement.scrollWidth") <= 375
+    for scheme, grid, other in ("light", GRID, GRID_IN_DARK), ("dark", GRID_IN_DARK, GRID):
+        browser.scheme(scheme)
+        assert len(found := browser.run(PIXELS, BLUE)) == 5 and min(found.values()) > 50
+        assert min(browser.run(PIXELS, grid).values()) > 100 > max(browser.run(PIXELS, other).values())
+    body = browser.run("return document.body.innerText")
+    for text in ("answer 60 你好 🙂", "2 earlier", "best 你好 🙂", "data/x.json[3] 你好 🙂, 12 targets",
+                 "rows     9 in", "lora.py merge", "after step 40"):
+        assert text in body
+    assert body.count("worst 你好") == 1  # of the last step only
+    assert browser.logs() == ([], [])
+
+
+def test_smoothing_is_over_all_steps(browser, tmp_path):
+    """Debiased, against the definition; of a run that had to be thinned nearly the same at the steps that are left."""
+    for steps, most_off in (60, 1e-6), (5000, 0.02):
+        report.write(make_run(tmp_path / str(steps), steps=steps))
+        browser.open(tmp_path / str(steps) / "report.html")
+        shown = browser.run("smoothing.value = DECAYS.indexOf(0.9); smoothing.oninput(); return charts.loss.data")
+        assert browser.run("return decay.value") == "0.9"
+        mean = weight = 0.0
+        train = report.Run(tmp_path / str(steps)).train
+        for step, loss in zip(train["step"], train["loss"]):
+            mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
+            if step in shown[0]:
+                assert math.isclose(shown[2][shown[0].index(step)], mean / weight, rel_tol=most_off)
+
+
+def test_runs_overlaid(browser, tmp_path):
+    """A color a run in every chart, names in the legend, what differs in a table; also over time, on log scale."""
+    runs = [make_run(tmp_path / f"{lr}" / "out", steps=steps, lr=lr) for steps, lr in ((60, 1.0), (40, 2.0))]
+    browser.open(tmp_path / report.build(runs, tmp_path / "both.html"))
+    for script in "", "axis.value = 'seconds'; axis.onchange()", "log.checked = true; log.onchange()":
+        browser.run(script)
+        for color in BLUE, ORANGE:
+            assert len(found := browser.run(PIXELS, color)) == 5 and min(found.values()) > 50
+    assert browser.run("return ['loss', 'grad_norm', 'lr'].map(name => charts[name].scales.y.distr)") == [3, 3, 1]
+    labels = browser.run("return [...document.querySelectorAll('figure:first-child .u-label')].map(l => l.textContent)")
+    assert labels == ["seconds", "each step", *(f"{runs[0]}{s}" for s in ("", ", val")),
+                      "each step", *(f"{runs[1]}{s}" for s in ("", ", val"))]  # both are named out: directories then
+    rows = browser.run("return [...document.querySelectorAll('.scroll tr')].map(row => row.cells[0].innerText)")
+    assert rows == ["Run", *map(str, runs), "", "lr"]
+    assert browser.logs() == ([], [])
+
+
+def test_text_of_the_data_never_runs(browser, tmp_path):
+    """Planted in every place that data and settings reach; it is shown as it stands."""
+    run = make_run(tmp_path / "run", text=NASTY, run_name=NASTY, train_data=NASTY)
+    for directories in [run], [run, make_run(tmp_path / NASTY.replace("/", "∕"), text=NASTY)]:
+        browser.open(tmp_path / report.build(directories, tmp_path / "page.html"))
+        assert browser.run("return [window.ran, document.scripts.length, document.images.length]") == [None, 2, 0]
+        text = browser.run("return document.body.textContent")
+        for known in f"answer 60 {NASTY}", f"prompt {NASTY}", f"worst {NASTY}", f"[3] {NASTY}, 12 targets":
+            assert known in text
+        assert browser.run("return document.title").startswith("</script><script>") and browser.logs() == ([], [])
+
+
+@pytest.mark.parametrize("metrics", ["", '{"step": 1, "loss": NaN}\n'])
+def test_nothing_to_draw_yet(browser, tmp_path, metrics):
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    report.write(tmp_path)
+    browser.open(tmp_path / "report.html")
+    assert browser.run("log.checked = true; log.onchange(); return Object.keys(charts).length") == 5
+    assert browser.logs() == ([], [])

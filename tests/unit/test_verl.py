@@ -1,0 +1,402 @@
+"""verl's configuration files: every key of them is taken, warned of or refused, and the files run as they are."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import chat
+from settings import parser
+import sft
+from settings import verl
+
+DEFAULTS = dataclasses.asdict(sft.Config())
+PROJECT = '"checkpoints/${trainer.project_name}/${trainer.experiment_name}"'
+# The keys of verl's five files for SFT (2026-01) and what they are set to there, without a word of the text.
+LEGACY = f"""
+defaults: [optim: fsdp, _self_]
+data: {{train_batch_size: 256, micro_batch_size: null, micro_batch_size_per_gpu: 4,
+  train_files: ~/data/gsm8k/train.parquet, val_files: ~/data/gsm8k/test.parquet,
+  train_max_samples: -1, val_max_samples: -1, prompt_key: question, response_key: answer, prompt_dict_keys: null,
+  response_dict_keys: null, multiturn: {{enable: false, messages_key: messages, tools_key: tools,
+  enable_thinking_key: enable_thinking}}, max_length: 1024, truncation: error, balance_dp_token: False,
+  chat_template: null, custom_cls: {{path: null, name: null}}, use_shm: False, apply_chat_template_kwargs: {{}}}}
+model: {{partial_pretrain: google/gemma-1.1-7b-it, use_shm: False, fsdp_config: {{model_dtype: fp32,
+  wrap_policy: {{min_num_params: 0}}, cpu_offload: False, offload_params: False}}, external_lib: null,
+  enable_gradient_checkpointing: True, trust_remote_code: False, lora_rank: 0, lora_alpha: 16,
+  target_modules: all-linear, use_liger: False, strategy: fsdp2}}
+optim: {{lr: 1e-5, betas: [0.9, 0.95], weight_decay: 0.01, lr_warmup_steps_ratio: 0.1, clip_grad: 1.0,
+  lr_scheduler: cosine}}
+ulysses_sequence_parallel_size: 1
+use_remove_padding: False
+trainer: {{default_local_dir: {PROJECT}, default_hdfs_dir: null, project_name: gsm8k-sft, experiment_name: test,
+  total_epochs: 4, total_training_steps: null, logger: ['console', 'wandb'], seed: 1, save_freq: -1, test_freq: -1,
+  nnodes: 1, n_gpus_per_node: 8, max_ckpt_to_keep: null, resume_mode: auto, resume_from_path: null,
+  checkpoint: {{save_contents: ["model", "optimizer", "extra"],
+  load_contents: "${{trainer.checkpoint.save_contents}}"}}, device: cuda}}
+"""
+ENGINE_SFT = f"""
+defaults: [model@model: hf_model, engine@engine: fsdp, optim@optim: fsdp, profiler@profiler: profiler, _self_]
+data: {{train_batch_size: 256, micro_batch_size_per_gpu: 4, max_token_len_per_gpu: 8192, use_dynamic_bsz: True,
+  train_files: ~/data/gsm8k/train.parquet, val_files: null, train_max_samples: -1, val_max_samples: -1,
+  messages_key: messages, tools_key: tools, enable_thinking_key: enable_thinking, pad_mode: no_padding,
+  max_length: 1024, truncation: error, balance_dp_token: False, custom_cls: {{path: null, name: null}},
+  use_shm: False, apply_chat_template_kwargs: {{}}, ignore_input_ids_mismatch: False}}
+checkpoint: {{_target_: verl.trainer.config.CheckpointConfig, save_contents: ["model", "optimizer", "extra"],
+  load_contents: "${{checkpoint.save_contents}}"}}
+trainer: {{default_local_dir: {PROJECT}, default_hdfs_dir: null, project_name: gsm8k-sft, experiment_name: test,
+  total_epochs: 4, total_training_steps: null, logger: ['console', 'wandb'], seed: 1, save_freq: -1, test_freq: -1,
+  max_ckpt_to_keep: null, resume_mode: auto, resume_from_path: null, device: cuda, nnodes: 1, n_gpus_per_node: 1,
+  profile_interval: [-1, -1]}}
+"""
+MODEL = """
+model: {_target_: verl.workers.config.HFModelConfig, path: ~/models/deepseek-llm-7b-chat, hf_config_path: null,
+  tokenizer_path: null, use_shm: False, trust_remote_code: False, custom_chat_template: null, external_lib: null,
+  override_config: {}, enable_gradient_checkpointing: True, enable_activation_offload: False,
+  use_remove_padding: True, lora_rank: 0, lora_alpha: 16, target_modules: all-linear, exclude_modules: null,
+  lora_adapter_path: null, use_liger: False, use_fused_kernels: False, fused_kernel_options: {impl_backend: torch},
+  tiled_mlp: {enabled: False, num_shards: 4}, mtp: {_target_: verl.workers.config.MtpConfig, enable: False,
+  enable_train: False, enable_rollout: False, detach_encoder: False, mtp_loss_scaling_factor: 0.1,
+  speculative_algorithm: EAGLE, speculative_num_steps: 3, speculative_eagle_topk: 1,
+  speculative_num_draft_tokens: 4, method: mtp, num_speculative_tokens: 1}}
+"""
+ENGINE = """
+engine: {_target_: verl.workers.config.FSDPEngineConfig, wrap_policy: {min_num_params: 0}, param_offload: false,
+  optimizer_offload: false, offload_policy: false, reshard_after_forward: true, fsdp_size: -1,
+  forward_prefetch: False, model_dtype: fp32, use_orig_params: false, seed: 42, full_determinism: false,
+  ulysses_sequence_parallel_size: 1, entropy_from_logits_with_chunking: false, use_torch_compile: true,
+  entropy_checkpointing: false, forward_only: false, strategy: fsdp, dtype: bfloat16}
+"""
+OPTIM = """
+optim: {_target_: verl.workers.config.FSDPOptimizerConfig, optimizer: AdamW, optimizer_impl: torch.optim, lr: 1e-3,
+  lr_warmup_steps_ratio: 0.0, total_training_steps: -1, weight_decay: 0.01, lr_warmup_steps: -1, betas: [0.9, 0.999],
+  clip_grad: 1.0, min_lr_ratio: 0.0, num_cycles: 0.5, lr_scheduler_type: constant, warmup_style: null,
+  override_optimizer_config: null}
+"""
+FILES = {"sft_trainer": (LEGACY, 63), "sft_trainer_engine": (ENGINE_SFT, 39), "model/hf_model": (MODEL, 32),
+         "engine/fsdp": (ENGINE, 18), "optim/fsdp": (OPTIM, 14)}
+
+
+def leaves(text):
+    """{a.b.c: value} of a YAML text, without what only Hydra reads."""
+    found = {}
+
+    def walk(node, name):
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{name}.{key}".lstrip("."))
+        elif name != "defaults" and not name.endswith("_target_"):
+            found[name] = node
+
+    walk(yaml.safe_load(text), "")
+    return found
+
+
+KEYS = sorted(set().union(*(leaves(text) for text, _ in FILES.values())))
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch, capsys):
+    """A function: text of a YAML file and words -> (what differs from the defaults, warnings). In tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else name)
+
+    def run(text, *words):
+        (tmp_path / "verl.yaml").write_text(text, encoding="utf-8")
+        parsed, _ = parser.parse(sft.Config, ["--config", "verl.yaml", *words])
+        values = {k: v for k, v in dataclasses.asdict(parsed).items() if v != DEFAULTS[k]}
+        return values, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def test_each_of_the_124_keys_has_a_row():
+    """No key of verl's five files is unknown, and all of them are named on the page."""
+    assert [len(leaves(text)) for text, _ in FILES.values()] == [n for _, n in FILES.values()]
+    assert len(KEYS) == 124
+    page = verl.page()
+    for key in KEYS:
+        table, row = verl.row_of(verl.key_of(key))
+        assert row == verl.key_of(key) and f"| `{row}` |" in page, key
+
+
+def test_the_page_is_what_the_tables_say():
+    """docs/verl.md is the output of python verl.py, and has a line for each row."""
+    with open(os.path.join(ROOT, "docs", "verl.md"), encoding="utf-8") as f:
+        assert f.read() == verl.page() + "\n"
+    assert verl.page().count("\n| `") == len(verl.TAKEN) + len(verl.WARNED) + len(verl.REFUSED)
+    tables = [set(table) for table in (verl.TAKEN, verl.WARNED, verl.REFUSED)]
+    assert not (tables[0] & tables[1] or tables[0] & tables[2] or tables[1] & tables[2])
+    assert verl.FIELDS <= set(DEFAULTS)
+
+
+def test_the_shipped_file_is_accepted_as_it_is(parse):
+    """sft_trainer.yaml with verl's two overrides: what it asks for is set, what it can't have is said in a line."""
+    values, warnings = parse(LEGACY, "data.train_files=my.json", "model.partial_pretrain=DIR")
+    assert values == dict(
+        model="DIR", train_data="my.json", max_length=1024, too_long="error", prompt_key="question",
+        response_key="answer", batch_size=256, micro_batch_size=4, epochs=4, seed=1, lr=1e-5, strategy="fsdp2",
+        output_dir="checkpoints/gsm8k-sft/test", resume_from="auto", save_steps=10**9, project="gsm8k-sft",
+        run_name="test", logger="console,wandb")
+    said = [line.removeprefix("warning: verl.yaml:").split(" ")[1].rstrip(":") for line in warnings]
+    assert said == ["defaults", "data.val_files", "data.balance_dp_token", "use_remove_padding", "trainer.test_freq",
+                    "trainer.n_gpus_per_node"]
+
+
+def test_the_other_files_are_accepted_as_they_are(parse):
+    """The engine trainer's file with those that Hydra composes into it, as one."""
+    values, warnings = parse(ENGINE_SFT + MODEL + ENGINE + OPTIM)
+    assert values == dict(
+        model=os.path.expanduser("~/models/deepseek-llm-7b-chat"), max_length=1024, too_long="error", batch_size=256,
+        train_data=os.path.expanduser("~/data/gsm8k/train.parquet"), micro_batch_size=8, epochs=4, seed=1, lr=1e-3,
+        scheduler="constant", warmup_ratio=0.0, beta2=0.999, dtype="bf16", output_dir="checkpoints/gsm8k-sft/test",
+        resume_from="auto", save_steps=10**9, project="gsm8k-sft", run_name="test", logger="console,wandb")
+    assert [line.split(" ")[2].rstrip(":") for line in warnings] == [
+        "defaults", "data.balance_dp_token", "trainer.test_freq", "engine.use_torch_compile"]
+
+
+def test_a_run_of_the_shipped_file(tmp_path, monkeypatch, capsys):
+    """It trains: on our example data, which has none of its columns, and on rows that have them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no wandb: one line, not an end
+    (tmp_path / "sft_trainer.yaml").write_text(LEGACY, encoding="utf-8")
+    (tmp_path / "gsm8k.json").write_text('[{"question": "1 + 1?", "answer": "2", "id": 7}]', encoding="utf-8")
+    for files, rows in (os.path.join(ROOT, "data", "example_sft.json"), 72), ("gsm8k.json", 1):
+        words = ["--config-path", ".", "--config-name", "sft_trainer", f"data.train_files={files}",
+                 "model.partial_pretrain=tiny", "trainer.total_training_steps=1", f"trainer.experiment_name={rows}"]
+        monkeypatch.setattr(sys, "argv", ["sft.py", *words])
+        sft.main()
+        printed = capsys.readouterr()
+        assert f"rows     {rows} in = {rows} trained" in printed.out and "wandb is not installed" in printed.err
+        assert os.path.isdir(f"checkpoints/gsm8k-sft/{rows}/checkpoints/step_1")
+        saved = parser.parse(sft.Config, ["--config", f"checkpoints/gsm8k-sft/{rows}/config.yaml"])[0]
+        assert saved == parser.parse(sft.Config, words)[0]  # it starts the same run again, in our own words
+
+
+def nested(settings):
+    """{a.b: c} as the text of a YAML file."""
+    return "".join(f"{key}: {value}\n" for key, value in settings.items())
+
+
+HOME = os.path.expanduser("~")
+MEANINGS = [  # what a file says in verl's words -> what differs from our defaults
+    ({"data.train_files": "[~/a.parquet, b.json]"}, {"train_data": f"{HOME}/a.parquet,b.json"}),
+    ({"data.val_files": "~/v.json"}, {"val_data": f"{HOME}/v.json"}),
+    ({"data.train_batch_size": 8, "data.max_length": 64}, {"batch_size": 8, "max_length": 64}),
+    ({"data.micro_batch_size_per_gpu": 4}, {"micro_batch_size": 4}),
+    ({"data.micro_batch_size_per_gpu": 4, "data.use_dynamic_bsz": False, "data.max_token_len_per_gpu": 9000},
+     {"micro_batch_size": 4}),
+    ({"data.max_token_len_per_gpu": 9000, "data.max_length": 1000}, {"micro_batch_size": 9, "max_length": 1000}),
+    ({"data.use_dynamic_bsz": True, "data.max_token_len_per_gpu": 90, "data.max_length": 100}, {"max_length": 100}),
+    ({"data.prompt_key": "question", "data.response_key": "answer"},
+     {"prompt_key": "question", "response_key": "answer"}),
+    ({"data.prompt_key": "extra_info", "data.prompt_dict_keys": "['question']", "data.response_key": "extra_info",
+      "data.response_dict_keys": "[a, b]"}, {"prompt_key": "extra_info.question", "response_key": "extra_info.a.b"}),
+    ({"data.messages_key": "chat"}, {"messages_key": "chat"}),
+    ({"data.multiturn.enable": True, "data.multiturn.messages_key": "chat"}, {"messages_key": "chat"}),
+    ({"data.truncation": "error"}, {"too_long": "error"}), ({"data.truncation": "right"}, {}),
+    ({"model.partial_pretrain": "~/m"}, {"model": f"{HOME}/m"}), ({"model.path": "m"}, {"model": "m"}),
+    ({"model.tokenizer_path": "t"}, {"tokenizer": "t"}),
+    ({"model.enable_gradient_checkpointing": False}, {"gradient_checkpointing": False}),
+    ({"model.lora_rank": 0, "model.lora_alpha": 16, "model.target_modules": "all-linear"}, {}),
+    ({"model.lora_rank": 32, "model.lora_alpha": 64, "model.target_modules": "[q_proj, v_proj]"},
+     {"use_lora": True, "lora_rank": 32, "lora_alpha": 64, "lora_targets": "q_proj,v_proj"}),
+    ({"model.lora_adapter_path": "~/a", "model.lora_rank": 32}, {"use_lora": True, "resume_adapter": f"{HOME}/a"}),
+    ({"model.strategy": "fsdp2"}, {"strategy": "fsdp2"}), ({"engine.strategy": "fsdp"}, {}),
+    ({"actor_rollout_ref.actor.strategy": "fsdp2"}, {"strategy": "fsdp2"}),
+    ({"engine.strategy": "megatron", "engine.tensor_model_parallel_size": 2}, {"strategy": "megatron", "tp": 2}),
+    ({"engine.tensor_model_parallel_size": 1}, {}),
+    ({"actor_rollout_ref.actor.megatron.tensor_model_parallel_size": 4}, {"strategy": "megatron", "tp": 4}),
+    ({"actor_rollout_ref.actor.fsdp_config.param_offload": True}, {"param_offload": True}),
+    ({"actor_rollout_ref.actor.fsdp_config.optimizer_offload": True}, {"optimizer_offload": True}),
+    ({"engine.offload_policy": True, "engine.param_offload": False}, {"param_offload": True}),
+    ({"model.fsdp_config.cpu_offload": True, "model.fsdp_config.offload_params": False}, {"param_offload": True}),
+    ({"model.fsdp_config.offload_params": "True"}, {"param_offload": True}),
+    ({"engine.dtype": "bfloat16"}, {"dtype": "bf16"}), ({"engine.dtype": "float32"}, {"dtype": "fp32"}),
+    ({"optim.lr": "1e-3", "optim.betas": "[0.8, 0.999]", "optim.weight_decay": 0, "optim.clip_grad": 2},
+     {"lr": 1e-3, "beta1": 0.8, "beta2": 0.999, "weight_decay": 0.0, "grad_clip": 2.0}),
+    ({"optim.grad_clip": 3}, {"grad_clip": 3.0}), ({"actor_rollout_ref.actor.grad_clip": 3}, {"grad_clip": 3.0}),
+    ({"optim.lr_warmup_steps_ratio": 0, "optim.min_lr_ratio": 0.5}, {"warmup_ratio": 0.0, "min_lr_ratio": 0.5}),
+    ({"optim.warmup_steps_ratio": 0.2}, {"warmup_ratio": 0.2}),
+    ({"optim.lr_scheduler": "linear"}, {"scheduler": "linear"}),
+    ({"actor_rollout_ref.actor.optim.lr_scheduler_type": "constant", "optim.warmup_style": None},
+     {"scheduler": "constant"}),
+    ({"optim.warmup_style": "constant"}, {"scheduler": "constant"}),
+    ({"optim.lr_decay_style": "linear"}, {"scheduler": "linear"}),
+    ({"trainer.default_local_dir": "out/${trainer.project_name}-${trainer.experiment_name}",
+      "trainer.project_name": "p${optim.lr}", "trainer.experiment_name": "e", "optim.lr": "1.0"},
+     {"output_dir": "out/p1.0-e", "project": "p1.0", "run_name": "e", "lr": 1.0}),
+    ({"trainer.total_epochs": 9, "trainer.seed": 1}, {"epochs": 9, "seed": 1}),
+    ({"trainer.total_training_steps": 70}, {"max_steps": 70}), ({"trainer.total_training_steps": -1}, {}),
+    ({"trainer.logger": "[console, file, wandb]"}, {"logger": "console,wandb"}), ({"trainer.logger": "file"}, {}),
+    ({"trainer.save_freq": -1}, {"save_steps": 10**9}), ({"trainer.save_freq": 50}, {"save_steps": 50}),
+    ({"trainer.save_freq": "after_each_epoch", "trainer.test_freq": "after_each_epoch"}, {}),
+    ({"trainer.test_freq": 5, "data.val_files": "v"}, {"eval_steps": 5, "val_data": "v"}),
+    ({"trainer.max_ckpt_to_keep": 2}, {"keep_checkpoints": 2}),
+    ({"trainer.max_actor_ckpt_to_keep": 2}, {"keep_checkpoints": 2}),
+    ({"trainer.resume_mode": "auto", "trainer.resume_from_path": None}, {"resume_from": "auto"}),
+    ({"trainer.resume_mode": "disable", "trainer.resume_from_path": "d"}, {}),
+    ({"trainer.resume_from_path": "d", "trainer.resume_mode": "resume_path"}, {"resume_from": "d"}),
+    ({"trainer.resume_mode": "auto", "trainer.resume_path": "d"}, {"resume_from": "d"}),
+    ({"actor_rollout_ref.nccl_timeout": 60}, {"timeout": 60}),
+]
+
+
+@pytest.mark.parametrize("given, expected", MEANINGS, ids=lambda case: ",".join(case))
+def test_what_a_key_means(given, expected, parse):
+    """Each key sets the setting that means the same, several of them together where one decides about another; the
+    order in a file does not matter, and nothing is said."""
+    assert parse(nested(given)) == (expected, [])
+    assert parse(nested(dict(reversed(given.items())))) == (expected, [])
+
+
+def test_every_key_that_is_taken_has_a_case_above():
+    assert {verl.key_of(key) for given, _ in MEANINGS for key in given} >= set(verl.TAKEN)
+
+
+def example(row):
+    """A key that a row stands for."""
+    return row.replace(".*", ".some.key").replace("*", "engine")
+
+
+@pytest.mark.parametrize("row", verl.WARNED)
+def test_what_changes_nothing_is_said_in_one_line(row, parse):
+    """A value that isn't what happens anyway: no setting changes, and a line has the place, the key and the reason."""
+    same, reason = verl.WARNED[row]
+    if same("strange") if callable(same) else row == "defaults":
+        return
+    values, warnings = parse(nested({example(row): "strange"}))
+    assert (values, warnings) == ({}, [f"warning: verl.yaml:1 {example(row)}: strange is not applicable: {reason}"])
+    for value in ["null", "{}", *([] if callable(same) else same.split())]:
+        assert parse(nested({example(row): value})) == ({}, []), value
+
+
+@pytest.mark.parametrize("row", verl.REFUSED)
+def test_what_would_change_the_result_is_refused(row, parse):
+    """The same of values that can't be had: an error with place, key and reason."""
+    same, reason = verl.REFUSED[row]
+    with pytest.raises(ValueError) as caught:
+        parse(nested({example(row): "strange"}))
+    assert str(caught.value) == f"verl.yaml:1 {example(row)}: strange is refused: {reason}"
+    good = ["model,optimizer,extra"] if callable(same) else same.split()
+    for value in ["null", "{}", *good, *map(str.upper, good if not callable(same) else [])]:
+        assert parse(nested({example(row): value})) == ({}, []), value
+
+
+@pytest.mark.parametrize("given, say", [
+    ({"data.truncation": "left"}, "too_long can't be 'left'; it must be one of truncate, drop, error"),
+    ({"optim.lr_scheduler": "wsd"}, "wsd is refused: there are cosine, linear and constant"),
+    ({"optim.lr_scheduler_type": "polynomial"}, "scheduler can't be 'polynomial'; it must be one of cosine"),
+    ({"optim.betas": "[0.9]"}, "0.9 can't be read; betas are two numbers"),
+    ({"model.lora_rank": "big"}, "model.lora_rank can't be 'big'; it must be a whole number"),
+    ({"data.max_token_len_per_gpu": 9}, "needs data.max_token_len_per_gpu and data.max_length; or type"),
+    ({"data.use_dynamic_bsz": True, "data.max_length": 9}, "needs data.max_token_len_per_gpu and data.max_length"),
+    ({"engine.dtype": "float16"}, "dtype can't be 'float16'; it must be one of bf16, fp32"),
+    ({"engine.strategy": "veomni"}, "strategy can't be 'veomni'; it must be one of fsdp, fsdp2, megatron"),
+    ({"trainer.resume_mode": "resume_path"}, "resume_path needs trainer.resume_from_path=DIR"),
+    ({"trainer.resume_mode": "never"}, "'never'; it must be auto, disable or resume_path"),
+    ({"trainer.total_epochs": "x"}, "epochs can't be 'x'; it must be a whole number"),
+    ({"data.train_batch_size": 0}, "--batch_size 0: it must be at least 1"),
+    ({"trainer.default_local_dir": "a/${optim.lr}"}, r"\$\{optim.lr\} has no value; write it out"),
+    ({"trainer.default_local_dir": "${oc.env:HOME}/a"}, r"\$\{oc.env:HOME\} has no value"),
+    ({"trainer.project_name": "${trainer.experiment_name}", "trainer.experiment_name": "${trainer.project_name}"},
+     "has no value"),
+    ({"optim.lr_scheduler": "cosine", "optim.lr_scheduler_type": "constant"},
+     "verl.yaml:2 optim.lr_scheduler_type: scheduler is constant here, and cosine at verl.yaml:1 optim.lr_scheduler"),
+    ({"engine.strategy": "fsdp", "engine.tensor_model_parallel_size": 2}, "strategy is megatron here, and fsdp at"),
+    ({"trainer.seed": 1, "seed": 2}, "verl.yaml:2: seed is 2 here, and 1 at verl.yaml:1 trainer.seed; leave one out"),
+    ({"trainer.totl_epochs": 1}, "verl.yaml:1: unknown setting 'trainer.totl_epochs'; the nearest is "
+                                 "'trainer.total_epochs'"),
+    ({"engine.param_ofload": True}, "the nearest is 'engine.param_offload'"),
+    ({"data.new_key": 1}, "unknown setting 'data.new_key'"),
+], ids=str)
+def test_a_value_that_can_not_be_read(given, say, parse):
+    """One line with the place in the file, what was said, and the rule or what to type."""
+    with pytest.raises(ValueError, match=say) as caught:
+        parse(nested(given))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("--batch_size 0" if "train_batch" in say + str(given) else "verl.yaml:")
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"data.val_files": "~/data/gsm8k/test.parquet"}, "~/data/gsm8k/test.parquet is verl's example and not on this"),
+    ({"model.lora_rank": 0, "model.lora_alpha": 64}, "model.lora_alpha: 64 is not applicable: model.lora_rank is 0"),
+    ({"model.lora_rank": 0, "model.target_modules": "[q_proj]"}, "q_proj is not applicable: model.lora_rank is 0"),
+    ({"trainer.logger": "[console, mlflow]"}, "mlflow is not applicable: metrics.jsonl has every number"),
+    ({"trainer.logger": "trackio"}, "trackio is not installed (pip install trackio)"),
+    ({"engine.strategy": "megatron"}, "without engine.tensor_model_parallel_size above 1 it is what fsdp does"),
+    ({"trainer.test_freq": -1}, "-1 is not applicable: validation is after each epoch"),
+    ({"defaults": "[_self_, {optim: fsdp}]"}, "the files that it lists are not read"),
+    ({"trainer.n_gpus_per_node": 8}, "8 is not applicable: the launcher decides: ./train.sh --n_gpus N"),
+    ({"checkpoint.save_contents": "[hf_model]"}, "hf_model is not applicable: a checkpoint is always whole"),
+], ids=str)
+def test_what_is_done_otherwise_is_said(given, said, parse):
+    """What a key asks for and does not get, though the run is what it would be: one line."""
+    values, warnings = parse(nested(given))
+    assert values == {} and len(warnings) == 1 and said in warnings[0], warnings
+
+
+def test_the_command_line_is_stronger_than_the_file(parse):
+    """A key of the file that a flag overrides counts no more: neither its value, its warning nor its refusal."""
+    assert parse("model.lora_rank: 0\nmodel.lora_alpha: 64\n", "model.lora_rank=8") == (
+        {"use_lora": True, "lora_alpha": 64}, [])
+    assert parse("model: {lora_rank: 8, lora_alpha: 16}\n", "++model.lora_rank=0") == ({}, [])
+    assert parse("data.truncation: left\n", "data.truncation=right") == ({}, [])
+    assert parse("model.trust_remote_code: True\n", "--model.trust_remote_code", "False") == ({}, [])
+    assert parse("use_remove_padding: False\n", "+use_remove_padding=True") == ({}, [])
+    assert parse("trainer.max_ckpt_to_keep: 3\n", "trainer.max_ckpt_to_keep=null") == ({}, [])
+    assert parse("keep_checkpoints: 3\n", "trainer.max_ckpt_to_keep=null") == ({}, [])
+    assert parse("engine.offload_policy: True\n", "engine.offload_policy=False") == ({}, [])
+    assert parse("trainer: {project_name: a, default_local_dir: 'o/${trainer.project_name}'}\n",
+                 "trainer.project_name=b") == ({"project": "b", "output_dir": "o/b"}, [])
+    for ours, verls in ("--seed=3", "trainer.seed=4"), ("--use_lora", "model.lora_rank=8"):  # the later one, as ever
+        assert parse("", ours, verls) != parse("", "--max_steps", "1")
+    assert parse("", "--seed=3", "trainer.seed=4")[0] == {"seed": 4} != parse("", "trainer.seed=4", "--seed=3")[0]
+
+
+def test_lists_and_plus_signs_of_hydra(parse):
+    """[a,b], ['a','b'] and +a.b on the command line are what a file's list and key are."""
+    for word in ("trainer.logger=[console,wandb]", "++trainer.logger=['console', 'wandb']",
+                 '--trainer.logger=["console","wandb"]', "logger=[console,wandb]", "--logger=console,wandb"):
+        assert parse("", word) == ({"logger": "console,wandb"}, []), word
+    assert parse("", "optim.betas=[0.8,0.9]", "+data.train_files=[a.json]") == (
+        {"beta1": 0.8, "beta2": 0.9, "train_data": "a.json"}, [])
+    assert parse("", "--lora_targets", "[qv]", "--use_lora")[0]["lora_targets"] == "[qv]"  # no list
+
+
+def test_what_the_launcher_started_is_no_warning(parse, monkeypatch):
+    """n_gpus_per_node and nnodes that are what torchrun did pass; other ranks than the first say nothing at all."""
+    text = nested({"trainer.n_gpus_per_node": 8, "trainer.nnodes": 2})
+    assert len(parse(text)[1]) == 2
+    monkeypatch.setenv("RANK", "3")
+    assert parse(text + "use_remove_padding: False\n") == ({}, [])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert parse(text) == ({}, [])
+
+
+def test_explain_names_the_key_of_the_file(parse, capsys):
+    """The origin of what a key of verl set is the line and the key."""
+    with pytest.raises(SystemExit):
+        parse(f"# mine\n{OPTIM.strip()}", "trainer.seed=3", "--explain")
+    lines = {line.split()[0]: line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines()}
+    assert lines["lr"].strip() == "verl.yaml:2 optim.lr" and lines["beta2"].strip() == "verl.yaml:3 optim.betas"
+    assert lines["seed"].strip() == "flag trainer.seed=3" and lines["model"].strip() == "default"
+
+
+def test_other_programs_do_not_know_them():
+    """chat.py has no training settings: a key of verl is as unknown there as any."""
+    with pytest.raises(ValueError, match="unknown setting 'trainer.nnodes'"):
+        parser.parse(chat.Config, ["trainer.nnodes=2"])
+
+
+def test_our_own_words_do_not_need_the_tables():
+    """verl.py is read when a name is not ours, not at each start."""
+    words = [sys.executable, "-c", "import sys, config, sft; parser.parse(sft.Config, ['--lr', '1']); "
+                                   "print('verl' in sys.modules)"]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

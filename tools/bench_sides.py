@@ -1,0 +1,274 @@
+"""What one process of bench.py measures: a side of a comparison, ours or another trainer's, alone in its process.
+
+python bench.py --side NAME starts one, with the flags of the command that compares them, and reads its one JSON line.
+"""
+
+import contextlib
+import os
+import shutil
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import chat
+import data
+import fsdp
+from disk import checkpoint, files, pretrained
+from families.config import ModelConfig
+from model import CausalLM, generate
+from ops.loss import IGNORE, chunked_cross_entropy
+from ranks import processes
+from text import formats
+from text.template import ChatTokenizer
+
+QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=151936,
+                num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True,
+                architectures=["Qwen2ForCausalLM"])
+RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
+LENGTH, BATCH = 1024, 4  # memory: tokens of a step; step: of a conversation, and conversations a step
+
+
+def spread(values):
+    return [statistics.median(values), min(values), max(values)]
+
+
+def proc_gb(file, name):
+    """A figure of this process in GiB, from /proc/self: VmRSS (now) and VmHWM (at most so far) of status, rchar (read)
+    of io. Unlike getrusage's peak, VmHWM does not begin with that of the process which started this one."""
+    with open(f"/proc/self/{file}", encoding="utf-8") as f:
+        number, *unit = dict(line.split(":", 1) for line in f)[name].split()
+    return int(number) / (2**20 if unit == ["kB"] else 2**30)
+
+
+def timed(action, repeats):
+    """Seconds of action(), the memory that the process has before, and what the first call adds to it at its peak."""
+    base = proc_gb("status", "VmRSS")
+    action()
+    added = proc_gb("status", "VmHWM") - base
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": spread(seconds), "base_gb": base, "added_peak_gb": added}
+
+
+def side_loss(cfg):
+    torch.manual_seed(0)
+    hidden = torch.randn(cfg.tokens, cfg.hidden, requires_grad=True)
+    weight = (torch.randn(cfg.vocab, cfg.hidden).mul_(0.02)).requires_grad_()
+    targets = torch.randint(0, cfg.vocab, (cfg.tokens,))
+    targets[torch.rand(cfg.tokens) >= cfg.targets] = IGNORE
+
+    def plain():
+        F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum").backward()
+
+    def chunked():
+        chunked_cross_entropy(hidden, weight, targets).backward()
+
+    def action():
+        hidden.grad = weight.grad = None
+        (plain if cfg.side == "plain" else chunked)()
+
+    return timed(action, cfg.repeats)
+
+
+def side_product(cfg):
+    """What this machine's processor can do, in the units of useful_flops."""
+    a, b = torch.randn(2, 2048, 2048)
+    seconds = timed(lambda: a @ b, 10)["seconds"]
+    return {"flops": 2 * 2048**3 / seconds[0]}
+
+
+def side_load(cfg):
+    """What sft.py does between the data and the first step, without an optimizer; every rank calls it."""
+    read = []
+
+    def load():
+        with torch.device("meta"):
+            model = CausalLM(ModelConfig.from_dict(QWEN_05B))
+        fsdp.shard(model, ranks, False, False)
+        model.to_empty(device=ranks.device)
+        model.tie_weights()
+        before = proc_gb("io", "rchar")
+        pretrained.load_weights(model, cfg.directory)
+        read.append(proc_gb("io", "rchar") - before)
+
+    with processes.start(1, 600) as ranks:
+        return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read[0]}
+
+
+def side_save(cfg):
+    """Seconds of checkpoint.save, and of a copy of what it wrote, in turn."""
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(QWEN_05B))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    layout = pretrained.load_weights(model, cfg.directory)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p] = {"exp_avg": torch.rand_like(p), "exp_avg_sq": torch.rand_like(p)}
+    seconds = {"save": [], "copy": []}
+    for i in range(cfg.repeats + 1):
+        start = time.perf_counter()
+        step = checkpoint.save(os.path.join(cfg.directory, "checkpoints"), i, model, layout, {}, optimizer, {})
+        between = time.perf_counter()
+        copy(step, os.path.join(cfg.directory, "copy"), flush=True)
+        for name, figure in ("save", between - start), ("copy", time.perf_counter() - between):
+            seconds[name].append(figure)
+        shutil.rmtree(step)
+    return {name: spread(values[1:]) for name, values in seconds.items()}
+
+
+def copy(source, target, flush):
+    """Copy a directory; to the disk if it is flushed. Returns the seconds it took."""
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    if flush:
+        for folder, _, names in os.walk(target):
+            for name in names:
+                files.sync(os.path.join(folder, name))
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def side_trl(cfg):
+    """The run of bench_memory by TRL: its defaults, but for what makes it the same work. It writes no checkpoint."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    ends = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"}, bf16=False,
+                           use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1, max_steps=cfg.repeats + 1,
+                           save_strategy="no", report_to="none", disable_tqdm=True,
+                           gradient_checkpointing=cfg.peer_checkpointing)
+    with contextlib.redirect_stdout(sys.stderr):  # what it reports is not JSON
+        rows = datasets.Dataset.from_list(files.read_json(os.path.join(cfg.directory, "rows.json")))
+        trl.SFTTrainer(cfg.directory, config, train_dataset=rows, callbacks=[Clock()],
+                       peft_config=lora if cfg.side == "trl_lora" else None).train()
+    return {"peak_gb": proc_gb("status", "VmHWM"), "seconds": spread([b - a for a, b in zip(ends, ends[1:])])}
+
+
+def side_step(cfg):
+    """The conversations of bench_step once, by TRL or a plain loop; [(seconds, non-pad tokens) of each step] and when
+    the first had ended."""
+    import transformers
+
+    path, ends, tokens = os.path.join(cfg.directory, "rows.json"), [time.perf_counter()], []
+    if cfg.side == "plain_loop":
+        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
+        tokenizer = ChatTokenizer(cfg.directory)
+        rows = data.load(path, tokenizer, LENGTH)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        ends[0] = time.perf_counter()
+        for ids in torch.arange(len(rows)).split(BATCH):
+            parts = [torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
+            masks = [torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
+            batch = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(IGNORE))
+            seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
+            model(input_ids=batch, attention_mask=seen, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ends.append(time.perf_counter())
+            tokens.append(int(seen.sum()))
+    else:
+        import datasets
+        import trl
+
+        class Clock(transformers.TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                ends.append(time.perf_counter())
+
+        class Counted(trl.SFTTrainer):
+            def training_step(self, model, inputs, *args, **kwargs):
+                mask = inputs.get("attention_mask")
+                tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        packed = cfg.side == "trl_packed"  # rows of LENGTH tokens, of whole conversations; one row a step is as many
+        config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
+                               bf16=False, use_cpu=True, max_length=LENGTH, packing=packed, save_strategy="no",
+                               per_device_train_batch_size=BATCH, num_train_epochs=1, report_to="none",
+                               disable_tqdm=True, gradient_checkpointing=False)
+        with contextlib.redirect_stdout(sys.stderr):
+            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+                                               for row in files.read_json(path)])
+            trainer = Counted(cfg.directory, config, train_dataset=rows, callbacks=[Clock()])
+            ends[0] = time.perf_counter()
+            trainer.train()
+    first = time.time() - (time.perf_counter() - ends[1])
+    seconds = [b - a for a, b in zip(ends, ends[1:])]
+    return {"steps": list(zip(seconds, tokens, strict=True)), "first": first, "peak_gb": proc_gb("status", "VmHWM")}
+
+
+def side_data(cfg):
+    """Seconds that cfg.rows conversations take, by us, by the tokenizer alone, or by TRL."""
+    model, path = pretrained.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
+    tokenizer = ChatTokenizer(model)
+    if cfg.side == "encode":
+        texts = [tokenizer.render(formats.to_messages(row, where)) for where, row in formats.read_files(path)]
+        start = time.perf_counter()
+        tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+    elif cfg.side == "data":
+        start = time.perf_counter()
+        data.load(path, tokenizer, LENGTH, cache_dir=cfg.directory)
+    else:
+        import datasets
+        import trl
+
+        with contextlib.redirect_stdout(sys.stderr):
+            # the same conversations in the form of which it masks the prompt, as we do: from "messages" it trains all
+            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+                                               for row in files.read_json(path)])
+            config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True, max_length=LENGTH,
+                                   report_to="none", dataset_num_proc=2)
+            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # what it costs without data
+            before = time.perf_counter()
+            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))
+            start = time.perf_counter()
+            trl.SFTTrainer(model, config, train_dataset=rows)
+            start += start - before
+    return {"seconds": time.perf_counter() - start}
+
+
+def side_chat(cfg):
+    """Seconds of an answer of cfg.new_tokens tokens, after one that warms up; the ids, which are the same for both."""
+    prompt = torch.randint(0, QWEN_05B["vocab_size"], (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    if cfg.side == "chat":
+        model = chat.load(cfg.directory)[0]
+
+        def answer():
+            return list(generate(model, prompt, cfg.new_tokens, stop_ids=()))
+    else:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
+
+        def answer():
+            ids = torch.tensor([prompt])
+            return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+                                  pad_token_id=0, max_new_tokens=cfg.new_tokens)[0, len(prompt) :].tolist()
+    answer()
+    start = time.perf_counter()
+    ids = answer()
+    return {"seconds": time.perf_counter() - start, "ids": ids}
+
+
+SIDES = {"plain": side_loss, "chunked": side_loss, "product": side_product, "load": side_load, "save": side_save,
+         "trl_full": side_trl, "trl_lora": side_trl, "data": side_data, "encode": side_data, "trl_data": side_data,
+         "chat": side_chat, "transformers": side_chat, "trl_padded": side_step, "trl_packed": side_step,
+         "plain_loop": side_step}

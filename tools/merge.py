@@ -1,0 +1,106 @@
+"""An adapter and its base -> a full model directory: python lora.py merge ADAPTER OUT, which starts this file."""
+
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from disk import files, peft, pretrained
+from settings.errors import UserError
+from settings.parser import knob, parse
+from text import template
+
+FILE_BYTES = 2**30  # of each file that is written, and so held in memory, unless one tensor is larger
+
+
+@dataclass
+class Config:
+    """Merge an adapter into its base: python lora.py merge ADAPTER OUT [flags]"""
+
+    do: str | None = knob(None, "what to do", ("merge",), group="merge")
+    adapter: str = knob("./outputs/checkpoints/latest", "adapter directory")
+    out: str = knob("./merged", "directory to write, which does not exist yet")
+    base: str | None = knob(None, "model directory or hub id, if not the one that adapter_config.json names")
+    dtype: str = knob("fp32", "of the result: bf16 is half as large, and rounds", ("fp32", "bf16"))
+
+
+def merge(cfg):
+    """Write a full model directory, tensor by tensor: memory holds one file of about FILE_BYTES, or a larger tensor.
+
+    Raises ValueError for an adapter that does not fit the base, FileExistsError rather than write over something.
+    """
+    if os.path.exists(cfg.out):
+        raise UserError(f"{cfg.out} exists already; give a new directory")
+    path = os.path.join(cfg.adapter, "adapter_config.json")
+    config = peft.checked(files.read_json(path), path)
+    if not (cfg.base or config.get("base_model_name_or_path")):
+        raise UserError(f"{path} names no base model; give it with --base DIR")
+    base = pretrained.model_directory(cfg.base or config["base_model_name_or_path"])
+    model_config = files.read_json(os.path.join(base, "config.json"))
+    entries, parts = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)
+
+    def read(entry):
+        tensor = torch.empty(entry.shape)
+        pretrained.read_into(entry, tensor)
+        return tensor
+
+    def value(name):
+        """The merged tensor, fp32."""
+        weight, module = read(parts.get(name, entries[name])), name.removesuffix(".weight")
+        if module in ranks:
+            A, B = (read(parts[f"{module}.lora_{side}.weight"]) for side in "AB")
+            if (B.shape[0], A.shape[1]) != weight.shape:
+                raise UserError(f"{cfg.adapter} does not fit {base}: its part for {module} is {B.shape[0]} × "
+                                f"{A.shape[1]}, the base has {tuple(weight.shape)}")
+            weight.addmm_(B, A, alpha=peft.scaling_of(module, ranks[module], config))
+            if config.get("use_dora"):
+                magnitude = read(parts[f"{module}.lora_magnitude_vector"])
+                weight *= (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
+        if not weight.isfinite().all():
+            raise UserError(f"{name} would not be finite; is {cfg.adapter} from a run that went wrong?")
+        return weight
+
+    ranks, embedding, head = peft.ranks_of(parts), "model.embed_tokens.weight", "lm_head.weight"
+    if model_config.get("tie_word_embeddings"):
+        entries.pop(head, None)
+        # Where the adapter trained one of the two, or each by itself, tied they could not both be right.
+        other = parts.get(head, entries[embedding])
+        if {head, embedding} & set(parts) and not torch.equal(value(embedding), read(other)):
+            model_config["tie_word_embeddings"], entries[head] = False, entries[embedding]
+        else:
+            parts.pop(head, None)
+    known = {f"{m}.{part}" for m in ranks for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in ranks} - set(entries)
+    if strange:
+        raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; --base names another")
+    dtype, temporary = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype], cfg.out.rstrip("/") + ".tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was ended
+    os.makedirs(temporary)
+    for key in {"dtype", "torch_dtype"} & set(model_config):
+        model_config[key] = str(dtype).removeprefix("torch.")
+    has_tokenizer = os.path.exists(os.path.join(cfg.adapter, "tokenizer.json"))
+    tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
+    exported = {**files.read_bytes(base, pretrained.TOKENIZER_FILES),
+             **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
+             "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_id)}
+    for name, content in exported.items():
+        files.write_file(os.path.join(temporary, name), content)
+    sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
+    groups = pretrained.numbered(sizes, "model", math.ceil(sum(t.nbytes for t in sizes.values()) / FILE_BYTES))
+    for file, names in groups.items():
+        pretrained.write_safetensors(os.path.join(temporary, file), {name: value(name).to(dtype) for name in names})
+    if len(groups) > 1:
+        pretrained.write_index(temporary, groups, sum(t.nbytes for t in sizes.values()))
+    os.replace(temporary, cfg.out)
+    print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(ranks)} layers, {cfg.dtype}\ntalk     python chat.py "
+          f"{cfg.out}")
+
+
+def main():
+    cfg, _ = parse(Config, sys.argv[1:], positional=["do", "adapter", "out"])
+    if not cfg.do:
+        raise UserError("what to do? python lora.py merge ADAPTER OUT [--base DIR] [--dtype bf16]")
+    merge(cfg)
