@@ -10,19 +10,22 @@ if __name__ == "__main__":
 
     venv.enter()  # where torch is missing, go on in the .venv that train.sh made
 
-import os
 import sys
 from dataclasses import dataclass
 
+import jinja2
+import numpy as np
 import torch
 
-import lora
-from disk import files, peft, pretrained
-from families.config import ModelConfig
-from model import CausalLM, generate
-from settings.errors import UserError, run
+import sft
+from disk import peft, pretrained
+from disk.run import Source
+from model import generate
+from ranks import processes
+from settings import errors
+from settings.errors import UserError
 from settings.parser import check, knob, parse
-from text import template
+from text.template import ChatTokenizer
 
 
 @dataclass
@@ -58,35 +61,29 @@ def sampler(temperature, top_p):
 
 def load(name, base=None):
     """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter directory and its base."""
-    directory = adapter = pretrained.model_directory(name)
-    if base and not pretrained.is_adapter(adapter):
+    directory, adapter = pretrained.model_directory(name), None
+    if base and not pretrained.is_adapter(directory):
         raise UserError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
-    if pretrained.is_adapter(adapter):
-        settings = peft.checked(files.read_json(os.path.join(adapter, "adapter_config.json")), adapter)
-        if not (base or settings.get("base_model_name_or_path")):
+    if pretrained.is_adapter(directory):
+        adapter = directory
+        base = base or peft.read_config(adapter).get("base_model_name_or_path")
+        if not base:
             raise UserError(f"{adapter}: its adapter_config.json names no base model; give it with --base DIR")
-        directory = pretrained.model_directory(base or settings["base_model_name_or_path"])
-    config = files.read_json(os.path.join(directory, "config.json"))
-    has_tokenizer = os.path.exists(os.path.join(adapter, "tokenizer.json"))
-    tokenizer = template.ChatTokenizer(adapter if has_tokenizer else directory)
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(config))
-    pretrained.fitting_entries(model, directory)  # before memory is taken
-    if adapter != directory:
-        lora.inject(model, settings, peft.ranks_of(pretrained.weight_entries(adapter)))
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    model.tie_weights()
-    for source in dict.fromkeys((directory, adapter)):
-        pretrained.load_weights(model, source)
-    stops = pretrained.generation_config(directory, config, tokenizer.stop_id)["eos_token_id"]
-    return model.eval(), tokenizer, set(stops if isinstance(stops, list) else [stops])
+        directory = pretrained.model_directory(base)
+    source = Source.find(directory, adapter)
+    tokenizer = ChatTokenizer(source.tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = sft.Config(dtype="fp32", use_lora=adapter is not None, gradient_checkpointing=False)
+    model, _ = sft.build(cfg, source, processes.alone(device), trains=False)
+    generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
+    return model.eval(), tokenizer, set(np.atleast_1d(generation["eos_token_id"]).tolist())
 
 
 def answer(model, tokenizer, stops, messages, cfg):
     """Yield the answer's text piece by piece; a piece never ends inside a character."""
     try:
         prompt = tokenizer.render(messages, add_generation_prompt=True)
-    except template.jinja2.TemplateError as error:
+    except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
     tokens, ids, shown = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids, [], ""
     for token in generate(model, tokens, cfg.max_new_tokens, stops, sampler(cfg.temperature, cfg.top_p)):
@@ -127,4 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

@@ -1,7 +1,7 @@
-"""Where the parameters lie, what a step does with them and the memory it takes: FSDP2, offload, norm, AdamW, heap.
+"""FSDP2: parameters, gradients and optimizer state sharded over the ranks that read different conversations (dp),
+offload to host memory, the reduction of gradients and their norm.
 
-FSDP2 shards parameters, gradients and moments over the ranks that read different conversations (dp); what tp.py has
-split is split once more.
+What ranks/tp.py has split is sharded once more.
 """
 
 import torch
@@ -10,26 +10,34 @@ import torch.distributed as dist
 from ops.memory import is_split, local
 
 
-def shard(model, ranks, bf16, param_offload):
-    """Shard the model, which is on meta, over dp with FSDP2: in place, each block and the root.
+def shard(model, ranks, *, bf16, param_offload):
+    """Shard the model, which is on meta, over dp: in place, each block and the root.
 
-    bf16  gather and compute in it, from fp32 parameters;  param_offload  keep parameters and gradients in host memory
+    bf16           gather and compute in bf16, from fp32 parameters
+    param_offload  keep parameters and gradients in host memory
     """
     if ranks.size == 1 and not bf16 and not param_offload:
-        return  # FSDP2 would only copy: nothing to shard, cast or move
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        return  # there is nothing to shard, cast or move: FSDP2 would only copy
+    from torch.distributed.fsdp import (  # half a second, which other runs save
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
-    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else None
-    settings = dict(mesh=ranks.mesh["dp"], mp_policy=bf16 or MixedPrecisionPolicy(cast_forward_inputs=False),
-                    offload_policy=CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if param_offload
-                    else OffloadPolicy())
-    for block in model.model.layers:
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if bf16:
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    offload = OffloadPolicy()
+    if param_offload:
+        offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=ranks.mesh["dp"], mp_policy=precision, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            # Summed, not averaged: the loss is divided by the targets of the step already.
             module.set_gradient_divide_factor(1.0)
-            # summed, not averaged: the loss is divided by the step's targets already
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
 
 
@@ -40,7 +48,7 @@ def reduce_gradients(model, now):
 
 
 def reshard(model):
-    """Split the root's parameters again, which FSDP2 leaves whole after a forward pass that no backward follows."""
+    """Shard the root's parameters again, which FSDP2 leaves gathered after a forward pass without a backward."""
     if hasattr(model, "reshard"):
         model.reshard()
 
@@ -49,34 +57,30 @@ def grad_norm(parameters):
     """Norm of the whole gradient, (), on its device.
 
     torch.nn.utils.clip_grad_norm_ refuses gradients of several meshes (torch 2.13): a matrix's is on (dp, tp), a
-    norm's on (dp). So each group of gradients that are split alike gives its sum of squares.
+    norm's on (dp). So gradients that are split alike form a group, and each group gives its sum of squares.
     """
-    groups = {}
+    groups = {}  # (mesh, axes that split the gradient) -> this rank's parts
     for p in parameters:
-        axes = [i for i, place in enumerate(p.grad.placements) if not place.is_replicate()] if is_split(p.grad) else []
+        key = (None,)
+        if is_split(p.grad):
+            axes = [i for i, place in enumerate(p.grad.placements) if not place.is_replicate()]
+            key = (p.grad.device_mesh if axes else None, *axes)
         part = local(p.grad)
         if part.device.type == "cpu" and part.ndim > 1:
-            # by rows first: a matrix's norm adds up in one fp32 number, 6e-4 off at 16 M elements, and is slower
+            # By rows first: a whole matrix in one fp32 sum is slower, and 6e-4 off at 16 M elements.
             part = torch.linalg.vector_norm(part, dim=-1)
-        groups.setdefault((p.grad.device_mesh if axes else None, *axes), []).append(part)
-    squares = [torch.nn.utils.get_total_norm(parts).square() for parts in groups.values()]
-    for square, (mesh, *axes) in zip(squares, groups):
+        groups.setdefault(key, []).append(part)
+    squares = []
+    for (mesh, *axes), parts in groups.items():
+        square = torch.nn.utils.get_total_norm(parts).square()
         for axis in axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
     return torch.stack(squares).sum().sqrt()
 
 
-def largest(values, ranks):
-    """Each element's largest value of all ranks, as floats."""
+def all_reduce_max(values, ranks):
+    """Each element's largest value over all ranks, as floats."""
     values = values.to(ranks.device, torch.float32)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
-
-
-def some_weights(optimizer):
-    """A copy of about 64 k elements, spread over all that this rank updates; for the share that a step changes."""
-    weights = [local(p).detach().flatten() for group in optimizer.param_groups for p in group["params"]]
-    stride = 1 + sum(w.numel() for w in weights) // 2**16
-    return torch.cat([w[::stride] for w in weights])
-
-

@@ -1,10 +1,8 @@
-"""LoRA: low-rank adapters beside frozen linear layers, in PEFT's own format.
+"""LoRA: low-rank adapters beside frozen linear layers.
 
-    python lora.py merge outputs/checkpoints/latest OUT     # adapter and base -> a full model directory
-
-Owns the adapted layer, which layers get one, PEFT's adapter_config.json, and first values. An adapter's
-settings are that file's dict, by PEFT's names; its tensors have PEFT's names less the prefix `base_model.model.`,
-which are the model's own. Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), peft 0.21.
+Owns the adapted layer, which modules of a model get one, and its first values. Settings are those of PEFT's
+adapter_config.json (disk/peft.py). Tensors have PEFT's names without the prefix `base_model.model.`.
+Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), QLoRA (2305.14314), peft 0.21.
 """
 
 import math
@@ -13,46 +11,47 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from disk.peft import scaling_of
+from disk import peft, pretrained
+from ops.memory import local
+from ops.nf4 import NF4Weight
+from ranks import tp
 from settings.errors import UserError
-
-
-LARGEST_RANK = 2**14  # a header may claim any where the matrix has no columns
 
 
 class LoRALinear(nn.Module):
     """y = x W' + b + scaling · dropout(x) A' B', with W and b frozen; with DoRA each output is also rescaled.
 
-    weight (out, in) and bias keep the names that they have without an adapter. lora_A (rank, in) is random, lora_B
-    (out, rank) zero at first, both fp32: training starts from the base model. lora_magnitude_vector (out,): DoRA's.
+    weight (out, in) and bias keep the names that they have without an adapter. lora_A (rank, in) starts random,
+    lora_B (out, rank) zero, both fp32. lora_magnitude_vector (out,) is DoRA's.
     """
 
-    def __init__(self, linear, rank, scaling, dropout, dora):
+    def __init__(self, linear, rank, *, scaling, dropout=0.0, dora=False):
         super().__init__()
         self.weight, self.bias, self.scaling, self.dropout = linear.weight, linear.bias, scaling, dropout
-        self.in_features, self.out_features = columns, rows = linear.in_features, linear.out_features
-        self.product = getattr(linear, "product", F.linear)  # of a 4-bit weight, or a plain one
-        if hasattr(linear, "fill"):
-            self.fill = linear.fill
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         new = dict(bias=False, device=linear.weight.device, dtype=torch.float32)
-        self.lora_A, self.lora_B = nn.Linear(columns, rank, **new), nn.Linear(rank, rows, **new)
-        self.lora_magnitude_vector = nn.Parameter(torch.empty(rows, device=new["device"])) if dora else None
-        self.combine = lambda tensor: tensor  # sums over processes that hold other columns of the weight
+        self.lora_A = nn.Linear(self.in_features, rank, **new)
+        self.lora_B = nn.Linear(rank, self.out_features, **new)
+        magnitude = torch.empty(self.out_features, device=new["device"])
+        self.lora_magnitude_vector = nn.Parameter(magnitude) if dora else None
 
     def forward(self, x):
-        return self.compute(x, self.weight, self.bias, self.lora_A.weight, self.lora_B.weight,
-                            self.lora_magnitude_vector)
+        A, B = self.lora_A.weight, self.lora_B.weight
+        return self.compute(x, self.weight, self.bias, A, B, self.lora_magnitude_vector)
 
     def compute(self, x, weight, bias, A, B, magnitude):
-        """x (N, in) -> (N, out). A frozen weight gets no gradient: autograd then makes neither that product nor a copy
-        of x for it."""
+        """x (N, in) -> (N, out). The frozen weight gets no gradient, so autograd keeps no x for it."""
         h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (N, rank)
-        # Added in place: the base's output, the largest tensor here, is never copied.
-        y = self.product(x, weight, bias if magnitude is None else None).addmm_(h, B.T, alpha=self.scaling)
+        y = self.product(x, weight, bias if magnitude is None else None)
+        y.addmm_(h, B.T, alpha=self.scaling)  # in place: y, the largest tensor here, is never copied
         if magnitude is None:
             return y
         y = y * (magnitude / self.row_norms(weight, A, B))
         return y if bias is None else y + bias
+
+    def product(self, x, weight, bias):
+        """x W' + b of the weight as it is stored."""
+        return F.linear(x, weight, bias)
 
     @torch.no_grad()
     def row_norms(self, weight, A, B):
@@ -63,45 +62,72 @@ class LoRALinear(nn.Module):
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
         mixed = 2 * (weight @ A.T) + self.scaling * (B @ (A @ A.T))  # (out, rank)
         squares += self.scaling * (mixed * B).sum(1)
-        return self.combine(squares).sqrt().to(weight.dtype)
+        return self.sum_over_columns(squares).sqrt().to(weight.dtype)
+
+    def sum_over_columns(self, squares):
+        """Sum over the ranks that hold other columns of the weight: here none."""
+        return squares
 
 
-def inject(model, config, ranks):
-    """Freeze the model, put an adapter on each module of `ranks` and thaw what modules_to_save names; in place.
+class NF4LoRALinear(NF4Weight, LoRALinear):
+    """QLoRA: the frozen weight in 4 bits."""
 
-    Raises ValueError for a module that the model does not have: the adapter is another model's.
+
+class ColumnParallelLoRALinear(tp.ColumnParallelAdapter, LoRALinear):
+    """The weight's rows and B are split over tp."""
+
+
+class RowParallelLoRALinear(tp.RowParallelAdapter, LoRALinear):
+    """The weight's columns and A are split over tp."""
+
+
+def inject(model, config, lora_ranks, tp_size=1):
+    """Freeze the model, put an adapter on each module of lora_ranks {name: rank}, and unfreeze what
+    modules_to_save of config, PEFT's settings, names; in place.
+
+    Raises UserError for a module that the model does not have: the adapter is another model's.
     """
     model.requires_grad_(False)
+    model.peft_config = config
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
-    for name, rank in ranks.items():
-        if not isinstance(modules.get(name), nn.Linear) or name == "lm_head":
-            raise UserError(f"the adapter has a part for {name}, which is no layer of this model that can have one; "
-                            f"is it for another? Its base is {config.get('base_model_name_or_path')}")
-        if not 1 <= rank <= LARGEST_RANK:
-            raise UserError(f"the adapter's part for {name} has rank {rank}; it may be from 1 to {LARGEST_RANK:,}")
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, LoRALinear(modules[name], rank, scaling_of(name, rank, config), config.get(
-            "lora_dropout", 0.0), config.get("use_dora", False)))
+    for name, rank in lora_ranks.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear) or name == "lm_head":
+            raise UserError(f"the adapter has a part for {name}, which is no layer of this model that can have "
+                            f"one; is it for another? Its base is {config.get('base_model_name_or_path')}")
+        layer_class = LoRALinear
+        if isinstance(linear, NF4Weight):
+            layer_class = NF4LoRALinear
+        elif tp_size > 1:
+            by_columns = name.endswith(tp.COLUMNS_SPLIT)
+            layer_class = RowParallelLoRALinear if by_columns else ColumnParallelLoRALinear
+        scaling, dropout = peft.scaling_of(name, rank, config), config.get("lora_dropout", 0.0)
+        model.set_submodule(name, layer_class(
+            linear, rank, scaling=scaling, dropout=dropout, dora=config.get("use_dora", False)))
     for name, p in parameters.items():
-        if any(f".{name.rpartition('.')[0]}".endswith(f".{saved}") for saved in config.get("modules_to_save") or ()):
+        owner = f".{name.rpartition('.')[0]}"
+        if any(owner.endswith(f".{saved}") for saved in config.get("modules_to_save") or ()):
             p.requires_grad_(True)
             p.data = p.data.float()
 
 
-def first_values(model, seed):
-    """Yield (name, whole tensor) of every A and B, as PEFT draws them: the same on any number of ranks."""
+@torch.no_grad()
+def initialize(model, weights, seed):
+    """Fill a new adapter: A as PEFT draws it, B with zeros, DoRA's magnitudes with the norms of the frozen rows.
+    The model computes what it did without it.
+
+    weights  {name: tensor} to fill, which may be split; the values are the same on any number of ranks
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if ".lora_A." in name:
             bound = 1 / math.sqrt(p.shape[1])  # Kaiming's for a = sqrt(5)
-            yield name, torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
+            whole = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
+            pretrained.copy_slice(weights[name], whole)
         elif ".lora_B." in name:
-            yield name, torch.zeros(p.shape)
-
-
-if __name__ == "__main__":
-    from tools import merge  # here this file is an entry point; for sft.py and chat.py it is a leaf
-    from settings.errors import run
-
-    run(merge.main)
+            local(weights[name]).zero_()
+        elif name.endswith(".lora_magnitude_vector"):
+            module = model.get_submodule(name.rpartition(".")[0])
+            squares = torch.linalg.vector_norm(local(module.weight), dim=1, dtype=torch.float32).square()
+            local(weights[name]).copy_(module.sum_over_columns(squares).sqrt())

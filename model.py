@@ -1,10 +1,10 @@
-"""A decoder-only transformer with Hugging Face's own parameter names, and the loss that never holds its logits.
+"""A decoder-only transformer with Hugging Face's own parameter names.
 
-Owns the architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (SmolLM2 is one) and Mistral, read from config.json. It does
-not know where weights come from, how many processes there are, or what a chat is.
+Owns the architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (SmolLM2 is one) and Mistral. It does not know where weights
+come from, how many processes there are, or what a chat is.
 
 A micro-batch is one flat row of documents, one after another and without padding; each attends to itself alone, with
-positions from 0. Shapes: N tokens of the row, C hidden size, H query heads, K key/value heads, D head_dim, V words.
+positions from 0. Shapes: N tokens of the row, C hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
 import math
@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ops.attention import Lengths, attend
-from ops.loss import chunked_cross_entropy
+from ops.attention import Documents, attend, opaque_attend
+from ops.loss import Head, loss
 
 
 def rope_cos_sin(positions, config):
     """Cosine and sine of the rotary angles, (N, 1, D/2) each, fp32. Source: RoFormer; Llama 3.1's reference scaling.
 
-    Computed anew for each micro-batch (a few thousand numbers), so that there is no buffer to place, save or cast.
+    Computed again for each micro-batch (a few thousand numbers), so that there is no buffer to place, save or cast.
     """
     D, scaling = config.head_dim, config.rope_scaling
     frequency = config.rope_theta ** -(torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
     if scaling.get("rope_type") == "linear":
         frequency = frequency / scaling["factor"]
-    elif scaling.get("rope_type") == "llama3":  # long waves are slowed by `factor`, short ones kept, smooth between
+    elif scaling.get("rope_type") == "llama3":  # slow long waves by `factor`, keep short ones, blend between
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -46,7 +46,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.window, self.attend = D, config.sliding_windows[layer], attend
+        self.head_dim, self.window = D, config.sliding_windows[layer]
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
@@ -55,17 +55,17 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, lengths, past=None):
+    def forward(self, x, cos, sin, documents, attend, past=None):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the head count is read off the tensor
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:  # this layer's earlier keys and values, of the one document that is being generated
+        if past is not None:  # earlier keys and values of the one document that is being generated
             k = past["k"] = torch.cat((past["k"], k)) if "k" in past else k
             v = past["v"] = torch.cat((past["v"], v)) if "v" in past else v
-        return self.o_proj(self.attend(q, k, v, lengths, self.window).flatten(1))
+        return self.o_proj(attend(q, k, v, documents, self.window).flatten(1))
 
 
 class MLP(nn.Module):
@@ -87,75 +87,76 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, lengths, past=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths, past)
+    def forward(self, x, cos, sin, documents, attend, past=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents, attend, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, gradient_checkpointing=False, compiled=False):
         super().__init__()
-        self.config = config
-        # not Embedding's own first values, which on meta import torch's compiler: a second
+        self.config, self.gradient_checkpointing, self.compiled = config, gradient_checkpointing, compiled
+        # nn.Embedding's own first values import torch's compiler when they are made on meta: a second
         first = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(first, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        if compiled:  # once for all blocks and all row lengths
+            for block in self.layers:
+                block.compile(dynamic=True)
 
     def forward(self, tokens, lengths, past=None):
         start = past[0]["k"].shape[0] if past and past[0] else 0
         positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(tokens.device, non_blocking=True)
         cos, sin = rope_cos_sin(positions, self.config)
-        lengths = Lengths(lengths)
+        documents = Documents(lengths)
+        attention = opaque_attend() if self.compiled else attend
         x = self.embed_tokens(tokens)  # (N, C)
         for i, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Keeps the block's input only and runs it again in backward: +1/3 of the work. Never re-entrant:
-                # that one gives no gradient at all where a block's input needs none (frozen embeddings, LoRA).
-                x = checkpoint(block, x, cos, sin, lengths, use_reentrant=False)
+                # Keeps the block's input only and runs the block again in backward: +1/3 of the work. Never re-entrant:
+                # that gives no gradient at all where a block's input needs none (frozen embeddings, LoRA).
+                x = checkpoint(block, x, cos, sin, documents, attention, use_reentrant=False)
             else:
-                x = block(x, cos, sin, lengths, past[i] if past else None)
+                x = block(x, cos, sin, documents, attention, past[i] if past else None)
         return self.norm(x)
 
 
 class CausalLM(nn.Module):
-    """The whole model; parameters carry the checkpoint's names (model.layers.0.self_attn.q_proj.weight, ...)."""
+    """The whole model; parameters carry the checkpoint's names (model.layers.0.self_attn.q_proj.weight, ...).
 
-    def __init__(self, config):
+    gradient_checkpointing  keep block inputs only and recompute activations in backward
+    compiled                let torch.compile fuse what surrounds attention
+    """
+
+    def __init__(self, config, gradient_checkpointing=False, compiled=False):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss = chunked_cross_entropy
+        self.model = Decoder(config, gradient_checkpointing, compiled)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-
-    def compile_blocks(self):
-        """Let torch.compile fuse what surrounds attention, once for all blocks and all row lengths. Attention stays as
-        it is: its loop over documents would be compiled anew for each packing."""
-        for block in self.model.layers:
-            block.self_attn.attend = torch.compiler.disable(attend)
-            block.compile(dynamic=True)
+        self.n_parameters = sum(p.numel() for p in self.parameters())  # without adapters
+        self.peft_config = None  # PEFT's settings of the adapter that lora.inject has put on
 
     def tie_weights(self):
-        """Make head and embedding one storage where config.json says so; again after anything that moves parameters."""
+        """Make head and embedding one tensor where config.json says so; again after anything that moves parameters."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, lengths, targets=None, each=None, past=None):
-        """Logits, or the summed loss where targets are given.
+    def forward(self, tokens, lengths, rows=None, targets=None, past=None):
+        """Logits, or the loss where targets are given.
 
         tokens   (N,)  int64; documents one after another
         lengths        tuple of ints with sum N: the tokens of each document
-        targets  (N,)  int64; what each position has to predict (already shifted), or IGNORE
-        each     (N,)  fp32, zeros; if given, the loss of each target is written into it
-        past           a dict a layer, which keeps keys and values of earlier calls: logits of the last token only
-        returns  (N, V) logits, or () fp32: nats summed over the targets; the caller divides
+        rows     (R,)  int64; the positions that have a target
+        targets  (R,)  int64; the token that each of them has to predict
+        past           a dict for each layer, which keeps keys and values of earlier calls: logits of the last token only
+        returns  (N, V) logits, or a LossOut: nats summed over the targets; the caller divides
         """
         hidden = self.model(tokens, lengths, past)
-        if targets is None:
-            return self.lm_head(hidden if past is None else hidden[-1:])
-        return self.loss(hidden, self.lm_head.weight, targets, each=each)
+        if targets is not None:
+            return loss(hidden, self.lm_head, rows, targets)
+        return self.lm_head(hidden if past is None else hidden[-1:])
 
 
 @torch.no_grad()

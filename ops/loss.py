@@ -1,76 +1,103 @@
-"""The next-token loss that never holds the logits of a whole micro-batch."""
+"""The next-token loss, which never holds the logits of a whole micro-batch: only target rows reach the head, in chunks.
+
+Shapes: N tokens of the row, R of them with a target, C hidden size, V rows of the head (its part of the vocabulary).
+"""
+
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-IGNORE = -100  # a target that is not trained
+CHUNK = 256  # target rows whose logits exist at a time
 
 
+class LossOut(NamedTuple):
+    """What the loss of a micro-batch gives."""
 
-def chunked_cross_entropy(hidden, weight, targets, chunk=256, first=0, combine=None, each=None):
-    """Next-token loss, summed, without the (N, V) logits: only target rows reach the head, `chunk` at a time.
+    total: torch.Tensor  # () fp32, nats summed over the targets; the caller divides
+    each: torch.Tensor  # (R,) fp32, the loss of each target; without a gradient
+    correct: torch.Tensor | None  # (R,) bool, whether the most likely token is the target; None until asked for
+
+
+class Head(nn.Linear):
+    """lm_head: hidden states (N, C) -> logits (N, V). The loss reads its weight and the three names below, which a
+    head that holds a part of the vocabulary overrides (ranks/tp.py)."""
+
+    first_id = 0  # token id of the weight's first row
+
+    def local_weight(self):
+        """(V, C): the rows that this process holds."""
+        return self.weight
+
+    def all_reduce(self, tensor, op):
+        """Combine a tensor over all parts of the vocabulary, in place; op is "sum" or "max"."""
+
+
+def loss(hidden, head, rows, targets, weights=None):
+    """Next-token cross-entropy, summed over the targets. Returns a LossOut.
 
     hidden   (N, C)  after the final norm
-    weight   (V, C)  lm_head, possibly the tied embedding
-    targets  (N,)    int64; rows with IGNORE contribute nothing and cost nothing
-    each     (N,)    fp32, if given: takes the loss of each target
-    returns  ()      fp32, nats summed over the targets
-
-    weight may be a part of the vocabulary, from word `first` on; combine(tensor, "max" or "sum") then combines a
-    tensor over all parts in place.
+    head             a Head
+    rows     (R,)    int64; positions in hidden whose next token is a target. They come from the data: to look for
+                     them on the device would make the host wait for it
+    targets  (R,)    int64; that next token
+    weights  (R,)    must be None: a float weight for each target is not supported yet
     """
-    rows = (targets != IGNORE).nonzero().squeeze(1)  # a device sync on CUDA: the number of targets decides the shapes
-    losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-    total = _ChunkedCrossEntropy.apply(hidden[rows], weight, targets[rows], losses, chunk, first, combine,
-                                       torch.is_grad_enabled())
-    if each is not None:
-        each[rows] = losses
-    return total
+    if weights is not None:
+        raise NotImplementedError("the loss takes no weights yet")
+    total, each = ChunkedCrossEntropy.apply(hidden[rows], head.local_weight(), targets, head, torch.is_grad_enabled())
+    return LossOut(total, each, None)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forms the gradient of each chunk in forward, while its logits are at hand: nothing is computed twice, and one
-    (chunk, V) buffer is alive instead of the three (N, V) ones of plain cross-entropy. The price is that the
-    gradients of hidden and weight, which backward would make anyway, live from forward on."""
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Forms the gradient of each chunk in forward, while its logits exist: nothing is computed twice, and one
+    (CHUNK, V) buffer is alive instead of the three (N, V) ones of plain cross-entropy. The cost: the gradients of
+    hidden and weight, which backward would make anyway, live from forward on."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, losses, chunk, first, combine, grad_enabled):
-        combine = combine or (lambda tensor, how: None)
-        hidden_grad = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
-        weight_grad = None
+    def forward(ctx, hidden, weight, targets, head, grad_enabled):
+        each = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        hidden_grad = weight_grad = None
+        if grad_enabled and ctx.needs_input_grad[0]:
+            hidden_grad = torch.empty_like(hidden)
         if grad_enabled and ctx.needs_input_grad[1]:
-            weight_grad = torch.empty_like(weight, dtype=torch.float32)  # whatever the dtype, as it sums over chunks
+            weight_grad = torch.empty_like(weight, dtype=torch.float32)  # fp32 always, as it sums over chunks
             if not len(targets) or hidden.dtype != torch.float32:
                 weight_grad.zero_()  # otherwise the first chunk's product overwrites it
-        buffer = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])  # for all chunks: new memory costs time
-        for start in range(0, len(targets), chunk):
-            h, t = hidden[start : start + chunk], targets[start : start + chunk, None] - first
-            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()  # (chunk, V); from here on changed in place
+        buffer = hidden.new_empty(min(CHUNK, len(targets)), weight.shape[0])  # new memory for each chunk costs time
+        for start in range(0, len(targets), CHUNK):
+            h = hidden[start : start + CHUNK]
+            t = targets[start : start + CHUNK, None] - head.first_id
+            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()  # (CHUNK, V); changed in place from here on
             largest = logits.amax(dim=1, keepdim=True)
-            combine(largest, "max")
+            head.all_reduce(largest, "max")
             logits -= largest
-            inside = ((t >= 0) & (t < weight.shape[0])).float()  # 1 where the target is among these words
+            is_here = ((t >= 0) & (t < weight.shape[0])).float()  # 1 where this part of the vocabulary has the target
             t = t.clamp(0, weight.shape[0] - 1)
-            picked = logits.gather(1, t) * inside
+            picked = logits.gather(1, t) * is_here
             sums = torch.cat((logits.exp_().sum(dim=1, keepdim=True), picked), dim=1)
-            combine(sums, "sum")
-            torch.sub(sums[:, 0].log(), sums[:, 1], out=losses[start : start + chunk])
+            head.all_reduce(sums, "sum")
+            torch.sub(sums[:, 0].log(), sums[:, 1], out=each[start : start + CHUNK])
             if hidden_grad is None and weight_grad is None:
                 continue
-            logits /= sums[:, :1]  # the probabilities; less the one-hot target it is the gradient of the logits
-            logits.scatter_add_(1, t, -inside)
+            logits /= sums[:, :1]  # probabilities; minus the one-hot target they are the gradient of the logits
+            logits.scatter_add_(1, t, -is_here)
             if hidden_grad is not None:
-                torch.mm(logits.to(h.dtype), weight, out=hidden_grad[start : start + chunk])
+                torch.mm(logits.to(h.dtype), weight, out=hidden_grad[start : start + CHUNK])
             if weight_grad is not None and h.dtype == torch.float32:
                 weight_grad.addmm_(logits.T, h, beta=min(start, 1))  # without a second (V, C) buffer
             elif weight_grad is not None:
                 weight_grad += logits.to(h.dtype).T @ h
         if hidden_grad is not None:
-            combine(hidden_grad, "sum")
-        ctx.grads = hidden_grad, weight_grad if weight_grad is None else weight_grad.to(weight.dtype)
-        return losses.sum()
+            head.all_reduce(hidden_grad, "sum")
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+        ctx.grads = hidden_grad, weight_grad
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         if ctx.grads is None:
             raise RuntimeError("the loss has been differentiated once already, and its gradients were scaled in place; "
                                "compute the loss anew")
@@ -79,4 +106,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for g in (hidden_grad, weight_grad):
             if g is not None:
                 g.mul_(grad)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None

@@ -152,9 +152,22 @@ class Product(torch.autograd.Function):
         return matmul(grad, views(weight.view(torch.uint8), ctx.columns), ctx.columns, transpose=False), None, None
 
 
-class NF4Linear(nn.Linear):
-    """A frozen linear layer whose weight is packed storage. The bytes pass as bf16, which nothing computes with: FSDP2
-    shards no integers (torch 2.11), and casts fp32 and integers in mixed precision, but bf16 not."""
+class NF4Weight:
+    """Mixin for a linear layer whose frozen weight is packed storage. The bytes pass as bf16, which nothing computes
+    with: FSDP2 shards no integers (torch 2.11), and mixed precision casts fp32 and integers, but not bf16."""
+
+    def product(self, x, weight, bias):
+        """x @ W.T + bias, of a whole weight as it is stored."""
+        y = Product.apply(x, weight, self.in_features)
+        return y if bias is None else y.add_(bias)
+
+    def quantize_rows(self, stored, weight):
+        """Quantise rows of the matrix into the same rows of the weight. Raises UserError where they aren't finite."""
+        quantize_(views(stored.view(torch.uint8), self.in_features), weight)
+
+
+class NF4Linear(NF4Weight, nn.Linear):
+    """A frozen linear layer in 4 bits."""
 
     def __init__(self, linear):
         nn.Module.__init__(self)
@@ -162,22 +175,12 @@ class NF4Linear(nn.Linear):
         packed = empty(linear.out_features, linear.in_features, linear.weight.device)
         self.weight = nn.Parameter(packed.view(torch.bfloat16), requires_grad=False)
 
-    def product(self, x, weight, bias):
-        """x @ W.T + bias, of a whole weight as it is stored."""
-        y = Product.apply(x, weight, self.in_features)
-        return y if bias is None else y.add_(bias)
-
     def forward(self, x):
         return self.product(x, self.weight, self.bias)
-
-    def fill(self, stored, weight):
-        """Quantise rows of the matrix into the same rows of the weight. Raises ValueError where they aren't finite."""
-        quantize_(views(stored.view(torch.uint8), self.in_features), weight)
 
 
 def quantize_linears(model):
     """Replace every linear layer but the head, whose weight the loss reads, by one that stores 4 bits; in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, NF4Linear(module))
+            model.set_submodule(name, NF4Linear(module))

@@ -1,122 +1,172 @@
-"""Tensor parallelism in Megatron's way (Shoeybi et al. 2019), from PyTorch's DTensor: --strategy megatron --tp N.
+"""Tensor parallelism as in Megatron (Shoeybi et al. 2019), from PyTorch's DTensor: --strategy megatron --tp N.
 
-Each block's matrices are split over the ranks of a tp group, by output rows and then by input columns, so that a block
-has two all-reduces a direction; embedding, head and loss are split by words. It knows Hugging Face's module names and
-nothing else of the model; the model does not know it.
+The matrices of each block are split over the ranks of a tp group: first by output rows, then by input columns, so that
+a block has two all-reduces in each direction. Embedding, head and loss are split by the vocabulary. This file knows
+Hugging Face's module names and nothing else of the model.
+
+torch.distributed.tensor is imported where it is used: it takes half a second, and most runs have no tp.
 """
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
 
+from ops.loss import Head
 from settings.errors import UserError
 
-
-def replicated(others=0):
-    """The whole input on each tp rank: one all-reduce in backward for all projections that read it, not one each.
-    `others` counts the further positional inputs of the module, which stay as they are."""
-    layouts = (Replicate(), *[None] * others)
-    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+COLUMNS_SPLIT = ("o_proj", "down_proj")  # their weights are split by input columns; the other layers' by output rows
 
 
-BLOCK_PLAN = {
-    "self_attn": replicated(others=4), "mlp": replicated(),
-    "self_attn.q_proj": ColwiseParallel(), "self_attn.k_proj": ColwiseParallel(),
-    "self_attn.v_proj": ColwiseParallel(), "self_attn.o_proj": RowwiseParallel(),
-    # each rank normalises its own heads (axis 1 of N, H, D) with the same weight, whose gradient is then summed
-    "self_attn.q_norm": SequenceParallel(sequence_dim=1, use_local_output=True),
-    "self_attn.k_norm": SequenceParallel(sequence_dim=1, use_local_output=True),
-    "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel(),
-}
+def split(model, mesh):
+    """Split the model, which is on meta, over `mesh` of one dimension, in place. FSDP2 comes after it and shards the
+    slices that it finds.
 
-
-def split(model, tp):
-    """Split the model, which is on meta, over the mesh `tp` of one dimension, in place. FSDP2 comes after it, and
-    shards the slices that it finds.
-
-    Raises ValueError when its size does not divide what is split.
+    Raises UserError when the mesh's size does not divide what is split.
     """
-    config = model.config
-    parts = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
-    if any(n % tp.size() for n in parts):
-        fit = [n for n in range(1, config.num_key_value_heads + 1) if not any(part % n for part in parts)]
-        raise UserError(f"--tp {tp.size()} must divide the attention heads, key/value heads, intermediate_size "
-                        f"and vocab_size, here {parts}; these do: {fit}")
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    config, size = model.config, mesh.size()
+    divided = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    if any(n % size for n in divided):
+        fit = [n for n in range(1, config.num_key_value_heads + 1) if not any(m % n for m in divided)]
+        raise UserError(f"--tp {size} must divide the attention heads, key/value heads, intermediate_size "
+                        f"and vocab_size, here {divided}; these do: {fit}")
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     for block in model.model.layers:
-        plan = {name: style for name, style in BLOCK_PLAN.items() if "norm" not in name or config.qk_norm}
+        plan = block_plan(config)
         for name, module in block.named_modules():
-            if hasattr(module, "lora_A"):
-                split_adapted(module, isinstance(plan.pop(name), ColwiseParallel), tp)
-        parallelize_module(block, tp, plan)
-    parallelize_module(model.model, tp, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
-    if config.tie_word_embeddings:
-        model.tie_weights()
-    else:
-        head = model.lm_head.weight
-        model.lm_head.weight = nn.Parameter(distribute_tensor(head, tp, [Shard(0)]), head.requires_grad)
-    for name in frozen:  # a plan's styles make new parameters, some of which would be trained (torch 2.13)
+            if isinstance(module, ParallelAdapter):
+                module.distribute(mesh)
+                del plan[name]
+        parallelize_module(block, mesh, plan)
+    parallelize_module(model.model, mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
+    model.lm_head = VocabParallelHead(model.lm_head, mesh)
+    model.tie_weights()
+    for name in frozen:  # parallelize_module makes new parameters, some of which would be trained (torch 2.13)
         model.get_parameter(name).requires_grad_(False)
-    split_vocabulary(model, tp)
 
 
-def split_adapted(module, by_rows, tp):
-    """Split a linear layer and its adapter over tp: by rows of the weight (column parallel, in Megatron's words; B is
-    split with it) or by its columns (row parallel; A is). Nothing is communicated beyond what the layer does without
-    an adapter: the base's and the adapter's part of the output are summed in one all-reduce. The small matrix that
-    is not split gets a part of its gradient on each rank, and FSDP2 sums those once a step."""
-    split = Shard(0) if by_rows else Shard(1)
-    places = {"weight": split, "bias": split if by_rows else Replicate(), "lora_A.weight": Replicate() if by_rows
-              else split, "lora_B.weight": split if by_rows else Replicate(),
-              "lora_magnitude_vector": split if by_rows else Replicate()}
-    for name, p in list(module.named_parameters()):
-        part = nn.Parameter(distribute_tensor(p, tp, [places[name]]), requires_grad=p.requires_grad)
-        owner, _, last = name.rpartition(".")
-        setattr(module.get_submodule(owner), last, part)
-    compute = module.compute
+def block_plan(config):
+    """Module name in a block -> how it is split.
 
-    def compute_part(x, weight, bias, *adapter):
-        parts = [p if p is None else p.to_local(grad_placements=[
-            Partial() if p.placements[0].is_replicate() else p.placements[0]]) for p in (weight, bias, *adapter)]
-        if by_rows:
-            return compute(x.to_local(grad_placements=[Partial()]), *parts)
-        if tp.get_local_rank():
-            parts[1] = None  # added once
-        y = DTensor.from_local(compute(x, *parts), tp, [Partial()], run_check=False)
-        return y.redistribute(placements=[Replicate()]).to_local()
+    The inputs of attention and MLP are declared as replicated, so that backward has one all-reduce for all layers that
+    read them, not one for each (five instead of two in a block).
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+    )
 
-    def combine(squares):
-        dist.all_reduce(squares, group=tp.get_group())
-        return squares
+    def replicated_input(n_other_inputs=0):
+        layouts = (Replicate(), *[None] * n_other_inputs)
+        return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
-    module.compute = compute_part
-    if not by_rows:
-        module.combine = combine
+    plan = {
+        "self_attn": replicated_input(n_other_inputs=5),  # the further positional inputs stay as they are
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(),
+        "mlp": replicated_input(),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    if config.qk_norm:
+        # each rank normalises its own heads (dim 1 of N, H, D) with the same weight, whose gradient is then summed
+        for name in ("self_attn.q_norm", "self_attn.k_norm"):
+            plan[name] = SequenceParallel(sequence_dim=1, use_local_output=True)
+    return plan
 
 
-def split_vocabulary(model, tp):
-    """Let the loss work on this rank's rows of the head: no rank ever holds a chunk's whole logits. What the head
-    itself gives, when a text is generated, is the whole logits of one token, gathered."""
-    ops, group, whole = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}, tp.get_group(), model.loss
-    first = tp.get_local_rank() * (model.config.vocab_size // tp.size())
+class VocabParallelHead(Head):
+    """lm_head of which this rank holds the rows of its part of the vocabulary. The loss works on that part: no rank
+    ever holds the whole logits of a chunk. Its own output, when a text is generated, is the whole logits, gathered."""
 
-    def combine(tensor, how):
-        dist.all_reduce(tensor, ops[how], group)
+    def __init__(self, head, mesh):
+        from torch.distributed.tensor import Shard, distribute_tensor
 
-    def logits(hidden):
-        part = nn.functional.linear(hidden, model.lm_head.weight.to_local()).contiguous()
-        parts = [torch.empty_like(part) for _ in range(tp.size())]
-        dist.all_gather(parts, part, group=group)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = head.in_features, head.out_features, None
+        weight = distribute_tensor(head.weight, mesh, [Shard(0)])
+        self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+        self.group, self.tp_size = mesh.get_group(), mesh.size()
+        self.first_id = mesh.get_local_rank() * (head.out_features // mesh.size())
+
+    def local_weight(self):
+        return self.weight.to_local()
+
+    def all_reduce(self, tensor, op):
+        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
+
+    def forward(self, hidden):
+        part = nn.functional.linear(hidden, self.local_weight()).contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.tp_size)]
+        dist.all_gather(parts, part, group=self.group)
         return torch.cat(parts, dim=-1)
 
-    model.lm_head.forward = logits
-    model.loss = lambda hidden, weight, targets, each: whole(hidden, weight.to_local(), targets, first=first,
-                                                             combine=combine, each=each)
+
+class ParallelAdapter:
+    """Mixin for lora.LoRALinear: this rank has a slice of the weight, and of A or of B.
+
+    The layer computes with plain tensors, this rank's parts. Nothing is communicated beyond what the layer without an
+    adapter does: the base's and the adapter's part of the output are summed in one all-reduce. The small matrix that
+    is not split gets a part of its gradient on each rank, and FSDP2 sums those once a step.
+    """
+
+    split_dims = {}  # parameter name -> dimension that is split; the others are whole on each rank
+
+    def distribute(self, mesh):
+        """Replace the parameters by DTensors over the tp mesh."""
+        from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+        self.mesh, self.partial = mesh, Partial()
+        for name, p in list(self.named_parameters()):
+            dim = self.split_dims.get(name)
+            placement = Replicate() if dim is None else Shard(dim)
+            part = nn.Parameter(distribute_tensor(p, mesh, [placement]), requires_grad=p.requires_grad)
+            owner, _, last = name.rpartition(".")
+            setattr(self.get_submodule(owner), last, part)
+
+    def local_part(self, p):
+        """This rank's part of a parameter; the gradient of one that is whole here is a part of a sum."""
+        if p is None:
+            return None
+        placement = self.partial if p.placements[0].is_replicate() else p.placements[0]
+        return p.to_local(grad_placements=[placement])
+
+    def local_parts(self):
+        return [self.local_part(p) for p in (self.weight, self.bias, self.lora_A.weight, self.lora_B.weight,
+                                             self.lora_magnitude_vector)]
+
+
+class ColumnParallelAdapter(ParallelAdapter):
+    """Column parallel in Megatron's words: the weight is split by output rows, and B with it."""
+
+    split_dims = {"weight": 0, "bias": 0, "lora_B.weight": 0, "lora_magnitude_vector": 0}
+
+    def forward(self, x):
+        return self.compute(x.to_local(grad_placements=[self.partial]), *self.local_parts())
+
+
+class RowParallelAdapter(ParallelAdapter):
+    """Row parallel in Megatron's words: the weight is split by input columns, and A with it."""
+
+    split_dims = {"weight": 1, "lora_A.weight": 1}
+
+    def forward(self, x):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        weight, bias, *adapter = self.local_parts()
+        if self.mesh.get_local_rank():
+            bias = None  # added once
+        y = DTensor.from_local(self.compute(x, weight, bias, *adapter), self.mesh, [self.partial], run_check=False)
+        return y.redistribute(placements=[Replicate()]).to_local()
+
+    def sum_over_columns(self, squares):
+        dist.all_reduce(squares, group=self.mesh.get_group())
+        return squares

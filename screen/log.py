@@ -4,6 +4,7 @@ Rank 0 alone writes. A logger of others (wandb, tensorboard, trackio) works in a
 hangs loses its numbers, not the run. metrics.jsonl has them all.
 """
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -16,8 +17,10 @@ import uuid
 
 from tqdm import tqdm
 
-from disk.files import naming
+from disk import files
+from screen import report
 from settings.errors import UserError
+from settings.parser import write_yaml
 
 LOGGERS = ("console", "wandb", "tensorboard", "trackio")
 
@@ -38,11 +41,19 @@ class Warnings(logging.Handler):
     def __init__(self, store, rank):
         super().__init__(logging.WARNING)
         self.store, self.rank, self.said = store, rank, set()
+
+    @classmethod
+    def install(cls, ranks):
+        """Take over the warnings of Python and torch where there are several ranks; otherwise return None."""
+        if ranks.size == 1:
+            return None
+        self = cls(ranks.store, ranks.rank)
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").handlers = [self]
         for name, logger in logging.root.manager.loggerDict.items():  # torch has handlers at several of its loggers
             if name.startswith("torch") and getattr(logger, "handlers", None):
                 logger.handlers = [self]
+        return self
 
     def emit(self, record):
         text = record.getMessage().strip().partition("\n  ")[0]  # without the line of code
@@ -74,20 +85,20 @@ class Lines:
                 for number, line in enumerate(f, 1):
                     if line.endswith(b"\n") and step_of(line, f"{path}, line {number}") <= last_step:
                         kept.append(line)
-        with naming(path), open(path + ".tmp", "wb") as f:
+        with files.naming(path), open(path + ".tmp", "wb") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)
         self.path, self.file = path, open(path, "ab", buffering=0)  # a buffer would be written once more at the end
 
     def write(self, **values):
         line = (json.dumps(values) + "\n").encode()
-        with naming(self.path):
+        with files.naming(self.path):
             while line:  # a disk that is full takes a part, and the next time raises
                 line = line[self.file.write(line):]
 
     def sync(self):
         os.stat(self.path)  # raises where the file has lost its name: deleted, or with the file system it is on
-        with naming(self.path):
+        with files.naming(self.path):
             os.fsync(self.file.fileno())
 
 
@@ -171,28 +182,66 @@ class Logger(threading.Thread):
 
 
 class Log:
-    """metrics.jsonl, samples.jsonl, the screen and the loggers of one run. Without `writes` it does nothing.
+    """The screen, metrics.jsonl, samples.jsonl and the loggers of one run. Rank 0 writes; elsewhere it does nothing.
 
-    settings    the run's, as a dict: what loggers show, and which there are
-    last_step   of the checkpoint that the run goes on from; later lines are taken out of the files
-    warnings    of all ranks, if there are several
+    last_step  of the checkpoint that is resumed: later lines are removed from the files
+    warnings   of all ranks, if there are several
     """
 
-    def __init__(self, settings, last_step, total_steps, writes, warnings=None):
-        directory, self.last_step, self.total = settings["output_dir"], last_step, total_steps
-        names = [name.strip() for name in settings["logger"].split(",")]
-        self.writes, self.on_console = writes, writes and "console" in names
-        self.peak_lr, self.was_warned = settings["lr"], False
-        self.val_loss, self.printed, self.warnings = None, -1e9, warnings
-        # first: one that can't start leaves no files behind that look like a run's
-        self.loggers = [Logger(name, settings, directory, last_step) for name in names if writes and name in OPEN]
-        # a terminal that does not tell its size would be given an empty bar
-        has_bar = self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
-        self.bar = tqdm(total=total_steps, initial=last_step, dynamic_ncols=True, mininterval=0.5, disable=not has_bar)
+    def __init__(self, cfg, last_step, total_steps, ranks, warnings=None):
+        self.directory, self.last_step, self.total = cfg.output_dir, last_step, total_steps
+        self.writes, self.warnings = ranks.rank == 0, warnings
+        names = [name.strip() for name in cfg.logger.split(",")]
+        self.on_console = self.writes and "console" in names
+        self.peak_lr, self.was_warned = cfg.lr, False
+        self.val_loss, self.printed, self.started = None, -1e9, time.perf_counter()
+        self.loggers, self.bar = [], tqdm(disable=True)
+        if self.writes:
+            # loggers first: one that can't start leaves no files behind that look like a run's
+            settings = dataclasses.asdict(cfg)
+            self.loggers = [Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
+            self.metrics, self.samples = (
+                Lines(os.path.join(self.directory, f"{name}.jsonl"), last_step) for name in ("metrics", "samples"))
+
+    def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
+        """What is trained, on what, for how long: on the screen, in ledger.json and config.yaml. Starts the bar."""
+        if not self.writes:
+            return
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = f"{n_trained:,} trained with LoRA" if cfg.use_lora else "all trained"
+        strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.size > 1 else ""
+        facts = {
+            "model": f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, {trained}, "
+                     f"{cfg.dtype_on(ranks.device)} on {ranks.size} × {ranks.device.type}{strategy}",
+            "train": train_set.ledger.lines(),
+            "validation": [f"{line} (validation)" for line in val_set.ledger.lines()] if val_set else [],
+            "ranks": ranks.size,
+        }
+        path = os.path.join(self.directory, "config.yaml")
+        with files.naming(path):
+            write_yaml(cfg, path)
+        files.write_file(os.path.join(self.directory, "ledger.json"), facts)
+
+        print(facts["model"])
+        if tokenizer.is_fallback:
+            print("         it has no chat template: ChatML is used, and saved with it")
+        print(*facts["train"], *facts["validation"], sep="\n")
+        if train_set.mix():
+            quotas = " + ".join(f"{n:,}" for n in sampler.quotas)
+            print(f"mix      {quotas} of {len(train_set):,} conversations an epoch")
+        per_epoch = sampler.per_epoch[0]
+        share = sum(sampler.quotas) / len(train_set) / per_epoch  # of the data, in a step
+        print(f"steps    {self.total:,} = {self.total / per_epoch:.4g} epochs of {per_epoch:,}, of about "
+              f"{len(train_set) * share:.3g} conversations, {int(train_set.sizes.sum()) * share:,.0f} tokens, "
+              f"{train_set.ledger.target * share:,.0f} targets")
+        if run.resumed:
+            print(f"resume   {run.resumed}, after step {run.step}")
+        elif cfg.resume_from:
+            print(f"resume   nothing in {run.root}: a new run")
+        if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
+            # a terminal that does not know its size would get an empty bar
+            self.bar = tqdm(total=self.total, initial=self.last_step, dynamic_ncols=True, mininterval=0.5)
         self.started = time.perf_counter()
-        if writes:
-            self.metrics, self.samples = (Lines(os.path.join(directory, f"{name}.jsonl"), last_step)
-                                          for name in ("metrics", "samples"))
 
     def step(self, step, **values):
         """A training step's numbers; those that are None have no place in the line."""
@@ -201,12 +250,7 @@ class Log:
         if self.warnings:
             self.warnings.collect()
         values = {name: value for name, value in values.items() if value is not None}
-        # a rate that rises or falls is small for a while, and what is left out changes nothing
-        is_still = values.get("changed", 1) < 0.01 and values["lr"] >= self.peak_lr / 2 and "skipped" not in values
-        if is_still and not self.was_warned:
-            self.was_warned = True
-            self.say(f"warning: step {step} changed {values['changed']:.2%} of the weights, at a learning rate of "
-                     f"{values['lr']:.2g}: too little for their precision, or there is no gradient")
+        self.warn_if_still(step, values)
         self.metrics.write(step=step, **values)
         self.send("train", step, values)
         val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""
@@ -220,20 +264,40 @@ class Log:
             left = (now - self.started) / (step - self.last_step) * (self.total - step)
             print(f"step {step:,} of {self.total:,}: {shown}, {tqdm.format_interval(left)} left", flush=True)
 
-    def validation(self, step, val_loss, val_tokens):
+    def warn_if_still(self, step, values):
+        """Warn once of a step that changed almost no weight. The learning rate is small for a while as it rises and
+        falls, and a skipped step changes nothing: those do not count."""
+        changed = values.get("changed", 1)
+        if self.was_warned or changed >= 0.01 or values["lr"] < self.peak_lr / 2 or "skipped" in values:
+            return
+        self.was_warned = True
+        self.say(f"warning: step {step} changed {changed:.2%} of the weights, at a learning rate of "
+                 f"{values['lr']:.2g}: too little for their precision, or there is no gradient")
+
+    def skipped(self, step, grad_norm, limit, sources):
+        """A step whose gradient norm is a spike (--max_grad_norm_factor)."""
+        self.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; conversations: "
+                 f"{sources}")
+
+    def validation(self, step, val_loss, val_set, answers):
+        """A validation's loss, if there is a validation set, and the answers to --sample_prompts."""
         if not self.writes:
             return
-        self.val_loss = val_loss
-        self.metrics.write(step=step, val_loss=val_loss, val_tokens=val_tokens)
-        self.send("val", step, {"loss": val_loss, "tokens": val_tokens})
-        self.say(f"step {step}: val_loss {val_loss:.4f}")
+        if val_set:
+            n_targets = int(val_set.n_targets.sum())
+            self.val_loss = val_loss
+            self.metrics.write(step=step, val_loss=val_loss, val_tokens=n_targets)
+            self.send("val", step, {"loss": val_loss, "tokens": n_targets})
+            self.say(f"step {step}: val_loss {val_loss:.4f}")
+        for prompt, answer in answers:
+            self.samples.write(step=step, kind="sample", prompt=prompt, answer=answer)
+            self.say(f"step {step}: {prompt!r:.60} -> {answer!r:.100}")
 
-    def sample(self, step, **values):
-        """A text that the run shows: kind "sample", "worst" or "best"."""
+    def extremes(self, step, texts):
+        """The conversations of highest and lowest loss, see samples.ConversationLosses."""
         if self.writes:
-            self.samples.write(step=step, **values)
-            if values["kind"] == "sample":
-                self.say(f"step {step}: {values['prompt']!r:.60} -> {values['answer']!r:.100}")
+            for text in texts:
+                self.samples.write(step=step, **text)
 
     def say(self, text):
         if self.on_console:
@@ -248,12 +312,28 @@ class Log:
             self.metrics.sync()
             self.samples.sync()
 
-    def close(self):
+    def report(self):
+        if self.writes:
+            report.write(self.directory)
+
+    def finish(self, run, stop):
+        """Close everything, and say what came out; `stop` is the signal that ended the run, or 0."""
         self.bar.close()
-        if self.writes and self.warnings:
+        if not self.writes:
+            return
+        if self.warnings:
             self.warnings.collect()
         for logger in self.loggers:
             logger.close()
-        if self.writes:
-            self.metrics.file.close()
-            self.samples.file.close()
+        self.metrics.file.close()
+        self.samples.file.close()
+        if stop and (run.owes_evaluation or run.step < self.total):
+            print(f"stopped  after step {run.step} of {self.total}: --resume_from auto goes on")
+        if run.stops_early:
+            print(f"stopped  after step {run.step}: {run.best['behind']} validations without a lower val_loss than "
+                  f"{run.best['val_loss']:.4f} of step {run.best['step']}")
+        latest = os.path.join(run.root, "latest")
+        kind = "PEFT adapter" if run.cfg.use_lora else "Hugging Face model"
+        print(f"saved    {latest} -> step_{run.step}, a {kind} directory")
+        python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
+        print(f"talk     {python} chat.py {latest}")

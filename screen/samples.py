@@ -34,28 +34,56 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
     return [(messages[-1]["content"], tokens) for messages, tokens in zip(conversations, ids)]
 
 
-def answers(model, tokenizer, prompts, stops, ranks):
-    """Yield (prompt, answer), greedy. All ranks compute each token together: a gather of each block a token."""
-    model.eval()
-    for prompt, tokens in prompts:
-        if ranks.stopped():
-            break
-        new = generate(model, tokens, SAMPLE_TOKENS, stops, lambda logits: ranks.agree(int(logits.argmax())))
-        yield prompt, tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)
-    fsdp.reshard(model)
-    model.train()
+class Prompts:
+    """The prompts of --sample_prompts, answered at validations; without that setting there are none."""
+
+    def __init__(self, cfg, tokenizer, eos_ids):
+        self.tokenizer, self.eos_ids, self.texts = tokenizer, eos_ids, []
+        if cfg.sample_prompts:
+            keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
+            self.texts = read_prompts(cfg.sample_prompts, tokenizer, keys)
+
+    def answer(self, model, ranks):
+        """[(prompt, answer), ...], greedy; fewer once a signal came. All ranks compute each token together: a gather
+        of each block for each token."""
+        found = []
+        model.eval()
+        for prompt, tokens in self.texts:
+            if ranks.stopped():
+                break
+            new = generate(model, tokens, SAMPLE_TOKENS, self.eos_ids,
+                           lambda logits: ranks.broadcast(int(logits.argmax())))
+            found.append((prompt, self.tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)))
+        fsdp.reshard(model)
+        model.train()
+        return found
 
 
-def extremes(rows, losses, tokenizer, count=10):
-    """What samples.jsonl keeps of the conversations with the highest and the lowest loss per target, as they were when
-    each was last trained; `losses` (conversations,) are summed over a conversation, -1 if it has not been trained."""
-    mean = losses / torch.from_numpy(np.array(rows.n_targets))
-    mean[losses < 0] = math.nan  # sorted to the end
-    n, order = int((losses >= 0).sum()), mean.argsort()
-    for kind, ids in ("best", order[:n][:count]), ("worst", order[:n].flip(0)[:count]):
-        for i in ids.tolist():
-            tokens = rows.tokens[rows.starts[i] : rows.starts[i + 1]].tolist()
-            parts = [tokens] if len(tokens) <= 200 else [tokens[:100], tokens[-100:]]
-            text = " … ".join(tokenizer.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
-            yield dict(kind=kind, loss=mean[i].item(), target_tokens=int(rows.n_targets[i]), source=rows.source(i),
-                       text=text)
+class ConversationLosses:
+    """The loss of each conversation as last trained, in nats; -1 where it has not been trained."""
+
+    def __init__(self, dataset, ranks):
+        self.dataset, self.ranks = dataset, ranks
+        self.sums = torch.full((len(dataset),), -1.0, device=ranks.device)
+
+    def restart(self, ids):
+        """Set the conversations of a step to 0, on every rank; return the tensor that backward adds to."""
+        self.sums[torch.from_numpy(ids)] = 0.0
+        return self.sums
+
+    def extremes(self, tokenizer, count=10):
+        """What samples.jsonl keeps of the conversations with the highest and the lowest loss per target: a list of
+        dicts. All ranks call it."""
+        dataset, sums = self.dataset, self.ranks.sum(self.sums.clone()).cpu()
+        mean = sums / torch.from_numpy(np.array(dataset.n_targets))
+        mean[sums < 0] = math.nan  # sorted to the end
+        order = mean.argsort()[: int((sums >= 0).sum())]
+        found = []
+        for kind, ids in ("best", order[:count]), ("worst", order.flip(0)[:count]):
+            for i in ids.tolist():
+                tokens = dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tolist()
+                parts = [tokens] if len(tokens) <= 200 else [tokens[:100], tokens[-100:]]
+                text = " … ".join(tokenizer.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
+                found.append(dict(kind=kind, loss=mean[i].item(), target_tokens=int(dataset.n_targets[i]),
+                                  source=dataset.source(i), text=text))
+        return found

@@ -1,22 +1,39 @@
-"""What a run will need, before there is a model: memory a rank, bytes of each collective, the time they imply.
+"""Print the memory a rank will need, the bytes of each collective and the time they imply, from config.json alone.
 
-Plain arithmetic on names and shapes, read off the code as it is; it imports neither torch nor the project's other
-files. sft.py --plan passes the parameters of a model on meta. What is counted is a full micro-batch, all of whose
-tokens are targets: --micro_batch_size conversations that fill --max_length. On a GPU it is what
-torch.cuda.max_memory_allocated would say; the context, workspaces, NCCL's buffers and the allocator's own holes are
-not in it. On the CPU it is what the process holds above what its imports take.
+    python tools/plan.py --model Qwen/Qwen2.5-0.5B --micro_batch_size 4 --memory_gb 24
+    python tools/plan.py --model Qwen/Qwen2.5-7B --n_gpus 64 --tp 8
+
+Takes the settings of sft.py and five of its own. The model is made on meta by sft.build(); the rest is arithmetic on
+names and shapes. What is counted is a full micro-batch, all of whose tokens are targets: --micro_batch_size
+conversations that fill --max_length. On a GPU it is what torch.cuda.max_memory_allocated would say, without the
+context, workspaces, NCCL's buffers and the allocator's fragmentation. On the CPU it is what the process holds above
+what its imports take.
 """
 
+if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the project, not tools/
+    from settings import venv
+
+    venv.enter()
+
+import dataclasses
 import math
 import os
+import sys
 from dataclasses import dataclass, replace
 
 import torch
 
+import sft
 from disk import files, pretrained
-from families.config import ModelConfig
-from model import CausalLM
+from disk.run import Source
+from ranks import processes
+from settings import errors
 from settings.errors import UserError
+from settings.parser import knob, parse
 
 GB = 2**30
 CHUNK = 256  # rows of logits that the loss has at a time
@@ -24,8 +41,25 @@ PIECE = 2**22  # values of a 4-bit matrix that are made whole at a time
 BY_COLUMNS = "o_proj", "down_proj"  # what tp splits so: weight and A; of the others it splits weight, bias and B
 # Of the CPU, fitted to bench.py --part plan with glibc 2.36, whose heap does not fill the holes of freed tensors with
 # others: shares of what is kept, and of what all blocks have in turn, tensors above the limit apart, which the system
-# has back at once (LoRA runs lower it: sft.settle_heap).
+# has back at once (LoRA runs lower it: memory.settle_heap).
 KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)  # without and with LoRA
+
+
+@dataclass
+class Config(sft.Config):
+    """Print what a run of these settings will need: python tools/plan.py [flags of sft.py] [flags]"""
+
+    memory_gb: float | None = knob(None, "of a rank, in GiB: says which micro_batch_size fits", low=1e-3,
+                                   group="planning")
+    n_gpus: int | None = knob(None, "GPUs of a cluster that is not there; none: what is here", low=1)
+    tflops: float = knob(400.0, "what a GPU achieves, in TFLOP/s; 400 is about an H100 in bf16", low=1e-3)
+    gb_per_second: float = knob(50.0, "what a rank sends, sharding, in GB/s; 50: between nodes", low=1e-3)
+    tp_gb_per_second: float = knob(300.0, "what a rank sends for tp, in GB/s; 300: inside a node", low=1e-3)
+
+    def __post_init__(self):
+        if self.tp > 1:
+            self.strategy = "megatron"
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -78,12 +112,12 @@ class Layout:
 
 
 def check(layout):
-    """Raise ValueError when tp does not divide what it splits: the rules of processes.start and tp.split."""
+    """Raise UserError when tp does not divide what it splits: the rules of processes.start and tp.split."""
     c, tp, ranks = layout.config, layout.tp, layout.ranks
     parts = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
     fit = [n for n in range(1, ranks + 1) if not any(part % n for part in (ranks, *parts))]
     if ranks % tp or tp > 1 and tp not in fit:
-        raise UserError(f"--tp {tp} must divide the {ranks} ranks (--ranks), the attention heads, key/value heads, "
+        raise UserError(f"--tp {tp} must divide the {ranks} ranks (--n_gpus), the attention heads, key/value heads, "
                         f"intermediate_size and vocab_size, here {parts}; these do: {fit}")
 
 
@@ -125,7 +159,7 @@ def whole(layout, where, only_trained, width):
 
 
 def block_activations(layout, first=False):
-    """Bytes that autograd keeps of a block that is not checkpointed; tests/test_forecast.py compares them to the byte.
+    """Bytes that autograd keeps of a block that is not checkpointed; tests/unit/test_plan.py compares them to the byte.
 
     first  the first block's, whose input needs no gradient where the embedding is frozen
     """
@@ -285,8 +319,8 @@ def flops(layout):
     return tokens * (passes * 2 * matrices + (3 + layout.checkpointing) * attention + head) / layout.tp
 
 
-def lines(layout, memory_gb=None, tflops=None, gb_per_second=None, tp_gb_per_second=None):
-    """What --plan prints: memory always; collectives and time where tflops is given."""
+def lines(layout, *, memory_gb=None, tflops=None, gb_per_second=None, tp_gb_per_second=None):
+    """What is printed: memory always; collectives and time where tflops is given."""
     found, check_other = memory(layout), replace(layout, checkpointing=not layout.checkpointing)
     size = {key: f"{value / GB:.3f} GiB" for key, value in found.items() if key not in ("stage", "stages")}
     device, offload = "GPU" if layout.cuda else "CPU", layout.param_offload or layout.optimizer_offload
@@ -334,24 +368,40 @@ def lines(layout, memory_gb=None, tflops=None, gb_per_second=None, tp_gb_per_sec
 
 def plan(cfg):
     """Print what a run would need: nothing is loaded, tokenised or written, and no other process is waited for."""
-    from sft import add_adapters
-
-    config = files.read_json(os.path.join(pretrained.model_directory(cfg.model, ["config.json"]), "config.json"))
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(config))
-    cuda = bool(cfg.ranks) or torch.cuda.is_available()  # a cluster that is not there has GPUs
-    bf16 = (cfg.dtype or ("bf16" if cuda else "fp32")) == "bf16"
-    if bf16 and (cfg.optimizer_offload or cfg.use_lora):
-        model.to(torch.bfloat16)  # as in train
-    if cfg.use_lora:
-        add_adapters(model, cfg, cfg.resume_adapter)
+    directory = pretrained.model_directory(cfg.model, ["config.json"])
+    config_json = files.read_json(os.path.join(directory, "config.json"))
+    source = Source(model=directory, adapter=cfg.resume_adapter, tokenizer=directory, config_json=config_json)
+    cuda = bool(cfg.n_gpus) or torch.cuda.is_available()  # a cluster that is not there has GPUs
+    dtype = cfg.dtype or ("bf16" if cuda else "fp32")
+    model, _ = sft.build(dataclasses.replace(cfg, dtype=dtype), source, processes.alone(torch.device("meta")))
     batch = math.ceil(cfg.batch_tokens / cfg.max_length) if cfg.batch_tokens else cfg.batch_size
-    size = cfg.ranks or int(os.environ.get("WORLD_SIZE", "1"))
     shapes = tuple((n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
-    layout = Layout(model.config, shapes, cfg.max_length, cfg.micro_batch_size, batch, size, cfg.tp, bf16,
-                             cuda, cfg.gradient_checkpointing, cfg.param_offload, cfg.optimizer_offload,
-                             cfg.lora_dropout, bool(cfg.quantize))
+    layout = Layout(
+        config=model.config,
+        parameters=shapes,
+        length=cfg.max_length,
+        micro=cfg.micro_batch_size,
+        batch=batch,
+        ranks=cfg.n_gpus or int(os.environ.get("WORLD_SIZE", "1")),
+        tp=cfg.tp,
+        bf16=dtype == "bf16",
+        cuda=cuda,
+        checkpointing=cfg.gradient_checkpointing,
+        param_offload=cfg.param_offload,
+        optimizer_offload=cfg.optimizer_offload,
+        dropout=cfg.lora_dropout,
+        quantize=bool(cfg.quantize),
+    )
     check(layout)
     if os.environ.get("RANK", "0") == "0":
-        print(*lines(layout, cfg.memory_gb, cfg.tflops or 400.0, cfg.gb_per_second or 50.0,
-                              cfg.tp_gb_per_second or 300.0), sep="\n")
+        print(*lines(layout, memory_gb=cfg.memory_gb, tflops=cfg.tflops, gb_per_second=cfg.gb_per_second,
+                     tp_gb_per_second=cfg.tp_gb_per_second), sep="\n")
+
+
+def main():
+    cfg, _ = parse(Config, sys.argv[1:])
+    plan(cfg)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,6 +1,7 @@
-"""A step computed in other ways than the loop does: --selfcheck, and where a step that is not finite went wrong.
+"""A step computed in other ways than the loop does: --selfcheck, adapters that do not learn, and where a step that is
+not finite went wrong.
 
-Both need what the loop never has: the gradient of each micro-batch, or of another layout, by itself. `backward` is
+They need what the loop never has: the gradient of each micro-batch, or of another layout, by itself. `backward` is
 sft.py's.
 """
 
@@ -10,46 +11,38 @@ import torch
 
 import data
 import fsdp
-from ops import memory
+from ops.memory import local
 from settings.errors import UserError
 
+LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # relative differences that rounding explains, by the dtype of the computation
 
-def compare(backward, model, parameters, dataset, ids, cfg, ranks, limit):
-    """Compare loss and every gradient of one step over ways to lay it out; raise ValueError above `limit`.
+
+def compare(backward, model, dataset, ids, cfg, ranks):
+    """Compare loss and every gradient of one step over ways to lay it out; raise UserError where they differ.
 
     The step's conversations are cut into micro-batches in several ways, with and without checkpointing, and, with
     several data-parallel ranks, all put on one of them. Prints the largest relative difference of each.
 
     ids  the step's conversations
     """
-    max_length, n_targets = cfg.max_length, int(dataset.n_targets[ids].sum())
-    model.eval()  # no dropout, whose masks depend on the layout
-
-    def gradient(capacity, max_rows, checkpointing, spread):
-        model.model.gradient_checkpointing = checkpointing
-        place = (ranks.dp_rank, ranks.dp_size) if spread else (0, 1)
-        batches = list(data.micro_batches(dataset, ids, capacity, max_rows, *place))
-        if not spread and ranks.dp_rank:  # idle, but in step: a collective waits for all
-            batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
-        loss = backward(model, batches, n_targets, ranks)
-        gradients = [memory.local(p.grad).clone() for p in parameters]
-        for p in parameters:
-            p.grad = None
-        return ranks.sum(loss), gradients
-
-    ways = {"as configured": (cfg.micro_batch_size * max_length, None if cfg.packing else cfg.micro_batch_size,
-                              cfg.gradient_checkpointing, True),
-            "one conversation at a time": (max_length, 1, cfg.gradient_checkpointing, True),
-            "all in one micro-batch": (len(ids) * max_length, None, cfg.gradient_checkpointing, True),
-            "checkpointing the other way": (max_length, None, not cfg.gradient_checkpointing, True)}
+    limit, max_length, checkpointing = LIMITS[cfg.dtype_on(ranks.device)], cfg.max_length, cfg.gradient_checkpointing
+    ways = {
+        "as configured": dict(capacity=cfg.micro_batch_size * max_length,
+                              max_rows=None if cfg.packing else cfg.micro_batch_size),
+        "one conversation at a time": dict(capacity=max_length, max_rows=1),
+        "all in one micro-batch": dict(capacity=len(ids) * max_length),
+        "checkpointing the other way": dict(capacity=max_length, checkpointing=not checkpointing),
+    }
     if ranks.dp_size > 1:
-        ways["all on one data-parallel rank"] = (max_length, None, cfg.gradient_checkpointing, False)
+        ways["all on one data-parallel rank"] = dict(capacity=max_length, on_one_rank=True)
+    model.eval()  # no dropout, whose masks depend on the layout
     base, worst = None, 0.0
     for name, way in ways.items():
-        loss, gradients = gradient(*way)
+        model.model.gradient_checkpointing = way.pop("checkpointing", checkpointing)
+        loss, gradients = gradient(backward, model, dataset, ids, ranks, **way)
         base = base or (loss, gradients)
         off = torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
-        off = max(*fsdp.largest(off.max()[None], ranks), abs(loss / base[0] - 1).item())
+        off = max(*fsdp.all_reduce_max(off.max()[None], ranks), abs(loss / base[0] - 1).item())
         worst = max(worst, off)
         if ranks.rank == 0:
             print(f"{name:32} loss {loss.item():.8f}   largest relative difference {off:.1e}")
@@ -59,19 +52,54 @@ def compare(backward, model, parameters, dataset, ids, cfg, ranks, limit):
         print(f"selfcheck: ok, {len(ids)} conversations, nothing above {limit}")
 
 
-def find_non_finite(backward, model, parameters, rows, ids, capacity, max_rows, n_targets, ranks):
+def gradient(backward, model, dataset, ids, ranks, *, capacity, max_rows=None, on_one_rank=False):
+    """(loss, this rank's parts of every gradient) of a step in one layout."""
+    n_targets = int(dataset.n_targets[ids].sum())
+    if on_one_rank:
+        batches = list(data.micro_batches(dataset, ids, capacity, max_rows))
+        if ranks.dp_rank:  # idle, but in step: a collective waits for all
+            batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
+    else:
+        batches = list(data.micro_batches(dataset, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
+    loss = backward(model, batches, n_targets, ranks)
+    parameters = trained(model)
+    gradients = [local(p.grad).clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return ranks.sum(loss), gradients
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def check_adapters(model, ranks):
+    """Stop a run whose adapters do not learn: in the first step each B matrix has a gradient, so each will change."""
+    found = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
+    alive = torch.tensor([g is not None and bool(local(g).any()) for g in found.values()])
+    dead = [name for name, lives in zip(found, fsdp.all_reduce_max(alive, ranks)) if not lives]
+    if dead:
+        raise UserError(f"{len(dead)} of {len(found)} adapters have no gradient and would never learn: "
+                        f"{', '.join(dead[:5])}")
+
+
+def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     """Say where a step that is not finite went wrong. Each of its micro-batches is computed alone, one after another
     over the ranks: as long as dp_size steps, once, at the end of a run."""
-    (idle,) = data.micro_batches(rows, ids[:0], capacity)
-    places = [(dp_rank, i, batch) for dp_rank in range(ranks.dp_size) for i, batch in enumerate(
-        data.micro_batches(rows, ids, capacity, max_rows, dp_rank, ranks.dp_size), 1)]
-    for dp_rank, i, batch in places:
-        losses, is_mine = torch.zeros(len(rows), device=ranks.device), dp_rank == ranks.dp_rank
-        for p in parameters:
-            p.grad = None
-        loss = ranks.sum(backward(model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None))
-        if not math.isfinite(loss.item()) or not fsdp.grad_norm(parameters).isfinite():
+    capacity, max_rows = cfg.micro_batch_size * cfg.max_length, None if cfg.packing else cfg.micro_batch_size
+    n_targets, parameters = int(dataset.n_targets[ids].sum()), trained(model)
+    (idle,) = data.micro_batches(dataset, ids[:0], capacity)
+    for dp_rank in range(ranks.dp_size):
+        batches = data.micro_batches(dataset, ids, capacity, max_rows, dp_rank, ranks.dp_size)
+        for number, batch in enumerate(batches, 1):
+            losses, is_mine = torch.zeros(len(dataset), device=ranks.device), dp_rank == ranks.dp_rank
+            for p in parameters:
+                p.grad = None
+            loss = backward(model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None)
+            if math.isfinite(ranks.sum(loss).item()) and fsdp.grad_norm(parameters).isfinite():
+                continue
             bad = batch.ids[~ranks.sum(losses).isfinite().cpu().numpy()[batch.ids]]
-            return (f"rank {dp_rank * ranks.size // ranks.dp_size}, its micro-batch {i}; conversations: "
-                    f"{rows.sources(bad if len(bad) else batch.ids)}")  # a gradient is of the whole micro-batch
-    return f"no micro-batch alone shows it; conversations: {rows.sources(ids)}"
+            named = bad if len(bad) else batch.ids  # a gradient is of the whole micro-batch
+            rank = dp_rank * ranks.size // ranks.dp_size
+            return f"rank {rank}, its micro-batch {number}; conversations: {dataset.sources(named)}"
+    return f"no micro-batch alone shows it; conversations: {dataset.sources(ids)}"

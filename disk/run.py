@@ -1,0 +1,167 @@
+"""RunState: the directory of a run, what it continues from, and what it has to remember from step to step.
+
+All of resume is here: which checkpoint is continued, whether it is whole, whether it belongs to this run, what is
+restored, and what a checkpoint keeps for the next resume.
+"""
+
+import collections
+import math
+import os
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from disk import checkpoint, files, peft, pretrained
+from families.config import ModelConfig
+from settings.errors import UserError
+
+# Settings that decide what an adapter is: resume refuses others.
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
+                    "lora_modules_to_save", "quantize")
+
+
+@dataclass
+class Source:
+    """Where the weights of a model are: its directory, that of its adapter if it has one, and config.json's values."""
+
+    model: str
+    adapter: str | None
+    tokenizer: str
+    config_json: dict
+
+    @classmethod
+    def find(cls, model, adapter=None, tokenizer=None):
+        """Of directories; without a tokenizer directory it is the adapter's, where that has one, or the model's."""
+        if tokenizer is None:
+            has_own = adapter and os.path.exists(os.path.join(adapter, "tokenizer.json"))
+            tokenizer = adapter if has_own else model
+        return cls(model, adapter, tokenizer, files.read_json(os.path.join(model, "config.json")))
+
+    @property
+    def config(self):
+        return ModelConfig.from_dict(self.config_json)
+
+
+class RunState:
+    """The state of a run outside model and optimizer.
+
+    step       the last optimizer step that was taken
+    best       {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, validations since without a lower one
+    norms      the last 64 gradient norms, before clipping
+    owes_evaluation  a signal ended the evaluation after `step` early: it is done again before the next step
+    source     where the weights come from: a checkpoint is a model directory too
+    """
+
+    def __init__(self, cfg, ranks):
+        """A new run, or the checkpoint that --resume_from names, verified.
+
+        Raises UserError where the output directory already holds a run, or the checkpoint is not whole or is not of
+        the kind of run (full or LoRA) that cfg asks for. A failed resume never trains.
+        """
+        self.cfg, self.is_writer = cfg, ranks.rank == 0
+        self.root = os.path.join(cfg.output_dir, "checkpoints")
+        os.makedirs(self.root, exist_ok=True)
+        self.resumed = checkpoint.resume_directory(cfg.resume_from, self.root) if cfg.resume_from else None
+        self.saved = {"step": 0}
+        if self.resumed:
+            checkpoint.verify(self.resumed)
+            self.saved = checkpoint.load_state(self.resumed)
+        elif not cfg.resume_from and not cfg.selfcheck and os.path.exists(os.path.join(cfg.output_dir, "metrics.jsonl")):
+            raise UserError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir "
+                            "DIR starts another elsewhere")
+        self.step = self.saved["step"]
+        self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
+        self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
+        self.owes_evaluation = bool(self.saved.get("is_cut"))
+        self.source = self.find_source()
+
+    def find_source(self):
+        cfg = self.cfg
+        adapter = (self.resumed or cfg.resume_adapter) if cfg.use_lora else None
+        directory = adapter or self.resumed
+        if directory and pretrained.is_adapter(directory) != cfg.use_lora:
+            kind, how = ("a whole model", "without") if cfg.use_lora else ("an adapter", "with")
+            raise UserError(f"{directory} is {kind}: go on with it {how} --use_lora")
+        if adapter and not self.resumed:  # a checkpoint's base is compared by its fingerprint
+            peft.check_base(peft.read_config(adapter), cfg.model)
+        is_whole = self.resumed and not adapter
+        model = self.resumed if is_whole else pretrained.model_directory(cfg.model)
+        tokenizer = pretrained.model_directory(cfg.tokenizer) if cfg.tokenizer else None
+        return Source.find(model, adapter, tokenizer)
+
+    def identify(self, train_set):
+        """Note what decides which conversations a step holds, and what an adapter is for.
+
+        Raises UserError where the checkpoint that is resumed was made with others.
+        """
+        cfg = self.cfg
+        self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
+                             batch_tokens=cfg.batch_tokens)
+        if cfg.use_lora:
+            self.identity.update({name: getattr(cfg, name) for name in ADAPTER_SETTINGS})
+            self.identity["base"] = pretrained.fingerprint(self.source.model)
+        if not self.resumed:
+            return
+        differ = [f"{key} {self.saved.get(key)} then, {now} now" for key, now in self.identity.items()
+                  if self.saved.get(key) != now]
+        if differ:
+            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} is of another run ({'; '.join(differ)}); "
+                            "give what it was started with, or start a new run with another --output_dir")
+
+    def restore(self, model, optimizer, tokenizer):
+        """Load the optimizer's state and fp32 masters where a checkpoint is resumed, and keep what each checkpoint of
+        this run will hold beside them."""
+        source = self.source
+        generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
+        self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
+        self.layout = pretrained.layout(model, self.source.model)
+        if self.cfg.use_lora:
+            self.layout = pretrained.adapter_layout(model)
+        self.exported = pretrained.export_files(
+            self.source.model, self.source.config_json, self.source.tokenizer, tokenizer, model.peft_config)
+        if self.resumed:
+            checkpoint.load_training_tensors(self.resumed, model, optimizer, self.saved)
+            if self.is_writer and os.path.dirname(self.resumed) == os.path.realpath(self.root):
+                self.restore_links()
+        optimizer.publish()
+
+    def restore_links(self):
+        """Later steps in this directory belong to the run that is left; and a kill between two links leaves the second
+        one behind."""
+        checkpoint.set_link(self.root, self.step)
+        if self.cfg.keep_best and os.path.isdir(os.path.join(self.root, f"step_{self.best['step']}")):
+            checkpoint.set_link(self.root, self.best["step"], "best")
+
+    @property
+    def stops_early(self):
+        """--early_stopping: that many validations in a row without a lower val_loss."""
+        return bool(self.cfg.early_stopping) and self.best["behind"] >= self.cfg.early_stopping
+
+    def judge(self, step, val_loss):
+        """Compare a val_loss with the best so far; return whether it is lower."""
+        self.best["behind"] += 1
+        is_best = self.best["val_loss"] is None or val_loss < self.best["val_loss"]
+        if is_best:
+            self.best = {"val_loss": val_loss, "step": step, "behind": 0}
+        return is_best
+
+    def is_spike(self, grad_norm):
+        """--max_grad_norm_factor: whether the norm is above `norm_limit`, that many times the median of the last 64,
+        once there are 16. Notes the norm."""
+        factor = self.cfg.max_grad_norm_factor
+        self.norm_limit = math.inf
+        if factor and len(self.norms) >= 16:
+            self.norm_limit = factor * statistics.median(self.norms)
+        self.norms.append(grad_norm)
+        return grad_norm > self.norm_limit
+
+    def save(self, model, optimizer, is_best):
+        """Write the checkpoint of the last step; every rank calls it. Then delete those that are not kept."""
+        links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
+        state = {**self.identity, "best": self.best, "is_cut": self.owes_evaluation, "norms": list(self.norms)}
+        checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, layout=self.layout,
+                        exported=self.exported, state=state, links=links)
+        if self.is_writer:
+            best = self.best["step"] if self.cfg.keep_best else None
+            checkpoint.prune(self.root, self.cfg.keep_checkpoints, self.step, best)
