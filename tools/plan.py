@@ -223,7 +223,9 @@ def memory(layout):
     work_block = 2 * block + 2 * flat + whole(layout, 0, True, summed) * (layout.is_sharded and layout.cuda)
     everything = sum(whole(layout, i, True, summed) for i in (*range(blocks), None))
     held = everything * (layout.micro_batches > 1)  # nothing is reduced before the step's last micro-batch
-    reduced = 0 if on_device else state["gradients"] if layout.is_sharded else everything
+    reduced = state["gradients"] if layout.is_sharded else everything
+    if on_device:
+        reduced = 0
     of_blocks = sum(part(layout, n, s)[1] * i * t for n, s, i, t in layout.parameters if ".layers." in n)
     done = held or of_blocks * (blocks - 1) // blocks * (not on_device)
     reducing = whole(layout, None, True, summed)  # of the root: what is reduced, if anything is, and what comes out
@@ -233,13 +235,16 @@ def memory(layout):
     work = 2 * layout.tokens * (c.intermediate_size // layout.tp) * w + row  # backward of the MLP's product
     if layout.quantize:  # codes, then values, of a piece of a matrix that is made whole
         work += min(PIECE, c.hidden_size * c.intermediate_size) * (8 if layout.bf16 else 6)
+    tied_gradient = words * w * has_embedding * tied
+    embedding = (held or reduced) + tied_gradient
+    if layout.is_sharded:
+        embedding = (held or of_blocks * (not on_device)) + root + 2 * flat + whole(layout, None, True, w)
+        embedding += max(tied_gradient, reducing)
     stages = {
         "the loss": held + kept + 2 * row + loss + root + flat - (one - row if layout.checkpointing else 0),
         "the last block's backward": held + kept + waits + work + root + work_block,
         "the first block's backward": done + one + waits + work + root + work_block,
-        "the embedding's gradient": (held or reduced) + words * w * has_embedding * tied if not layout.is_sharded else
-                                    (held or of_blocks * (not on_device)) + root + 2 * flat
-                                    + whole(layout, None, True, w) + max(words * w * has_embedding * tied, reducing),
+        "the embedding's gradient": embedding,
         "the optimizer": reduced,
     }
     stage = max(stages, key=stages.get)
