@@ -98,10 +98,3 @@ def first_values(model, seed):
             yield name, torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
         elif ".lora_B." in name:
             yield name, torch.zeros(p.shape)
-
-
-if __name__ == "__main__":
-    from tools import merge  # here this file is an entry point; for sft.py and chat.py it is a leaf
-    from settings.errors import run
-
-    run(merge.main)

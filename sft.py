@@ -11,10 +11,20 @@ main() from top to bottom: it runs in that order.
 It does no preference tuning, no pre-training from raw text and no images.
 """
 
+if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+    from settings import venv
+
+    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
+
 import collections
 import dataclasses
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -33,6 +43,7 @@ from ops import memory, optim
 from ranks import processes
 from screen import report, samples
 from screen.log import Log, Warnings, check_loggers
+from settings import venv
 from settings.errors import UserError, run
 from settings.parser import check, knob, parse, write_yaml
 from text.template import ChatTokenizer
@@ -146,6 +157,10 @@ class Config:
 
     def __post_init__(self):
         check(self)
+        if self.train_data == Config.train_data and not os.path.exists(self.train_data):
+            self.train_data = os.path.join(files.PROJECT, "data", "example_sft.json")  # from any other folder
+        if "WORLD_SIZE" in os.environ and not self.plan:  # ranks/launch.py and torchrun say it
+            processes.check_tp(self.tp, int(os.environ["WORLD_SIZE"]))
         if self.train_on_prompt and self.train_on != "all":
             raise UserError(f"--train_on {self.train_on} does nothing with --train_on_prompt, which trains all tokens")
         check_loggers(self.logger)
@@ -210,7 +225,7 @@ def evaluate(model, dataset, capacity, max_rows, ranks):
     nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows, ranks.dp_rank, ranks.dp_size):
-        if ranks.stopped():
+        if ranks.poll_signals():
             break
         nll += model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device))
     fsdp.reshard(model)
@@ -276,7 +291,7 @@ def main():
     with processes.start(cfg.tp, cfg.timeout) as ranks:
         train(cfg, ranks)
     if ranks.stop:
-        sys.exit(processes.STOPS[ranks.stop])
+        sys.exit(processes.EXIT_CODES[ranks.stop])
 
 
 def train(cfg, ranks):
@@ -418,7 +433,8 @@ def train(cfg, ranks):
     if cfg.resume_from:
         say("resume   " + (f"{resume}, after step {state['step']}" if resume else f"nothing in {root}: a new run"))
 
-    stop = ranks.stopped()  # from here on a signal waits for the step to end; no rank still looks for a run before this
+    stop = ranks.poll_signals()  # from here on a signal waits for the step to end; no rank still looks for a run before this
+    report.assets()  # a file that is missing stops a run before its first step, not at its first checkpoint
     log = Log(dataclasses.asdict(cfg), state["step"], total_steps, ranks.rank == 0, warnings)
     losses = torch.full((len(rows),), -1.0, device=device)  # of each conversation, as last trained; for the report
     best = state.get("best") or {"val_loss": None, "step": 0, "behind": 0}  # behind: validations since
@@ -474,7 +490,7 @@ def train(cfg, ranks):
             ranks.at(f"evaluation after step {step}")
             val_loss = evaluate(model, val, capacity, max_rows, ranks) if val else None
             answers = list(samples.answers(model, tokenizer, prompts, stops, ranks))
-            is_cut = bool((val or prompts) and ranks.stopped())
+            is_cut = bool((val or prompts) and ranks.poll_signals())
             if val and not is_cut:
                 log.validation(step, *val_loss)
                 is_best = best["val_loss"] is None or val_loss[0] < best["val_loss"]
@@ -484,7 +500,7 @@ def train(cfg, ranks):
                 is_over = bool(cfg.early_stopping) and best["behind"] >= cfg.early_stopping
             for prompt, answer in () if is_cut else answers:
                 log.sample(step, kind="sample", prompt=prompt, answer=answer)
-        stop = ranks.stopped()
+        stop = ranks.poll_signals()
         is_due = step % cfg.save_steps == 0 if cfg.save_steps else sampler.ends_epoch(step)
         if is_due or step == total_steps or is_over or stop or is_best and cfg.keep_best:
             ranks.at(f"save of step {step}")
@@ -497,7 +513,7 @@ def train(cfg, ranks):
             if ranks.rank == 0:
                 checkpoint.prune(root, cfg.keep_checkpoints, step, cfg.keep_best and best["step"])
                 report.write(cfg.output_dir)
-            stop = ranks.stopped()
+            stop = ranks.poll_signals()
 
     log.close()
     if stop and (is_cut or step < total_steps):
@@ -506,10 +522,9 @@ def train(cfg, ranks):
         say(f"stopped  after step {step}: {best['behind']} validations without a lower val_loss than "
             f"{best['val_loss']:.4f} of step {best['step']}")
     latest = os.path.join(root, "latest")
-    python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
     kind = "PEFT adapter" if cfg.use_lora else "Hugging Face model"
     say(f"saved    {latest} -> step_{step}, a {kind} directory")
-    say(f"talk     {python} chat.py {latest}")
+    say(f"talk     {venv.command('chat.py')} {shlex.quote(latest)}")
 
 
 if __name__ == "__main__":

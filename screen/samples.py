@@ -38,9 +38,9 @@ def answers(model, tokenizer, prompts, stops, ranks):
     """Yield (prompt, answer), greedy. All ranks compute each token together: a gather of each block a token."""
     model.eval()
     for prompt, tokens in prompts:
-        if ranks.stopped():
+        if ranks.poll_signals():
             break
-        new = generate(model, tokens, SAMPLE_TOKENS, stops, lambda logits: ranks.agree(int(logits.argmax())))
+        new = generate(model, tokens, SAMPLE_TOKENS, stops, lambda logits: ranks.broadcast(int(logits.argmax())))
         yield prompt, tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)
     fsdp.reshard(model)
     model.train()
