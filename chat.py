@@ -6,6 +6,10 @@ its turns.
 """
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
     from settings import venv
 
     venv.enter()  # where torch is missing, go on in the .venv that train.sh made

@@ -443,10 +443,3 @@ def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
                                            IGNORE) for s, n in spans])
         yield MicroBatch(torch.from_numpy(inputs).long(), torch.from_numpy(targets).long(), tuple(n for _, n in spans),
                          ids[group])
-
-
-if __name__ == "__main__":
-    from tools import show  # here this file is an entry point; for sft.py it is a leaf
-    from settings.errors import run
-
-    run(show.main)

@@ -10,6 +10,10 @@ It does no preference tuning, no pre-training from raw text and no images.
 """
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
     from settings import venv
 
     venv.enter()  # where torch is missing, continue in the .venv that train.sh made
@@ -27,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import fsdp
 import lora
-from disk import peft, pretrained
+from disk import files, peft, pretrained
 from disk.run import RunState
 from model import CausalLM
 from ops import memory, nf4, optim
@@ -132,6 +136,10 @@ class Config:
     def __post_init__(self):
         check(self)
         check_loggers(self.logger)
+        if self.train_data == Config.train_data and not os.path.exists(self.train_data):
+            self.train_data = os.path.join(files.PROJECT, "data", "example_sft.json")  # from any other folder
+        if "WORLD_SIZE" in os.environ:
+            processes.check_tp(self.tp, int(os.environ["WORLD_SIZE"]))
         if (self.tp > 1) != (self.strategy == "megatron"):
             raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for "
                             "1; type --strategy megatron --tp 2, or leave both out")
@@ -191,7 +199,7 @@ def evaluate(model, dataset, cfg, ranks):
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in micro_batches(dataset, range(len(dataset)), cfg, ranks):
-        if ranks.stopped():
+        if ranks.poll_signals():
             break
         total += model(*batch.inputs(ranks.device)).total
     fsdp.reshard(model)
@@ -284,20 +292,20 @@ def train(cfg, ranks, warnings=None):
             ranks.at(f"evaluation after step {step}")
             val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
             answers = prompts.answer(model, ranks)
-            run.owes_evaluation = bool((val_set or prompts.texts) and ranks.stopped())
+            run.owes_evaluation = bool((val_set or prompts.texts) and ranks.poll_signals())
             if not run.owes_evaluation:
                 is_best = run.judge(step, val_loss)
                 log.validation(step, val_loss, val_set, answers)
-        is_last = ranks.stopped() or step == len(sampler) or run.stops_early
+        is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
         if is_last or sampler.is_due(step, cfg.save_steps) or (is_best and cfg.keep_best):
             ranks.at(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
             log.sync()  # a checkpoint never outlives the lines that lead to it
             run.save(model, optimizer, is_best)
             log.report()
-            ranks.stopped()
+            ranks.poll_signals()
 
-    ranks.stopped()  # from here on a signal lets the step finish and be saved
+    ranks.poll_signals()  # from here on a signal lets the step finish and be saved
     if run.owes_evaluation and not ranks.stop:
         after_step(run.step)
     first_step = run.step + 1
@@ -345,7 +353,7 @@ def main():
     with processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks:
         train(cfg, ranks, Warnings.install(ranks))
     if ranks.stop:
-        sys.exit(processes.STOPS[ranks.stop])
+        sys.exit(processes.EXIT_CODES[ranks.stop])
 
 
 if __name__ == "__main__":

@@ -95,10 +95,18 @@ def naming(path):
         raise OSError(int(code[1]), os.strerror(int(code[1])), path) from error
 
 
+class LockTimeout(UserError):
+    """The process that holds a lock has made no progress for too long. pid: its id, None where the file has none."""
+
+    def __init__(self, message, pid):
+        super().__init__(message)
+        self.pid = pid
+
+
 def take_lock(lock, timeout):
     """Lock a file, whose holder names itself in it and touches it at every sign of progress.
 
-    Raises TimeoutError, with the holder as its pid, when there was none for `timeout` seconds.
+    Raises LockTimeout, with the holder as its pid, when there was none for `timeout` seconds.
     """
     seen = since = None
     while True:
@@ -112,8 +120,6 @@ def take_lock(lock, timeout):
         if time.monotonic() - since > timeout:
             lock.seek(0)
             holder = lock.read().strip()
-            error = TimeoutError(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; end "
-                                 "it, or give another --cache_dir")
-            error.pid = holder
-            raise error
+            raise LockTimeout(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; end "
+                              "it, or give another --cache_dir", int(holder) if holder.isdigit() else None)
         time.sleep(0.1)  # flock takes no time-out; nothing but how soon we look again depends on this

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from disk import files
 from screen import report
+from settings import venv
 from settings.errors import UserError
 from settings.parser import write_yaml
 
@@ -335,5 +336,4 @@ class Log:
         latest = os.path.join(run.root, "latest")
         kind = "PEFT adapter" if run.cfg.use_lora else "Hugging Face model"
         print(f"saved    {latest} -> step_{run.step}, a {kind} directory")
-        python = os.path.relpath(sys.executable) if ".venv" in sys.executable else "python"
-        print(f"talk     {python} chat.py {latest}")
+        print(f"talk     {venv.command('chat.py')} {latest}")

@@ -1,25 +1,25 @@
-"""One page about a run, or several overlaid: python report.py RUN [RUN2 ...] [--output FILE]
+"""One page about a run, or several overlaid: sft.py writes it at every checkpoint, and tools/report.py.
 
-RUN is an output directory of sft.py, which calls `write` itself at every checkpoint. The page is one file and needs no
-network: assets/report.html with the style and the scripts beside it put in, and uPlot (assets/uplot), which draws the
-curves. What comes from data or settings is text, never markup: Jinja escapes it, and the page's own policy lets nothing
-run but the script whose hash it names.
+The page is one file and needs no network: assets/report.html with the style and the scripts beside it put in, and
+uPlot (assets/uplot), which draws the curves. What comes from data or settings is text, never markup: Jinja escapes
+it, and the page's own policy lets nothing run but the script whose hash it names.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import math
 import os
 import shlex
 import statistics
-import sys
 from array import array
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jinja2
 import yaml
 
+from settings import venv
 from settings.errors import UserError
 
 AXES = ("step", "tokens", "seconds")
@@ -27,16 +27,27 @@ CURVES = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb")
 MOST_POINTS, MOST_ANSWERS = 2000, 20  # of a curve; to a prompt, the newest
 
 
-def asset(*name):
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", *name), encoding="utf-8") as f:
-        return f.read()
-
-
-# Read on import: a file that is missing stops a run before its first step, not at its first checkpoint.
-STYLE = asset("uplot", "uPlot.min.css") + asset("report.css")
-SCRIPT = f"/* {asset('uplot', 'LICENSE')} */\n" + asset("uplot", "uPlot.iife.min.js") + asset("report.js")
-PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(asset("report.html"))
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity are gaps
+
+
+class Assets(NamedTuple):
+    style: str
+    script: str
+    page: jinja2.Template
+
+
+@functools.cache
+def assets():
+    """What each page is made of. sft.py calls this early: a file that is missing stops a run before its first step."""
+    folder, texts = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets"), {}
+    for name in ("uplot/uPlot.min.css", "report.css", "uplot/LICENSE", "uplot/uPlot.iife.min.js", "report.js",
+                 "report.html"):
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            texts[name] = f.read()
+    style = texts["uplot/uPlot.min.css"] + texts["report.css"]
+    script = f"/* {texts['uplot/LICENSE']} */\n" + texts["uplot/uPlot.iife.min.js"] + texts["report.js"]
+    jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return Assets(style, script, jinja.from_string(texts["report.html"]))
 
 
 def read_lines(path):
@@ -68,7 +79,7 @@ class Run:
             "metrics.jsonl", "config.yaml", "ledger.json", "samples.jsonl"))
         if not os.path.exists(metrics):
             raise UserError(f"{directory} is no run: it has no metrics.jsonl; give directories that were the "
-                            "--output_dir of sft.py, as in: python report.py ./outputs")
+                            f"--output_dir of sft.py, as in: {venv.command('tools/report.py')} ./outputs")
         self.directory, self.val, tokens, seconds = os.fspath(directory), [], 0, 0.0
         # Columns, NaN in the gaps: as dicts, the steps of a long run would take a kilobyte each, at every checkpoint.
         self.train = {name: array("d") for name in ("epoch", *AXES, *CURVES)}
@@ -157,9 +168,10 @@ def build(directories, path):
             run.name = run.directory
     names = dict.fromkeys(name for run in runs for name in run.config)
     differ = [name for name in names if len({setting(run.config.get(name)) for run in runs}) > 1]
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    text = PAGE.render(runs=runs, curves=[run.curves() for run in runs], differ=differ, style=STYLE, script=SCRIPT,
-                       digest=digest, setting=setting, shell=lambda *words: shlex.join(words))
+    style, script, page = assets()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = page.render(runs=runs, curves=[run.curves() for run in runs], differ=differ, style=style, script=script,
+                       digest=digest, setting=setting, command=venv.command, path=venv.quoted, shell=shlex.quote)
     with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:  # half a surrogate pair can be in the data
         f.write(text)
     os.replace(f"{path}.tmp", path)
@@ -169,27 +181,3 @@ def build(directories, path):
 def write(directory):
     """Write DIRECTORY/report.html; return its path."""
     return build([directory], os.path.join(directory, "report.html"))
-
-
-def main():
-    from settings.parser import knob, parse  # here this file is an entry point; for sft.py it is a leaf
-
-    @dataclass
-    class Config:
-        """Write a page about a run, or lay several over each other: python report.py RUN [RUN2 ...] [flags]"""
-
-        output: str | None = knob(None, "page to write; none is RUN/report.html, of several runs ./comparison.html",
-                                  group="report")
-
-    words = sys.argv[1:]
-    n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    cfg, _ = parse(Config, words[n_runs:])
-    runs = words[:n_runs] or ["./outputs"]
-    path = cfg.output or (os.path.join(runs[0], "report.html") if len(runs) == 1 else "comparison.html")
-    print(f"report   {build(runs, path)}")
-
-
-if __name__ == "__main__":
-    from settings.errors import run
-
-    run(main)

@@ -49,7 +49,7 @@ class Prompts:
         found = []
         model.eval()
         for prompt, tokens in self.texts:
-            if ranks.stopped():
+            if ranks.poll_signals():
                 break
             new = generate(model, tokens, SAMPLE_TOKENS, self.eos_ids,
                            lambda logits: ranks.broadcast(int(logits.argmax())))

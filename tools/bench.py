@@ -1,5 +1,5 @@
-"""Measure the trainer: python bench.py prints one JSON line a part; --part NAME measures one, also of those that are
-not among the six of DEFAULT. It takes some minutes, with --vs trl a quarter of an hour.
+"""Measure the trainer: python tools/bench.py prints one JSON line a part; --part NAME measures one, also of those
+that are not among the six of DEFAULT. It takes some minutes, with --vs trl a quarter of an hour.
 
 loss   the chunked cross-entropy beside a plain one: seconds and peak memory of forward and backward
 load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does it: what
@@ -31,6 +31,15 @@ command and are meant as ratios: three numbers are the median, the least and the
 and bytes are what /proc tells. Nothing here is a test.
 """
 
+if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from settings import venv
+
+    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
+
 import dataclasses
 import importlib.metadata
 import json
@@ -50,7 +59,7 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from disk import pretrained
+from disk import files, pretrained
 from families.config import ModelConfig
 from model import CausalLM
 from settings.errors import UserError, run
@@ -59,7 +68,6 @@ from text import formats
 from text.template import ChatTokenizer
 from tools.bench_sides import ALPHA, BATCH, LENGTH, QWEN_05B, RANK, SIDES, copy, spread
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
 SHAPES = {  # of --part step
@@ -85,7 +93,7 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 
 @dataclass
 class Config:
-    """Measure a part of the trainer: python bench.py [--part NAME] [flags]"""
+    """Measure a part of the trainer: python tools/bench.py [--part NAME] [flags]"""
 
     part: str | None = knob(None, f"what to measure; none is {', '.join(DEFAULT)}, one after another",
                             ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start", "plan"),
@@ -118,7 +126,7 @@ class Config:
 
 def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
     """n conversations of the words of the example set, whose numbers are log-normal."""
-    words = [word for _, row in formats.read_files(os.path.join(HERE, "data", "example_sft.json"))
+    words = [word for _, row in formats.read_files(os.path.join(files.PROJECT, "data", "example_sft.json"))
              for message in formats.to_messages(row, "") for word in message["content"].split()]
     generator = random.Random(0)
 
@@ -165,7 +173,7 @@ def train(directory, n, steps, *flags):
     output = os.path.join(directory, "run")
     path, lines = os.path.join(output, "metrics.jsonl"), []
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(launch, n, os.path.join(HERE, "sft.py"), "--model", directory, "--output_dir", output,
+        run = pool.submit(launch, n, os.path.join(files.PROJECT, "sft.py"), "--model", directory, "--output_dir", output,
                           "--cache_dir", "none", "--max_steps", str(steps), "--save_steps", str(steps), *flags)
         while not run.done() and not (os.path.exists(path) and os.path.getsize(path)):
             time.sleep(0.005)  # how exactly the first step's end is seen
@@ -204,7 +212,7 @@ def bench_save(cfg, directory):
 
 def bench_ranks(cfg, directory):
     write_model(directory, SMALL)
-    flags = ("--train_data", os.path.join(HERE, "data", "example_sft.json"), "--batch_size", "16",
+    flags = ("--train_data", os.path.join(files.PROJECT, "data", "example_sft.json"), "--batch_size", "16",
              "--max_length", "512", "--no-gradient_checkpointing")
     speeds = {name: [] for name in LAYOUTS}
     for _ in range(cfg.repeats):
@@ -331,8 +339,8 @@ def write_full_rows(directory, length, n):
 
 def bench_plan(cfg, directory):
     def base_gb(*modules):
-        code = f"import sides, {', '.join(modules)}; print(sides.proc_gb('status', 'VmRSS'))"
-        return float(launch(1, "-c", f"import sys; sys.path.insert(0, {HERE!r}); {code}"))
+        code = f"import tools.bench_sides, {', '.join(modules)}; print(tools.bench_sides.proc_gb('status', 'VmRSS'))"
+        return float(launch(1, "-c", f"import sys; sys.path.insert(0, {files.PROJECT!r}); {code}"))
 
     line = {}
     for shape, (config, length, runs) in PLANNED.items():
@@ -341,11 +349,11 @@ def bench_plan(cfg, directory):
         for kind in runs:
             batch = () if "batch_size" in kind else ("--batch_size", "1")
             flags = ("--max_length", str(length), *batch, *kind.split())
-            words = launch(1, os.path.join(HERE, "sft.py"), "--model", directory, "--plan", *flags).splitlines()
+            words = launch(1, os.path.join(files.PROJECT, "sft.py"), "--model", directory, "--plan", *flags).splitlines()
             planned = float(next(text for text in words if text.startswith("peak")).split()[1])
             steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
             assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)
-            base = base_gb("sft", "bench",  # bench: about what the tokenizer is
+            base = base_gb("sft", "tools.bench",  # bench: about what the tokenizer is
                            *["torch._dynamo"] * ("--no-gradient_checkpointing" not in kind),  # checkpoint() imports it
                            *["torch.distributed.fsdp"] * ("--param_offload" in kind))
             peak = steps[-1]["peak_memory_gb"] - base

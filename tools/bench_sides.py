@@ -1,6 +1,6 @@
-"""What one process of bench.py measures: a side of a comparison, ours or another trainer's, alone in its process.
+"""What one process of tools/bench.py measures: a side of a comparison, ours or another trainer's, alone in its process.
 
-python bench.py --side NAME starts one, with the flags of the command that compares them, and reads its one JSON line.
+python tools/bench.py --side NAME starts one, with the flags of the command that compares them, and reads its one JSON line.
 """
 
 import contextlib

@@ -1,7 +1,17 @@
-"""An adapter and its base -> a full model directory: python lora.py merge ADAPTER OUT, which starts this file."""
+"""An adapter and its base -> a full model directory: python tools/merge.py ADAPTER OUT"""
+
+if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from settings import venv
+
+    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
 
 import math
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -9,7 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from disk import files, peft, pretrained
-from settings.errors import UserError
+from settings import venv
+from settings.errors import UserError, run
 from settings.parser import knob, parse
 from text import template
 
@@ -18,10 +29,9 @@ FILE_BYTES = 2**30  # of each file that is written, and so held in memory, unles
 
 @dataclass
 class Config:
-    """Merge an adapter into its base: python lora.py merge ADAPTER OUT [flags]"""
+    """Merge an adapter into its base: python tools/merge.py ADAPTER OUT [flags]"""
 
-    do: str | None = knob(None, "what to do", ("merge",), group="merge")
-    adapter: str = knob("./outputs/checkpoints/latest", "adapter directory")
+    adapter: str = knob("./outputs/checkpoints/latest", "adapter directory", group="merge")
     out: str = knob("./merged", "directory to write, which does not exist yet")
     base: str | None = knob(None, "model directory or hub id, if not the one that adapter_config.json names")
     dtype: str = knob("fp32", "of the result: bf16 is half as large, and rounds", ("fp32", "bf16"))
@@ -95,12 +105,14 @@ def merge(cfg):
     if len(groups) > 1:
         pretrained.write_index(temporary, groups, sum(t.nbytes for t in sizes.values()))
     os.replace(temporary, cfg.out)
-    print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(ranks)} layers, {cfg.dtype}\ntalk     python chat.py "
-          f"{cfg.out}")
+    print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(ranks)} layers, {cfg.dtype}")
+    print(f"talk     {venv.command('chat.py')} {shlex.quote(cfg.out)}")
 
 
 def main():
-    cfg, _ = parse(Config, sys.argv[1:], positional=["do", "adapter", "out"])
-    if not cfg.do:
-        raise UserError("what to do? python lora.py merge ADAPTER OUT [--base DIR] [--dtype bf16]")
+    cfg, _ = parse(Config, sys.argv[1:], positional=["adapter", "out"])
     merge(cfg)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,4 +1,13 @@
-"""Look at data before training: python data.py show|stats FILE --model DIR, which starts this file."""
+"""Look at data before training: python tools/show.py show|stats FILE --model DIR"""
+
+if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from settings import venv
+
+    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
 
 import itertools
 import os
@@ -8,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 import data
-from disk import pretrained
-from settings.errors import UserError
+from disk import files, pretrained
+from settings import venv
+from settings.errors import UserError, run
 from settings.parser import check, knob, parse
 from text import template
 from text.formats import KEYS
@@ -17,7 +27,7 @@ from text.formats import KEYS
 
 @dataclass
 class Config:
-    """Look at data before training: python data.py show|stats FILE [flags]"""
+    """Look at data before training: python tools/show.py show|stats FILE [flags]"""
 
     do: str | None = knob(None, "what to do", ("show", "stats"), group="data")
     data: str = knob("./data/example_sft.json", "as --train_data of sft.py")
@@ -33,6 +43,8 @@ class Config:
 
     def __post_init__(self):
         check(self)
+        if self.data == Config.data and not os.path.exists(self.data):
+            self.data = os.path.join(files.PROJECT, "data", "example_sft.json")  # from any other folder
 
 
 def show(dataset, tokenizer, count, ids, color):
@@ -77,7 +89,7 @@ def main():
     words = ["--n" if word == "-n" else word for word in sys.argv[1:]]
     cfg, _ = parse(Config, words, positional=["do", "data"])
     if not cfg.do:
-        raise UserError("what to do? python data.py show FILE --model DIR, or python data.py stats FILE --model DIR")
+        raise UserError(f"what to do? {venv.command('tools/show.py')} show FILE --model DIR, or stats FILE ...")
     tokenizer = template.ChatTokenizer(pretrained.model_directory(cfg.model))
     max_length, limit = (cfg.max_length, cfg.n) if cfg.do == "show" else (2**31 - 1, None)
     dataset = data.load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit,
@@ -87,3 +99,7 @@ def main():
     else:
         print(*dataset.ledger.lines(), sep="\n")
         stats(dataset, cfg.max_length, cfg.batch_size)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the curves of report.html from the columns that Run.curves in report.py made.
+// Draws the curves of report.html from the columns that Run.curves in screen/report.py made.
 const runs = JSON.parse(document.getElementById("data").textContent);
 const [smoothing, decay, axis, log] = ["smoothing", "decay", "axis", "log"].map(id => document.getElementById(id));
 const COLORS = [ // of the runs, in either theme

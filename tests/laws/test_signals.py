@@ -1,4 +1,4 @@
-"""Signals: the step in hand ends, a checkpoint is saved, all ranks leave together, and the run then goes on exactly."""
+"""Signals: the current step ends, a checkpoint is saved, all ranks exit together, and the run resumes exactly."""
 
 import json
 import os
@@ -47,11 +47,11 @@ def merged(directory):
 
 def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypatch, capfd):
     """Six times over, by each of the signals; the exit code tells which, a line tells what."""
-    before = [signal.getsignal(number) for number in processes.STOPS]
+    before = [signal.getsignal(number) for number in processes.EXIT_CODES]
     train(*RUN, out="whole")
     at = processes.Ranks.at  # the phases are noted as ever, with a signal behind the one
     for i, phase in enumerate(PHASES):
-        number, code = list(processes.STOPS.items())[i % 3]
+        number, code = list(processes.EXIT_CODES.items())[i % 3]
         monkeypatch.setattr(processes.Ranks, "at", lambda self, name, due=phase, number=number:
                             (at(self, name), os.kill(os.getpid(), number) if name == due else None))
         with pytest.raises(SystemExit) as info:
@@ -66,7 +66,7 @@ def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypat
     monkeypatch.setattr(processes.Ranks, "at", at)
     train(*RUN, "--resume_from", "auto")
     assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
-    assert [signal.getsignal(number) for number in processes.STOPS] == before
+    assert [signal.getsignal(number) for number in processes.EXIT_CODES] == before
 
 
 @pytest.mark.parametrize("phase", ["tokenise", "load"])
@@ -89,19 +89,7 @@ def test_stopped_before_the_first_step_nothing_is_written(phase, train, tmp_path
 
 def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
     """In a step that would take a minute."""
-    (tmp_path / "slow.py").write_text(f"""
-import os, signal, sys, time
-sys.path.insert(0, {ROOT!r})
-import config, sft
-def slow(*words):
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-    time.sleep(60)
-sft.backward = slow
-config.run(sft.main)
-""")
-    words = [sys.executable, str(tmp_path / "slow.py"), *map(str, RUN), "--model", "tiny", "--train_data",
+    words = [sys.executable, f"{ROOT}/tests/laws/slow_step.py", *map(str, RUN), "--model", "tiny", "--train_data",
              f"{ROOT}/data/example_sft.json", "--output_dir", str(tmp_path / "out")]
     result = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
     assert result.returncode == 130 and "Traceback" not in result.stderr
@@ -110,51 +98,19 @@ config.run(sft.main)
         "stopped at once: what came after the last checkpoint is lost"]
 
 
-WORKER = f"""
-import json, os, sys
-sys.path.insert(0, {ROOT!r})
-import processes, sft
-processes.dist.destroy_process_group = lambda: None  # as in fsdp_worker.py
-at, codes = processes.Ranks.at, []
-
-def plant(self, name):
-    at(self, name)
-    if [self.rank, name] == due:
-        os.kill(os.getpid(), number)
-
-processes.Ranks.at = plant
-with open(sys.argv[1]) as f:
-    runs = json.load(f)
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-for due, number, flags in runs:
-    sys.argv = ["sft.py", *flags]
-    try:
-        sft.main()
-        codes.append(None)
-    except SystemExit as error:
-        codes.append(error.code)
-with open(f"codes {{rank}}", "w") as f:
-    json.dump(codes, f)
-store = processes.dist.distributed_c10d._get_default_store()
-store.set(f"worker {{rank}}", "")
-store.wait([f"worker {{rank}}" for rank in range(size)])
-"""
-
-
 def test_a_signal_to_one_rank_stops_both(tmp_path):
     """In an evaluation and in a save, to either; together again the run is the undisturbed one to the bit."""
     flags = [*map(str, RUN), "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", "--output_dir"]
-    stops = [(i, phase, list(processes.STOPS)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
-    runs = [(None, 0, [*flags, "whole"]), *(((rank, phase), number, [*flags, "out", "--resume_from", "auto"])
-                                            for rank, phase, number in stops),
-            (None, 0, [*flags, "out", "--resume_from", "auto"])]
-    (tmp_path / "worker.py").write_text(WORKER)
+    resume = [*flags, "out", "--resume_from", "auto"]
+    stops = [(i, phase, list(processes.EXIT_CODES)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
+    runs = [(None, 0, [*flags, "whole"]), *(((rank, phase), number, resume) for rank, phase, number in stops),
+            (None, 0, resume)]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    "worker.py", "runs.json"], cwd=tmp_path, capture_output=True, check=True, timeout=120)
+                    f"{ROOT}/tests/laws/signal_worker.py", "runs.json"], cwd=tmp_path, capture_output=True, check=True, timeout=120)
     for rank in range(2):
         codes = json.loads((tmp_path / f"codes {rank}").read_text())
-        assert codes == [None, *(processes.STOPS[number] for _, _, number in stops), None]
+        assert codes == [None, *(processes.EXIT_CODES[number] for _, _, number in stops), None]
     assert_same(merged(tmp_path / "out"), merged(tmp_path / "whole"))
 
 
@@ -165,7 +121,7 @@ def test_train_sh_passes_a_signal_on_and_ends_as_sft_py_does(number, code, tmp_p
     """Over torchrun, without its traceback: both ranks save, and train.sh has the exit code."""
     words = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000", "--save_steps", "1000000",
              "--output_dir", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHON": sys.executable, "MASTER_PORT": "29519"}
+    environment = {**os.environ, "PYTHON": sys.executable}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
                           start_new_session=True) as process:
         metrics, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 60
