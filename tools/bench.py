@@ -22,7 +22,7 @@ start  seconds from the launch of sft.py to the end of its first optimizer step 
        cached and with the tokens cached; with --vs trl beside TRL's SFTTrainer on the same, or transformers, as in step
 memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
        fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
-plan   what sft.py --plan says that a run's memory will be beside its peak, both above what the process takes before it
+plan   what tools/plan.py says that a run's memory will be beside its peak, both above what the process takes before it
        has a model, in fp32: two shapes, full and with LoRA, with and without checkpointing and offload, one or two
        micro-batches a step, whose conversations fill max_length
 
@@ -38,7 +38,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     from settings import venv
 
-    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
+    venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
 import dataclasses
 import importlib.metadata
@@ -349,7 +349,7 @@ def bench_plan(cfg, directory):
         for kind in runs:
             batch = () if "batch_size" in kind else ("--batch_size", "1")
             flags = ("--max_length", str(length), *batch, *kind.split())
-            words = launch(1, os.path.join(files.PROJECT, "sft.py"), "--model", directory, "--plan", *flags).splitlines()
+            words = launch(1, os.path.join(files.PROJECT, "tools", "plan.py"), "--model", directory, *flags).splitlines()
             planned = float(next(text for text in words if text.startswith("peak")).split()[1])
             steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
             assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)

@@ -19,7 +19,7 @@ import fsdp
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from model import CausalLM, generate
-from ops.loss import IGNORE, chunked_cross_entropy
+from ops.loss import Head, loss
 from ranks import processes
 from text import formats
 from text.template import ChatTokenizer
@@ -59,18 +59,22 @@ def timed(action, repeats):
 def side_loss(cfg):
     torch.manual_seed(0)
     hidden = torch.randn(cfg.tokens, cfg.hidden, requires_grad=True)
-    weight = (torch.randn(cfg.vocab, cfg.hidden).mul_(0.02)).requires_grad_()
+    weight = torch.randn(cfg.vocab, cfg.hidden).mul_(0.02)
     targets = torch.randint(0, cfg.vocab, (cfg.tokens,))
-    targets[torch.rand(cfg.tokens) >= cfg.targets] = IGNORE
+    is_target = torch.rand(cfg.tokens) < cfg.targets
+    rows, labels = is_target.nonzero()[:, 0], targets.masked_fill(~is_target, -100)
+    with torch.device("meta"):
+        head = Head(cfg.hidden, cfg.vocab, bias=False)
+    head.weight = torch.nn.Parameter(weight)
 
     def plain():
-        F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum").backward()
+        F.cross_entropy(hidden @ head.weight.T, labels, reduction="sum").backward()
 
     def chunked():
-        chunked_cross_entropy(hidden, weight, targets).backward()
+        loss(hidden, head, rows, targets[rows]).total.backward()
 
     def action():
-        hidden.grad = weight.grad = None
+        hidden.grad = head.weight.grad = None
         (plain if cfg.side == "plain" else chunked)()
 
     return timed(action, cfg.repeats)
@@ -90,7 +94,7 @@ def side_load(cfg):
     def load():
         with torch.device("meta"):
             model = CausalLM(ModelConfig.from_dict(QWEN_05B))
-        fsdp.shard(model, ranks, False, False)
+        fsdp.shard(model, ranks, bf16=False, param_offload=False)
         model.to_empty(device=ranks.device)
         model.tie_weights()
         before = proc_gb("io", "rchar")
@@ -177,7 +181,7 @@ def side_step(cfg):
             parts = [torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
             masks = [torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
             batch = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-            labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(IGNORE))
+            labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(-100))
             seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
             model(input_ids=batch, attention_mask=seen, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,7 +7,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     from settings import venv
 
-    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
+    venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
 import math
 import os
@@ -40,14 +40,13 @@ class Config:
 def merge(cfg):
     """Write a full model directory, tensor by tensor: memory holds one file of about FILE_BYTES, or a larger tensor.
 
-    Raises ValueError for an adapter that does not fit the base, FileExistsError rather than write over something.
+    Raises UserError for an adapter that does not fit the base, and rather than write over something.
     """
     if os.path.exists(cfg.out):
         raise UserError(f"{cfg.out} exists already; give a new directory")
-    path = os.path.join(cfg.adapter, "adapter_config.json")
-    config = peft.checked(files.read_json(path), path)
+    config = peft.read_config(cfg.adapter)
     if not (cfg.base or config.get("base_model_name_or_path")):
-        raise UserError(f"{path} names no base model; give it with --base DIR")
+        raise UserError(f"{cfg.adapter}: its adapter_config.json names no base model; give it with --base DIR")
     base = pretrained.model_directory(cfg.base or config["base_model_name_or_path"])
     model_config = files.read_json(os.path.join(base, "config.json"))
     entries, parts = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)
@@ -60,12 +59,12 @@ def merge(cfg):
     def value(name):
         """The merged tensor, fp32."""
         weight, module = read(parts.get(name, entries[name])), name.removesuffix(".weight")
-        if module in ranks:
+        if module in lora_ranks:
             A, B = (read(parts[f"{module}.lora_{side}.weight"]) for side in "AB")
             if (B.shape[0], A.shape[1]) != weight.shape:
                 raise UserError(f"{cfg.adapter} does not fit {base}: its part for {module} is {B.shape[0]} × "
                                 f"{A.shape[1]}, the base has {tuple(weight.shape)}")
-            weight.addmm_(B, A, alpha=peft.scaling_of(module, ranks[module], config))
+            weight.addmm_(B, A, alpha=peft.scaling_of(module, lora_ranks[module], config))
             if config.get("use_dora"):
                 magnitude = read(parts[f"{module}.lora_magnitude_vector"])
                 weight *= (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
@@ -73,7 +72,7 @@ def merge(cfg):
             raise UserError(f"{name} would not be finite; is {cfg.adapter} from a run that went wrong?")
         return weight
 
-    ranks, embedding, head = peft.ranks_of(parts), "model.embed_tokens.weight", "lm_head.weight"
+    lora_ranks, embedding, head = peft.lora_ranks(parts), "model.embed_tokens.weight", "lm_head.weight"
     if model_config.get("tie_word_embeddings"):
         entries.pop(head, None)
         # Where the adapter trained one of the two, or each by itself, tied they could not both be right.
@@ -82,8 +81,8 @@ def merge(cfg):
             model_config["tie_word_embeddings"], entries[head] = False, entries[embedding]
         else:
             parts.pop(head, None)
-    known = {f"{m}.{part}" for m in ranks for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
-    strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in ranks} - set(entries)
+    known = {f"{m}.{part}" for m in lora_ranks for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in lora_ranks} - set(entries)
     if strange:
         raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; --base names another")
     dtype, temporary = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype], cfg.out.rstrip("/") + ".tmp"
@@ -94,8 +93,8 @@ def merge(cfg):
     has_tokenizer = os.path.exists(os.path.join(cfg.adapter, "tokenizer.json"))
     tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
     exported = {**files.read_bytes(base, pretrained.TOKENIZER_FILES),
-             **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
-             "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_id)}
+                **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
+                "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_id)}
     for name, content in exported.items():
         files.write_file(os.path.join(temporary, name), content)
     sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
@@ -105,7 +104,7 @@ def merge(cfg):
     if len(groups) > 1:
         pretrained.write_index(temporary, groups, sum(t.nbytes for t in sizes.values()))
     os.replace(temporary, cfg.out)
-    print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(ranks)} layers, {cfg.dtype}")
+    print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(lora_ranks)} layers, {cfg.dtype}")
     print(f"talk     {venv.command('chat.py')} {shlex.quote(cfg.out)}")
 
 

@@ -14,10 +14,10 @@ if __name__ == "__main__":
     import os
     import sys
 
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the project, not tools/
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     from settings import venv
 
-    venv.enter()
+    venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
 import dataclasses
 import math

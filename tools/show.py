@@ -7,7 +7,7 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     from settings import venv
 
-    venv.enter()  # where torch is missing, go on in the .venv that train.sh made
+    venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
 import itertools
 import os
