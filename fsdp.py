@@ -53,14 +53,14 @@ def reshard(model):
         model.reshard()
 
 
-def grad_norm(parameters):
-    """Norm of the whole gradient, (), on its device.
+def grad_norm(model):
+    """Norm of the whole gradient of what is trained, (), on its device.
 
     torch.nn.utils.clip_grad_norm_ refuses gradients of several meshes (torch 2.13): a matrix's is on (dp, tp), a
     norm's on (dp). So gradients that are split alike form a group, and each group gives its sum of squares.
     """
     groups = {}  # (mesh, axes that split the gradient) -> this rank's parts
-    for p in parameters:
+    for p in (p for p in model.parameters() if p.requires_grad):
         key = (None,)
         if is_split(p.grad):
             axes = [i for i, place in enumerate(p.grad.placements) if not place.is_replicate()]

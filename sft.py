@@ -4,9 +4,9 @@
     python sft.py --model Qwen/Qwen2.5-0.5B --train_data my.json     # one GPU, or the CPU
     python chat.py outputs/checkpoints/latest                        # talk to the result
 
-Read train() from top to bottom: it runs in that order. Beside this file: data.py (conversations to micro-batches),
-model.py (the transformer), lora.py (adapters), fsdp.py (sharding). What they stand on is in folders by subject.
-It does no preference tuning, no pre-training from raw text and no images.
+Read train() from top to bottom: it runs in that order. Beside this file are data.py (conversations to
+micro-batches), model.py (the transformer), lora.py (adapters) and fsdp.py (sharding); what they stand on is in
+folders by subject. It does no preference tuning, no pre-training from raw text and no images.
 """
 
 if __name__ == "__main__":
@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import fsdp
 import lora
-from disk import files, peft, pretrained
+from disk import peft, pretrained
 from disk.run import RunState
 from model import CausalLM
 from ops import memory, nf4, optim
@@ -61,7 +61,8 @@ class Config:
     val_data: str | None = knob(None, "the same, for validation", env="VAL_DATA")
     max_length: int = knob(2048, "tokens of a conversation that are kept", env="MAX_LENGTH", low=2)
     too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
-    train_on: str = knob("all", "all of the assistant's turns, or the last one only", ("all", "last"))
+    train_on: str = knob("all", "all of the assistant's turns, or the last one only", ("all", "last"),
+                         unless="train_on_prompt")
     train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
     prompt_key: str = knob("prompt", "column with the question; a.b for nested columns")
     response_key: str = knob("response", "column with the answer")
@@ -82,7 +83,8 @@ class Config:
     lr: float = knob(2e-5, "peak learning rate", env="LEARNING_RATE", low=0, group="optimizer (AdamW)")
     scheduler: str = knob("cosine", "after the warm-up", ("cosine", "linear", "constant"), env="SCHEDULER")
     warmup_ratio: float = knob(0.1, "share of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
-    min_lr_ratio: float = knob(0.0, "final lr / peak lr of cosine and linear", low=0, high=1)
+    min_lr_ratio: float = knob(0.0, "final lr / peak lr of cosine and linear", low=0, high=1,
+                               unless="scheduler=constant")
     weight_decay: float = knob(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY", low=0)
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: no limit", env="GRAD_CLIP", low=0)
     max_grad_norm_factor: float | None = knob(
@@ -100,7 +102,7 @@ class Config:
     lora_modules_to_save: str | None = lora_knob(None, "train fully too: embed_tokens, lm_head, or both")
     lora_plus_ratio: float = knob(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
     quantize: str | None = knob(None, "QLoRA: store frozen matrices in 4 bits", ("nf4",), needs="use_lora",
-                                conflicts="tp or lora_dora")
+                                unless="tp or lora_dora")
     resume_adapter: str | None = knob(None, "start from this adapter, made here or by PEFT", needs="use_lora")
 
     strategy: str = knob("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks as well",
@@ -113,7 +115,7 @@ class Config:
                                         env="GRADIENT_CHECKPOINTING")
     dtype: str | None = knob(None, "of the computation; none: bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
                              env="DTYPE")
-    compile: bool = knob(False, "torch.compile the blocks; needs g++", env="COMPILE", conflicts="tp")
+    compile: bool = knob(False, "torch.compile the blocks; needs g++", env="COMPILE", unless="tp")
     deterministic: bool = knob(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
     selfcheck: bool = knob(False, "compare the gradient of one step over all layouts, then exit")
 
@@ -136,16 +138,11 @@ class Config:
     def __post_init__(self):
         check(self)
         check_loggers(self.logger)
-        if self.train_data == Config.train_data and not os.path.exists(self.train_data):
-            self.train_data = os.path.join(files.PROJECT, "data", "example_sft.json")  # from any other folder
         if "WORLD_SIZE" in os.environ:
             processes.check_tp(self.tp, int(os.environ["WORLD_SIZE"]))
         if (self.tp > 1) != (self.strategy == "megatron"):
-            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for "
-                            "1; type --strategy megatron --tp 2, or leave both out")
-        if self.min_lr_ratio and self.scheduler == "constant":
-            raise UserError(f"--min_lr_ratio {self.min_lr_ratio} does nothing with --scheduler constant; use "
-                            "cosine or linear")
+            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp "
+                            "for 1; type --strategy megatron --tp 2, or leave both out")
 
     def dtype_on(self, device):
         """Precision of the computation."""
@@ -194,8 +191,7 @@ def backward(model, batches, n_targets, ranks, losses=None):
 
 @torch.no_grad()
 def evaluate(model, dataset, cfg, ranks):
-    """Nats per target token over the whole dataset, the same on every rank. Without meaning once ranks.stop is
-    set: a signal ends it early."""
+    """Nats per target token over the whole dataset; meaningless where a signal (ranks.stop) ended it early."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in micro_batches(dataset, range(len(dataset)), cfg, ranks):
@@ -209,10 +205,9 @@ def evaluate(model, dataset, cfg, ranks):
 
 def load_data(cfg, tokenizer):
     """The training set and the validation set (or None), tokenised."""
-    options = dict(
-        max_length=cfg.max_length, too_long=cfg.too_long, train_on=cfg.train_on, cache_dir=cfg.cache_dir,
-        train_on_prompt=cfg.train_on_prompt, timeout=cfg.timeout,
-        keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
+    options = dict(max_length=cfg.max_length, too_long=cfg.too_long, train_on=cfg.train_on,
+                   train_on_prompt=cfg.train_on_prompt, cache_dir=cfg.cache_dir, timeout=cfg.timeout,
+                   keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
     train_set = data.load(cfg.train_data, tokenizer, **options)
     val_set = data.load(cfg.val_data, tokenizer, **options) if cfg.val_data else None
     if val_set and val_set.mix():
@@ -221,14 +216,13 @@ def load_data(cfg, tokenizer):
 
 
 def build(cfg, source, ranks, trains=True):
-    """The model of a Source (disk/run.py) and its optimizer: created on meta, split over the ranks, then allocated
-    and filled from the disk tensor by tensor. The order below is the only one that works.
+    """The model of a Source (disk/run.py) and its optimizer: created on meta, split over the ranks, then
+    allocated and filled from the disk tensor by tensor. The order below is the only one that works.
 
     On the device "meta" nothing is split, allocated or read (tools/plan.py). Without `trains` there is no
     optimizer (chat.py).
     """
-    bf16 = cfg.dtype_on(ranks.device) == "bf16"
-    is_planned = ranks.device.type == "meta"
+    bf16, is_planned = cfg.dtype_on(ranks.device) == "bf16", ranks.device.type == "meta"
     with torch.device("meta"):
         model = CausalLM(source.config, cfg.gradient_checkpointing, cfg.compile)
     if not is_planned:
@@ -243,17 +237,17 @@ def build(cfg, source, ranks, trains=True):
     if is_planned:
         return model, None
 
-    if trains and ranks.device.type == "cpu" and (cfg.use_lora or not (cfg.param_offload or cfg.optimizer_offload)):
-        memory.settle_heap(keep_all=not cfg.use_lora)
+    if trains and ranks.device.type == "cpu":
+        memory.settle_heap(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
     if cfg.tp > 1:
         tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else ranks.device)
     model.tie_weights()
-    optimizer = None
+    groups, optimizer = optim.parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio), None
     if trains:
-        groups = optim.parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio)
-        optimizer = optim.build(groups, cfg.optimizer_offload, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+        optimizer = optim.build(optim.AdamW, groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
+                                offload=cfg.optimizer_offload)
     pretrained.load_weights(model, source.model, optimizer)
     if source.adapter:
         pretrained.load_weights(model, source.adapter, optimizer)
@@ -276,7 +270,6 @@ def train(cfg, ranks, warnings=None):
     ranks.at("load")
     model, optimizer = build(cfg, run.source, ranks)
     run.restore(model, optimizer, tokenizer)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     if cfg.selfcheck:
         return selfcheck.compare(backward, model, train_set, sampler.step(1).ids, cfg, ranks)
     prompts = samples.Prompts(cfg, tokenizer, run.eos_ids)
@@ -294,7 +287,7 @@ def train(cfg, ranks, warnings=None):
             answers = prompts.answer(model, ranks)
             run.owes_evaluation = bool((val_set or prompts.texts) and ranks.poll_signals())
             if not run.owes_evaluation:
-                is_best = run.judge(step, val_loss)
+                is_best = val_set is not None and run.judge(step, val_loss)
                 log.validation(step, val_loss, val_set, answers)
         is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
         if is_last or sampler.is_due(step, cfg.save_steps) or (is_best and cfg.keep_best):
@@ -321,7 +314,7 @@ def train(cfg, ranks, warnings=None):
         loss = backward(model, batches, n_targets, ranks, losses.restart(ids))
         if cfg.use_lora and step == first_step:
             selfcheck.check_adapters(model, ranks)
-        norm = fsdp.grad_norm(parameters).to(ranks.device)
+        norm = fsdp.grad_norm(model).to(ranks.device)
         loss, grad_norm = torch.stack((ranks.sum(loss), norm)).tolist()  # a device sync
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             where = selfcheck.find_non_finite(backward, model, train_set, ids, cfg, ranks)
@@ -333,7 +326,7 @@ def train(cfg, ranks, warnings=None):
             log.skipped(step, grad_norm, run.norm_limit, train_set.sources(ids))
         meter.start(step)
 
-        optimizer.set_lr(lr)
+        optim.set_lr(optimizer, lr)
         clip_divisor = max(1.0, (grad_norm + 1e-6) / cfg.grad_clip) if cfg.grad_clip else 1.0
         if not is_spike:
             optimizer.step(clip_divisor)

@@ -96,7 +96,7 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
             for p in parameters:
                 p.grad = None
             loss = backward(model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None)
-            if math.isfinite(ranks.sum(loss).item()) and fsdp.grad_norm(parameters).isfinite():
+            if math.isfinite(ranks.sum(loss).item()) and fsdp.grad_norm(model).isfinite():
                 continue
             bad = batch.ids[~ranks.sum(losses).isfinite().cpu().numpy()[batch.ids]]
             named = bad if len(bad) else batch.ids  # a gradient is of the whole micro-batch
