@@ -5,8 +5,8 @@
     python chat.py outputs/checkpoints/latest                        # talk to the result
 
 Read train() from top to bottom: it runs in that order. Beside this file are data.py (conversations to
-micro-batches), model.py (the transformer), lora.py (adapters) and fsdp.py (sharding); what they stand on is in
-folders by subject. It does no preference tuning, no pre-training from raw text and no images.
+micro-batches), model.py (the transformer), lora.py (adapters) and fsdp.py (sharding); folders by subject hold
+what these stand on. There is no preference tuning, no pre-training from raw text, and there are no images.
 """
 
 if __name__ == "__main__":
@@ -69,8 +69,7 @@ class Config:
     messages_key: str = knob("messages", "column with the list of messages; conversations is read as well")
     cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
 
-    batch_size: int = knob(4, "conversations per step, over all ranks", env="BATCH_SIZE", low=1,
-                          group="steps")
+    batch_size: int = knob(4, "conversations per step, all ranks", env="BATCH_SIZE", low=1, group="steps")
     batch_tokens: int | None = knob(None, "instead of batch_size: tokens that fill a step", low=1)
     micro_batch_size: int = knob(1, env="MICRO_BATCH_SIZE", low=1,
                                  help="a micro-batch holds at most micro_batch_size × max_length tokens")
@@ -123,8 +122,8 @@ class Config:
     resume_from: str | None = knob(None, "step directory, or auto: output_dir's latest", env="RESUME_FROM")
     save_steps: int | None = knob(None, "save every N steps; none: once per epoch", env="SAVE_STEPS", low=1)
     keep_checkpoints: int | None = knob(None, "newest N are kept; none: all", env="KEEP_CHECKPOINTS", low=1)
-    eval_steps: int | None = knob(None, "validate every N steps; none: once per epoch", low=1, env="EVAL_STEPS",
-                                  needs="val_data or sample_prompts")
+    eval_steps: int | None = knob(None, "validate every N steps; none: once per epoch", low=1,
+                                  env="EVAL_STEPS", needs="val_data or sample_prompts")
     keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well", needs="val_data")
     early_stopping: int | None = knob(None, "stop after N validations without a lower val_loss", low=1,
                                       needs="val_data")
@@ -141,8 +140,8 @@ class Config:
         if "WORLD_SIZE" in os.environ:
             processes.check_tp(self.tp, int(os.environ["WORLD_SIZE"]))
         if (self.tp > 1) != (self.strategy == "megatron"):
-            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp "
-                            "for 1; type --strategy megatron --tp 2, or leave both out")
+            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, "
+                            "fsdp for 1; type --strategy megatron --tp 2, or leave both out")
 
     def dtype_on(self, device):
         """Precision of the computation."""
@@ -173,8 +172,8 @@ def micro_batches(dataset, ids, cfg, ranks):
 def backward(model, batches, n_targets, ranks, losses=None):
     """Accumulate the gradient of a step; return this rank's part of its loss, (), in nats per target token.
 
-    n_targets  of the step, over all ranks: the loss of each micro-batch is divided by it, so the gradient does
-               not depend on how the step is split into micro-batches
+    n_targets  of the step, over all ranks: the loss of each micro-batch is divided by it, so the gradient
+               does not depend on how the step is split into micro-batches
     losses     (conversations of the data,): the loss of each one computed here is added to its element
     """
     total = torch.zeros((), device=ranks.device)
@@ -191,7 +190,7 @@ def backward(model, batches, n_targets, ranks, losses=None):
 
 @torch.no_grad()
 def evaluate(model, dataset, cfg, ranks):
-    """Nats per target token over the whole dataset; meaningless where a signal (ranks.stop) ended it early."""
+    """Nats per target token over the whole dataset; meaningless if a signal (ranks.stop) ended it early."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in micro_batches(dataset, range(len(dataset)), cfg, ranks):
