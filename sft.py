@@ -195,12 +195,19 @@ def backward(model, batches, n_targets, ranks, losses=None):
     for i, batch in enumerate(batches, 1):
         fsdp.reduce_gradients(model, now=i == len(batches))
         each = torch.zeros(len(batch.tokens), device=ranks.device)
-        nll = model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device), each) / n_targets
+        nll = model(batch.tokens.to(ranks.device), batch.lengths, all_targets(batch).to(ranks.device), each) / n_targets
         nll.backward()
         loss += nll.detach()
         if losses is not None:
-            losses.index_add_(0, batch.owners().to(ranks.device), each)
+            losses.index_add_(0, batch.owners().to(ranks.device), each[batch.rows.to(ranks.device)])
     return loss
+
+
+def all_targets(batch):
+    """Until the model takes rows and targets."""
+    targets = torch.full((len(batch.tokens),), -100)
+    targets[batch.rows] = batch.targets
+    return targets
 
 
 @torch.no_grad()
@@ -212,7 +219,7 @@ def evaluate(model, dataset, capacity, max_rows, ranks):
     for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows, ranks.dp_rank, ranks.dp_size):
         if ranks.stopped():
             break
-        nll += model(batch.tokens.to(ranks.device), batch.lengths, batch.targets.to(ranks.device))
+        nll += model(batch.tokens.to(ranks.device), batch.lengths, all_targets(batch).to(ranks.device))
     fsdp.reshard(model)
     model.train()
     n_targets = int(dataset.n_targets.sum())
@@ -312,14 +319,14 @@ def train(cfg, ranks):
         raise UserError(f"{tokenizer_source}: the tokenizer has ids up to {tokenizer.size - 1}, the model's embedding "
                         f"has {model_config.vocab_size} rows; --tokenizer must be the one it was trained with")
     ranks.at("tokenise")
-    options = cfg.max_length, cfg.too_long, cfg.train_on_prompt, cfg.train_on, cfg.cache_dir, cfg.timeout
     keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
-    rows, val = (data.load(spec, tokenizer, *options, keys=keys) if spec else None
-                 for spec in (cfg.train_data, cfg.val_data))
+    rows, val = (data.load(spec, tokenizer, cfg.max_length, too_long=cfg.too_long, train_on=cfg.train_on,
+                           train_on_prompt=cfg.train_on_prompt, keys=keys, cache_dir=cfg.cache_dir,
+                           timeout=cfg.timeout) if spec else None for spec in (cfg.train_data, cfg.val_data))
     if val and val.mix():
         raise UserError(f"--val_data {cfg.val_data}: all of it is evaluated, so its parts take no weights")
-    sampler = data.Sampler(rows.lengths, cfg.epochs, cfg.seed, cfg.batch_size, cfg.batch_tokens, cfg.max_steps,
-                           rows.mix())
+    sampler = data.Sampler(rows.lengths, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
+                           batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=rows.mix())
     total_steps, capacity = len(sampler), cfg.micro_batch_size * cfg.max_length
     max_rows = None if cfg.packing else cfg.micro_batch_size
 
@@ -390,7 +397,7 @@ def train(cfg, ranks):
     if cfg.selfcheck:
         from tools import selfcheck  # only where it is asked for, or needed
 
-        return selfcheck.compare(backward, model, parameters, rows, sampler.step(1)[1], cfg, ranks,
+        return selfcheck.compare(backward, model, parameters, rows, sampler.step(1).ids, cfg, ranks,
                                  2e-2 if dtype == "bf16" else 1e-5)
     prompts = samples.read_prompts(cfg.sample_prompts, tokenizer, keys) if cfg.sample_prompts else []
     stops = np.atleast_1d(generation["eos_token_id"]).tolist()
