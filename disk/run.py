@@ -115,16 +115,18 @@ class RunState:
         source = self.source
         generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
-        self.layout = pretrained.layout(model, self.source.model)
         if self.cfg.use_lora:
             self.layout = pretrained.adapter_layout(model)
+        else:
+            self.layout = pretrained.layout(model, source.model)
         self.exported = pretrained.export_files(
-            self.source.model, self.source.config_json, self.source.tokenizer, tokenizer, model.peft_config)
+            source.model, source.config_json, source.tokenizer, tokenizer, model.peft_config)
         if self.resumed:
-            checkpoint.load_training_tensors(self.resumed, model, optimizer, self.saved)
+            checkpoint.load_training_tensors(self.resumed, model, optimizer)
             if self.is_writer and os.path.dirname(self.resumed) == os.path.realpath(self.root):
                 self.restore_links()
-        optimizer.publish()
+        if self.cfg.optimizer_offload:
+            optimizer.publish()
 
     def restore_links(self):
         """Later steps in this directory belong to the run that is left; and a kill between two links leaves the second

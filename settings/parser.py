@@ -24,7 +24,7 @@ from settings.errors import UserError
 LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
 
 
-def knob(default, help, choices=(), group=None, env=None, low=-1e18, high=1e18, needs=None):
+def knob(default, help, choices=(), group=None, env=None, low=-1e18, high=1e18, needs=None, unless=None):
     """A field of the flat dataclass.
 
     group      begins a section of --help, at the first knob of that section

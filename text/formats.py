@@ -1,40 +1,45 @@
 """Files of conversations -> rows -> messages in one shape.
 
-Owns: which files a --train_data names, the containers (JSON, JSON Lines, gzip, parquet) and the shapes of rows. A file
-may be a stranger's and larger than the memory: it is read a piece at a time, and what is wrong is told with its place.
+Owns: which files a --train_data names, the containers (JSON, JSON Lines, gzip, parquet), the shapes of rows.
+A file may be untrusted and larger than the memory: it is read a piece at a time, and errors name their place.
 """
 
+import contextlib
 import gzip
 import json
 import os
 import re
 import zlib
 
+from disk.files import PROJECT
 from settings.errors import UserError
 
 PIECE = 2**20  # characters of a JSON array that are read at a time
 LONGEST = 2**26  # characters of one row: a file without line breaks, or a bomb in gzip, would fill the memory
 SPACE, DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
 TOO_LONG = f"a row has at most {LONGEST:,} characters, this one goes on"
-SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": [{"role", '
-          '"content"}, ...]} or {"conversations": [{"from", "value"}, ...]}')
+SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": '
+          '[{"role", "content"}, ...]} or {"conversations": [{"from", "value"}, ...]}')
 KEYS = "prompt", "response", "messages"  # of rows of the first and the third shape, unless told otherwise
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-                  "observation": "tool", "tool": "tool"}
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+                  "system": "system", "observation": "tool", "tool": "tool"}
 REASONING = "reasoning_content", "thinking", "reasoning"  # names that a message's reasoning goes by
+EXAMPLE = "./data/example_sft.json"
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 
 def data_files(spec):
     """[(weight or None, [files]), ...]: what `spec` names, in order.
 
-    spec  parts with commas; each a file, a directory of them or a dataset id of the hub, with :WEIGHT behind it where
-          all have one: the share of an epoch's conversations that come from there
+    spec  parts with commas; each a file, a directory of them or a dataset id of the hub, with :WEIGHT behind
+          it where all have one: the share of an epoch's conversations that come from there
     """
     groups = []
     for part in map(str.strip, spec.split(",")):
         match = None if os.path.exists(part) else re.fullmatch(r"(.+):(\d*\.?\d+)", part)
         path, weight = (match[1], float(match[2])) if match else (part, None)
+        if path == EXAMPLE and not os.path.exists(path):  # the default of --train_data, from another folder
+            path = os.path.join(PROJECT, path)
         if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
             path = hub_dataset(path)
         files = [path]
@@ -46,8 +51,8 @@ def data_files(spec):
             if not files:
                 raise UserError(f"{path}: no data file in this directory ({', '.join(ENDINGS)})")
         elif not os.path.exists(path):
-            raise UserError(f"{path}: no such data file; give a JSON, JSON Lines or parquet file, a directory, "
-                            "a dataset id of the hub, or several with commas")
+            raise UserError(f"{path}: no such data file; give a JSON, JSON Lines or parquet file, a "
+                            "directory, a dataset id of the hub, or several with commas")
         groups.append((weight, files))
     weights = [weight for weight, _ in groups]
     if None in weights and any(weights) or 0 in weights:
@@ -61,7 +66,8 @@ def hub_dataset(name):
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(name, repo_type="dataset", allow_patterns=["*" + ending for ending in ENDINGS])
+        patterns = ["*" + ending for ending in ENDINGS]
+        return snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise UserError(f"{name}: no such data file, and as a dataset of the hub it can't be had: "
                         f"{str(error).strip().splitlines()[-1]}") from error
@@ -70,8 +76,8 @@ def hub_dataset(name):
 def read_files(spec):
     """Yield (where, row) for every row of the files that `spec` names.
 
-    Containers, told apart by their first bytes: a JSON array, JSON Lines, gzip of either, parquet (with pyarrow).
-    Raises FileNotFoundError, or ValueError with the line and column where a file is not JSON.
+    Containers, by their first bytes: a JSON array, JSON Lines, gzip of either, parquet (with pyarrow).
+    Raises UserError: no such file, or the line and column where a file is not JSON.
     """
     for _, files in data_files(spec):
         for file in files:
@@ -84,15 +90,7 @@ def read_file(path):
     with open(path, "rb") as f:
         magic = f.read(4)
     if magic == b"PAR1":
-        try:
-            import pyarrow.parquet  # optional: only parquet files need it
-        except ImportError as error:
-            raise UserError(f"{path} is a parquet file, which pyarrow reads: pip install pyarrow") from error
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, ValueError, OSError) as error:  # of damaged bytes, any of them
-            raise UserError(f"{path} can't be read as parquet: {error!s:.300}") from error
+        yield from parquet_rows(path)
         return
     with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rt", encoding="utf-8") as f:
         try:
@@ -115,9 +113,37 @@ def read_file(path):
             raise UserError(f"{path} can't be read as UTF-8 text: {error}") from error
 
 
+def parquet_rows(path):
+    """Yield the rows of a parquet file, one of its batches in memory at a time."""
+    try:
+        import pyarrow.parquet  # optional: only parquet files need it
+    except ImportError as error:
+        raise UserError(f"{path} is a parquet file, which pyarrow reads: pip install pyarrow") from error
+
+    @contextlib.contextmanager
+    def reading():
+        try:
+            yield
+        except (pyarrow.ArrowException, ValueError, OSError) as error:  # damaged bytes raise any of them
+            raise UserError(f"{path} can't be read as parquet: {error!s:.300}") from error
+
+    with reading():
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+    while True:
+        with reading():
+            batch = next(batches, None)
+            rows = None if batch is None else batch.to_pylist()
+        if rows is None:
+            return
+        yield from rows
+
+
 def json_array(f, path):
-    """Yield the elements of a JSON array one by one, holding a piece of the text at a time: Python's own parser reads
-    each, and once more with twice the text where it does not end in it. Raises ValueError with line and column."""
+    """Yield the elements of a JSON array one by one, holding a piece of the text at a time.
+
+    Python's own parser reads each, and once more with twice the text if its end is not in it. Raises
+    UserError with line and column.
+    """
     text, at, line, column = "", 0, 1, 0  # line and column: where text begins in the file
 
     def grow():
@@ -189,8 +215,8 @@ def parse_json(text, path, line):
 
 
 def not_json(path, line, column, message):
-    return UserError(f"{path} is not JSON: line {line}, column {column}: {message}; a file is a JSON array of rows, "
-                     "or one JSON object a line")
+    return UserError(f"{path} is not JSON: line {line}, column {column}: {message}; a file is a JSON array "
+                     "of rows, or one JSON object a line")
 
 
 def inside(row, key):
@@ -206,13 +232,15 @@ def to_messages(row, where, keys=KEYS):
 
     keys  of the prompt, the response and the list of messages; a row without them is told by the usual ones
 
-    Raises ValueError naming the row for an unknown shape, an unknown role, an empty answer, or no answer at all.
+    Raises UserError, which names the row: unknown shape, unknown role, an empty answer, or no answer at all.
     """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: unknown row shape, its keys are {type(row).__name__}; accepted are {SHAPES}")
+        raise UserError(f"{where}: unknown row shape, its keys are {type(row).__name__}; accepted are "
+                        f"{SHAPES}")
     pairs = [inside(row, prompt) + inside(row, response) for prompt, response in (keys[:2], KEYS[:2])]
     turns = next((row[key] for key in (keys[2], KEYS[2], "conversations") if row.get(key)), None)
-    if isinstance(turns, list) and (keys[:2] == KEYS[:2] or len(pairs[0]) < 2):  # a pair that was asked for comes first
+    # a prompt and a response whose names were given come before a list of messages
+    if isinstance(turns, list) and (keys[:2] == KEYS[:2] or len(pairs[0]) < 2):
         messages = [to_message(turn, where) for turn in turns]
     elif pair := next((pair for pair in pairs if len(pair) == 2), None):
         messages = [to_message({"role": role, "content": content}, where)
@@ -221,15 +249,16 @@ def to_messages(row, where, keys=KEYS):
         question, history = (row["instruction"], row.get("input") or ""), row.get("history") or []
         if not all(isinstance(part, str) for part in question):
             raise UserError(f'{where}: "instruction" and "input" must be strings, they are {question!r:.80}')
-        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-            raise UserError(f'{where}: "history" must be [["question", "answer"], ...], it is {history!r:.60}')
+        if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
+            raise UserError(f'{where}: "history" must be [["question", "answer"], ...], it is '
+                            f"{history!r:.60}")
         exchanges = [*history, ("\n".join(filter(None, question)), row["output"])]
         messages = [to_message({"role": role, "content": content}, where)
                     for exchange in exchanges for role, content in zip(("user", "assistant"), exchange)]
     else:
-        raise UserError(f"{where}: unknown row shape, its keys are {sorted(row)!s:.200}; accepted are {SHAPES}"
-                        + "".join(f", with --{name}_key {key}" for name, key, usual in zip(KEYS, keys, KEYS)
-                                  if key != usual))
+        named = "".join(f", with --{usual}_key {key}" for usual, key in zip(KEYS, keys) if key != usual)
+        raise UserError(f"{where}: unknown row shape, its keys are {sorted(row)!s:.200}; accepted are "
+                        f"{SHAPES}{named}")
     if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, to_message({"role": "system", "content": row["system"]}, where))
     if not any(m["role"] == "assistant" for m in messages):
@@ -240,15 +269,17 @@ def to_messages(row, where, keys=KEYS):
 def to_message(turn, where):
     """One message, checked: ShareGPT's names turned into role and content, weight into train."""
     if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
-        raise UserError(f'{where}: a message must be {{"role", "content"}} or {{"from", "value"}}, it is {turn!r:.80}')
+        raise UserError(f'{where}: a message must be {{"role", "content"}} or {{"from", "value"}}, it is '
+                        f"{turn!r:.80}")
     message = {k: v for k, v in turn.items() if k not in ("from", "value", "weight")}
     if "from" in turn:
         if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
-            raise UserError(f"{where}: unknown \"from\": {turn['from']!r:.60}; known are {', '.join(SHAREGPT_ROLES)}")
+            raise UserError(f"{where}: unknown \"from\": {turn['from']!r:.60}; known are "
+                            f"{', '.join(SHAREGPT_ROLES)}")
         message.update(role=SHAREGPT_ROLES[turn["from"]], content=turn.get("value"))
     weight = turn.get("weight", turn.get("train", True))
     if weight not in (0, 1):
-        raise UserError(f"{where}: \"train\" must be true or false (or \"weight\" 1 or 0), it is {weight!r:.60}")
+        raise UserError(f'{where}: "train" must be true or false (or "weight" 1 or 0), it is {weight!r:.60}')
     if not isinstance(message["role"], str):
         raise UserError(f"{where}: a role must be a string, it is {message['role']!r:.60}")
     message["train"] = bool(weight)
@@ -259,7 +290,8 @@ def to_message(turn, where):
     calls = message["role"] == "assistant" and message.get("tool_calls")
     if calls and not (isinstance(calls, list) and all(
             isinstance(call, dict) and isinstance(call.get("function") or call, dict) for call in calls)):
-        raise UserError(f'{where}: "tool_calls" must be a list of objects, as templates read them, not {calls!r:.60}')
+        raise UserError(f'{where}: "tool_calls" must be a list of objects, as templates read them, not '
+                        f"{calls!r:.60}")
     content = message["content"] = "" if calls and message.get("content") is None else message.get("content")
     if not isinstance(content, str):
         raise UserError(f"{where}: the content of a {message['role']:.60} message must be a string, it is "

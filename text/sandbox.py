@@ -1,10 +1,11 @@
-"""A chat template that a stranger has written, rendered: no Python for it to touch, and bounds to what it makes.
+"""Rendering an untrusted chat template: no Python for it to touch, and bounds to what it makes.
 
-jinja's sandbox keeps a template from Python's attributes. It does not keep it from doubling a text fifty times, padding
-one to a billion characters, or loops in loops; here the cost of each operation that makes something larger is counted
-before it is done. template.py alone uses it.
+jinja's sandbox keeps a template from Python's attributes. It does not keep it from doubling a text fifty
+times, padding one to a billion characters, or loops in loops; here the cost of each operation that makes
+something larger is counted before it is done. template.py alone uses it.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -17,17 +18,32 @@ import jinja2
 import jinja2.sandbox
 import jinja2.visitor
 
-SECONDS, COST = 10, 2**28  # rendering one conversation: its time, and the characters of all values that it makes
+SECONDS, COST = 10, 2**28  # of one conversation: time to render it, and the characters of all values made
 ITEM = 32  # characters that an item of a list counts as: so much memory it takes
 OUTPUT = 2**18  # characters of its text, beyond 16 times those of the conversation
+
+
+# what a template can make Python raise; jinja leaves a break outside a loop to Python's compiler
+FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError, RecursionError)
 
 
 def refuse(message):
     raise jinja2.TemplateError(message)
 
 
+@contextlib.contextmanager
+def template_errors():
+    """Around calls of jinja only: whatever fails in a template is a jinja2.TemplateError."""
+    try:
+        yield
+    except jinja2.TemplateError:
+        raise
+    except FAILURES as error:
+        raise jinja2.TemplateError(str(error)) from error
+
+
 class Counted(jinja2.visitor.NodeTransformer):
-    """Rewrites a template so that the filters of Sandbox see each turn of a loop, list that is written and a ~ b."""
+    """Rewrites a template so that Sandbox's filters see each turn of a loop, each list written, and a ~ b."""
 
     def filtered(self, node, name):
         return jinja2.nodes.Filter(self.generic_visit(node), name, [], [], None, None, lineno=node.lineno)
@@ -50,19 +66,23 @@ class Counted(jinja2.visitor.NodeTransformer):
         return jinja2.nodes.Filter(parts, "join", [], [], None, None, lineno=node.lineno)
 
 
+def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """transformers' filter: jinja's own escapes what is special in HTML."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """As transformers sets it up: a template can't touch Python. And bounded, which transformers' isn't: what makes a
-    value larger than those it is made of tells its cost before it is done, and too much of it is an error."""
+    """As transformers sets it up: a template can't touch Python. And bounded, which transformers' isn't: what
+    makes a value larger than those it is made of counts its cost before it is done; too much is an error."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     passing = frozenset(  # filters that make no text of the items of a list
-        "attr batch count d default dictsort first groupby items last length list made map max min reject rejectattr "
-        "reverse select selectattr slice sort unique".split())
+        "attr batch count d default dictsort first groupby items last length list made map max min reject "
+        "rejectattr reverse select selectattr slice sort unique".split())
 
     def __init__(self, extensions):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.shown)
-        self.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
-            json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))
+        self.filters["tojson"] = tojson
         for name in ("wordwrap", "urlize"):  # no chat template has them, and each puts a text in many times
             del self.filters[name]
         del self.globals["lipsum"]
@@ -73,11 +93,21 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.start(0)
 
+    def load(self, source):
+        """The template of a source text. Raises jinja2.TemplateError."""
+        with template_errors():
+            return self.from_string(source)
+
     def render(self, template, **values):
-        """The text that a template makes of a conversation; TemplateError where it makes too much or takes too long."""
-        size = sum(len(repr(value)) for value in values.values())
+        """The text that a template makes of a conversation.
+
+        Raises jinja2.TemplateError where it fails, makes too much or takes too long.
+        """
+        with template_errors():
+            size = sum(len(repr(value)) for value in values.values())  # may be nested too deep
         self.start(size)
-        text = template.render(**values)
+        with template_errors():
+            text = template.render(**values)
         if len(text) > OUTPUT + 16 * size:
             refuse(f"it makes {len(text):,} characters of a conversation of {size:,}")
         return text
@@ -94,7 +124,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             refuse(f"it takes more than {SECONDS} s for one conversation")
 
     def size(self, value, as_text=True):
-        """The cost of a value with all inside it; texts inside it are an item as others are, unless as_text."""
+        """The cost of a value with all inside it; a text in it costs an item, and its length if as_text."""
         if isinstance(value, str):
             return len(value)
         size, inside = 1, [value]
@@ -121,12 +151,14 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if name == "replace" and isinstance(value, str) and len(arguments) > 1:
             cost += value.count(str(arguments[0])) * sizes[1]
         elif name == "join":  # of a method the separator comes first
-            cost = sum(sizes, cost) + max([len(x) * (cost + sum(sizes) - self.size(x)) for x in (value, *arguments)
-                                           if isinstance(x, (list, tuple))], default=0)
+            cost = sum(sizes, cost)
+            lists = [x for x in (value, *arguments) if isinstance(x, (list, tuple))]
+            cost += max([len(x) * (cost - self.size(x)) for x in lists], default=0)
         elif name in ("format", "format_map", "translate"):
             if isinstance(value, str) and re.search(r"\d{4}|\*", value):
                 refuse("a format pads to thousands of characters")
-            cost += (str(value).count("%") + str(value).count("{") if name != "translate" else cost) * sum(sizes)
+            times = cost if name == "translate" else str(value).count("%") + str(value).count("{")
+            cost += times * sum(sizes)
         else:
             cost += sum(sizes)
         for number in arguments:
@@ -157,7 +189,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context, operator, left, right):
         if operator == "%" and isinstance(left, str):
-            self.spend(self.cost("format", left, [right if isinstance(right, (str, tuple, dict)) else str(right)]))
+            argument = right if isinstance(right, (str, tuple, dict)) else str(right)
+            self.spend(self.cost("format", left, [argument]))
         elif operator == "+":
             self.spend(self.size(left, False) + self.size(right, False))
         elif operator == "*":

@@ -281,9 +281,9 @@ def useful_flops(config, directory):
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     heads = config["num_hidden_layers"] * model.config.num_attention_heads * model.config.head_dim
     rows = data.load(os.path.join(directory, "rows.json"), ChatTokenizer(directory), LENGTH)
-    sampler, flops = data.Sampler(rows.lengths, 1, 42, BATCH), []
+    sampler, flops = data.Sampler(rows.lengths, epochs=1, seed=42, batch_size=BATCH), []
     for step in range(1, len(sampler) + 1):
-        ids = sampler.step(step)[1]
+        ids = sampler.step(step).ids
         lengths = rows.lengths[ids].astype(int)
         head = config["vocab_size"] * config["hidden_size"] * rows.n_targets[ids].sum()
         flops.append(6 * int(blocks * lengths.sum() + head + heads * (lengths * (lengths + 1)).sum()))

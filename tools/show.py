@@ -77,7 +77,7 @@ def stats(dataset, capacity, batch_size):
         print(f"--max_length {length:<5,} cuts {len(long):,} rows ({len(long) / len(sizes):.2%}) and {lost:,} target "
               f"tokens ({lost / n_targets:.2%})")
     lengths, used, made = np.minimum(dataset.lengths, capacity), 0, 0
-    order, cuts = data.Sampler(lengths, 1, 42, batch_size).plan(0)
+    order, cuts = data.Sampler(lengths, epochs=1, seed=42, batch_size=batch_size).epoch_order(0)
     for ids in np.split(order, cuts[1:-1]):
         made += len(data.pack(lengths[ids], capacity))
         used += int(lengths[ids].sum())
