@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters eve
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gain nothing, and ranks share the cores
 pytest.register_assert_rewrite("helpers")
-from helpers import EXAMPLES, ROOT, TINY, metrics  # noqa: E402, F401
+from helpers import EXAMPLES, ROOT, TINY, metrics  # noqa: E402, F401  ROOT for those that import it from here
 
 
 def pytest_addoption(parser):

@@ -99,6 +99,7 @@ def model_directory(path, change=None, tensors=None):
 
 def two_layers(directory, std=0.02, **changes):
     """A model of two layers in the manner of models/tiny, with its tokenizer; matrices are random with `std`."""
+    directory.mkdir(exist_ok=True)
     for file in os.listdir(TINY):
         if file.startswith("tokenizer"):
             shutil.copy(os.path.join(TINY, file), directory)
