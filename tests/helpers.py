@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,7 @@ def share(runs, directory):
     file.write_text(json.dumps([[ranks, [str(word) for word in flags]] for ranks, flags in runs]))
     result = program("many_runs", file)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    print(*re.findall(r"^RUN .*", result.stdout, re.M), sep="\n")  # how long each took
 
 
 # ---- what a run leaves --------------------------------------------------------------------------------------------

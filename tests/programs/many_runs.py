@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 
 import torch._dynamo  # noqa: F401  checkpointing imports it, in a second
 import torch.distributed.fsdp  # noqa: F401
@@ -41,4 +42,6 @@ if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as f:
         runs = json.load(f)
     for size, flags in runs:
+        started = time.monotonic()
         run(size, flags)
+        print(f"RUN {time.monotonic() - started:.1f} s", *flags, flush=True)
