@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
 from itertools import groupby
 
 import torch
@@ -20,6 +19,7 @@ import model
 from disk import files, peft
 from families.config import ModelConfig
 from ops import nf4
+from settings.errors import UserError
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -140,6 +140,12 @@ def small_model(use_lora=False, dropout=0.0, dora=False, quantize=False, targets
     return built
 
 
+def header(shape, end, length=None):
+    """The bytes of a safetensors file of one tensor, whose header may claim what is not there."""
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(16)
+
+
 # ---- conversations and templates ----------------------------------------------------------------------------------
 
 
@@ -185,3 +191,35 @@ def make_directory(path, template, special=(), raw=None, **config):
               "eos_token": "<|endoftext|>", **config}
     write(path / "tokenizer_config.json", config if template is None else {**config, "chat_template": template})
     return str(path)
+
+
+# ---- input that is at fault ---------------------------------------------------------------------------------------
+
+
+class Hang(Exception):
+    """A call took longer than attempt() allows."""
+
+
+def attempt(function, *words, naming="", seconds=20, **named):
+    """(what it returns, None), or (None, the error's text) where settings.errors.run would print that as one line.
+
+    naming   a text that the error must have, to be of some use. Any other exception goes through.
+    seconds  of the processor's time that it may take; fifteen times that of the clock's, for what only waits
+    """
+    def hang(*_):
+        raise Hang(f"no end after {seconds} s")
+
+    clocks = (signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 15 * seconds)
+    for number, clock, limit in clocks:
+        signal.signal(number, hang)
+        signal.setitimer(clock, limit)
+    try:
+        return function(*words, **named), None
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None or naming not in str(error):
+            raise
+        assert not naming or len(str(error)) < 2000, "an error of more than a few lines"
+        return None, str(error)
+    finally:
+        for _, clock, _ in clocks:
+            signal.setitimer(clock, 0)
