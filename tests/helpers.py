@@ -12,7 +12,6 @@ from itertools import groupby
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
 import model
@@ -74,6 +73,14 @@ def metrics(directory):
         return [json.loads(line) for line in f]
 
 
+def sft_main(*flags):
+    """Call sft.main() with these flags, in this process."""
+    import sft  # here: it imports all there is
+
+    sys.argv = ["sft.py", *map(str, flags)]
+    sft.main()
+
+
 def tensors_of(directory):
     """All tensors of a model directory or training_state, whatever files they are in."""
     found = {}
@@ -119,6 +126,8 @@ def two_layers(directory, std=0.02, **changes):
 
 def published(directory, config, dtype=torch.float32, **saving):
     """Write a model directory as transformers does and return its model; norms and biases are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # here: no program under tests/programs/ needs them
+
     torch.manual_seed(0)
     oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     with torch.no_grad():

@@ -1,5 +1,6 @@
-"""Builds models/tiny, or a copy elsewhere: python tests/make_tiny.py [DIRECTORY]. Its output is committed; this says how it
-came to be.
+"""Builds models/tiny, or a copy elsewhere: python tests/make_tiny.py [DIRECTORY].
+
+Its output is committed; this says how it came to be.
 
 A qwen2 of a million random weights in bf16, a byte-level BPE tokenizer trained on data/example_sft.json, and a ChatML
 template. Everything is seeded: a second run writes the same bytes.
