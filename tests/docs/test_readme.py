@@ -57,7 +57,7 @@ def project(tmp_path_factory):
     directory = tmp_path_factory.mktemp("readme")
     for name in os.listdir(ROOT):
         path = os.path.join(ROOT, name)
-        if name in ("data", "models", "assets"):
+        if name in ("data", "models", "configs") or os.path.exists(os.path.join(path, "__init__.py")):
             shutil.copytree(path, directory / name)
         elif os.path.isfile(path) and not name.startswith("."):
             shutil.copy(path, directory)
