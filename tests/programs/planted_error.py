@@ -63,9 +63,16 @@ for where, what in cases:
         for stream, file in ((1, name), (2, f"{name}.err")):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
         planted[where] = globals()[what]
-        sys.argv = ["sft.py", *sys.argv[2:], "--output_dir", f"out.{name}"]
-        run(sft.record(sft.main))
-        sys.exit(0)
+        sys.argv, code = ["sft.py", *sys.argv[2:], "--output_dir", f"out.{name}"], 0
+        try:
+            run(sft.record(sft.main))
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:  # what Python does with it, but for cleaning up, which takes a second
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)
     codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
 with open("codes.json", "w", encoding="utf-8") as f:
     json.dump(codes, f)
