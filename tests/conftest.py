@@ -1,17 +1,19 @@
-"""What the tests share: the project on sys.path, no hub, and one way to run the trainer inside the test's process."""
+"""The project and tests/ on sys.path, no hub, and one way to run the trainer inside the test's process."""
 
-import json
 import os
 import sys
 import tempfile
 
 import pytest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, *(os.path.join(ROOT, "tests", name) for name in ("unit", "laws", "hostile", "docs"))]
+TESTS = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(TESTS), TESTS]
+sys.path += [os.path.join(TESTS, name) for name in ("unit", "hostile")]  # for test_damage.py and test_ledger.py, as yet
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gain nothing, and ranks share the cores
+pytest.register_assert_rewrite("helpers")
+from helpers import EXAMPLES, ROOT, TINY, metrics  # noqa: E402, F401  ROOT for those that import it from here
 
 
 def pytest_addoption(parser):
@@ -27,19 +29,20 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: only with --full")
+    config.addinivalue_line("markers", "repo: of this repository's own sizes and prose; a fork deselects it with "
+                                       "-m 'not repo'")
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """A function: flags of sft.py -> its training lines in metrics.jsonl. Runs in tmp_path, into out/ unless told."""
+    """A function: flags of sft.py -> the lines of its metrics.jsonl. Runs in tmp_path, into out/ unless told."""
     import sft
 
-    def run(*flags, model="tiny", out="out"):
+    def run(*flags, model=TINY, out="out"):
         monkeypatch.chdir(tmp_path)
-        words = ["sft.py", "--model", str(model), "--output_dir", out, "--train_data", f"{ROOT}/data/example_sft.json"]
+        words = ["sft.py", "--model", str(model), "--output_dir", out, "--train_data", EXAMPLES]
         monkeypatch.setattr(sys, "argv", words + [str(flag) for flag in flags])
         sft.main()
-        with open(tmp_path / out / "metrics.jsonl", encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
+        return metrics(tmp_path / out)
 
     return run

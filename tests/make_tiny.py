@@ -1,4 +1,6 @@
-"""Builds models/tiny: python tests/make_tiny.py (its output is committed; this says how it came to be).
+"""Builds models/tiny, or a copy elsewhere: python tests/make_tiny.py [DIRECTORY].
+
+Its output is committed; this says how it came to be.
 
 A qwen2 of a million random weights in bf16, a byte-level BPE tokenizer trained on data/example_sft.json, and a ChatML
 template. Everything is seeded: a second run writes the same bytes.
@@ -14,9 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from data import read_files, to_messages  # noqa: E402
-from families.config import ModelConfig
+from families.config import ModelConfig  # noqa: E402
 from model import CausalLM  # noqa: E402
+from text.formats import read_files, to_messages  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONFIG = dict(
@@ -83,4 +85,4 @@ def main(directory):
 
 
 if __name__ == "__main__":
-    main(os.path.join(ROOT, "models", "tiny"))
+    main(*(sys.argv[1:] or [os.path.join(ROOT, "models", "tiny")]))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 READMES = [os.path.join(ROOT, name) for name in ("README.md", "README.zh-CN.md")]
 SMALLER = {"10.0.0.1": "127.0.0.1", "--n_gpus 8": "--n_gpus 1", "N_GPUS=8": "N_GPUS=1", "--n_gpus 4": "--n_gpus 2",
@@ -57,7 +57,7 @@ def project(tmp_path_factory):
     directory = tmp_path_factory.mktemp("readme")
     for name in os.listdir(ROOT):
         path = os.path.join(ROOT, name)
-        if name in ("data", "models", "assets"):
+        if name in ("data", "models", "configs") or os.path.exists(os.path.join(path, "__init__.py")):
             shutil.copytree(path, directory / name)
         elif os.path.isfile(path) and not name.startswith("."):
             shutil.copy(path, directory)

@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
 import sft  # noqa: E402
 from screen.log import Log  # noqa: E402
 
@@ -47,7 +48,7 @@ def main():
         with open(rows, "w", encoding="utf-8") as f:
             for i in range(64):
                 f.write(json.dumps({"prompt": f"{i}?", "response": str(i * i)}) + "\n")
-        sys.argv = ["sft.py", "--model", "tiny", "--train_data", rows, "--val_data", rows, "--output_dir", out,
+        sys.argv = ["sft.py", "--model", os.path.join(ROOT, "models", "tiny"), "--train_data", rows, "--val_data", rows, "--output_dir", out,
                     "--max_steps", str(steps), "--batch_size", "2", "--max_length", "64", "--lr", "1e-3",
                     "--no-gradient_checkpointing", "--keep_checkpoints", "2", *(
                         word for name in ("eval_steps", "save_steps") for word in (f"--{name}", str(between)))]

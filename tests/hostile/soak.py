@@ -34,15 +34,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; and a fork keep
 
 import torch._dynamo  # noqa: E402, F401  gradient checkpointing imports it, in a second
 
-from settings import errors
-from disk import checkpoint  # noqa: E402
-from settings import parser  # noqa: E402
-from ranks import processes  # noqa: E402
 import sft  # noqa: E402
+from disk import checkpoint  # noqa: E402
+from ranks import processes  # noqa: E402
+from settings import errors  # noqa: E402
 
 STEPS, TIMEOUT = 6, 10
 EXAMPLES, VALIDATION = (os.path.join(ROOT, "data", name) for name in ("example_sft.json", "example.jsonl"))
-RUN = ("--model", "tiny", "--train_data", EXAMPLES, "--val_data", VALIDATION, "--max_length", 64, "--batch_size", 2,
+RUN = ("--model", os.path.join(ROOT, "models", "tiny"), "--train_data", EXAMPLES, "--val_data", VALIDATION, "--max_length", 64, "--batch_size", 2,
        "--lr", 1e-3, "--max_steps", STEPS, "--save_steps", 2, "--eval_steps", 3, "--keep_checkpoints", 2, "--keep_best",
        "--timeout", TIMEOUT, "--resume_from", "auto")
 MORE = []  # flags from behind --

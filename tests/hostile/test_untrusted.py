@@ -18,21 +18,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import TINY, attempt
 from safetensors.torch import save_file
-from test_damage import header
 
-from disk import peft as peft_config
-from disk import checkpoint
-from settings import parser
+sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[1:3]]  # as a program; pytest has them
+from helpers import ROOT, TINY, attempt, header
+
 import data
-from disk import files
-from text import formats
 import lora
-from disk import pretrained
 import sft
+from disk import checkpoint, files, pretrained
+from disk import peft as peft_config
 from families.config import ModelConfig
 from model import CausalLM
+from settings import parser
+from text import formats
 from text.template import ChatTokenizer
 
 SECRET = "root:x:0:0"  # of the file beside the directory
@@ -414,9 +413,9 @@ def test_a_strangers_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(formats, "LONGEST", 10_000)  # of the same rule, in less time
-    monkeypatch.setattr("sandbox.COST", 2**24)
+    monkeypatch.setattr("text.sandbox.COST", 2**24)
     if "10 s" in expected:
-        monkeypatch.setattr("sandbox.SECONDS", 0.5)
+        monkeypatch.setattr("text.sandbox.SECONDS", 0.5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result, refusal = attempt(function, tmp_path, holds)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
@@ -473,7 +472,7 @@ RULES = """## Rules
 
 
 def test_the_table_in_docs_is_of_these_cases():
-    assert Path(TINY, "..", "..", "docs", "untrusted.md").read_text(encoding="utf-8") == table()
+    assert Path(ROOT, "docs", "untrusted.md").read_text(encoding="utf-8") == table()
 
 
 if __name__ == "__main__":

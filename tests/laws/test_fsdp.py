@@ -9,72 +9,22 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 import torch.distributed.fsdp as fsdp2
-from disk import peft as peft_config
-from families.config import ModelConfig
-from ops import memory
-from ops import optim
-from conftest import ROOT
-from safetensors.torch import load_file, save_file
-from test_sft import EXAMPLES, TINY
+from helpers import EXAMPLES, LAYOUTS, ROOT, TINY, metrics, program, share, tensors_of, torchrun, two_layers
 
-from disk import checkpoint
 import data
-from disk import files
 import fsdp
-from disk import pretrained
 import sft
+from disk import checkpoint, files, pretrained
+from ops import optim
 
-RUN = ("--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "4", "--max_length", "256", "--max_steps", "10",
+RUN = ("--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "4", "--max_length", "256", "--max_steps", "6",
        "--timeout", "60")
-LAYOUTS = {  # name: (ranks, flags)
-    "one": (1, ()), "dp2": (2, ()), "dp4": (4, ("--strategy", "fsdp2")),
-    "tp2": (2, ("--strategy", "megatron", "--tp", "2")),
-    "dp2tp2": (4, ("--strategy", "megatron", "--tp", "2")), "tp4": (4, ("--strategy", "megatron", "--tp", "4")),
-}
-
-
-def torchrun(ranks, *words, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
-def metrics(directory):
-    with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
-
-def tensors_of(directory):
-    """All tensors of a model directory or training_state, whatever files they are in."""
-    found = {}
-    for file in sorted(os.listdir(directory)):
-        if file.endswith(".safetensors"):
-            found.update(load_file(os.path.join(directory, file)))
-    return found
-
-
-def two_layers(directory, std=0.02, **changes):
-    """A model of two layers in the manner of models/tiny, with its tokenizer; matrices are random with `std`."""
-    for file in os.listdir(TINY):
-        if file.startswith("tokenizer"):
-            shutil.copy(os.path.join(TINY, file), directory)
-    config = {**files.read_json(os.path.join(TINY, "config.json")), "num_hidden_layers": 2, **changes}
-    (directory / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(1)
-    model = sft.CausalLM(ModelConfig.from_dict(config))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std) if p.ndim > 1 else torch.nn.init.normal_(p, mean=1.0, std=0.1)
-    save_file({n: p.detach().to(torch.bfloat16 if config["tie_word_embeddings"] else torch.float32)
-               for n, p in model.named_parameters()}, directory / "model.safetensors", {"format": "pt"})
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -87,30 +37,27 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, models, pytestconfig):
-    """Every axis of the law, each layout once and, with --full, pairwise: name -> output directory. One process group a number of
-    ranks."""
+    """Every axis of the law, each layout once and, with --full, all pairs: name -> output directory."""
     root = tmp_path_factory.mktemp("runs")
     offloads = {"": (), "param": ("--param_offload",), "opt": ("--optimizer_offload",)}
     shapes = {"": (), "unpacked": ("--no-packing", "--no-gradient_checkpointing"),
               "plain": ("--no-gradient_checkpointing",)}
-    plans = {1: {f"{model} one  ": ("--model", models[model]) for model in models}, 2: {}, 4: {}}
+    plan = {f"{model} one  ": (1, ("--model", models[model])) for model in models}
     for (i, layout), (j, offload) in itertools.product(enumerate(LAYOUTS), enumerate(offloads)):
-        if (i + j) % 3 != 1 and not pytestconfig.getoption("--full"):
+        if (i + j) % 3 and not pytestconfig.getoption("--full"):
             continue
         ranks, flags = LAYOUTS[layout]
-        model = "untied" if (i + j // 2) % 2 or layout == "tp4" else "tied"  # tied: two key/value heads
-        shape = list(shapes)[(i + 2 * j) % 3]
-        plans[ranks][f"{model} {layout} {offload} {shape}"] = (
-            "--model", models[model], *flags, *offloads[offload], *shapes[shape])
-    found = {}
-    for ranks, plan in plans.items():
-        found.update({name: root / name.replace(" ", "_") for name in plan})
-        share(ranks, [[*RUN, *flags, "--output_dir", found[name]] for name, flags in plan.items()], root)
+        model = "untied" if ((i + 1) // 2 + j) % 2 or layout == "tp4" else "tied"  # tied: two key/value heads
+        shape = list(shapes)[(2 * i + j) % 3]
+        plan[f"{model} {layout} {offload} {shape}"] = ranks, ("--model", models[model], *flags, *offloads[offload],
+                                                              *shapes[shape])
+    found = {name: root / name.replace(" ", "_") for name in plan}
+    share([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
     return found
 
 
 def test_losses_do_not_depend_on_the_layout(runs):
-    """The gradient law over ranks, tp, offload, packing and checkpointing, tied and untied: ten steps, 1e-5."""
+    """The gradient law over ranks, tp, offload, packing and checkpointing, tied and untied: six steps, 1e-5."""
     worst = 0
     for name, directory in runs.items():
         base = metrics(runs[f"{name.split()[0]} one  "])
@@ -119,14 +66,14 @@ def test_losses_do_not_depend_on_the_layout(runs):
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (name, a, b)
             assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (name, a, b)
             assert a["tokens"] == b["tokens"] and a["target_tokens"] == b["target_tokens"]
-    assert len(runs) >= 8 and worst > 0  # of 18 pairs of layout and offload a third, or with --full all; and the bases
+    assert len(runs) >= 7 and worst > 0  # a third of the 18 pairs of layout and offload, or all; and the bases
 
 
 def test_checkpoints_do_not_depend_on_the_layout(runs):
     """The last step's directory holds the same tensors, under the same names, with the same moments."""
     for name, directory in runs.items():
-        base = runs[f"{name.split()[0]} one  "] / "checkpoints" / "step_10"
-        other = directory / "checkpoints" / "step_10"
+        base = runs[f"{name.split()[0]} one  "] / "checkpoints" / "step_6"
+        other = directory / "checkpoints" / "step_6"
         for part in ("", "training_state"):
             a, b = tensors_of(base / part), tensors_of(other / part)
             assert set(a) == set(b), name
@@ -140,52 +87,44 @@ def test_every_rank_writes_its_share(runs):
     """Four ranks: four files of about equal size, an index that names them, and transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    step = next(runs[name] for name in runs if name.startswith("untied dp4")) / "checkpoints" / "step_10"
-    files = sorted(f for f in os.listdir(step) if f.endswith(".safetensors"))
-    assert len(files) == 4 and files[0] == "model-00001-of-00004.safetensors"
+    step = next(runs[name] for name in runs if " dp4 " in name) / "checkpoints" / "step_6"
+    names = sorted(f for f in os.listdir(step) if f.endswith(".safetensors"))
+    assert len(names) == 4 and names[0] == "model-00001-of-00004.safetensors"
     index = files.read_json(step / "model.safetensors.index.json")["weight_map"]
-    assert set(index.values()) == set(files) and set(index) == set(pretrained.weight_entries(step))
+    assert set(index.values()) == set(names) and set(index) == set(pretrained.weight_entries(step))
     theirs = AutoModelForCausalLM.from_pretrained(step, dtype=torch.float32)
     for name, tensor in tensors_of(step).items():
         assert torch.equal(theirs.state_dict()[name], tensor.float()), name
 
 
-def share(ranks, lists, tmp_path):
-    """Run sft.main() for each list of flags in one process group."""
-    file = tmp_path / "lists.json"
-    file.write_text(json.dumps([[str(word) for word in words] for words in lists]))
-    result = torchrun(ranks, f"{ROOT}/tests/laws/fsdp_worker.py", file)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 @pytest.mark.full
 def test_a_run_goes_on_with_another_layout(models, tmp_path, train):
-    """Saved by 4 ranks at step 4, resumed by 1, 2 (offloaded) and tp 2: the same conversations, losses to 1e-5."""
-    common = [*RUN, "--model", models["tied"], "--save_steps", 4]
-    resume = ["--resume_from", tmp_path / "four" / "checkpoints" / "step_4"]
-    share(4, [[*common, "--output_dir", tmp_path / "four"],
-              [*common, *resume, "--output_dir", tmp_path / "same"]], tmp_path)
-    share(2, [[*common, *resume, "--param_offload", "--output_dir", tmp_path / "two"],
-              [*common, *resume, *LAYOUTS["tp2"][1], "--output_dir", tmp_path / "tp"]], tmp_path)
+    """Saved by 4 ranks at step 2, resumed by 1, 2 (offloaded) and tp 2: the same conversations, losses to 1e-5."""
+    common = [*RUN, "--model", models["tied"], "--save_steps", 2]
+    resume = ["--resume_from", tmp_path / "four" / "checkpoints" / "step_2"]
+    share([(4, (*common, "--output_dir", tmp_path / "four")), (4, (*common, *resume, "--output_dir", tmp_path / "same")),
+           (2, (*common, *resume, "--param_offload", "--output_dir", tmp_path / "two")),
+           (2, (*common, *resume, *LAYOUTS["tp2"][1], "--output_dir", tmp_path / "tp"))], tmp_path)
     train(*common, *resume, out="one", model=models["tied"])
     train(*common, *resume, "--optimizer_offload", out="host", model=models["tied"])
     base = metrics(tmp_path / "four")
     for name in ("one", "host", "two", "tp", "same"):
         lines = metrics(tmp_path / name)
-        assert [line["step"] for line in lines] == list(range(5, 11))
-        for a, b in zip(base[4:], lines, strict=True):
+        assert [line["step"] for line in lines] == list(range(3, 7))
+        for a, b in zip(base[2:], lines, strict=True):
             assert a["tokens"] == b["tokens"] and math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (name, a, b)
             assert name != "same" or (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
 
 
 def test_few_conversations_for_many_ranks(models, tmp_path, train):
     """One conversation a step for four ranks, and a short last step: no hang, the losses and val_loss of one rank."""
-    rows = json.load(open(EXAMPLES, encoding="utf-8"))[:5]
+    with open(EXAMPLES, encoding="utf-8") as f:
+        rows = json.load(f)[:5]
     (tmp_path / "five.json").write_text(json.dumps(rows))
     (tmp_path / "three.json").write_text(json.dumps(rows[:3]))
     common = ["--model", models["untied"], "--epochs", 1, "--val_data", tmp_path / "three.json", "--timeout", 60,
               "--train_data", tmp_path / "five.json"]
-    share(4, [[*common, "--batch_size", n, "--output_dir", tmp_path / f"four{n}"] for n in (1, 3)], tmp_path)
+    share([(4, (*common, "--batch_size", n, "--output_dir", tmp_path / f"four{n}")) for n in (1, 3)], tmp_path)
     for n in (1, 3):
         one = train(*common, "--batch_size", n, out=f"one{n}", model=models["untied"])
         for a, b in zip(one, metrics(tmp_path / f"four{n}"), strict=True):
@@ -195,65 +134,30 @@ def test_few_conversations_for_many_ranks(models, tmp_path, train):
                 assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
 
 
-COUNT = """
-import json, sys
-import torch
-sys.path.insert(0, {root!r})
-import data, fsdp, lora, processes, sft, tp
-from torch.distributed.tensor.debug import CommDebugMode
-size = int(sys.argv[1])
-with processes.start(size, 60) as ranks:
-    config = ModelConfig.from_dict(json.load(open(sys.argv[2] + "/config.json")))
-    with torch.device("meta"):
-        model = sft.CausalLM(config)
-    if sys.argv[3] == "lora":
-        lora.inject(model, *peft_config.settings(model, "base", 8, 16, 0.0, "all-linear", False, False, None))
-    if size > 1:
-        tp.split(model, ranks.mesh["tp"])
-    fsdp.shard(model, ranks, False, False)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    for p in model.parameters():
-        torch.nn.init.normal_(memory.local(p), std=0.02)
-    targets = torch.arange(40) + 3
-    batch = targets, (25, 15), targets
-    model(*batch).backward()  # the first call sets up
-    counts = []
-    for last in (False, True):
-        fsdp.reduce_gradients(model, now=last)
-        with CommDebugMode() as forward:
-            loss = model(*batch)
-        with CommDebugMode() as backward:
-            loss.backward()
-        counts.append([{{str(op): n for op, n in mode.get_comm_counts().items()}} for mode in (forward, backward)])
-    # tensors by kind of storage: no rank holds more of a matrix than its part
-    held = sum(memory.local(p).numel() for p in model.parameters())
-    if ranks.rank == 0:
-        print("RESULT " + json.dumps([counts, held, sum(p.numel() for p in model.parameters())]))
-"""
-
-
-def count_collectives(ranks, tp, model, tmp_path, how="full"):
-    (tmp_path / "count.py").write_text(COUNT.format(root=ROOT))
-    result = torchrun(ranks, tmp_path / "count.py", tp, model, how)
+@pytest.fixture(scope="module")
+def collectives(models, pytestconfig):
+    """(tp, "full" or "lora") -> (collectives of a micro-batch and of a step's last, elements held, elements in all),
+    on two ranks; see tests/programs/count_collectives.py."""
+    cases = [(1, "full"), (2, "full"), *([(2, "lora")] if pytestconfig.getoption("--full") else [])]
+    result = program("count_collectives", models["tied"], *(f"{tp}:{how}" for tp, how in cases), ranks=2)
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(re.search(r"RESULT (.*)", result.stdout)[1])
+    return dict(zip(cases, json.loads(re.search(r"RESULT (.*)", result.stdout)[1]), strict=True))
 
 
 def total(counts, word):
     return sum(n for op, n in counts.items() if word in op.replace("allreduce", "all_reduce"))
 
 
-def test_gradients_are_reduced_once_a_step(models, tmp_path):
+def test_gradients_are_reduced_once_a_step(collectives):
     """FSDP2 on two ranks: a micro-batch that is not the last reduces nothing, the last one each group once."""
-    ((_, first), (_, last)), held, whole = count_collectives(2, 1, models["tied"], tmp_path)
+    ((_, first), (_, last)), held, whole = collectives[1, "full"]
     assert total(first, "reduce_scatter") == 0 and total(last, "reduce_scatter") == 3  # two blocks and the root
     assert held == whole // 2
 
 
-def test_two_all_reduces_a_block_and_direction(models, tmp_path):
+def test_two_all_reduces_a_block_and_direction(collectives):
     """tp 2, two blocks: Megatron's two all-reduces for each forward and backward; embedding one, the loss its own."""
-    ((forward, backward), _), held, whole = count_collectives(2, 2, models["tied"], tmp_path)
+    ((forward, backward), _), held, whole = collectives[2, "full"]
     # forward: 2 a block, embedding 1, loss: max and sum of one chunk, the hidden gradient
     assert total(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
     assert total(backward, "all_reduce") == 2 * 2, backward
@@ -261,10 +165,10 @@ def test_two_all_reduces_a_block_and_direction(models, tmp_path):
 
 
 @pytest.mark.full
-def test_adapters_add_no_all_reduce_to_a_micro_batch(models, tmp_path):
+def test_adapters_add_no_all_reduce_to_a_micro_batch(collectives):
     """tp 2 with LoRA: the same two all-reduces a block and direction. What each adapter's unsplit matrix needs, one
     sum of its gradient, happens once a step. The first block's input needs no gradient: its first sum is not made."""
-    ((forward, backward), (_, last)), held, whole = count_collectives(2, 2, models["tied"], tmp_path, "lora")
+    ((forward, backward), (_, last)), held, whole = collectives[2, "lora"]
     assert total(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
     assert total(backward, "all_reduce") == 2 * 2 - 1, backward
     assert total(last, "all_reduce") == 2 * 2 - 1 + 2 * 7, last  # seven adapted layers a block
@@ -284,8 +188,8 @@ def test_a_layout_that_does_not_fit_is_an_error(train, words, message):
 @pytest.mark.full
 def test_tp_must_divide_the_heads(tmp_path):
     """models/tiny has two key/value heads: tp 4 can't be, and the error lists what can."""
-    result = torchrun(4, f"{ROOT}/sft.py", *RUN, "--model", "tiny", "--strategy", "megatron", "--tp", 4, "--output_dir",
-                      tmp_path)
+    result = torchrun(4, f"{ROOT}/sft.py", *RUN, "--model", TINY, "--strategy", "megatron", "--tp", 4,
+                      "--output_dir", tmp_path)
     assert result.returncode and "these do: [1, 2]" in result.stderr
 
 
@@ -321,17 +225,8 @@ def test_the_norm_of_a_large_gradient_is_exact():
 
 def test_a_run_imports_only_what_it_uses(tmp_path):
     """A second before the first step: torch's compiler, and on one rank FSDP2 and DTensor."""
-    code = f"""
-import sys
-sys.path.insert(0, {ROOT!r})
-sys.argv = ["sft.py", "--model", "tiny", "--train_data", {EXAMPLES!r}, "--max_steps", "1"]
-sys.argv += ["--no-gradient_checkpointing"]
-import sft
-sft.main()
-print("RESULT", [name for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
-                                   "transformers", "lora", "nf4", "tp", "forecast", "verl") if name in sys.modules])
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = program("what_is_imported", "--model", TINY, "--train_data", EXAMPLES, "--max_steps", 1,
+                     "--no-gradient_checkpointing", cwd=tmp_path)
     assert "RESULT []" in result.stdout, result.stdout + result.stderr
 
 
@@ -363,43 +258,6 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
     assert all(state["exp_avg"].device.type == "cpu" for state in seen["optimizer"].state.values())
 
 
-PLANT = """
-import os, signal, sys, time
-sys.path.insert(0, {root!r})
-import config, data, processes, sft
-how, phase, rank = sys.argv[1:4]
-sys.argv = ["sft.py", *sys.argv[4:]]
-at, train = processes.Ranks.at, sft.train
-
-def fail():
-    with open("planted", "w") as f:
-        f.write(str(time.time()))
-    if how == "raise":
-        raise KeyError("planted")
-    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
-
-def at_and_fail(self, name):
-    at(self, name)
-    if self.rank == int(rank) and name == phase != "start":
-        fail()
-
-def fail_and_train(cfg, ranks):
-    if ranks.rank == int(rank) and phase == "start":
-        fail()
-    train(cfg, ranks)
-    if ranks.rank == int(rank) and phase == "end":
-        fail()
-
-def stop(*words):  # the first to get the lock of the token cache
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-processes.Ranks.at, sft.train = at_and_fail, fail_and_train
-if phase == "lock":
-    data.tokenise = stop
-config.run(sft.record(sft.main))
-"""
-
-
 PHASES = ("start", "tokenise", "load", "step 2", "evaluation after step 2", "save of step 2")
 USUAL = (("raise", "step 2", 1), ("kill", "evaluation after step 2", 0), ("stop", "save of step 2", 1))
 
@@ -410,10 +268,8 @@ USUAL = (("raise", "step 2", 1), ("kill", "evaluation after step 2", 0), ("stop"
 def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
     """Raise, SIGKILL or SIGSTOP of one rank: the run ends, non-zero, and the screen names rank, phase and cause. With
     --full in every phase and on both ranks; -rA shows how long each took to end."""
-    (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
-    result = torchrun(2, tmp_path / "plant.py", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2,
-                      "--val_data", EXAMPLES, "--eval_steps", 2, "--timeout", 10, "--output_dir", tmp_path / "out",
-                      cwd=tmp_path)
+    result = program("failing_rank", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2, "--val_data",
+                     EXAMPLES, "--eval_steps", 2, "--timeout", 5, "--output_dir", "out", ranks=2, cwd=tmp_path)
     seconds = time.time() - float((tmp_path / "planted").read_text())
     print(f"{how:5} on rank {rank} in {phase:24} all had ended {seconds:4.1f} s later")
     assert result.returncode != 0 and seconds < 30  # without a SIGKILL torchrun waits 30 s more for one that is stopped
@@ -433,24 +289,22 @@ def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stalls_when_all_is_done_is_given_up(rank, models, tmp_path):
     """The ranks wait for each other before they hang up: no longer than --timeout either."""
-    (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
-    result = torchrun(2, tmp_path / "plant.py", "stop", "end", rank, *RUN, "--model", models["tied"], "--timeout", 5,
-                      "--output_dir", tmp_path / "out", cwd=tmp_path)
+    result = program("failing_rank", "stop", "end", rank, *RUN, "--model", models["tied"], "--timeout", 5, "--output_dir",
+                     "out", ranks=2, cwd=tmp_path)
     seconds = time.time() - float((tmp_path / "planted").read_text())
     print(f"stop  on rank {rank} in {'end':24} all had ended {seconds:4.1f} s later")
     assert result.returncode != 0 and seconds < 25
     assert f"rank {1 - rank} waited in end for rank {rank}, which is gone, or stalled in save of step" in result.stderr
-    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints")[-1] == 10  # and nothing is lost
+    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints")[-1] == 6  # and nothing is lost
 
 
 @pytest.mark.full
 def test_a_rank_that_stalls_while_it_tokenises_is_given_up(models, tmp_path):
     """The others wait for the token cache's lock: not for ever, and they say for whom. A lock that another program
     holds is not blamed on a rank."""
-    (tmp_path / "plant.py").write_text(PLANT.format(root=ROOT))
     words = [*RUN, "--model", models["tied"], "--timeout", 4, "--cache_dir", tmp_path / "cache", "--output_dir",
              tmp_path / "out"]
-    result = torchrun(3, tmp_path / "plant.py", "stop", "lock", 0, *words)
+    result = program("failing_rank", "stop", "lock", 0, *words, ranks=3)
     waiter, holder = re.search(r"rank (\d) waited in tokenise for rank (\d), which is gone, or stalled in tokenise",
                                result.stderr).groups()
     assert result.returncode and waiter != holder and "has made no progress for 4 s" in result.stderr
@@ -464,15 +318,21 @@ def test_a_rank_that_stalls_while_it_tokenises_is_given_up(models, tmp_path):
     assert re.search(r"rank \d failed in tokenise: TimeoutError", result.stderr)
 
 
-def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monkeypatch, train):
+def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monkeypatch, capsys):
     """It passes on one and on two ranks, and fails when the loss is averaged over micro-batches."""
-    for ranks in (1, 2):
-        words = [*RUN, "--model", models["tied"], "--selfcheck", "--output_dir", tmp_path]
-        result = torchrun(ranks, f"{ROOT}/sft.py", *words)
-        assert result.returncode == 0 and "selfcheck: ok, 4 conversations" in result.stdout, result.stderr[-2000:]
-        assert ("all on one data-parallel rank" in result.stdout) == (ranks == 2)
+    def check():
+        monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, (*RUN, "--model", models["tied"], "--selfcheck",
+                                                               "--output_dir", tmp_path))])
+        sft.main()
+
+    result = torchrun(2, f"{ROOT}/sft.py", *RUN, "--model", models["tied"], "--selfcheck", "--output_dir", tmp_path)
+    assert result.returncode == 0 and "selfcheck: ok, 4 conversations" in result.stdout, result.stderr[-2000:]
+    assert "all on one data-parallel rank" in result.stdout
+    check()
+    screen = capsys.readouterr().out
+    assert "selfcheck: ok, 4 conversations" in screen and "all on one data-parallel rank" not in screen
     forward = sft.CausalLM.forward
     monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets, *rest: (
         forward(self, tokens, lengths, targets) / (targets != data.IGNORE).sum()))
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
-        train("--selfcheck", model=models["tied"])
+        check()

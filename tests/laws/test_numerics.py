@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import EXAMPLES, ROOT, TINY, metrics, program, share, tensors_of
+from programs import non_finite
 from safetensors.torch import load_file
 
-from disk import checkpoint
 import data
-from disk import pretrained
 import sft
+from disk import checkpoint
 
 FAST = ("--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing", "--scheduler", "constant",
         "--warmup_ratio", 0)
@@ -25,8 +25,7 @@ LATEST = os.path.join("out", "checkpoints", "latest")
 @pytest.fixture(scope="module")
 def rows():
     """The example set, as the runs here see it."""
-    tokenizer = sft.ChatTokenizer(pretrained.model_directory("tiny"))
-    return data.load(f"{ROOT}/data/example_sft.json", tokenizer, 128)
+    return data.load(EXAMPLES, sft.ChatTokenizer(TINY), 128)
 
 
 def conversation(rows, step, index):
@@ -35,35 +34,10 @@ def conversation(rows, step, index):
     return rows.source(i), rows.tokens[rows.starts[i] : rows.starts[i] + rows.lengths[i]].tolist()
 
 
-PLANT = """
-import math
-import torch
-import sft
-
-def plant(tokens, how):
-    \"\"\"Wherever a micro-batch has these tokens: its loss, their own loss, or the gradient of one matrix alone fails.\"\"\"
-    forward, wanted = sft.CausalLM.forward, torch.tensor(tokens)
-
-    def faulty(self, tokens, lengths, targets=None, each=None):
-        nll, parts = forward(self, tokens, lengths, targets, each), tokens.split(lengths)
-        hit = [i for i, part in enumerate(parts) if torch.equal(part, wanted)]
-        if hit and how == "loss":
-            each[sum(lengths[: hit[0]])] = math.nan
-            return nll * math.nan
-        if hit:
-            nll.register_hook(lambda grad: grad * math.inf)
-        return nll
-
-    sft.CausalLM.forward = faulty
-"""
-
-
 @pytest.fixture
 def plant(monkeypatch):
-    names = {}
-    exec(PLANT, names)  # the same text that a process of its own gets, below
     monkeypatch.setattr(sft.CausalLM, "forward", sft.CausalLM.forward)  # given back at the end
-    return names["plant"]
+    return non_finite.plant
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -81,8 +55,7 @@ def test_a_fault_in_one_micro_batch_stops_before_the_update(train, plant, rows, 
     assert found[2].split(", ") == ([source] if how == "loss" else [rows.source(i) for i in batch.ids])
     assert source in found[2] and 1 < len(batch.ids) < len(ids)
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == [1, 2]
-    with open(tmp_path / "out" / "metrics.jsonl", encoding="utf-8") as f:
-        assert len(f.readlines()) == 2
+    assert len(metrics(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("how", [pytest.param("loss", marks=pytest.mark.full), "gradient"])
@@ -92,13 +65,9 @@ def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
     batch = list(data.micro_batches(rows, ids, 128, None, 1, 2))[0]
     i = batch.ids[0]
     tokens = rows.tokens[rows.starts[i] : rows.starts[i] + rows.lengths[i]].tolist()
-    (tmp_path / "faulty.py").write_text(
-        f"import sys\nsys.path.insert(0, {ROOT!r})\n{PLANT}\nimport config\nplant({tokens}, {how!r})\n"
-        "config.run(sft.record(sft.main))\n")
-    words = ["faulty.py", "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", *map(str, FAST),
-             "--max_steps", "3", "--output_dir", "out"]
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                             *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens))
+    result = program("non_finite", "tokens.json", how, "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3,
+                     "--output_dir", "out", ranks=2, cwd=tmp_path)
     assert result.returncode
     named = [rows.source(i)] if how == "loss" else [rows.source(i) for i in batch.ids]
     message = f"rank 1, its micro-batch 1; conversations: {', '.join(named)}"
@@ -198,14 +167,9 @@ def test_the_same_run_twice_is_the_same_to_the_bit(train, tmp_path, monkeypatch,
 @pytest.mark.full  # of the default tests, those of tests/hostile/soak.py and signals compare two ranks to the bit
 def test_two_ranks_twice_are_the_same_to_the_bit(tmp_path):
     """Whatever order their messages come in."""
-    flags = ["--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", *map(str, FAST), "--max_steps", "4"]
-    (tmp_path / "runs.json").write_text(json.dumps([[*flags, "--output_dir", out] for out in "ab"]))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    f"{ROOT}/tests/laws/fsdp_worker.py", "runs.json"], cwd=tmp_path, capture_output=True, check=True,
-                   timeout=120)
-    weights = [some({k: v for path in (tmp_path / out / "checkpoints" / "latest").glob("model*.safetensors")
-                     for k, v in load_file(path).items()}) for out in "ab"]
-    assert torch.equal(*weights)
+    flags = ("--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 4, "--output_dir")
+    share([(2, (*flags, tmp_path / out)) for out in "ab"], tmp_path)
+    assert torch.equal(*(some(tensors_of(tmp_path / out / "checkpoints" / "latest")) for out in "ab"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without it, operations on CUDA add in any order")
@@ -213,7 +177,7 @@ def test_deterministic_on_cuda(train, tmp_path):
     test_the_same_run_twice_is_the_same_to_the_bit(train, tmp_path, pytest.MonkeyPatch(), ("--deterministic",))
 
 
-@pytest.mark.parametrize("steps", [400, pytest.param(20000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("steps", [200, pytest.param(20000, marks=pytest.mark.full)])
 def test_a_long_run_leaves_nothing_behind(steps):
     """Memory, open files, lines and speed are what they were; five minutes for the long one."""
     subprocess.run([sys.executable, f"{ROOT}/tests/hostile/long_run.py", "--steps", str(steps)], check=True,

@@ -14,23 +14,16 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from families.config import ModelConfig
-from ops import optim
-from settings import errors
-from conftest import ROOT
+from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, metrics, model_directory, program, two_layers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from disk import checkpoint
-from settings import parser
 import data
-from disk import files
-from disk import pretrained
 import sft
-
-TINY = os.path.join(ROOT, "models", "tiny")
-EXAMPLES = os.path.join(ROOT, "data", "example_sft.json")
-FAST = ("--lr", "1e-3", "--batch_size", "8", "--max_length", "512")
+from disk import checkpoint, files, pretrained
+from families.config import ModelConfig
+from ops import optim
+from settings import errors
 
 
 def weights(directory):
@@ -207,7 +200,7 @@ EXACT = ("loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "val_los
 @pytest.mark.parametrize("at, how", [(5, "auto"), (9, "auto"), (5, "directory")])
 def test_resume_is_exact(train, monkeypatch, tmp_path, at, how):
     """Killed at step 5 (mid-epoch) or 9 (an epoch's end) and resumed: losses, weights, moments are bitwise the same."""
-    run = (*FAST, "--max_steps", 12, "--save_steps", at, "--val_data", os.path.join(ROOT, "data", "example.jsonl"))
+    run = (*FAST, "--max_steps", 12, "--save_steps", at, "--val_data", VALIDATION)
     straight = train(*run, out="straight")
     with monkeypatch.context() as patch:
         interrupt_after(patch, at)
@@ -225,8 +218,9 @@ def test_resume_is_exact(train, monkeypatch, tmp_path, at, how):
 
 def test_a_killed_process_goes_on_exactly(tmp_path):
     """SIGKILL at a random moment of a real process, then --resume_from auto, gives the bytes of an undisturbed run."""
-    flags = [sys.executable, os.path.join(ROOT, "sft.py"), "--model", "tiny", "--train_data", EXAMPLES, *FAST,
-             "--max_steps", "18", "--save_steps", "3"]
+    flags = [sys.executable, os.path.join(ROOT, "sft.py"), "--model", TINY, "--train_data", EXAMPLES, *FAST,
+             "--batch_size", "4", "--max_length", "128", "--max_steps", "18", "--save_steps", "3",
+             "--no-gradient_checkpointing"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.run([*flags, "--output_dir", tmp_path / "straight"], check=True, **quiet)
     process = subprocess.Popen([*flags, "--output_dir", tmp_path / "killed"], **quiet)
@@ -347,7 +341,7 @@ def test_the_screen_tells_what_runs_and_what_came_of_it(train, capsys):
     """Model, ledger, steps before the first step; the result and how to talk to it after the last."""
     lines = train(*FAST, "--epochs", 1, "--keep_checkpoints", 1)
     out, _ = capsys.readouterr()
-    assert "model    tiny (qwen2): 1,050,752 parameters, all trained, fp32 on 1 × cpu" in out
+    assert f"model    {TINY} (qwen2): 1,050,752 parameters, all trained, fp32 on 1 × cpu" in out
     rows, tokens = re.search(r"rows     72 in = 72 trained \+ 0 dropped", out), re.search(
         r"tokens   ([\d,]+) in = ([\d,]+) target \+ ([\d,]+) context \+ ([\d,]+) truncated", out)
     total, target, context, cut = (int(n.replace(",", "")) for n in tokens.groups())
@@ -383,23 +377,6 @@ def test_batch_tokens_fills_steps(train):
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------
-
-
-def model_directory(path, change=None, tensors=None):
-    """A copy of models/tiny with config.json or tensors changed."""
-
-    from safetensors.torch import save_file
-
-    shutil.copytree(TINY, path)
-    if change:
-        found = json.loads((path / "config.json").read_text())
-        found.update(change)
-        (path / "config.json").write_text(json.dumps(found))
-    if tensors:
-        found = load_file(path / "model.safetensors")
-        tensors(found)
-        save_file(found, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 def write(path, text):
@@ -453,7 +430,7 @@ def test_bad_input_is_one_clear_line(case, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line that names the value and what to do; never a traceback."""
     flags, message = BAD[case]
     monkeypatch.chdir(tmp_path)
-    words = ["--model", "tiny", "--train_data", EXAMPLES, "--max_steps", 1, *flags(tmp_path)]
+    words = ["--model", TINY, "--train_data", EXAMPLES, "--max_steps", 1, *flags(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         errors.run(sft.main)
@@ -510,34 +487,20 @@ def test_train_sh_then_chat(tmp_path):
     assert said.stdout == rows[0]["response"] + "\n", said
 
 
-COUNTS = f"""
-import sys
-sys.path.insert(0, {ROOT!r})
-import sft
-from torch._dynamo.utils import counters
-seen = []
-step = sft.Log.step
-sft.Log.step = lambda self, *args, **values: (step(self, *args, **values), seen.append(counters["stats"]["unique_graphs"]))
-sft.main()
-print("graphs", *seen)
-"""
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",), pytest.param(("--use_lora",), marks=pytest.mark.full)])
 def test_compiled_blocks_learn_the_same_and_are_compiled_once(train, tmp_path, flags):
-    """An epoch of other packings each step: as many graphs after the first step as at the end, for all blocks together
-    fewer than three a block; losses to rounding."""
-    common = (*FAST, "--epochs", 1, *flags)
-    plain = train(*common)
-    (tmp_path / "counts.py").write_text(COUNTS)
-    words = ["--model", "tiny", "--train_data", EXAMPLES, *map(str, common), "--output_dir", "compiled", "--compile"]
-    result = subprocess.run([sys.executable, "counts.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    """Other packings each step: as many graphs after the first step as at the end, for all blocks together fewer than
+    three a block; losses to rounding."""
+    model = two_layers(tmp_path / "model", intermediate_size=128)
+    common = (*FAST, "--batch_size", 24, *flags)
+    plain = train(*common, model=model)
+    result = program("count_graphs", "--model", model, "--train_data", EXAMPLES, *common, "--output_dir", "compiled",
+                     "--compile", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     graphs = [int(n) for n in result.stdout.split("graphs")[-1].split()]
-    assert len(graphs) == 9 and graphs[0] == graphs[-1] and 0 < graphs[0] < 3 * 4
-    with open(tmp_path / "compiled" / "metrics.jsonl", encoding="utf-8") as f:
-        losses = [json.loads(line)["loss"] for line in f]
+    assert len(graphs) == 9 and graphs[0] == graphs[-1] and 0 < graphs[0] < 3 * 2
+    losses = [line["loss"] for line in metrics(tmp_path / "compiled")]
     assert losses == pytest.approx([line["loss"] for line in plain], rel=1e-5)
 
 

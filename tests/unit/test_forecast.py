@@ -1,8 +1,5 @@
 """--plan: bytes that autograd keeps, tensors of a run, collectives of ranks, each counted apart; laws and errors."""
 
-from disk import peft as peft_config
-from families.config import ModelConfig
-from ops import memory
 import dataclasses
 import gc
 import json
@@ -14,33 +11,21 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_fsdp import torchrun, two_layers
+from helpers import ROOT, TINY, program, small_model, two_layers
 
-from disk import checkpoint
-from tools import plan
 import fsdp
-import lora
-from ops import nf4
 import sft
+from disk import checkpoint
+from families.config import ModelConfig
+from ops import memory
+from tools import plan
 
-CONFIG = dict(model_type="qwen2", vocab_size=512, hidden_size=96, intermediate_size=192, num_hidden_layers=2,
-              num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
 GB = 2**30
 
 
-def build(use_lora=False, dropout=0.0, dora=False, quantize=False, targets="all-linear", saved=None, **changes):
-    model = sft.CausalLM(ModelConfig.from_dict({**CONFIG, **changes}))
-    if quantize:
-        nf4.quantize_linears(model)
-    if use_lora:
-        lora.inject(model, *peft_config.settings(model, "base", 8, 16, dropout, targets, False, dora, saved))
-    return model
-
-
 def layout_of(model, length, **settings):
-    return plan.Layout(model.config, tuple((n, tuple(p.shape), p.element_size(), p.requires_grad)
-                                               for n, p in model.named_parameters()), length, **settings)
+    shapes = tuple((n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
+    return plan.Layout(model.config, shapes, length, **settings)
 
 
 def kept_bytes(model, lengths):
@@ -74,15 +59,15 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_activations_to_the_byte(name, checkpointing, micro):
     """What is kept of the blocks, beside the last norm's, the angles, and the ids of tokens and targets."""
-    model = build(**MODELS[name])
+    model = small_model(**MODELS[name])
     model.model.gradient_checkpointing = checkpointing
     layout = layout_of(model, 20, micro=micro, checkpointing=checkpointing, dropout=MODELS[name].get("dropout", 0.0))
-    N, row = 20 * micro, 20 * micro * CONFIG["hidden_size"] * 4
+    N, row = 20 * micro, 20 * micro * model.config.hidden_size * 4
     kept, one = plan.activations(layout)
     if checkpointing:  # the block at work is run in backward; here it is its input
         kept += row - one
     is_full, trains_embedding = "use_lora" not in MODELS[name], model.model.embed_tokens.weight.requires_grad
-    other = row * (1 + is_full) + 4 * N + 4 * N * CONFIG["head_dim"] + 8 * N * (1 + trains_embedding)
+    other = row * (1 + is_full) + 4 * N + 4 * N * model.config.head_dim + 8 * N * (1 + trains_embedding)
     assert kept_bytes(model, (20,) * micro) == kept + other
 
 
@@ -110,9 +95,9 @@ def test_states_are_a_runs_tensors(train, monkeypatch, flags):
     monkeypatch.setattr(fsdp, "grad_norm", counted_norm)
     monkeypatch.setattr(checkpoint, "save", counted_save)
     planned, lines = [], plan.lines
-    monkeypatch.setattr(forecast, "lines", lambda layout, *rest: planned.append(layout) or lines(layout, *rest))
+    monkeypatch.setattr(plan, "lines", lambda layout, *rest: planned.append(layout) or lines(layout, *rest))
     train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
-    sft.plan(sft.parse(sft.Config, ["--model", "tiny", *flags])[0])
+    plan.plan(sft.parse(sft.Config, ["--model", TINY, *flags])[0])
     assert plan.states(planned[0]) == found
 
 
@@ -124,14 +109,14 @@ def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
     """Of a few steps, within 5 %: the most that torch had allocated, by its own count."""
     monkeypatch.setattr(checkpoint, "save", lambda *arguments: None)
     monkeypatch.setattr(checkpoint, "prune", lambda *arguments: None)
-    length, model = 1024 if "--use_lora" in flags else 256, "tiny"  # else its peak is in loading
+    length, model = 1024 if "--use_lora" in flags else 256, TINY  # else its peak is in loading
     if "--max_length" in flags:  # few tokens, many words: the embedding's gradient is the peak
         length, model = 32, two_layers(tmp_path, vocab_size=16384)
     rows = [{"prompt": "Go on.", "response": "the " * length}] * 6
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = ("--train_data", tmp_path / "rows.json", "--max_length", length, *(flags if "--batch_size" in flags else (
         "--batch_size", 1, *flags)))
-    monkeypatch.setattr(fsdp, "settle_heap", lambda keeps: None)
+    monkeypatch.setattr(memory, "settle_heap", lambda keeps: None)
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         steps = train(*words, "--max_steps", 3, model=model)
@@ -142,73 +127,17 @@ def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
     sizes = [e["args"]["Total Allocated"] for e in events]
     peak = max(sizes) - sizes[0]  # other tests' tensors may be there
     planned = []
-    monkeypatch.setattr(forecast, "lines", lambda layout, *rest: planned.append(layout) or ())
-    sft.plan(sft.parse(sft.Config, ["--model", str(model), *map(str, words)])[0])
+    monkeypatch.setattr(plan, "lines", lambda layout, *rest: planned.append(layout) or ())
+    plan.plan(sft.parse(sft.Config, ["--model", str(model), *map(str, words)])[0])
     found = plan.memory(planned[0])
     assert math.isclose(found["device"] - found["slack"], peak, rel_tol=0.05), (found, peak)
 
 
-COUNT = """
-import json, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, fsdp, forecast, processes, tp
-from torch.utils._python_dispatch import TorchDispatchMode
-from test_forecast import build, layout_of
-
-class Bytes(TorchDispatchMode):
-    "Calls and bytes of each collective, as it is called: the whole tensor that is gathered, scattered or summed."
-    def __init__(self):
-        super().__init__()
-        self.found = {{}}
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name and "wrap" not in name:
-            kind = next(k for k in ("allgather", "reducescatter", "allreduce") if k in name.replace("_", ""))
-            tensor = args[1] if kind == "reducescatter" and name.startswith("c10d::") else args[0]
-            tensor = tensor[0] if isinstance(tensor, (list, tuple)) else tensor
-            calls, size = self.found.get(kind, (0, 0))
-            self.found[kind] = calls + 1, size + tensor.numel() * tensor.element_size()
-        return func(*args, **(kwargs or {{}}))
-
-results = []
-with processes.start(2, 60) as ranks:
-    for use_lora, checkpointing in ((False, True), (False, False), (True, True)):
-        with torch.device("meta"):
-            model = build(use_lora, model_type="qwen3", tie_word_embeddings=False)
-        layout = layout_of(model, 300, batch=4, ranks=4, tp=2, checkpointing=checkpointing)
-        model.model.gradient_checkpointing = checkpointing
-        tp.split(model, ranks.mesh["tp"])
-        fsdp.shard(model, ranks, False, False)
-        model.to_empty(device="cpu")
-        for p in model.parameters():
-            torch.nn.init.normal_(memory.local(p), std=0.02)
-        held = sum(memory.local(p).numel() * 4 for p in model.parameters())
-        tokens = torch.arange(300) + 3
-        model(tokens, (300,), tokens).backward()  # the first call sets up
-        for p in model.parameters():
-            p.grad = None
-        with Bytes() as mode:
-            for last in (False, True):
-                fsdp.reduce_gradients(model, now=last)
-                model(tokens, (300,), tokens).backward()
-        gradients = sum(memory.local(p.grad).numel() * 4 for p in model.parameters() if p.requires_grad)
-        planned, state = plan.collectives(layout), plan.states(layout)
-        sums = {{}}
-        for what, (calls, size, _) in planned.items():
-            kind = next(k for k in ("allgather", "reducescatter", "allreduce") if k in what.replace("-", ""))
-            sums[kind] = tuple(a + b for a, b in zip(sums.get(kind, (0, 0)), (calls, size)))
-        results.append([mode.found, sums, [held, gradients], [state["weights"], state["gradients"]]])
-    if ranks.rank == 0:
-        print("RESULT " + json.dumps(results))
-"""
-
-
 @pytest.mark.full
-def test_collectives_are_what_ranks_do(tmp_path):
+def test_collectives_are_what_ranks_do():
     """dp 2 × tp 2, two micro-batches, full with and without checkpointing and LoRA: calls and bytes of each kind, and
     what rank 0 holds."""
-    (tmp_path / "count.py").write_text(COUNT.format(root=ROOT))
-    result = torchrun(4, tmp_path / "count.py")
+    result = program("collective_bytes", ranks=4)
     assert result.returncode == 0, result.stderr[-2000:]
     for counted, planned, held, states in json.loads(re.search(r"RESULT (.*)", result.stdout)[1]):
         assert counted == planned
@@ -279,7 +208,7 @@ def test_of_the_hub_it_reads_the_configuration_alone(tmp_path, monkeypatch, caps
     """A directory without weights or tokenizer will do; nothing else is asked for."""
     import huggingface_hub
 
-    shutil.copy(os.path.join(ROOT, "models", "tiny", "config.json"), tmp_path)
+    shutil.copy(os.path.join(TINY, "config.json"), tmp_path)
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: (asked.append((name, how)),
                                                                                    str(tmp_path))[1])
@@ -332,6 +261,6 @@ def test_step_time_is_work_over_speed(large):
     (("--plan", "--ranks", "3", "--strategy", "megatron", "--tp", "2"), "these do: [1]"),
 ])
 def test_what_can_not_be_planned_is_an_error(monkeypatch, words, message):
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--model", "tiny", *words])
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--model", TINY, *words])
     with pytest.raises(ValueError, match=re.escape(message)):
         sft.main()

@@ -10,14 +10,10 @@ import sys
 import termios
 
 import pytest
-from conftest import ROOT
-from test_fsdp import torchrun
-from test_sft import EXAMPLES, FAST
+from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, program
 
 import chat
 from screen import log
-
-VAL = os.path.join(ROOT, "data", "example.jsonl")
 
 
 def samples(directory, kind):
@@ -57,7 +53,7 @@ def test_wandb_has_every_number(train, tmp_path, monkeypatch):
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    flags = (*FAST, "--logger", "wandb", "--project", "tests", "--run_name", "one", "--val_data", VAL)
+    flags = (*FAST, "--logger", "wandb", "--project", "tests", "--run_name", "one", "--val_data", VALIDATION)
     train(*flags, "--max_steps", 2)
     lines = train(*flags, "--max_steps", 3, "--resume_from", "auto")
     files = sorted((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -78,7 +74,7 @@ def test_tensorboard_has_every_number(train, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    lines = train(*FAST, "--logger", "console,tensorboard", "--val_data", VAL, "--max_steps", 2)
+    lines = train(*FAST, "--logger", "console,tensorboard", "--val_data", VALIDATION, "--max_steps", 2)
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     found = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
     assert found == pytest.approx(expected_numbers(lines), rel=1e-6)  # it keeps fp32
@@ -107,7 +103,8 @@ def test_a_logger_that_is_not_there_is_an_error_before_anything_is_loaded(train,
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_logger_that_fails_or_hangs_never_ends_the_run(train, monkeypatch, capfd):
     """It raises at the second step; the run goes on with all its lines, and says so once."""
-    seen = []
+    seen, find_spec = [], log.importlib.util.find_spec
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name, *rest: name == "wandb" or find_spec(name, *rest))
 
     def broken(settings, directory, last_step):
         def put(values, step):
@@ -151,7 +148,7 @@ def in_terminal(rows, columns, *words):
 
 def test_the_bar_fits_a_narrow_terminal(tmp_path):
     """30 columns: the bar's line is redrawn in place, never longer than the terminal is wide."""
-    words = ["sft.py", "--model", "tiny", "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
+    words = ["sft.py", "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
     seen = in_terminal(24, 30, *words)
     drawn = [line for line in re.split(r"[\r\n]+", seen) if "|" in line or "it/s" in line or "%" in line]
     assert drawn and all(len(line) <= 30 for line in drawn), drawn
@@ -160,13 +157,13 @@ def test_the_bar_fits_a_narrow_terminal(tmp_path):
 
 def test_a_terminal_without_a_size_has_plain_lines(tmp_path):
     """As some containers and recorders give it: 0 × 0."""
-    words = ["sft.py", "--model", "tiny", "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
+    words = ["sft.py", "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
     assert "step 3 of 3: loss" in in_terminal(0, 0, *words)
 
 
 def test_a_log_file_has_plain_lines(train, capsys):
     """Loss, val_loss, rate, norm, speed, memory and the time left, one line at a time: no bar, no carriage return."""
-    train(*FAST, "--epochs", 2, "--val_data", VAL)
+    train(*FAST, "--epochs", 2, "--val_data", VALIDATION)
     out, err = capsys.readouterr()
     assert re.search(r"step 1 of 18: loss \d\.\d+, lr \S+, norm \S+, [\d,]+ tokens/s, \d\.\d\d GiB, \d\d:\d\d left", out)
     assert re.search(r"step 18 of 18: loss \S+, val_loss \d", out) and "step 9: val_loss" in out
@@ -174,24 +171,26 @@ def test_a_log_file_has_plain_lines(train, capsys):
 
 
 def test_without_console_nothing_is_shown_while_it_runs(train, capsys):
+    pytest.importorskip("tensorboard")
     train(*FAST, "--max_steps", 2, "--logger", "tensorboard")
     assert "step 1 of" not in capsys.readouterr().out
 
 
-def test_samples_are_what_chat_answers(train, tmp_path, capsys):
+def test_samples_are_what_chat_answers(train, tmp_path, capsys, monkeypatch):
     """At each validation, greedy, on the screen and in samples.jsonl; the last ones are those of the saved model."""
     (tmp_path / "prompts.txt").write_text("What is supervised fine-tuning?\n\n你好\n", encoding="utf-8")
-    train(*FAST, "--lr", "3e-4", "--epochs", 4, "--sample_prompts", "prompts.txt", "--eval_steps", 18)
+    monkeypatch.setattr("screen.samples.SAMPLE_TOKENS", 60)
+    train(*FAST, "--lr", "3e-4", "--epochs", 2, "--sample_prompts", "prompts.txt", "--eval_steps", 9)
     found = samples("out", "sample")
     assert [(line["step"], line["prompt"]) for line in found] == [
-        (step, prompt) for step in (18, 36) for prompt in ("What is supervised fine-tuning?", "你好")]
+        (step, prompt) for step in (9, 18) for prompt in ("What is supervised fine-tuning?", "你好")]
     assert max(len(line["answer"]) for line in found[2:]) > 20  # something to compare
     model, tokenizer, stops = chat.load("out/checkpoints/latest")
-    cfg = chat.Config(max_new_tokens=256)
+    cfg = chat.Config(max_new_tokens=60)
     for line in found[2:]:
         messages = [{"role": "user", "content": line["prompt"]}]
         assert line["answer"] == "".join(chat.answer(model, tokenizer, stops, messages, cfg)).rstrip("\ufffd")
-    assert "step 36: 'What is supervised fine-tuning?' -> " in capsys.readouterr().out
+    assert "step 18: 'What is supervised fine-tuning?' -> " in capsys.readouterr().out
 
 
 def test_sample_prompts_may_be_rows(train, tmp_path):
@@ -203,7 +202,7 @@ def test_sample_prompts_may_be_rows(train, tmp_path):
     from screen import samples
     from text import template
 
-    tokenizer = template.ChatTokenizer(os.path.join(ROOT, "models/tiny"))
+    tokenizer = template.ChatTokenizer(TINY)
     (prompt, ids), = samples.read_prompts(str(tmp_path / "rows.json"), tokenizer)
     text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
     assert prompt == "three" and "SECRET" not in text and text.endswith("three<|im_end|>\n<|im_start|>assistant\n")
@@ -212,36 +211,17 @@ def test_sample_prompts_may_be_rows(train, tmp_path):
         train(*FAST, "--sample_prompts", tmp_path / "empty.txt")
 
 
-WARNS = f"""
-import os, sys, warnings
-sys.path.insert(0, {ROOT!r})
-import sft
-lr_at = sft.lr_at
-warnings.simplefilter("always")
-def warn(step, *args):
-    warnings.warn("a warning of the test")
-    if os.environ["RANK"] != "0":
-        warnings.warn("not of rank 0")
-    elif step == 9:
-        print("the ninth", file=sys.stderr)
-    return lr_at(step, *args)
-sft.lr_at, sft.samples.SAMPLE_TOKENS = warn, 12
-sft.main()
-"""
-
-
 @pytest.mark.parametrize("ranks, flags", [
     pytest.param(4, ("--strategy", "megatron", "--tp", "2"), marks=pytest.mark.full),
     pytest.param(2, ("--param_offload",), marks=pytest.mark.full)])
 def test_many_ranks_answer_as_one_and_warn_once(train, tmp_path, monkeypatch, ranks, flags):
     """Samples, best and worst of dp x tp and of dp with offload are those of one rank; a warning is printed once."""
     (tmp_path / "prompts.txt").write_text("What is supervised fine-tuning?\n", encoding="utf-8")
-    monkeypatch.setattr("samples.SAMPLE_TOKENS", 12)
+    monkeypatch.setattr("screen.samples.SAMPLE_TOKENS", 12)
     common = (*FAST, "--epochs", 2, "--sample_prompts", tmp_path / "prompts.txt")
     train(*common)
-    (tmp_path / "warns.py").write_text(WARNS)
-    result = torchrun(ranks, tmp_path / "warns.py", "--model", "tiny", "--train_data", EXAMPLES, *common,
-                      *flags, "--output_dir", tmp_path / "many")
+    result = program("warns", "--model", TINY, "--train_data", EXAMPLES, *common, *flags, "--output_dir",
+                     tmp_path / "many", ranks=ranks)
     assert result.returncode == 0, result.stderr
     assert samples(tmp_path / "many", "sample") == samples("out", "sample")
     for kind in ("best", "worst"):
@@ -265,8 +245,7 @@ def test_best_and_worst_are_those_of_a_plain_reading(train, tmp_path):
         rows = [row for row in json.load(f) if "prompt" in row]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     train(*FAST, "--epochs", 1, "--lr", 0, "--train_data", tmp_path / "rows.json")
-    tiny = os.path.join(ROOT, "models", "tiny")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), AutoTokenizer.from_pretrained(tiny)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), AutoTokenizer.from_pretrained(TINY)
     losses = {}
     for i, row in enumerate(rows):
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True,
@@ -284,7 +263,7 @@ def test_best_and_worst_are_those_of_a_plain_reading(train, tmp_path):
 
 def test_the_best_checkpoint_is_kept(train, tmp_path):
     """The lowest val_loss is early (the rate is absurd later); pruning leaves it, `best` names it, a resume keeps it."""
-    flags = (*FAST, "--lr", "0.3", "--warmup_ratio", 1, "--val_data", VAL, "--eval_steps", 1, "--save_steps", 4,
+    flags = (*FAST, "--lr", "0.3", "--warmup_ratio", 1, "--val_data", VALIDATION, "--eval_steps", 1, "--save_steps", 4,
              "--keep_best", "--keep_checkpoints", 1)
     lines = train(*flags, "--max_steps", 8)
     val = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
@@ -299,7 +278,7 @@ def test_the_best_checkpoint_is_kept(train, tmp_path):
 
 def test_early_stopping(train, tmp_path, capsys):
     """Ends after so many validations without a lower val_loss, with the last step saved; a resume does not go on."""
-    flags = (*FAST, "--lr", "0.3", "--warmup_ratio", 1, "--val_data", VAL, "--eval_steps", 1, "--early_stopping", 2,
+    flags = (*FAST, "--lr", "0.3", "--warmup_ratio", 1, "--val_data", VALIDATION, "--eval_steps", 1, "--early_stopping", 2,
              "--max_steps", 20)
     lines = train(*flags)
     val = [line["val_loss"] for line in lines if "val_loss" in line]

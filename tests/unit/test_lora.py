@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import weakref
 
@@ -13,23 +12,20 @@ import peft
 import pytest
 import torch
 import transformers
-from disk import peft as peft_config
-from families.config import ModelConfig
-from ops import optim
-from conftest import ROOT
+from helpers import EXAMPLES, LAYOUTS, TINY, metrics, share, two_layers
 from safetensors.torch import load_file, save_file
-from test_fsdp import EXAMPLES, LAYOUTS, metrics, share, two_layers
 
 import chat
-from disk import checkpoint
 import data
-from disk import files
 import lora
-from tools import merge as merging
-from ops import nf4
-from disk import pretrained
 import sft
+from disk import checkpoint, files, pretrained
+from disk import peft as peft_config
+from families.config import ModelConfig
+from ops import nf4, optim
+from settings import errors
 from text.template import ChatTokenizer
+from tools import merge as merging
 
 TOKENS = torch.arange(40) % 37 + 5
 
@@ -368,23 +364,34 @@ def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
     with pytest.raises(ValueError, match="layers.7.* which is no layer of this model"):
         chat.load(str(adapter), str(models["untied"]))
     with pytest.raises(ValueError, match="is a whole model, not an adapter"):
-        chat.load(str(models["untied"]), "tiny")
+        chat.load(str(models["untied"]), TINY)
     with open(adapter / "adapter_model.safetensors", "r+b") as f:
         f.truncate(1000)
     with pytest.raises(ValueError, match="is torn or not safetensors"):
         chat.load(str(adapter), str(models["untied"]))
 
 
-def merge(*words):
-    command = [sys.executable, f"{ROOT}/lora.py", "merge", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def merge(monkeypatch, capsys):
+    """A function: words of tools/merge.py -> (exit code, what it said on standard error)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *map(str, words)])
+        capsys.readouterr()
+        try:
+            errors.run(merging.main)
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.parametrize("model, settings", [
     ("tied", {}), ("untied", {"use_dora": True}), ("tied", {"use_rslora": True, "rank_pattern": {"q_proj": 2}}),
     ("untied", {"modules_to_save": ["lm_head"]}), ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     ("tied", {"modules_to_save": ["lm_head"]}), ("tied", {"modules_to_save": ["embed_tokens"]})])
-def test_merge_equals_the_adapter(model, settings, models, tmp_path):
+def test_merge_equals_the_adapter(model, settings, models, merge, tmp_path):
     """The merged directory's logits, ours and transformers', equal peft's with the adapter to 1e-5; a tied model stays
     tied unless the adapter trained head and embedding apart, and then both are written."""
     base = models[model]
@@ -395,8 +402,7 @@ def test_merge_equals_the_adapter(model, settings, models, tmp_path):
             if ".lora_" not in name:
                 tensors[name] = tensors[name] * 1.5
         save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
-    result = merge(adapter, tmp_path / "merged", "--base", base)
-    assert result.returncode == 0, result.stderr
+    assert merge(adapter, tmp_path / "merged", "--base", base) == (0, "")
     theirs = peft_logits(base, adapter)
     torch.testing.assert_close(our_logits(tmp_path / "merged"), theirs, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
@@ -408,33 +414,32 @@ def test_merge_equals_the_adapter(model, settings, models, tmp_path):
     assert ("lm_head.weight" in pretrained.weight_entries(tmp_path / "merged")) != stays
 
 
-def test_merge_of_a_trained_adapter(models, train, tmp_path, monkeypatch):
+def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     """Base from adapter_config.json; bf16 on request; errors."""
     train("--use_lora", "--max_steps", 2, "--lr", 1e-2, model=models["tied"])
     step = tmp_path / "out" / "checkpoints" / "step_2"
-    assert merge(step, tmp_path / "merged").returncode == 0
+    assert merge(step, tmp_path / "merged") == (0, "")
     torch.testing.assert_close(our_logits(tmp_path / "merged"), our_logits(step), atol=1e-5, rtol=1e-5)
     generation = files.read_json(tmp_path / "merged" / "generation_config.json")
     assert ChatTokenizer(step).stop_id in generation["eos_token_id"]
-    assert merge(step, tmp_path / "small", "--dtype", "bf16").returncode == 0
+    assert merge(step, tmp_path / "small", "--dtype", "bf16") == (0, "")
     small, whole = (pretrained.weight_entries(tmp_path / name) for name in ("small", "merged"))
     assert {e.dtype for e in small.values()} == {"BF16"} and {e.dtype for e in whole.values()} == {"F32"}
-    again = merge(step, tmp_path / "merged")
-    assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
-    wrong = merge(step, tmp_path / "wrong", "--base", models["untied"])
-    assert wrong.returncode == 2 and "does not fit" in wrong.stderr and not (tmp_path / "wrong").exists()
+    code, said = merge(step, tmp_path / "merged")
+    assert code == 2 and "exists already" in said and said.count("\n") == 1
+    code, said = merge(step, tmp_path / "wrong", "--base", models["untied"])
+    assert code == 2 and "does not fit" in said and not (tmp_path / "wrong").exists()
     config = files.read_json(step / "adapter_config.json")
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    nameless = merge(step, tmp_path / "nameless")
-    assert nameless.returncode == 2 and "names no base model; give it with --base" in nameless.stderr
+    code, said = merge(step, tmp_path / "nameless")
+    assert code == 2 and "names no base model; give it with --base" in said
     with pytest.raises(ValueError, match="names no base model"):
         chat.load(str(step))
     tensors = load_file(step / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, step / "adapter_model.safetensors", {"format": "pt"})
-    broken = merge(step, tmp_path / "broken", "--base", models["tied"])
-    assert broken.returncode == 2 and "would not be finite" in broken.stderr and not (tmp_path / "broken").exists()
-    assert "what to do?" in subprocess.run([sys.executable, f"{ROOT}/lora.py"], capture_output=True, text=True).stderr
+    code, said = merge(step, tmp_path / "broken", "--base", models["tied"])
+    assert code == 2 and "would not be finite" in said and not (tmp_path / "broken").exists()
 
 
 def test_quantised_training_is_that_of_the_rounded_base(models, train, tmp_path):
@@ -522,33 +527,31 @@ RUN = ("--use_lora", "--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, models, pytestconfig):
-    """LoRA over layouts, offloads, packing and checkpointing, pairwise: name -> output directory."""
+    """LoRA over layouts, offloads, packing and checkpointing; with --full, in pairs: name -> output directory."""
     root = tmp_path_factory.mktemp("lora_runs")
     kinds = {"plain": (), "dora": ("--lora_dora", "--lora_rs"), "whole": ("--lora_modules_to_save", "embed_tokens"),
              "some": ("--lora_targets", "o_proj,gate_proj,k_proj", "--lora_plus_ratio", "2"),
              "nf4": ("--quantize", "nf4")}
     offloads = {"": (), "param": ("--param_offload",), "opt": ("--optimizer_offload",)}
     shapes = {"": (), "unpacked": ("--no-packing", "--no-gradient_checkpointing")}
-    plans = {1: {}, 2: {}, 4: {}}
+    plan = {}
     for i, layout in enumerate(LAYOUTS):
         ranks, flags = LAYOUTS[layout]
         for j, kind in enumerate(kinds):
-            step = 2 if pytestconfig.getoption("--full") else 4  # pairwise, or each kind and each layout at least once
+            step = 2 if pytestconfig.getoption("--full") else 4  # in pairs, or each kind and each layout at least once
             if (kind == "nf4" and "tp" in layout) or (i + j) % step:
                 continue
             model = "untied" if (i + j) % 4 or layout == "tp4" else "tied"
-            offload, shape = list(offloads)[(i + j) // 2 % 3], list(shapes)[i // 2 % 2]
-            plans[1][f"{model} {kind} one"] = ("--model", models[model], *kinds[kind])
-            plans[ranks][f"{model} {kind} {layout} {offload} {shape}"] = (
+            offload, shape = list(offloads)[(i + (i + j) // 2) % 3], list(shapes)[i // 2 % 2]
+            plan[f"{model} {kind} one"] = 1, ("--model", models[model], *kinds[kind])
+            plan[f"{model} {kind} {layout} {offload} {shape}"] = ranks, (
                 "--model", models[model], *kinds[kind], *flags, *offloads[offload], *shapes[shape])
     # under tp 2 a bias of a layer that is split by columns is added once, with an adapter (o_proj) and without (down_proj)
     for layout in ("one", "tp2"):
         ranks, flags = LAYOUTS[layout]
-        plans[ranks][f"biased some {layout}"] = ("--model", models["biased"], *kinds["some"], *flags)
-    found = {}
-    for ranks, plan in plans.items():
-        found.update({name: root / name.replace(" ", "_") for name in plan})
-        share(ranks, [[*RUN, *flags, "--output_dir", found[name]] for name, flags in plan.items()], root)
+        plan[f"biased some {layout}"] = ranks, ("--model", models["biased"], *kinds["some"], *flags)
+    found = {name: root / name.replace(" ", "_") for name in plan}
+    share([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
     return found
 
 

@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import published
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from disk import files
 import model
-from disk import pretrained
+from disk import files, pretrained
 from families.config import ModelConfig
 from model import CausalLM, generate
 from ops.loss import IGNORE, chunked_cross_entropy
@@ -65,17 +65,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def published(directory, config, **saving):
-    """Write a model directory as transformers does and return its model; norms and biases are random too."""
-    torch.manual_seed(0)
-    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SIZES, **config})).eval()
-    with torch.no_grad():
-        for name, p in oracle.named_parameters():
-            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
-    oracle.save_pretrained(directory, **saving)
-    return oracle
-
-
 def loaded(directory, config=None):
     """Our model of a directory, created and filled as sft.py does it."""
     config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
@@ -113,7 +102,7 @@ def gradients(ours):
 def test_logits_equal_transformers(tmp_path, name):
     """Both for the config.json that transformers writes and for the earlier spelling that published models have."""
     config, other = CASES[name]
-    oracle = published(tmp_path, config)
+    oracle = published(tmp_path, {**SIZES, **config})
     tokens = random_ids(48)
     expected = oracle(tokens[None]).logits[0]
     written = files.read_json(tmp_path / "config.json")
@@ -127,7 +116,7 @@ def test_logits_equal_transformers(tmp_path, name):
 @torch.no_grad()
 def test_logits_of_a_sharded_directory_equal_transformers(tmp_path):
     """A directory of many files with an index loads the same model as one file does."""
-    oracle = published(tmp_path, CASES["qwen3, biases"][0], max_shard_size="20KB")
+    oracle = published(tmp_path, {**SIZES, **CASES["qwen3, biases"][0]}, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tokens = random_ids(48)
     torch.testing.assert_close(loaded(tmp_path)(tokens, (48,)), oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
@@ -200,7 +189,7 @@ def test_packed_gradients_are_the_sum_over_the_documents(name):
 @pytest.mark.parametrize("name", ["qwen2", "qwen3, window by layer", "llama, llama3 rope", "mistral, window"])
 def test_generation_equals_transformers_greedy_one(tmp_path, name):
     """Token for token through the cache, from a prompt longer than the window and from a single token."""
-    oracle = published(tmp_path, CASES[name][0])
+    oracle = published(tmp_path, {**SIZES, **CASES[name][0]})
     ours = loaded(tmp_path)
     for length in (12, 1):
         prompt = random_ids(length)

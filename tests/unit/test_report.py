@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import ROOT
 
 from screen import report
 
@@ -91,8 +91,8 @@ def test_the_command(tmp_path):
         make_run(tmp_path / name)
 
     def command(*words):
-        words = sys.executable, f"{ROOT}/report.py", *words
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        words = sys.executable, "-m", "screen.report", *words
+        return subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
 
     assert command("a b").stdout == "report   a b/report.html\n"
     assert "python chat.py &#39;a b/checkpoints/latest&#39;" in (tmp_path / "a b" / "report.html").read_text()

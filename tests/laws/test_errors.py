@@ -1,0 +1,59 @@
+"""An error of the code keeps its traceback, wherever it is; an error of the input is one line."""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, TINY, VALIDATION, model_directory, program
+
+PLACES = ("loop", "data", "checkpoint")
+BUGS = {"unpack": "ValueError: too many values to unpack (expected 2)", "convert": "ValueError: invalid literal for int",
+        "concatenate": "ValueError: all the input array dimensions|all the input arrays must have same number of dim"}
+FLAGS = ("--train_data", VALIDATION, "--cache_dir", "none", "--max_steps", 1, "--batch_size", 1, "--max_length", 64,
+         "--no-gradient_checkpointing")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """(where, what) -> (exit code, standard error) of a run of sft.py in which that is planted."""
+    directory = tmp_path_factory.mktemp("errors")
+    cases = list(itertools.product(PLACES, (*BUGS, "user_error", "missing_file")))
+    (directory / "cases.json").write_text(json.dumps(cases))
+    result = program("planted_error", "cases.json", "--model", TINY, *FLAGS, cwd=directory)
+    assert result.returncode == 0, result.stderr
+    codes = json.loads((directory / "codes.json").read_text())
+    return {case: (code, (directory / f"{'.'.join(case)}.err").read_text()) for case, code in zip(cases, codes)}
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("what", BUGS)
+def test_a_bug_keeps_its_traceback(where, what, ended):
+    """File and line of the planted statement, and exit code 1: a fork's own bugs are found where they are."""
+    code, screen = ended[where, what]
+    assert code == 1 and screen.count("Traceback (most recent call last):") == 1
+    assert re.search(rf'File ".*planted_error\.py", line \d+, in {what}\n', screen), screen
+    assert any(f": {text}" in f": {screen.splitlines()[-1]}" for text in BUGS[what].split("|")), screen
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("what, line", [
+    ("user_error", "sft.py: error: --planted 1: it must be 2"),
+    ("missing_file", "sft.py: error: [Errno 2] No such file or directory: 'nowhere.txt'")])
+def test_an_error_of_the_input_is_one_line(where, what, line, ended):
+    """With exit code 2, wherever it is found."""
+    code, screen = ended[where, what]
+    assert code == 2 and screen.startswith(line) and screen.count("\n") == 1, screen
+
+
+def test_a_run_stopped_by_a_loss_that_is_not_finite_is_one_line(tmp_path):
+    """With exit code 1: neither the input nor the code need be at fault."""
+    model = model_directory(tmp_path / "model", tensors=lambda t: t["model.norm.weight"].fill_(math.nan))
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), "--model", str(model), *map(str, FLAGS)],
+                            cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("sft.py: error: step 1: loss nan"), result.stderr
+    assert result.stderr.count("\n") == 1

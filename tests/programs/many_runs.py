@@ -1,0 +1,47 @@
+"""Many runs from one process: many_runs.py RUNS.json calls sft.main() for each [ranks, flags] in the file.
+
+A run is a fork of this process for each rank: imports take longer than a run of a tiny model. Nothing is planted.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+
+import torch._dynamo  # noqa: F401  checkpointing imports it, in a second
+import torch.distributed.fsdp  # noqa: F401
+from torch.distributed import TCPStore
+
+import lora  # noqa: F401
+import sft
+from ops import nf4  # noqa: F401
+from ranks import tp  # noqa: F401
+
+
+def be_rank(rank, size, port, flags):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    sys.argv = ["sft.py", *flags]
+    sft.main()
+
+
+def run(size, flags):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=be_rank, args=(rank, size, store.port, flags)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:  # where one fails the others give up after --timeout
+        process.join()
+    if any(process.exitcode for process in ranks):
+        sys.exit(f"{size} ranks, exit codes {[process.exitcode for process in ranks]}: {' '.join(flags)}")
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as f:
+        runs = json.load(f)
+    for size, flags in runs:
+        started = time.monotonic()
+        run(size, flags)
+        print(f"RUN {time.monotonic() - started:.1f} s", *flags, flush=True)

@@ -1,0 +1,78 @@
+"""Errors in three places: planted_error.py CASES.json [flags of sft.py] runs sft.py's entry for each [where, what].
+
+Planted: an error (a function below, by its name) in the training loop (where is loop), in the reading of the data
+(data) or in writing a checkpoint (checkpoint). Each run is a process of its own, a fork, and ends as sft.py would; its
+standard error goes to WHERE.WHAT.err, its output to WHERE.WHAT, and the exit codes to codes.json.
+"""
+
+import json
+import os
+import sys
+
+import numpy as np
+import torch.fx.experimental.symbolic_shapes  # noqa: F401  a run imports it, in a second
+
+from disk import checkpoint
+from screen.log import Log
+from settings.errors import UserError, run
+from text import formats
+
+
+def unpack():
+    a, b = (1, 2, 3)
+
+
+def concatenate():
+    np.concatenate([np.zeros((2, 2)), np.zeros(3)])
+
+
+def convert():
+    int("x")
+
+
+def user_error():
+    raise UserError("--planted 1: it must be 2")
+
+
+def missing_file():
+    open("nowhere.txt", encoding="utf-8")
+
+
+planted = {}  # where -> the function that is called there
+
+
+def planting(function, where):
+    def wrapper(*args, **kwargs):
+        planted.get(where, lambda: None)()
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+Log.step = planting(Log.step, "loop")
+formats.to_messages = planting(formats.to_messages, "data")
+checkpoint.save = planting(checkpoint.save, "checkpoint")
+import sft  # noqa: E402  behind these, some of which others import by their names
+
+with open(sys.argv[1], encoding="utf-8") as f:
+    cases = json.load(f)
+codes = []
+for where, what in cases:
+    name = f"{where}.{what}"
+    if os.fork() == 0:
+        for stream, file in ((1, name), (2, f"{name}.err")):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+        planted[where] = globals()[what]
+        sys.argv, code = ["sft.py", *sys.argv[2:], "--output_dir", f"out.{name}"], 0
+        try:
+            run(sft.record(sft.main))
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:  # what Python does with it, but for cleaning up, which takes a second
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)
+    codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+with open("codes.json", "w", encoding="utf-8") as f:
+    json.dump(codes, f)
