@@ -232,3 +232,9 @@ def attempt(function, *words, naming="", seconds=20, **named):
     finally:
         for _, clock, _ in clocks:
             signal.setitimer(clock, 0)
+
+
+def model_loss(model, tokens, lengths, targets):
+    """The loss (), of targets (N,) int64 with -100 where there is none; what else there is of a LossOut is left out."""
+    rows = (targets != -100).nonzero()[:, 0]
+    return model(tokens, lengths, rows, targets[rows]).total

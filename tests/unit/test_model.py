@@ -6,17 +6,18 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import published
+from helpers import model_loss, published
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import model
+import ops.loss
 from disk import files, pretrained
 from families.config import ModelConfig
 from model import CausalLM, generate
-from ops.loss import IGNORE, chunked_cross_entropy
+from ops.loss import Head, loss as loss_of_head
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None)  # none: generation goes on
@@ -172,12 +173,12 @@ def test_packed_gradients_are_the_sum_over_the_documents(name):
     """The loss is summed, so that documents can share a row or not without a change to what is learned."""
     ours, tokens, targets = fresh(**PACKED[name]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
     targets[::4] = IGNORE
-    packed = ours(tokens, LENGTHS, targets)
+    packed = model_loss(ours, tokens, LENGTHS, targets)
     packed.backward()
     together = gradients(ours)
     losses = []
     for document, target in zip(tokens.split(LENGTHS), targets.split(LENGTHS)):
-        losses.append(ours(document, (len(document),), target))
+        losses.append(model_loss(ours, document, (len(document),), target))
         losses[-1].backward()
     torch.testing.assert_close(packed, sum(losses))
     for key, gradient in gradients(ours).items():
@@ -224,6 +225,28 @@ def test_generation_ends_with_a_stop_id_or_at_the_limit():
     assert 3 < cut and list(generate(ours, prompt, 50, stop_ids=(never, stop))) == free[:cut]
 
 
+IGNORE = -100  # plain cross-entropy's own mark of a position without a target
+
+
+class WeightHead(Head):
+    """A head whose weight is a given tensor."""
+
+    def __init__(self, weight):
+        torch.nn.Module.__init__(self)
+        self.given = weight
+
+    def local_weight(self):
+        return self.given
+
+
+def chunked(hidden, weight, targets, chunk=256):
+    """The LossOut of targets (N,) with IGNORE where there is none, as many rows of logits at a time as `chunk` says."""
+    rows = (targets != IGNORE).nonzero()[:, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops.loss, "CHUNK", chunk)
+        return loss_of_head(hidden, WeightHead(weight), rows, targets[rows])
+
+
 def loss_inputs(n=50, dtype=torch.float32, ignored=slice(3, None, 4)):
     """(hidden, weight, targets), the first two with gradients wanted, some targets to be ignored."""
     rng = torch.Generator().manual_seed(3)
@@ -247,28 +270,28 @@ def test_chunked_loss_is_plain_cross_entropy(chunk):
     """In value and both gradients, for chunks that do not divide the 38 targets, that are all of them, and for more."""
     hidden, weight, targets = loss_inputs()
     assert (targets != IGNORE).sum() == 38
-    loss = chunked_cross_entropy(hidden, weight, targets, *([chunk] if chunk else []))
+    loss = chunked(hidden, weight, targets, *([chunk] if chunk else [])).total
     (loss / 3).backward()
     assert loss.dtype == torch.float32 and loss.shape == ()
     for ours, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
         torch.testing.assert_close(ours, expected)
 
 
-def test_the_loss_of_each_target_is_written_where_it_is():
-    """Zero where nothing is trained, plain cross-entropy's elsewhere; the sum is the loss."""
+def test_the_loss_of_each_target_is_given():
+    """Plain cross-entropy's, in the order of the rows, without a gradient; the sum is the loss."""
     hidden, weight, targets = loss_inputs()
-    each = torch.zeros(len(targets))
-    loss = chunked_cross_entropy(hidden, weight, targets, 7, each=each)
+    out = chunked(hidden, weight, targets, 7)
     expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
-    torch.testing.assert_close(each, expected.detach())
-    torch.testing.assert_close(each.sum(), loss.detach())
+    torch.testing.assert_close(out.each, expected.detach()[targets != IGNORE])
+    torch.testing.assert_close(out.each.sum(), out.total.detach())
+    assert out.total.requires_grad and not out.each.requires_grad and out.correct is None
 
 
 def test_chunked_loss_stands_large_logits():
     """Logits far beyond exp's range give the finite loss that plain cross-entropy gives."""
     hidden, weight, targets = loss_inputs()
     hidden = (hidden.detach() * 100).requires_grad_()
-    loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    loss = chunked(hidden, weight, targets, 7).total
     (loss / 3).backward()
     for ours, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
         assert expected.isfinite().all()
@@ -278,7 +301,7 @@ def test_chunked_loss_stands_large_logits():
 def test_chunked_loss_without_a_target_is_zero():
     """A row in which nothing is trained has loss 0 and gradients of zeros, not none and not NaN."""
     hidden, weight, targets = loss_inputs(ignored=slice(None))
-    loss = chunked_cross_entropy(hidden, weight, targets)
+    loss = chunked(hidden, weight, targets).total
     loss.backward()
     assert loss.item() == 0
     torch.testing.assert_close(hidden.grad, torch.zeros_like(hidden), atol=0, rtol=0)
@@ -290,7 +313,7 @@ def test_chunked_loss_gives_no_gradient_to_what_is_frozen(frozen):
     """The other one's gradient stays right (a frozen head under LoRA; a probe on frozen hidden states)."""
     inputs = loss_inputs()
     inputs[frozen].requires_grad_(False)
-    (chunked_cross_entropy(*inputs, 7) / 3).backward()
+    (chunked(*inputs, 7).total / 3).backward()
     assert inputs[frozen].grad is None
     torch.testing.assert_close(inputs[1 - frozen].grad, plain_loss(*inputs)[2 - frozen])
 
@@ -304,7 +327,7 @@ def count_flops():
 def test_chunked_loss_is_differentiated_once():
     """Its gradients are scaled in place: a second backward is refused, and leaves those of the first as they are."""
     hidden, weight, targets = loss_inputs()
-    loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    loss = chunked(hidden, weight, targets, 7).total
     loss.backward()
     first = weight.grad.clone()
     with pytest.raises(RuntimeError, match="differentiated once already"):
@@ -321,7 +344,7 @@ def test_chunked_loss_costs_the_targets_only_and_gradients_only_where_wanted():
         hidden.requires_grad_(needs[0])
         weight.requires_grad_(needs[1])
         with count_flops() as counter:
-            chunked_cross_entropy(hidden, weight, targets, 7)
+            chunked(hidden, weight, targets, 7).total
         costs.append(counter.get_total_flops())
     assert costs == [3 * one, 2 * one, one]
 
@@ -330,7 +353,7 @@ def test_chunked_loss_forms_no_gradient_under_no_grad():
     """Evaluation gets the same value for one product."""
     hidden, weight, targets = loss_inputs()
     with torch.no_grad(), count_flops() as counter:
-        loss = chunked_cross_entropy(hidden, weight, targets, 7)
+        loss = chunked(hidden, weight, targets, 7).total
     assert not loss.requires_grad and counter.get_total_flops() == 2 * 38 * 24 * 97
     torch.testing.assert_close(loss, plain_loss(hidden, weight, targets)[0])
 
@@ -351,14 +374,14 @@ def test_loss_never_holds_the_logits():
     """No tensor of a forward and backward is larger than the hidden states, though N x V is four times that."""
     hidden, weight, targets = loss_inputs(n=8 * 24)
     with Largest() as largest:
-        chunked_cross_entropy(hidden, weight, targets, 8).backward()
+        chunked(hidden, weight, targets, 8).total.backward()
     assert largest.numel == hidden.numel() > weight.numel()
 
 
 def test_second_backward_through_the_loss_raises():
     """The gradients are scaled in place: a second pass would scale twice, so it must not happen at all."""
     hidden, weight, targets = loss_inputs()
-    loss = chunked_cross_entropy(hidden, weight, targets)
+    loss = chunked(hidden, weight, targets).total
     loss.backward(retain_graph=True)
     before = hidden.grad.clone(), weight.grad.clone()
     with pytest.raises((RuntimeError, TypeError)):
@@ -375,7 +398,7 @@ def test_loss_under_bf16_autocast_is_close_to_fp32():
     """The value is summed in fp32, and fp32 weights get fp32 gradients."""
     hidden, weight, targets = loss_inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = chunked_cross_entropy(hidden, weight, targets, 7)
+        loss = chunked(hidden, weight, targets, 7).total
     (loss / 3).backward()
     assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
     expected = plain_loss(hidden, weight, targets)
@@ -388,7 +411,7 @@ def test_loss_under_bf16_autocast_is_close_to_fp32():
 def test_loss_in_bf16_is_close_to_fp32_for_any_chunk(chunk):
     """Gradients are rounded to bf16 once, not after each of 900 chunks of one target."""
     hidden, weight, targets = loss_inputs(n=1200, dtype=torch.bfloat16)
-    loss = chunked_cross_entropy(hidden, weight, targets, chunk)
+    loss = chunked(hidden, weight, targets, chunk).total
     (loss / 3).backward()
     assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     expected = plain_loss(hidden, weight, targets)
@@ -401,13 +424,13 @@ def test_loss_in_bf16_is_close_to_fp32_for_any_chunk(chunk):
 def test_model_in_bf16_is_close_to_fp32(how):
     """Loss and gradients of a whole packed row: fp32 parameters under autocast, and parameters cast to bf16."""
     ours, tokens, targets = fresh(**PACKED["mixed"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
-    exact = ours(tokens, LENGTHS, targets)
+    exact = model_loss(ours, tokens, LENGTHS, targets)
     exact.backward()
     expected = gradients(ours)
     if how == "parameters":
         ours.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        loss = ours(tokens, LENGTHS, targets)
+        loss = model_loss(ours, tokens, LENGTHS, targets)
     loss.backward()
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
     for name, gradient in gradients(ours).items():
@@ -427,7 +450,7 @@ def test_gradient_checkpointing_changes_no_bit(frozen):
     results = []
     for on in (False, True):
         ours.model.gradient_checkpointing = on
-        loss = ours(tokens, LENGTHS, targets)
+        loss = model_loss(ours, tokens, LENGTHS, targets)
         loss.backward()
         results.append((loss.detach(), gradients(ours)))
     assert calls == [0, 1, 2] + [0, 1, 2, 2, 1, 0]
