@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 import lora
 import model
+import sft
 from disk import files, peft
 from families.config import ModelConfig
 from ops import nf4
@@ -137,15 +138,16 @@ def published(directory, config, dtype=torch.float32, **saving):
     return oracle
 
 
-def small_model(use_lora=False, dropout=0.0, dora=False, quantize=False, targets="all-linear", saved=None, **changes):
-    """Our model of two small layers, with or without adapters, from `changes` of its config.json."""
+def small_model(use_lora=False, quantize=False, tp_size=1, adapter=None, **changes):
+    """Our model of two small layers, with or without adapters (of settings `adapter`), from `changes` of its
+    config.json."""
     config = dict(model_type="qwen2", vocab_size=512, hidden_size=96, intermediate_size=192, num_hidden_layers=2,
                   num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
     built = model.CausalLM(ModelConfig.from_dict({**config, **changes}))
     if quantize:
         nf4.quantize_linears(built)
     if use_lora:
-        lora.inject(built, *peft.settings(built, "base", 8, 16, dropout, targets, False, dora, saved))
+        lora.inject(built, *peft.new(built, sft.Config(use_lora=True, model="base", **adapter or {})), tp_size)
     return built
 
 

@@ -52,9 +52,12 @@ class Config(sft.Config):
     memory_gb: float | None = knob(None, "of a rank, in GiB: says which micro_batch_size fits", low=1e-3,
                                    group="planning")
     n_gpus: int | None = knob(None, "GPUs of a cluster that is not there; none: what is here", low=1)
-    tflops: float = knob(400.0, "what a GPU achieves, in TFLOP/s; 400 is about an H100 in bf16", low=1e-3)
-    gb_per_second: float = knob(50.0, "what a rank sends, sharding, in GB/s; 50: between nodes", low=1e-3)
-    tp_gb_per_second: float = knob(300.0, "what a rank sends for tp, in GB/s; 300: inside a node", low=1e-3)
+    tflops: float = knob(400.0, "what a GPU achieves, in TFLOP/s; 400 is about an H100 in bf16", low=1e-3,
+                         needs="n_gpus")
+    gb_per_second: float = knob(50.0, "what a rank sends, sharding, in GB/s; 50: between nodes", low=1e-3,
+                                needs="n_gpus")
+    tp_gb_per_second: float = knob(300.0, "what a rank sends for tp, in GB/s; 300: inside a node", low=1e-3,
+                                   needs="n_gpus and tp")
 
     def __post_init__(self):
         if self.tp > 1:

@@ -6,7 +6,7 @@ Nothing is planted. Prints for each: calls and bytes by kind, the same as planne
 import json
 
 import torch
-from helpers import small_model
+from helpers import model_loss, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
@@ -44,7 +44,7 @@ def built(use_lora, checkpointing, ranks):
                          300, batch=4, ranks=4, tp=2, checkpointing=checkpointing)
     model.model.gradient_checkpointing = checkpointing
     tp.split(model, ranks.mesh["tp"])
-    fsdp.shard(model, ranks, False, False)
+    fsdp.shard(model, ranks, bf16=False, param_offload=False)
     model.to_empty(device="cpu")
     for p in model.parameters():
         torch.nn.init.normal_(local(p), std=0.02)
@@ -54,13 +54,13 @@ def built(use_lora, checkpointing, ranks):
 def counted(model):
     """Calls and bytes by kind, of two micro-batches."""
     tokens = torch.arange(300) + 3
-    model(tokens, (300,), tokens).backward()  # the first call sets up
+    model_loss(model, tokens, (300,), tokens).backward()  # the first call sets up
     for p in model.parameters():
         p.grad = None
     with Bytes() as mode:
         for last in (False, True):
             fsdp.reduce_gradients(model, now=last)
-            model(tokens, (300,), tokens).backward()
+            model_loss(model, tokens, (300,), tokens).backward()
     return mode.found
 
 

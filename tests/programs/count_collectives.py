@@ -8,10 +8,12 @@ import json
 import sys
 
 import torch
+from helpers import model_loss
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fsdp
 import lora
+import sft
 from disk import files, peft
 from families.config import ModelConfig
 from model import CausalLM
@@ -24,10 +26,11 @@ def built(directory, with_lora, ranks):
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(files.read_json(f"{directory}/config.json")))
     if with_lora:
-        lora.inject(model, *peft.settings(model, "base", 8, 16, 0.0, "all-linear", False, False, None))
+        config, lora_ranks = peft.new(model, sft.Config(use_lora=True, model="base"))
+        lora.inject(model, config, lora_ranks, ranks.mesh["tp"].size())
     if ranks.mesh["tp"].size() > 1:
         tp.split(model, ranks.mesh["tp"])
-    fsdp.shard(model, ranks, False, False)
+    fsdp.shard(model, ranks, bf16=False, param_offload=False)
     model.to_empty(device="cpu")
     model.tie_weights()
     for p in model.parameters():
@@ -38,12 +41,12 @@ def built(directory, with_lora, ranks):
 def count(model):
     targets = torch.arange(40) + 3
     batch = targets, (25, 15), targets
-    model(*batch).backward()  # the first call sets up
+    model_loss(model, *batch).backward()  # the first call sets up
     counts = []
     for last in (False, True):
         fsdp.reduce_gradients(model, now=last)
         with CommDebugMode() as forward:
-            loss = model(*batch)
+            loss = model_loss(model, *batch)
         with CommDebugMode() as backward:
             loss.backward()
         counts.append([{str(op): n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward)])

@@ -1,4 +1,4 @@
-"""--plan: bytes that autograd keeps, tensors of a run, collectives of ranks, each counted apart; laws and errors."""
+"""tools/plan.py: bytes that autograd keeps, tensors of a run, collectives of ranks, each counted apart; laws and errors."""
 
 import dataclasses
 import gc
@@ -11,13 +11,15 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY, program, small_model, two_layers
+from helpers import ROOT, TINY, model_loss, program, small_model, two_layers
 
 import fsdp
 import sft
 from disk import checkpoint
 from families.config import ModelConfig
 from ops import memory
+from ranks import processes
+from settings.parser import parse
 from tools import plan
 
 GB = 2**30
@@ -40,7 +42,7 @@ def kept_bytes(model, lengths):
 
     tokens = torch.arange(sum(lengths)) % model.config.vocab_size
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(tokens, lengths, tokens)
+        loss = model_loss(model, tokens, lengths, tokens)
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -48,9 +50,9 @@ def kept_bytes(model, lengths):
 MODELS = {
     "full": {}, "untied": dict(tie_word_embeddings=False), "qwen3": dict(model_type="qwen3"),
     "lora": dict(use_lora=True),
-    "lora qwen3": dict(use_lora=True, model_type="qwen3"), "dropout": dict(use_lora=True, dropout=0.1),
-    "dora": dict(use_lora=True, dora=True), "nf4": dict(use_lora=True, quantize=True),
-    "embedding": dict(use_lora=True, saved="embed_tokens"), "attention": dict(use_lora=True, targets="q_proj,v_proj"),
+    "lora qwen3": dict(use_lora=True, model_type="qwen3"), "dropout": dict(use_lora=True, adapter=dict(lora_dropout=0.1)),
+    "dora": dict(use_lora=True, adapter=dict(lora_dora=True)), "nf4": dict(use_lora=True, quantize=True),
+    "embedding": dict(use_lora=True, adapter=dict(lora_modules_to_save="embed_tokens")), "attention": dict(use_lora=True, adapter=dict(lora_targets="q_proj,v_proj")),
 }
 
 
@@ -61,7 +63,8 @@ def test_activations_to_the_byte(name, checkpointing, micro):
     """What is kept of the blocks, beside the last norm's, the angles, and the ids of tokens and targets."""
     model = small_model(**MODELS[name])
     model.model.gradient_checkpointing = checkpointing
-    layout = layout_of(model, 20, micro=micro, checkpointing=checkpointing, dropout=MODELS[name].get("dropout", 0.0))
+    dropout = MODELS[name].get("adapter", {}).get("lora_dropout", 0.0)
+    layout = layout_of(model, 20, micro=micro, checkpointing=checkpointing, dropout=dropout)
     N, row = 20 * micro, 20 * micro * model.config.hidden_size * 4
     kept, one = plan.activations(layout)
     if checkpointing:  # the block at work is run in backward; here it is its input
@@ -83,21 +86,21 @@ def test_states_are_a_runs_tensors(train, monkeypatch, flags):
     def size(tensors):
         return sum(memory.local(t).numel() * t.element_size() for t in tensors)
 
-    def counted_norm(parameters):
-        found["gradients"] = size(p.grad for p in parameters)
-        return norm(parameters)
+    def counted_norm(model):
+        found["gradients"] = size(p.grad for p in model.parameters() if p.requires_grad)
+        return norm(model)
 
-    def counted_save(root, step, model, layout, files, optimizer, *rest):
-        found.update(weights=size(model.parameters()), masters=size(getattr(optimizer, "host", {}).values()),
+    def counted_save(root, step, *, model, optimizer, **rest):
+        found.update(weights=size(model.parameters()), masters=size(getattr(optimizer, "masters", {}).values()),
                      moments=size(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")))
-        return save(root, step, model, layout, files, optimizer, *rest)
+        return save(root, step, model=model, optimizer=optimizer, **rest)
 
     monkeypatch.setattr(fsdp, "grad_norm", counted_norm)
     monkeypatch.setattr(checkpoint, "save", counted_save)
     planned, lines = [], plan.lines
-    monkeypatch.setattr(plan, "lines", lambda layout, *rest: planned.append(layout) or lines(layout, *rest))
+    monkeypatch.setattr(plan, "lines", lambda layout, **rest: planned.append(layout) or lines(layout, **rest))
     train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
-    plan.plan(sft.parse(sft.Config, ["--model", TINY, *flags])[0])
+    plan.plan(parse(plan.Config, ["--model", TINY, *flags])[0])
     assert plan.states(planned[0]) == found
 
 
@@ -107,7 +110,7 @@ def test_states_are_a_runs_tensors(train, monkeypatch, flags):
     ("--max_length", "32", "--param_offload")])
 def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
     """Of a few steps, within 5 %: the most that torch had allocated, by its own count."""
-    monkeypatch.setattr(checkpoint, "save", lambda *arguments: None)
+    monkeypatch.setattr(checkpoint, "save", lambda *words, **settings: None)
     monkeypatch.setattr(checkpoint, "prune", lambda *arguments: None)
     length, model = 1024 if "--use_lora" in flags else 256, TINY  # else its peak is in loading
     if "--max_length" in flags:  # few tokens, many words: the embedding's gradient is the peak
@@ -116,7 +119,7 @@ def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = ("--train_data", tmp_path / "rows.json", "--max_length", length, *(flags if "--batch_size" in flags else (
         "--batch_size", 1, *flags)))
-    monkeypatch.setattr(memory, "settle_heap", lambda keeps: None)
+    monkeypatch.setattr(memory, "settle_heap", lambda **how: None)
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         steps = train(*words, "--max_steps", 3, model=model)
@@ -127,8 +130,8 @@ def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
     sizes = [e["args"]["Total Allocated"] for e in events]
     peak = max(sizes) - sizes[0]  # other tests' tensors may be there
     planned = []
-    monkeypatch.setattr(plan, "lines", lambda layout, *rest: planned.append(layout) or ())
-    plan.plan(sft.parse(sft.Config, ["--model", str(model), *map(str, words)])[0])
+    monkeypatch.setattr(plan, "lines", lambda layout, **rest: planned.append(layout) or ())
+    plan.plan(parse(plan.Config, ["--model", str(model), *map(str, words)])[0])
     found = plan.memory(planned[0])
     assert math.isclose(found["device"] - found["slack"], peak, rel_tol=0.05), (found, peak)
 
@@ -188,11 +191,10 @@ def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     several processes rank 0 prints."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_72B))
     monkeypatch.chdir(tmp_path)
-    words = ["sft.py", "--model", ".", "--train_data", "none.json", "--plan", "--ranks", "64", "--tp", "8",
-             "--memory_gb", "80"]
+    words = ["plan.py", "--model", ".", "--train_data", "none.json", "--n_gpus", "64", "--tp", "8", "--memory_gb", "80"]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(sft.processes, "start", None)
-    sft.main()
+    monkeypatch.setattr(processes, "start", None)
+    plan.main()
     text = capsys.readouterr().out
     assert "dp 8 × tp 8" in text and os.listdir() == ["config.json"]
     sizes = {line.split()[0]: float(line.split()[1]) for line in text.splitlines()
@@ -200,7 +202,7 @@ def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     assert math.isclose(sizes["weights"], 72_706_203_648 * 4 / 64 / GB, rel_tol=1e-3)
     assert math.isclose(sizes["optimizer"], 2 * sizes["weights"], rel_tol=1e-3)
     monkeypatch.setenv("RANK", "1")
-    sft.main()
+    plan.main()
     assert capsys.readouterr().out == ""
 
 
@@ -212,8 +214,8 @@ def test_of_the_hub_it_reads_the_configuration_alone(tmp_path, monkeypatch, caps
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: (asked.append((name, how)),
                                                                                    str(tmp_path))[1])
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--model", "some/model", "--plan"])
-    sft.main()
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--model", "some/model"])
+    plan.main()
     assert asked == [("some/model", {"allow_patterns": ["config.json"]})] and "peak" in capsys.readouterr().out
 
 
@@ -225,18 +227,19 @@ def test_the_guide_shows_what_is_printed(tmp_path, monkeypatch, capsys):
     for name, config in re.findall(r"mkdir (\S+) && echo '(.*)' >", text):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
-    shown = re.findall(r"```\n\$ python (sft.py .*)\n([^`]*)```", text)
+    shown = re.findall(r"```\n\$ python tools/(plan.py .*)\n([^`]*)```", text)
     assert len(shown) == 5
     for command, output in shown:
         monkeypatch.setattr(sys, "argv", command.split())
-        sft.main()
+        plan.main()
         assert capsys.readouterr().out == output
 
 
 def test_step_time_is_work_over_speed(large):
     """Half the speeds, twice the time; 72B at full speed: 8 operations a parameter and token, embeddings apart."""
     def seconds(*speeds):
-        text = "\n".join(plan.lines(large, None, *speeds))
+        tflops, gb, tp_gb = speeds
+        text = "\n".join(plan.lines(large, tflops=tflops, gb_per_second=gb, tp_gb_per_second=tp_gb))
         pattern = r"step +([\d.]+) s .*?, ([\d.]+) s of dp.*?, ([\d.]+) s of tp"
         return [float(x) for x in re.search(pattern, text).groups()]
 
@@ -250,17 +253,14 @@ def test_step_time_is_work_over_speed(large):
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--memory_gb", "80"), "--memory_gb 80.0 does nothing without --plan"),
-    (("--ranks", "8"), "--ranks 8 does nothing without --plan"),
-    (("--plan", "--tflops", "400"), "--tflops 400.0 does nothing without --ranks"),
-    (("--plan", "--gb_per_second", "50"), "does nothing without --ranks"),
-    (("--plan", "--ranks", "8", "--tp_gb_per_second", "50"), "does nothing without --tp"),
-    (("--plan", "--selfcheck"), "leave one out"),
-    (("--plan", "--ranks", "0"), "it must be at least 1"),
-    (("--plan", "--ranks", "8", "--strategy", "megatron", "--tp", "4"), "these do: [1, 2]"),
-    (("--plan", "--ranks", "3", "--strategy", "megatron", "--tp", "2"), "these do: [1]"),
+    (("--tflops", "300"), "--tflops 300.0 does nothing without --n_gpus"),
+    (("--gb_per_second", "60"), "does nothing without --n_gpus"),
+    (("--n_gpus", "8", "--tp_gb_per_second", "60"), "does nothing without --tp"),
+    (("--n_gpus", "0"), "it must be at least 1"),
+    (("--n_gpus", "8", "--strategy", "megatron", "--tp", "4"), "these do: [1, 2]"),
+    (("--n_gpus", "3", "--strategy", "megatron", "--tp", "2"), "these do: [1]"),
 ])
 def test_what_can_not_be_planned_is_an_error(monkeypatch, words, message):
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--model", TINY, *words])
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--model", TINY, *words])
     with pytest.raises(ValueError, match=re.escape(message)):
-        sft.main()
+        plan.main()

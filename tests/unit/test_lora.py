@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import EXAMPLES, LAYOUTS, TINY, metrics, share, two_layers
+from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, share, two_layers
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -265,7 +265,7 @@ def products(model, n):
     """Multiplications of a forward and backward pass over n tokens, all of them targets; attention's apart."""
     tokens = torch.arange(n) % 50
     with Products() as counter:
-        model(tokens, (n,), tokens).backward()
+        model_loss(model, tokens, (n,), tokens).backward()
     return counter.total
 
 
@@ -273,7 +273,7 @@ def test_frozen_matrices_get_no_gradient_product(models):
     """Backward makes no weight gradient of a frozen matrix: the step has exactly the products that it needs."""
     config = ModelConfig.from_dict(files.read_json(models["tied"] / "config.json"))
     full, adapted = sft.CausalLM(config), sft.CausalLM(config)
-    settings, ranks = peft_config.settings(adapted, "base", 8, 16, 0.0, "all-linear", False, False, None)
+    settings, ranks = peft_config.new(adapted, sft.Config(use_lora=True, model="base"))
     lora.inject(adapted, settings, ranks)
     layers = {name: adapted.get_submodule(name) for name in ranks}
     N = 64
@@ -290,7 +290,7 @@ def test_frozen_matrices_get_no_gradient_product(models):
 def test_the_adapter_does_not_copy_the_base_output(models):
     """The small product is added into the base's output: no other operation makes a tensor of that size."""
     linear = torch.nn.Linear(64, 512).requires_grad_(False)
-    layer = lora.LoRALinear(linear, 8, 2.0, 0.0, False)
+    layer = lora.LoRALinear(linear, 8, scaling=2.0)
     x = torch.randn(128, 64, requires_grad=True)
     made = []
 
@@ -376,7 +376,7 @@ def merge(monkeypatch, capsys):
     """A function: words of tools/merge.py -> (exit code, what it said on standard error)."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, words)])
         capsys.readouterr()
         try:
             errors.run(merging.main)
@@ -510,7 +510,7 @@ def test_merge_holds_one_file_at_a_time(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrained, "write_safetensors", watch)
     monkeypatch.setattr(merging, "FILE_BYTES", 300_000)
-    words = ["lora.py", "merge", adapter, tmp_path / "m", "--base", models["untied"]]
+    words = ["merge.py", adapter, tmp_path / "m", "--base", models["untied"]]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     merging.main()
     entries = pretrained.weight_entries(tmp_path / "m")  # checks the index against the files
