@@ -376,7 +376,7 @@ def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
 
 
 def merge(*words):
-    command = [sys.executable, f"{ROOT}/lora.py", "merge", *map(str, words)]
+    command = [sys.executable, f"{ROOT}/tools/merge.py", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -434,7 +434,8 @@ def test_merge_of_a_trained_adapter(models, train, tmp_path, monkeypatch):
     save_file(tensors, step / "adapter_model.safetensors", {"format": "pt"})
     broken = merge(step, tmp_path / "broken", "--base", models["tied"])
     assert broken.returncode == 2 and "would not be finite" in broken.stderr and not (tmp_path / "broken").exists()
-    assert "what to do?" in subprocess.run([sys.executable, f"{ROOT}/lora.py"], capture_output=True, text=True).stderr
+    missing = merge(tmp_path / "none", tmp_path / "x")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "none/adapter_config.json" in missing.stderr
 
 
 def test_quantised_training_is_that_of_the_rounded_base(models, train, tmp_path):
@@ -505,7 +506,7 @@ def test_merge_holds_one_file_at_a_time(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrained, "write_safetensors", watch)
     monkeypatch.setattr(merging, "FILE_BYTES", 300_000)
-    words = ["lora.py", "merge", adapter, tmp_path / "m", "--base", models["untied"]]
+    words = ["merge.py", adapter, tmp_path / "m", "--base", models["untied"]]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     merging.main()
     entries = pretrained.weight_entries(tmp_path / "m")  # checks the index against the files
