@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Finds a Python that has the packages (makes .venv on first use), then starts sft.py with it. Works from any folder.
-#   ./train.sh --model tiny        ./train.sh --help        MODEL_PATH=DIR LEARNING_RATE=1e-5 ./train.sh --epochs 1
-#   ./train.sh --setup FILE        only makes sure that FILE's packages are there; prints the Python that has them
-# sft.py then reads these environment variables, --help says for what: MODEL_PATH TOKENIZER_PATH TRAIN_DATA VAL_DATA
+# Finds a Python with the packages (makes .venv on first use) and starts sft.py with it. Works from any folder.
+#   ./train.sh --model tiny      ./train.sh --help      MODEL_PATH=DIR LEARNING_RATE=1e-5 ./train.sh --epochs 1
+#   ./train.sh --setup FILE      only makes sure that FILE's packages are there; prints the Python that has them
+# Environment variables that sft.py reads then, --help says for what: MODEL_PATH TOKENIZER_PATH TRAIN_DATA VAL_DATA
 # MAX_LENGTH BATCH_SIZE MICRO_BATCH_SIZE PACKING NUM_EPOCHS MAX_STEPS SEED LEARNING_RATE SCHEDULER WARMUP_RATIO
 # WEIGHT_DECAY GRAD_CLIP USE_LORA LORA_RANK LORA_ALPHA STRATEGY TP PARAM_OFFLOAD OPTIMIZER_OFFLOAD
 # GRADIENT_CHECKPOINTING DTYPE COMPILE OUTPUT_DIR RESUME_FROM SAVE_STEPS KEEP_CHECKPOINTS EVAL_STEPS LOGGER
-# WANDB_PROJECT CONFIG; and ranks/launch.py, for several processes: N_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+# WANDB_PROJECT CONFIG
+# And for several processes, read by ranks/launch.py: N_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# Does this Python have what a requirements file asks for? A newer version than tested passes, with a line that says so.
+# Does this Python have what a requirements file asks for? A version newer than tested passes, with a line about it.
 has_packages() {
     "$1" - "$2" 2>/dev/null <<'PY'
 import os, re, sys
@@ -25,8 +26,8 @@ def check(path):
             if have < low:
                 sys.exit(1)
             if high and have >= high:
-                note = f"train.sh: {match[1]} {version(match[1])} is newer than what is tested ({match[0]})\n"
-                os.write(3, note.encode())
+                note = f"{match[1]} {version(match[1])} is newer than what is tested ({match[0]})"
+                os.write(3, f"train.sh: {note}\n".encode())
 sys.version_info >= (3, 10) or sys.exit(1)
 check(sys.argv[1])
 PY
@@ -46,7 +47,10 @@ setup() { # requirements file -> $python
 }
 
 if [ "${1:-}" = --setup ]; then
-    [ -f "$here/${2:-}" ] || { echo "train.sh: error: --setup needs a file, such as requirements.txt" >&2; exit 2; }
+    if [ ! -f "$here/${2:-}" ]; then
+        echo "train.sh: error: --setup needs a file, such as requirements.txt" >&2
+        exit 2
+    fi
     setup "$here/$2"
     echo "$python"
     exit

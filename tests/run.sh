@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
 # The tests: sets up what they need (transformers and peft as oracles), then runs pytest with the arguments given.
+#   tests/run.sh      tests/run.sh -k signal      tests/run.sh tests/unit/test_model.py
 # --full: every layout of the laws and what else takes long.
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$("$here/../train.sh" --setup requirements-dev.txt)
-[ "${1:-}" != --full ] || set -- --full "$here" "${@:2}"
+# without a path among the arguments: all tests. The value of an option is no path, as in -k unit
+path=none last=
+for word in "$@"; do
+    case $last in -[kmnopWc]) ;; *) [ ! -e "${word%%::*}" ] || path=given ;; esac
+    last=$word
+done
+[ "$path" = given ] || set -- "$here" "$@"
 # two workers, each file in one of them: processes with one thread each leave a core idle otherwise
-exec "$python" -m pytest -q -n 2 --dist loadfile --rootdir "$here" "${@:-$here}"
+exec "$python" -m pytest -q -n 2 --dist loadfile --rootdir "$here" "$@"

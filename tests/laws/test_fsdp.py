@@ -315,7 +315,7 @@ def test_a_rank_that_stalls_while_it_tokenises_is_given_up(models, tmp_path):
         print(os.getpid(), file=f, flush=True)
         result = torchrun(2, f"{ROOT}/sft.py", *words)
     assert result.returncode and f"process {os.getpid()} holds {lock}" in result.stderr
-    assert re.search(r"rank \d failed in tokenise: TimeoutError", result.stderr)
+    assert re.search(r"rank \d failed in tokenise: LockTimeout", result.stderr)
 
 
 def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monkeypatch, capsys):

@@ -1542,7 +1542,7 @@ def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
 
 
 def look(*words):
-    command = [sys.executable, os.path.join(ROOT, "data.py"), *map(str, words)]
+    command = [sys.executable, os.path.join(ROOT, "tools", "show.py"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -1573,7 +1573,7 @@ def test_stats_say_what_max_length_cuts(tmp_path, monkeypatch):
     assert "packing " in out and "rows     4 in = 4 trained" in out
     for words, message in ((("stats", str(tmp_path / "none.json")), "no such data file"), ((), "what to do?"),
                            (("show", path, "-n", "0"), "--n 0: it must be at least 1")):
-        monkeypatch.setattr(sys, "argv", ["data.py", *words])
+        monkeypatch.setattr(sys, "argv", ["show.py", *words])
         with pytest.raises((ValueError, OSError), match=message):
             show.main()
 

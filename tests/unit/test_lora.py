@@ -440,6 +440,8 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     save_file(tensors, step / "adapter_model.safetensors", {"format": "pt"})
     code, said = merge(step, tmp_path / "broken", "--base", models["tied"])
     assert code == 2 and "would not be finite" in said and not (tmp_path / "broken").exists()
+    code, said = merge(tmp_path / "none", tmp_path / "x")
+    assert code == 2 and said.count("\n") == 1 and "none/adapter_config.json" in said
 
 
 def test_quantised_training_is_that_of_the_rounded_base(models, train, tmp_path):

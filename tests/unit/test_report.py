@@ -1,4 +1,4 @@
-"""report.py: what it makes of a run's files, and its page in a browser: Chromium by WebDriver, if there is one."""
+"""screen/report.py: what it makes of a run's files, and its page in a browser: Chromium by WebDriver, if there is one."""
 
 import json
 import math
@@ -54,9 +54,11 @@ def test_a_run_that_has_only_begun(tmp_path):
 
 
 @pytest.mark.parametrize("ranks, start", [(None, "python sft.py"), (1, "python sft.py"),
-                                          (4, "torchrun --nproc_per_node 4 sft.py")])
-def test_how_to_go_on(tmp_path, ranks, start):
+                                          (4, "bash train.sh --n_gpus 4")])
+def test_how_to_resume(tmp_path, ranks, start, monkeypatch):
     """With as many ranks as it had; a run of an earlier version does not say how many those were."""
+    monkeypatch.setattr("settings.venv.command", lambda file: f"python {file}")
+    monkeypatch.chdir(ROOT)
     directory = make_run(tmp_path / "run")
     if ranks:
         ledger = json.loads((directory / "ledger.json").read_text())
@@ -91,11 +93,12 @@ def test_the_command(tmp_path):
         make_run(tmp_path / name)
 
     def command(*words):
-        words = sys.executable, "-m", "screen.report", *words
-        return subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+        words = sys.executable, f"{ROOT}/tools/report.py", *words
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
 
     assert command("a b").stdout == "report   a b/report.html\n"
-    assert "python chat.py &#39;a b/checkpoints/latest&#39;" in (tmp_path / "a b" / "report.html").read_text()
+    page = (tmp_path / "a b" / "report.html").read_text()
+    assert f"{sys.executable} {ROOT}/chat.py &#39;a b/checkpoints/latest&#39;" in page
     assert command("a b", "c").stdout == "report   comparison.html\n"
     assert command("c", "--output", "x.html").stdout == "report   x.html\n"
     failed = command("c", "d")
@@ -194,7 +197,7 @@ def test_page(browser, tmp_path):
         assert min(browser.run(PIXELS, grid).values()) > 100 > max(browser.run(PIXELS, other).values())
     body = browser.run("return document.body.innerText")
     for text in ("answer 60 你好 🙂", "2 earlier", "best 你好 🙂", "data/x.json[3] 你好 🙂, 12 targets",
-                 "rows     9 in", "lora.py merge", "after step 40"):
+                 "rows     9 in", "tools/merge.py", "after step 40"):
         assert text in body
     assert body.count("worst 你好") == 1  # of the last step only
     assert browser.logs() == ([], [])

@@ -1,0 +1,227 @@
+"""Starting: train.sh, ranks/launch.py, and every program on a machine where only train.sh made a .venv."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from settings import venv
+
+TOOLS = sorted(name for name in os.listdir(os.path.join(ROOT, "tools")) if name.endswith(".py"))
+TOOLS = [f"tools/{name}" for name in TOOLS if "venv.enter()" in open(os.path.join(ROOT, "tools", name)).read()]
+PROGRAMS = ["sft.py", "chat.py", *TOOLS]
+# What users or our tests install beside this project; a module of ours with such a name would hide it, or be hidden.
+PACKAGES = {"verl", "trl", "peft", "datasets", "transformers", "evaluate", "kernels", "accelerate", "torch", "numpy",
+            "wandb", "trackio", "tensorboard", "pyarrow", "jinja2", "yaml", "safetensors", "tokenizers"}
+
+
+def train_sh(*words, cwd, **env):
+    """The outcome of ./train.sh WORDS in another folder."""
+    return subprocess.run([os.path.join(ROOT, "train.sh"), *words], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable, **env})
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'; --help lists them all"),
+    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; these do: [1, 3]")], ids=str)
+def test_a_wrong_setting_of_several_ranks_is_one_line(words, line, tmp_path):
+    """Before torchrun starts."""
+    done = train_sh("--n_gpus", "3", *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"sft.py: error: {line}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--n_gpus", "two"], "--n_gpus two: it must be a number, at least 1"),
+    (["--n_gpus=0"], "--n_gpus 0: it must be a number, at least 1"), (["--n_gpus"], "--n_gpus needs a number"),
+    (["--setup"], "--setup needs a file, such as requirements.txt"),
+    (["--setup", "nothing.txt"], "--setup needs a file, such as requirements.txt")], ids=str)
+def test_train_sh_names_what_is_wrong_with_its_own_words(words, line, tmp_path):
+    done = train_sh(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.sh: error: {line}\n")
+
+
+def test_train_sh_is_short():
+    with open(os.path.join(ROOT, "train.sh"), encoding="utf-8") as f:
+        lines = f.readlines()
+    assert len(lines) <= 60
+    assert {"N_GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set("".join(lines).split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks/launch.py with planted_sft.py in the place of sft.py
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """A function: words, environment -> ranks/launch.py with them, as a process in tmp_path."""
+    os.makedirs(tmp_path / "project" / "ranks")
+    shutil.copy(os.path.join(ROOT, "ranks", "launch.py"), tmp_path / "project" / "ranks")
+    shutil.copy(os.path.join(ROOT, "tests", "unit", "planted_sft.py"), tmp_path / "project" / "sft.py")
+    (tmp_path / "torch.py").write_text("raise SystemExit('the current folder is no place for modules')")
+
+    def start(*words, **env):
+        without = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "N_GPUS")}
+        return subprocess.Popen([sys.executable, tmp_path / "project" / "ranks" / "launch.py", *words], cwd=tmp_path,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env={**without, "LOG": str(tmp_path / "log"), **env})
+
+    return start
+
+
+def read_log(tmp_path):
+    """(what was noted before there were workers, and by them)"""
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    return [line for line in lines if "RANK" not in line["env"]], [line for line in lines if "RANK" in line["env"]]
+
+
+def test_one_process_is_sft_py_itself(launch, tmp_path):
+    """In the same process, with every word but --n_gpus."""
+    process = launch("--lr", "1", "--n_gpus=1", "model=x", N_GPUS="4", NNODES="")
+    assert process.wait() == 0
+    (line,), workers = read_log(tmp_path)
+    assert (line["words"], line["pid"], workers) == (["--environment", "--lr", "1", "model=x"], process.pid, [])
+    assert "WORLD_SIZE" not in line["env"]
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--explain"])
+def test_what_only_prints_starts_no_ranks(word, launch, tmp_path):
+    assert launch("--n_gpus", "2", word).wait() == 0
+    (line,), workers = read_log(tmp_path)
+    assert line["words"] == ["--environment", word] and line["env"]["WORLD_SIZE"] == "2" and workers == []
+
+
+def test_two_runs_at_the_same_time(launch, tmp_path):
+    """Each checks its settings once, as many processes as there will be, and has a port of its own. The workers are
+    deaf to signals at first and have Python's usual path."""
+    runs = [launch("--n_gpus", "2", "--lr", "1", PLANT="meet 4") for _ in range(2)]
+    for run in runs:
+        assert run.wait(timeout=60) == 0, run.stderr.read()
+    checks, workers = read_log(tmp_path)
+    assert [line["words"] for line in checks] == 2 * [["--explain", "--environment", "--lr", "1"]]
+    for line in checks:
+        assert line["env"] == {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    assert sorted(line["env"]["RANK"] for line in workers) == ["0", "0", "1", "1"]
+    for line in workers:
+        assert line["words"] == ["--environment", "--lr", "1"] and line["is_deaf"] and not line["safe_path"]
+        assert line["env"]["OMP_NUM_THREADS"] == "1" and line["env"]["MASTER_ADDR"] == "127.0.0.1"
+    assert len({line["env"]["MASTER_PORT"] for line in workers}) == 2
+
+
+def test_two_nodes_meet_at_the_port_that_they_are_given(launch, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [launch(PLANT="meet 2", NNODES="2", NODE_RANK=rank, MASTER_PORT=port) for rank in "10"]
+    for node in nodes:
+        assert node.wait(timeout=60) == 0, node.stderr.read()
+    checks, workers = read_log(tmp_path)
+    assert len(checks) == 2 and sorted(line["env"]["RANK"] for line in workers) == ["0", "1"]
+    for line in workers:
+        assert (line["env"]["WORLD_SIZE"], line["env"]["MASTER_PORT"]) == ("2", port)
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_the_exit_code_of_a_failed_worker(code, launch):
+    """2, of an error of the input, stays 2 and is not followed by torchrun's report; for all else that is printed."""
+    process = launch("--n_gpus", "2", PLANT=f"exit {code}")
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == code and ("Root Cause" in err) == (code == 1)
+
+
+def test_ctrl_c_again_kills_all(launch, tmp_path):
+    process = launch("--n_gpus", "2", PLANT="hang")
+    limit = time.monotonic() + 60
+    while not (tmp_path / "log").exists() or len(read_log(tmp_path)[1]) < 2:
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.5)  # they are asked, and hang
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)  # the workers have this pipe as well: it ends with the last of them
+    assert process.returncode == 130
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a machine whose Python has no torch, where train.sh made .venv
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """(a copy of the project without .venv, the environment of a shell whose `python` has no package)"""
+    directory = tmp_path_factory.mktemp("machine")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "bare"], check=True)
+    names = shutil.ignore_patterns(".*", "tests", "docs", "outputs", "__pycache__")
+    shutil.copytree(ROOT, directory / "project", ignore=names)
+    (directory / "project" / "tools" / "numpy.py").write_text("raise SystemExit('tools/ is no place for modules')")
+    env = {"PATH": f"{directory / 'bare' / 'bin'}:/usr/bin:/bin", "HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"}
+    return directory / "project", env
+
+
+@pytest.fixture
+def dot_venv(bare):
+    """A function that links the project's .venv to a directory, until the test ends."""
+    link = bare[0] / ".venv"
+    yield link.symlink_to
+    link.unlink()
+
+
+@pytest.mark.parametrize("safe_path", ["", "1"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_without_torch_goes_on_in_the_venv(program, safe_path, bare, dot_venv, tmp_path):
+    """From any folder, with every word; python -P included, which leaves the program's folder out of the path."""
+    os.makedirs(tmp_path / "bin")
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    dot_venv(tmp_path)
+    words = ["-u", str(bare[0] / program), "some", "--words"]
+    done = subprocess.run(["python", *words], cwd=tmp_path, env={**bare[1], "PYTHONSAFEPATH": safe_path}, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(words) + "\n", "")
+
+
+@pytest.mark.parametrize("words", [["tools/show.py", "show", "-n", "1"], ["sft.py", "--help"], ["chat.py", "--help"]],
+                         ids=str)
+def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(words, bare, dot_venv, tmp_path):
+    """In a folder where the example data is not, and beside files of tools/ that have names of packages."""
+    dot_venv(sys.prefix)
+    done = subprocess.run(["python", bare[0] / words[0], *words[1:]], cwd=tmp_path, env=bare[1], text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "--- " in done.stdout + "--- " * ("--help" in words), done.stderr
+
+
+def test_without_any_torch_a_program_says_what_makes_it(bare, tmp_path):
+    done = subprocess.run(["python", bare[0] / "chat.py"], cwd=tmp_path, env=bare[1], text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    (script,) = re.findall(r"^chat.py: error: \S+ has no torch; bash (\S+) --setup requirements.txt", done.stderr)
+    assert os.path.samefile(script, bare[0] / "train.sh")
+
+
+def test_a_printed_command_works_where_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable) + ":/usr/bin:/bin")
+    monkeypatch.chdir(ROOT)
+    assert venv.command("tools/show.py") == "python tools/show.py"
+    monkeypatch.chdir(tmp_path)
+    assert venv.command("chat.py") == f"python {ROOT}/chat.py"
+    monkeypatch.setattr(venv, "PROJECT", str(tmp_path / "a b"))
+    assert venv.command("chat.py") == f"python '{tmp_path}/a b/chat.py'"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert venv.command("chat.py").startswith(f"{sys.executable} ")
+
+
+def test_no_module_of_ours_has_the_name_of_a_package():
+    """`python -m verl.trainer...` in this folder would start ours, or `import evaluate` in a tool import it."""
+    entries = [entry for entry in os.scandir(ROOT) if entry.name[0] not in "._"]
+    names = {entry.name.removesuffix(".py") for entry in entries if entry.is_dir() or entry.name.endswith(".py")}
+    assert {"sft", "settings", "tools"} <= names
+    assert names & (PACKAGES | set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names) == set()
