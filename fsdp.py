@@ -71,12 +71,3 @@ def largest(values, ranks):
     values = values.to(ranks.device, torch.float32)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
-
-
-def some_weights(optimizer):
-    """A copy of about 64 k elements, spread over all that this rank updates; for the share that a step changes."""
-    weights = [local(p).detach().flatten() for group in optimizer.param_groups for p in group["params"]]
-    stride = 1 + sum(w.numel() for w in weights) // 2**16
-    return torch.cat([w[::stride] for w in weights])
-
-

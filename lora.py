@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from disk.peft import scaling_of
+from ops.nf4 import NF4Weight
 from settings.errors import UserError
 
 
@@ -32,8 +33,6 @@ class LoRALinear(nn.Module):
         self.weight, self.bias, self.scaling, self.dropout = linear.weight, linear.bias, scaling, dropout
         self.in_features, self.out_features = columns, rows = linear.in_features, linear.out_features
         self.product = getattr(linear, "product", F.linear)  # of a 4-bit weight, or a plain one
-        if hasattr(linear, "fill"):
-            self.fill = linear.fill
         new = dict(bias=False, device=linear.weight.device, dtype=torch.float32)
         self.lora_A, self.lora_B = nn.Linear(columns, rank, **new), nn.Linear(rank, rows, **new)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(rows, device=new["device"])) if dora else None
@@ -66,6 +65,10 @@ class LoRALinear(nn.Module):
         return self.combine(squares).sqrt().to(weight.dtype)
 
 
+class NF4LoRALinear(NF4Weight, LoRALinear):
+    """An adapted layer whose frozen weight is stored in 4 bits."""
+
+
 def inject(model, config, ranks):
     """Freeze the model, put an adapter on each module of `ranks` and thaw what modules_to_save names; in place.
 
@@ -81,7 +84,8 @@ def inject(model, config, ranks):
         if not 1 <= rank <= LARGEST_RANK:
             raise UserError(f"the adapter's part for {name} has rank {rank}; it may be from 1 to {LARGEST_RANK:,}")
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, LoRALinear(modules[name], rank, scaling_of(name, rank, config), config.get(
+        adapted = NF4LoRALinear if isinstance(modules[name], NF4Weight) else LoRALinear
+        setattr(modules[parent], child, adapted(modules[name], rank, scaling_of(name, rank, config), config.get(
             "lora_dropout", 0.0), config.get("use_dora", False)))
     for name, p in parameters.items():
         if any(f".{name.rpartition('.')[0]}".endswith(f".{saved}") for saved in config.get("modules_to_save") or ()):

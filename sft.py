@@ -246,7 +246,7 @@ def start_adapters(model, masters, seed):
     import lora
 
     for name, whole in lora.first_values(model, seed):
-        pretrained.fill(masters[name], whole)
+        pretrained.copy_slice(masters[name], whole)
     for name, module in model.named_modules():
         if (masters.get(f"{name}.lora_magnitude_vector")) is not None:
             squares = torch.linalg.vector_norm(memory.local(module.weight), dim=1, dtype=torch.float32).square()
@@ -345,14 +345,9 @@ def train(cfg, ranks):
     fsdp.shard(model, ranks, dtype == "bf16", cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else device)
     model.tie_weights()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameters, matrices = list(trained.values()), [name for name, p in trained.items() if p.ndim >= 2]
-    groups = [dict(params=[p for n, p in trained.items() if n not in matrices], weight_decay=0.0, lr_ratio=1.0)]
-    for is_b, ratio in (False, 1.0), (True, cfg.lora_plus_ratio):
-        groups.append(dict(params=[trained[n] for n in matrices if (".lora_B." in n) == is_b], lr_ratio=ratio,
-                           weight_decay=cfg.weight_decay))
-    adamw = optim.HostAdamW if cfg.optimizer_offload else optim.AdamW
-    optimizer = adamw(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.build(optim.AdamW, optim.parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio),
+                            lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, offload=cfg.optimizer_offload)
     layout = pretrained.load_weights(model, source, optimizer)
     if cfg.use_lora:
         layout = pretrained.adapter_layout(model)
@@ -371,22 +366,16 @@ def train(cfg, ranks):
         if differ:
             raise UserError(f"--resume_from {cfg.resume_from}: {resume} is of another run ({'; '.join(differ)}); give "
                             "what it was started with, or start a new run with another --output_dir")
-        checkpoint.load_training_tensors(resume, model, optimizer, state["step"])
+        checkpoint.load_training_tensors(resume, model, optimizer)
         if os.path.dirname(resume) == os.path.realpath(root) and ranks.rank == 0:
             checkpoint.set_link(root, state["step"])  # later steps there belong to the run that we leave
             if cfg.keep_best and os.path.isdir(os.path.join(root, f"step_{state['best']['step']}")):
                 checkpoint.set_link(root, state["best"]["step"], "best")  # a kill between the two links left it behind
     if cfg.optimizer_offload:
         optimizer.publish()
-    exported = files.read_bytes(tokenizer_source, pretrained.TOKENIZER_FILES)
-    if cfg.use_lora:
-        exported["adapter_config.json"] = settings
+    exported = pretrained.export_files(source, config_json, tokenizer_source, tokenizer,
+                                       settings if cfg.use_lora else None)
     generation = pretrained.generation_config(source, config_json, tokenizer.stop_id)
-    if not cfg.use_lora:
-        exported["generation_config.json"] = generation
-        exported.update(files.read_bytes(source, ["config.json"]))
-    if tokenizer.is_fallback:
-        exported["chat_template.jinja"] = tokenizer.source.encode()
     if cfg.selfcheck:
         from tools import selfcheck  # only where it is asked for, or needed
 
@@ -455,15 +444,15 @@ def train(cfg, ranks):
             if cfg.max_grad_norm_factor and len(norms) >= 16:
                 limit = cfg.max_grad_norm_factor * statistics.median(norms)
             norms.append(grad_norm)
-            before = fsdp.some_weights(optimizer) if step % 10 == 1 else None
+            before = optim.some_weights(optimizer) if step % 10 == 1 else None
             if grad_norm <= limit:
-                optimizer.step(grad_scale=max(1.0, (grad_norm + 1e-6) / cfg.grad_clip) if cfg.grad_clip else 1.0)
+                optimizer.step(clip_divisor=max(1.0, (grad_norm + 1e-6) / cfg.grad_clip) if cfg.grad_clip else 1.0)
             else:
                 log.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; "
                         f"conversations: {rows.sources(ids)}")
             optimizer.zero_grad()
             # a second device sync, so once in ten steps
-            changed = None if before is None else (fsdp.some_weights(optimizer) != before).float().mean().item()
+            changed = None if before is None else (optim.some_weights(optimizer) != before).float().mean().item()
 
             seconds, n_tokens = time.perf_counter() - started, int(rows.sizes[ids].sum())
             log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
@@ -493,9 +482,10 @@ def train(cfg, ranks):
             log.sync()  # a checkpoint never outlives the lines that lead to it
             links = ("latest", "best") if is_best and cfg.keep_best else ("latest",)
             now = {**identity, "best": best, "is_cut": is_cut, "norms": list(norms)}
-            checkpoint.save(root, step, model, layout, exported, optimizer, now, links)
+            checkpoint.save(root, step, model=model, optimizer=optimizer, layout=layout, exported=exported, state=now,
+                            links=links)
             if ranks.rank == 0:
-                checkpoint.prune(root, cfg.keep_checkpoints, step, cfg.keep_best and best["step"])
+                checkpoint.prune(root, cfg.keep_checkpoints, step, best["step"] if cfg.keep_best else None)
                 report.write(cfg.output_dir)
             stop = ranks.stopped()
 

@@ -1,8 +1,8 @@
-"""Step directories: a model directory and the training state beside it, whole or absent; resume, pruning.
+"""Step directories: a model directory with the training state beside it, complete or absent; resume, pruning.
 
-A step directory is written under a temporary name, flushed to the disk and renamed; `latest` moves after that. Its
-manifest has the size and the checksum of every file, and no run goes on from one that differs by a bit. Everything is
-safetensors or JSON: nothing read here can run code.
+A step directory is written under a temporary name, flushed to the disk and renamed; `latest` moves after
+that. Its manifest has the size and the checksum of every file, and a run resumes only from files that are
+unchanged to the bit. Everything is safetensors or JSON: nothing read here can run code.
 """
 
 import os
@@ -15,66 +15,102 @@ import torch.distributed as dist
 from disk import files, pretrained
 from settings.errors import UserError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
-MANIFEST, STATE = os.path.join("training_state", "manifest.json"), os.path.join("training_state", "state.json")
-READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all that is read from a checkpoint
+INNER = "training_state"  # of a step directory: what resume needs beside the weights
+MANIFEST, STATE = os.path.join(INNER, "manifest.json"), os.path.join(INNER, "state.json")
+READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all files that are ever read
 
 
-def save(root, step, model, layout, exported, optimizer, state, links=("latest",)):
-    """Write root/step_N whole, then move root/latest, or what `links` names; return its path. All ranks call it.
+def save(root, step, *, model, optimizer, layout, exported, state, links=("latest",)):
+    """Write root/step_N, then move root/latest, or what `links` names; return its path. Every rank calls it.
 
-    layout  what pretrained.load_weights returned;  exported  name -> bytes or JSON value, written as they stand
-    state   JSON value: what the run needs to go on (see load_state)
+    optimizer  as ops.optim.build makes it: the tensors of its state_of are saved, by their names
+    layout     what pretrained.load_weights returned
+    exported   file name -> bytes or JSON value: the model directory's other files (pretrained.export_files)
+    state      JSON object: what the run needs to resume; load_state returns it
 
-    Weights are written in the dtype of the model that was read. Where that is narrower than the master weights
-    (bf16 on the disk, fp32 in memory), training_state/ holds the masters too: resume is exact.
+    Weights are written in the dtype of the model that was read. Where that is narrower than the master
+    weights (bf16 on the disk, fp32 in memory), training_state/ holds the masters too: resume is exact.
     """
-    final, temporary = os.path.join(root, f"step_{step}"), os.path.join(root, f"tmp_step_{step}")
-    (rank, size), inner = pretrained.rank_and_size(), os.path.join(temporary, "training_state")
-    prefix = pretrained.ADAPTER_PREFIX if pretrained.ADAPTER_FILE in layout else ""
-    if rank == 0:
+    temporary = start_directory(root, step)
+    writers = write_model(temporary, model, optimizer, layout, exported)
+    writers.update(write_training_state(temporary, step, model, optimizer, layout, state))
+    write_manifest(temporary, step, writers)
+    return move_into_place(temporary, root, step, links)
+
+
+def start_directory(root, step):
+    """Remove what a killed or failed save left behind; make a new temporary directory and return its path."""
+    temporary = os.path.join(root, f"tmp_step_{step}")
+    if is_rank_0():
         os.makedirs(root, exist_ok=True)
-        for name in os.listdir(root):  # what a kill, or a save that failed, left behind
+        for name in os.listdir(root):
             if re.fullmatch(r"tmp_(old_)?step_\d+", name):
                 files.remove(os.path.join(root, name))
             elif re.fullmatch(r"tmp_(latest|best)", name):
                 os.remove(os.path.join(root, name))
-        os.makedirs(inner)
+        os.makedirs(os.path.join(temporary, INNER))
+    barrier()
+    return temporary
+
+
+def write_model(directory, model, optimizer, layout, exported):
+    """Write the model's or the adapter's own files; return {file: the rank that wrote it}.
+
+    The weight files are those that were read or, where ranks outnumber them, one of equal size for each rank.
+    An adapter, which is small, stays one file.
+    """
+    masters, dtypes = pretrained.master_weights(model, optimizer), dtypes_of(layout)
+    shards, size = {file: list(codes) for file, codes in layout.items()}, pretrained.rank_and_size()[1]
+    is_adapter = pretrained.ADAPTER_FILE in layout
+    if len(shards) < size and not is_adapter:
+        shards = pretrained.numbered({name: masters[name] for name in dtypes}, "model", size)
+    prefix = pretrained.ADAPTER_PREFIX if is_adapter else ""
+    writers = pretrained.write_shared(directory, shards, masters, dtypes, prefix)
+    by_rank_0 = list(exported)
+    if is_rank_0():
         for name, content in exported.items():
-            files.write_file(os.path.join(temporary, name), content)
-    barrier()
+            files.write_file(os.path.join(directory, name), content)
+    if len(shards) > 1:
+        by_rank_0.append(pretrained.INDEX_FILE)
+        if is_rank_0():
+            n_bytes = sum(masters[name].numel() * dtype.itemsize for name, dtype in dtypes.items())
+            pretrained.write_index(directory, shards, n_bytes)
+    return {**writers, **dict.fromkeys(by_rank_0, 0)}
 
-    masters = pretrained.master_weights(model, optimizer)
-    dtypes = {n: pretrained.DTYPES[code] for names in layout.values() for n, code in names.items()}
-    names = {file: list(codes) for file, codes in layout.items()}
-    if len(names) < size and not prefix:  # each rank writes its share; an adapter, which is small, is one file
-        names = pretrained.numbered({n: masters[n] for n in dtypes}, "model", size)
-    pretrained.write_shared(temporary, names, masters, dtypes, prefix)
-    if len(names) > 1 and rank == 0:
-        size_of_all = sum(masters[n].numel() * dtype.itemsize for n, dtype in dtypes.items())
-        pretrained.write_index(temporary, names, size_of_all)
 
+def write_training_state(directory, step, model, optimizer, layout, state):
+    """Write training_state/ but for the manifest; return {file: the rank that wrote it}."""
     trained = trained_weights(model, optimizer)
-    tensors = {f"{key}.{n}": optimizer.state[p][key] for key in MOMENTS for n, p in trained.items()}
-    tensors.update({f"master.{n}": p for n, p in trained.items() if p.dtype != dtypes[n]})
-    inner_names = pretrained.numbered(tensors, "tensors", size)
-    pretrained.write_shared(inner, inner_names, tensors, {n: t.dtype for n, t in tensors.items()})
-    if rank == 0:
-        files.write_file(os.path.join(temporary, STATE), {"step": step, **state})
-    barrier()
+    states = {name: optimizer.state_of(p) for name, p in trained.items()}
+    tensors = training_tensors(trained, states, dtypes_of(layout))
+    shards = pretrained.numbered(tensors, "tensors", pretrained.rank_and_size()[1])
+    writers = pretrained.write_shared(os.path.join(directory, INNER), shards, tensors,
+                                      {name: tensor.dtype for name, tensor in tensors.items()})
+    if is_rank_0():
+        content = {"step": step, "updates": optimizer.updates, **state}
+        files.write_file(os.path.join(directory, STATE), content)
+    return {**{os.path.join(INNER, file): rank for file, rank in writers.items()}, STATE: 0}
 
-    by_rank_0 = [*exported, STATE, *(["model.safetensors.index.json"] if len(names) > 1 else [])]
-    sums = checksums(temporary, list(names), [os.path.join("training_state", n) for n in inner_names],
-                     *([name] for name in by_rank_0))
-    if rank == 0:
-        files.write_file(os.path.join(temporary, MANIFEST), manifest(step, sums))
-        files.sync(inner)
-        files.sync(temporary)
-        old = take_name(final) if os.path.exists(final) else None  # a run that went back goes over its steps again
+
+def write_manifest(directory, step, writers):
+    """Write the checksums of all files; after this the directory is complete, and flushed to the disk."""
+    sums = checksums(directory, writers)  # each rank reads what it wrote, still in its machine's memory
+    if is_rank_0():
+        files.write_file(os.path.join(directory, MANIFEST), manifest(step, sums))
+        files.sync(os.path.join(directory, INNER))
+        files.sync(directory)
+
+
+def move_into_place(temporary, root, step, links):
+    """Rename the complete directory to root/step_N, then move the links to it; return its path."""
+    final = os.path.join(root, f"step_{step}")
+    if is_rank_0():
+        # A run that was resumed from an earlier step saves the same steps again.
+        old = take_name(final) if os.path.exists(final) else None
         try:
             os.replace(temporary, final)
         except OSError:
-            if old:  # latest may name it
+            if old:  # latest may point to it
                 os.replace(old, final)
             raise
         for link in links:
@@ -85,10 +121,34 @@ def save(root, step, model, layout, exported, optimizer, state, links=("latest",
     return final
 
 
+def dtypes_of(layout):
+    """name -> dtype of each tensor in the model's files."""
+    return {name: pretrained.DTYPES[code] for codes in layout.values() for name, code in codes.items()}
+
+
 def trained_weights(model, optimizer):
-    """The same of what is trained, a tied one once."""
+    """name -> the tensor that the optimizer steps, for each trained parameter; a tied one by its first
+    name."""
     masters = pretrained.master_weights(model, optimizer)
     return {name: masters[name] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def training_tensors(trained, states, dtypes):
+    """name -> tensor of all that the files in training_state/ hold, for saving and loading alike.
+
+    trained  name -> the tensor that is stepped; as master.NAME, unless the model's files have its dtype
+    states   name -> {key: tensor of the same shape}, the optimizer's; as KEY.NAME
+    dtypes   name -> dtype in the model's files
+    """
+    tensors = {}
+    for key in dict.fromkeys(key for state in states.values() for key in state):
+        assert key != "master", "an optimizer's state must not be named master: that is the weights' name"
+        for name, state in states.items():
+            if key in state:
+                assert state[key].shape == trained[name].shape, f"{key} of {name} is not shaped like it"
+                tensors[f"{key}.{name}"] = state[key]
+    tensors.update({f"master.{name}": p for name, p in trained.items() if p.dtype != dtypes.get(name)})
+    return tensors
 
 
 def set_link(root, step, name="latest"):
@@ -102,21 +162,23 @@ def set_link(root, step, name="latest"):
 
 
 def steps_in(root):
-    """The step numbers of the whole checkpoints below root, in order; half-written ones have another name."""
+    """The step numbers of the complete checkpoints below root, in order; others have temporary names."""
     names = os.listdir(root) if os.path.isdir(root) else []
     return sorted(int(m[1]) for m in (re.fullmatch(r"step_(\d+)", name) for name in names) if m)
 
 
-def prune(root, keep, step, best=None):
-    """Keep the newest `keep` checkpoints up to step (None: all), and step `best`. Later ones belong to a run that went
-    back."""
+def prune(root, keep, step, keep_best_step=None):
+    """Remove checkpoints up to `step`, but for the newest `keep` (None: all) and step keep_best_step.
+
+    Later ones stay: they are of the run that was left when this one was resumed from an earlier step.
+    """
     for old in [s for s in steps_in(root) if s <= step][:-keep] if keep else ():
-        if old != best:
+        if old != keep_best_step:
             files.remove(take_name(os.path.join(root, f"step_{old}")))
 
 
 def take_name(directory):
-    """Rename a step directory that is to be removed: it is never seen half. Returns the new name."""
+    """Rename a step directory before it is removed, so that none is seen incomplete; return its new name."""
     doomed = os.path.join(os.path.dirname(directory), f"tmp_old_{os.path.basename(directory)}")
     os.replace(directory, doomed)
     return doomed
@@ -125,7 +187,7 @@ def take_name(directory):
 def resume_directory(resume_from, root):
     """The step directory that --resume_from means, or None where `auto` finds no checkpoint.
 
-    Raises FileNotFoundError or ValueError for a directory that is not a whole checkpoint: never a fresh start instead.
+    Raises UserError for a directory that is not a checkpoint: it is never a fresh start instead.
     """
     directory = resume_from
     if resume_from == "auto":
@@ -144,17 +206,19 @@ def resume_directory(resume_from, root):
 
 
 def verify(directory):
-    """Raise ValueError, on every rank, unless the files of a step directory are, to the bit, what `save` wrote there.
+    """Raise UserError, on every rank, unless the files of a step directory are, to the bit, what `save`
+    wrote.
 
-    A directory that never had a manifest can't be told from one that has lost it: neither is whole.
+    A directory without a manifest is refused too: it cannot be told from one that has lost it.
     """
-    path, rest = os.path.join(directory, MANIFEST), ("; give --resume_from another step directory, or start a new run "
-                                                     "from these weights with --model and another --output_dir")
+    path, rest = os.path.join(directory, MANIFEST), (
+        "; give --resume_from another step directory, or start a new run from these weights with --model and "
+        "another --output_dir")
     if not os.path.exists(path):
         raise UserError(f"{directory} has no {MANIFEST}, so nobody knows whether it is whole{rest}")
     try:
         found = files.read_json(path)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}{rest}") from error
     step, listed = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
     with open(path, "rb") as f:
@@ -163,49 +227,63 @@ def verify(directory):
     numbered_as = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
     if numbered_as and int(numbered_as[1]) != step:
         raise UserError(f"{path} is of step {step}, not of {numbered_as[0]}{rest}")
-    wrong = []
-    for name, (size, crc) in checksums(directory, sorted(listed)).items():
-        if [size, crc] != listed[name]:
-            wrong.append(f"{name} is missing" if size < 0 else f"{name} has {size:,} bytes, not {listed[name][0]:,}"
-                         if size != listed[name][0] else f"{name} has other bytes")
-    there = os.listdir(directory) + [os.path.join("training_state", n)
-                                     for n in os.listdir(os.path.join(directory, "training_state"))]
-    wrong += [f"{name} was not there" for name in sorted({n for n in there if n.endswith(READ)} - {*listed, MANIFEST})]
+    size, wrong = pretrained.rank_and_size()[1], []
+    readers = {name: i % size for i, name in enumerate(sorted(listed))}
+    for name, (length, crc) in checksums(directory, readers).items():
+        if length < 0:
+            wrong.append(f"{name} is missing")
+        elif length != listed[name][0]:
+            wrong.append(f"{name} has {length:,} bytes, not {listed[name][0]:,}")
+        elif crc != listed[name][1]:
+            wrong.append(f"{name} has other bytes")
+    there = os.listdir(directory)
+    there += [os.path.join(INNER, name) for name in os.listdir(os.path.join(directory, INNER))]
+    strange = {name for name in there if name.endswith(READ)} - {*listed, MANIFEST}
+    wrong += [f"{name} was not there" for name in sorted(strange)]
     if wrong:
-        raise UserError(f"{directory} is not as it was saved: {'; '.join(wrong[:8])} ({len(wrong)} in all){rest}")
+        raise UserError(f"{directory} is not as it was saved: {'; '.join(wrong[:8])} ({len(wrong)} in all)"
+                        + rest)
 
 
 def load_state(directory):
-    """The JSON state that `save` was given, with its step."""
+    """The JSON state that `save` was given, with its step and the optimizer's updates, which are as many as
+    steps where an older version did not save them. Raises UserError where one of the two is no such
+    number."""
     path = os.path.join(directory, STATE)
     state = files.read_json(path)
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 1:  # True is an int
-        raise UserError(f"{path}: step must be a whole number of at least 1, it is {step!r:.60}; give --resume_from "
-                        "another step directory")
+        raise UserError(f"{path}: step must be a whole number of at least 1, it is {step!r:.60}; give "
+                        "--resume_from another step directory")
+    updates = state.setdefault("updates", step)
+    if type(updates) is not int or updates < 0:
+        raise UserError(f"{path}: updates must be a whole number of at least 0, it is {updates!r:.60}; give "
+                        "--resume_from another step directory")
     return state
 
 
-def load_training_tensors(directory, model, optimizer, step):
-    """Restore moments and master weights, exactly. Raises ValueError if a tensor is missing or misshapen."""
-    inner, entries = os.path.join(directory, "training_state"), {}
+def load_training_tensors(directory, model, optimizer):
+    """Restore the optimizer's state, its count of updates and the master weights, exactly. Every rank calls
+    it.
+
+    Raises UserError, with nothing restored, where the tensors are not those that this model and optimizer
+    save.
+    """
+    inner, entries, updates = os.path.join(directory, INNER), {}, load_state(directory)["updates"]
     for file in sorted(os.listdir(inner)):
         if file.endswith(".safetensors"):
             entries.update(pretrained.read_header(os.path.join(inner, file)))
     trained = trained_weights(model, optimizer)
-    wanted = {f"{key}.{n}": p for key in MOMENTS for n, p in trained.items()}
-    saved = {n: pretrained.DTYPES.get(e.dtype) for n, e in pretrained.weight_entries(directory).items()}
-    wanted.update({f"master.{n}": p for n, p in trained.items() if p.dtype != saved.get(n)})
-    if set(entries) != set(wanted) or any(entries[n].shape != p.shape for n, p in wanted.items()):
+    states = {name: optimizer.new_state(p) for name, p in trained.items()}
+    saved = {name: pretrained.DTYPES.get(e.dtype) for name, e in pretrained.weight_entries(directory).items()}
+    wanted = training_tensors(trained, states, saved)
+    if set(entries) != set(wanted) or any(entries[name].shape != t.shape for name, t in wanted.items()):
         differ = sorted(set(entries) ^ set(wanted)) or "a shape"
-        raise UserError(f"{inner} does not belong to this model: {differ[:5]} differ")
-    for name, p in trained.items():
-        moments = {key: torch.empty_like(p) for key in MOMENTS}
-        for key, tensor in moments.items():
-            pretrained.read_into(entries[f"{key}.{name}"], tensor)
-        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
-    for name in (n for n in wanted if n.startswith("master.")):
-        pretrained.read_into(entries[name], wanted[name])
+        raise UserError(f"{inner} does not belong to this model and optimizer: {differ[:5]} differ")
+    for name, tensor in wanted.items():
+        pretrained.read_into(entries[name], tensor)
+    optimizer.state.update({trained[name]: state for name, state in states.items()})
+    optimizer.updates = updates
 
 
 def manifest(step, listed):
@@ -223,7 +301,8 @@ def is_list_of_files(listed):
 
 
 def checksum(path):
-    """(size, CRC-32) of a file, (-1, 0) where there is none: a torn end, a flipped bit, another step's file differ."""
+    """(size, CRC-32) of a file, (-1, 0) where there is none. A truncated file, a flipped bit and another
+    step's file all differ."""
     if not os.path.isfile(path):
         return -1, 0
     buffer, size, crc = memoryview(bytearray(2**20)), 0, 0
@@ -233,20 +312,20 @@ def checksum(path):
     return size, crc
 
 
-def checksums(directory, *groups):
-    """name -> [size, CRC-32] of the files that the groups name; every rank calls it. They share the work: a group's
-    i-th file is read by rank i, and so around, as write_shared writes them: a writer has its
-    files in memory still."""
-    rank, size = pretrained.rank_and_size()
-    names = [name for group in groups for name in group]
-    owners = [i % size for group in groups for i in range(len(group))]
-    sums = torch.zeros(len(names), 2, dtype=torch.int64)
-    for name, owner, row in zip(names, owners, sums):
-        if owner == rank:
+def checksums(directory, readers):
+    """name -> [size, CRC-32] of files, given name -> the rank that reads it. Every rank calls it, and all
+    have read when it returns."""
+    rank, sums = pretrained.rank_and_size()[0], torch.zeros(len(readers), 2, dtype=torch.int64)
+    for (name, reader), row in zip(readers.items(), sums):
+        if reader == rank:
             row.copy_(torch.tensor(checksum(os.path.join(directory, name))))
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return dict(zip(names, sums.tolist()))
+    return dict(zip(readers, sums.tolist()))
+
+
+def is_rank_0():
+    return pretrained.rank_and_size()[0] == 0
 
 
 def barrier():

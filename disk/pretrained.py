@@ -1,13 +1,14 @@
 """A model directory in Hugging Face's layout, or a PEFT adapter's: found, read and written tensor by tensor.
 
-Owns where a tensor's bytes lie in which safetensors file, and which of them are this rank's. Nothing read here can run
-code.
+Owns where a tensor's bytes lie in which safetensors file, which of them are this rank's, and which other
+files such a directory needs. Nothing read here can run code.
 """
 
 import hashlib
 import math
 import os
 import re
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,22 +18,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from disk import files
+from ops.memory import is_split
+from ops.nf4 import NF4Weight
 from settings.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
-CHUNK = 2**20  # elements converted at a time between the disk's dtype and memory's; a thread's 2 MB stay in the cache
-UMASK = os.umask(0)  # there is no way to read it but to set it
-os.umask(UMASK)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+                   "tokenizer.model")
+CHUNK = 2**20  # elements converted at a time from the disk's dtype to memory's: 2 MB stay in a core's cache
 
 
 def model_directory(name, patterns=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
-    """The local directory of a model: `tiny`, a path, or a hub id, whose files of `patterns` are downloaded (or found in the hub's
-    cache).
+    """The local directory of a model: `tiny`, a path, or a hub id, whose files of `patterns` are downloaded,
+    or found in the hub's cache.
 
-    Raises FileNotFoundError when there is no such directory, or the hub cannot be reached or does not have it.
+    Raises UserError when there is no such directory, or the hub cannot be reached or does not have it.
     """
     if name == "tiny":
         return os.path.join(files.PROJECT, "models", "tiny")
@@ -69,12 +72,13 @@ class Entry:
 
 
 def read_header(path):
-    """name -> Entry of a safetensors file, in the file's order. Raises ValueError when it is torn or not safetensors.
+    """name -> Entry of a safetensors file, in its order. Raises UserError when it is torn or not safetensors.
 
-    The package checks the header against the file; the bytes are then read by position instead of through its memory
-    map, whose pages would count as ours: loading bf16 into fp32 would peak at 1.5 times the model.
+    The package checks the header against the file; the bytes are then read by position instead of through its
+    memory map, whose pages would count as this process's: loading bf16 into fp32 would peak at 1.5 times the
+    model.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe waits for its writer
         raise UserError(f"{path} is not a file")
     with open(path, "rb") as f:
         position = 8 + int.from_bytes(f.read(8), "little")
@@ -85,7 +89,8 @@ def read_header(path):
                 tensor = f.get_slice(name)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if dtype not in DTYPES:
-                    raise UserError(f"{path}: {name:.200} is of dtype {dtype}; these can be read: {', '.join(DTYPES)}")
+                    raise UserError(f"{path}: {name:.200} is of dtype {dtype}; these can be read: "
+                                    f"{', '.join(DTYPES)}")
                 entries[name] = Entry(path, dtype, shape, position)
                 position += math.prod(shape) * DTYPES[dtype].itemsize
     except SafetensorError as error:
@@ -98,15 +103,17 @@ def weight_entries(directory):
     if is_adapter(directory):
         entries = read_header(os.path.join(directory, ADAPTER_FILE))
         return {name.removeprefix(ADAPTER_PREFIX): entry for name, entry in entries.items()}
-    index = os.path.join(directory, "model.safetensors.index.json")
+    index = os.path.join(directory, INDEX_FILE)
     if not os.path.exists(index):
         return read_header(os.path.join(directory, "model.safetensors"))
     weight_map = files.read_json(index)
     weight_map = weight_map.get("weight_map", {}) if isinstance(weight_map, dict) else {}
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index}: weight_map must be an object of file names by tensor, it is {weight_map!r:.60}")
+        raise UserError(f"{index}: weight_map must be an object of file names by tensor, it is "
+                        f"{weight_map!r:.60}")
     named = sorted(set(weight_map.values()))
-    if not named or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", f) for f in named):  # no separator, no NUL
+    # no separator, no NUL
+    if not named or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", file) for file in named):
         raise UserError(f"{index}: weight_map must name files of the same directory, such as "
                         f"model-00001-of-00002.safetensors, it names {ascii(named[:3]):.200}")
     entries = {}
@@ -115,12 +122,13 @@ def weight_entries(directory):
     found = {name: os.path.basename(entry.file) for name, entry in entries.items()}
     if found != weight_map:
         differ = sorted(name for name in {**found, **weight_map} if found.get(name) != weight_map.get(name))
-        raise UserError(f"{index} and the files it names do not hold the same tensors: {', '.join(differ[:5]):.300}")
+        raise UserError(f"{index} and the files it names do not hold the same tensors: "
+                        f"{', '.join(differ[:5]):.300}")
     return entries
 
 
 def fingerprint(directory):
-    """A short hash of a model directory's tensors, from the beginning of each: tells one base from another."""
+    """A short hash of the first bytes of a model directory's tensors: tells one base from another."""
     state = hashlib.blake2b(digest_size=16)
     for name, entry in sorted(weight_entries(directory).items()):
         with open(entry.file, "rb") as f:
@@ -131,26 +139,28 @@ def fingerprint(directory):
 
 
 def fitting_entries(model, directory):
-    """(name -> Entry of a directory's weights, name -> parameter that they fill, name -> module that packs it).
+    """({name: Entry} of a directory's weights, {name: parameter to fill}, {name: module that packs it}).
 
-    `model` may be on the meta device: a config.json that asks for more memory than its weights is told before any is
-    taken. Raises ValueError naming the missing, unexpected or wrongly shaped tensors.
+    `model` may be on the meta device, so that a config.json that does not fit its weights is refused before
+    it costs memory. Raises UserError naming the missing, unexpected or wrongly shaped tensors.
     """
-    entries = weight_entries(directory)
-    if strange := [f"{n} ({e.dtype}, {e.file})" for n, e in entries.items() if e.dtype not in ("F32", "BF16", "F16")]:
-        raise UserError(f"weights must be F32, BF16 or F16, not {strange[0]}: quantised models can't be trained")
-    entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}  # computed, not read
-    # an adapter's part is what it can train; a model's is all but what adapters add
-    part = (lambda n, p: p.requires_grad) if is_adapter(directory) else (lambda n, p: ".lora_" not in n)
-    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if part(n, p)}
-    owned = {n: p for n, p in model.named_parameters() if part(n, p)}  # without a tied head; its embedding is there
-    fits = f"{directory} does not fit " + ("this model" if is_adapter(directory) else "its config.json")
+    entries, adapter = weight_entries(directory), is_adapter(directory)
+    for name, entry in entries.items():
+        if entry.dtype not in ("F32", "BF16", "F16"):
+            raise UserError(f"weights must be F32, BF16 or F16, not {name} ({entry.dtype}, {entry.file}): "
+                            "quantised models can't be trained")
+    entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}  # it is computed
+    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_stored(n, p, adapter)}
+    # A tied head is filled with the embedding, and a file need not have it.
+    owned = {n: p for n, p in model.named_parameters() if n in parameters}
+    fits = f"{directory} does not fit " + ("this model" if adapter else "its config.json")
     missing = sorted(set(owned) - set(entries))
     unexpected = sorted(set(entries) - set(parameters))
     if missing or unexpected:
-        raise UserError(f"{fits}: missing {missing[:8] or 'nothing'}, unexpected {unexpected[:8] or 'nothing'}"
-                        + (f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""))
-    packed = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "fill")}
+        counts = f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""
+        raise UserError(f"{fits}: missing {missing[:8] or 'nothing'}, unexpected "
+                        f"{unexpected[:8] or 'nothing'}{counts}")
+    packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Weight)}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     shapes.update({name: (m.out_features, m.in_features) for name, m in packed.items()})
     wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
@@ -159,27 +169,34 @@ def fitting_entries(model, directory):
     return entries, owned, packed
 
 
+def is_stored(name, p, adapter):
+    """Whether a directory holds a parameter: an adapter's what is trained, a model's all but adapters."""
+    return p.requires_grad if adapter else ".lora_" not in name
+
+
 def load_weights(model, directory, optimizer=None):
-    """Fill the parameters of `model` (materialised, any float dtype), or what the optimizer holds instead of them
-    (master_weights), from a model directory, or those that an adapter has from an adapter's; return its layout.
+    """Fill the parameters of `model` (materialised, any float dtype), or the tensors that `optimizer` steps
+    for them, from a model directory, or those that an adapter has from an adapter's directory; return its
+    layout.
 
     The layout is what saving needs to write the same files again: file name -> {tensor name: dtype code}.
-    Raises ValueError as fitting_entries does.
+    Raises UserError as fitting_entries does.
     """
     entries, owned, packed = fitting_entries(model, directory)
     masters = master_weights(model, optimizer)
     for name in packed.keys() & owned.keys():
         read_packed(name, entries[name], masters[name], packed[name])
-    # New memory is cleared by whoever writes to it first, which takes as long as reading does: by all cores.
+    # The system clears new memory at its first write, which takes as long as reading does: on all cores.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         plain = [name for name in owned if name not in packed]
-        list(pool.map(lambda name: read_into(entries[name], masters[name]), plain))  # raises what one of them does
-    for name in set(entries) - set(owned):  # the file holds a tied weight twice: both must say the same
+        # list() raises what a thread raised
+        list(pool.map(lambda name: read_into(entries[name], masters[name]), plain))
+    for name in set(entries) - set(owned):  # the file holds a tied weight twice: both copies must be equal
         copy = torch.empty_like(masters[name])
         read_into(entries[name], copy)
         if not torch.equal(local_part(copy)[0], local_part(masters[name])[0]):
-            raise UserError(f"{entries[name].file}: config.json ties {name} to the embedding, but they differ; set "
-                            "tie_word_embeddings to false")
+            raise UserError(f"{entries[name].file}: config.json ties {name} to the embedding, but they "
+                            "differ; set tie_word_embeddings to false")
     layout = {}
     for name, entry in entries.items():
         if name in owned:
@@ -188,21 +205,23 @@ def load_weights(model, directory, optimizer=None):
 
 
 def master_weights(model, optimizer):
-    """name -> the tensor that the optimizer steps: the parameter, or its master in host memory. A tied one twice."""
-    host = getattr(optimizer, "host", {})
-    return {name: host.get(p, p) for name, p in model.named_parameters(remove_duplicate=False)}
+    """name -> the tensor that is stepped for each parameter (itself without an optimizer); a tied one
+    twice."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: p if optimizer is None else optimizer.master(p) for name, p in named}
 
 
 def local_part(tensor):
     """(this rank's storage of a tensor, [(start, stop) of it in each dimension]). A plain tensor is all here.
 
-    A DTensor is split along tp first and then, each part again, along dp, as fsdp.py shards it.
+    A DTensor is split along tp first and then, each part again, along dp, as fsdp.shard does it, though its
+    mesh lists dp first. torch's own function for these offsets is private.
     """
     spans = [(0, n) for n in tensor.shape]
-    if not hasattr(tensor, "device_mesh"):
+    if not is_split(tensor):
         return tensor.detach(), spans
     mesh = tensor.device_mesh
-    for axis in reversed(range(mesh.ndim)):  # dp, tp
+    for axis in reversed(range(mesh.ndim)):  # tp, then dp
         dim = getattr(tensor.placements[axis], "dim", None)
         if dim is not None:
             (start, stop), rank = spans[dim], mesh.get_local_rank(axis)
@@ -212,23 +231,16 @@ def local_part(tensor):
 
 
 def read_into(entry, tensor, spans=None):
-    """Fill `tensor` (any device and dtype) from the disk. Reads this rank's part of it only, or the part that `spans`
-    gives, [(start, stop) in each dimension], and has at most one chunk beside it in memory."""
+    """Fill `tensor` (any device and dtype) from the disk: this rank's part of it only, or the part that
+    `spans` gives, [(start, stop) in each dimension]. At most one chunk of CHUNK elements is in memory beside
+    it."""
     local, own = local_part(tensor)
-    spans = spans or own
-    dtype, shape = DTYPES[entry.dtype], entry.shape
+    dtype, flat = DTYPES[entry.dtype], local.view(-1)
     direct = dtype == local.dtype and local.device.type == "cpu"
-    flat = local.view(-1)
     buffer = None if direct else torch.empty(min(CHUNK, flat.numel()), dtype=dtype)
-    # (first element on the disk, count): one run, or one a row where columns are split too
-    width, (start, stop) = math.prod(shape[1:]), spans[0] if spans else (0, 1)
-    runs = [(start * width, (stop - start) * width)]
-    if spans[1:] and spans[1] != (0, shape[1]):
-        first, last = spans[1]
-        runs = [(row * width + first, last - first) for row in range(start, stop)]
     with open(entry.file, "rb", buffering=0) as f:
-        for offset, count in runs:
-            f.seek(entry.start + offset * dtype.itemsize)
+        for first, count in runs(entry.shape, spans or own):
+            f.seek(entry.start + first * dtype.itemsize)
             here, flat = flat[:count], flat[count:]
             for part in here.split(CHUNK):
                 target = part if direct else buffer[: part.numel()]
@@ -242,8 +254,18 @@ def read_into(entry, tensor, spans=None):
                     part.copy_(target)
 
 
+def runs(shape, spans):
+    """[(first element, count)] of a tensor's part that lie side by side in its file: one run for rows, or one
+    a row where columns are split too."""
+    width, (start, stop) = math.prod(shape[1:]), spans[0] if spans else (0, 1)
+    if not spans[1:] or spans[1] == (0, shape[1]):
+        return [(start * width, (stop - start) * width)]
+    first, last = spans[1]
+    return [(row * width + first, last - first) for row in range(start, stop)]
+
+
 def read_packed(name, entry, tensor, module):
-    """Fill a weight that `module` stores in another form (its `fill`), from a few rows of the matrix at a time."""
+    """Fill a weight that `module` stores in 4 bits, reading about CHUNK elements of the matrix at a time."""
     local, spans = local_part(tensor)
     (first, last), columns = spans[0], module.in_features
     rows = max(1, CHUNK // columns)
@@ -251,20 +273,21 @@ def read_packed(name, entry, tensor, module):
         weight = torch.empty(min(rows, last - start), columns)
         read_into(entry, weight, [(start, start + len(weight)), (0, columns)])
         try:
-            module.fill(local[start - first :][: len(weight)], weight.to(local.device))
-        except ValueError as error:
+            module.quantize_rows(local[start - first :][: len(weight)], weight.to(local.device))
+        except UserError as error:
             raise UserError(f"{entry.file}: {name}, counted from row {start}: {error}") from error
 
 
-def fill(tensor, whole):
-    """Copy this rank's part of a whole tensor into one that may be split."""
+def copy_slice(tensor, whole):
+    """Copy this rank's part of a whole tensor into `tensor`, which may be split."""
     part, spans = local_part(tensor)
     part.copy_(whole[tuple(slice(*span) for span in spans)])
 
 
 def adapter_layout(model):
-    """The layout of an adapter: one file, fp32, of all that is trained; a tied head and embedding by both names."""
-    return {ADAPTER_FILE: {n: "F32" for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}}
+    """The layout of an adapter: one fp32 file of all that is trained; a tied head and embedding both."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {ADAPTER_FILE: {name: "F32" for name, p in named if p.requires_grad}}
 
 
 def numbered(tensors, stem, count):
@@ -273,45 +296,63 @@ def numbered(tensors, stem, count):
     for name, tensor in tensors.items():
         groups.setdefault(position * count // total, []).append(name)
         position += tensor.numel()
-    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))] if len(groups) > 1 else [stem]
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
+    if len(groups) == 1:
+        names = [stem]
     return {f"{file}.safetensors": group for file, group in zip(names, groups.values())}
 
 
 def write_index(directory, shards, total_size):
     """The index of a model in several files, {file: names}, of total_size bytes."""
     weight_map = dict(sorted((name, file) for file, group in shards.items() for name in group))
-    files.write_file(os.path.join(directory, "model.safetensors.index.json"),
-                    {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    files.write_file(os.path.join(directory, INDEX_FILE),
+                     {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def write_shared(directory, files, tensors, dtypes, prefix=""):
-    """Write {file: names} of tensors that may be split over the ranks, with `prefix` before each name. Each file has
-    one writer, which gathers its tensors one by one: no rank holds more of the model at a time than its files."""
+def write_shared(directory, shards, tensors, dtypes, prefix=""):
+    """Write {file: names} of tensors that may be split over the ranks, with `prefix` before each name; every
+    rank calls it. Return {file: the rank that wrote it}. A writer gathers its tensors one by one: no rank
+    holds more of the model at a time than its files."""
     rank, size = rank_and_size()
-    for i, (file, names) in enumerate(files.items()):
+    writers = {file: i % size for i, file in enumerate(shards)}
+    for file, names in shards.items():
         mine = {}
         for name in names:
-            tensor = tensors[name].detach()
-            if hasattr(tensor, "device_mesh"):  # all ranks take part; offloaded parts travel through the device
-                tensor = tensor.to(tensor.device_mesh.device_type)
-                if tensor.device_mesh.ndim > 1:  # dp, then tp: full_tensor does it so too, with a warning that it does
-                    from torch.distributed.tensor import Replicate  # it is there: no other run has such a mesh
-
-                    tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
-                tensor = tensor.full_tensor()
-            if i % size == rank:
+            tensor = gathered(tensors[name].detach())
+            if writers[file] == rank:
                 tensor = tensor.to("cpu", dtypes[name])
-                shared = any(tensor.data_ptr() == other.data_ptr() for other in mine.values())  # a tied one
-                mine[prefix + name] = tensor.clone() if shared else tensor
+                is_tied = any(tensor.data_ptr() == other.data_ptr() for other in mine.values())
+                mine[prefix + name] = tensor.clone() if is_tied else tensor  # save_file refuses shared memory
         if mine:
             write_safetensors(os.path.join(directory, file), mine)
+    return writers
+
+
+def gathered(tensor):
+    """The whole of a tensor; where it is split, every rank calls this, and parts travel through the
+    device."""
+    if not is_split(tensor):
+        return tensor
+    tensor = tensor.to(tensor.device_mesh.device_type)
+    if tensor.device_mesh.ndim > 1:  # dp, then tp: full_tensor does it in that order too, but warns about it
+        from torch.distributed.tensor import Replicate  # takes half a second; such a mesh has loaded it
+
+        tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
+    return tensor.full_tensor()
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} and flush it to the disk. Byte for byte what an untouched model was read from."""
+    """Write {name: tensor} and flush it to the disk. Byte for byte what an untouched model was read from.
+
+    save_file renames a file over `path` that only its owner can read. It gets the mode that open() gives a
+    new file here: that needs no os.umask, which can only be read by setting it, for all threads.
+    """
     with files.naming(path):
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-        os.chmod(path, 0o666 & ~UMASK)  # the package's is readable by its owner alone, whatever the umask
+        with open(path, "wb") as f:
+            mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
+        contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+        save_file(contiguous, path, metadata={"format": "pt"})
+        os.chmod(path, mode)
     files.sync(path)
 
 
@@ -319,16 +360,43 @@ def rank_and_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def export_files(source, config_json, tokenizer_source, tokenizer, adapter_config=None):
+    """file name -> bytes or a JSON value: all that a saved model or adapter directory needs but the weights.
+
+    source, config_json  the base model's directory and its parsed config.json
+    tokenizer_source     the directory whose tokenizer files are copied
+    tokenizer            the ChatTokenizer of that directory
+    adapter_config       the adapter's settings, by PEFT's names, where an adapter is saved and not a model
+
+    Read once, at the start of a run: the directories may be gone at its last save.
+    """
+    exported = files.read_bytes(tokenizer_source, TOKENIZER_FILES)
+    if adapter_config is None:
+        exported.update(files.read_bytes(source, ["config.json"]))
+        exported["generation_config.json"] = generation_config(source, config_json, tokenizer.stop_id)
+    else:
+        exported["adapter_config.json"] = adapter_config
+    if tokenizer.is_fallback:
+        exported["chat_template.jinja"] = tokenizer.source.encode()
+    return exported
+
+
 def generation_config(directory, config, stop_id):
     """generation_config.json with the trained turn-ending token among its eos ids.
 
-    A base Qwen2.5 lists <|endoftext|> only: trained on ChatML it would answer, end its turn, and go on.
+    A base Qwen2.5 lists <|endoftext|> only: trained on ChatML, it would not stop at the end of its answer.
     """
     path = os.path.join(directory, "generation_config.json")
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    found = files.read_json(path) if os.path.exists(path) else {k: config[k] for k in keys if config.get(k) is not None}
+    if os.path.exists(path):
+        found = files.read_json(path)
+    else:
+        found = {key: config[key] for key in keys if config.get(key) is not None}
     eos = found.get("eos_token_id") if isinstance(found, dict) else "nothing: the file is no object"
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if eos is None:
+        eos = []
+    elif not isinstance(eos, list):
+        eos = [eos]
     if any(type(i) is not int for i in eos):
         raise UserError(f"{path}: eos_token_id must be a token's id or a list of them, it is {eos!r:.60}")
     if stop_id not in eos:

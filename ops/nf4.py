@@ -152,7 +152,17 @@ class Product(torch.autograd.Function):
         return matmul(grad, views(weight.view(torch.uint8), ctx.columns), ctx.columns, transpose=False), None, None
 
 
-class NF4Linear(nn.Linear):
+class NF4Weight:
+    """Mixin of a module whose frozen `weight` is the packed storage of a matrix (out_features, in_features), as bytes
+    passed for bf16. Loading asks it to quantise what the file holds."""
+
+    def quantize_rows(self, stored, weight):
+        """Quantise rows of the matrix, weight (rows, in_features) of any float dtype, into `stored`, the same rows of
+        self.weight. Raises UserError where they are not finite."""
+        quantize_(views(stored.view(torch.uint8), self.in_features), weight)
+
+
+class NF4Linear(NF4Weight, nn.Linear):
     """A frozen linear layer whose weight is packed storage. The bytes pass as bf16, which nothing computes with: FSDP2
     shards no integers (torch 2.11), and casts fp32 and integers in mixed precision, but bf16 not."""
 
@@ -169,10 +179,6 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x):
         return self.product(x, self.weight, self.bias)
-
-    def fill(self, stored, weight):
-        """Quantise rows of the matrix into the same rows of the weight. Raises ValueError where they aren't finite."""
-        quantize_(views(stored.view(torch.uint8), self.in_features), weight)
 
 
 def quantize_linears(model):

@@ -1,4 +1,8 @@
-"""AdamW on this rank's parts, on the device or in host memory."""
+"""Which parameters decay, AdamW on this rank's parts of them, and any optimizer with its memory on the host.
+
+Another optimizer is a class with AdamW's methods that sft.py gives to `build` in AdamW's place. Checkpoints
+then hold the state that its `new_state` names, and --optimizer_offload works with it.
+"""
 
 import torch
 from torch.optim.adamw import adamw
@@ -6,34 +10,87 @@ from torch.optim.adamw import adamw
 from ops.memory import local
 
 
+def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
+    """The trained parameters in three groups, each a dict with params, weight_decay and lr_ratio, which
+    multiplies lr.
+
+    Vectors (norms, biases, DoRA's magnitudes) do not decay, matrices do. LoRA's B matrices have a group of
+    their own, for LoRA+ (arXiv 2402.12354): its lr_ratio is lora_plus_ratio. A group may be empty.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    vectors = [p for _, p in trained if p.ndim < 2]
+    matrices = [p for name, p in trained if p.ndim >= 2 and ".lora_B." not in name]
+    lora_b = [p for name, p in trained if p.ndim >= 2 and ".lora_B." in name]
+    return [dict(params=vectors, weight_decay=0.0, lr_ratio=1.0),
+            dict(params=matrices, weight_decay=weight_decay, lr_ratio=1.0),
+            dict(params=lora_b, weight_decay=weight_decay, lr_ratio=lora_plus_ratio)]
+
+
+def build(optimizer_class, groups, *, lr, betas, eps, offload=False):
+    """The optimizer of a run: an optimizer_class over `groups` or, with offload, over fp32 copies of their
+    parameters in host memory. Any class with AdamW's methods can be offloaded: it is built on the copies and
+    sees nothing else."""
+    if not offload:
+        return optimizer_class(groups, lr=lr, betas=betas, eps=eps)
+    masters = {p: torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
+               for group in groups for p in group["params"]}
+    groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in groups]
+    return Offloaded(optimizer_class(groups, lr=lr, betas=betas, eps=eps), masters)
+
+
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019): torch's fused kernel on this rank's parts.
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019): torch's fused kernel on this rank's
+    parts.
 
-    torch.optim.AdamW is the same arithmetic, but imports torch's compiler, 0.7 s before the first step; and its
-    gradients are clipped in a pass of their own over memory.
+    Not a torch.optim.Optimizer: that is the same arithmetic, but importing it loads torch's compiler, 0.7 s
+    before the first step, and clipping gradients for it takes a pass of its own over their memory.
 
-    param_groups  dicts with params, lr and weight_decay, as torch.optim's
-    state         parameter -> dict(step, exp_avg, exp_avg_sq), as torch.optim's; empty before the first step
+    param_groups  dicts with params, lr, weight_decay; other keys are kept
+    state         parameter -> its tensors, as new_state names them; empty before the first step
+    updates       how many updates were taken, for bias correction: fewer than the run's steps where some were
+                  skipped. A checkpoint restores it.
     """
 
     def __init__(self, groups, lr, betas, eps):
-        self.param_groups, self.state = [{"lr": lr, **group} for group in groups], {}
-        self.settings = dict(beta1=betas[0], beta2=betas[1], eps=eps, amsgrad=False, maximize=False, fused=True)
+        self.param_groups, self.state, self.updates = [{"lr": lr, **group} for group in groups], {}, 0
+        self.betas, self.eps = betas, eps
+
+    def new_state(self, p):
+        """name -> tensor, each shaped and split like p: what this optimizer keeps for p, before the first
+        update.
+
+        A checkpoint saves and restores these, by their names; "master" is taken (disk/checkpoint.py).
+        """
+        return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def state_of(self, p):
+        """The tensors kept for p, made on first use."""
+        if p not in self.state:
+            self.state[p] = self.new_state(p)
+        return self.state[p]
+
+    def master(self, p):
+        """The tensor that is stepped for a parameter of the model: itself."""
+        return p
 
     @torch.no_grad()
-    def step(self, grad_scale=1.0):
-        """Update each parameter that has a gradient, which is divided by grad_scale first."""
+    def step(self, clip_divisor=1.0):
+        """Update each parameter that has a gradient, which the kernel divides by clip_divisor first."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if p not in self.state:
-                    self.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                         exp_avg_sq=torch.zeros_like(p))
-            moments, variances, steps = ([local(self.state[p][key]) for p in params]
-                                         for key in ("exp_avg", "exp_avg_sq", "step"))
-            scale = torch.full((), grad_scale, device=params[0].device) if params and grad_scale != 1 else None
-            adamw([local(p) for p in params], [local(p.grad) for p in params], moments, variances, [], steps,
-                  lr=group["lr"], weight_decay=group["weight_decay"], grad_scale=scale, **self.settings)
+            if not params:
+                continue
+            states, device = [self.state_of(p) for p in params], params[0].device
+            # One allocation for the counters of all parameters; the kernel adds 1 to each before it uses
+            # them.
+            steps = torch.full((len(params),), float(self.updates), device=device).unbind()
+            divisor = None if clip_divisor == 1 else torch.full((), clip_divisor, device=device)
+            adamw([local(p) for p in params], [local(p.grad) for p in params],
+                  [local(state["exp_avg"]) for state in states],
+                  [local(state["exp_avg_sq"]) for state in states], [], list(steps), grad_scale=divisor,
+                  lr=group["lr"], weight_decay=group["weight_decay"], beta1=self.betas[0],
+                  beta2=self.betas[1], eps=self.eps, amsgrad=False, maximize=False, fused=True)
+        self.updates += 1
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -41,32 +98,60 @@ class AdamW:
                 p.grad = None
 
 
-class HostAdamW(AdamW):
-    """AdamW whose moments and fp32 master weights lie in host memory; parameters and gradients stay on the device.
+class Offloaded:
+    """An optimizer whose state and fp32 master weights lie in host memory; the model's parameters and
+    gradients stay on the device. Made by `build`; same methods as AdamW.
 
-    Saves 12 bytes a parameter of device memory; costs a copy of the gradients down and of the weights up, each step.
-    host maps each parameter to its master.
+    With AdamW it saves 12 bytes a parameter of device memory, and costs a copy of the gradients to the host
+    and of the weights back, each step.
+
+    optimizer  built on the masters;  masters  parameter of the model -> the fp32 copy that is stepped for it
     """
 
-    def __init__(self, groups, **settings):
-        self.host = {p: torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
-                     for group in groups for p in group["params"]}
-        super().__init__([{**group, "params": [self.host[p] for p in group["params"]]} for group in groups], **settings)
+    def __init__(self, optimizer, masters):
+        self.optimizer, self.masters = optimizer, masters
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+    @property
+    def updates(self):
+        return self.optimizer.updates
+
+    @updates.setter
+    def updates(self, count):
+        self.optimizer.updates = count
+
+    def new_state(self, p):
+        return self.optimizer.new_state(p)
+
+    def state_of(self, p):
+        return self.optimizer.state_of(p)
+
+    def master(self, p):
+        """The fp32 copy of a trained parameter; a frozen one has none and is returned as it is."""
+        return self.masters.get(p, p)
 
     @torch.no_grad()
-    def step(self, grad_scale=1.0):
-        for p, master in self.host.items():
+    def step(self, clip_divisor=1.0):
+        for p, master in self.masters.items():
             master.grad = p.grad.to("cpu", torch.float32)
-        super().step(grad_scale)
-        super().zero_grad()
+        self.optimizer.step(clip_divisor)
+        self.optimizer.zero_grad()
         self.publish()
 
     @torch.no_grad()
     def publish(self):
-        """Copy the masters into the parameters."""
-        for p, master in self.host.items():
+        """Copy the masters into the model's parameters."""
+        for p, master in self.masters.items():
             p.copy_(master)
 
     def zero_grad(self):
-        for p in self.host:
+        for p in self.masters:
             p.grad = None
+
+
+def some_weights(optimizer):
+    """A copy of about 64 k elements, spread over all that this rank updates; for the share that a step
+    changes."""
+    weights = [local(p).detach().flatten() for group in optimizer.param_groups for p in group["params"]]
+    stride = 1 + sum(w.numel() for w in weights) // 2**16
+    return torch.cat([w[::stride] for w in weights])

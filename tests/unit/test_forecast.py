@@ -102,10 +102,10 @@ def test_states_are_a_runs_tensors(train, monkeypatch, flags):
         found["gradients"] = size(p.grad for p in parameters)
         return norm(parameters)
 
-    def counted_save(root, step, model, layout, files, optimizer, *rest):
-        found.update(weights=size(model.parameters()), masters=size(getattr(optimizer, "host", {}).values()),
+    def counted_save(root, step, *, model, optimizer, **parts):
+        found.update(weights=size(model.parameters()), masters=size(getattr(optimizer, "masters", {}).values()),
                      moments=size(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")))
-        return save(root, step, model, layout, files, optimizer, *rest)
+        return save(root, step, model=model, optimizer=optimizer, **parts)
 
     monkeypatch.setattr(fsdp, "grad_norm", counted_norm)
     monkeypatch.setattr(checkpoint, "save", counted_save)
@@ -122,7 +122,7 @@ def test_states_are_a_runs_tensors(train, monkeypatch, flags):
     ("--max_length", "32", "--param_offload")])
 def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
     """Of a few steps, within 5 %: the most that torch had allocated, by its own count."""
-    monkeypatch.setattr(checkpoint, "save", lambda *arguments: None)
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments, **parts: None)
     monkeypatch.setattr(checkpoint, "prune", lambda *arguments: None)
     length, model = 1024 if "--use_lora" in flags else 256, "tiny"  # else its peak is in loading
     if "--max_length" in flags:  # few tokens, many words: the embedding's gradient is the peak
