@@ -112,13 +112,14 @@ def side_save(cfg):
     model.to_empty(device="cpu")
     model.tie_weights()
     layout = pretrained.load_weights(model, cfg.directory)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = optim.AdamW(optim.parameter_groups(model, 0.0), lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     for p in model.parameters():
-        optimizer.state[p] = {"exp_avg": torch.rand_like(p), "exp_avg_sq": torch.rand_like(p)}
+        optimizer.state[p] = {name: torch.rand_like(p) for name in optimizer.new_state(p)}
     seconds = {"save": [], "copy": []}
     for i in range(cfg.repeats + 1):
         start = time.perf_counter()
-        step = checkpoint.save(os.path.join(cfg.directory, "checkpoints"), i, model, layout, {}, optimizer, {})
+        step = checkpoint.save(os.path.join(cfg.directory, "checkpoints"), i, model=model, optimizer=optimizer,
+                               layout=layout, exported={}, state={})
         between = time.perf_counter()
         copy(step, os.path.join(cfg.directory, "copy"), flush=True)
         for name, figure in ("save", between - start), ("copy", time.perf_counter() - between):

@@ -207,7 +207,7 @@ def test_adamw_is_torchs_behind_its_clipping():
             other.grad = mine.grad.clone()
         norm = fsdp.grad_norm(ours[:2]).item()
         assert math.isclose(norm, torch.nn.utils.clip_grad_norm_(theirs[:2], limit).item(), rel_tol=1e-6)
-        optimizers[0].step(grad_scale=max(1.0, (norm + 1e-6) / limit))
+        optimizers[0].step(clip_divisor=max(1.0, (norm + 1e-6) / limit))
         optimizers[1].step()
     for mine, other in zip(ours, theirs):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
@@ -235,8 +235,7 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
     """param_offload puts parameters and moments on the host (all is host here: FSDP2 gets the policy); with
     optimizer_offload the optimizer steps masters of its own and the parameters follow."""
     seen = {}
-    monkeypatch.setattr(sft.checkpoint, "save", lambda root, step, model, layout, files, optimizer, *_: seen.update(
-        model=model, optimizer=optimizer))
+    monkeypatch.setattr(sft.checkpoint, "save", lambda root, step, **parts: seen.update(parts))
     policies = []
     shard = fsdp2.fully_shard
     monkeypatch.setattr(fsdp2, "fully_shard", lambda module, **settings: (policies.append(settings["offload_policy"]),
@@ -249,7 +248,7 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
     else:
         assert not policies  # one rank, fp32: FSDP2 would only copy
     if offload == "optimizer":
-        host = seen["optimizer"].host
+        host = seen["optimizer"].masters
         assert set(host) == set(parameters) and {id(p) for p in stepped} == {id(p) for p in host.values()}
         assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in host.values())
         assert all(torch.equal(p, master) and p.data_ptr() != master.data_ptr() for p, master in host.items())

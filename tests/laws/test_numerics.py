@@ -100,6 +100,31 @@ def test_the_spike_guard_leaves_a_step_out_and_goes_on(train, tmp_path, capsys, 
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("flags", [(), ("--optimizer_offload",)], ids=["plain", "offload"])
+def test_resume_after_a_skipped_step_is_bitwise(train, tmp_path, monkeypatch, flags):
+    """Steps 18 and 20 of 22 are skipped, so the optimizer has taken 18 updates at step 20. Its bias correction
+    counts updates: a resume that took the step for their number would make other updates from there."""
+    norm, calls = sft.fsdp.grad_norm, []
+
+    def spiked(parameters):
+        calls.append(None)
+        return norm(parameters) * (9.0 if len(calls) in (18, 20) else 1.0)
+
+    monkeypatch.setattr(sft.fsdp, "grad_norm", spiked)
+    words = (*FAST, *flags, "--max_grad_norm_factor", 3, "--max_steps", 22, "--save_steps", 20)
+    lines = train(*words)
+    assert [line["step"] for line in lines if line.get("skipped")] == [18, 20]
+    names = ("model.safetensors", "training_state/tensors.safetensors")
+    straight = [load_file(tmp_path / LATEST / name) for name in names]
+
+    del calls[20:]  # step 21 comes next
+    again = train(*words, "--resume_from", "out/checkpoints/step_20")
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+    for name, before in zip(names, straight):
+        resumed = load_file(tmp_path / LATEST / name)
+        assert all(torch.equal(resumed[n], before[n]) for n in before), name
+
+
 def test_a_step_that_is_left_out_changes_nothing(train, tmp_path, monkeypatch):
     """Not the weights, nor the moments: all steps from the 17th on, here."""
     monkeypatch.setattr(sft.statistics, "median", lambda norms: 0.0)

@@ -186,8 +186,8 @@ class Killed(BaseException):
 def interrupt_after(monkeypatch, step):
     save = checkpoint.save
 
-    def save_and_die(root, n, *rest):
-        save(root, n, *rest)
+    def save_and_die(root, n, **parts):
+        save(root, n, **parts)
         if n == step:
             raise Killed
 

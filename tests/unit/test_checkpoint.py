@@ -1,23 +1,26 @@
-"""checkpoint.py, pretrained.py, disk.py: what is read comes back byte for byte, what is torn is named, and a kill never
-costs a checkpoint."""
+"""disk/: what is read comes back byte for byte, what is torn is named, and a kill never costs a
+checkpoint."""
 
 import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from disk import checkpoint
-from disk import files
-from disk import pretrained
+from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from model import CausalLM
+from ops import optim
+from settings.errors import UserError
 
 SIZES = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)
@@ -26,13 +29,15 @@ UNTIED = dict(SIZES, model_type="llama", tie_word_embeddings=False)
 QWEN3 = dict(SIZES, model_type="qwen3", head_dim=8)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FIRST, LAST = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"  # two tensors for the tests to break
-TOKENIZER = {"tokenizer.json": b'{"model":   {"vocab": {"\xc3\xa9": 0}}}', "chat_template.jinja": b"{{ 'no newline' }}",
+TOKENIZER = {"tokenizer.json": b'{"model":   {"vocab": {"\xc3\xa9": 0}}}',
+             "chat_template.jinja": b"{{ 'no newline' }}",
              "tokenizer_config.json": b'{"b": 1,\r\n "a": 1e-05}\n'}
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tensors this small cost more in waiting for a second thread than they save, six times more on a busy machine."""
+    """Tensors this small cost more in waiting for a second thread than they save, six times more on a busy
+    machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +45,8 @@ def one_thread():
 
 
 def published(directory, config, dtype=torch.float32, **saving):
-    """Write a model directory as transformers does, with random weights and tokenizer files; return its path."""
+    """Write a model directory as transformers does, with random weights and tokenizer files; return its
+    path."""
     torch.manual_seed(0)
     oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     with torch.no_grad():
@@ -67,15 +73,16 @@ def loaded(directory):
     return model, pretrained.load_weights(model, directory)
 
 
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+def adamw(model, optimizer_class=optim.AdamW, offload=False):
+    groups = optim.parameter_groups(model, 0.01)
+    return optim.build(optimizer_class, groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, offload=offload)
 
 
 def train_step(model, optimizer, seed):
     tokens = torch.randint(SIZES["vocab_size"], (24,), generator=torch.Generator().manual_seed(seed))
     (model(tokens, (10, 14), tokens.roll(-1)) / 24).backward()
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 class Run:
@@ -90,7 +97,8 @@ class Run:
     def save(self, step):
         """Train a step, so that no two checkpoints are equal, and save; return the step directory."""
         train_step(self.model, self.optimizer, step)
-        return checkpoint.save(self.root, step, self.model, self.layout, self.files, self.optimizer, {"seed": 7})
+        return checkpoint.save(self.root, step, model=self.model, optimizer=self.optimizer,
+                               layout=self.layout, exported=self.files, state={"seed": 7})
 
 
 @pytest.fixture
@@ -105,7 +113,8 @@ def listing(directory):
 
 
 def change(directory, edit):
-    """Rewrite the one weight file of a directory: edit gets the tensors by name and changes that dictionary."""
+    """Rewrite the one weight file of a directory: edit gets the tensors by name and changes that
+    dictionary."""
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -120,20 +129,23 @@ DIRECTORIES = [(TIED, torch.bfloat16, {}), (QWEN3, torch.float16, {}),
 
 @pytest.mark.parametrize("config, dtype, saving", DIRECTORIES)
 def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, saving):
-    """transformers' weight files, config.json and the tokenizer's files come out as they went in; so does the index."""
+    """transformers' weight files, config.json and the tokenizer's files come out as they went in; so does the
+    index."""
     source = published(tmp_path / "base", config, dtype, **saving)
     odd = {**json.loads((source / "config.json").read_text()), "unknown_key": ["é", 1e-05]}
     (source / "config.json").write_text(json.dumps(odd, indent=3), encoding="utf-8")
     model, layout = loaded(source)
     model.requires_grad_(False)  # nothing is trained, so there are no moments to save
-    files = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
-    saved = checkpoint.save(tmp_path / "out", 1, model, layout, files, adamw(model), {})
+    exported = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
+    saved = checkpoint.save(tmp_path / "out", 1, model=model, optimizer=adamw(model), layout=layout,
+                            exported=exported, state={})
     weights = [path.name for path in source.glob("*.safetensors")]
     assert len(weights) > 3 if saving else weights == ["model.safetensors"]
     for name in [*weights, "config.json", *TOKENIZER]:
         with open(os.path.join(saved, name), "rb") as f:
             assert f.read() == (source / name).read_bytes(), name
-    assert {n for n in os.listdir(saved) if "safetensors" in n} == {p.name for p in source.glob("*.safetensors*")}
+    found = {n for n in os.listdir(saved) if "safetensors" in n}
+    assert found == {p.name for p in source.glob("*.safetensors*")}
     if saving:
         index, expected = (files.read_json(f"{d}/model.safetensors.index.json") for d in (saved, source))
         assert index["weight_map"] == expected["weight_map"]
@@ -142,7 +154,8 @@ def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, savi
 
 @pytest.mark.parametrize("config, dtype, saving", DIRECTORIES)
 def test_a_trained_model_loads_with_transformers(tmp_path, config, dtype, saving):
-    """latest is a model directory: transformers and we read the same function from it, and not the untrained one."""
+    """latest is a model directory: transformers and we read the same function from it, and not the untrained
+    one."""
     source = published(tmp_path / "base", config, dtype, **saving)
     Run(source, tmp_path / "out").save(1)
     tokens = torch.arange(40) % SIZES["vocab_size"]
@@ -185,28 +198,40 @@ def test_rotary_frequencies_in_a_file_are_ignored(tmp_path):
 
 
 def test_masters_and_moments_come_back_bitwise(run):
-    """The files hold bf16 for others to load; a resumed run has the fp32 weights, and its next step is the same one."""
+    """The files hold bf16 for others to load; a resumed run has the fp32 weights, and its next step is the
+    same one."""
     saved = run.save(1)
     with torch.no_grad():
         copy, _ = loaded(saved)
     rounded = {name: p.clone() for name, p in copy.named_parameters()}
     optimizer = adamw(copy)
-    checkpoint.load_training_tensors(saved, copy, optimizer, checkpoint.load_state(saved)["step"])
-    assert any(not torch.equal(p, rounded[name]) for name, p in copy.named_parameters())  # bf16 did lose something
+    checkpoint.load_training_tensors(saved, copy, optimizer)
+    # bf16 did lose something
+    assert any(not torch.equal(p, rounded[name]) for name, p in copy.named_parameters())
     for straight, resumed in zip(run.model.parameters(), copy.parameters(), strict=True):
         assert torch.equal(straight, resumed)
         assert set(run.optimizer.state[straight]) == set(optimizer.state[resumed])
         for key, value in run.optimizer.state[straight].items():
             assert torch.equal(value, optimizer.state[resumed][key]), key
+    assert optimizer.updates == run.optimizer.updates == 1
     assert copy.lm_head.weight.data_ptr() == copy.model.embed_tokens.weight.data_ptr()
     train_step(run.model, run.optimizer, 2)
     train_step(copy, optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), copy.parameters(), strict=True))
 
 
-def test_state_comes_back_with_its_step(run):
-    """What the run gave to save, and the step."""
-    assert checkpoint.load_state(run.save(3)) == {"step": 3, "seed": 7}
+def test_state_comes_back_with_its_step_and_updates(run):
+    """What the run gave to save, the step, and how many updates the optimizer has taken: one, here."""
+    assert checkpoint.load_state(run.save(3)) == {"step": 3, "updates": 1, "seed": 7}
+
+
+def test_a_checkpoint_without_updates_has_as_many_as_steps(run):
+    """One of an older version, which did not save their number."""
+    saved = run.save(3)
+    with open(os.path.join(saved, checkpoint.STATE), "w", encoding="utf-8") as f:
+        f.write('{"step": 3}')
+    checkpoint.load_training_tensors(saved, run.model, run.optimizer)
+    assert run.optimizer.updates == 3
 
 
 def test_masters_are_saved_only_where_the_disk_is_narrower(tmp_path, run):
@@ -225,8 +250,8 @@ def test_training_tensors_of_another_model_are_refused(run, change_of_config):
     saved = run.save(1)
     other = CausalLM(ModelConfig.from_dict({**TIED, **change_of_config}))
     before, optimizer = [p.clone() for p in other.parameters()], adamw(other)
-    with pytest.raises(ValueError, match=re.escape(saved)):
-        checkpoint.load_training_tensors(saved, other, optimizer, 1)
+    with pytest.raises(UserError, match=re.escape(saved)):
+        checkpoint.load_training_tensors(saved, other, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters())) and not optimizer.state
 
 
@@ -239,7 +264,7 @@ def source(tmp_path):
     return published(tmp_path / "base", UNTIED)
 
 
-def refusal(directory, error=ValueError):
+def refusal(directory, error=UserError):
     """The message with which loading a directory fails."""
     model = created(directory)
     with pytest.raises(error) as info:
@@ -251,7 +276,8 @@ def test_missing_tensors_are_named(source):
     """All of them, and the directory: weights that stay random would train without a word."""
     change(source, lambda tensors: [tensors.pop(name) for name in (FIRST, LAST, HEAD)])
     message = refusal(source)
-    assert all(word in message for word in ("missing", FIRST, LAST, HEAD, str(source))) and EMBEDDING not in message
+    assert all(word in message for word in ("missing", FIRST, LAST, HEAD, str(source)))
+    assert EMBEDDING not in message
 
 
 def test_unexpected_tensors_are_named(source):
@@ -266,7 +292,8 @@ def test_tensors_of_wrong_shape_are_named(source):
     """All of them, with the shape that they have and the one that config.json says."""
     change(source, lambda tensors: tensors.update({FIRST: torch.ones(24, 17), LAST: torch.ones(15)}))
     message = refusal(source)
-    assert [word for word in (FIRST, "(24, 17)", "(24, 16)", LAST, "(15,)", "(16,)") if word not in message] == []
+    expected = (FIRST, "(24, 17)", "(24, 16)", LAST, "(15,)", "(16,)")
+    assert [word for word in expected if word not in message] == []
 
 
 def test_a_transposed_tensor_is_refused(source):
@@ -283,7 +310,8 @@ def test_a_truncated_file_is_named(source, left):
     assert str(path) in refusal(source)
 
 
-@pytest.mark.parametrize("content", [b"<html>404</html>" * 100, b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("content", [
+    b"<html>404</html>" * 100, b"version https://git-lfs.github.com/spec/v1\n"])
 def test_a_file_that_is_not_safetensors_is_named(source, content):
     """An error page or a git-lfs pointer in the place of the weights."""
     (source / "model.safetensors").write_bytes(content)
@@ -327,7 +355,8 @@ def edit_index(directory, edit):
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "a/../x.safetensors"])
 def test_an_index_that_leaves_its_directory_is_refused(sharded, file):
-    """A downloaded index does not choose which files of the machine are read, even where the file is there."""
+    """A downloaded index does not choose which files of the machine are read, even where the file is
+    there."""
     outside = sharded.parent / "x.safetensors"
     shutil.copy(next(sharded.glob("model-*.safetensors")), outside)
     edit_index(sharded, lambda weight_map: weight_map.update({FIRST: file}))
@@ -358,7 +387,7 @@ def test_a_shard_that_is_absent_is_named(sharded):
 def test_a_config_that_is_not_json_is_named(source, content):
     """The path is in the error, for single quotes, nothing, half a file and another encoding."""
     (source / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(source / "config.json"))):
+    with pytest.raises(UserError, match=re.escape(str(source / "config.json"))):
         files.read_json(source / "config.json")
 
 
@@ -392,7 +421,36 @@ def test_generation_config_that_is_absent_is_made_from_config_json(tmp_path):
     assert pretrained.generation_config(tmp_path, {}, 9) == {"eos_token_id": 9}
 
 
-# A step directory is whole or absent
+# The other files of a model directory
+
+
+def test_exported_files_of_a_model_and_of_an_adapter(tmp_path):
+    """The tokenizer's files as they are; config.json and generation_config.json beside a model,
+    adapter_config.json beside an adapter, and the template where the trainer brought its own."""
+    base, tokenizer_source = published(tmp_path / "base", TIED), tmp_path / "tokenizer"
+    tokenizer_source.mkdir()
+    (tokenizer_source / "tokenizer.json").write_bytes(b"{}")
+    config = files.read_json(base / "config.json")
+    tokenizer = SimpleNamespace(stop_id=9, is_fallback=False, source="{{ own }}")
+    assert pretrained.export_files(base, config, base, tokenizer) == {
+        **TOKENIZER, "config.json": (base / "config.json").read_bytes(),
+        "generation_config.json": pretrained.generation_config(base, config, 9)}
+    tokenizer.is_fallback = True
+    assert pretrained.export_files(base, config, tokenizer_source, tokenizer, {"r": 8}) == {
+        "tokenizer.json": b"{}", "adapter_config.json": {"r": 8}, "chat_template.jinja": b"{{ own }}"}
+
+
+def test_weight_files_have_the_mode_of_any_new_file(tmp_path):
+    """safetensors' own are for their owner alone; the umask is not touched, not even for a moment."""
+    umask = os.umask(0o027)
+    try:
+        pretrained.write_safetensors(str(tmp_path / "a.safetensors"), {"a": torch.ones(1)})
+    finally:
+        left = os.umask(umask)
+    assert left == 0o027 and stat.S_IMODE(os.stat(tmp_path / "a.safetensors").st_mode) == 0o640
+
+
+# A step directory is complete or absent
 
 
 class Killed(BaseException):  # as a kill, it is not handled
@@ -411,16 +469,18 @@ def break_at(monkeypatch, count):
             return operation(*args, **kwargs)
         return wrapper
 
-    for holder, name in ((pretrained, "write_safetensors"), (disk, "write_file"), (disk, "sync"),
-                         (os, "replace"), (os, "symlink"), (os, "makedirs"), (os, "remove"), (shutil, "rmtree")):
+    for holder, name in ((pretrained, "write_safetensors"), (files, "write_file"), (files, "sync"),
+                         (os, "replace"), (os, "symlink"), (os, "makedirs"), (os, "remove"),
+                         (shutil, "rmtree")):
         monkeypatch.setattr(holder, name, breaking(getattr(holder, name), name))
     return log
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run, monkeypatch):
-    """latest goes from one whole step to the next; a half one has no step's name, and the next save clears it away."""
+    """latest goes from one whole step to the next; a half one has no step's name, and the next save clears it
+    away."""
     saved, root = run.save(1), run.root
-    files = listing(saved)
+    expected = listing(saved)
     with monkeypatch.context() as patch:
         log = break_at(patch, 10**6)
         run.save(2)
@@ -437,18 +497,20 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run, monkeypat
         assert latest in (f"step_{previous}", f"step_{step}")
         assert checkpoint.load_state(root / latest)["step"] == int(latest.removeprefix("step_"))
         for whole in checkpoint.steps_in(root):
-            assert listing(root / f"step_{whole}") == files, (moment, whole)
+            assert listing(root / f"step_{whole}") == expected, (moment, whole)
         resumed = checkpoint.resume_directory("auto", root)
         model, _ = loaded(resumed)
-        checkpoint.load_training_tensors(resumed, model, adamw(model), checkpoint.load_state(resumed)["step"])
+        checkpoint.load_training_tensors(resumed, model, adamw(model))
         run.save(step)
         assert not [name for name in os.listdir(root) if name.startswith("tmp")]
         assert os.readlink(root / "latest") == f"step_{step}" and checkpoint.steps_in(root)[-1] == step
-    assert seen == {(False, False), (False, True), (True, True)}  # before the first rename, before the second, after
+    # before the first rename, before the second, after
+    assert seen == {(False, False), (False, True), (True, True)}
 
 
 def test_a_save_clears_what_kills_left_at_other_steps(run, monkeypatch):
-    """A resumed run may save at other steps and prune others: a half checkpoint is as large as a whole one."""
+    """A resumed run may save at other steps and prune others: a half checkpoint is as large as a whole
+    one."""
     run.save(1)
     with monkeypatch.context() as patch:
         break_at(patch, 4)
@@ -461,7 +523,7 @@ def test_a_save_clears_what_kills_left_at_other_steps(run, monkeypatch):
 
 def test_a_kill_while_a_step_is_replaced_leaves_no_half_one(run, monkeypatch):
     """A run that went back goes over the same step numbers: the old step loses its name before its files."""
-    files = listing(run.save(1))
+    expected = listing(run.save(1))
     run.save(2)
     checkpoint.set_link(run.root, 1)
 
@@ -473,7 +535,7 @@ def test_a_kill_while_a_step_is_replaced_leaves_no_half_one(run, monkeypatch):
         patch.setattr(shutil, "rmtree", rmtree)
         with pytest.raises(Killed):
             run.save(2)
-    assert all(listing(run.root / f"step_{n}") == files for n in checkpoint.steps_in(run.root))
+    assert all(listing(run.root / f"step_{n}") == expected for n in checkpoint.steps_in(run.root))
 
 
 def test_saving_a_step_again_replaces_it(run):
@@ -484,12 +546,13 @@ def test_saving_a_step_again_replaces_it(run):
     run.save(1)
     assert "stale.txt" not in listing(stale)
     copy, _ = loaded(stale)
-    checkpoint.load_training_tensors(stale, copy, adamw(copy), 1)
+    checkpoint.load_training_tensors(stale, copy, adamw(copy))
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), run.model.parameters(), strict=True))
 
 
 def test_everything_is_on_the_disk_before_a_name_says_so(run, monkeypatch):
-    """Each file and directory of the step is flushed before the rename, the step before latest moves, and root last."""
+    """Each file and directory of the step is flushed before the rename, the step before latest moves, and
+    root last."""
     flushed, renames, real_fsync, real_replace = set(), [], os.fsync, os.replace
 
     def fsync(handle):
@@ -552,6 +615,12 @@ def test_pruning_keeps_the_newest_up_to_the_step(tmp_path, keep, left):
     assert checkpoint.resume_directory("auto", tmp_path) == os.path.realpath(tmp_path / "step_10")
 
 
+def test_pruning_keeps_the_best_step(tmp_path):
+    steps(tmp_path, [1, 2, 3, 4], latest=4)
+    checkpoint.prune(tmp_path, 1, 4, keep_best_step=2)
+    assert checkpoint.steps_in(tmp_path) == [2, 4]
+
+
 def test_pruning_takes_the_name_before_the_files(tmp_path, monkeypatch):
     """A kill while files are deleted leaves no step that looks whole."""
     steps(tmp_path, [1, 2], latest=2)
@@ -591,24 +660,25 @@ def test_resume_from_a_directory_is_that_one(tmp_path):
 def test_resume_from_what_is_not_there_is_an_error(tmp_path):
     """A dangling latest and a wrong path are never a fresh start."""
     steps(tmp_path, [1], latest=7)
-    with pytest.raises(FileNotFoundError, match="latest"):
+    with pytest.raises(UserError, match="latest"):
         checkpoint.resume_directory("auto", tmp_path)
-    with pytest.raises(FileNotFoundError, match="step_5"):
+    with pytest.raises(UserError, match="step_5"):
         checkpoint.resume_directory(str(tmp_path / "step_5"), tmp_path)
 
 
 def test_resume_from_a_model_without_training_state_is_an_error(source, tmp_path):
     """A plain model directory is for --model, and the error says so."""
-    with pytest.raises(ValueError, match=r"training_state.*--model"):
+    with pytest.raises(UserError, match=r"training_state.*--model"):
         checkpoint.resume_directory(str(source), tmp_path)
 
 
 def test_model_directory_names_what_is_not_there(tmp_path):
-    """A path is itself, tiny is embedded, and neither a mistyped path nor a hub that is offline is a traceback."""
+    """A path is itself, tiny is embedded, and neither a mistyped path nor a hub that is offline is a
+    traceback."""
     assert pretrained.model_directory(str(tmp_path)) == str(tmp_path)
     assert "model.safetensors" in os.listdir(pretrained.model_directory("tiny"))
     for name in (str(tmp_path / "absent"), "no-such-owner/no-such-model"):
-        with pytest.raises(FileNotFoundError, match=re.escape(name)):
+        with pytest.raises(UserError, match=re.escape(name)):
             pretrained.model_directory(name)
 
 
@@ -616,7 +686,8 @@ def test_model_directory_names_what_is_not_there(tmp_path):
 
 
 QWEN2_5_05B = dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
-                   num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+                   num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                   tie_word_embeddings=True)
 MEASURE = """
 import re, sys
 import torch
@@ -646,8 +717,8 @@ print(sum(p.numel() for p in model.parameters()), alone, status("VmHWM") - befor
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
 def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
-    """Qwen2.5-0.5B's shapes, bf16 on the disk, fp32 in memory: the peak is below 1.1 times the weights; it is below
-    1.25 times the embedding where that is read alone, so no tensor is held in both dtypes."""
+    """Qwen2.5-0.5B's shapes, bf16 on the disk, fp32 in memory: the peak is below 1.1 times the weights; it is
+    below 1.25 times the embedding where that is read alone, so no tensor is held in both dtypes."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_05B))
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(QWEN2_5_05B))
@@ -656,11 +727,11 @@ def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
         header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [end, end + 2 * p.numel()]}
         end += 2 * p.numel()
     header = json.dumps(header).encode()
-    with open(tmp_path / "model.safetensors", "wb") as f:  # a gigabyte of zeros that takes no room on the disk
+    with open(tmp_path / "model.safetensors", "wb") as f:  # a gigabyte of zeros: a hole, no room on the disk
         f.write(len(header).to_bytes(8, "little") + header)
         f.truncate(f.tell() + end)
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=False,
-                            env={**os.environ, "PYTHONPATH": os.path.dirname(checkpoint.__file__)})
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True,
+                            check=False, env={**os.environ, "PYTHONPATH": ROOT})
     os.remove(tmp_path / "model.safetensors")
     assert result.returncode == 0, result.stderr
     n_parameters, alone, peak = map(int, result.stdout.split())
@@ -677,5 +748,5 @@ def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
 def test_an_index_of_another_kind_is_an_error(tmp_path, text, message):
     """Found by fuzzing: each ended in a traceback."""
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         pretrained.weight_entries(str(tmp_path))

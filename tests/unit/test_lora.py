@@ -161,8 +161,8 @@ def test_frozen_is_bit_identical_and_only_adapters_are_kept(models, train, tmp_p
     """The base does not change by a bit; it has no gradient and no optimizer state, and is not in the checkpoint."""
     seen = {}
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda root, step, model, layout, files, optimizer, *rest: (
-        seen.update(model=model, optimizer=optimizer), save(root, step, model, layout, files, optimizer, *rest)))
+    monkeypatch.setattr(checkpoint, "save", lambda root, step, **parts: (
+        seen.update(parts), save(root, step, **parts)))
     train("--use_lora", "--max_steps", 3, "--lr", 1e-2, model=models["tied"])
     on_disk = load_file(models["tied"] / "model.safetensors")
     trained = set()
@@ -481,8 +481,8 @@ def test_all_frozen_matrices_are_quantised(models, train, monkeypatch):
     """Those without an adapter too; embedding, head and norms are not."""
     seen = {}
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda root, step, model, *rest: (seen.update(model=model), save(
-        root, step, model, *rest)))
+    monkeypatch.setattr(checkpoint, "save", lambda root, step, **parts: (
+        seen.update(parts), save(root, step, **parts)))
     train("--use_lora", "--quantize", "nf4", "--lora_targets", "q_proj", "--max_steps", 1, model=models["tied"])
     dtypes = {name: p.dtype for name, p in seen["model"].named_parameters()}
     packed = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
