@@ -19,6 +19,7 @@ import fsdp
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from model import CausalLM, generate
+from ops import optim
 from ops.loss import Head, loss
 from ranks import processes
 from text import formats
@@ -111,7 +112,8 @@ def side_save(cfg):
         model = CausalLM(ModelConfig.from_dict(QWEN_05B))
     model.to_empty(device="cpu")
     model.tie_weights()
-    layout = pretrained.load_weights(model, cfg.directory)
+    pretrained.load_weights(model, cfg.directory)
+    layout = pretrained.layout(model, cfg.directory)
     optimizer = optim.AdamW(optim.parameter_groups(model, 0.0), lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     for p in model.parameters():
         optimizer.state[p] = {name: torch.rand_like(p) for name in optimizer.new_state(p)}
