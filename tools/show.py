@@ -1,15 +1,17 @@
-"""Look at data before training: python data.py show|stats FILE --model DIR, which starts this file."""
+"""Look at data before training: python tools/show.py show|stats FILE --model DIR"""
 
 import itertools
 import os
 import sys
 from dataclasses import dataclass
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import numpy as np
 
 import data
 from disk import pretrained
-from settings.errors import UserError
+from settings.errors import UserError, run
 from settings.parser import check, knob, parse
 from text import template
 from text.formats import KEYS
@@ -17,7 +19,7 @@ from text.formats import KEYS
 
 @dataclass
 class Config:
-    """Look at data before training: python data.py show|stats FILE [flags]"""
+    """Look at data before training: python tools/show.py show|stats FILE [flags]"""
 
     do: str | None = knob(None, "what to do", ("show", "stats"), group="data")
     data: str = knob("./data/example_sft.json", "as --train_data of sft.py")
@@ -77,7 +79,7 @@ def main():
     words = ["--n" if word == "-n" else word for word in sys.argv[1:]]
     cfg, _ = parse(Config, words, positional=["do", "data"])
     if not cfg.do:
-        raise UserError("what to do? python data.py show FILE --model DIR, or python data.py stats FILE --model DIR")
+        raise UserError("what to do? python tools/show.py show FILE --model DIR, or python tools/show.py stats FILE --model DIR")
     tokenizer = template.ChatTokenizer(pretrained.model_directory(cfg.model))
     max_length, limit = (cfg.max_length, cfg.n) if cfg.do == "show" else (2**31 - 1, None)
     dataset = data.load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit,
@@ -87,3 +89,7 @@ def main():
     else:
         print(*dataset.ledger.lines(), sep="\n")
         stats(dataset, cfg.max_length, cfg.batch_size)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -3,9 +3,10 @@
     python tests/hostile/fuzz.py data --cases 100000 [--seed N]
     targets: data (rows), json and parquet (bytes of data files), template, tokenizer, config, weights, resume
 
-Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error that our
-own code raises and config.run prints as one line. Anything else, and what takes longer than SECONDS, is a failure: the
-shortest of each kind is printed. What was found is kept in test_ledger.py, which runs some hundred cases of this too.
+Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error that
+settings.errors.run prints as one line: a UserError, or an OSError of a named file. Anything else, and what takes
+longer than SECONDS, is a failure: the shortest of each kind is printed. What was found is kept in test_ledger.py,
+which runs some hundred cases of this too.
 """
 
 import argparse
@@ -28,17 +29,17 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from conftest import ROOT
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # where this is started as a program
+from conftest import ROOT  # noqa: E402
+from data_helpers import FAMILIES, RAW, TINY, chatml, make_directory, tiny  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
-import data
-from text import formats
-from text.template import ChatTokenizer
+import data  # noqa: E402
+from settings.errors import NonFiniteError, UserError  # noqa: E402
+from text import formats  # noqa: E402
+from text.template import ChatTokenizer  # noqa: E402
 
-TINY = os.path.join(ROOT, "models", "tiny")
-RAW = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
 SECONDS = 20  # of one case; most take milliseconds
 ended = Counter()  # how the cases ended, for the report
 
@@ -62,16 +63,15 @@ signal.signal(signal.SIGALRM, hang)
 
 
 def attempt(function, *words, naming="", **named):
-    """(what it returns, None), or (None, the error's text) where config.run would print that as one line.
+    """(what it returns, None), or (None, the error's text) where settings.errors.run would print that as one line.
 
     naming  a text that the error must have, to be of some use. Any other exception goes through.
     """
     limit(SECONDS)
     try:
         return function(*words, **named), None
-    except (ValueError, OSError, FloatingPointError) as error:
-        last = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")][-1]
-        if os.path.dirname(os.path.abspath(last.filename)) != ROOT or naming not in str(error):
+    except (UserError, NonFiniteError, OSError) as error:
+        if naming not in str(error) or isinstance(error, OSError) and error.filename is None:
             raise
         assert not naming or len(str(error)) < 2000, "an error of more than a few lines"
         return None, str(error)
@@ -273,9 +273,6 @@ def check_load(path, conversations_, how, tokenizer):
     note(refusal or "trained")
 
 
-tiny = ChatTokenizer(TINY)
-
-
 def check_rows(path, batch, how):
     """Rows whose messages are known, as an array or lines, are trained to the token."""
     write(path, [row for row, _ in batch], lines=len(batch) % 2 == 0)
@@ -438,7 +435,6 @@ CODE = ["{%", "%}", "{{", "}}", "{#", "'", "(", ")", "|", ".", "x", " ", "\\n", 
 
 def case_template(directory):
     """The text of any conversation is transformers', or neither renders it; in a changed template, or none is used."""
-    from test_data import FAMILIES, chatml, make_directory
     from transformers import AutoTokenizer
 
     made = []

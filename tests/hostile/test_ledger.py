@@ -14,8 +14,8 @@ import tracemalloc
 
 import fuzz
 import pytest
-from fuzz import RAW, TINY, attempt, by_pieces, tiny
-from test_data import FAMILIES, chat, chatml, make_directory
+from data_helpers import FAMILIES, RAW, TINY, chat, chatml, make_directory, tiny
+from fuzz import attempt, by_pieces
 from tokenizers import Tokenizer, processors
 
 import data
