@@ -1,4 +1,5 @@
-"""What the tests of the data path share: models/tiny, conversations, ChatML by hand, and templates of each kind."""
+"""What the tests of the data path share: models/tiny, conversations, ChatML by hand, and templates of each
+kind."""
 
 import json
 import os
@@ -74,7 +75,8 @@ def lognormal(count, seed=0):
 
 
 def by_hand(messages, raw=RAW):
-    """(ids, mask) of ChatML: each piece between special tokens is encoded alone, and bytes say where a token begins.
+    """(ids, mask) of ChatML: each piece between special tokens is encoded alone, and bytes say where a token
+    begins.
 
     A token of a byte-level vocabulary has one character a byte, so no offsets of the library are needed.
     """
@@ -102,7 +104,8 @@ answers = contents.filter(str.strip)
 
 @st.composite
 def conversations(draw):
-    """Messages in ChatML's order, or in any other that the tiny template takes; some answers are not trained."""
+    """Messages in ChatML's order, or in any other that the tiny template takes; some answers are not
+    trained."""
     roles = draw(st.one_of(st.integers(1, 3).map(lambda n: ["user", "assistant"] * n),
                            st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=5).filter(
                                lambda roles: "assistant" in roles)))

@@ -3,10 +3,10 @@
     python tests/hostile/fuzz.py data --cases 100000 [--seed N]
     targets: data (rows), json and parquet (bytes of data files), template, tokenizer, config, weights, resume
 
-Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error that
-settings.errors.run prints as one line: a UserError, or an OSError of a named file. Anything else, and what takes
-longer than SECONDS, is a failure: the shortest of each kind is printed. What was found is kept in test_ledger.py,
-which runs some hundred cases of this too.
+Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error
+that settings.errors.run prints as one line: a UserError, or an OSError of a named file. Anything else, and
+what takes longer than SECONDS, is a failure: the shortest of each kind is printed. What was found is kept in
+test_ledger.py, which runs some hundred cases of this too.
 """
 
 import argparse
@@ -63,7 +63,8 @@ signal.signal(signal.SIGALRM, hang)
 
 
 def attempt(function, *words, naming="", **named):
-    """(what it returns, None), or (None, the error's text) where settings.errors.run would print that as one line.
+    """(what it returns, None), or (None, the error's text) where settings.errors.run would print that as one
+    line.
 
     naming  a text that the error must have, to be of some use. Any other exception goes through.
     """
@@ -107,7 +108,8 @@ def is_trained(message):
 
 @st.composite
 def conversations(draw):
-    """Messages that the tiny template takes: a system message may be the first, the others come in any order."""
+    """Messages that the tiny template takes: a system message may be the first, the others come in any
+    order."""
     alternating = st.integers(1, 3).map(lambda n: ["user", "assistant"] * n)
     roles = draw(st.one_of(alternating, alternating, st.lists(st.sampled_from(["user", "assistant"]), min_size=1,
                                                               max_size=5).filter(lambda r: "assistant" in r)))
@@ -182,7 +184,8 @@ def damaged(draw, value):
 
 @st.composite
 def damaged_rows(draw):
-    """A row whose messages have further keys, or one with one or two places wrong, or any JSON value at all."""
+    """A row whose messages have further keys, or one with one or two places wrong, or any JSON value at
+    all."""
     row, messages = draw(rows())
     if draw(st.booleans()):
         return {"messages": [{**message, **draw(extras)} for message in messages], **draw(extras)}
@@ -198,8 +201,8 @@ options = st.fixed_dictionaries({
 
 
 def by_pieces(messages, on_prompt=False):
-    """(ids, mask) of ChatML with models/tiny's tokenizer, without offsets: what stands between two special tokens is
-    encoded alone, and a token's letters, one a byte, say where it begins."""
+    """(ids, mask) of ChatML with models/tiny's tokenizer, without offsets: what stands between two special
+    tokens is encoded alone, and a token's letters, one a byte, say where it begins."""
     special = {i: token.content for i, token in RAW.get_added_tokens_decoder().items()}
     start, end, newline = (RAW.encode(text).ids for text in ("<|im_start|>", "<|im_end|>", "\n"))
     ids, mask = [], []
@@ -259,7 +262,8 @@ def assert_counts(dataset, path, kept, says):
 
 
 def check_load(path, conversations_, how, tokenizer):
-    """Load a file whose conversations are known: counted exactly, or refused where, and only where, it has to be."""
+    """Load a file whose conversations are known: counted exactly, or refused where, and only where, it has to
+    be."""
     kept, says = count(conversations_, **how)
     dataset, refusal = attempt(data.load, path, tokenizer, **how, naming=path)
     longest = max((len(by_pieces(messages)[0]) for messages in conversations_), default=0)
@@ -280,7 +284,8 @@ def check_rows(path, batch, how):
 
 
 def check_damaged_rows(path, batch, how):
-    """Rows with anything in any place: what to_messages makes of them is trained to the token, or a row is refused."""
+    """Rows with anything in any place: what to_messages makes of them is trained to the token, or a row is
+    refused."""
     write(path, batch)
     messages = []
     for i, row in enumerate(batch):
@@ -434,7 +439,8 @@ CODE = ["{%", "%}", "{{", "}}", "{#", "'", "(", ")", "|", ".", "x", " ", "\\n", 
 
 
 def case_template(directory):
-    """The text of any conversation is transformers', or neither renders it; in a changed template, or none is used."""
+    """The text of any conversation is transformers', or neither renders it; in a changed template, or none is
+    used."""
     from transformers import AutoTokenizer
 
     made = []
@@ -571,7 +577,8 @@ def case_config(directory):
 
 
 def case_weights(directory):
-    """A safetensors file, or an index and its files, damaged: entries that lie inside their files, or a refusal."""
+    """A safetensors file, or an index and its files, damaged: entries that lie inside their files, or a
+    refusal."""
     import torch
     from safetensors.torch import save
 
@@ -609,8 +616,9 @@ def case_weights(directory):
 
 
 def case_resume(directory):
-    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a refusal. Its
-    manifest is damaged, alone or with a checksum of its own that fits, or fits whatever the state is."""
+    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a
+    refusal. Its manifest is damaged, alone or with a checksum of its own that fits, or fits whatever the
+    state is."""
     from disk import checkpoint
 
     state = {"step": 7, "data": "abc", "seed": 42, "best": {"val_loss": 1.5, "step": 3, "behind": 0}}
@@ -668,8 +676,8 @@ TARGETS = {"data": case_data, "json": case_json, "parquet": case_parquet, "templ
 
 
 def fuzz(target, cases, directory, seed_=None):
-    """Run so many cases of a target. Without a seed always the same ones, and the smallest that fails raises; with
-    one return {kind of failure: (the shortest case, its traceback)}."""
+    """Run so many cases of a target. Without a seed always the same ones, and the smallest that fails raises;
+    with one return {kind of failure: (the shortest case, its traceback)}."""
     check, strategy = TARGETS[target](directory)
     failures, phases = {}, (Phase.generate,) if seed_ is not None else (Phase.generate, Phase.shrink)
 

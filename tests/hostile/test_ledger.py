@@ -28,7 +28,8 @@ END, BOS = RAW.token_to_id("<|im_end|>"), RAW.token_to_id("<|endoftext|>")
 
 @pytest.fixture
 def model(tmp_path):
-    """A function: chat template, tokenizer_config's keys -> models/tiny with that tokenizer, in a directory."""
+    """A function: chat template, tokenizer_config's keys -> models/tiny with that tokenizer, in a
+    directory."""
 
     def make(template=None, raw=None, **config):
         shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -39,8 +40,8 @@ def model(tmp_path):
 
 @pytest.fixture
 def ledger(train, tmp_path, capsys):
-    """A function: rows and flags -> (lines of metrics.jsonl, the ledger's numbers as they are printed), after one epoch
-    through sft.main; the two lines have to balance."""
+    """A function: rows and flags -> (lines of metrics.jsonl, the ledger's numbers as they are printed), after
+    one epoch through sft.main; the two lines have to balance."""
 
     def start(rows, *flags, model="tiny", out="out"):
         (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -91,7 +92,8 @@ ROWS = [{"messages": messages} for messages in TALKS]
 
 
 def counted(talks, max_length=10**6, before=0):
-    """(tokens, targets, those cut off) of conversations in ChatML with `before` tokens of context in front of each."""
+    """(tokens, targets, those cut off) of conversations in ChatML with `before` tokens of context in front of
+    each."""
     pieces = [(before + len(ids), mask) for ids, mask in map(by_pieces, talks)]
     return (sum(n for n, _ in pieces), sum(sum(mask[: max_length - before]) for _, mask in pieces),
             sum(max(0, n - max_length) for n, _ in pieces))
@@ -102,7 +104,8 @@ def counted(talks, max_length=10**6, before=0):
 
 
 def test_pad_equals_eos(model, ledger, tmp_path):
-    """A pad token that also ends turns takes no target away: each turn trains its end, though its id is the pad's."""
+    """A pad token that also ends turns takes no target away: each turn trains its end, though its id is the
+    pad's."""
     directory = model(pad_token="<|im_end|>", eos_token="<|im_end|>")
     steps, says = ledger(ROWS, "--batch_size", 2, model=directory)
     tokens, targets, _ = counted(TALKS)
@@ -115,7 +118,8 @@ def test_pad_equals_eos(model, ledger, tmp_path):
 
 
 def test_over_long_prompts(ledger, refused):
-    """A prompt longer than max_length leaves no target: its row is dropped and counted, others are cut and counted."""
+    """A prompt longer than max_length leaves no target: its row is dropped and counted, others are cut and
+    counted."""
     talks = [chat("word " * 60, "lost"), chat("q", "words " * 60), chat("q", "short"),
              chat("word " * 20, "x", "r", "y")]
     rows = [{"messages": messages} for messages in talks]
@@ -190,7 +194,8 @@ SOMETIMES = chatml("m.content").replace("'<|im_end|>\\n'", "('\\n' if m.content 
 
 
 def test_99_percent_of_the_turns_must_train_their_end(model, ledger, refused):
-    """99 of 100 do: the run starts. 98 of 99 do not, nor 197 of 199; turns that are cut or not trained do not count."""
+    """99 of 100 do: the run starts. 98 of 99 do not, nor 197 of 199; turns that are cut or not trained do not
+    count."""
     directory = model(SOMETIMES)
     endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
     untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
@@ -283,7 +288,8 @@ TRAPS = {  # name: (how a row begins, what follows so many times, how it ends, w
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.parametrize("lines", [True, False], ids=["lines", "array"])
 def test_a_trap(name, lines, tmp_path):
-    """Long, deep, large, doubled: trained like any other, or refused, in seconds and a few times its size of memory."""
+    """Long, deep, large, doubled: trained like any other, or refused, in seconds and a few times its size of
+    memory."""
     before, piece, times, after, say = TRAPS[name]
     text = before + piece * times + after
     path = tmp_path / "rows.json"
@@ -302,7 +308,8 @@ def test_a_trap(name, lines, tmp_path):
 
 
 def test_turns_that_are_cut_off_cost_nothing(tmp_path, monkeypatch):
-    """Finding a turn's tokens is a walk over the conversation's: of 2,000 turns those within max_length take it."""
+    """Finding a turn's tokens is a walk over the conversation's: of 2,000 turns those within max_length take
+    it."""
     messages, looked = chat("q", "a") * 2000, []
     token_range = data.token_range
     monkeypatch.setattr(data, "token_range", lambda *words: (looked.append(1), token_range(*words))[1])

@@ -18,7 +18,8 @@ from text.template import ChatTokenizer
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_targets_of_template_that(name, tmp_path):
-    """The decoded targets of single- and multi-turn conversations are exactly the answers and what ends them."""
+    """The decoded targets of single- and multi-turn conversations are exactly the answers and what ends
+    them."""
     template, special, config, batch, expected = FAMILIES[name]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
     path = write(tmp_path / "rows.json", [{"messages": messages} for messages in batch])
@@ -31,7 +32,8 @@ def test_targets_of_template_that(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["models/tiny", *FAMILIES])
 def test_text_and_ids_are_those_of_transformers(name, tmp_path):
-    """What is trained on is what apply_chat_template writes and its tokenizer encodes, without a second BOS."""
+    """What is trained on is what apply_chat_template writes and its tokenizer encodes, without a second
+    BOS."""
     if name == "models/tiny":
         directory, batch = TINY, [*PLAIN, chat(" q\n", "\n a ", "", "b", system="s")]
     else:
@@ -60,7 +62,8 @@ def test_text_and_ids_are_those_of_transformers(name, tmp_path):
 
 
 def test_a_template_may_use_what_transformers_offers_it(tmp_path):
-    """tools, tojson without ASCII escapes, break and continue, strftime_now and block trimming render alike."""
+    """tools, tojson without ASCII escapes, break and continue, strftime_now and block trimming render
+    alike."""
     template = """
     {%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + tools | tojson(indent=2) + '<|im_end|>' }}{% endif %}
     {% for m in messages %}
@@ -90,7 +93,8 @@ def test_the_tools_of_a_row_reach_its_template(tmp_path):
 
 
 def test_a_call_of_a_tool_is_a_target(tmp_path):
-    """An assistant message without words but with tool_calls is trained as the template renders it, up to its end."""
+    """An assistant message without words but with tool_calls is trained as the template renders it, up to its
+    end."""
     template = chatml("m.content + (m.tool_calls | tojson if m.tool_calls else '')")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
@@ -101,7 +105,8 @@ def test_a_call_of_a_tool_is_a_target(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_questions_in_a_row_are_no_targets(name, tmp_path):
-    """Also where the header is what closes a question, as [/INST] does: of several only the last opens an answer."""
+    """Also where the header is what closes a question, as [/INST] does: of several only the last opens an
+    answer."""
     template, special, config, _, (plain, *_) = FAMILIES[name]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
     messages = [*chat("q"), *chat(""), *chat("a b", "a"), *chat("a"), *chat("b", "a")]
@@ -153,7 +158,8 @@ THINKS = chatml("('<think>' + m.thinking + '</think>' if m.thinking is defined e
     ({"reasoning": "b", "thinking": "a"}, "a", "a"), ({"reasoning_content": "a", "thinking": "b"}, "a", "b"),
     ({"reasoning_content": "", "reasoning": "b"}, "", "")], ids=str)
 def test_reasoning_goes_by_three_names(said, as_content, as_thinking, tmp_path):
-    """reasoning, thinking and reasoning_content reach templates that read another of them, as transformers has it."""
+    """reasoning, thinking and reasoning_content reach templates that read another of them, as transformers
+    has it."""
     messages = [*chat("q"), {"role": "assistant", "content": "a", **said}]
     path = write(tmp_path / "rows.json", [{"messages": messages}])
     for name, template, expected in (("a", QWEN3, f"<think>\n{as_content}\n</think>\n\na<|im_end|>"),
@@ -185,7 +191,8 @@ def test_a_template_that_never_ends_a_turn_is_refused(tmp_path):
 
 
 def test_99_percent_of_turns_must_end(tmp_path):
-    """One endless turn of 100 may pass, one of 99 may not; turns that are not trained or were cut do not count."""
+    """One endless turn of 100 may pass, one of 99 may not; turns that are not trained or were cut do not
+    count."""
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", SOMETIMES_ENDS))
     endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
     untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
@@ -222,7 +229,8 @@ def test_an_answer_that_the_template_changes_names_the_row(tmp_path):
 
 
 def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
-    """A question that is rendered in other words may hold a header and the answer: the answer's own place counts."""
+    """A question that is rendered in other words may hold a header and the answer: the answer's own place
+    counts."""
     template = chatml("(m.content.replace('secret', '***') if m.role == 'user' else m.content)")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("my secret:\nassistant\nHi.", "Hi.")}])
@@ -237,7 +245,8 @@ def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
                                            ("{{ 'silent' }}", "chat template"),
                                            ("{{ messages[0].content + 1 }}", "chat template")])
 def test_a_template_that_cannot_be_used_names_its_directory(template, say, tmp_path):
-    """A broken template, one that reaches for Python, or one that renders no message is an error with a place."""
+    """A broken template, one that reaches for Python, or one that renders no message is an error with a
+    place."""
     directory = make_directory(tmp_path / "model", template)
     with pytest.raises(ValueError, match=re.escape(directory) + f".*{say}"):
         ChatTokenizer(directory)
@@ -255,7 +264,8 @@ def test_a_template_that_fails_on_a_conversation_names_the_row(tmp_path):
 
 @pytest.mark.parametrize("method", ["find_answers", "render_marked"])
 def test_a_bug_of_ours_is_no_fault_of_the_template(method, tmp_path, monkeypatch):
-    """A plain ValueError around the rendering goes through with its traceback; UserError would hide where it is."""
+    """A plain ValueError around the rendering goes through with its traceback; UserError would hide where it
+    is."""
     def broken(*arguments, **options):
         return int("x")
 

@@ -1,4 +1,5 @@
-"""A loaded dataset: its ledger balances to the token, its rows keep their order, its digest says what it holds."""
+"""A loaded dataset: its ledger balances to the token, its rows keep their order, its digest says what it
+holds."""
 
 import dataclasses
 import re
@@ -33,7 +34,8 @@ LEDGER_ROWS = [  # tokens, targets: 18, 2; 21, 5; 38, 3 and 3; 30, 2
                                 in_dropped_rows=0, rows_truncated=3)),
 ])
 def test_the_ledger_has_these_numbers(max_length, too_long, on_prompt, expected, tmp_path):
-    """Rows and tokens are counted where they went, to the token, for each way with conversations that are too long."""
+    """Rows and tokens are counted where they went, to the token, for each way with conversations that are too
+    long."""
     dataset = data.load(write(tmp_path / "rows.json", LEDGER_ROWS), tiny, max_length, too_long=too_long,
                         train_on_prompt=on_prompt)
     ledger = dataclasses.asdict(dataset.ledger)
@@ -76,7 +78,8 @@ def test_rows_without_targets_are_dropped_and_counted(tmp_path):
 
 
 def test_the_ledger_balances_for_any_data(tmp_path):
-    """Rows in = trained + dropped, tokens in = target + context + truncated + in dropped rows, counted by hand."""
+    """Rows in = trained + dropped, tokens in = target + context + truncated + in dropped rows, counted by
+    hand."""
 
     @repeatable
     @given(st.lists(conversations(), min_size=1, max_size=6), st.integers(2, 60), st.sampled_from(["truncate", "drop"]),
@@ -118,7 +121,8 @@ def test_the_ledger_balances_for_any_data(tmp_path):
 
 
 def test_more_rows_than_one_batch_of_the_tokenizer_keep_their_order(tmp_path):
-    """Rows are encoded a thousand at a time: none is lost or moved where one batch ends and the next begins."""
+    """Rows are encoded a thousand at a time: none is lost or moved where one batch ends and the next
+    begins."""
     rows = [{"prompt": str(i), "response": f"answer {i}"} for i in range(2001)]
     path = write(tmp_path / "rows.json", rows)
     dataset = data.load(path, tiny, 100)

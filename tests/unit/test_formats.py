@@ -31,7 +31,8 @@ BOM = b"\xef\xbb\xbf"
          "indented array", "escaped array"])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
 def test_a_container_is_told_by_its_first_bytes(content, name, tmp_path):
-    """JSON array, JSON Lines and gzip of either read the same, whatever the name, with BOM, blanks and CRLF."""
+    """JSON array, JSON Lines and gzip of either read the same, whatever the name, with BOM, blanks and
+    CRLF."""
     (tmp_path / name).write_bytes(content)
     path = str(tmp_path / name)
     assert list(formats.read_files(path)) == [(f"{path}[0]", ROWS[0]), (f"{path}[1]", ROWS[1])]
@@ -108,7 +109,8 @@ PACKED = gzip.compress(os.urandom(200).hex().encode())
     b'[{"prompt": "a", "response": "b", "n": ' + b"1" * 5000 + b"}]"],
     ids=["not UTF-8", "UTF-16", "cut gzip", "gzip with a wrong sum", "damaged gzip", "nested too deep", "long number"])
 def test_a_file_that_cannot_be_read_is_named(content, tmp_path):
-    """Bytes that are no text, a damaged archive, or JSON that Python gives up on: ValueError with the file."""
+    """Bytes that are no text, a damaged archive, or JSON that Python gives up on: ValueError with the
+    file."""
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -153,7 +155,8 @@ def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, da
 
 
 def test_an_array_is_read_in_pieces(tmp_path):
-    """2,000 rows of 5 kB: never more than a few pieces of text in memory, and an error far in has its place."""
+    """2,000 rows of 5 kB: never more than a few pieces of text in memory, and an error far in has its
+    place."""
     path = tmp_path / "rows.json"
     rows = [{"prompt": "p", "response": "word " * 1000}] * 2000
     path.write_text(json.dumps(rows, indent=0) + "\n")
@@ -196,7 +199,8 @@ def test_a_damaged_parquet_file_is_named(content, tmp_path):
 
 
 def test_a_hub_dataset_is_downloaded(tmp_path, monkeypatch):
-    """owner/name that is no path goes to the hub's client; the training split's files are read, others not."""
+    """owner/name that is no path goes to the hub's client; the training split's files are read, others
+    not."""
     import huggingface_hub
 
     asked = []
@@ -267,8 +271,8 @@ def test_every_row_shape_becomes_the_same_messages(row, messages, tmp_path):
      ("question", "answer", "chat"))
 ], ids=range(11))
 def test_keys_of_rows_may_be_named(row, keys):
-    """Where a row has the keys that were named, they are its question and answer, or its messages; any other row is
-    told by the usual ones."""
+    """Where a row has the keys that were named, they are its question and answer, or its messages; any other
+    row is told by the usual ones."""
     found = formats.to_messages(row, "here", keys)
     assert [(m["role"], m["content"]) for m in found] == [("user", "q?"), ("assistant", "a.")]
 

@@ -21,7 +21,8 @@ def packings(draw):
 @repeatable
 @given(packings())
 def test_packing_is_a_partition_within_its_limits(packing):
-    """All ranks together hold every conversation once, none too much, each equally many micro-batches, always alike."""
+    """All ranks together hold every conversation once, none too much, each equally many micro-batches, always
+    alike."""
     lengths, capacity, max_rows, dp_size = packing
     ranks = [pack(lengths, capacity, max_rows, rank, dp_size) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
@@ -37,7 +38,8 @@ def test_packing_is_a_partition_within_its_limits(packing):
 @repeatable
 @given(packings())
 def test_packing_takes_few_micro_batches_and_loads_them_evenly(packing):
-    """No rank works more than a longest conversation longer than another; two half-empty micro-batches never stay."""
+    """No rank works more than a longest conversation longer than another; two half-empty micro-batches never
+    stay."""
     lengths, capacity, _, dp_size = packing
     loads = [[sum(lengths[i] for i in batch) for batch in pack(lengths, capacity, None, rank, dp_size)]
              for rank in range(dp_size)]
@@ -47,7 +49,8 @@ def test_packing_takes_few_micro_batches_and_loads_them_evenly(packing):
 
 
 def test_packing_lays_these_out():
-    """The longest go first, each into the emptiest micro-batch, and another opens only where that has no room."""
+    """The longest go first, each into the emptiest micro-batch, and another opens only where that has no
+    room."""
     assert pack([1, 4, 2, 3], 5) == [[1, 0], [3, 2]]
     assert pack([5, 4, 3, 3, 3], 9) == [[0], [1, 4], [2, 3]]
     assert pack([5, 4, 3, 3, 3], 18) == [[0, 1, 2, 3, 4]]
@@ -56,7 +59,8 @@ def test_packing_lays_these_out():
 
 
 def test_items_go_to_the_least_loaded_bin_that_is_open():
-    """By hand: bin 1 is the least loaded, then closed by an item that it lacks room for; bin 0 takes the rest."""
+    """By hand: bin 1 is the least loaded, then closed by an item that it lacks room for; bin 0 takes the
+    rest."""
     bins, room = [0], [10, 3]
     assign_least_loaded(bins, np.array([1, 2, 2, 1]), costs=np.array([5, 1, 1, 1]), room=room)
     assert (bins, room) == ([0, 1, 0, 0], [7, 1])
@@ -92,7 +96,8 @@ def test_ranks_are_even_in_tokens_and_in_attention(dp_size, count):
 
 @pytest.mark.parametrize("dp_size", [2, 3, 8])
 def test_few_ranks_are_as_even_as_their_conversations_allow(dp_size):
-    """One conversation may cost more than a rank's share: in about 1 step of 100 no plan is even in squares."""
+    """One conversation may cost more than a rank's share: in about 1 step of 100 no plan is even in
+    squares."""
     sums = [rank_sums(lengths, dp_size) for lengths in steps_of(dp_size, 1200 // dp_size)]
     assert max(unevenness(tokens) for tokens, _ in sums) < 0.02
     uneven = sum(unevenness(squares) >= 0.05 for _, squares in sums)
@@ -137,7 +142,8 @@ def test_without_packing_ranks_take_turns():
 @pytest.mark.parametrize("capacity", [2048, 4096, 8192, 16384])
 @pytest.mark.parametrize("dp_size, count", [(1, 200), (8, 40), (64, 10)])
 def test_micro_batches_are_within_one_of_the_fewest(dp_size, count, capacity):
-    """A rank executes at most one more than tokens / ranks / capacity ask for, in 95 of 100 steps; mostly none more."""
+    """A rank executes at most one more than tokens / ranks / capacity ask for, in 95 of 100 steps; mostly
+    none more."""
     more = []
     for lengths in steps_of(dp_size, count):
         n_batches = len(pack(lengths, capacity, None, dp_size // 2, dp_size))
@@ -163,7 +169,8 @@ LENGTHS = {
 @pytest.mark.parametrize("dp_size", [1, 2, 7])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_every_conversation_is_in_one_micro_batch_of_one_rank(name, dp_size, max_rows):
-    """No more tokens or conversations than fit, equally many micro-batches on each rank, and none is without cause."""
+    """No more tokens or conversations than fit, equally many micro-batches on each rank, and none is without
+    cause."""
     lengths = LENGTHS[name]
     ranks = [pack(lengths, 2048, max_rows, rank, dp_size) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
@@ -180,7 +187,8 @@ def test_every_conversation_is_in_one_micro_batch_of_one_rank(name, dp_size, max
 @repeatable
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=80), st.integers(0, 60), st.integers(1, 6))
 def test_a_plan_is_the_same_from_any_integers(lengths, slack, dp_size):
-    """Lists, 16, 32 and 64 bits: ranks plan alike whatever type lengths come in, also where squares do not fit it."""
+    """Lists, 16, 32 and 64 bits: ranks plan alike whatever type lengths come in, also where squares do not
+    fit it."""
     lengths = [600 * n for n in lengths]
     capacity = max(lengths) + 600 * slack
     kinds = [lengths, *(np.array(lengths, dtype=kind) for kind in (np.int64, np.int32, np.uint16))]
@@ -216,7 +224,8 @@ def taken_apart(batch):
 
 
 def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
-    """Inputs are a conversation up to its last target; rows are the places where, by hand, the next token is one."""
+    """Inputs are a conversation up to its last target; rows are the places where, by hand, the next token is
+    one."""
 
     @repeatable
     @given(st.lists(conversations(), min_size=1, max_size=5), st.integers(0, 80), st.sampled_from([None, 1, 2]),
@@ -245,7 +254,8 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
 
 
 def test_owners_are_the_conversations_of_the_targets(tmp_path):
-    """One index of the dataset for each target, whatever the order and the lengths of the conversations are."""
+    """One index of the dataset for each target, whatever the order and the lengths of the conversations
+    are."""
     dataset = dataset_of([chat(f"q{i}", "answer " * (i % 3 + 1)) for i in range(7)], tmp_path / "rows.json")
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
         owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True) for _ in pairs]

@@ -22,7 +22,8 @@ def test_the_order_of_a_seed_is_this():
 
 
 def test_an_epoch_holds_every_conversation_once():
-    """Each epoch's steps are a partition; all are full but its last; the float says how many epochs are done."""
+    """Each epoch's steps are a partition; all are full but its last; the float says how many epochs are
+    done."""
 
     @repeatable
     @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 10**18))
@@ -41,7 +42,8 @@ def test_an_epoch_holds_every_conversation_once():
 
 
 def test_orders_differ_between_epochs_and_seeds_and_agree_otherwise():
-    """The order is a function of (seed, epoch) alone: not of batch size, number of epochs or what was asked before."""
+    """The order is a function of (seed, epoch) alone: not of batch size, number of epochs or what was asked
+    before."""
 
     def order(seed, epoch, batch_size=50, epochs=3):
         per_epoch = -(-50 // batch_size)
@@ -87,7 +89,8 @@ def test_batch_tokens_below_the_longest_conversation_are_refused():
 @pytest.mark.parametrize("batch_tokens", [None, 60])
 @pytest.mark.parametrize("max_steps", [1, 3, 4, 5, 8, 30])
 def test_max_steps_overrule_epochs(max_steps, batch_tokens):
-    """max_steps may cut the epochs short or go on beyond them; the steps are the same as those of more epochs."""
+    """max_steps may cut the epochs short or go on beyond them; the steps are the same as those of more
+    epochs."""
     lengths = np.arange(10, 26)
     sampler = data.Sampler(lengths, epochs=2, seed=42, batch_size=4, batch_tokens=batch_tokens, max_steps=max_steps)
     longer = data.Sampler(lengths, epochs=40, seed=42, batch_size=4, batch_tokens=batch_tokens)
@@ -130,7 +133,8 @@ def test_ends_epoch_at_the_last_step_of_each_epoch_and_of_all():
 
 @pytest.mark.parametrize("batch_tokens", [2048, 12544, 131072])
 def test_batch_tokens_cut_where_the_next_would_pass(batch_tokens):
-    """The steps are those of counting one conversation after another; those of 131,072 tokens are all 98 % full."""
+    """The steps are those of counting one conversation after another; those of 131,072 tokens are all 98 %
+    full."""
     lengths = lognormal(40_000)
     sampler = data.Sampler(lengths, epochs=2, seed=42, batch_size=1, batch_tokens=batch_tokens)
     order, per_epoch = data.Sampler(lengths, epochs=2, seed=42, batch_size=len(lengths)).step(2).ids, []
@@ -148,7 +152,8 @@ def test_batch_tokens_cut_where_the_next_would_pass(batch_tokens):
 
 @pytest.mark.parametrize("batch_tokens", [None, 2048])
 def test_the_plan_of_an_epoch_has_no_object_for_each_row(batch_tokens):
-    """What stays of an epoch's plan is two numbers of eight bytes a conversation, even where each is a step."""
+    """What stays of an epoch's plan is two numbers of eight bytes a conversation, even where each is a
+    step."""
     lengths = np.full(100_000, 2048)
     tracemalloc.start()
     try:
@@ -172,7 +177,8 @@ def test_the_last_step_of_an_epoch_holds_the_rest():
 
 
 def test_files_are_mixed_by_weight(tmp_path):
-    """0.7 and 0.3 of 100 and 20 conversations: an epoch has the 20 and 46 of the 100, other ones in the next epoch."""
+    """0.7 and 0.3 of 100 and 20 conversations: an epoch has the 20 and 46 of the 100, other ones in the next
+    epoch."""
     a, b = mixed(tmp_path, 100, 20)
     dataset = data.load(f"{a}:0.7,{b}:0.3", tiny, 100)
     sampler = data.Sampler(dataset.lengths, epochs=2, seed=42, batch_size=6, mix=dataset.mix())

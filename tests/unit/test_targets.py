@@ -132,7 +132,8 @@ LITERAL = [
 
 @pytest.mark.parametrize("name, row, expected", LITERAL, ids=[f"{name}-{row}" for name, row, _ in LITERAL])
 def test_targets_are_these_tokens(name, row, expected):
-    """Answers and <|im_end|> are targets, token by token; prompts, headers and the newline after a turn are not."""
+    """Answers and <|im_end|> are targets, token by token; prompts, headers and the newline after a turn are
+    not."""
     assert runs(data.load(os.path.join(ROOT, "data", name), tiny, 2048), row) == expected
 
 
@@ -188,7 +189,8 @@ def masked(encoding, spans, kept=None, train_on_prompt=False, stop_id=STOP):
     (dict(kept=2, train_on_prompt=True), (".x", 0, 0)),
 ], ids=str)
 def test_mask_of_one_turn(how, expected):
-    """The turn from the end of its header to its stop token, and how it counts; text: user:hi_bot:oh yes<end>_"""
+    """The turn from the end of its header to its stop token, and how it counts; text: user:hi_bot:oh
+    yes<end>_"""
     assert ONE.text[12:23] == "oh yes<end>"
     assert masked(ONE, [(12, 23, True, True)], **how) == expected
 
@@ -260,7 +262,8 @@ def test_every_example_row_equals_chatml_by_hand(path):
 
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory):
-    """models/tiny with a token for two newlines, which the header's newline and an answer's first one become."""
+    """models/tiny with a token for two newlines, which the header's newline and an answer's first one
+    become."""
     directory = tmp_path_factory.mktemp("merging")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         with open(os.path.join(TINY, name), encoding="utf-8") as f:
@@ -274,7 +277,8 @@ def merging(tmp_path_factory):
 
 @pytest.mark.parametrize("merges", [False, True], ids=["tiny", "newlines merge"])
 def test_any_conversation_equals_chatml_by_hand(merges, merging, tmp_path):
-    """Whatever is said, ids and mask are those of the independent reading, where answers begin with newlines too."""
+    """Whatever is said, ids and mask are those of the independent reading, where answers begin with newlines
+    too."""
     tokenizer = ChatTokenizer(merging) if merges else tiny
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json")) if merges else RAW
 
@@ -290,7 +294,8 @@ def test_any_conversation_equals_chatml_by_hand(merges, merging, tmp_path):
 
 
 def test_a_token_that_begins_in_the_header_is_not_a_target(merging, tmp_path):
-    """A newline that merged with the header's own is in the prompt already, so the model never has to say it."""
+    """A newline that merged with the header's own is in the prompt already, so the model never has to say
+    it."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "\nHi"}, {"prompt": "q", "response": "Hi"}])
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json"))
     dataset = data.load(path, ChatTokenizer(merging), 2048)
@@ -331,7 +336,8 @@ def test_a_turn_marked_to_train_is_as_one_without_a_mark(mark, tmp_path):
 
 
 def test_train_on_last(tmp_path):
-    """The last assistant turn of each conversation only; a last turn that says train: false trains nothing instead."""
+    """The last assistant turn of each conversation only; a last turn that says train: false trains nothing
+    instead."""
     rows = [{"messages": [*chat("q", "first"), *chat("q2", "second")]},
             {"messages": [*chat("q", "first"), {"role": "user", "content": "q2"},
                           {"role": "assistant", "content": "second", "train": False}]}]
@@ -342,7 +348,8 @@ def test_train_on_last(tmp_path):
 
 
 def test_train_on_prompt_trains_all_but_the_first_token(tmp_path):
-    """With train_on_prompt every token is a target except the first, which nothing predicts; "train" is overruled."""
+    """With train_on_prompt every token is a target except the first, which nothing predicts; "train" is
+    overruled."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tiny, 100, train_on_prompt=True)
     ids, _ = by_hand(messages)

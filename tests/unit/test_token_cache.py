@@ -117,7 +117,8 @@ def test_the_key_knows_the_versions(package, made, monkeypatch):
 
 
 def test_the_cache_knows_the_keys_of_rows(tmp_path):
-    """The same file read by other keys is other data; a row that has neither is refused, with the keys looked for."""
+    """The same file read by other keys is other data; a row that has neither is refused, with the keys looked
+    for."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "one", "question": "q", "answer": "two"}])
     keys = dict.fromkeys(["prompt", "question"])
     for question, answer in ("prompt", "response"), ("question", "answer"), ("prompt", "response"):
@@ -166,7 +167,8 @@ def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
 
 
 def test_who_holds_the_lock_of_the_cache_shows_progress(tmp_path, monkeypatch):
-    """Every thousand rows its file gets another time: those who wait in take_lock go on waiting, however long."""
+    """Every thousand rows its file gets another time: those who wait in take_lock go on waiting, however
+    long."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "a"}] * 3001)
     tokenizer, times = ChatTokenizer(TINY), []
     render = tokenizer.render_spans
