@@ -16,7 +16,8 @@ from text.template import ChatTokenizer
 
 TINY = os.path.join(ROOT, "models", "tiny")
 EXAMPLES = [os.path.join(ROOT, "data", name) for name in (
-    "example_sft.json", "example_alpaca.json", "example_conversations.json", "example_sharegpt.json", "example.jsonl")]
+    "example_sft.json", "example_alpaca.json", "example_conversations.json", "example_sharegpt.json",
+    "example.jsonl")]
 RAW = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
 tiny = ChatTokenizer(TINY)
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=150)
@@ -38,7 +39,8 @@ def runs(dataset, i=0, tokenizer=RAW):
     """Conversation i as (is a target, decoded text, token ids), one for each run of equal mask."""
     here = slice(dataset.starts[i], dataset.starts[i + 1])
     pairs = zip(dataset.is_target[here].tolist(), dataset.tokens[here].tolist(), strict=True)
-    grouped = [(target, [token for _, token in group]) for target, group in groupby(pairs, key=lambda pair: pair[0])]
+    grouped = [(target, [token for _, token in group])
+               for target, group in groupby(pairs, key=lambda pair: pair[0])]
     return [(target, tokenizer.decode(ids, skip_special_tokens=False), ids) for target, ids in grouped]
 
 
@@ -89,15 +91,18 @@ def by_hand(messages, raw=RAW):
         trained = message["role"] == "assistant" and message.get("train", True)
         begins = np.cumsum([0] + [len(raw.id_to_token(token)) for token in piece[:-1]])
         ids += [start, *piece, end, *newline]
-        mask += [False, *(trained and byte >= len(header) for byte in begins), trained, *[False] * len(newline)]
+        mask += [False, *(trained and byte >= len(header) for byte in begins), trained,
+                 *[False] * len(newline)]
     return ids, mask
 
 
-WORDS = ["assistant", "user", "system", "assistant\n", "user\n", "im_start", "<|im_", "end|>", "{{ messages }}", "\n",
-         "\n\n", " ", "  ", "\t", "\r\n", "你好", "，世界。", "🙂", "👩‍👩‍👧", "é", "e\u0301", "\u3000", "\u00a0", "Hello",
-         " there", "def f(x):\n    return x\n", "a=1", "0", "42", "</s>", "[INST]", "\\n", '"', "'s"]
+WORDS = ["assistant", "user", "system", "assistant\n", "user\n", "im_start", "<|im_", "end|>",
+         "{{ messages }}", "\n", "\n\n", " ", "  ", "\t", "\r\n", "你好", "，世界。", "🙂", "👩‍👩‍👧", "é", "e\u0301",
+         "\u3000", "\u00a0", "Hello", " there", "def f(x):\n    return x\n", "a=1", "0", "42", "</s>",
+         "[INST]", "\\n", '"', "'s"]
 SPECIAL = re.compile(r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>")
-contents = st.lists(st.one_of(st.sampled_from(WORDS), st.text("ab 1\n界", max_size=3)), max_size=6).map("".join).filter(
+contents = st.lists(st.one_of(st.sampled_from(WORDS), st.text("ab 1\n界", max_size=3)),
+                    max_size=6).map("".join).filter(
     lambda text: not SPECIAL.search(text))
 answers = contents.filter(str.strip)
 
@@ -109,7 +114,8 @@ def conversations(draw):
     roles = draw(st.one_of(st.integers(1, 3).map(lambda n: ["user", "assistant"] * n),
                            st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=5).filter(
                                lambda roles: "assistant" in roles)))
-    messages = [{"role": role, "content": draw(answers if role == "assistant" else contents)} for role in roles]
+    messages = [{"role": role, "content": draw(answers if role == "assistant" else contents)}
+                for role in roles]
     for message in messages:
         if message["role"] == "assistant" and draw(st.integers(0, 4)) == 0:
             message["train"] = False
@@ -123,19 +129,22 @@ def make_directory(path, template, special=(), raw=None, **config):
     """A model directory's tokenizer half: models/tiny's tokenizer, more special tokens, this template."""
     path.mkdir(exist_ok=True)
     raw = raw or Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
-    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) if isinstance(token, str) else token
+    raw.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                            if isinstance(token, str) else token
                             for token in special])
     raw.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "eos_token": "<|endoftext|>", **config}
-    write(path / "tokenizer_config.json", config if template is None else {**config, "chat_template": template})
+    write(path / "tokenizer_config.json", config if template is None
+          else {**config, "chat_template": template})
     return str(path)
 
 
 def chatml(content, role="m.role", more=""):
     """A ChatML template whose messages have this content."""
-    return ("{%- for m in messages %}{{- '<|im_start|>' + " + role + " + '\\n' + " + content + " + '<|im_end|>\\n' }}"
-            "{%- endfor %}" + more + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+    message = "'<|im_start|>' + " + role + " + '\\n' + " + content + " + '<|im_end|>\\n'"
+    return ("{%- for m in messages %}{{- " + message + " }}{%- endfor %}" + more
+            + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
 LLAMA3 = """\
@@ -172,7 +181,8 @@ QWEN3 = """\
         {%- if m.reasoning_content is string %}
             {%- set reasoning = m.reasoning_content %}
         {%- elif '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\\n') %}
+            {%- set reasoning = reasoning.split('<think>')[-1].lstrip('\\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {%- if loop.index0 > ns.last and (loop.last or reasoning) %}
@@ -190,8 +200,8 @@ QWEN3 = """\
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}"""
-DROPS_THINKING = chatml("(m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' and not loop.last "
-                        "else m.content)")
+DROPS_THINKING = chatml("(m.content.split('</think>')[-1].lstrip('\\n') "
+                        "if m.role == 'assistant' and not loop.last else m.content)")
 STRIPS = chatml("m.content.strip()")
 GENERATION = """\
 {%- for m in messages %}
@@ -256,8 +266,8 @@ FAMILIES = {
     "drops the thinking of earlier turns": (
         DROPS_THINKING, [], {},
         [*PLAIN, chat("q", THOUGHT + "One."), chat("q", THOUGHT + "One.", "r", THOUGHT + "Two.")],
-        [["Hi there.<|im_end|>"], ["Hi there.<|im_end|>", "你好，world 🙂<|im_end|>"], [THOUGHT + "One.<|im_end|>"],
-         ["One.<|im_end|>", THOUGHT + "Two.<|im_end|>"]]),
+        [["Hi there.<|im_end|>"], ["Hi there.<|im_end|>", "你好，world 🙂<|im_end|>"],
+         [THOUGHT + "One.<|im_end|>"], ["One.<|im_end|>", THOUGHT + "Two.<|im_end|>"]]),
     "strips contents": (
         STRIPS, [], {}, [*PLAIN, chat(" q \n", "\n\n Hi. \n", " ", "Bye.\t", system="\ns")],
         [["Hi there.<|im_end|>"], ["Hi there.<|im_end|>", "你好，world 🙂<|im_end|>"],
@@ -271,7 +281,8 @@ FAMILIES = {
         [*PLAIN, chat("[INST] q [/INST]", "[/INST]")],
         [[" Hi there.</s>"], [" Hi there.</s>", " 你好，world 🙂</s>"], [" [/INST]</s>"]]),
     "has a prompt that ends before the header's space": (
-        PLAIN_WORDS, ["</s>"], dict(eos_token="</s>"), [*PLAIN, chat("Answer: q", "Answer: a", "r", "b", system="s\n")],
+        PLAIN_WORDS, ["</s>"], dict(eos_token="</s>"),
+        [*PLAIN, chat("Answer: q", "Answer: a", "r", "b", system="s\n")],
         [[" Hi there.</s>"], [" Hi there.</s>", " 你好，world 🙂</s>"], [" Answer: a</s>", " b</s>"]]),
     "names its roles otherwise, like Gemma": (
         GEMMA, ["<bos>", "<start_of_turn>", "<end_of_turn>"], dict(bos_token="<bos>"), [*PLAIN],

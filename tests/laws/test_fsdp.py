@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from test_sft import EXAMPLES, TINY
 
 from disk import checkpoint
-import data
 from disk import files
 import fsdp
 from disk import pretrained
@@ -473,6 +472,6 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
         assert ("all on one data-parallel rank" in result.stdout) == (ranks == 2)
     forward = sft.CausalLM.forward
     monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets, *rest: (
-        forward(self, tokens, lengths, targets) / (targets != data.IGNORE).sum()))
+        forward(self, tokens, lengths, targets) / (targets != -100).sum()))
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         train("--selfcheck", model=models["tied"])

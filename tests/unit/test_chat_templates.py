@@ -52,7 +52,8 @@ def test_text_and_ids_are_those_of_transformers(name, tmp_path):
         prompt = theirs.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         assert ours.render(messages[:-1], add_generation_prompt=True) == prompt
         ids = dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tolist()
-        encoded = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask="gen" in name)
+        encoded = theirs.apply_chat_template(messages, return_dict=True,
+                                             return_assistant_tokens_mask="gen" in name)
         assert ids == encoded["input_ids"] == theirs(text, add_special_tokens=False)["input_ids"]
         if "gen" in name:
             mask = dataset.is_target[dataset.starts[i] : dataset.starts[i + 1]]
@@ -65,7 +66,9 @@ def test_a_template_may_use_what_transformers_offers_it(tmp_path):
     """tools, tojson without ASCII escapes, break and continue, strftime_now and block trimming render
     alike."""
     template = """
-    {%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + tools | tojson(indent=2) + '<|im_end|>' }}{% endif %}
+    {%- if tools %}
+        {{- '<|im_start|>system\\n' + tools | tojson + tools | tojson(indent=2) + '<|im_end|>' }}
+    {%- endif %}
     {% for m in messages %}
         {% if loop.index0 == 4 %}{% break %}{% endif %}
         {% if m.role == 'system' %}{% continue %}{% endif %}
@@ -86,7 +89,8 @@ def test_a_template_may_use_what_transformers_offers_it(tmp_path):
 
 def test_the_tools_of_a_row_reach_its_template(tmp_path):
     """A row's "tools" are rendered as its template does with them."""
-    template = chatml("m.content").replace("{%- for", "{%- if tools %}{{- tools[0].name }}{%- endif %}{%- for", 1)
+    template = chatml("m.content").replace("{%- for",
+                                           "{%- if tools %}{{- tools[0].name }}{%- endif %}{%- for", 1)
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("q", "a"), "tools": [{"name": "weather"}]}])
     assert runs(data.load(path, tokenizer, 2048))[0][1].startswith("weather<|im_start|>user\nq")
@@ -97,7 +101,8 @@ def test_a_call_of_a_tool_is_a_target(tmp_path):
     end."""
     template = chatml("m.content + (m.tool_calls | tojson if m.tool_calls else '')")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+    messages = [{"role": "user", "content": "q"},
+                {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
                 {"role": "tool", "content": "7"}, {"role": "assistant", "content": "Seven."}]
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 2048)
     assert target_texts(dataset) == ['[{"name": "f"}]<|im_end|>', "Seven.<|im_end|>"]
@@ -138,7 +143,8 @@ def test_reasoning_that_already_says_the_answer_is_trained_to_its_end(template, 
 def test_reasoning_in_a_key_of_its_own_may_say_the_answer(tmp_path):
     """reasoning_content that the template renders before the answer is trained with it, whatever it says."""
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", QWEN3))
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "42", "reasoning_content": "42?"}]
+    messages = [{"role": "user", "content": "q"},
+                {"role": "assistant", "content": "42", "reasoning_content": "42?"}]
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 2048)
     assert target_texts(dataset) == ["<think>\n42?\n</think>\n\n42<|im_end|>"]
 
@@ -153,9 +159,11 @@ THINKS = chatml("('<think>' + m.thinking + '</think>' if m.thinking is defined e
 
 
 @pytest.mark.parametrize("said, as_content, as_thinking", [
-    ({"reasoning": "hm"}, "hm", "hm"), ({"thinking": "hm"}, "hm", "hm"), ({"reasoning_content": "hm"}, "hm", "hm"),
-    ({"reasoning_content": None, "thinking": None, "reasoning": "hm"}, "hm", "hm"), ({"reasoning_content": ""}, "", ""),
-    ({"reasoning": "b", "thinking": "a"}, "a", "a"), ({"reasoning_content": "a", "thinking": "b"}, "a", "b"),
+    ({"reasoning": "hm"}, "hm", "hm"), ({"thinking": "hm"}, "hm", "hm"),
+    ({"reasoning_content": "hm"}, "hm", "hm"),
+    ({"reasoning_content": None, "thinking": None, "reasoning": "hm"}, "hm", "hm"),
+    ({"reasoning_content": ""}, "", ""), ({"reasoning": "b", "thinking": "a"}, "a", "a"),
+    ({"reasoning_content": "a", "thinking": "b"}, "a", "b"),
     ({"reasoning_content": "", "reasoning": "b"}, "", "")], ids=str)
 def test_reasoning_goes_by_three_names(said, as_content, as_thinking, tmp_path):
     """reasoning, thinking and reasoning_content reach templates that read another of them, as transformers
@@ -197,7 +205,8 @@ def test_99_percent_of_turns_must_end(tmp_path):
     endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
     untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
     untrained["messages"][1]["train"] = False
-    dataset = data.load(write(tmp_path / "rows.json", [endless] + 99 * [ended] + 50 * [untrained]), tokenizer, 2048)
+    dataset = data.load(write(tmp_path / "rows.json", [endless] + 99 * [ended] + 50 * [untrained]), tokenizer,
+                        2048)
     assert (dataset.ledger.turns, dataset.ledger.turns_stopped) == (150, 149)
     with pytest.raises(ValueError, match="only 98 of 99 assistant turns"):
         data.load(write(tmp_path / "rows.json", [endless] + 98 * [ended]), tokenizer, 2048)
@@ -241,7 +250,8 @@ def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
 
 @pytest.mark.parametrize("template, say", [("{% for m in messages %}", "chat template can't be used"),
                                            ("{{ raise_exception('no chat here') }}", "no chat here"),
-                                           ("{{ messages.__class__.__mro__ }}", "chat template can't be used"),
+                                           ("{{ messages.__class__.__mro__ }}",
+                                            "chat template can't be used"),
                                            ("{{ 'silent' }}", "chat template"),
                                            ("{{ messages[0].content + 1 }}", "chat template")])
 def test_a_template_that_cannot_be_used_names_its_directory(template, say, tmp_path):
@@ -256,7 +266,8 @@ def test_a_template_that_fails_on_a_conversation_names_the_row(tmp_path):
     """A Python error inside a template, such as adding text and a missing key, is an error of that row."""
     template = chatml("(m.content + (m.number if 'five' in m.content else ''))")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
-    rows = [{"messages": [{"role": "user", "content": "five", "number": 5}, {"role": "assistant", "content": "a"}]}]
+    rows = [{"messages": [{"role": "user", "content": "five", "number": 5},
+                          {"role": "assistant", "content": "a"}]}]
     path = write(tmp_path / "rows.json", rows)
     with pytest.raises(ValueError, match=re.escape(f"{path}[0]: ")):
         data.load(path, tokenizer, 2048)
@@ -279,7 +290,8 @@ def test_a_bug_of_ours_is_no_fault_of_the_template(method, tmp_path, monkeypatch
 def test_a_template_that_leaves_a_message_out_is_refused(tmp_path):
     """Header and turn end are learned from short probes: where one is not shown, the error says which."""
     template = chatml("(m.content if m.role == 'user' else '')")
-    with pytest.raises(UserError, match="chat template can't be used: it leaves out the message 'probe answer'"):
+    with pytest.raises(UserError,
+                       match="chat template can't be used: it leaves out the message 'probe answer'"):
         ChatTokenizer(make_directory(tmp_path / "model", template))
 
 
@@ -299,7 +311,8 @@ def test_without_a_template_there_is_chatml(tmp_path):
 def without_chatml_tokens():
     """models/tiny's tokenizer, whose vocabulary has no <|im_start|> and no <|im_end|>."""
     with open(os.path.join(TINY, "tokenizer.json"), encoding="utf-8") as f:
-        return Tokenizer.from_str(f.read().replace("<|im_start|>", "<|other_1|>").replace("<|im_end|>", "<|other_2|>"))
+        text = f.read().replace("<|im_start|>", "<|other_1|>").replace("<|im_end|>", "<|other_2|>")
+    return Tokenizer.from_str(text)
 
 
 def test_chatml_without_its_tokens_ends_turns_with_the_eos(tmp_path):

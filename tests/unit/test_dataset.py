@@ -20,14 +20,14 @@ LEDGER_ROWS = [  # tokens, targets: 18, 2; 21, 5; 38, 3 and 3; 30, 2
 
 @pytest.mark.parametrize("max_length, too_long, on_prompt, expected", [
     (100, "truncate", False, dict(trained=4, dropped={}, tokens=107, target=15, context=92, truncated=0)),
-    (20, "truncate", False, dict(trained=3, dropped={"without targets after truncation": 1}, tokens=107, target=10,
-                                 context=48, truncated=19, in_dropped_rows=30, rows_truncated=2)),
-    (20, "drop", False, dict(trained=1, dropped={"too long": 3}, tokens=107, target=2, context=16, truncated=0,
-                             in_dropped_rows=89, rows_truncated=0)),
-    (29, "drop", False, dict(trained=2, dropped={"too long": 2}, tokens=107, target=7, context=32, truncated=0,
-                             in_dropped_rows=68)),
-    (30, "drop", False, dict(trained=3, dropped={"too long": 1}, tokens=107, target=9, context=60, truncated=0,
-                             in_dropped_rows=38)),
+    (20, "truncate", False, dict(trained=3, dropped={"without targets after truncation": 1}, tokens=107,
+                                 target=10, context=48, truncated=19, in_dropped_rows=30, rows_truncated=2)),
+    (20, "drop", False, dict(trained=1, dropped={"too long": 3}, tokens=107, target=2, context=16,
+                             truncated=0, in_dropped_rows=89, rows_truncated=0)),
+    (29, "drop", False, dict(trained=2, dropped={"too long": 2}, tokens=107, target=7, context=32,
+                             truncated=0, in_dropped_rows=68)),
+    (30, "drop", False, dict(trained=3, dropped={"too long": 1}, tokens=107, target=9, context=60,
+                             truncated=0, in_dropped_rows=38)),
     (40, "error", False, dict(trained=4, dropped={}, tokens=107, target=15, context=92, truncated=0)),
     (100, "truncate", True, dict(trained=4, dropped={}, tokens=107, target=103, context=4, truncated=0)),
     (20, "truncate", True, dict(trained=4, dropped={}, tokens=107, target=74, context=4, truncated=29,
@@ -42,7 +42,8 @@ def test_the_ledger_has_these_numbers(max_length, too_long, on_prompt, expected,
     assert {key: ledger[key] for key in expected} == expected
     assert ledger["rows"] == 4
     assert ledger["trained"] == len(dataset) == len(sources(dataset))
-    assert (len(dataset.tokens), dataset.is_target.sum()) == (ledger["target"] + ledger["context"], ledger["target"])
+    assert len(dataset.tokens) == ledger["target"] + ledger["context"]
+    assert dataset.is_target.sum() == ledger["target"]
 
 
 def test_the_ledger_is_printed_as_it_balances(tmp_path):
@@ -64,7 +65,8 @@ def test_an_error_for_long_conversations_names_the_row_and_both_lengths(tmp_path
     {"messages": [chat("q")[0], {"role": "assistant", "content": "a", "train": False}]}], 100)])
 def test_nothing_left_to_train_is_an_error(rows, max_length, tmp_path):
     """A run that would train no token does not start, and the message says what became of the rows."""
-    with pytest.raises(ValueError, match=rf"no row is left to train on: {len(rows)} in, dropped .*'without targets"):
+    with pytest.raises(ValueError,
+                       match=rf"no row is left to train on: {len(rows)} in, dropped .*'without targets"):
         data.load(write(tmp_path / "rows.json", rows), tiny, max_length)
 
 
@@ -82,8 +84,8 @@ def test_the_ledger_balances_for_any_data(tmp_path):
     hand."""
 
     @repeatable
-    @given(st.lists(conversations(), min_size=1, max_size=6), st.integers(2, 60), st.sampled_from(["truncate", "drop"]),
-           st.booleans())
+    @given(st.lists(conversations(), min_size=1, max_size=6), st.integers(2, 60),
+           st.sampled_from(["truncate", "drop"]), st.booleans())
     def check(batch, max_length, too_long, on_prompt):
         kept, dropped, expected = [], Counter(), Counter(rows=len(batch))
         for ids, mask in map(by_hand, batch):
@@ -115,7 +117,8 @@ def test_the_ledger_balances_for_any_data(tmp_path):
         assert Counter(ledger.pop("dropped")) == dropped
         names = "rows trained tokens target context truncated in_dropped_rows rows_truncated".split()
         assert {name: ledger[name] for name in names} == {name: expected[name] for name in names}
-        assert ledger["tokens"] == sum(ledger[name] for name in ("target", "context", "truncated", "in_dropped_rows"))
+        parts = "target context truncated in_dropped_rows".split()
+        assert ledger["tokens"] == sum(ledger[name] for name in parts)
 
     check()
 
@@ -140,8 +143,9 @@ def test_the_digest_knows_tokens_targets_order_and_borders(tmp_path):
     def digest(rows, **how):
         return data.load(write(tmp_path / "rows.json", rows), tiny, **{"max_length": 100, **how}).digest
 
-    variants = [rows, rows[::-1], rows[:1], rows + rows[:1], [{"messages": [*chat("a", "b c"), *chat("d", "e f")]}],
-                [untrained], [rows[0], {"prompt": "d", "response": "e g"}]]
+    variants = [rows, rows[::-1], rows[:1], rows + rows[:1],
+                [{"messages": [*chat("a", "b c"), *chat("d", "e f")]}], [untrained],
+                [rows[0], {"prompt": "d", "response": "e g"}]]
     digests = [*map(digest, variants), digest(rows, train_on_prompt=True), digest(rows, max_length=18)]
     assert len(set(digests)) == len(digests)
     assert [digest(variant) for variant in variants] == digests[: len(variants)]

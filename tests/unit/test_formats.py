@@ -23,10 +23,12 @@ BOM = b"\xef\xbb\xbf"
 
 
 @pytest.mark.parametrize("content", [
-    ARRAY, LINES, BOM + ARRAY, BOM + LINES, gzip.compress(ARRAY), gzip.compress(LINES), gzip.compress(BOM + ARRAY),
-    b" \n\t" + ARRAY, b"\n\n" + LINES, BOM + b"\r\n " + ARRAY, LINES.replace(b"\n", b"\r\n"),
-    LINES.replace(b"\n", b"\n\n"), LINES.rstrip(), json.dumps(ROWS, indent=1).encode(), json.dumps(ROWS).encode()],
-    ids=["array", "lines", "BOM array", "BOM lines", "gzip array", "gzip lines", "gzip BOM array", "space array",
+    ARRAY, LINES, BOM + ARRAY, BOM + LINES, gzip.compress(ARRAY), gzip.compress(LINES),
+    gzip.compress(BOM + ARRAY), b" \n\t" + ARRAY, b"\n\n" + LINES, BOM + b"\r\n " + ARRAY,
+    LINES.replace(b"\n", b"\r\n"), LINES.replace(b"\n", b"\n\n"), LINES.rstrip(),
+    json.dumps(ROWS, indent=1).encode(), json.dumps(ROWS).encode()],
+                         ids=["array", "lines", "BOM array", "BOM lines", "gzip array", "gzip lines",
+                              "gzip BOM array", "space array",
          "blank lines first", "BOM space array", "CRLF lines", "blank lines between", "no last newline",
          "indented array", "escaped array"])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
@@ -53,7 +55,8 @@ def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
 def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
     """Commas join files and directories; each row names its own file and its place there."""
     (tmp_path / "sub").mkdir()
-    first, second = write(tmp_path / "z.json", [{"row": 0}, {"row": 1}]), write(tmp_path / "a.json", [{"row": 2}])
+    first = write(tmp_path / "z.json", [{"row": 0}, {"row": 1}])
+    second = write(tmp_path / "a.json", [{"row": 2}])
     write(tmp_path / "sub" / "m.json", [{"row": 3}])
     got = list(formats.read_files(f"{first},{second},{tmp_path / 'sub'}"))
     assert got == [(f"{first}[0]", {"row": 0}), (f"{first}[1]", {"row": 1}), (f"{second}[0]", {"row": 2}),
@@ -95,7 +98,8 @@ def test_what_is_not_json_names_line_and_column(content, line, column, tmp_path)
     path = tmp_path / "rows.json"
     for packed in (content, gzip.compress(content)):
         path.write_bytes(packed)
-        say = re.escape(f"{path} is not JSON: line {line}, column ") + f"{column}: .*a JSON array of rows, or one JSON"
+        say = re.escape(f"{path} is not JSON: line {line}, column ")
+        say += f"{column}: .*a JSON array of rows, or one JSON"
         with pytest.raises(ValueError, match=say):
             data.load(str(path), tiny, 100)
 
@@ -107,7 +111,8 @@ PACKED = gzip.compress(os.urandom(200).hex().encode())
     ARRAY[:20] + b"\xff" + ARRAY[20:], '[{"prompt": "a", "response": "b"}]'.encode("utf-16"), PACKED[:-12],
     PACKED[:-8] + b"\0" * 8, PACKED[:20] + b"\xff" * 20 + PACKED[40:], b"[" * 200_000,
     b'[{"prompt": "a", "response": "b", "n": ' + b"1" * 5000 + b"}]"],
-    ids=["not UTF-8", "UTF-16", "cut gzip", "gzip with a wrong sum", "damaged gzip", "nested too deep", "long number"])
+    ids=["not UTF-8", "UTF-16", "cut gzip", "gzip with a wrong sum", "damaged gzip", "nested too deep",
+         "long number"])
 def test_a_file_that_cannot_be_read_is_named(content, tmp_path):
     """Bytes that are no text, a damaged archive, or JSON that Python gives up on: ValueError with the
     file."""
@@ -131,8 +136,9 @@ def test_a_file_without_rows_is_named(content, tmp_path):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-                             lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6)),
+@given(st.lists(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
+                             | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+                             max_leaves=6)),
        st.sampled_from([1, 3, 17, 1000]), st.sampled_from([None, 1]), st.booleans(),
        st.none() | st.tuples(st.integers(0, 200), st.sampled_from(["", ",", "]", "}", "x", '"', "\n"])))
 def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, damage):
@@ -181,7 +187,8 @@ def test_a_parquet_file_is_its_rows(tmp_path):
     assert list(formats.read_file(str(tmp_path / "rows.parquet"))) == rows
 
 
-@pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"x" * 99 + b"PAR1", None], ids=["short", "no footer", "page"])
+@pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"x" * 99 + b"PAR1", None],
+                         ids=["short", "no footer", "page"])
 def test_a_damaged_parquet_file_is_named(content, tmp_path):
     """Where its footer is read, and where its pages are."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -207,7 +214,8 @@ def test_a_hub_dataset_is_downloaded(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for name in ("train-00000.json", "test-00000.json"):
         write(tmp_path / "data" / name, [{"prompt": name, "response": "r"}])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: (asked.append((name, how)), str(
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **how: (asked.append((name, how)), str(
         tmp_path))[1])
     dataset = data.load("owner/name", tiny, 100)
     assert sources(dataset) == [f"{tmp_path}/data/train-00000.json[0]"]
@@ -302,12 +310,15 @@ BAD_ROWS = {
     "answer without content": ({"messages": [Q, {"role": "assistant"}]}, "content.*must be a string.*None"),
     "content a list": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, A]},
                        "content of a user message must be a string.*type"),
-    "content a number": ({"prompt": 5, "response": "a"}, "content of a user message must be a string, it is 5"),
+    "content a number": ({"prompt": 5, "response": "a"},
+                         "content of a user message must be a string, it is 5"),
     "response null": ({"prompt": "q", "response": None}, "must be a string, it is None"),
-    "value missing": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}, "must be a string"),
+    "value missing": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]},
+                      "must be a string"),
     "role null": ({"messages": [{"role": None, "content": "q"}, A]}, "role"),
     "role a list": ({"messages": [{"role": ["user"], "content": "q"}, A]}, "role"),
-    "from unknown": ({"conversations": [{"from": "bing", "value": "q"}]}, "unknown \"from\": 'bing'.*human.*gpt"),
+    "from unknown": ({"conversations": [{"from": "bing", "value": "q"}]},
+                     "unknown \"from\": 'bing'.*human.*gpt"),
     "from a list": ({"conversations": [{"from": ["human"], "value": "q"}, A]}, "from"),
     "from null": ({"conversations": [{"from": None, "value": "q"}, A]}, "unknown \"from\": None"),
     "empty answer": ({"prompt": "q", "response": ""}, "empty answer"),
@@ -320,7 +331,8 @@ BAD_ROWS = {
     "weight a text": ({"messages": [Q, {**A, "weight": "1"}]}, "it is '1'"),
     "train a text": ({"messages": [Q, {**A, "train": "false"}]}, "\"train\" must be true or false.*'false'"),
     "train a list": ({"messages": [Q, {**A, "train": []}]}, "\"train\" must be true or false"),
-    "system a number": ({"prompt": "q", "response": "a", "system": 5}, "content of a system message must be a string"),
+    "system a number": ({"prompt": "q", "response": "a", "system": 5},
+                        "content of a system message must be a string"),
     "instruction a number": ({**ALPACA, "instruction": 5}, "string"),
     "instruction null": ({**ALPACA, "instruction": None}, "string"),
     "input a number": ({**ALPACA, "input": 5}, "string"),

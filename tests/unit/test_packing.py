@@ -91,7 +91,8 @@ def test_ranks_are_even_in_tokens_and_in_attention(dp_size, count):
     """With 64 conversations a rank, every step's ranks are within 2 % in tokens, 5 % in squared lengths."""
     for lengths in steps_of(dp_size, count):
         tokens, squares = rank_sums(lengths, dp_size)
-        assert unevenness(tokens) < 0.02 and unevenness(squares) < 0.05, (unevenness(tokens), unevenness(squares))
+        assert unevenness(tokens) < 0.02
+        assert unevenness(squares) < 0.05
 
 
 @pytest.mark.parametrize("dp_size", [2, 3, 8])
@@ -130,7 +131,8 @@ def test_without_packing_ranks_take_turns():
     """--no-packing: as many conversations a rank, and each time about as long ones on all of them."""
     lengths = lognormal(8 * 64)
     ranks = [pack(lengths, 2048, 1, rank, 8) for rank in range(8)]
-    assert [len(rank) for rank in ranks] == [64] * 8 and all(len(batch) == 1 for rank in ranks for batch in rank)
+    assert [len(rank) for rank in ranks] == [64] * 8
+    assert all(len(batch) == 1 for rank in ranks for batch in rank)
     assert unevenness([sum(int(lengths[batch].sum()) for batch in rank) for rank in ranks]) < 0.1
     together = sum(max(int(lengths[rank[place]].sum()) for rank in ranks) for place in range(64))
     assert together < 1.15 * lengths.sum() / 8  # what is waited for
@@ -228,8 +230,8 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
     one."""
 
     @repeatable
-    @given(st.lists(conversations(), min_size=1, max_size=5), st.integers(0, 80), st.sampled_from([None, 1, 2]),
-           st.booleans())
+    @given(st.lists(conversations(), min_size=1, max_size=5), st.integers(0, 80),
+           st.sampled_from([None, 1, 2]), st.booleans())
     def check(conversations_, slack, max_rows, on_prompt):
         conversations_ = [chat("always", "one"), *conversations_]
         dataset = dataset_of(conversations_, tmp_path / "rows.json", train_on_prompt=on_prompt)
@@ -258,7 +260,8 @@ def test_owners_are_the_conversations_of_the_targets(tmp_path):
     are."""
     dataset = dataset_of([chat(f"q{i}", "answer " * (i % 3 + 1)) for i in range(7)], tmp_path / "rows.json")
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
-        owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True) for _ in pairs]
+        owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True)
+                  for _ in pairs]
         assert batch.owners().dtype == torch.int64 and batch.owners().tolist() == owners
         assert np.bincount(owners, minlength=7)[batch.ids].tolist() == dataset.n_targets[batch.ids].tolist()
 

@@ -26,7 +26,8 @@ def test_show_prints_what_the_model_sees(tmp_path, capsys):
     assert out.count("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«é answer<|im_end|>»") == 2
     ids = look("show", path, "-n", 1, "--ids").stdout
     dataset = data.load(path, tiny, 100, limit=3)
-    assert "«" + " ".join(map(str, dataset.tokens[: dataset.starts[1]][dataset.is_target[: dataset.starts[1]]])) in ids
+    first = slice(0, dataset.starts[1])
+    assert "«" + " ".join(map(str, dataset.tokens[first][dataset.is_target[first]])) in ids
     show.show(dataset, tiny, 1, False, True)
     assert "\x1b[32mé answer<|im_end|>\x1b[0m" in capsys.readouterr().out
 

@@ -23,63 +23,67 @@ LITERAL = [
          "Supervised fine-tuning continues the training of a pretrained language model on prompts paired"
          " with good responses, so that it learns to answer in that manner. The loss is usually computed"
          " on the response tokens only.<|im_end|>",
-         [1009, 1812, 1211, 1257, 1786, 874, 268, 560, 335, 261, 929, 86, 396, 356, 1827, 544, 321, 302, 609, 747, 85,
-          302, 1937, 70, 550, 808, 407, 977, 871, 14, 375, 411, 340, 461, 318, 492, 331, 1746, 330, 411, 286, 1142,
-          267, 16, 774, 483, 312, 1168, 1042, 1252, 356, 321, 268, 1762, 991, 800, 16, 2]),
+         [1009, 1812, 1211, 1257, 1786, 874, 268, 560, 335, 261, 929, 86, 396, 356, 1827, 544, 321, 302, 609,
+          747, 85, 302, 1937, 70, 550, 808, 407, 977, 871, 14, 375, 411, 340, 461, 318, 492, 331, 1746, 330,
+          411, 286, 1142, 267, 16, 774, 483, 312, 1168, 1042, 1252, 356, 321, 268, 1762, 991, 800, 16, 2]),
         (False, "\n", [201]),
     ]),
     ("example_sft.json", 5, [
         (False,
          "<|im_start|>user\n为什么要留出一部分数据做验证？<|im_end|>\n<|im_start|>assistant\n",
-         [1, 87, 85, 267, 201, 834, 438, 992, 1604, 1262, 561, 589, 1264, 309, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
+         [1, 87, 85, 267, 201, 834, 438, 992, 1604, 1262, 561, 589, 1264, 309, 2, 201, 1, 361, 85, 283, 86,
+          935, 201]),
         (True,
          "模型可能只是背下了训练数据。用它没见过的数据来测，才能看出它是否真的学会了，也便于挑选检查点。"
          "<|im_end|>",
-         [542, 1164, 693, 322, 167, 228, 237, 531, 1670, 561, 273, 310, 405, 978, 1648, 805, 279, 561, 511, 1362, 236,
-          366, 529, 498, 467, 426, 405, 1522, 1574, 279, 1176, 586, 1428, 1361, 126, 801, 884, 242, 967, 1256, 273, 2]),
+         [542, 1164, 693, 322, 167, 228, 237, 531, 1670, 561, 273, 310, 405, 978, 1648, 805, 279, 561, 511,
+          1362, 236, 366, 529, 498, 467, 426, 405, 1522, 1574, 279, 1176, 586, 1428, 1361, 126, 801, 884, 242,
+          967, 1256, 273, 2]),
         (False,
          "\n<|im_start|>user\n那留多少比较合适？<|im_end|>\n<|im_start|>assistant\n",
-         [201, 1, 87, 85, 267, 201, 168, 227, 99, 992, 720, 1215, 1699, 309, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
+         [201, 1, 87, 85, 267, 201, 168, 227, 99, 992, 720, 1215, 1699, 309, 2, 201, 1, 361, 85, 283, 86, 935,
+          201]),
         (True,
          "数据有几千条时，留出百分之五到十就可以；数据很多时，固定留几百到一两千条也够用。<|im_end|>",
-         [561, 414, 714, 1754, 387, 266, 992, 426, 1706, 1149, 360, 715, 413, 415, 901, 561, 509, 1588, 1095, 121,
-          953, 992, 714, 726, 1551, 530, 1754, 506, 919, 310, 273, 2]),
+         [561, 414, 714, 1754, 387, 266, 992, 426, 1706, 1149, 360, 715, 413, 415, 901, 561, 509, 1588, 1095,
+          121, 953, 992, 714, 726, 1551, 530, 1754, 506, 919, 310, 273, 2]),
         (False, "\n", [201]),
     ]),
     ("example_alpaca.json", 3, [
         (False,
          "<|im_start|>system\n你是一位讲课简明的老师。<|im_end|>\n<|im_start|>user\n用一句话解释什么是词"
          "元。<|im_end|>\n<|im_start|>assistant\n",
-         [1, 85, 91, 473, 862, 201, 952, 1520, 810, 305, 113, 308, 125, 829, 1133, 279, 619, 226, 546, 233, 273, 2,
-          201, 1, 87, 85, 267, 201, 310, 1139, 707, 1647, 374, 235, 442, 322, 308, 238, 710, 273, 2, 201, 1, 361, 85,
-          283, 86, 935, 201]),
+         [1, 85, 91, 473, 862, 201, 952, 1520, 810, 305, 113, 308, 125, 829, 1133, 279, 619, 226, 546, 233,
+          273, 2, 201, 1, 87, 85, 267, 201, 310, 1139, 707, 1647, 374, 235, 442, 322, 308, 238, 710, 273, 2,
+          201, 1, 361, 85, 283, 86, 935, 201]),
         (True,
          "词元是语言模型处理文本的基本单位，可能是一个字、一个词，也可能只是词的一部分。<|im_end|>",
-         [308, 238, 710, 322, 708, 167, 104, 225, 542, 1480, 1231, 466, 799, 279, 164, 256, 121, 799, 1533, 810, 266,
-          1164, 1520, 1586, 630, 306, 394, 308, 238, 1428, 1164, 693, 322, 308, 238, 279, 306, 1262, 273, 2]),
+         [308, 238, 710, 322, 708, 167, 104, 225, 542, 1480, 1231, 466, 799, 279, 164, 256, 121, 799, 1533,
+          810, 266, 1164, 1520, 1586, 630, 306, 394, 308, 238, 1428, 1164, 693, 322, 308, 238, 279, 306, 1262,
+          273, 2]),
         (False, "\n", [201]),
     ]),
     ("example_alpaca.json", 4, [
         (False,
          "<|im_start|>user\nWhat does the // operator do in Python?<|im_end|>\n<|im_start|>assistant\n",
-         [1, 87, 85, 267, 201, 470, 1603, 268, 223, 17, 17, 304, 1327, 272, 274, 425, 330, 1210, 33, 2, 201, 1, 361,
-          85, 283, 86, 935, 201]),
+         [1, 87, 85, 267, 201, 470, 1603, 268, 223, 17, 17, 304, 1327, 272, 274, 425, 330, 1210, 33, 2, 201,
+          1, 361, 85, 283, 86, 935, 201]),
         (True,
          "It is floor division: it divides two numbers and rounds the result down, so `7 // 2` is 3.<|im"
          "_end|>",
-         [736, 312, 276, 78, 81, 274, 553, 1043, 378, 28, 340, 553, 88, 518, 269, 777, 1767, 303, 364, 289, 80, 564,
-          268, 510, 1618, 1510, 14, 375, 680, 25, 223, 17, 17, 223, 20, 66, 312, 223, 21, 16, 2]),
+         [736, 312, 276, 78, 81, 274, 553, 1043, 378, 28, 340, 553, 88, 518, 269, 777, 1767, 303, 364, 289,
+          80, 564, 268, 510, 1618, 1510, 14, 375, 680, 25, 223, 17, 17, 223, 20, 66, 312, 223, 21, 16, 2]),
         (False,
          "\n<|im_start|>user\nWhat does the following expression give, then?\n-7 // 2<|im_end|>\n<|im_st"
          "art|>assistant\n",
-         [201, 1, 87, 85, 267, 201, 470, 1603, 268, 276, 744, 1021, 285, 384, 2025, 1435, 378, 343, 741, 14, 1104, 33,
-          201, 15, 25, 223, 17, 17, 223, 20, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
+         [201, 1, 87, 85, 267, 201, 470, 1603, 268, 276, 744, 1021, 285, 384, 2025, 1435, 378, 343, 741, 14,
+          1104, 33, 201, 15, 25, 223, 17, 17, 223, 20, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
         (True,
          "It gives -4, which may surprise you: floor division rounds toward negative infinity rather tha"
          "n toward zero.<|im_end|>",
-         [736, 1158, 456, 22, 14, 1696, 286, 446, 265, 432, 2025, 1471, 406, 28, 276, 78, 81, 274, 553, 1043, 378,
-          364, 289, 80, 564, 259, 314, 318, 70, 537, 73, 1437, 330, 72, 263, 910, 364, 272, 684, 900, 259, 314, 318,
-          70, 223, 1813, 16, 2]),
+         [736, 1158, 456, 22, 14, 1696, 286, 446, 265, 432, 2025, 1471, 406, 28, 276, 78, 81, 274, 553, 1043,
+          378, 364, 289, 80, 564, 259, 314, 318, 70, 537, 73, 1437, 330, 72, 263, 910, 364, 272, 684, 900,
+          259, 314, 318, 70, 223, 1813, 16, 2]),
         (False, "\n", [201]),
     ]),
     ("example_conversations.json", 2, [
@@ -87,44 +91,44 @@ LITERAL = [
          "<|im_start|>user\nWhat is 17 times 6?<|im_end|>\n<|im_start|>assistant\n17 times 6 is 112.<|im"
          "_end|>\n<|im_start|>user\nThat does not look right. Please check it.<|im_end|>\n<|im_start|>as"
          "sistant\n",
-         [1, 87, 85, 267, 201, 470, 312, 223, 19, 25, 1778, 223, 24, 33, 2, 201, 1, 361, 85, 283, 86, 935, 201, 19,
-          25, 1778, 223, 24, 312, 223, 19, 19, 20, 16, 2, 201, 1, 87, 85, 267, 201, 54, 327, 1603, 807, 1465, 1028,
-          364, 447, 16, 624, 1837, 1117, 340, 16, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
+         [1, 87, 85, 267, 201, 470, 312, 223, 19, 25, 1778, 223, 24, 33, 2, 201, 1, 361, 85, 283, 86, 935,
+          201, 19, 25, 1778, 223, 24, 312, 223, 19, 19, 20, 16, 2, 201, 1, 87, 85, 267, 201, 54, 327, 1603,
+          807, 1465, 1028, 364, 447, 16, 624, 1837, 1117, 340, 16, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
         (True,
          "You are right, I made a mistake. Ten sixes are 60 and seven sixes are 42, so 17 times 6 is 102"
          ".<|im_end|>",
-         [1292, 683, 364, 447, 14, 370, 286, 430, 71, 261, 286, 283, 86, 1294, 16, 223, 54, 292, 265, 1313, 269, 683,
-          223, 24, 18, 303, 1665, 265, 1313, 269, 683, 223, 22, 20, 14, 375, 223, 19, 25, 1778, 223, 24, 312, 223, 19,
-          18, 20, 16, 2]),
+         [1292, 683, 364, 447, 14, 370, 286, 430, 71, 261, 286, 283, 86, 1294, 16, 223, 54, 292, 265, 1313,
+          269, 683, 223, 24, 18, 303, 1665, 265, 1313, 269, 683, 223, 22, 20, 14, 375, 223, 19, 25, 1778, 223,
+          24, 312, 223, 19, 18, 20, 16, 2]),
         (False, "\n", [201]),
     ]),
     ("example_sharegpt.json", 1, [
         (False,
          "<|im_start|>system\n你是一位细心的中文编辑。<|im_end|>\n<|im_start|>user\n“通过这次活动，使我学"
          "到了很多。”这句话有什么毛病？<|im_end|>\n<|im_start|>assistant\n",
-         [1, 85, 91, 473, 862, 201, 952, 1520, 810, 324, 231, 837, 279, 1175, 1694, 479, 242, 273, 2, 201, 1, 87, 85,
-          267, 201, 385, 821, 805, 508, 543, 522, 1356, 104, 266, 351, 126, 487, 445, 360, 586, 509, 395, 909, 508,
-          692, 707, 819, 453, 252, 166, 248, 230, 309, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
+         [1, 85, 91, 473, 862, 201, 952, 1520, 810, 324, 231, 837, 279, 1175, 1694, 479, 242, 273, 2, 201, 1,
+          87, 85, 267, 201, 385, 821, 805, 508, 543, 522, 1356, 104, 266, 351, 126, 487, 445, 360, 586, 509,
+          395, 909, 508, 692, 707, 819, 453, 252, 166, 248, 230, 309, 2, 201, 1, 361, 85, 283, 86, 935, 201]),
         (True,
          "“通过”和“使”连用，句子没有了主语。删去其中一个就好，例如：“这次活动使我学到了很多。”<|im_end|>"
          "",
-         [385, 821, 805, 386, 377, 385, 351, 126, 386, 1151, 310, 266, 692, 354, 241, 1254, 586, 262, 122, 708, 273,
-          301, 257, 844, 317, 1350, 306, 394, 413, 390, 266, 1361, 236, 882, 1635, 508, 543, 522, 1356, 104, 351, 126,
-          487, 445, 360, 586, 509, 395, 909, 2]),
+         [385, 821, 805, 386, 377, 385, 351, 126, 386, 1151, 310, 266, 692, 354, 241, 1254, 586, 262, 122,
+          708, 273, 301, 257, 844, 317, 1350, 306, 394, 413, 390, 266, 1361, 236, 882, 1635, 508, 543, 522,
+          1356, 104, 351, 126, 487, 445, 360, 586, 509, 395, 909, 2]),
         (False, "\n", [201]),
     ]),
     ("example.jsonl", 2, [
         (False,
          "<|im_start|>user\nHow do I make a Python script exit with an error?<|im_end|>\n<|im_start|>ass"
          "istant\n",
-         [1, 87, 85, 267, 201, 469, 425, 370, 1724, 261, 1210, 905, 84, 75, 747, 384, 275, 550, 293, 1815, 33, 2, 201,
-          1, 361, 85, 283, 86, 935, 201]),
+         [1, 87, 85, 267, 201, 469, 425, 370, 1724, 261, 1210, 905, 84, 75, 747, 384, 275, 550, 293, 1815, 33,
+          2, 201, 1, 361, 85, 283, 86, 935, 201]),
         (True,
          "Call `sys.exit` with a message: Python prints it to standard error and ends the script with ex"
          "it status 1.<|im_end|>",
-         [37, 637, 680, 85, 91, 85, 16, 71, 90, 275, 66, 550, 261, 286, 1435, 1184, 28, 1210, 927, 1413, 85, 340, 331,
-          365, 313, 70, 318, 70, 1815, 303, 894, 564, 268, 905, 84, 75, 747, 550, 384, 275, 365, 272, 87, 85, 223, 19,
-          16, 2]),
+         [37, 637, 680, 85, 91, 85, 16, 71, 90, 275, 66, 550, 261, 286, 1435, 1184, 28, 1210, 927, 1413, 85,
+          340, 331, 365, 313, 70, 318, 70, 1815, 303, 894, 564, 268, 905, 84, 75, 747, 550, 384, 275, 365,
+          272, 87, 85, 223, 19, 16, 2]),
         (False, "\n", [201]),
     ]),
 ]
@@ -137,7 +141,7 @@ def test_targets_are_these_tokens(name, row, expected):
     assert runs(data.load(os.path.join(ROOT, "data", name), tiny, 2048), row) == expected
 
 
-# ---- mask(), alone ------------------------------------------------------------------------------------------
+# ---- mask(), alone --------------------------------------------------------------------------------------
 
 STOP = 9
 
@@ -247,7 +251,8 @@ def as_messages(row):
         return chat(*before, question, row["output"], system=row.get("system"))
     turns = row.get("messages", row.get("conversations"))
     names = {"human": "user", "gpt": "assistant", "system": "system"}
-    return [{"role": names[turn["from"]], "content": turn["value"]} if "from" in turn else turn for turn in turns]
+    return [{"role": names[turn["from"]], "content": turn["value"]} if "from" in turn else turn
+            for turn in turns]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=map(os.path.basename, EXAMPLES))
@@ -296,7 +301,8 @@ def test_any_conversation_equals_chatml_by_hand(merges, merging, tmp_path):
 def test_a_token_that_begins_in_the_header_is_not_a_target(merging, tmp_path):
     """A newline that merged with the header's own is in the prompt already, so the model never has to say
     it."""
-    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "\nHi"}, {"prompt": "q", "response": "Hi"}])
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "\nHi"},
+                                          {"prompt": "q", "response": "Hi"}])
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json"))
     dataset = data.load(path, ChatTokenizer(merging), 2048)
     assert [text for _, text, _ in runs(dataset, 0, raw)][0].endswith("assistant\n\n")
@@ -308,7 +314,8 @@ def test_a_token_that_begins_in_the_header_is_not_a_target(merging, tmp_path):
 def test_characters_that_the_product_uses_as_marks_are_text(tmp_path):
     """The noncharacters U+FDD0 and U+FDD1 in a message change no mask: {% generation %} alone makes marks."""
     messages = chat("a \ufdd0 b \ufdd1", "Hi.")
-    assert_is(data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tiny, 2048), [by_hand(messages)])
+    assert_is(data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tiny, 2048),
+              [by_hand(messages)])
 
 
 # ---- which turns are trained ----------------------------------------------------------------------------
@@ -317,7 +324,7 @@ def test_characters_that_the_product_uses_as_marks_are_text(tmp_path):
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"weight": False}])
 def test_a_turn_marked_not_to_train_has_no_target(mark, tmp_path):
     """"train": false, or weight 0, keeps a turn as context: neither its words nor its end are targets."""
-    first, second = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "One."}), chat("r", "Two.")
+    first, second = chat("q", "One."), chat("r", "Two.")
     for conversation, expected in (([first[0], {**first[1], **mark}, *second], ["Two.<|im_end|>"]),
                                    ([*second, first[0], {**first[1], **mark}], ["Two.<|im_end|>"]),
                                    ([*first, *second], ["One.<|im_end|>", "Two.<|im_end|>"])):
@@ -351,6 +358,7 @@ def test_train_on_prompt_trains_all_but_the_first_token(tmp_path):
     """With train_on_prompt every token is a target except the first, which nothing predicts; "train" is
     overruled."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]
-    dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tiny, 100, train_on_prompt=True)
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tiny, 100,
+                        train_on_prompt=True)
     ids, _ = by_hand(messages)
     assert_is(dataset, [(ids, [False] + [True] * (len(ids) - 1))])

@@ -11,7 +11,7 @@ import tarfile
 import types
 
 import pytest
-from test_data import chat, chatml, make_directory, runs, target_texts, write
+from data_helpers import chat, chatml, make_directory, runs, target_texts, write
 from transformers import AutoTokenizer
 
 import data

@@ -54,8 +54,8 @@ def made(tmp_path, monkeypatch):
 def test_the_key_knows_each_option(made):
     """What changes tokens or mask is in it; what does not, the time-out, is not."""
     assert made() and not made() and not made(timeout=5)
-    for options in (dict(max_length=65), dict(too_long="drop"), dict(train_on_prompt=True), dict(train_on="last"),
-                    dict(limit=1), dict(keys=("q", "a", "messages"))):
+    for options in (dict(max_length=65), dict(too_long="drop"), dict(train_on_prompt=True),
+                    dict(train_on="last"), dict(limit=1), dict(keys=("q", "a", "messages"))):
         assert made(**options) and not made(**options), options
     assert not made(max_length=64, too_long="truncate", train_on_prompt=False, train_on="all")
 
@@ -119,13 +119,15 @@ def test_the_key_knows_the_versions(package, made, monkeypatch):
 def test_the_cache_knows_the_keys_of_rows(tmp_path):
     """The same file read by other keys is other data; a row that has neither is refused, with the keys looked
     for."""
-    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "one", "question": "q", "answer": "two"}])
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "one", "question": "q",
+                                           "answer": "two"}])
     keys = dict.fromkeys(["prompt", "question"])
     for question, answer in ("prompt", "response"), ("question", "answer"), ("prompt", "response"):
         keys[question] = data.load(path, tiny, 100, cache_dir=str(tmp_path / "cache"),
                                    keys=(question, answer, "messages"))
     assert [target_texts(dataset) for dataset in keys.values()] == [["one<|im_end|>"], ["two<|im_end|>"]]
-    with pytest.raises(ValueError, match=r"its keys are \['a'\]; .* with --prompt_key q, with --response_key r$"):
+    with pytest.raises(ValueError,
+                       match=r"its keys are \['a'\]; .* with --prompt_key q, with --response_key r$"):
         formats.to_messages({"a": 1}, "here", ("q", "r", "messages"))
     with pytest.raises(ValueError, match="the content of a user message must be a string, it is None"):
         formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
@@ -160,7 +162,8 @@ print(data.load(sys.argv[2], ChatTokenizer(sys.argv[3]), 64, cache_dir=sys.argv[
 
 def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
     """Three processes at once: one makes the entry, the others wait on its lock and get the same."""
-    words = [sys.executable, "-c", PROGRAM, ROOT, os.path.join(ROOT, "data", "example_sft.json"), TINY, str(tmp_path)]
+    words = [sys.executable, "-c", PROGRAM, ROOT, os.path.join(ROOT, "data", "example_sft.json"), TINY,
+             str(tmp_path)]
     processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]
     assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
