@@ -136,9 +136,9 @@ def conversations(files, tokenizer, options):
     """Yield lists of a thousand Conversations."""
     rows = ((file, *row) for file, path in enumerate(files) for row in enumerate(read_file(path)))
     rows = itertools.islice(rows, options.limit)
-    while batch := [render(file, number, row, f"{files[file]}[{number}]", tokenizer, options)
-                    for file, number, row in itertools.islice(rows, 1000)]:
-        yield batch
+    while batch := list(itertools.islice(rows, 1000)):
+        yield [render(file, number, row, f"{files[file]}[{number}]", tokenizer, options)
+               for file, number, row in batch]
 
 
 def render(file, number, row, where, tokenizer, options):

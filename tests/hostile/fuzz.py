@@ -3,9 +3,10 @@
     python tests/hostile/fuzz.py data --cases 100000 [--seed N]
     targets: data (rows), json and parquet (bytes of data files), template, tokenizer, config, weights, resume
 
-Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error that our
-own code raises and config.run prints as one line. Anything else, and what takes longer than SECONDS, is a failure: the
-shortest of each kind is printed. What was found is kept in test_ledger.py, which runs some hundred cases of this too.
+Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error
+that settings.errors.run prints as one line: a UserError, or an OSError of a named file. Anything else, and
+what takes longer than SECONDS, is a failure: the shortest of each kind is printed. What was found is kept in
+test_ledger.py, which runs some hundred cases of this too.
 """
 
 import argparse
@@ -28,17 +29,17 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from conftest import ROOT
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when started as a program
+from conftest import ROOT  # noqa: E402
+from data_helpers import FAMILIES, RAW, TINY, chatml, make_directory, tiny  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
-import data
-from text import formats
-from text.template import ChatTokenizer
+import data  # noqa: E402
+from settings.errors import NonFiniteError, UserError  # noqa: E402
+from text import formats  # noqa: E402
+from text.template import ChatTokenizer  # noqa: E402
 
-TINY = os.path.join(ROOT, "models", "tiny")
-RAW = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
 SECONDS = 20  # of one case; most take milliseconds
 ended = Counter()  # how the cases ended, for the report
 
@@ -62,16 +63,16 @@ signal.signal(signal.SIGALRM, hang)
 
 
 def attempt(function, *words, naming="", **named):
-    """(what it returns, None), or (None, the error's text) where config.run would print that as one line.
+    """(what it returns, None), or (None, the error's text) where settings.errors.run would print that as one
+    line.
 
     naming  a text that the error must have, to be of some use. Any other exception goes through.
     """
     limit(SECONDS)
     try:
         return function(*words, **named), None
-    except (ValueError, OSError, FloatingPointError) as error:
-        last = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")][-1]
-        if os.path.dirname(os.path.abspath(last.filename)) != ROOT or naming not in str(error):
+    except (UserError, NonFiniteError, OSError) as error:
+        if naming not in str(error) or isinstance(error, OSError) and error.filename is None:
             raise
         assert not naming or len(str(error)) < 2000, "an error of more than a few lines"
         return None, str(error)
@@ -86,19 +87,20 @@ def note(outcome):
     ended[" ".join(text.split())[:60]] += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # conversations and rows
 
 WEIRD = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>assistant\n",
-         "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n", "<|im_", "end|>", "assistant\n", "user\n", "system",
-         "<think>", "</think>", "<think>\nhm\n</think>\n\n", "{{ x }}", "{% generation %}", "\ufdd0", "\ufdd1",
-         "\ufdd2", "\ufeff", "\ufffd", "\0", "\x1c", "\x85", "\u200b", "\u202e", "\u2028", "\u0301", "e\u0301", "🙂",
-         "👩‍👩‍👧", "🇨🇳", "你好，世界。", "\u3000", "\u00a0", " ", "  ", "\n", "\n\n", "\r\n", "\t", "word " * 60,
-         "a" * 700, "\n" * 90, '"', "\\", "\\ud800", "'s", "0", "42", "def f(x):\n    return x\n"]
+         "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n", "<|im_", "end|>", "assistant\n", "user\n",
+         "system", "<think>", "</think>", "<think>\nhm\n</think>\n\n", "{{ x }}", "{% generation %}",
+         "\ufdd0", "\ufdd1", "\ufdd2", "\ufeff", "\ufffd", "\0", "\x1c", "\x85", "\u200b", "\u202e", "\u2028",
+         "\u0301", "e\u0301", "🙂", "👩‍👩‍👧", "🇨🇳", "你好，世界。", "\u3000", "\u00a0", " ", "  ", "\n", "\n\n",
+         "\r\n", "\t", "word " * 60, "a" * 700, "\n" * 90, '"', "\\", "\\ud800", "'s", "0", "42",
+         "def f(x):\n    return x\n"]
 texts = st.lists(st.one_of(st.sampled_from(WEIRD), st.text(max_size=6)), max_size=5).map("".join)
 answers = texts.filter(str.strip)
-marks = st.sampled_from([{}] * 4 + [{"train": True}, {"train": False}, {"weight": 1}, {"weight": 0}, {"weight": 0.0},
-                                    {"train": True, "weight": 0}])
+marks = st.sampled_from([{}] * 4 + [{"train": True}, {"train": False}, {"weight": 1}, {"weight": 0},
+                                    {"weight": 0.0}, {"train": True, "weight": 0}])
 
 
 def is_trained(message):
@@ -107,11 +109,13 @@ def is_trained(message):
 
 @st.composite
 def conversations(draw):
-    """Messages that the tiny template takes: a system message may be the first, the others come in any order."""
+    """Messages that the tiny template takes: a system message may be the first, the others come in any
+    order."""
     alternating = st.integers(1, 3).map(lambda n: ["user", "assistant"] * n)
-    roles = draw(st.one_of(alternating, alternating, st.lists(st.sampled_from(["user", "assistant"]), min_size=1,
-                                                              max_size=5).filter(lambda r: "assistant" in r)))
-    messages = [{"role": r, "content": draw(answers if r == "assistant" else texts), **draw(marks)} for r in roles]
+    any_order = st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=5)
+    roles = draw(st.one_of(alternating, alternating, any_order.filter(lambda r: "assistant" in r)))
+    messages = [{"role": r, "content": draw(answers if r == "assistant" else texts), **draw(marks)}
+                for r in roles]
     return ([{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []) + messages
 
 
@@ -125,7 +129,8 @@ def rows(draw):
     plain = len(turns) % 2 == 0 and all([m["role"] for m in pair] == ["user", "assistant"] for pair in pairs)
     more = ["history"] + ["pair"] * (len(pairs) == 1) if plain else []
     shape = draw(st.sampled_from(["messages", "conversations", "from", *more]))
-    extra = draw(st.sampled_from([{}, {}, {"id": 7}, {"tools": None}, {"source": "web", "score": 1.5, "prompt": "x"}]))
+    extra = draw(st.sampled_from([{}, {}, {"id": 7}, {"tools": None},
+                                  {"source": "web", "score": 1.5, "prompt": "x"}]))
     if shape in ("messages", "conversations"):
         return {shape: messages, **extra}, messages
     if shape == "from":
@@ -147,18 +152,20 @@ def rows(draw):
 
 names = st.sampled_from([
     "role", "content", "from", "value", "train", "weight", "messages", "conversations", "prompt", "response",
-    "instruction", "input", "output", "history", "system", "tools", "tool_calls", "function", "name", "arguments",
-    "reasoning_content", "reasoning", "thinking", "id", ""])
+    "instruction", "input", "output", "history", "system", "tools", "tool_calls", "function", "name",
+    "arguments", "reasoning_content", "reasoning", "thinking", "id", ""])
 leaves = st.integers(0, 3).flatmap(lambda kind: (texts, *map(st.sampled_from, (
     [None, True, False], [0, 1, -1, 2, 10**30, 0.5, float("nan"), float("inf")],
-    ["", " ", "\ud800", "a\udfff", "user", "assistant", "system", "tool", "human", "gpt", "true", "x" * 3000])))[kind])
+    ["", " ", "\ud800", "a\udfff", "user", "assistant", "system", "tool", "human", "gpt", "true",
+     "x" * 3000])))[kind])
 values = st.recursive(leaves, lambda inner: st.one_of(
     st.lists(inner, max_size=3), st.dictionaries(names, inner, max_size=3),
     st.dictionaries(st.one_of(names, texts), inner, max_size=3)), max_leaves=5)
 
 
-extras = st.dictionaries(st.sampled_from(["tool_calls", "tool_calls", "reasoning_content", "reasoning", "thinking",
-                                          "tools", "name", "weight", "system"]), values, max_size=2)
+extras = st.dictionaries(st.sampled_from(["tool_calls", "tool_calls", "reasoning_content", "reasoning",
+                                          "thinking", "tools", "name", "weight", "system"]), values,
+                         max_size=2)
 
 
 @st.composite
@@ -182,7 +189,8 @@ def damaged(draw, value):
 
 @st.composite
 def damaged_rows(draw):
-    """A row whose messages have further keys, or one with one or two places wrong, or any JSON value at all."""
+    """A row whose messages have further keys, or one with one or two places wrong, or any JSON value at
+    all."""
     row, messages = draw(rows())
     if draw(st.booleans()):
         return {"messages": [{**message, **draw(extras)} for message in messages], **draw(extras)}
@@ -198,8 +206,8 @@ options = st.fixed_dictionaries({
 
 
 def by_pieces(messages, on_prompt=False):
-    """(ids, mask) of ChatML with models/tiny's tokenizer, without offsets: what stands between two special tokens is
-    encoded alone, and a token's letters, one a byte, say where it begins."""
+    """(ids, mask) of ChatML with models/tiny's tokenizer, without offsets: what stands between two special
+    tokens is encoded alone, and a token's letters, one a byte, say where it begins."""
     special = {i: token.content for i, token in RAW.get_added_tokens_decoder().items()}
     start, end, newline = (RAW.encode(text).ids for text in ("<|im_start|>", "<|im_end|>", "\n"))
     ids, mask = [], []
@@ -233,10 +241,10 @@ def count(conversations_, max_length, too_long, train_on_prompt, train_on):
             says.update(in_dropped_rows=len(ids))
             continue
         kept.append((row, ids[:cut], mask[:cut]))
-        says.update(trained=1, target=sum(mask[:cut]), context=cut - sum(mask[:cut]), truncated=len(ids) - cut,
-                    rows_truncated=is_long)
-    return kept, {**dict.fromkeys(("rows", "tokens", "in_dropped_rows", "trained", "target", "context", "truncated",
-                                   "rows_truncated"), 0), **says, "dropped": dict(dropped)}
+        says.update(trained=1, target=sum(mask[:cut]), context=cut - sum(mask[:cut]),
+                    truncated=len(ids) - cut, rows_truncated=is_long)
+    return kept, {**dict.fromkeys(("rows", "tokens", "in_dropped_rows", "trained", "target", "context",
+                                   "truncated", "rows_truncated"), 0), **says, "dropped": dict(dropped)}
 
 
 def assert_counts(dataset, path, kept, says):
@@ -244,7 +252,8 @@ def assert_counts(dataset, path, kept, says):
     ledger = dataclasses.asdict(dataset.ledger)
     assert {name: ledger[name] for name in says} == says
     assert ledger["rows"] == ledger["trained"] + sum(ledger["dropped"].values())
-    assert ledger["tokens"] == sum(ledger[name] for name in ("target", "context", "truncated", "in_dropped_rows"))
+    parts = "target context truncated in_dropped_rows".split()
+    assert ledger["tokens"] == sum(ledger[name] for name in parts)
     assert 0.99 * ledger["turns"] <= ledger["turns_stopped"] <= ledger["turns"]
     assert len(dataset) == len(kept) == ledger["trained"]
     for i, (row, ids, mask) in enumerate(kept):
@@ -259,7 +268,8 @@ def assert_counts(dataset, path, kept, says):
 
 
 def check_load(path, conversations_, how, tokenizer):
-    """Load a file whose conversations are known: counted exactly, or refused where, and only where, it has to be."""
+    """Load a file whose conversations are known: counted exactly, or refused where, and only where, it has to
+    be."""
     kept, says = count(conversations_, **how)
     dataset, refusal = attempt(data.load, path, tokenizer, **how, naming=path)
     longest = max((len(by_pieces(messages)[0]) for messages in conversations_), default=0)
@@ -273,9 +283,6 @@ def check_load(path, conversations_, how, tokenizer):
     note(refusal or "trained")
 
 
-tiny = ChatTokenizer(TINY)
-
-
 def check_rows(path, batch, how):
     """Rows whose messages are known, as an array or lines, are trained to the token."""
     write(path, [row for row, _ in batch], lines=len(batch) % 2 == 0)
@@ -283,18 +290,21 @@ def check_rows(path, batch, how):
 
 
 def check_damaged_rows(path, batch, how):
-    """Rows with anything in any place: what to_messages makes of them is trained to the token, or a row is refused."""
+    """Rows with anything in any place: what to_messages makes of them is trained to the token, or a row is
+    refused."""
     write(path, batch)
     messages = []
     for i, row in enumerate(batch):
         said, refusal = attempt(formats.to_messages, row, f"{path}[{i}]", naming=f"{path}[{i}]")
         if refusal is None:
-            _, refusal = attempt(tiny.render_spans, said, f"{path}[{i}]", row.get("tools"), naming=f"{path}[{i}]")
+            _, refusal = attempt(tiny.render_spans, said, f"{path}[{i}]", row.get("tools"),
+                                 naming=f"{path}[{i}]")
         if refusal is None and not is_text(said):
             refusal = f"{path}[{i}]: half a character"
         if refusal:
             _, first = attempt(data.load, path, tiny, **{**how, "too_long": "truncate"}, naming=path)
-            assert first and first.startswith(refusal[: len(f"{path}[{i}]: half a character")]), (first, refusal)
+            place = len(f"{path}[{i}]: half a character")
+            assert first and first.startswith(refusal[:place]), (first, refusal)
             return note(refusal)
         messages.append(said)
     check_load(path, messages, how, tiny)
@@ -329,12 +339,13 @@ def case_data(directory):
         st.tuples(st.just(False), st.lists(damaged_rows(), min_size=1, max_size=2), options))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # bytes
 
-PIECES = [b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\\ud800",
-          b"\n", b"\r", b"\x0b", b"\xc2\xa0", b"NaN", b"-Infinity", b"1e999", b"-", b"9" * 5000, b"[" * 3000,
-          b'{"a":' * 3000, b"null", b"true", b'"prompt"', b'"messages": []', b"PAR1", b"\x1f\x8b"]
+PIECES = [b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\",
+          b"\\ud800", b"\n", b"\r", b"\x0b", b"\xc2\xa0", b"NaN", b"-Infinity", b"1e999", b"-", b"9" * 5000,
+          b"[" * 3000, b'{"a":' * 3000, b"null", b"true", b'"prompt"', b'"messages": []', b"PAR1",
+          b"\x1f\x8b"]
 
 
 @st.composite
@@ -358,8 +369,8 @@ def broken(draw, content, most=4):
 
 
 EXAMPLES = [path.read_bytes() for path in sorted(Path(ROOT, "data").iterdir())]
-EXAMPLES = [content if len(content) < 4000 else json.dumps(json.loads(content)[:6], ensure_ascii=False).encode()
-            for content in EXAMPLES]
+EXAMPLES = [content if len(content) < 4000
+            else json.dumps(json.loads(content)[:6], ensure_ascii=False).encode() for content in EXAMPLES]
 
 
 @st.composite
@@ -424,30 +435,31 @@ def case_parquet(directory):
     return check, st.tuples(broken(whole, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # templates and tokenizers
 
 
 CODE = ["{%", "%}", "{{", "}}", "{#", "'", "(", ")", "|", ".", "x", " ", "\\n", "{% generation %}",
-        "{% endgeneration %}", "{% for i in range(9) %}", "{% endfor %}", "| tojson", ".__class__", "messages",
-        "1/0", "m.content", "eos_token", "{{ raise_exception(messages) }}",
+        "{% endgeneration %}", "{% for i in range(9) %}", "{% endfor %}", "| tojson", ".__class__",
+        "messages", "1/0", "m.content", "eos_token", "{{ raise_exception(messages) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "strftime_now('%Q')", "loop", "{% break %}",
         "{% include 'x' %}", "<|im_end|>", "\ud800", "~", "is not defined", "[::-1]", "[0]", "('%s' % m)",
         "namespace()", "{% set x = namespace(a=[]) %}", "*"]
 
 
 def case_template(directory):
-    """The text of any conversation is transformers', or neither renders it; in a changed template, or none is used."""
-    from test_data import FAMILIES, chatml, make_directory
+    """The text of any conversation is transformers', or neither renders it; in a changed template, or none is
+    used."""
     from transformers import AutoTokenizer
 
     made = []
-    for i, (template, special, config, *_) in enumerate([*FAMILIES.values(), (chatml("m.content | string"), [], {})]):
+    templates = [*FAMILIES.values(), (chatml("m.content | string"), [], {})]
+    for i, (template, special, config, *_) in enumerate(templates):
         path = make_directory(Path(directory) / f"model{i}", template, special, **config)
         made.append((path, ChatTokenizer(path), AutoTokenizer.from_pretrained(path)))
     thinks = ["think" in tokenizer.source for _, tokenizer, _ in made]
-    calls = st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": texts, "arguments": values})}),
-                     max_size=2)
+    call = st.fixed_dictionaries({"name": texts, "arguments": values})
+    calls = st.lists(st.fixed_dictionaries({"function": call}), max_size=2)
     more_ = st.one_of(extras, st.fixed_dictionaries({}, optional={
         "reasoning_content": texts, "reasoning": texts, "thinking": texts, "tool_calls": calls}))
 
@@ -457,7 +469,8 @@ def case_template(directory):
             source = changed[0](ours.source)
             path = os.path.join(directory, "changed")
             shutil.copytree(made[which][0], path, dirs_exist_ok=True)
-            with open(os.path.join(path, "chat_template.jinja"), "w", encoding="utf-8", errors="surrogatepass") as f:
+            with open(os.path.join(path, "chat_template.jinja"), "w", encoding="utf-8",
+                      errors="surrogatepass") as f:
                 f.write(source)
             ours, refusal = attempt(ChatTokenizer, path, naming=path)
             if refusal:
@@ -492,7 +505,8 @@ def case_template(directory):
     @st.composite
     def edits(draw):
         """A function that changes a template's source in a few places."""
-        draws = draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.integers(0, 3), st.sampled_from(
+        draws = draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.integers(0, 3),
+                                        st.sampled_from(
             CODE)), min_size=1, max_size=3))
 
         def apply(source):
@@ -505,7 +519,8 @@ def case_template(directory):
         return apply
 
     return check, st.tuples(st.integers(0, len(made) - 1), conversations(), more_,
-                            st.one_of(st.none(), st.lists(st.dictionaries(names, leaves, max_size=2), max_size=2)),
+                            st.one_of(st.none(), st.lists(st.dictionaries(names, leaves, max_size=2),
+                                                          max_size=2)),
                             st.one_of(st.just(()), st.tuples(edits())))
 
 
@@ -529,7 +544,7 @@ def case_tokenizer(directory):
         broken(read[name], 2), damaged(json.loads(read[name])).map(json.dumps).map(str.encode))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # settings and checkpoints
 
 
@@ -543,18 +558,20 @@ def case_config(directory):
     whole = Path(ROOT, "config.yaml").read_bytes()
     lines = st.lists(st.sampled_from([
         b"lr: 1e-4", b"use_lora: true", b"model: tiny", b"batch_size: 8", b"data:", b"  train_files: a.json",
-        b"trainer:", b"  total_epochs: 2", b"actor_rollout_ref:", b"  actor:", b"    strategy: fsdp", b"- a", b"[a, b]",
-        b"lr: !!python/object/apply:os.system [x]", b"lr: &a 1", b"seed: *a", b"<<: *a", b"? x", b"%YAML 9.9", b"---",
-        b"...", b"{a: b}", b"lr: .nan", b"lr: .inf", b"seed: 1_000", b"seed: 0x10", b"lr: '1e-4", b"\t lr: 1",
-        b"defaults: [a]", b"null: 1", b"[a]: 1", b"{a: 1}: 2", b"1: 1", b"lora_targets: [q_proj, v_proj]", b"# x"]),
+        b"trainer:", b"  total_epochs: 2", b"actor_rollout_ref:", b"  actor:", b"    strategy: fsdp", b"- a",
+        b"[a, b]", b"lr: !!python/object/apply:os.system [x]", b"lr: &a 1", b"seed: *a", b"<<: *a", b"? x",
+        b"%YAML 9.9", b"---", b"...", b"{a: b}", b"lr: .nan", b"lr: .inf", b"seed: 1_000", b"seed: 0x10",
+        b"lr: '1e-4", b"\t lr: 1", b"defaults: [a]", b"null: 1", b"[a]: 1", b"{a: 1}: 2", b"1: 1",
+        b"lora_targets: [q_proj, v_proj]", b"# x"]),
         max_size=6).map(b"\n".join)
     yamls = st.one_of(broken(whole), lines, lines.flatmap(broken), st.sampled_from(PIECES))
     ours = st.sampled_from([f.name for f in dataclasses.fields(sft.Config)])
     keys = st.one_of(ours, ours, ours, st.sampled_from(sorted(verl.TAKEN)), texts, st.sampled_from(
-        ["config", "config-path", "config-name", "no-packing", "no-lr", "help", "explain", "environment", "a.b.c", ""]))
+        ["config", "config-path", "config-name", "no-packing", "no-lr", "help", "explain", "environment",
+         "a.b.c", ""]))
     given_ = st.one_of(texts, *[st.sampled_from([
-        "", "1", "2", "0", "-1", "0.5", "true", "none", "nan", "inf", "1e400", "1e-4", "[a,b]", "[", "{}", "9" * 5000,
-        "1_0", "٣", "tiny", directory, path, "\0", "\ud800", "fsdp", "bf16", "linear"])] * 4)
+        "", "1", "2", "0", "-1", "0.5", "true", "none", "nan", "inf", "1e400", "1e-4", "[a,b]", "[", "{}",
+        "9" * 5000, "1_0", "٣", "tiny", directory, path, "\0", "\ud800", "fsdp", "bf16", "linear"])] * 4)
     before = st.sampled_from(["--"] * 6 + ["-", "", "+", "++", "---"])
     words = st.lists(st.one_of(st.tuples(st.builds("{}{}={}".format, before, keys, given_)),
                                st.tuples(st.builds("{}{}".format, before, keys), given_),
@@ -575,15 +592,18 @@ def case_config(directory):
 
 
 def case_weights(directory):
-    """A safetensors file, or an index and its files, damaged: entries that lie inside their files, or a refusal."""
+    """A safetensors file, or an index and its files, damaged: entries that lie inside their files, or a
+    refusal."""
     import torch
     from safetensors.torch import save
 
     from disk import pretrained
 
     tensors = {f"model.layers.{i}.weight": torch.arange(6.0).reshape(2, 3) for i in range(4)}
-    halves = [save({n: tensors[n] for n in part}, {"format": "pt"}) for part in (list(tensors)[:2], list(tensors)[2:])]
-    index = {"metadata": {"total_size": 96}, "weight_map": {n: f"{i // 2}.safetensors" for i, n in enumerate(tensors)}}
+    halves = [save({n: tensors[n] for n in part}, {"format": "pt"})
+              for part in (list(tensors)[:2], list(tensors)[2:])]
+    weight_map = {n: f"{i // 2}.safetensors" for i, n in enumerate(tensors)}
+    index = {"metadata": {"total_size": 96}, "weight_map": weight_map}
     header = json.loads(halves[0][8 : 8 + int.from_bytes(halves[0][:8], "little")])
     body = halves[0][-48:]
 
@@ -595,8 +615,8 @@ def case_weights(directory):
     indexes = st.one_of(broken(json.dumps(index).encode(), 2), damaged(index).map(json.dumps).map(str.encode))
 
     def check(content, map_):
-        for name, what in (("0.safetensors", content), ("1.safetensors", halves[1]), ("model.safetensors", content),
-                           ("model.safetensors.index.json", map_)):
+        for name, what in (("0.safetensors", content), ("1.safetensors", halves[1]),
+                           ("model.safetensors", content), ("model.safetensors.index.json", map_)):
             path = os.path.join(directory, name)
             if what is not None:
                 Path(path).write_bytes(what)
@@ -613,8 +633,9 @@ def case_weights(directory):
 
 
 def case_resume(directory):
-    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a refusal. Its
-    manifest is damaged, alone or with a checksum of its own that fits, or fits whatever the state is."""
+    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a
+    refusal. Its manifest is damaged, alone or with a checksum of its own that fits, or fits whatever the
+    state is."""
     from disk import checkpoint
 
     state = {"step": 7, "data": "abc", "seed": 42, "best": {"val_loss": 1.5, "step": 3, "behind": 0}}
@@ -665,15 +686,15 @@ def case_resume(directory):
     return check, st.tuples(states, manifests, steps, links, asked)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 TARGETS = {"data": case_data, "json": case_json, "parquet": case_parquet, "template": case_template,
            "tokenizer": case_tokenizer, "config": case_config, "weights": case_weights, "resume": case_resume}
 
 
 def fuzz(target, cases, directory, seed_=None):
-    """Run so many cases of a target. Without a seed always the same ones, and the smallest that fails raises; with
-    one return {kind of failure: (the shortest case, its traceback)}."""
+    """Run so many cases of a target. Without a seed always the same ones, and the smallest that fails raises;
+    with one return {kind of failure: (the shortest case, its traceback)}."""
     check, strategy = TARGETS[target](directory)
     failures, phases = {}, (Phase.generate,) if seed_ is not None else (Phase.generate, Phase.shrink)
 
@@ -687,7 +708,8 @@ def fuzz(target, cases, directory, seed_=None):
             if seed_ is None or isinstance(error, KeyboardInterrupt):
                 raise
             frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ROOT)]
-            kind = f"{type(error).__name__} at {os.path.relpath(frames[-1].filename, ROOT)}:{frames[-1].lineno}"
+            place = os.path.relpath(frames[-1].filename, ROOT)
+            kind = f"{type(error).__name__} at {place}:{frames[-1].lineno}"
             note(f"FAILED {kind.partition(':')[0]}")
             if len(repr(words)) < len(repr(failures.get(kind, (words * 2,))[0])):
                 failures[kind] = words, traceback.format_exc()
@@ -697,7 +719,8 @@ def fuzz(target, cases, directory, seed_=None):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=random.randrange(10**9))

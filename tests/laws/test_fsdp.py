@@ -17,7 +17,7 @@ import torch
 import torch.distributed.fsdp as fsdp2
 from helpers import EXAMPLES, LAYOUTS, ROOT, TINY, metrics, program, share, tensors_of, torchrun, two_layers
 
-import data
+
 import fsdp
 import sft
 from disk import checkpoint, files, pretrained
@@ -332,6 +332,6 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
     assert "selfcheck: ok, 4 conversations" in screen and "all on one data-parallel rank" not in screen
     forward = sft.CausalLM.forward
     monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets, *rest: (
-        forward(self, tokens, lengths, targets) / (targets != data.IGNORE).sum()))
+        forward(self, tokens, lengths, targets) / (targets != -100).sum()))
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         check()

@@ -119,9 +119,9 @@ def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
                                   betas=(0.9, 0.95), eps=1e-8)
     rows = reference_rows()
-    sampler = data.Sampler([1] * len(rows), 2, 42, 8)  # which rows a step holds is test_data's business
+    sampler = data.Sampler([1] * len(rows), epochs=2, seed=42, batch_size=8)
     for step in range(1, 11):
-        batch = [rows[i] for i in sampler.step(step)[1]]
+        batch = [rows[i] for i in sampler.step(step).ids]
         T = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in batch])
         labels = torch.tensor([labels + [-100] * (T - len(labels)) for _, labels in batch])
@@ -460,7 +460,7 @@ def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypat
         train(*FAST, "--max_length", 2048, "--max_steps", 5, "--save_steps", 1)
     assert len(steps) == 2 and checkpoint.steps_in(tmp_path / "out" / "checkpoints") == [1, 2]
     named = {int(n) for n in re.findall(r"json\[(\d+)\]", str(error.value))}
-    assert named == set(data.Sampler([1] * 72, 1, 42, 8).step(3)[1].tolist())
+    assert named == set(data.Sampler([1] * 72, epochs=1, seed=42, batch_size=8).step(3).ids.tolist())
 
 
 # ---- the README's first screen ----------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_training_goes_the_way_of_peft(models, train, tmp_path):
         optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0)],
                                       lr=1e-3, betas=(0.9, 0.95))
         rows = data.load(EXAMPLES, ChatTokenizer(models["untied"]), 2048)
-        sampler = data.Sampler(rows.lengths, 3, 42, 4, max_steps=4)
+        sampler = data.Sampler(rows.lengths, epochs=3, seed=42, batch_size=4, max_steps=4)
         for line in lines:
             _, ids = sampler.step(line["step"])
             total, n = 0, int(rows.n_targets[ids].sum())

@@ -14,8 +14,8 @@ import tracemalloc
 
 import fuzz
 import pytest
-from fuzz import RAW, TINY, attempt, by_pieces, tiny
-from test_data import FAMILIES, chat, chatml, make_directory
+from data_helpers import FAMILIES, RAW, TINY, chat, chatml, make_directory, tiny
+from fuzz import attempt, by_pieces
 from tokenizers import Tokenizer, processors
 
 import data
@@ -28,7 +28,8 @@ END, BOS = RAW.token_to_id("<|im_end|>"), RAW.token_to_id("<|endoftext|>")
 
 @pytest.fixture
 def model(tmp_path):
-    """A function: chat template, tokenizer_config's keys -> models/tiny with that tokenizer, in a directory."""
+    """A function: chat template, tokenizer_config's keys -> models/tiny with that tokenizer, in a
+    directory."""
 
     def make(template=None, raw=None, **config):
         shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -39,18 +40,20 @@ def model(tmp_path):
 
 @pytest.fixture
 def ledger(train, tmp_path, capsys):
-    """A function: rows and flags -> (lines of metrics.jsonl, the ledger's numbers as they are printed), after one epoch
-    through sft.main; the two lines have to balance."""
+    """A function: rows and flags -> (lines of metrics.jsonl, the ledger's numbers as they are printed), after
+    one epoch through sft.main; the two lines have to balance."""
 
     def start(rows, *flags, model="tiny", out="out"):
         (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-        steps = train("--train_data", tmp_path / "rows.json", "--epochs", 1, "--cache_dir", "none", *flags, model=model,
-                      out=out)
+        steps = train("--train_data", tmp_path / "rows.json", "--epochs", 1, "--cache_dir", "none", *flags,
+                      model=model, out=out)
         printed = capsys.readouterr().out
         lines = [re.search(rf"^{name} .*", printed, re.M)[0].replace(",", "") for name in ("rows", "tokens")]
-        patterns = (r"rows +(?P<rows>\d+) in = (?P<trained>\d+) trained \+ (?P<dropped>\d+) dropped(?P<reasons>.*)",
+        patterns = (r"rows +(?P<rows>\d+) in = (?P<trained>\d+) trained \+ (?P<dropped>\d+) dropped"
+                    r"(?P<reasons>.*)",
                     r"tokens +(?P<tokens>\d+) in = (?P<target>\d+) target \+ (?P<context>\d+) context \+ "
-                    r"(?P<truncated>\d+) truncated( \(of (?P<cut>\d+) rows\))?( \+ (?P<lost>\d+) in dropped rows)?")
+                    r"(?P<truncated>\d+) truncated( \(of (?P<cut>\d+) rows\))?"
+                    r"( \+ (?P<lost>\d+) in dropped rows)?")
         found = {}
         for pattern, line in zip(patterns, lines, strict=True):
             found.update(re.fullmatch(pattern, line).groupdict())
@@ -86,23 +89,25 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 TALKS = [chat("Hello?", "Hi there."), chat("你是谁？", "我是模型 🙂", "And?", "<|im_end|> ends a turn.", system="s"),
-         [*chat("q", "One."), *chat("r", "Two.")[:1], {"role": "assistant", "content": "Two.", "train": False}]]
+         [*chat("q", "One."), *chat("r"), {"role": "assistant", "content": "Two.", "train": False}]]
 ROWS = [{"messages": messages} for messages in TALKS]
 
 
 def counted(talks, max_length=10**6, before=0):
-    """(tokens, targets, those cut off) of conversations in ChatML with `before` tokens of context in front of each."""
+    """(tokens, targets, those cut off) of conversations in ChatML with `before` tokens of context in front of
+    each."""
     pieces = [(before + len(ids), mask) for ids, mask in map(by_pieces, talks)]
     return (sum(n for n, _ in pieces), sum(sum(mask[: max_length - before]) for _, mask in pieces),
             sum(max(0, n - max_length) for n, _ in pieces))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # five adversarial data sets
 
 
 def test_pad_equals_eos(model, ledger, tmp_path):
-    """A pad token that also ends turns takes no target away: each turn trains its end, though its id is the pad's."""
+    """A pad token that also ends turns takes no target away: each turn trains its end, though its id is the
+    pad's."""
     directory = model(pad_token="<|im_end|>", eos_token="<|im_end|>")
     steps, says = ledger(ROWS, "--batch_size", 2, model=directory)
     tokens, targets, _ = counted(TALKS)
@@ -115,7 +120,8 @@ def test_pad_equals_eos(model, ledger, tmp_path):
 
 
 def test_over_long_prompts(ledger, refused):
-    """A prompt longer than max_length leaves no target: its row is dropped and counted, others are cut and counted."""
+    """A prompt longer than max_length leaves no target: its row is dropped and counted, others are cut and
+    counted."""
     talks = [chat("word " * 60, "lost"), chat("q", "words " * 60), chat("q", "short"),
              chat("word " * 20, "x", "r", "y")]
     rows = [{"messages": messages} for messages in talks]
@@ -124,17 +130,19 @@ def test_over_long_prompts(ledger, refused):
     kept = [talks[1], talks[2], talks[3]]
     tokens, targets, cut = counted(kept, 60)
     _, says = ledger(rows, "--max_length", 60)
-    assert says == dict(rows=4, trained=3, dropped=1, reasons={"without targets after truncation": 1}, lost=sizes[0],
-                        cut=1, tokens=sum(sizes), target=targets, context=tokens - cut - targets, truncated=cut)
+    assert says == dict(rows=4, trained=3, dropped=1, reasons={"without targets after truncation": 1},
+                        lost=sizes[0], cut=1, tokens=sum(sizes), target=targets,
+                        context=tokens - cut - targets, truncated=cut)
     _, says = ledger(rows, "--max_length", 60, "--too_long", "drop", out="dropping")
     tokens, targets, _ = counted(talks[2:])
-    assert says == dict(rows=4, trained=2, dropped=2, reasons={"too long": 2}, lost=sizes[0] + sizes[1], cut=0,
-                        tokens=sum(sizes), target=targets, context=tokens - targets, truncated=0)
+    assert says == dict(rows=4, trained=2, dropped=2, reasons={"too long": 2}, lost=sizes[0] + sizes[1],
+                        cut=0, tokens=sum(sizes), target=targets, context=tokens - targets, truncated=0)
     error = refused(rows, "--max_length", 60, "--too_long", "error")
     assert f"rows.json[0] has {sizes[0]} tokens, more than --max_length 60" in error
     for how in ("truncate", "drop"):
         error = refused(rows[:1] * 3, "--max_length", 60, "--too_long", how)
-        assert "no row is left to train on: 3 in, dropped {'" in error and error.endswith("too small for any answer")
+        assert "no row is left to train on: 3 in, dropped {'" in error
+        assert error.endswith("too small for any answer")
 
 
 @pytest.mark.parametrize("reply", ["", " ", "\n\t\u3000"])
@@ -151,7 +159,8 @@ def test_empty_replies(reply, refused):
 
 def adds_bos(raw):
     """A tokenizer that puts its BOS before what it encodes, as Llama's does."""
-    raw.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", BOS)])
+    raw.post_processor = processors.TemplateProcessing("<|endoftext|> $A",
+                                                       special_tokens=[("<|endoftext|>", BOS)])
     return raw
 
 
@@ -168,10 +177,12 @@ def test_a_template_that_adds_the_bos_itself(model, ledger, tmp_path):
     for i, messages in enumerate(TALKS):
         ids, mask = by_pieces(messages)
         here = slice(dataset.starts[i], dataset.starts[i + 1])
-        assert dataset.tokens[here].tolist() == [BOS, *ids] and dataset.is_target[here].tolist() == [False, *mask]
+        assert dataset.tokens[here].tolist() == [BOS, *ids]
+        assert dataset.is_target[here].tolist() == [False, *mask]
 
 
-USERS_END = chatml("m.content").replace("'<|im_end|>\\n'", "('\\n' if m.role == 'assistant' else '<|im_end|>\\n')")
+USERS_END = chatml("m.content").replace("'<|im_end|>\\n'",
+                                        "('\\n' if m.role == 'assistant' else '<|im_end|>\\n')")
 
 
 @pytest.mark.parametrize("template, how_many", [
@@ -183,14 +194,16 @@ def test_a_template_that_never_ends_the_turn(template, how_many, model, refused)
     """The model would never learn to stop: the run does not start, and says so."""
     talks = [TALKS[0], chat("q", "a", "r", "b"), TALKS[2]]
     error = refused([{"messages": messages} for messages in talks], model=model(template))
-    assert f"rows.json: only {how_many} assistant turns train a token that ends them: the model would never" in error
+    assert f"rows.json: only {how_many} assistant turns train a token that ends them: the model" in error
 
 
-SOMETIMES = chatml("m.content").replace("'<|im_end|>\\n'", "('\\n' if m.content == 'endless' else '<|im_end|>\\n')")
+SOMETIMES = chatml("m.content").replace("'<|im_end|>\\n'",
+                                        "('\\n' if m.content == 'endless' else '<|im_end|>\\n')")
 
 
 def test_99_percent_of_the_turns_must_train_their_end(model, ledger, refused):
-    """99 of 100 do: the run starts. 98 of 99 do not, nor 197 of 199; turns that are cut or not trained do not count."""
+    """99 of 100 do: the run starts. 98 of 99 do not, nor 197 of 199; turns that are cut or not trained do not
+    count."""
     directory = model(SOMETIMES)
     endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
     untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
@@ -199,14 +212,16 @@ def test_99_percent_of_the_turns_must_train_their_end(model, ledger, refused):
     _, says = ledger([endless] + [ended] * 99, "--batch_size", 100, "--max_length", 40, model=directory)
     ids, mask = by_pieces(chat("q", "done"))
     shown = by_pieces(chat("q", "endless"))
-    assert says["tokens"] == 99 * len(ids) + len(shown[0]) - 1 and says["target"] == 99 * sum(mask) + sum(shown[1]) - 1
-    for rows, how_many in (([endless] + [ended] * 98, "98 of 99"), ([endless] * 2 + [ended] * 197, "197 of 199"),
+    assert says["tokens"] == 99 * len(ids) + len(shown[0]) - 1
+    assert says["target"] == 99 * sum(mask) + sum(shown[1]) - 1
+    for rows, how_many in (([endless] + [ended] * 98, "98 of 99"),
+                           ([endless] * 2 + [ended] * 197, "197 of 199"),
                            ([endless] + [ended] * 98 + [long] * 50, "98 of 99"),
                            ([endless] + [ended] * 50 + [untrained] * 48, "98 of 99")):
         assert f"only {how_many} assistant turns" in refused(rows, "--max_length", 40, model=directory)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # anything at all: fuzz.py
 
 
@@ -224,7 +239,8 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
     "a file of special tokens with null": ("tokenizer", ("special_tokens_map.json", b"null")),
     "a special token without content": ("tokenizer", ("tokenizer_config.json", b'{"pad_token": {}}')),
     "a template that is no text": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": {}}')),
-    "templates by name that are no texts": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": [1, {}]}')),
+    "templates by name that are no texts": (
+        "tokenizer", ("tokenizer_config.json", b'{"chat_template": [1, {}]}')),
     "a tokenizer that is none": ("tokenizer", ("tokenizer.json", b"{}")),
     "a tokenizer that is not UTF-8": ("tokenizer", ("tokenizer.json", b'{"a": "\xff"}')),
     "a configuration that is not UTF-8": ("tokenizer", ("tokenizer_config.json", b'{"a": "\xff"}')),
@@ -240,7 +256,8 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
     "a page of a weight": ("json", (b'{"messages": [{"role": "user", "weight": "' + b"1" * 5000 + b'"}]}',)),
     "half a byte order mark": ("json", (b"\xef",)),
     "half a byte order mark in gzip": ("json", (gzip.compress(b"\xef\xbb"),)),
-    "a number beside a call": ("template", (-1, chat("q", "a"), {"content": 5, "tool_calls": [{}]}, None, ())),
+    "a number beside a call": (
+        "template", (-1, chat("q", "a"), {"content": 5, "tool_calls": [{}]}, None, ())),
     # whose header is that of no answer
     "an answer of no words behind another answer": ("template", (
         MISTRAL, [*chat("q", "a"), {"role": "assistant", "content": "</think>"}, *chat("r")], {}, None, ())),
@@ -248,7 +265,8 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
         {"role": "assistant", "content": "x"}, *chat("x"), *chat("x")], {}, None, ())),
     "an answer before any prompt, whose words the last one has": ("template", (MISTRAL, [
         {"role": "assistant", "content": "x"}, *chat("y"), *chat("x"), *chat("z")], {}, None, ())),
-    "a page of a tokenizer's error": ("tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
+    "a page of a tokenizer's error": (
+        "tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
     "calls that are a number": ("json", (CALLS % b"5",)),
     "a call of a number": ("json", (CALLS % b'[{"function": 5}]',)),
     "a call of a list": ("json", (CALLS % b"[[1]]",)),
@@ -266,7 +284,8 @@ def test_what_was_found(name, tmp_path):
 
 
 START = '{"prompt": "q", "response": "a", "x": '
-TRAPS = {  # name: (how a row begins, what follows so many times, how it ends, what the error says if it is refused)
+# name: (how a row begins, what follows so many times, how it ends, what the error says if it is refused)
+TRAPS = {
     "50 MB in one line": (START + '"', "word ", 10**7, '"}', None),
     "50 MB in one line that does not end": (START + '"', "word ", 10**7, "", "Unterminated string"),
     "100,000 lists in one another": (START, "[", 10**5, "]" * 10**5 + "}", "recursion"),
@@ -275,7 +294,8 @@ TRAPS = {  # name: (how a row begins, what follows so many times, how it ends, w
     "a fraction of 100,000 digits": (START + "0.", "9", 10**5, "}", None),
     "no numbers": (START, "[NaN, Infinity, -Infinity, 1e999]", 1, "}", None),
     "NaN as an answer": ('{"prompt": "q", "response": ', "NaN", 1, "}", "must be a string, it is nan"),
-    "NaN as a weight": ('{"messages": [{"role": "user", "content": "q", "weight": ', "NaN", 1, "}]}", "it is nan"),
+    "NaN as a weight": ('{"messages": [{"role": "user", "content": "q", "weight": ', "NaN", 1, "}]}",
+                        "it is nan"),
     "a key again and again": ('{"prompt": "q", "response": ', '5, "response": ', 10**5, '"a"}', None),
 }
 
@@ -283,7 +303,8 @@ TRAPS = {  # name: (how a row begins, what follows so many times, how it ends, w
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.parametrize("lines", [True, False], ids=["lines", "array"])
 def test_a_trap(name, lines, tmp_path):
-    """Long, deep, large, doubled: trained like any other, or refused, in seconds and a few times its size of memory."""
+    """Long, deep, large, doubled: trained like any other, or refused, in seconds and a few times its size of
+    memory."""
     before, piece, times, after, say = TRAPS[name]
     text = before + piece * times + after
     path = tmp_path / "rows.json"
@@ -302,7 +323,8 @@ def test_a_trap(name, lines, tmp_path):
 
 
 def test_turns_that_are_cut_off_cost_nothing(tmp_path, monkeypatch):
-    """Finding a turn's tokens is a walk over the conversation's: of 2,000 turns those within max_length take it."""
+    """Finding a turn's tokens is a walk over the conversation's: of 2,000 turns those within max_length take
+    it."""
     messages, looked = chat("q", "a") * 2000, []
     token_range = data.token_range
     monkeypatch.setattr(data, "token_range", lambda *words: (looked.append(1), token_range(*words))[1])

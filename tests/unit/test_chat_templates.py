@@ -1,0 +1,362 @@
+"""Chat templates of each kind, beside transformers: where their answers are, and what ends in an error."""
+
+import os
+import re
+
+import pytest
+import transformers
+from data_helpers import (DROPS_THINKING, FAMILIES, PLAIN, QWEN3, RAW, TINY, assert_is, by_hand, chat, chatml,
+                          make_directory, runs, target_texts, tiny, write)
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import AutoTokenizer
+
+import data
+from settings.errors import UserError
+from text import formats
+from text.template import ChatTokenizer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_targets_of_template_that(name, tmp_path):
+    """The decoded targets of single- and multi-turn conversations are exactly the answers and what ends
+    them."""
+    template, special, config, batch, expected = FAMILIES[name]
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
+    path = write(tmp_path / "rows.json", [{"messages": messages} for messages in batch])
+    dataset = data.load(path, tokenizer, 2048)
+    assert not tokenizer.is_fallback
+    assert [target_texts(dataset, i, tokenizer.tokenizer) for i in range(len(batch))] == expected
+    turns = sum(map(len, expected))
+    assert (dataset.ledger.turns, dataset.ledger.turns_stopped) == (turns, turns)
+
+
+@pytest.mark.parametrize("name", ["models/tiny", *FAMILIES])
+def test_text_and_ids_are_those_of_transformers(name, tmp_path):
+    """What is trained on is what apply_chat_template writes and its tokenizer encodes, without a second
+    BOS."""
+    if name == "models/tiny":
+        directory, batch = TINY, [*PLAIN, chat(" q\n", "\n a ", "", "b", system="s")]
+    else:
+        template, special, config, batch, _ = FAMILIES[name]
+        raw = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
+        if bos := config.get("bos_token"):  # as Llama's: encode() adds a BOS unless told not to
+            raw.add_special_tokens([AddedToken(bos, special=True, normalized=False)])
+            bos_and_id = bos, raw.token_to_id(bos)
+            raw.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[bos_and_id])
+        directory = make_directory(tmp_path / "model", template, special, raw, **config)
+    ours, theirs = ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": m} for m in batch]), ours, 2048)
+    for i, messages in enumerate(batch):
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        assert ours.render(messages) == text
+        prompt = theirs.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        assert ours.render(messages[:-1], add_generation_prompt=True) == prompt
+        ids = dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tolist()
+        encoded = theirs.apply_chat_template(messages, return_dict=True,
+                                             return_assistant_tokens_mask="gen" in name)
+        assert ids == encoded["input_ids"] == theirs(text, add_special_tokens=False)["input_ids"]
+        if "gen" in name:
+            mask = dataset.is_target[dataset.starts[i] : dataset.starts[i + 1]]
+            assert mask.astype(int).tolist() == encoded["assistant_masks"]
+        if ours.special.get("bos_token"):
+            assert ids.count(ours.tokenizer.token_to_id(ours.special["bos_token"])) == 1 and ids[0] != ids[1]
+
+
+def test_a_template_may_use_what_transformers_offers_it(tmp_path):
+    """tools, tojson without ASCII escapes, break and continue, strftime_now and block trimming render
+    alike."""
+    template = """
+    {%- if tools %}
+        {{- '<|im_start|>system\\n' + tools | tojson + tools | tojson(indent=2) + '<|im_end|>' }}
+    {%- endif %}
+    {% for m in messages %}
+        {% if loop.index0 == 4 %}{% break %}{% endif %}
+        {% if m.role == 'system' %}{% continue %}{% endif %}
+<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+    {% endfor %}
+{{ strftime_now('%Y') }}
+"""
+    directory = make_directory(tmp_path / "model", template)
+    ours, theirs = ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    tools = [{"type": "function", "function": {"name": "天气", "description": "<b>'&\"", "parameters": {}}}]
+    messages = chat("Hello?", "Hi.", "Again?", "Hi!", system="no")
+    for given_tools in (None, tools):
+        text = theirs.apply_chat_template(messages, tools=given_tools, tokenize=False)
+        assert ours.render(messages, tools=given_tools) == text
+    assert "天气" in text and "no" not in text
+
+
+def test_the_tools_of_a_row_reach_its_template(tmp_path):
+    """A row's "tools" are rendered as its template does with them."""
+    template = chatml("m.content").replace("{%- for",
+                                           "{%- if tools %}{{- tools[0].name }}{%- endif %}{%- for", 1)
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    path = write(tmp_path / "rows.json", [{"messages": chat("q", "a"), "tools": [{"name": "weather"}]}])
+    assert runs(data.load(path, tokenizer, 2048))[0][1].startswith("weather<|im_start|>user\nq")
+
+
+def test_a_call_of_a_tool_is_a_target(tmp_path):
+    """An assistant message without words but with tool_calls is trained as the template renders it, up to its
+    end."""
+    template = chatml("m.content + (m.tool_calls | tojson if m.tool_calls else '')")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    messages = [{"role": "user", "content": "q"},
+                {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+                {"role": "tool", "content": "7"}, {"role": "assistant", "content": "Seven."}]
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 2048)
+    assert target_texts(dataset) == ['[{"name": "f"}]<|im_end|>', "Seven.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_questions_in_a_row_are_no_targets(name, tmp_path):
+    """Also where the header is what closes a question, as [/INST] does: of several only the last opens an
+    answer."""
+    template, special, config, _, (plain, *_) = FAMILIES[name]
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
+    messages = [*chat("q"), *chat(""), *chat("a b", "a"), *chat("a"), *chat("b", "a")]
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 100)
+    answer = plain[0].replace("Hi there.", "a")
+    earlier = answer.rpartition("</think>\n\n")[2]  # Qwen3's empty thought is in the last turn only
+    assert target_texts(dataset, 0, tokenizer.tokenizer) == [earlier, answer]
+    assert tokenizer.is_closing == (name == "has [INST] of plain words, like Mistral")
+
+
+# ---- reasoning ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thought, answer", [
+    ("maybe 42, since 6 * 7 is 42", "42"), ("yes", "yes"), ("assistant\n42", "42"), ("hm </think> hm", "hm"),
+    ("", "42")])
+@pytest.mark.parametrize("template", ["tiny", "Qwen3", "drops"])
+def test_reasoning_that_already_says_the_answer_is_trained_to_its_end(template, thought, answer, tmp_path):
+    """An answer's words may stand in the reasoning before them: the turn still ends where it ends."""
+    source = {"tiny": chatml("m.content"), "Qwen3": QWEN3, "drops": DROPS_THINKING}[template]
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", source))
+    said = f"<think>\n{thought}\n</think>\n\n{answer}"
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": chat("q", said)}]), tokenizer, 2048)
+    rendered = tokenizer.render(chat("q", said)).split("<|im_start|>assistant\n")[1]
+    assert target_texts(dataset) == [rendered.removesuffix("\n")]
+    assert rendered.endswith(f"</think>\n\n{answer}<|im_end|>\n")
+
+
+def test_reasoning_in_a_key_of_its_own_may_say_the_answer(tmp_path):
+    """reasoning_content that the template renders before the answer is trained with it, whatever it says."""
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", QWEN3))
+    messages = [{"role": "user", "content": "q"},
+                {"role": "assistant", "content": "42", "reasoning_content": "42?"}]
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tokenizer, 2048)
+    assert target_texts(dataset) == ["<think>\n42?\n</think>\n\n42<|im_end|>"]
+
+
+def test_an_answer_of_reasoning_only_is_not_lost(tmp_path):
+    """A turn that ends with </think> is trained as it stands: nothing of it is dropped in silence."""
+    path = write(tmp_path / "rows.json", [{"messages": chat("q", "<think>\nhm\n</think>")}])
+    assert target_texts(data.load(path, tiny, 2048)) == ["<think>\nhm\n</think><|im_end|>"]
+
+
+THINKS = chatml("('<think>' + m.thinking + '</think>' if m.thinking is defined else '') + m.content")
+
+
+@pytest.mark.parametrize("said, as_content, as_thinking", [
+    ({"reasoning": "hm"}, "hm", "hm"), ({"thinking": "hm"}, "hm", "hm"),
+    ({"reasoning_content": "hm"}, "hm", "hm"),
+    ({"reasoning_content": None, "thinking": None, "reasoning": "hm"}, "hm", "hm"),
+    ({"reasoning_content": ""}, "", ""), ({"reasoning": "b", "thinking": "a"}, "a", "a"),
+    ({"reasoning_content": "a", "thinking": "b"}, "a", "b"),
+    ({"reasoning_content": "", "reasoning": "b"}, "", "")], ids=str)
+def test_reasoning_goes_by_three_names(said, as_content, as_thinking, tmp_path):
+    """reasoning, thinking and reasoning_content reach templates that read another of them, as transformers
+    has it."""
+    messages = [*chat("q"), {"role": "assistant", "content": "a", **said}]
+    path = write(tmp_path / "rows.json", [{"messages": messages}])
+    for name, template, expected in (("a", QWEN3, f"<think>\n{as_content}\n</think>\n\na<|im_end|>"),
+                                     ("b", THINKS, f"<think>{as_thinking}</think>a<|im_end|>")):
+        directory = make_directory(tmp_path / name, template)
+        tokenizer = ChatTokenizer(directory)
+        assert target_texts(data.load(path, tokenizer, 100)) == [expected]
+        if hasattr(transformers.utils.chat_template_utils, "_alias_reasoning_fields"):  # since 5.24
+            text = AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, tokenize=False)
+            assert text.endswith(expected + "\n") and tokenizer.render(formats.to_messages(
+                {"messages": messages}, "here")) == text
+
+
+# ---- turns that do not end ------------------------------------------------------------------------------
+
+
+NEVER_ENDS = """\
+{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}"""
+SOMETIMES_ENDS = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}" \
+                 "{{- '' if m.content == 'endless' else '<|im_end|>' }}{%- endfor %}"
+
+
+def test_a_template_that_never_ends_a_turn_is_refused(tmp_path):
+    """A model that is never shown a stop token would never stop: the run does not start."""
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", NEVER_ENDS))
+    with pytest.raises(ValueError, match="only 0 of 2 assistant turns .* would never stop"):
+        data.load(write(tmp_path / "rows.json", [{"messages": m} for m in PLAIN[:1] * 2]), tokenizer, 2048)
+
+
+def test_99_percent_of_turns_must_end(tmp_path):
+    """One endless turn of 100 may pass, one of 99 may not; turns that are not trained or were cut do not
+    count."""
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", SOMETIMES_ENDS))
+    endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
+    untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
+    untrained["messages"][1]["train"] = False
+    dataset = data.load(write(tmp_path / "rows.json", [endless] + 99 * [ended] + 50 * [untrained]), tokenizer,
+                        2048)
+    assert (dataset.ledger.turns, dataset.ledger.turns_stopped) == (150, 149)
+    with pytest.raises(ValueError, match="only 98 of 99 assistant turns"):
+        data.load(write(tmp_path / "rows.json", [endless] + 98 * [ended]), tokenizer, 2048)
+    long = {"messages": chat("q", "a very long answer that is cut off")}
+    dataset = data.load(write(tmp_path / "rows.json", 50 * [long]), tokenizer, 18)
+    assert (dataset.ledger.turns, dataset.ledger.rows_truncated) == (0, 50)
+
+
+# ---- what a template refuses or changes -----------------------------------------------------------------
+
+
+def test_a_conversation_that_the_template_refuses_names_the_row(tmp_path):
+    """What a template raises about the order of roles becomes an error that says which row it was."""
+    rows = [{"messages": chat("q", "a")},
+            {"messages": [*chat("q", "a"), {"role": "system", "content": "late"}, *chat("r", "b")]}]
+    path = write(tmp_path / "rows.json", rows)
+    say = ".*refuses.*a system message can only be the first"
+    with pytest.raises(ValueError, match=re.escape(f"{path}[1]: ") + say):
+        data.load(path, tiny, 2048)
+
+
+def test_an_answer_that_the_template_changes_names_the_row(tmp_path):
+    """Targets are never guessed: where the answer isn't in the rendered text, the row is an error."""
+    template = chatml("m.content.replace('secret', '***')")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    path = write(tmp_path / "rows.json", [{"messages": chat("q", "a")}, {"messages": chat("q", "a secret")}])
+    with pytest.raises(ValueError, match=re.escape(f"{path}[1]: ") + "the answer 'a secret' can't be found"):
+        data.load(path, tokenizer, 2048)
+
+
+def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
+    """A question that is rendered in other words may hold a header and the answer: the answer's own place
+    counts."""
+    template = chatml("(m.content.replace('secret', '***') if m.role == 'user' else m.content)")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    path = write(tmp_path / "rows.json", [{"messages": chat("my secret:\nassistant\nHi.", "Hi.")}])
+    shown = [(target, text) for target, text, _ in runs(data.load(path, tokenizer, 2048))]
+    assert shown == [(False, "<|im_start|>user\nmy ***:\nassistant\nHi.<|im_end|>\n<|im_start|>assistant\n"),
+                     (True, "Hi.<|im_end|>"), (False, "\n")]
+
+
+@pytest.mark.parametrize("template, say", [("{% for m in messages %}", "chat template can't be used"),
+                                           ("{{ raise_exception('no chat here') }}", "no chat here"),
+                                           ("{{ messages.__class__.__mro__ }}",
+                                            "chat template can't be used"),
+                                           ("{{ 'silent' }}", "chat template"),
+                                           ("{{ messages[0].content + 1 }}", "chat template")])
+def test_a_template_that_cannot_be_used_names_its_directory(template, say, tmp_path):
+    """A broken template, one that reaches for Python, or one that renders no message is an error with a
+    place."""
+    directory = make_directory(tmp_path / "model", template)
+    with pytest.raises(ValueError, match=re.escape(directory) + f".*{say}"):
+        ChatTokenizer(directory)
+
+
+def test_a_template_that_fails_on_a_conversation_names_the_row(tmp_path):
+    """A Python error inside a template, such as adding text and a missing key, is an error of that row."""
+    template = chatml("(m.content + (m.number if 'five' in m.content else ''))")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    rows = [{"messages": [{"role": "user", "content": "five", "number": 5},
+                          {"role": "assistant", "content": "a"}]}]
+    path = write(tmp_path / "rows.json", rows)
+    with pytest.raises(ValueError, match=re.escape(f"{path}[0]: ")):
+        data.load(path, tokenizer, 2048)
+
+
+@pytest.mark.parametrize("method", ["find_answers", "render_marked"])
+def test_a_bug_of_ours_is_no_fault_of_the_template(method, tmp_path, monkeypatch):
+    """A plain ValueError around the rendering goes through with its traceback; UserError would hide where it
+    is."""
+    def broken(*arguments, **options):
+        return int("x")
+
+    tokenizer = ChatTokenizer(TINY)
+    monkeypatch.setattr(tokenizer, method, broken)
+    with pytest.raises(ValueError, match="invalid literal for int") as info:
+        data.load(write(tmp_path / "rows.json", [{"messages": chat("q", "a")}]), tokenizer, 100)
+    assert not isinstance(info.value, UserError) and info.traceback[-1].name == "broken"
+
+
+def test_a_template_that_leaves_a_message_out_is_refused(tmp_path):
+    """Header and turn end are learned from short probes: where one is not shown, the error says which."""
+    template = chatml("(m.content if m.role == 'user' else '')")
+    with pytest.raises(UserError,
+                       match="chat template can't be used: it leaves out the message 'probe answer'"):
+        ChatTokenizer(make_directory(tmp_path / "model", template))
+
+
+# ---- directories without a template or a tokenizer ------------------------------------------------------
+
+
+def test_without_a_template_there_is_chatml(tmp_path):
+    """A tokenizer without a template gets ChatML, says so, and trains the tokens that ChatML by hand has."""
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None))
+    assert tokenizer.is_fallback and not tiny.is_fallback
+    assert tokenizer.stop_id == RAW.token_to_id("<|im_end|>")
+    batch = [*PLAIN, chat(" q", "\na ", system="s")]
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": m} for m in batch]), tokenizer, 2048)
+    assert_is(dataset, [by_hand(messages) for messages in batch])
+
+
+def without_chatml_tokens():
+    """models/tiny's tokenizer, whose vocabulary has no <|im_start|> and no <|im_end|>."""
+    with open(os.path.join(TINY, "tokenizer.json"), encoding="utf-8") as f:
+        text = f.read().replace("<|im_start|>", "<|other_1|>").replace("<|im_end|>", "<|other_2|>")
+    return Tokenizer.from_str(text)
+
+
+def test_chatml_without_its_tokens_ends_turns_with_the_eos(tmp_path):
+    """Where the vocabulary has no <|im_end|>, the eos token stands in for it."""
+    raw = without_chatml_tokens()
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None, raw=raw))
+    assert tokenizer.is_fallback and tokenizer.turn_end == "<|endoftext|>"
+    assert tokenizer.stop_id == raw.token_to_id("<|endoftext|>") == 0
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": m} for m in PLAIN]), tokenizer, 2048)
+    assert target_texts(dataset, 1, raw) == ["Hi there.<|endoftext|>", "你好，world 🙂<|endoftext|>"]
+    text = "<|im_start|>user\nHello?<|endoftext|>\n<|im_start|>assistant\nHi there.<|endoftext|>\n"
+    assert raw.decode(dataset.tokens[: dataset.starts[1]].tolist(), skip_special_tokens=False) == text
+
+
+def test_chatml_without_any_token_to_end_turns_is_refused(tmp_path):
+    """No template, no <|im_end|> and no eos token: an error that names the directory."""
+    directory = make_directory(tmp_path / "model", None, raw=without_chatml_tokens(), eos_token=None)
+    with pytest.raises(ValueError, match=re.escape(directory)):
+        ChatTokenizer(directory)
+
+
+def test_where_a_template_is_found(tmp_path):
+    """chat_template.jinja goes before tokenizer_config.json; of several by name the default one is taken."""
+    several = [{"name": "tool_use", "template": chatml("'tool'")},
+               {"name": "default", "template": chatml("'2' + m.content")}]
+    directory = make_directory(tmp_path / "model", several)
+    assert ChatTokenizer(directory).render(chat("q")) == "<|im_start|>user\n2q<|im_end|>\n"
+    (tmp_path / "model" / "chat_template.jinja").write_text(chatml("'3' + m.content"), encoding="utf-8")
+    assert ChatTokenizer(directory).render(chat("q")) == "<|im_start|>user\n3q<|im_end|>\n"
+    assert AutoTokenizer.from_pretrained(directory).apply_chat_template(chat("q"), tokenize=False) == (
+        "<|im_start|>user\n3q<|im_end|>\n")
+
+
+def test_a_directory_without_tokenizer_says_so(tmp_path):
+    """No tokenizer.json: UserError names the directory, the file and the flag."""
+    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + " has no tokenizer.json; --tokenizer"):
+        ChatTokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_file_is_named(name, tmp_path):
+    """A file of the tokenizer that was cut short is an error with its path."""
+    directory = make_directory(tmp_path / "model", chatml("m.content"))
+    content = (tmp_path / "model" / name).read_text(encoding="utf-8")
+    (tmp_path / "model" / name).write_text(content[: len(content) // 2], encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(os.path.join(directory, name))):
+        ChatTokenizer(directory)

@@ -1,0 +1,371 @@
+"""Data files and row shapes: what is read, and what is wrong with a file or a row."""
+
+import gzip
+import io
+import json
+import os
+import re
+import tracemalloc
+
+import pytest
+from data_helpers import assert_is, by_hand, chat, sources, tiny, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from settings.errors import UserError
+from text import formats
+
+ROWS = [{"prompt": "a", "response": "b"}, {"prompt": "为什么", "response": "d \u2028 e"}]
+ARRAY = json.dumps(ROWS, ensure_ascii=False).encode()
+LINES = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in ROWS)
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("content", [
+    ARRAY, LINES, BOM + ARRAY, BOM + LINES, gzip.compress(ARRAY), gzip.compress(LINES),
+    gzip.compress(BOM + ARRAY), b" \n\t" + ARRAY, b"\n\n" + LINES, BOM + b"\r\n " + ARRAY,
+    LINES.replace(b"\n", b"\r\n"), LINES.replace(b"\n", b"\n\n"), LINES.rstrip(),
+    json.dumps(ROWS, indent=1).encode(), json.dumps(ROWS).encode()],
+                         ids=["array", "lines", "BOM array", "BOM lines", "gzip array", "gzip lines",
+                              "gzip BOM array", "space array",
+         "blank lines first", "BOM space array", "CRLF lines", "blank lines between", "no last newline",
+         "indented array", "escaped array"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
+def test_a_container_is_told_by_its_first_bytes(content, name, tmp_path):
+    """JSON array, JSON Lines and gzip of either read the same, whatever the name, with BOM, blanks and
+    CRLF."""
+    (tmp_path / name).write_bytes(content)
+    path = str(tmp_path / name)
+    assert list(formats.read_files(path)) == [(f"{path}[0]", ROWS[0]), (f"{path}[1]", ROWS[1])]
+
+
+def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
+    """A directory stands for its .json, .jsonl and .gz files, sorted; others in it are left alone."""
+    for name, row in (("b.json", 1), ("a.jsonl", 0), ("c.jsonl.gz", 2), ("d.json.gz", 3)):
+        content = json.dumps({"row": row}).encode() + b"\n"
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for name in ("README.md", "notes.txt", "x.json.bak"):
+        (tmp_path / name).write_text("not data", encoding="utf-8")
+    expected = [(str(tmp_path / name) + "[0]", {"row": i})
+                for i, name in enumerate(("a.jsonl", "b.json", "c.jsonl.gz", "d.json.gz"))]
+    assert list(formats.read_files(str(tmp_path))) == expected
+
+
+def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
+    """Commas join files and directories; each row names its own file and its place there."""
+    (tmp_path / "sub").mkdir()
+    first = write(tmp_path / "z.json", [{"row": 0}, {"row": 1}])
+    second = write(tmp_path / "a.json", [{"row": 2}])
+    write(tmp_path / "sub" / "m.json", [{"row": 3}])
+    got = list(formats.read_files(f"{first},{second},{tmp_path / 'sub'}"))
+    assert got == [(f"{first}[0]", {"row": 0}), (f"{first}[1]", {"row": 1}), (f"{second}[0]", {"row": 2}),
+                   (f"{tmp_path / 'sub' / 'm.json'}[0]", {"row": 3})]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    """No such file, among several too: UserError with the path and what may be given."""
+    good, missing = write(tmp_path / "rows.json", ROWS), str(tmp_path / "missing.json")
+    for spec in (missing, f"{good},{missing}"):
+        with pytest.raises(UserError, match=re.escape(missing) + ": no such data file; give a JSON"):
+            data.load(spec, tiny, 100)
+
+
+def test_a_directory_without_data_is_named(tmp_path):
+    """A directory without data files: UserError with the endings that would count."""
+    (tmp_path / "rows.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + r": no data file .*\.jsonl"):
+        data.load(str(tmp_path), tiny, 100)
+
+
+GOOD_LINE = b'{"prompt": "a", "response": "b"}\n'
+
+
+@pytest.mark.parametrize("content, line, column", [
+    (b'[\n {"prompt": "a", "response": "b"},\n {"prompt": "a" "response": "b"}\n]', 3, 17),
+    (b'[\n {"prompt": "a", "response": "b"}\n', 3, 1),
+    (b'[{"prompt": "a", "response": "b"},]', 1, "3[45]"),  # Python 3.13 points at the comma
+    (GOOD_LINE + b"\n" + b'{"prompt": "a" "response": "b"}\n', 3, 16),
+    (GOOD_LINE + GOOD_LINE + b'{"prompt": "a", "resp', 3, 17),
+    (GOOD_LINE.strip() + GOOD_LINE, 1, 33),
+    (b'["a", "b"]\n["c", "d"]\n', 2, 1),
+    (b'{\n "prompt": "a",\n "response": "b"\n}\n', 2, 1),
+    (b"prompt,response\na,b\n", 1, 1),
+], ids=["array", "cut array", "trailing comma", "lines", "cut line", "two in a line", "lines of arrays",
+        "one object over several lines", "CSV"])
+def test_what_is_not_json_names_line_and_column(content, line, column, tmp_path):
+    """A syntax error is reported with its file, line, column and what a file must be."""
+    path = tmp_path / "rows.json"
+    for packed in (content, gzip.compress(content)):
+        path.write_bytes(packed)
+        say = re.escape(f"{path} is not JSON: line {line}, column ")
+        say += f"{column}: .*a JSON array of rows, or one JSON"
+        with pytest.raises(ValueError, match=say):
+            data.load(str(path), tiny, 100)
+
+
+PACKED = gzip.compress(os.urandom(200).hex().encode())
+
+
+@pytest.mark.parametrize("content", [
+    ARRAY[:20] + b"\xff" + ARRAY[20:], '[{"prompt": "a", "response": "b"}]'.encode("utf-16"), PACKED[:-12],
+    PACKED[:-8] + b"\0" * 8, PACKED[:20] + b"\xff" * 20 + PACKED[40:], b"[" * 200_000,
+    b'[{"prompt": "a", "response": "b", "n": ' + b"1" * 5000 + b"}]"],
+    ids=["not UTF-8", "UTF-16", "cut gzip", "gzip with a wrong sum", "damaged gzip", "nested too deep",
+         "long number"])
+def test_a_file_that_cannot_be_read_is_named(content, tmp_path):
+    """Bytes that are no text, a damaged archive, or JSON that Python gives up on: ValueError with the
+    file."""
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        data.load(str(path), tiny, 100)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n ", b"[]", BOM, gzip.compress(b"")],
+                         ids=["empty", "blank", "empty array", "BOM only", "gzip of nothing"])
+def test_a_file_without_rows_is_named(content, tmp_path):
+    """No rows at all is an error that names the file, not the length limit."""
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        data.load(str(path), tiny, 100)
+
+
+# ---- arrays are read in pieces --------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
+                             | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+                             max_leaves=6)),
+       st.sampled_from([1, 3, 17, 1000]), st.sampled_from([None, 1]), st.booleans(),
+       st.none() | st.tuples(st.integers(0, 200), st.sampled_from(["", ",", "]", "}", "x", '"', "\n"])))
+def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, damage):
+    """Any array in pieces of any size: json.loads' values, or its error with its line and column."""
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    if damage:
+        text = text[: 1 + damage[0]] + damage[1] + text[2 + damage[0] :]
+    try:
+        expected = json.loads(text)
+    except json.JSONDecodeError as error:
+        expected = f"line {error.lineno}, column {error.colno}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "PIECE", piece)
+        try:
+            got = list(formats.json_array(io.StringIO(text), "rows.json"))
+        except ValueError as error:
+            assert isinstance(expected, str) and expected in str(error), (text, expected)
+        else:
+            assert got == expected, text
+
+
+def test_an_array_is_read_in_pieces(tmp_path):
+    """2,000 rows of 5 kB: never more than a few pieces of text in memory, and an error far in has its
+    place."""
+    path = tmp_path / "rows.json"
+    rows = [{"prompt": "p", "response": "word " * 1000}] * 2000
+    path.write_text(json.dumps(rows, indent=0) + "\n")
+    tracemalloc.start()
+    assert sum(1 for _ in formats.read_file(str(path))) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * formats.PIECE < path.stat().st_size
+    path.write_text(path.read_text().rstrip()[:-1] + ",\n{oops}]")
+    with pytest.raises(ValueError, match=rf"is not JSON: line {2000 * 4 + 3}, column 2: "):
+        list(formats.read_file(str(path)))
+
+
+# ---- parquet --------------------------------------------------------------------------------------------
+
+
+def test_a_parquet_file_is_its_rows(tmp_path):
+    """All rows of all of its batches; a key that a row lacks is None."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": str(i), "response": "a" if i % 2 else None} for i in range(5000)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=700)
+    assert list(formats.read_file(str(tmp_path / "rows.parquet"))) == rows
+
+
+@pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"x" * 99 + b"PAR1", None],
+                         ids=["short", "no footer", "page"])
+def test_a_damaged_parquet_file_is_named(content, tmp_path):
+    """Where its footer is read, and where its pages are."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    if content is None:
+        parquet.write_table(pyarrow.Table.from_pylist([{"prompt": os.urandom(99).hex()}] * 99), path)
+        content = path.read_bytes()
+        content = content[:4] + bytes(byte ^ 255 for byte in content[4:60]) + content[60:]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{path} can't be read as parquet: ")):
+        list(formats.read_file(str(path)))
+
+
+# ---- datasets of the hub --------------------------------------------------------------------------------
+
+
+def test_a_hub_dataset_is_downloaded(tmp_path, monkeypatch):
+    """owner/name that is no path goes to the hub's client; the training split's files are read, others
+    not."""
+    import huggingface_hub
+
+    asked = []
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000.json", "test-00000.json"):
+        write(tmp_path / "data" / name, [{"prompt": name, "response": "r"}])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **how: (asked.append((name, how)), str(
+        tmp_path))[1])
+    dataset = data.load("owner/name", tiny, 100)
+    assert sources(dataset) == [f"{tmp_path}/data/train-00000.json[0]"]
+    assert asked[0][0] == "owner/name" and asked[0][1]["repo_type"] == "dataset"
+
+
+def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="owner/name: no such data file, and as a dataset .*no network"):
+        data.load("owner/name", tiny, 100)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row, messages", [
+    ({"prompt": "q", "response": "a"}, chat("q", "a")),
+    ({"prompt": "q", "response": "a", "system": "s"}, chat("q", "a", system="s")),
+    ({"instruction": "i", "output": "a"}, chat("i", "a")),
+    ({"instruction": "i", "input": "", "output": "a"}, chat("i", "a")),
+    ({"instruction": "i", "input": None, "output": "a"}, chat("i", "a")),
+    ({"instruction": "i", "input": "x", "output": "a"}, chat("i\nx", "a")),
+    ({"instruction": "i", "output": "a", "system": "", "history": []}, chat("i", "a")),
+    ({"instruction": "i", "output": "a", "system": None, "history": None}, chat("i", "a")),
+    ({"instruction": "i", "input": "x", "output": "a", "system": "s", "history": [["p", "o"], ["n", "m"]]},
+     chat("p", "o", "n", "m", "i\nx", "a", system="s")),
+    ({"messages": chat("q", "a", "r", "b", system="s")}, chat("q", "a", "r", "b", system="s")),
+    ({"conversations": chat("q", "a")}, chat("q", "a")),
+    ({"conversations": chat("q", "a", system="s"), "system": "t"}, chat("q", "a", system="s")),
+    ({"messages": None, "conversations": chat("q", "a")}, chat("q", "a")),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+     chat("q", "a", system="s")),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"},
+                        {"from": "assistant", "value": "a"}]}, chat("q", "a", system="s")),
+    ({"id": 7, "source": "web", "prompt": "q", "response": "a"}, chat("q", "a")),
+], ids=str)
+def test_every_row_shape_becomes_the_same_messages(row, messages, tmp_path):
+    """Each accepted shape, its optional keys and its empty ones read as the conversation that they mean."""
+    assert_is(data.load(write(tmp_path / "rows.json", [row]), tiny, 2048), [by_hand(messages)])
+
+
+@pytest.mark.parametrize("row, keys", [
+    ({"question": "q?", "answer": "a."}, ("question", "answer", "messages")),
+    ({"question": "q?", "answer": "a.", "messages": chat("x", "y")}, ("question", "answer", "messages")),
+    ({"question": "q?", "answer": "a.", "prompt": "x", "response": "y"}, ("question", "answer", "messages")),
+    ({"extra_info": {"question": "q?", "deep": {"answer": "a."}}, "prompt": chat("x")},
+     ("extra_info.question", "extra_info.deep.answer", "messages")),
+    ({"a.b": "q?", "a": {"b": "x"}, "c": "a."}, ("a.b", "c", "messages")),
+    ({"chat": chat("q?", "a."), "prompt": "x", "response": "y"}, ("prompt", "response", "chat")),
+    ({"chat": chat("q?", "a."), "messages": chat("x", "y")}, ("prompt", "response", "chat")),
+    ({"prompt": "q?", "response": "a."}, ("question", "answer", "chat")),
+    ({"instruction": "q?", "output": "a."}, ("question", "answer", "chat")),
+    ({"messages": chat("q?", "a."), "question": "x"}, ("question", "answer", "chat")),
+    ({"conversations": [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]},
+     ("question", "answer", "chat"))
+], ids=range(11))
+def test_keys_of_rows_may_be_named(row, keys):
+    """Where a row has the keys that were named, they are its question and answer, or its messages; any other
+    row is told by the usual ones."""
+    found = formats.to_messages(row, "here", keys)
+    assert [(m["role"], m["content"]) for m in found] == [("user", "q?"), ("assistant", "a.")]
+
+
+Q, A = chat("q", "a")
+ALPACA = {"instruction": "i", "output": "a"}
+BAD_ROWS = {
+    "unknown shape": ({"question": "q", "answer": "a"},
+                      r"unknown row shape.*\['answer', 'question'\].*\"instruction\""),
+    "no keys": ({}, r"unknown row shape.*\[\]"),
+    "half a pair": ({"prompt": "q"}, r"unknown row shape.*\['prompt'\]"),
+    "a text": ("just text", "unknown row shape.*str"),
+    "a number": (5, "unknown row shape.*int"),
+    "null": (None, "unknown row shape.*NoneType"),
+    "a list": ([Q, A], "unknown row shape.*list"),
+    "messages null": ({"messages": None}, r"unknown row shape.*\['messages'\]"),
+    "messages empty": ({"messages": []}, ""),
+    "conversations empty": ({"conversations": []}, ""),
+    "conversations empty, with system": ({"conversations": [], "system": "s"}, ""),
+    "messages a text": ({"messages": "hello"}, "unknown row shape"),
+    "messages an object": ({"messages": {"role": "user", "content": "q"}}, "unknown row shape"),
+    "message a text": ({"messages": ["q", A]}, "message must be.*'q'"),
+    "message null": ({"messages": [None, A]}, "message must be.*None"),
+    "message without role": ({"messages": [{"content": "q"}, A]}, "message must be"),
+    "message without content": ({"messages": [{"role": "user"}, A]},
+                                "content of a user message must be a string.*None"),
+    "answer without content": ({"messages": [Q, {"role": "assistant"}]}, "content.*must be a string.*None"),
+    "content a list": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, A]},
+                       "content of a user message must be a string.*type"),
+    "content a number": ({"prompt": 5, "response": "a"},
+                         "content of a user message must be a string, it is 5"),
+    "response null": ({"prompt": "q", "response": None}, "must be a string, it is None"),
+    "value missing": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]},
+                      "must be a string"),
+    "role null": ({"messages": [{"role": None, "content": "q"}, A]}, "role"),
+    "role a list": ({"messages": [{"role": ["user"], "content": "q"}, A]}, "role"),
+    "from unknown": ({"conversations": [{"from": "bing", "value": "q"}]},
+                     "unknown \"from\": 'bing'.*human.*gpt"),
+    "from a list": ({"conversations": [{"from": ["human"], "value": "q"}, A]}, "from"),
+    "from null": ({"conversations": [{"from": None, "value": "q"}, A]}, "unknown \"from\": None"),
+    "empty answer": ({"prompt": "q", "response": ""}, "empty answer"),
+    "blank answer": ({"messages": [Q, {"role": "assistant", "content": " \n\t"}]}, "empty answer"),
+    "empty output": ({**ALPACA, "output": ""}, "empty answer"),
+    "no assistant": ({"messages": [Q]}, "no assistant message"),
+    "weight 2": ({"messages": [Q, {**A, "weight": 2}]}, "\"weight\" 1 or 0.*it is 2"),
+    "weight 0.5": ({"messages": [Q, {**A, "weight": 0.5}]}, "it is 0.5"),
+    "weight null": ({"messages": [Q, {**A, "weight": None}]}, "it is None"),
+    "weight a text": ({"messages": [Q, {**A, "weight": "1"}]}, "it is '1'"),
+    "train a text": ({"messages": [Q, {**A, "train": "false"}]}, "\"train\" must be true or false.*'false'"),
+    "train a list": ({"messages": [Q, {**A, "train": []}]}, "\"train\" must be true or false"),
+    "system a number": ({"prompt": "q", "response": "a", "system": 5},
+                        "content of a system message must be a string"),
+    "instruction a number": ({**ALPACA, "instruction": 5}, "string"),
+    "instruction null": ({**ALPACA, "instruction": None}, "string"),
+    "input a number": ({**ALPACA, "input": 5}, "string"),
+    "input a list": ({**ALPACA, "input": ["x"]}, "string"),
+    "history a text": ({**ALPACA, "history": "abc"}, "history"),
+    "history a number": ({**ALPACA, "history": 5}, "history"),
+    "history of numbers": ({**ALPACA, "history": [5]}, "history"),
+    "history of texts": ({**ALPACA, "history": ["ab"]}, "history"),
+    "history of objects": ({**ALPACA, "history": [{"q": "x", "a": "y"}]}, "history"),
+    "history without an answer": ({**ALPACA, "history": [["q"]]}, "history"),
+    "history of three": ({**ALPACA, "history": [["q", "a", "r"]]}, "history"),
+    "history with an empty answer": ({**ALPACA, "history": [["q", ""]]}, "empty answer"),
+    "half a character": ({"prompt": "cut emoji \ud83d", "response": "a"}, ""),
+    "half a character in an answer": ({"prompt": "q", "response": "cut emoji \ud83d"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named(name, tmp_path):
+    """Whatever is wrong with a row is a ValueError with file and index, what was found, and the rule."""
+    row, say = BAD_ROWS[name]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a", "response": "b"}, row]), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(f"{path}[1]") + f".*{say}"):
+        data.load(str(path), tiny, 100)
+
+
+def test_a_bug_of_ours_is_no_fault_of_the_row(tmp_path, monkeypatch):
+    """A plain ValueError in to_messages goes through with its traceback; UserError would hide where it is."""
+    def broken(turn, where):
+        return int("x")
+
+    monkeypatch.setattr(formats, "to_message", broken)
+    with pytest.raises(ValueError, match="invalid literal for int") as info:
+        data.load(write(tmp_path / "rows.json", ROWS), tiny, 100)
+    assert not isinstance(info.value, UserError) and info.traceback[-1].name == "broken"

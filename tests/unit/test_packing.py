@@ -1,0 +1,302 @@
+"""Micro-batches: each conversation in one of them, even ranks, few of them, and what they hold."""
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import by_hand, chat, conversations, lognormal, repeatable, tiny, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from ops.packing import assign_least_loaded, ceil_div, pack, split_over_ranks
+
+
+@st.composite
+def packings(draw):
+    lengths = draw(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+    capacity = max(lengths) + draw(st.integers(0, 100))
+    return lengths, capacity, draw(st.sampled_from([None, 1, 2, 5])), draw(st.integers(1, 5))
+
+
+@repeatable
+@given(packings())
+def test_packing_is_a_partition_within_its_limits(packing):
+    """All ranks together hold every conversation once, none too much, each equally many micro-batches, always
+    alike."""
+    lengths, capacity, max_rows, dp_size = packing
+    ranks = [pack(lengths, capacity, max_rows, rank, dp_size) for rank in range(dp_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    batches = [batch for rank in ranks for batch in rank]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in batch) <= capacity for batch in batches)
+    assert all(len(batch) <= (max_rows or len(lengths)) for batch in batches)
+    assert ranks == [pack(np.array(lengths), capacity, max_rows, rank, dp_size) for rank in range(dp_size)]
+    if dp_size == 1:
+        assert all(batches)
+
+
+@repeatable
+@given(packings())
+def test_packing_takes_few_micro_batches_and_loads_them_evenly(packing):
+    """No rank works more than a longest conversation longer than another; two half-empty micro-batches never
+    stay."""
+    lengths, capacity, _, dp_size = packing
+    loads = [[sum(lengths[i] for i in batch) for batch in pack(lengths, capacity, None, rank, dp_size)]
+             for rank in range(dp_size)]
+    flat = [load for rank in loads for load in rank]
+    assert max(flat) - min(flat) <= max(lengths)
+    assert len(loads[0]) <= max(1, ceil_div(2 * sum(lengths), capacity * dp_size))
+
+
+def test_packing_lays_these_out():
+    """The longest go first, each into the emptiest micro-batch, and another opens only where that has no
+    room."""
+    assert pack([1, 4, 2, 3], 5) == [[1, 0], [3, 2]]
+    assert pack([5, 4, 3, 3, 3], 9) == [[0], [1, 4], [2, 3]]
+    assert pack([5, 4, 3, 3, 3], 18) == [[0, 1, 2, 3, 4]]
+    assert pack([5, 4, 3, 3, 3], 18, max_rows=2) == [[0], [1, 4], [2, 3]]
+    assert [pack([1, 4, 2, 3], 5, None, rank, 2) for rank in (0, 1)] == [[[1, 0]], [[3, 2]]]
+
+
+def test_items_go_to_the_least_loaded_bin_that_is_open():
+    """By hand: bin 1 is the least loaded, then closed by an item that it lacks room for; bin 0 takes the
+    rest."""
+    bins, room = [0], [10, 3]
+    assign_least_loaded(bins, np.array([1, 2, 2, 1]), costs=np.array([5, 1, 1, 1]), room=room)
+    assert (bins, room) == ([0, 1, 0, 0], [7, 1])
+    assign_least_loaded(bins, np.array([1, 2, 2, 1, 9]), costs=np.array([5, 1, 1, 1, 1]), room=room)
+    assert (bins, room) == ([0, 1, 0, 0], [7, 1])  # no bin has room for 9
+
+
+# ---- ranks are even -------------------------------------------------------------------------------------
+
+
+def steps_of(dp_size, count, per_rank=64):
+    """`count` steps of 64 conversations a rank, as lengths."""
+    return lognormal(count * dp_size * per_rank).reshape(count, dp_size * per_rank)
+
+
+def unevenness(sums):
+    return (max(sums) - min(sums)) / (sum(sums) / len(sums))
+
+
+def rank_sums(lengths, dp_size, capacity=2048):
+    """(tokens, squared lengths) of each rank, counted from its micro-batches."""
+    ranks = [lengths[sum(pack(lengths, capacity, None, rank, dp_size), [])] for rank in range(dp_size)]
+    return [int(n.sum()) for n in ranks], [int((n**2).sum()) for n in ranks]
+
+
+@pytest.mark.parametrize("dp_size, count", [(16, 30), (32, 15), (64, 6), (128, 1)])
+def test_ranks_are_even_in_tokens_and_in_attention(dp_size, count):
+    """With 64 conversations a rank, every step's ranks are within 2 % in tokens, 5 % in squared lengths."""
+    for lengths in steps_of(dp_size, count):
+        tokens, squares = rank_sums(lengths, dp_size)
+        assert unevenness(tokens) < 0.02
+        assert unevenness(squares) < 0.05
+
+
+@pytest.mark.parametrize("dp_size", [2, 3, 8])
+def test_few_ranks_are_as_even_as_their_conversations_allow(dp_size):
+    """One conversation may cost more than a rank's share: in about 1 step of 100 no plan is even in
+    squares."""
+    sums = [rank_sums(lengths, dp_size) for lengths in steps_of(dp_size, 1200 // dp_size)]
+    assert max(unevenness(tokens) for tokens, _ in sums) < 0.02
+    uneven = sum(unevenness(squares) >= 0.05 for _, squares in sums)
+    assert uneven <= 0.02 * len(sums) and np.median([unevenness(squares) for _, squares in sums]) < 0.01
+
+
+def test_1024_ranks_are_even():
+    """The same with 1,024 ranks, from what all of them share; a rank's micro-batches hold what that says."""
+    lengths, dp_size = lognormal(1024 * 64), 1024
+    order = np.argsort(-lengths, kind="stable")
+    ranks = split_over_ranks(lengths[order], dp_size)
+    tokens = [int(lengths[order[ranks == rank]].sum()) for rank in range(dp_size)]
+    squares = [int((lengths[order[ranks == rank]] ** 2).sum()) for rank in range(dp_size)]
+    assert unevenness(tokens) < 0.02 and unevenness(squares) < 0.05
+    batches = {rank: pack(lengths, 2048, None, rank, dp_size) for rank in (0, 517, 1023)}
+    assert len({len(rank) for rank in batches.values()}) == 1
+    for rank, its in batches.items():
+        assert sorted(i for batch in its for i in batch) == sorted(order[ranks == rank].tolist())
+
+
+@repeatable
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=120), st.integers(1, 9))
+def test_no_rank_is_ahead_by_more_than_a_conversation(lengths, dp_size):
+    """Whatever the lengths are, ranks' tokens differ by no more than the longest has."""
+    tokens, _ = rank_sums(np.array(lengths), dp_size)
+    assert max(tokens) - min(tokens) <= max(*lengths, dp_size)
+
+
+def test_without_packing_ranks_take_turns():
+    """--no-packing: as many conversations a rank, and each time about as long ones on all of them."""
+    lengths = lognormal(8 * 64)
+    ranks = [pack(lengths, 2048, 1, rank, 8) for rank in range(8)]
+    assert [len(rank) for rank in ranks] == [64] * 8
+    assert all(len(batch) == 1 for rank in ranks for batch in rank)
+    assert unevenness([sum(int(lengths[batch].sum()) for batch in rank) for rank in ranks]) < 0.1
+    together = sum(max(int(lengths[rank[place]].sum()) for rank in ranks) for place in range(64))
+    assert together < 1.15 * lengths.sum() / 8  # what is waited for
+
+
+# ---- micro-batches are few, and hold what they may ------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("dp_size, count", [(1, 200), (8, 40), (64, 10)])
+def test_micro_batches_are_within_one_of_the_fewest(dp_size, count, capacity):
+    """A rank executes at most one more than tokens / ranks / capacity ask for, in 95 of 100 steps; mostly
+    none more."""
+    more = []
+    for lengths in steps_of(dp_size, count):
+        n_batches = len(pack(lengths, capacity, None, dp_size // 2, dp_size))
+        more.append(n_batches - ceil_div(int(lengths.sum()), dp_size * capacity))
+    assert min(more) >= 0 and np.mean(np.array(more) <= 1) >= 0.95 and np.mean(np.array(more) == 0) > 0.8
+
+
+LENGTHS = {
+    "real": lognormal(64 * 7),
+    "equal": np.full(100, 50),
+    "each fills one": np.full(30, 2048),
+    "two never fit": np.full(31, 1025),
+    "a giant among dwarfs": np.array([2048] + [1] * 300),
+    "falling": np.arange(2048, 0, -17),
+    "as many as ranks": np.array([5, 1, 2048, 3, 3, 3, 4]),
+    "fewer than ranks": np.array([7, 2048]),
+    "one": np.array([2048]),
+    "none": np.array([], dtype=np.int64),
+}
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 4])
+@pytest.mark.parametrize("dp_size", [1, 2, 7])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_every_conversation_is_in_one_micro_batch_of_one_rank(name, dp_size, max_rows):
+    """No more tokens or conversations than fit, equally many micro-batches on each rank, and none is without
+    cause."""
+    lengths = LENGTHS[name]
+    ranks = [pack(lengths, 2048, max_rows, rank, dp_size) for rank in range(dp_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    batches = [batch for rank in ranks for batch in rank]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(lengths[batch].sum() <= 2048 and len(batch) <= (max_rows or len(lengths)) for batch in batches)
+    if max_rows:
+        rows = dp_size * min(max_rows, 2048 // max(lengths, default=1))
+        assert len(ranks[0]) == max(1, ceil_div(len(lengths), rows))
+    else:  # no two half-empty ones, and of those longer than half a micro-batch one in each
+        assert len(ranks[0]) <= max(1, (lengths > 1024).sum(), ceil_div(2 * lengths.sum(), 2048 * dp_size))
+
+
+@repeatable
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=80), st.integers(0, 60), st.integers(1, 6))
+def test_a_plan_is_the_same_from_any_integers(lengths, slack, dp_size):
+    """Lists, 16, 32 and 64 bits: ranks plan alike whatever type lengths come in, also where squares do not
+    fit it."""
+    lengths = [600 * n for n in lengths]
+    capacity = max(lengths) + 600 * slack
+    kinds = [lengths, *(np.array(lengths, dtype=kind) for kind in (np.int64, np.int32, np.uint16))]
+    plans = [[pack(kind, capacity, None, rank, dp_size) for rank in range(dp_size)] for kind in kinds]
+    assert all(plan == plans[0] for plan in plans)
+
+
+def test_the_plan_of_these_lengths_is_this():
+    """Pinned: ranks of different machines or versions must not plan differently."""
+    lengths = [700, 30, 410, 55, 90, 120, 8, 260, 75, 190, 33, 61, 140, 17, 480, 25]
+    assert [pack(lengths, 700, None, rank, 3) for rank in range(3)] == [
+        [[0], [8, 11, 10, 15]],
+        [[14], [12, 5, 4, 3, 13]],
+        [[2, 1, 6], [7, 9]]]
+
+
+# ---- what micro-batches hold ----------------------------------------------------------------------------
+
+
+def dataset_of(batch, path, **how):
+    return data.load(write(path, [{"messages": messages} for messages in batch]), tiny, 10**6, **how)
+
+
+def taken_apart(batch):
+    """The conversations of a micro-batch: [(inputs, [(position, the target that follows it), ...]), ...]."""
+    found, start = [], 0
+    for length in batch.lengths:
+        pairs = [(row - start, target) for row, target in zip(batch.rows.tolist(), batch.targets.tolist())
+                 if start <= row < start + length]
+        found.append((batch.tokens[start : start + length].tolist(), pairs))
+        start += length
+    return found
+
+
+def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
+    """Inputs are a conversation up to its last target; rows are the places where, by hand, the next token is
+    one."""
+
+    @repeatable
+    @given(st.lists(conversations(), min_size=1, max_size=5), st.integers(0, 80),
+           st.sampled_from([None, 1, 2]), st.booleans())
+    def check(conversations_, slack, max_rows, on_prompt):
+        conversations_ = [chat("always", "one"), *conversations_]
+        dataset = dataset_of(conversations_, tmp_path / "rows.json", train_on_prompt=on_prompt)
+        expected = []
+        for ids, mask in map(by_hand, conversations_):
+            mask = [False] + [True] * (len(ids) - 1) if on_prompt else mask
+            if any(mask):
+                places = [place for place, target in enumerate(mask) if target]
+                expected.append((ids[: places[-1]], [(place - 1, ids[place]) for place in places]))
+        got, capacity = [], int(dataset.lengths.max()) + slack
+        for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows):
+            assert batch.tokens.dtype == batch.rows.dtype == batch.targets.dtype == torch.int64
+            assert batch.tokens.shape == (sum(batch.lengths),) and batch.rows.shape == batch.targets.shape
+            assert batch.rows.tolist() == sorted(set(batch.rows.tolist()))
+            assert sum(batch.lengths) <= capacity and len(batch.lengths) <= (max_rows or 99)
+            got += taken_apart(batch)
+        assert sorted(got) == sorted(expected)
+        assert all(pairs[-1][0] == len(inputs) - 1 for inputs, pairs in got)
+        assert sum(len(pairs) for _, pairs in got) == dataset.ledger.target
+
+    check()
+
+
+def test_owners_are_the_conversations_of_the_targets(tmp_path):
+    """One index of the dataset for each target, whatever the order and the lengths of the conversations
+    are."""
+    dataset = dataset_of([chat(f"q{i}", "answer " * (i % 3 + 1)) for i in range(7)], tmp_path / "rows.json")
+    for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
+        owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True)
+                  for _ in pairs]
+        assert batch.owners().dtype == torch.int64 and batch.owners().tolist() == owners
+        assert np.bincount(owners, minlength=7)[batch.ids].tolist() == dataset.n_targets[batch.ids].tolist()
+
+
+@pytest.mark.parametrize("ids", [[3], []])
+def test_a_rank_without_conversations_gets_one_token_and_no_target(ids, tmp_path):
+    """All ranks take part in each micro-batch, as a collective waits for all of them."""
+    dataset = dataset_of([chat(f"q{i}", "answer") for i in range(4)], tmp_path / "rows.json")
+    (idle,) = data.micro_batches(dataset, np.array(ids, dtype=int), 60, dp_rank=1, dp_size=2)
+    assert idle.tokens.tolist() == [0] and idle.lengths == (1,) and idle.ids.tolist() == ids
+    for part in (idle.rows, idle.targets, idle.owners()):
+        assert part.shape == (0,) and part.dtype == torch.int64
+
+
+def test_micro_batches_hold_the_conversations_of_the_step_only(tmp_path):
+    """The ids of a step choose the conversations; the others are in none of its micro-batches."""
+    batch = [chat(f"q{i}", f"answer {i}") for i in range(6)]
+    dataset = dataset_of(batch, tmp_path / "rows.json")
+    batches = data.micro_batches(dataset, np.array([4, 1, 5]), 60)
+    got = [inputs for micro_batch in batches for inputs, _ in taken_apart(micro_batch)]
+    expected = [by_hand(batch[i])[0][: dataset.lengths[i]] for i in (4, 1, 5)]
+    assert sorted(got) == sorted(expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_ranks_share_a_step_and_none_waits_for_another(count, dp_size, tmp_path):
+    """Every rank yields equally many micro-batches, also of a step with fewer conversations than ranks."""
+    dataset = dataset_of([chat(f"q{i}", f"answer {i}") for i in range(8)], tmp_path / "rows.json")
+    ids = list(range(count))
+    ranks = [list(data.micro_batches(dataset, ids, 60, None, rank, dp_size)) for rank in range(dp_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    targets = [target for rank in ranks for batch in rank for target in batch.targets.tolist()]
+    alone = []
+    for i in ids:
+        tokens, mask = by_hand(chat(f"q{i}", f"answer {i}"))
+        alone += [token for token, target in zip(tokens, mask, strict=True) if target]
+    assert sorted(targets) == sorted(alone)

@@ -1,0 +1,188 @@
+"""The cache of tokenised data: what its key knows, and one process that writes while others wait."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import datetime
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from data_helpers import TINY, chat, target_texts, tiny, write
+
+import data
+from text import formats, ledger, sandbox, template, token_cache
+from text.template import ChatTokenizer
+
+
+def same(a, b):
+    return (all(np.array_equal(getattr(a, name), getattr(b, name)) for name in data.ARRAYS)
+            and a.files == b.files and a.ledger == b.ledger and a.digest == b.digest)
+
+
+def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
+    """A second load maps the first one's arrays and tokenises nothing."""
+    tokenizer, spec = ChatTokenizer(TINY), os.path.join(ROOT, "data", "example_sft.json")
+    fresh = data.load(spec, tokenizer, 64)
+    assert same(fresh, data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)))
+    monkeypatch.setattr(data, "tokenise", lambda *_: pytest.fail("tokenised again"))
+    cached = data.load(spec, tokenizer, 64, cache_dir=str(tmp_path))
+    assert same(fresh, cached) and isinstance(cached.tokens, np.memmap)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A function: options of load -> whether it tokenised tmp_path/rows.json, which has one conversation."""
+    write(tmp_path / "rows.json", [{"messages": chat("q", "answer")}])
+    tokenise, calls = data.tokenise, []
+
+    def counted(*arguments):
+        calls.append(1)
+        tokenise(*arguments)
+
+    def load(tokenizer=tiny, spec="rows.json", max_length=64, **options):
+        before = len(calls)
+        data.load(str(tmp_path / spec), tokenizer, max_length, cache_dir=str(tmp_path / "cache"), **options)
+        return len(calls) > before
+
+    monkeypatch.setattr(data, "tokenise", counted)
+    return load
+
+
+def test_the_key_knows_each_option(made):
+    """What changes tokens or mask is in it; what does not, the time-out, is not."""
+    assert made() and not made() and not made(timeout=5)
+    for options in (dict(max_length=65), dict(too_long="drop"), dict(train_on_prompt=True),
+                    dict(train_on="last"), dict(limit=1), dict(keys=("q", "a", "messages"))):
+        assert made(**options) and not made(**options), options
+    assert not made(max_length=64, too_long="truncate", train_on_prompt=False, train_on="all")
+
+
+def test_the_key_knows_the_data(made, tmp_path):
+    """Content, and in which file a row is: its source is named in errors, and its file may have a weight."""
+    assert made()
+    write(tmp_path / "rows.json", [{"messages": chat("q", "answers")}])
+    assert made() and not made()
+    (tmp_path / "directory").mkdir()
+    lines = [json.dumps({"prompt": "q", "response": str(i)}) + "\n" for i in range(3)]
+    for first in (1, 2):
+        (tmp_path / "directory" / "a.jsonl").write_text("".join(lines[:first]))
+        (tmp_path / "directory" / "b.jsonl").write_text("".join(lines[first:]))
+        assert made(spec="directory") and not made(spec="directory"), first
+
+
+def test_the_key_knows_the_tokenizer(made, monkeypatch):
+    """Template, tokenizer and special tokens; and the date, for templates that print it."""
+    tokenizer = ChatTokenizer(TINY)
+    assert made(tokenizer)
+    for name, value in (("source", tokenizer.source + " "), ("text", tokenizer.text + " "),
+                        ("special", {**tokenizer.special, "x_token": "y"}), ("source", "{# strftime_now #}")):
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, name, value)
+            assert made(tokenizer) and not made(tokenizer), name
+
+    class Clock:
+        @staticmethod
+        def now():
+            return datetime(2000, 1, 1)
+
+    monkeypatch.setattr(token_cache, "datetime", Clock)
+    assert not made(tokenizer)
+    monkeypatch.setattr(tokenizer, "source", "{# strftime_now #}")
+    assert made(tokenizer) and not made(tokenizer)
+
+
+@pytest.mark.parametrize("module", [data, formats, ledger, sandbox, template, token_cache],
+                         ids=lambda module: module.__name__)
+def test_the_key_knows_the_program(module, made, tmp_path, monkeypatch):
+    """Another text of any file that reads, renders, masks or counts is another key."""
+    assert made()
+    shutil.copy(module.__file__, tmp_path / "copy.py")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "copy.py"))
+    assert not made()
+    with open(tmp_path / "copy.py", "a", encoding="utf-8") as f:
+        f.write("# changed\n")
+    assert made() and not made()
+
+
+@pytest.mark.parametrize("package", ["tokenizers", "jinja2"])
+def test_the_key_knows_the_versions(package, made, monkeypatch):
+    """Another version of the tokenizer library or of jinja2 may tokenise or render otherwise."""
+    assert made()
+    version = token_cache.version
+    monkeypatch.setattr(token_cache, "version", lambda name: "0.0" if name == package else version(name))
+    assert made() and not made()
+
+
+def test_the_cache_knows_the_keys_of_rows(tmp_path):
+    """The same file read by other keys is other data; a row that has neither is refused, with the keys looked
+    for."""
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "one", "question": "q",
+                                           "answer": "two"}])
+    keys = dict.fromkeys(["prompt", "question"])
+    for question, answer in ("prompt", "response"), ("question", "answer"), ("prompt", "response"):
+        keys[question] = data.load(path, tiny, 100, cache_dir=str(tmp_path / "cache"),
+                                   keys=(question, answer, "messages"))
+    assert [target_texts(dataset) for dataset in keys.values()] == [["one<|im_end|>"], ["two<|im_end|>"]]
+    with pytest.raises(ValueError,
+                       match=r"its keys are \['a'\]; .* with --prompt_key q, with --response_key r$"):
+        formats.to_messages({"a": 1}, "here", ("q", "r", "messages"))
+    with pytest.raises(ValueError, match="the content of a user message must be a string, it is None"):
+        formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
+
+
+def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
+    """An error on the way leaves no entry, and the next load makes it."""
+    tokenizer, spec = ChatTokenizer(TINY), os.path.join(ROOT, "data", "example.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache.json, "dump", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data.load(spec, tokenizer, 64, cache_dir=str(tmp_path))
+    assert not [f for f in os.listdir(tmp_path) if not f.endswith((".tmp", ".lock"))]
+    assert same(data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)), data.load(spec, tokenizer, 64))
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import data
+from text.template import ChatTokenizer
+
+def counted(*arguments):
+    print("MADE")
+    tokenise(*arguments)
+
+tokenise, data.tokenise = data.tokenise, counted
+print(data.load(sys.argv[2], ChatTokenizer(sys.argv[3]), 64, cache_dir=sys.argv[4]).digest)
+"""
+
+
+def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
+    """Three processes at once: one makes the entry, the others wait on its lock and get the same."""
+    words = [sys.executable, "-c", PROGRAM, ROOT, os.path.join(ROOT, "data", "example_sft.json"), TINY,
+             str(tmp_path)]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0].split() for process in processes]
+    assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
+
+
+def test_who_holds_the_lock_of_the_cache_shows_progress(tmp_path, monkeypatch):
+    """Every thousand rows its file gets another time: those who wait in take_lock go on waiting, however
+    long."""
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "a"}] * 3001)
+    tokenizer, times = ChatTokenizer(TINY), []
+    render = tokenizer.render_spans
+
+    def watching(messages, where, tools=None):
+        if where.endswith("000]"):
+            (lock,) = (tmp_path / "cache").glob("*.lock")
+            times.append(lock.stat().st_mtime)
+            os.utime(lock, (0, 0))
+        return render(messages, where, tools)
+
+    monkeypatch.setattr(tokenizer, "render_spans", watching)
+    data.load(path, tokenizer, 100, cache_dir=str(tmp_path / "cache"))
+    assert len(times) == 3 and all(times)
