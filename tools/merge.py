@@ -38,10 +38,9 @@ class Config:
 
 
 def merge(cfg):
-    """Write a full model directory, tensor by tensor: memory holds one file of about FILE_BYTES, or a larger tensor.
-
-    Raises ValueError for an adapter that does not fit the base, FileExistsError rather than write over something.
-    """
+    """Write a full model directory, tensor by tensor: memory holds one file of about FILE_BYTES, or a larger
+    tensor. Raises UserError for an adapter that does not fit the base, and rather than write over
+    something."""
     if os.path.exists(cfg.out):
         raise UserError(f"{cfg.out} exists already; give a new directory")
     path = os.path.join(cfg.adapter, "adapter_config.json")
@@ -82,11 +81,14 @@ def merge(cfg):
             model_config["tie_word_embeddings"], entries[head] = False, entries[embedding]
         else:
             parts.pop(head, None)
-    known = {f"{m}.{part}" for m in ranks for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    known = {f"{m}.{part}" for m in ranks
+             for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
     strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in ranks} - set(entries)
     if strange:
-        raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; --base names another")
-    dtype, temporary = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype], cfg.out.rstrip("/") + ".tmp"
+        raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; "
+                        "--base names another")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    temporary = cfg.out.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was ended
     os.makedirs(temporary)
     for key in {"dtype", "torch_dtype"} & set(model_config):
@@ -94,16 +96,18 @@ def merge(cfg):
     has_tokenizer = os.path.exists(os.path.join(cfg.adapter, "tokenizer.json"))
     tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
     exported = {**files.read_bytes(base, pretrained.TOKENIZER_FILES),
-             **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
-             "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_id)}
+                **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
+                "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_id)}
     for name, content in exported.items():
         files.write_file(os.path.join(temporary, name), content)
     sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
-    groups = pretrained.numbered(sizes, "model", math.ceil(sum(t.nbytes for t in sizes.values()) / FILE_BYTES))
+    n_bytes = sum(t.nbytes for t in sizes.values())
+    groups = pretrained.numbered(sizes, "model", math.ceil(n_bytes / FILE_BYTES))
     for file, names in groups.items():
-        pretrained.write_safetensors(os.path.join(temporary, file), {name: value(name).to(dtype) for name in names})
+        tensors = {name: value(name).to(dtype) for name in names}
+        pretrained.write_safetensors(os.path.join(temporary, file), tensors)
     if len(groups) > 1:
-        pretrained.write_index(temporary, groups, sum(t.nbytes for t in sizes.values()))
+        pretrained.write_index(temporary, groups, n_bytes)
     os.replace(temporary, cfg.out)
     print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(ranks)} layers, {cfg.dtype}")
     print(f"talk     {venv.command('chat.py')} {shlex.quote(cfg.out)}")
