@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Finds a Python with the packages (makes .venv on first use) and starts sft.py with it. Works from any folder.
-#   ./train.sh --model tiny      ./train.sh --help      MODEL_PATH=DIR LEARNING_RATE=1e-5 ./train.sh --epochs 1
-#   ./train.sh --setup FILE      only makes sure that FILE's packages are there; prints the Python that has them
-# Environment variables that sft.py reads then, --help says for what: MODEL_PATH TOKENIZER_PATH TRAIN_DATA VAL_DATA
-# MAX_LENGTH BATCH_SIZE MICRO_BATCH_SIZE PACKING NUM_EPOCHS MAX_STEPS SEED LEARNING_RATE SCHEDULER WARMUP_RATIO
-# WEIGHT_DECAY GRAD_CLIP USE_LORA LORA_RANK LORA_ALPHA STRATEGY TP PARAM_OFFLOAD OPTIMIZER_OFFLOAD
-# GRADIENT_CHECKPOINTING DTYPE COMPILE OUTPUT_DIR RESUME_FROM SAVE_STEPS KEEP_CHECKPOINTS EVAL_STEPS LOGGER
-# WANDB_PROJECT CONFIG
-# And for several processes, read by ranks/launch.py: N_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+# Finds a Python with the packages (makes .venv on first use) and starts sft.py with it, from any folder.
+#   ./train.sh --model tiny     ./train.sh --help     MODEL_PATH=DIR LEARNING_RATE=1e-5 ./train.sh --epochs 1
+#   ./train.sh --setup FILE     only makes sure that FILE's packages are there, and prints a Python with them
+# The environment variables that sft.py reads then (see --help): MODEL_PATH TOKENIZER_PATH TRAIN_DATA VAL_DATA
+# MAX_LENGTH BATCH_SIZE MICRO_BATCH_SIZE PACKING NUM_EPOCHS MAX_STEPS SEED LEARNING_RATE SCHEDULER
+# WARMUP_RATIO WEIGHT_DECAY GRAD_CLIP USE_LORA LORA_RANK LORA_ALPHA STRATEGY TP PARAM_OFFLOAD
+# OPTIMIZER_OFFLOAD GRADIENT_CHECKPOINTING DTYPE COMPILE OUTPUT_DIR RESUME_FROM SAVE_STEPS KEEP_CHECKPOINTS
+# EVAL_STEPS LOGGER WANDB_PROJECT CONFIG
+# For several processes, read by ranks/launch.py: N_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# Does this Python have what a requirements file asks for? A version newer than tested passes, with a line about it.
+# Does this Python have what a requirements file asks for? One newer than tested passes, with a line about it.
 has_packages() {
     "$1" - "$2" 2>/dev/null <<'PY'
 import os, re, sys

@@ -96,7 +96,7 @@ def naming(path):
 
 
 class LockTimeout(UserError):
-    """The process that holds a lock has made no progress for too long. pid: its id, None where the file has none."""
+    """The process that holds a lock has made no progress for too long. pid: its id, None if it wrote none."""
 
     def __init__(self, message, pid):
         super().__init__(message)
@@ -120,6 +120,6 @@ def take_lock(lock, timeout):
         if time.monotonic() - since > timeout:
             lock.seek(0)
             holder = lock.read().strip()
-            raise LockTimeout(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; end "
-                              "it, or give another --cache_dir", int(holder) if holder.isdigit() else None)
+            raise LockTimeout(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; "
+                              "end it, or give another --cache_dir", int(holder) if holder.isdigit() else None)
         time.sleep(0.1)  # flock takes no time-out; nothing but how soon we look again depends on this

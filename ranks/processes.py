@@ -1,8 +1,8 @@
 """The processes of a run: where each stands, what it is doing, and how all of them end.
 
-Ranks are laid out as (dp, tp): ranks of one tp group read the same conversations and hold slices of each matrix,
-ranks along dp read different ones. A failure on one rank ends all, with the one to blame named; a signal to one
-ends all in good order.
+Ranks are laid out as (dp, tp): ranks of one tp group read the same conversations and hold slices of each
+matrix, ranks along dp read different ones. A failure on one rank ends all, and the rank that caused it is
+named. A signal to one ends all in good order.
 """
 
 import datetime
@@ -24,7 +24,7 @@ from settings.errors import UserError
 
 
 class Whereabouts(NamedTuple):
-    """What a rank last wrote down for the others: its phase, since when (seconds since 1970), and its process."""
+    """What a rank last wrote down for the others: its phase, since when (Unix time), and its process."""
 
     rank: int
     phase: str
@@ -38,7 +38,7 @@ class Ranks:
     """Where this process stands. dp_rank indexes data; mesh has the axes dp and tp, None for a process alone.
 
     Used as `with start(...) as ranks`: a failure inside is reported with its rank and phase, and a signal of
-    EXIT_CODES ends the run in good order. Before the first poll_signals() there is nothing to save: it ends at once.
+    EXIT_CODES ends the run in good order: at once before the first poll_signals(), as nothing is to be saved.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class Ranks:
     device: torch.device
     store: dist.Store
     phase: str = "start"
-    received: int = 0  # the signal that this rank has been sent
+    received: int = 0  # the signal that this rank has received
     stop: int = 0  # the one that all ranks know of
     is_polled: bool = False
     handlers: dict = field(default_factory=dict)  # those that were there before
@@ -74,7 +74,7 @@ class Ranks:
         return int(number)
 
     def on_signal(self, number, _):
-        """The handler of EXIT_CODES. It writes without a buffer: it may have come in the middle of a print."""
+        """The handler of EXIT_CODES. It writes without a buffer: it may interrupt a print."""
         if number == self.received == signal.SIGINT:
             os.write(2, b"\nstopped at once: what came after the last checkpoint is lost\n")
             os._exit(EXIT_CODES[number])
@@ -87,7 +87,7 @@ class Ranks:
             sys.exit(EXIT_CODES[self.received])
 
     def poll_signals(self):
-        """The signal that any rank has been sent, or 0. Every rank calls it and gets the same: none leaves alone."""
+        """The signal that any rank has received, or 0. All ranks call it, get the same, and stop together."""
         self.is_polled = True
         number = torch.tensor(self.received)  # of gloo, on the CPU: the device is not waited for
         if self.size > 1:
@@ -101,7 +101,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind, error, _):
-        """End together with the other ranks. A rank that a signal has ended is nobody's fault: all end as it does."""
+        """End together with the other ranks. Where a signal has ended one, all end with its exit code."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if kind is SystemExit and self.received:
@@ -116,8 +116,8 @@ class Ranks:
             self.blame(error)
 
     def leave(self):
-        """Wait until all ranks are done: none hangs up while another is still in the last collective, and rank 0,
-        which has the store, leaves last."""
+        """Wait until all ranks are done: none closes its connections while another is still in the last
+        collective, and rank 0, which has the store, leaves last."""
         self.phase = "end"  # others read what this rank wrote last: since then it is waited for
         try:
             for word in ("done", "left"):
@@ -132,11 +132,11 @@ class Ranks:
     def blame(self, error):
         """Say which rank failed, where, and why; torchrun then ends the others.
 
-        That is this one, unless another made it wait in vain: then that one is killed if it may only be stopped (a
-        process that does not run can't end by itself), and RuntimeError names it, which torchrun repeats in its
-        report should it take this rank for the first to fail.
+        It is this rank, unless it waited in vain for another. Then RuntimeError names the other; torchrun
+        repeats it in its report if it takes this rank for the first to fail. After a time-out the other is
+        killed as well: it may be stopped (SIGSTOP), and then could not end by itself.
         """
-        culprit = self.waited_for(error)
+        culprit, now = self.waited_for(error), time.time()
         if culprit is None:
             print(f"sft.py: rank {self.rank} failed in {self.phase}: {type(error).__name__}: {error}",
                   file=sys.stderr)
@@ -145,13 +145,13 @@ class Ranks:
             os.kill(culprit.pid, signal.SIGKILL)
         raise RuntimeError(
             f"rank {self.rank} waited in {self.phase} for rank {culprit.rank}, which is gone, or stalled in "
-            f"{culprit.phase} since {time.time() - culprit.since:.0f} s: {str(error).splitlines()[0]}") from error
+            f"{culprit.phase} since {now - culprit.since:.0f} s: {str(error).splitlines()[0]}") from error
 
     def waited_for(self, error):
         """The Whereabouts of the rank that this one waited for in vain; None where the error is its own.
 
-        Of a lock that is its holder, if that is a rank. Of a collective it is the rank that has been in its phase
-        for the longest: the others came further.
+        For a lock it is the holder, if that is a rank. For a collective it is the rank that has been in its
+        phase for the longest: the others got further.
         """
         if not isinstance(error, (RuntimeError, LockTimeout)):
             return None
@@ -164,18 +164,19 @@ class Ranks:
             others.append(Whereabouts(rank, phase, float(since), host, int(pid)))
         others.pop(self.rank)
         if isinstance(error, LockTimeout):
-            others = [other for other in others if (other.host, other.pid) == (socket.gethostname(), error.pid)]
+            holder = socket.gethostname(), error.pid
+            others = [other for other in others if (other.host, other.pid) == holder]
         return min(others, key=lambda other: other.since, default=None)
 
 
 def is_timeout(error):
-    """Whether an error says that another process did not answer in time; gloo, NCCL and the store have no class for
-    it. Otherwise its connection was closed: it has ended."""
+    """Whether an error says that another process did not answer in time: gloo, NCCL and the store have no
+    class for it. Otherwise its connection was closed: it has ended."""
     return isinstance(error, LockTimeout) or "imed out" in str(error) or "timeout" in str(error)
 
 
 def check_tp(tp, size):
-    """Raise UserError when tp, the ranks that share each matrix, does not divide `size`, the number of processes."""
+    """Raise UserError when tp, the ranks that share each matrix, does not divide the number of processes."""
     if size % tp:
         fit = [n for n in range(1, size + 1) if size % n == 0]
         raise UserError(f"--tp {tp} does not divide the {size} processes; these do: {fit}")
@@ -209,9 +210,10 @@ def start(tp, timeout, deterministic=False):
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     mesh = init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
-    return Ranks(rank, size, rank // tp, size // tp, mesh, device, store)
+    return Ranks(rank=rank, size=size, dp_rank=rank // tp, dp_size=size // tp, mesh=mesh, device=device,
+                 store=store)
 
 
 def alone(device):
-    """The Ranks of one process without a process group or a mesh: for what trains nothing. device may be meta."""
+    """The Ranks of one process without group and mesh, for what trains nothing. device may be meta."""
     return Ranks(rank=0, size=1, dp_rank=0, dp_size=1, mesh=None, device=device, store=dist.HashStore())

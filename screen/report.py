@@ -1,8 +1,8 @@
 """One page about a run, or several overlaid: sft.py writes it at every checkpoint, and tools/report.py.
 
-The page is one file and needs no network: assets/report.html with the style and the scripts beside it put in, and
-uPlot (assets/uplot), which draws the curves. What comes from data or settings is text, never markup: Jinja escapes
-it, and the page's own policy lets nothing run but the script whose hash it names.
+The page is one file and needs no network: assets/report.html with the style and the scripts beside it put in,
+and uPlot (assets/uplot), which draws the curves. What comes from data or settings is text, never markup:
+Jinja escapes it, and the page's own policy lets nothing run but the script whose hash it names.
 """
 
 import base64
@@ -38,7 +38,8 @@ class Assets(NamedTuple):
 
 @functools.cache
 def assets():
-    """What each page is made of. sft.py calls this early: a file that is missing stops a run before its first step."""
+    """What each page is made of. sft.py calls this early: a missing file stops a run before its first
+    step."""
     folder, texts = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets"), {}
     for name in ("uplot/uPlot.min.css", "report.css", "uplot/LICENSE", "uplot/uPlot.iife.min.js", "report.js",
                  "report.html"):
@@ -51,7 +52,8 @@ def assets():
 
 
 def read_lines(path):
-    """Yield the objects of a JSON Lines file, if it exists. A line that is not whole is left out: the last may be."""
+    """Yield the objects of a JSON Lines file, if it exists. An incomplete line is skipped: the last may be
+    one."""
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
@@ -81,7 +83,7 @@ class Run:
             raise UserError(f"{directory} is no run: it has no metrics.jsonl; give directories that were the "
                             f"--output_dir of sft.py, as in: {venv.command('tools/report.py')} ./outputs")
         self.directory, self.val, tokens, seconds = os.fspath(directory), [], 0, 0.0
-        # Columns, NaN in the gaps: as dicts, the steps of a long run would take a kilobyte each, at every checkpoint.
+        # Columns, NaN in the gaps: as dicts, the steps of a long run would take a kilobyte each.
         self.train = {name: array("d") for name in ("epoch", *AXES, *CURVES)}
         for line in read_lines(metrics):
             tokens, seconds = tokens + (line.get("tokens") or 0), seconds + (line.get("seconds") or 0)
@@ -104,9 +106,10 @@ class Run:
                                  for kind in ("worst", "best"))
 
     def curves(self):
-        """Columns for report.js. Of a long run's steps those stay that a look at the curves must not miss: of each
-        group of neighbours the lowest and highest loss, the highest gradient norm and the last. Smoothing is over all
-        steps: `weight` is how many a point stands for, itself and those left out before it, `mean` their mean loss."""
+        """Columns for report.js. Of a long run's steps those stay that a look at the curves must not miss: of
+        each group of neighbours the lowest and highest loss, the highest gradient norm and the last.
+        Smoothing is over all steps: `weight` is how many a point stands for (itself and the skipped ones
+        before it), `mean` is their mean loss."""
         loss, norm, kept = self.train["loss"], self.train["grad_norm"], set()
         n = len(loss)
         size = 1 if n <= MOST_POINTS else math.ceil(4 * n / MOST_POINTS)
@@ -119,14 +122,17 @@ class Run:
         kept = sorted(kept)
         spans = [[x for x in loss[a + 1 : b + 1] if math.isfinite(x)] for a, b in zip([-1, *kept], kept)]
         train = {name: [shorter(self.train[name][i]) for i in kept] for name in (*AXES, *CURVES)}
-        train.update(weight=[len(span) for span in spans], mean=[sum(s) / len(s) if s else None for s in spans])
+        train["weight"] = [len(span) for span in spans]
+        train["mean"] = [sum(span) / len(span) if span else None for span in spans]
         val = {name: [shorter(line.get(name)) for line in self.val] for name in (*AXES, "val_loss")}
         return {"name": self.name, "lines": n, "train": train, "val": val}
 
     def facts(self):
         """What one asks first: (label, value, note) each."""
-        first, last = ({name: known(values[i]) for name, values in self.train.items() if values} for i in (0, -1))
-        best = min((v for v in self.val if v.get("val_loss") is not None), key=lambda v: v["val_loss"], default={})
+        first, last = ({name: known(values[i]) for name, values in self.train.items() if values}
+                       for i in (0, -1))
+        evaluated = [line for line in self.val if line.get("val_loss") is not None]
+        best = min(evaluated, key=lambda line: line["val_loss"], default={})
         speeds, memory = ([value for value in self.train[name] if math.isfinite(value)]
                           for name in ("tokens_per_second", "peak_memory_gb"))
         minutes = round(last.get("seconds", 0) / 60)
@@ -134,7 +140,8 @@ class Run:
                     f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min")
         return [("Steps", show(last.get("step"), ","), f"{show(last.get('epoch'), '.3g')} epochs"),
                 ("Last loss", show(last.get("loss"), ".4f"), f"{show(first.get('loss'), '.4f')} at first"),
-                ("Best val_loss", show(best.get("val_loss"), ".4f"), f"after step {show(best.get('step'), ',')}"),
+                ("Best val_loss", show(best.get("val_loss"), ".4f"),
+                 f"after step {show(best.get('step'), ',')}"),
                 ("Tokens per second", show(statistics.median(speeds) if speeds else None, ",.0f"), "median"),
                 ("Peak memory", show(max(memory, default=None), ".2f"), "GiB"),
                 ("Time in steps", duration, f"for {show(last.get('tokens'), ',')} tokens")]
@@ -170,9 +177,11 @@ def build(directories, path):
     differ = [name for name in names if len({setting(run.config.get(name)) for run in runs}) > 1]
     style, script, page = assets()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = page.render(runs=runs, curves=[run.curves() for run in runs], differ=differ, style=style, script=script,
-                       digest=digest, setting=setting, command=venv.command, path=venv.quoted, shell=shlex.quote)
-    with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:  # half a surrogate pair can be in the data
+    text = page.render(runs=runs, curves=[run.curves() for run in runs], differ=differ, style=style,
+                       script=script, digest=digest, setting=setting, command=venv.command, path=venv.quoted,
+                       shell=shlex.quote)
+    # half a surrogate pair can be in the data
+    with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
         f.write(text)
     os.replace(f"{path}.tmp", path)
     return path

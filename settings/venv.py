@@ -14,18 +14,20 @@ PYTHON = os.path.join(PROJECT, ".venv", "bin", "python")
 
 
 def enter():
-    """Execute this program again with .venv's Python if this one has no torch, or end with one line if there is none.
+    """Execute this program again with .venv's Python if this one has no torch, or end with one line.
 
-    Called by entry points only, under `if __name__ == "__main__":`, before torch is imported. They put the project
-    first on the path before, as `python -P` leaves a program's directory out. tools/ leaves it here: its files have
-    names of packages, such as evaluate.
+    Called by entry points only, under `if __name__ == "__main__":`, before torch is imported. They have put
+    the project first on sys.path, as `python -P` leaves a program's directory out. tools/ is taken off it
+    here: files in it may have the name of a package, such as evaluate.
     """
-    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != os.path.join(os.path.realpath(PROJECT), "tools")]
+    tools = os.path.join(os.path.realpath(PROJECT), "tools")
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != tools]
     if importlib.util.find_spec("torch") is not None:
         return
     if not os.path.exists(PYTHON) or sys.prefix == os.path.dirname(os.path.dirname(PYTHON)):
-        print(f"{os.path.basename(sys.argv[0])}: error: {sys.executable} has no torch; bash {quoted('train.sh')} "
-              "--setup requirements.txt makes a .venv that has it", file=sys.stderr)
+        program, remedy = os.path.basename(sys.argv[0]), f"bash {quoted('train.sh')} --setup requirements.txt"
+        print(f"{program}: error: {sys.executable} has no torch; {remedy} makes a .venv that has it",
+              file=sys.stderr)
         sys.exit(2)
     os.execv(PYTHON, [PYTHON, *sys.orig_argv[1:]])  # with the interpreter's own flags, such as -u
 
@@ -37,7 +39,7 @@ def command(file):
 
 
 def quoted(file):
-    """A file's path for a shell: relative if the project is the current directory and has it, else the full path."""
+    """A file's path for a shell: full, unless the project is the current directory and the file is in it."""
     path = os.path.join(PROJECT, file)
     if os.path.realpath(os.curdir) == os.path.realpath(PROJECT) and path.startswith(PROJECT + os.sep):
         path = os.path.relpath(path, PROJECT)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests: sets up what they need (transformers and peft as oracles), then runs pytest with the arguments given.
+# The tests: sets up what they need (transformers and peft as oracles), then runs pytest with the arguments.
 #   tests/run.sh      tests/run.sh -k signal      tests/run.sh tests/unit/test_model.py
 # --full: every layout of the laws and what else takes long.
 set -eu

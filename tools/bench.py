@@ -1,11 +1,12 @@
-"""Measure the trainer: python tools/bench.py prints one JSON line a part; --part NAME measures one, also of those
-that are not among the six of DEFAULT. It takes some minutes, with --vs trl a quarter of an hour.
+"""Measure the trainer: python tools/bench.py prints one JSON line a part; --part NAME measures one, also of
+those that are not among the six of DEFAULT. It takes some minutes, with --vs trl a quarter of an hour.
 
 loss   the chunked cross-entropy beside a plain one: seconds and peak memory of forward and backward
-load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does it: what
-       each reads beside its share of the file, and its peak memory beside its share of the parameters
-save   a checkpoint of the same model, moments and fp32 masters included, written by one process, beside a copy of its
-       files; both are flushed to the disk. load has such a copy too, unflushed
+load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does
+       it: what each reads beside its share of the file, and its peak memory beside its share of the
+       parameters
+save   a checkpoint of the same model, moments and fp32 masters included, written by one process, beside a
+       copy of its files; both are flushed to the disk. load has such a copy too, unflushed
 ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
 data   conversations a second of data.load (read, render, tokenise, mask, write the cache) beside encode_batch alone on
        the same text, with all cores; with --vs trl beside TRL's preparation of the same conversations to the same
@@ -26,9 +27,9 @@ plan   what tools/plan.py says that a run's memory will be beside its peak, both
        has a model, in fp32: two shapes, full and with LoRA, with and without checkpointing and offload, one or two
        micro-batches a step, whose conversations fill max_length
 
-Each side runs in processes of its own, as peak memory is the process's; figures of one line come from one run of this
-command and are meant as ratios: three numbers are the median, the least and the most. On the CPU, of Linux: memory
-and bytes are what /proc tells. Nothing here is a test.
+Each side runs in processes of its own, as peak memory is the process's; figures of one line come from one run
+of this command and are meant as ratios: three numbers are the median, the least and the most. On the CPU, of
+Linux: memory and bytes are what /proc tells. Nothing here is a test.
 """
 
 if __name__ == "__main__":
@@ -68,6 +69,8 @@ from text import formats
 from text.template import ChatTokenizer
 from tools.bench_sides import ALPHA, BATCH, LENGTH, QWEN_05B, RANK, SIDES, copy, spread
 
+SFT = os.path.join(files.PROJECT, "sft.py")
+EXAMPLES = os.path.join(files.PROJECT, "data", "example_sft.json")
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
 SHAPES = {  # of --part step
@@ -80,14 +83,16 @@ PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and th
             ("", "--no-gradient_checkpointing", "--batch_size 2", "--optimizer_offload", "--param_offload",
              "--use_lora", "--use_lora --no-gradient_checkpointing")),
     "152k": (dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8), 1536,
-             ("", "--no-gradient_checkpointing", "--optimizer_offload", "--param_offload --no-gradient_checkpointing",
-              "--use_lora --param_offload")),
+             ("", "--no-gradient_checkpointing", "--optimizer_offload",
+              "--param_offload --no-gradient_checkpointing", "--use_lora --param_offload")),
 }
-LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}  # processes, flags
+# processes, flags
+LAYOUTS = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}
 DEFAULT = ("loss", "data", "step", "load", "save", "start")
-PEERS = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}  # the sides of each --vs
+# of each --vs: the sides, packages, and parts that have it
+PEERS = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}
 PACKAGES = {"trl": ("trl", "transformers", "peft"), "transformers": ("transformers",), None: ()}
-COMPARED = {"trl": ("memory", "data", "step", "start"), "transformers": ("step", "start")}  # the parts of each --vs
+COMPARED = {"trl": ("memory", "data", "step", "start"), "transformers": ("step", "start")}
 UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buffers allocated
 
 
@@ -96,15 +101,17 @@ class Config:
     """Measure a part of the trainer: python tools/bench.py [--part NAME] [flags]"""
 
     part: str | None = knob(None, f"what to measure; none is {', '.join(DEFAULT)}, one after another",
-                            ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start", "plan"),
-                            group="bench")
+                            ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start",
+                             "plan"), group="bench")
     repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up", low=1)
     tokens: int = knob(4096, "loss: rows of the hidden state", low=1)
     hidden: int = knob(896, "loss: their width", low=1)
     vocab: int = knob(151936, "loss: words", low=1)
-    targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt", low=0, high=1)
+    targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt",
+                          low=0, high=1)
     ranks: int = knob(1, "load: processes that share the model", low=1)
-    steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted", low=UNSTEADY + 1)
+    steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted",
+                      low=UNSTEADY + 1)
     rows: int | None = knob(None, "data, step, start: conversations; none is 20,000, 48 and 48", low=1)
     shape: str = knob("mid", "step: of the model", ("small", "mid"))
     new_tokens: int = knob(64, "chat: length of the answer", low=1)
@@ -114,56 +121,60 @@ class Config:
     side: str | None = knob(None, "do this step only, in this process",
                             tuple(SIDES))
     directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
-    vs: str | None = knob(None, "memory, data, step, start: another trainer, on the same", ("trl", "transformers"))
+    vs: str | None = knob(None, "memory, data, step, start: another trainer, on the same",
+                          ("trl", "transformers"))
 
     def __post_init__(self):
         check(self)
         if self.ranks > 1 and self.part != "load":
             raise UserError(f"--ranks {self.ranks} is for --part load only")
         if self.vs and self.part and self.part not in COMPARED[self.vs]:
-            raise UserError(f"--vs {self.vs} is not for --part {self.part}: it is for {', '.join(COMPARED[self.vs])}")
+            parts = ", ".join(COMPARED[self.vs])
+            raise UserError(f"--vs {self.vs} is not for --part {self.part}: it is for {parts}")
 
 
 def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
     """n conversations of the words of the example set, whose numbers are log-normal."""
-    words = [word for _, row in formats.read_files(os.path.join(files.PROJECT, "data", "example_sft.json"))
+    words = [word for _, row in formats.read_files(EXAMPLES)
              for message in formats.to_messages(row, "") for word in message["content"].split()]
     generator = random.Random(0)
 
     def text(middle):
         return " ".join(generator.choices(words, k=max(2, int(generator.lognormvariate(middle, sigma)))))
 
-    rows = [{"messages": [{"role": "user", "content": text(question)}, {"role": "assistant", "content": text(answer)}]}
-            for _ in range(n)]
+    rows = [{"messages": [{"role": "user", "content": text(question)},
+                          {"role": "assistant", "content": text(answer)}]} for _ in range(n)]
     with open(path, "w", encoding="utf-8") as f:
         json.dump(rows, f, ensure_ascii=False)
 
 
 def write_model(directory, config):
-    """A model directory of random weights in bf16, as the hub has it, with the tokenizer of `tiny`; the size of its
-    file, and that of the parameters in fp32."""
+    """A model directory of random weights in bf16, as the hub has it, with the tokenizer of `tiny`; the size
+    of its file, and that of the parameters in fp32."""
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in CausalLM(ModelConfig.from_dict(config)).named_parameters()}
-    tensors = {n: (torch.ones if "norm" in n else torch.randn)(s, dtype=torch.bfloat16).mul_(1 if "norm" in n else 0.02)
-               for n, s in shapes.items()}
+    tensors = {n: torch.ones(s, dtype=torch.bfloat16) if "norm" in n
+               else torch.randn(s, dtype=torch.bfloat16).mul_(0.02) for n, s in shapes.items()}
     path = os.path.join(directory, "model.safetensors")
     save_file(tensors, path, metadata={"format": "pt"})
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
         json.dump(config, f)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(os.path.join(pretrained.model_directory("tiny"), name), directory)
-    return {"file_gb": os.path.getsize(path) / 2**30, "parameters_gb": sum(t.numel() for t in tensors.values()) / 2**28}
+    n_parameters = sum(t.numel() for t in tensors.values())
+    return {"file_gb": os.path.getsize(path) / 2**30, "parameters_gb": n_parameters / 2**28}
 
 
 def launch(n, *words):
     """What a program prints, run as n processes of their own."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
-    return subprocess.run([sys.executable, *several, *words], stdout=subprocess.PIPE, check=True, text=True).stdout
+    command = [sys.executable, *several, *words]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
 def start_sides(n, *flags):
-    """The results of n processes that run `bench.py --side ...` with this command's flags, in the order of ranks."""
+    """The results of n processes that run `bench.py --side ...` with this command's flags, by rank."""
     lines = launch(n, os.path.abspath(__file__), *sys.argv[1:], *flags).splitlines()
     return sorted(map(json.loads, lines), key=lambda result: result.get("rank", 0))
 
@@ -173,8 +184,8 @@ def train(directory, n, steps, *flags):
     output = os.path.join(directory, "run")
     path, lines = os.path.join(output, "metrics.jsonl"), []
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(launch, n, os.path.join(files.PROJECT, "sft.py"), "--model", directory, "--output_dir", output,
-                          "--cache_dir", "none", "--max_steps", str(steps), "--save_steps", str(steps), *flags)
+        run = pool.submit(launch, n, SFT, "--model", directory, "--output_dir", output, "--cache_dir", "none",
+                          "--max_steps", str(steps), "--save_steps", str(steps), *flags)
         while not run.done() and not (os.path.exists(path) and os.path.getsize(path)):
             time.sleep(0.005)  # how exactly the first step's end is seen
         first = time.time()
@@ -200,8 +211,8 @@ def bench_load(cfg, directory):
         rank["memory_ratio"] = rank["added_peak_gb"] / (sizes["parameters_gb"] / cfg.ranks)
     worst = {key: max(rank[key] for rank in ranks) for key in ("read_ratio", "memory_ratio")}
     copies = spread([copy(directory, directory + "_copy", flush=False) for _ in range(cfg.repeats)])
-    return {**sizes, **worst, "copy": copies, "copy_to_load": copies[0] / max(rank["seconds"][0] for rank in ranks),
-            "ranks": ranks}
+    slowest = max(rank["seconds"][0] for rank in ranks)
+    return {**sizes, **worst, "copy": copies, "copy_to_load": copies[0] / slowest, "ranks": ranks}
 
 
 def bench_save(cfg, directory):
@@ -212,8 +223,8 @@ def bench_save(cfg, directory):
 
 def bench_ranks(cfg, directory):
     write_model(directory, SMALL)
-    flags = ("--train_data", os.path.join(files.PROJECT, "data", "example_sft.json"), "--batch_size", "16",
-             "--max_length", "512", "--no-gradient_checkpointing")
+    flags = ("--train_data", EXAMPLES, "--batch_size", "16", "--max_length", "512",
+             "--no-gradient_checkpointing")
     speeds = {name: [] for name in LAYOUTS}
     for _ in range(cfg.repeats):
         for name, (n, extra) in LAYOUTS.items():  # in turn: a machine that slows down slows all of them
@@ -244,8 +255,10 @@ def bench_data(cfg, directory):
             seconds = start_sides(1, "--side", name, "--directory", inner)[0]["seconds"]
             speeds.setdefault(name, []).append(rows / seconds)
             shutil.rmtree(inner)
-    ratios = {f"data_to_{name}": spread([a / b for a, b in zip(speeds["data"], speeds[name])]) for name in names[1:]}
-    return {"conversations_per_second": {name: spread(found) for name, found in speeds.items()}, **ratios, **versions}
+    ratios = {f"data_to_{name}": spread([a / b for a, b in zip(speeds["data"], speeds[name])])
+              for name in names[1:]}
+    found = {name: spread(values) for name, values in speeds.items()}
+    return {"conversations_per_second": found, **ratios, **versions}
 
 
 def bench_chat(cfg, directory):
@@ -262,20 +275,24 @@ def bench_chat(cfg, directory):
 
 
 def one_run(name, directory, rows, *flags):
-    """([(seconds, tokens) of each step], peak memory, seconds from the launch to the first step's end) of one side."""
+    """Of one side: [(seconds, tokens) of each step], peak memory, seconds from the launch to the first step's
+    end."""
     started = time.time()
     if name in ("trl_padded", "trl_packed", "plain_loop"):
         result = start_sides(1, "--side", name, "--directory", directory)[0]
         return result["steps"], result["peak_gb"], result["first"] - started
-    flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH), "--batch_size",
-             str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing", "--epochs", "1", *flags)
+    flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH),
+             "--batch_size", str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing",
+             "--epochs", "1", *flags)
     lines = train(directory, 1, -(-rows // BATCH), *flags)
-    return [(line["seconds"], line["tokens"]) for line in lines], lines[-1]["peak_memory_gb"], lines[0]["at"] - started
+    steps = [(line["seconds"], line["tokens"]) for line in lines]
+    return steps, lines[-1]["peak_memory_gb"], lines[0]["at"] - started
 
 
 def useful_flops(config, directory):
-    """Floating-point operations that the loss of each step of one_run needs, forward and, twice as many, backward: of
-    each input in the blocks' matrices, of each target in the head, of each causal pair in attention."""
+    """Floating-point operations that the loss of each step of one_run needs, forward and, twice as many,
+    backward: of each input in the blocks' matrices, of each target in the head, of each causal pair in
+    attention."""
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
@@ -294,8 +311,10 @@ def bench_step(cfg, directory):
     versions = peer_versions(cfg)
     config = dict(QWEN_05B, num_attention_heads=8, num_key_value_heads=2, **SHAPES[cfg.shape])
     write_model(directory, config)
-    write_rows(os.path.join(directory, "rows.json"), rows := cfg.rows or 48, 2.3, 2.9, 1.1)  # median about 120 tokens
-    found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []} for name in ("sft", *PEERS[cfg.vs])}
+    rows = cfg.rows or 48
+    write_rows(os.path.join(directory, "rows.json"), rows, 2.3, 2.9, 1.1)  # median about 120 tokens
+    found = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []}
+             for name in ("sft", *PEERS[cfg.vs])}
     uses, rates, needed = [], [], sum(useful_flops(config, directory)[1:])
     for _ in range(cfg.repeats):  # in turn
         for name, figures in found.items():
@@ -330,7 +349,8 @@ def bench_start(cfg, directory):
 
 def write_full_rows(directory, length, n):
     """The path of n conversations that fill `length` tokens, nearly all of them targets."""
-    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "the " * length}]  # one token each
+    answer = "the " * length  # one token each
+    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": answer}]
     path = os.path.join(directory, "rows.json")
     with open(path, "w", encoding="utf-8") as f:
         json.dump([{"messages": turns}] * n, f)
@@ -339,8 +359,9 @@ def write_full_rows(directory, length, n):
 
 def bench_plan(cfg, directory):
     def base_gb(*modules):
-        code = f"import tools.bench_sides, {', '.join(modules)}; print(tools.bench_sides.proc_gb('status', 'VmRSS'))"
-        return float(launch(1, "-c", f"import sys; sys.path.insert(0, {files.PROJECT!r}); {code}"))
+        code = (f"import sys; sys.path.insert(0, {files.PROJECT!r}); import tools.bench_sides, "
+                f"{', '.join(modules)}; print(tools.bench_sides.proc_gb('status', 'VmRSS'))")
+        return float(launch(1, "-c", code))
 
     line = {}
     for shape, (config, length, runs) in PLANNED.items():
@@ -354,7 +375,8 @@ def bench_plan(cfg, directory):
             steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
             assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)
             base = base_gb("sft", "tools.bench",  # bench: about what the tokenizer is
-                           *["torch._dynamo"] * ("--no-gradient_checkpointing" not in kind),  # checkpoint() imports it
+                           # checkpoint() imports it
+                           *["torch._dynamo"] * ("--no-gradient_checkpointing" not in kind),
                            *["torch.distributed.fsdp"] * ("--param_offload" in kind))
             peak = steps[-1]["peak_memory_gb"] - base
             line[f"{shape} {kind}".strip()] = {"base_gb": base, "planned_gb": planned, "peak_gb": peak,
@@ -367,18 +389,22 @@ def bench_memory(cfg, directory):
     versions = peer_versions(cfg)
     write_model(directory, QWEN_05B)
     path = write_full_rows(directory, LENGTH, cfg.repeats + 1)
-    flags = ("--train_data", path, "--max_length", str(LENGTH), "--batch_size", "1", "--micro_batch_size", "1")
-    lora = ("--use_lora", "--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_targets", "all-linear")
+    flags = ("--train_data", path, "--max_length", str(LENGTH), "--batch_size", "1",
+             "--micro_batch_size", "1")
+    lora = ("--use_lora", "--lora_rank", str(RANK), "--lora_alpha", str(ALPHA),
+            "--lora_targets", "all-linear")
     line = {}
     for name, extra in (("full", ()), ("lora", lora)):
         steps = train(directory, 1, cfg.repeats + 1, *flags, *extra)
         assert all(step["tokens"] == LENGTH for step in steps)
-        line[name] = {"peak_gb": steps[-1]["peak_memory_gb"], "seconds": spread([s["seconds"] for s in steps[1:]])}
+        line[name] = {"peak_gb": steps[-1]["peak_memory_gb"],
+                      "seconds": spread([step["seconds"] for step in steps[1:]])}
         if cfg.vs:
             line[f"trl_{name}"] = start_sides(1, "--side", f"trl_{name}", "--directory", directory)[0]
     ratios = {f"{a}_to_{b}": line[a]["peak_gb"] / line[b]["peak_gb"]
               for a, b in (("lora", "full"), ("lora", "trl_lora"), ("full", "trl_full")) if b in line}
-    return {**line, **ratios, "time_lora_to_full": line["lora"]["seconds"][0] / line["full"]["seconds"][0], **versions}
+    time_ratio = line["lora"]["seconds"][0] / line["full"]["seconds"][0]
+    return {**line, **ratios, "time_lora_to_full": time_ratio, **versions}
 
 
 def main():
@@ -388,14 +414,16 @@ def main():
         # one write: torchrun's processes are unbuffered, and print writes the end of the line on its own
         return print(json.dumps(result) + "\n", end="")
     for part in [cfg.part] if cfg.part else DEFAULT:
-        measure(dataclasses.replace(cfg, part=part, vs=cfg.vs if cfg.vs and part in COMPARED[cfg.vs] else None))
+        vs = cfg.vs if cfg.vs and part in COMPARED[cfg.vs] else None
+        measure(dataclasses.replace(cfg, part=part, vs=vs))
 
 
 def measure(cfg):
     """Print the line of one part."""
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
     line = {"part": cfg.part, "command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
-            "python": platform.python_version(), "device": f"CPU, {os.cpu_count()} cores, {threads} threads a process"}
+            "python": platform.python_version(),
+            "device": f"CPU, {os.cpu_count()} cores, {threads} threads a process"}
     with tempfile.TemporaryDirectory() as directory:
         # for the processes that are started; torchrun leaves a folder in TMPDIR
         os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
@@ -404,7 +432,8 @@ def measure(cfg):
                  "start": bench_start, "plan": bench_plan}
         line.update(parts[cfg.part](cfg, directory))
     # four digits: the others are noise
-    print(json.dumps(json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))), flush=True)
+    line = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

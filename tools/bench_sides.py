@@ -1,6 +1,7 @@
-"""What one process of tools/bench.py measures: a side of a comparison, ours or another trainer's, alone in its process.
+"""What one process of tools/bench.py measures: a side of a comparison, ours or another trainer's, alone.
 
-python tools/bench.py --side NAME starts one, with the flags of the command that compares them, and reads its one JSON line.
+python tools/bench.py --side NAME starts one, with the flags of the command that compares them, and reads its
+one JSON line.
 """
 
 import contextlib
@@ -25,9 +26,9 @@ from ranks import processes
 from text import formats
 from text.template import ChatTokenizer
 
-QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=151936,
-                num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True,
-                architectures=["Qwen2ForCausalLM"])
+QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                vocab_size=151936, num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6,
+                tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
 RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
 LENGTH, BATCH = 1024, 4  # memory: tokens of a step; step: of a conversation, and conversations a step
 
@@ -37,15 +38,17 @@ def spread(values):
 
 
 def proc_gb(file, name):
-    """A figure of this process in GiB, from /proc/self: VmRSS (now) and VmHWM (at most so far) of status, rchar (read)
-    of io. Unlike getrusage's peak, VmHWM does not begin with that of the process which started this one."""
+    """A figure of this process in GiB, from /proc/self: VmRSS (now) and VmHWM (at most so far) of status,
+    rchar (read) of io. Unlike getrusage's peak, VmHWM does not begin with that of the process which started
+    this one."""
     with open(f"/proc/self/{file}", encoding="utf-8") as f:
         number, *unit = dict(line.split(":", 1) for line in f)[name].split()
     return int(number) / (2**20 if unit == ["kB"] else 2**30)
 
 
 def timed(action, repeats):
-    """Seconds of action(), the memory that the process has before, and what the first call adds to it at its peak."""
+    """Seconds of action(), the memory that the process has before, and what the first call adds at its
+    peak."""
     base = proc_gb("status", "VmRSS")
     action()
     added = proc_gb("status", "VmHWM") - base
@@ -144,7 +147,8 @@ def copy(source, target, flush):
 
 
 def side_trl(cfg):
-    """The run of bench_memory by TRL: its defaults, but for what makes it the same work. It writes no checkpoint."""
+    """The run of bench_memory by TRL: its defaults, but for what makes it the same work, without a
+    checkpoint."""
     import datasets
     import peft
     import transformers
@@ -157,9 +161,9 @@ def side_trl(cfg):
             ends.append(time.perf_counter())
 
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"}, bf16=False,
-                           use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1, max_steps=cfg.repeats + 1,
-                           save_strategy="no", report_to="none", disable_tqdm=True,
+    config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
+                           bf16=False, use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1,
+                           max_steps=cfg.repeats + 1, save_strategy="no", report_to="none", disable_tqdm=True,
                            gradient_checkpointing=cfg.peer_checkpointing)
     with contextlib.redirect_stdout(sys.stderr):  # what it reports is not JSON
         rows = datasets.Dataset.from_list(files.read_json(os.path.join(cfg.directory, "rows.json")))
@@ -169,8 +173,8 @@ def side_trl(cfg):
 
 
 def side_step(cfg):
-    """The conversations of bench_step once, by TRL or a plain loop; [(seconds, non-pad tokens) of each step] and when
-    the first had ended."""
+    """The conversations of bench_step once, by TRL or a plain loop; [(seconds, non-pad tokens) of each step]
+    and when the first had ended."""
     import transformers
 
     path, ends, tokens = os.path.join(cfg.directory, "rows.json"), [time.perf_counter()], []
@@ -206,20 +210,27 @@ def side_step(cfg):
                 tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
                 return super().training_step(model, inputs, *args, **kwargs)
 
-        packed = cfg.side == "trl_packed"  # rows of LENGTH tokens, of whole conversations; one row a step is as many
+        packed = cfg.side == "trl_packed"  # rows of LENGTH tokens, of whole conversations
         config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
-                               bf16=False, use_cpu=True, max_length=LENGTH, packing=packed, save_strategy="no",
+                               bf16=False, use_cpu=True, max_length=LENGTH, packing=packed,
                                per_device_train_batch_size=BATCH, num_train_epochs=1, report_to="none",
-                               disable_tqdm=True, gradient_checkpointing=False)
+                               save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
         with contextlib.redirect_stdout(sys.stderr):
-            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
-                                               for row in files.read_json(path)])
+            rows = datasets.Dataset.from_list(prompts_and_completions(path))
             trainer = Counted(cfg.directory, config, train_dataset=rows, callbacks=[Clock()])
             ends[0] = time.perf_counter()
             trainer.train()
     first = time.time() - (time.perf_counter() - ends[1])
     seconds = [b - a for a, b in zip(ends, ends[1:])]
-    return {"steps": list(zip(seconds, tokens, strict=True)), "first": first, "peak_gb": proc_gb("status", "VmHWM")}
+    steps = list(zip(seconds, tokens, strict=True))
+    return {"steps": steps, "first": first, "peak_gb": proc_gb("status", "VmHWM")}
+
+
+def prompts_and_completions(path):
+    """The conversations in the form of which TRL masks the prompt, as we do: from "messages" it trains
+    all."""
+    return [{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+            for row in files.read_json(path)]
 
 
 def side_data(cfg):
@@ -238,11 +249,9 @@ def side_data(cfg):
         import trl
 
         with contextlib.redirect_stdout(sys.stderr):
-            # the same conversations in the form of which it masks the prompt, as we do: from "messages" it trains all
-            rows = datasets.Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
-                                               for row in files.read_json(path)])
-            config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True, max_length=LENGTH,
-                                   report_to="none", dataset_num_proc=2)
+            rows = datasets.Dataset.from_list(prompts_and_completions(path))
+            config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True,
+                                   max_length=LENGTH, report_to="none", dataset_num_proc=2)
             trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # what it costs without data
             before = time.perf_counter()
             trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))
@@ -253,8 +262,10 @@ def side_data(cfg):
 
 
 def side_chat(cfg):
-    """Seconds of an answer of cfg.new_tokens tokens, after one that warms up; the ids, which are the same for both."""
-    prompt = torch.randint(0, QWEN_05B["vocab_size"], (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    """Seconds of an answer of cfg.new_tokens tokens, after one that warms up; the ids, the same for both
+    sides."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, QWEN_05B["vocab_size"], (64,), generator=generator).tolist()
     if cfg.side == "chat":
         model = chat.load(cfg.directory)[0]
 
@@ -267,15 +278,16 @@ def side_chat(cfg):
 
         def answer():
             ids = torch.tensor([prompt])
-            return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
-                                  pad_token_id=0, max_new_tokens=cfg.new_tokens)[0, len(prompt) :].tolist()
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+                                 pad_token_id=0, max_new_tokens=cfg.new_tokens)
+            return out[0, len(prompt) :].tolist()
     answer()
     start = time.perf_counter()
     ids = answer()
     return {"seconds": time.perf_counter() - start, "ids": ids}
 
 
-SIDES = {"plain": side_loss, "chunked": side_loss, "product": side_product, "load": side_load, "save": side_save,
-         "trl_full": side_trl, "trl_lora": side_trl, "data": side_data, "encode": side_data, "trl_data": side_data,
-         "chat": side_chat, "transformers": side_chat, "trl_padded": side_step, "trl_packed": side_step,
-         "plain_loop": side_step}
+SIDES = {"plain": side_loss, "chunked": side_loss, "product": side_product, "load": side_load,
+         "save": side_save, "trl_full": side_trl, "trl_lora": side_trl, "data": side_data,
+         "encode": side_data, "trl_data": side_data, "chat": side_chat, "transformers": side_chat,
+         "trl_padded": side_step, "trl_packed": side_step, "plain_loop": side_step}

@@ -84,8 +84,10 @@ def merge(cfg):
     known = {f"{m}.{part}" for m in lora_ranks for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
     strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in lora_ranks} - set(entries)
     if strange:
-        raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; --base names another")
-    dtype, temporary = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype], cfg.out.rstrip("/") + ".tmp"
+        raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; "
+                        "--base names another")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    temporary = cfg.out.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was ended
     os.makedirs(temporary)
     for key in {"dtype", "torch_dtype"} & set(model_config):
@@ -98,11 +100,13 @@ def merge(cfg):
     for name, content in exported.items():
         files.write_file(os.path.join(temporary, name), content)
     sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
-    groups = pretrained.numbered(sizes, "model", math.ceil(sum(t.nbytes for t in sizes.values()) / FILE_BYTES))
+    n_bytes = sum(t.nbytes for t in sizes.values())
+    groups = pretrained.numbered(sizes, "model", math.ceil(n_bytes / FILE_BYTES))
     for file, names in groups.items():
-        pretrained.write_safetensors(os.path.join(temporary, file), {name: value(name).to(dtype) for name in names})
+        tensors = {name: value(name).to(dtype) for name in names}
+        pretrained.write_safetensors(os.path.join(temporary, file), tensors)
     if len(groups) > 1:
-        pretrained.write_index(temporary, groups, sum(t.nbytes for t in sizes.values()))
+        pretrained.write_index(temporary, groups, n_bytes)
     os.replace(temporary, cfg.out)
     print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(lora_ranks)} layers, {cfg.dtype}")
     print(f"talk     {venv.command('chat.py')} {shlex.quote(cfg.out)}")

@@ -1,4 +1,4 @@
-"""Write a page about a run, or lay several over each other: python tools/report.py RUN [RUN2 ...] [--output FILE]
+"""Write a page about a run, or overlay several: python tools/report.py RUN [RUN2 ...] [--output FILE]
 
 RUN is an output directory of sft.py, which writes this page itself at every checkpoint.
 """
@@ -23,10 +23,10 @@ from settings.parser import knob, parse
 
 @dataclass
 class Config:
-    """Write a page about a run, or lay several over each other: python tools/report.py RUN [RUN2 ...] [flags]"""
+    """Write a page about a run, or overlay several: python tools/report.py RUN [RUN2 ...] [flags]"""
 
-    output: str | None = knob(None, "page to write; none is RUN/report.html, of several runs ./comparison.html",
-                              group="report")
+    output: str | None = knob(None, "page to write; none is RUN/report.html, of several runs "
+                                    "./comparison.html", group="report")
 
 
 def main():

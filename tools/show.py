@@ -73,23 +73,25 @@ def stats(dataset, capacity, batch_size):
         print(f"{low:>9,} to {high - 1:<9,} {n:>11,} {'#' * round(40 * n / counts.max())}")
     for length in (512, 1024, 2048, 4096):
         long = np.flatnonzero(sizes > length)
-        lost = sum(int(dataset.is_target[dataset.starts[i] + length : dataset.starts[i + 1]].sum()) for i in long)
-        print(f"--max_length {length:<5,} cuts {len(long):,} rows ({len(long) / len(sizes):.2%}) and {lost:,} target "
-              f"tokens ({lost / n_targets:.2%})")
+        spans = (slice(dataset.starts[i] + length, dataset.starts[i + 1]) for i in long)
+        lost = sum(int(dataset.is_target[span].sum()) for span in spans)
+        print(f"--max_length {length:<5,} cuts {len(long):,} rows ({len(long) / len(sizes):.2%}) and "
+              f"{lost:,} target tokens ({lost / n_targets:.2%})")
     lengths, used, made = np.minimum(dataset.lengths, capacity), 0, 0
     order, cuts = data.Sampler(lengths, epochs=1, seed=42, batch_size=batch_size).epoch_order(0)
     for ids in np.split(order, cuts[1:-1]):
         made += len(data.pack(lengths[ids], capacity))
         used += int(lengths[ids].sum())
-    print(f"packing  {used / (made * capacity):.1%} of {made:,} micro-batches of {capacity:,} tokens are filled, at "
-          f"--batch_size {batch_size}")
+    print(f"packing  {used / (made * capacity):.1%} of {made:,} micro-batches of {capacity:,} tokens are "
+          f"filled, at --batch_size {batch_size}")
 
 
 def main():
     words = ["--n" if word == "-n" else word for word in sys.argv[1:]]
     cfg, _ = parse(Config, words, positional=["do", "data"])
     if not cfg.do:
-        raise UserError(f"what to do? {venv.command('tools/show.py')} show FILE --model DIR, or stats FILE ...")
+        program = venv.command("tools/show.py")
+        raise UserError(f"what to do? {program} show FILE --model DIR, or {program} stats FILE --model DIR")
     tokenizer = template.ChatTokenizer(pretrained.model_directory(cfg.model))
     max_length, limit = (cfg.max_length, cfg.n) if cfg.do == "show" else (2**31 - 1, None)
     dataset = data.load(cfg.data, tokenizer, max_length, train_on=cfg.train_on, limit=limit,

@@ -1,7 +1,7 @@
 """Runs of sft.py in one process group, with signals: torchrun tests/laws/signal_worker.py RUNS.json
 
-Of each run RUNS.json has [[rank, phase] or null, signal, flags]: when that rank comes to that phase, it sends itself
-the signal. Writes the exit codes of its runs into "codes RANK".
+Of each run RUNS.json has [[rank, phase] or null, signal, flags]: when that rank comes to that phase, it sends
+itself the signal. Writes the exit codes of its runs into "codes RANK".
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Signals: the current step ends, a checkpoint is saved, all ranks exit together, and the run resumes exactly."""
+"""Signals: the current step ends, a checkpoint is saved, all ranks exit together, and the run resumes
+exactly."""
 
 import json
 import os
@@ -15,18 +16,23 @@ from safetensors.torch import load_file
 
 from ranks import processes
 
-RUN = ("--max_steps", 6, "--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing",
-       "--eval_steps", 2, "--save_steps", 3, "--val_data", f"{ROOT}/data/example_sft.json")
+EXAMPLES = f"{ROOT}/data/example_sft.json"
+RUN = ("--max_steps", 6, "--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--eval_steps", 2,
+       "--save_steps", 3, "--no-gradient_checkpointing", "--val_data", EXAMPLES)
+TINY = ("--model", "tiny", "--train_data", EXAMPLES)
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gb")
-PHASES = ("step 1", "evaluation after step 2", "save of step 3", "step 5", "evaluation after step 6", "save of step 6")
+PHASES = ("step 1", "evaluation after step 2", "save of step 3", "step 5", "evaluation after step 6",
+          "save of step 6")
 
 
 def outcome(directory):
-    """All that a run leaves that must not depend on how often it was stopped: its numbers, weights and moments."""
+    """All that a run leaves that must not depend on how often it was stopped: its numbers, weights and
+    moments."""
     with open(directory / "metrics.jsonl", encoding="utf-8") as f:
         lines = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in f]
     latest = directory / "checkpoints" / "latest"
-    return lines, *(load_file(latest / name) for name in ("model.safetensors", "training_state/tensors.safetensors"))
+    names = "model.safetensors", "training_state/tensors.safetensors"
+    return lines, *(load_file(latest / name) for name in names)
 
 
 def assert_same(a, b):
@@ -89,8 +95,8 @@ def test_stopped_before_the_first_step_nothing_is_written(phase, train, tmp_path
 
 def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
     """In a step that would take a minute."""
-    words = [sys.executable, f"{ROOT}/tests/laws/slow_step.py", *map(str, RUN), "--model", "tiny", "--train_data",
-             f"{ROOT}/data/example_sft.json", "--output_dir", str(tmp_path / "out")]
+    words = [sys.executable, f"{ROOT}/tests/laws/slow_step.py", *map(str, RUN), *TINY, "--output_dir",
+             str(tmp_path / "out")]
     result = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
     assert result.returncode == 130 and "Traceback" not in result.stderr
     assert [line for line in result.stderr.splitlines() if line] == [
@@ -100,14 +106,15 @@ def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
 
 def test_a_signal_to_one_rank_stops_both(tmp_path):
     """In an evaluation and in a save, to either; together again the run is the undisturbed one to the bit."""
-    flags = [*map(str, RUN), "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", "--output_dir"]
+    flags = [*map(str, RUN), *TINY, "--output_dir"]
     resume = [*flags, "out", "--resume_from", "auto"]
     stops = [(i, phase, list(processes.EXIT_CODES)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
     runs = [(None, 0, [*flags, "whole"]), *(((rank, phase), number, resume) for rank, phase, number in stops),
             (None, 0, resume)]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    f"{ROOT}/tests/laws/signal_worker.py", "runs.json"], cwd=tmp_path, capture_output=True, check=True, timeout=120)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             f"{ROOT}/tests/laws/signal_worker.py", "runs.json"]
+    subprocess.run(words, cwd=tmp_path, capture_output=True, check=True, timeout=120)
     for rank in range(2):
         codes = json.loads((tmp_path / f"codes {rank}").read_text())
         assert codes == [None, *(processes.EXIT_CODES[number] for _, _, number in stops), None]
@@ -119,8 +126,8 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
                                                                               marks=pytest.mark.full)])
 def test_train_sh_passes_a_signal_on_and_ends_as_sft_py_does(number, code, tmp_path):
     """Over torchrun, without its traceback: both ranks save, and train.sh has the exit code."""
-    words = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000", "--save_steps", "1000000",
-             "--output_dir", str(tmp_path / "out")]
+    words = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000",
+             "--save_steps", "1000000", "--output_dir", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHON": sys.executable}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
                           start_new_session=True) as process:

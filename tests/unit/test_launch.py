@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -16,12 +17,11 @@ from conftest import ROOT
 
 from settings import venv
 
-TOOLS = sorted(name for name in os.listdir(os.path.join(ROOT, "tools")) if name.endswith(".py"))
-TOOLS = [f"tools/{name}" for name in TOOLS if "venv.enter()" in open(os.path.join(ROOT, "tools", name)).read()]
-PROGRAMS = ["sft.py", "chat.py", *TOOLS]
-# What users or our tests install beside this project; a module of ours with such a name would hide it, or be hidden.
-PACKAGES = {"verl", "trl", "peft", "datasets", "transformers", "evaluate", "kernels", "accelerate", "torch", "numpy",
-            "wandb", "trackio", "tensorboard", "pyarrow", "jinja2", "yaml", "safetensors", "tokenizers"}
+TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
+PROGRAMS = ["sft.py", "chat.py", *(f"tools/{path.name}" for path in TOOLS if "__main__" in path.read_text())]
+# What users install beside this project: a module of ours of that name would hide it, or be hidden by it.
+PACKAGES = {"verl", "trl", "peft", "datasets", "transformers", "evaluate", "kernels", "accelerate", "torch",
+            "numpy", "wandb", "trackio", "tensorboard", "pyarrow", "jinja2", "yaml", "tokenizers"}
 
 
 def train_sh(*words, cwd, **env):
@@ -32,7 +32,8 @@ def train_sh(*words, cwd, **env):
 
 @pytest.mark.parametrize("words, line", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'; --help lists them all"),
-    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; these do: [1, 3]")], ids=str)
+    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; these do: [1, 3]")],
+    ids=str)
 def test_a_wrong_setting_of_several_ranks_is_one_line(words, line, tmp_path):
     """Before torchrun starts."""
     done = train_sh("--n_gpus", "3", *words, cwd=tmp_path)
@@ -42,7 +43,8 @@ def test_a_wrong_setting_of_several_ranks_is_one_line(words, line, tmp_path):
 
 @pytest.mark.parametrize("words, line", [
     (["--n_gpus", "two"], "--n_gpus two: it must be a number, at least 1"),
-    (["--n_gpus=0"], "--n_gpus 0: it must be a number, at least 1"), (["--n_gpus"], "--n_gpus needs a number"),
+    (["--n_gpus=0"], "--n_gpus 0: it must be a number, at least 1"),
+    (["--n_gpus"], "--n_gpus needs a number"),
     (["--setup"], "--setup needs a file, such as requirements.txt"),
     (["--setup", "nothing.txt"], "--setup needs a file, such as requirements.txt")], ids=str)
 def test_train_sh_names_what_is_wrong_with_its_own_words(words, line, tmp_path):
@@ -57,7 +59,7 @@ def test_train_sh_is_short():
     assert {"N_GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set("".join(lines).split())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # ranks/launch.py with planted_sft.py in the place of sft.py
 
 
@@ -70,10 +72,11 @@ def launch(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('the current folder is no place for modules')")
 
     def start(*words, **env):
-        without = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "N_GPUS")}
-        return subprocess.Popen([sys.executable, tmp_path / "project" / "ranks" / "launch.py", *words], cwd=tmp_path,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env={**without, "LOG": str(tmp_path / "log"), **env})
+        others = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        command = [sys.executable, tmp_path / "project" / "ranks" / "launch.py", *words]
+        env = {**others, "LOG": str(tmp_path / "log"), **env}
+        return subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
 
     return start
 
@@ -81,7 +84,8 @@ def launch(tmp_path):
 def read_log(tmp_path):
     """(what was noted before there were workers, and by them)"""
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    return [line for line in lines if "RANK" not in line["env"]], [line for line in lines if "RANK" in line["env"]]
+    workers = [line for line in lines if "RANK" in line["env"]]
+    return [line for line in lines if line not in workers], workers
 
 
 def test_one_process_is_sft_py_itself(launch, tmp_path):
@@ -89,7 +93,8 @@ def test_one_process_is_sft_py_itself(launch, tmp_path):
     process = launch("--lr", "1", "--n_gpus=1", "model=x", N_GPUS="4", NNODES="")
     assert process.wait() == 0
     (line,), workers = read_log(tmp_path)
-    assert (line["words"], line["pid"], workers) == (["--environment", "--lr", "1", "model=x"], process.pid, [])
+    assert line["words"] == ["--environment", "--lr", "1", "model=x"]
+    assert line["pid"] == process.pid and workers == []
     assert "WORLD_SIZE" not in line["env"]
 
 
@@ -101,8 +106,8 @@ def test_what_only_prints_starts_no_ranks(word, launch, tmp_path):
 
 
 def test_two_runs_at_the_same_time(launch, tmp_path):
-    """Each checks its settings once, as many processes as there will be, and has a port of its own. The workers are
-    deaf to signals at first and have Python's usual path."""
+    """Each checks its settings once, as many processes as there will be, and has a port of its own. The
+    workers are deaf to signals at first and have Python's usual path."""
     runs = [launch("--n_gpus", "2", "--lr", "1", PLANT="meet 4") for _ in range(2)]
     for run in runs:
         assert run.wait(timeout=60) == 0, run.stderr.read()
@@ -132,7 +137,8 @@ def test_two_nodes_meet_at_the_port_that_they_are_given(launch, tmp_path):
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_the_exit_code_of_a_failed_worker(code, launch):
-    """2, of an error of the input, stays 2 and is not followed by torchrun's report; for all else that is printed."""
+    """2, of an error of the input, stays 2 and is not followed by torchrun's report; for all else that is
+    printed."""
     process = launch("--n_gpus", "2", PLANT=f"exit {code}")
     err = process.communicate(timeout=60)[1]
     assert process.returncode == code and ("Root Cause" in err) == (code == 1)
@@ -152,7 +158,7 @@ def test_ctrl_c_again_kills_all(launch, tmp_path):
     assert process.returncode == 130
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # a machine whose Python has no torch, where train.sh made .venv
 
 
@@ -163,8 +169,10 @@ def bare(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "bare"], check=True)
     names = shutil.ignore_patterns(".*", "tests", "docs", "outputs", "__pycache__")
     shutil.copytree(ROOT, directory / "project", ignore=names)
-    (directory / "project" / "tools" / "numpy.py").write_text("raise SystemExit('tools/ is no place for modules')")
-    env = {"PATH": f"{directory / 'bare' / 'bin'}:/usr/bin:/bin", "HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"}
+    trap = directory / "project" / "tools" / "numpy.py"
+    trap.write_text("raise SystemExit('tools/ is no place for modules')")
+    env = {"PATH": f"{directory / 'bare' / 'bin'}:/usr/bin:/bin", "HOME": os.environ["HOME"],
+           "OMP_NUM_THREADS": "1"}
     return directory / "project", env
 
 
@@ -179,32 +187,37 @@ def dot_venv(bare):
 @pytest.mark.parametrize("safe_path", ["", "1"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_without_torch_goes_on_in_the_venv(program, safe_path, bare, dot_venv, tmp_path):
-    """From any folder, with every word; python -P included, which leaves the program's folder out of the path."""
+    """From any folder, with every word; python -P included, which leaves the program's folder out of the
+    path."""
     os.makedirs(tmp_path / "bin")
     (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
     dot_venv(tmp_path)
     words = ["-u", str(bare[0] / program), "some", "--words"]
-    done = subprocess.run(["python", *words], cwd=tmp_path, env={**bare[1], "PYTHONSAFEPATH": safe_path}, text=True,
-                          capture_output=True)
+    env = {**bare[1], "PYTHONSAFEPATH": safe_path}
+    done = subprocess.run(["python", *words], cwd=tmp_path, env=env, text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(words) + "\n", "")
 
 
-@pytest.mark.parametrize("words", [["tools/show.py", "show", "-n", "1"], ["sft.py", "--help"], ["chat.py", "--help"]],
-                         ids=str)
-def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(words, bare, dot_venv, tmp_path):
-    """In a folder where the example data is not, and beside files of tools/ that have names of packages."""
+@pytest.mark.parametrize("program, words, printed", [
+    ("tools/show.py", ["show", "-n", "1"], "data/example_sft.json[0]: "),
+    ("sft.py", ["--help"], "Supervised fine-tuning: "), ("chat.py", ["--help"], "Talk to a model: ")])
+def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(program, words, printed, bare, dot_venv,
+                                                                    tmp_path):
+    """In a folder where the example data is not, and beside a file of tools/ that has the name of a
+    package."""
     dot_venv(sys.prefix)
-    done = subprocess.run(["python", bare[0] / words[0], *words[1:]], cwd=tmp_path, env=bare[1], text=True,
+    done = subprocess.run(["python", bare[0] / program, *words], cwd=tmp_path, env=bare[1], text=True,
                           capture_output=True)
-    assert done.returncode == 0 and "--- " in done.stdout + "--- " * ("--help" in words), done.stderr
+    assert done.returncode == 0 and printed in done.stdout, done.stderr
 
 
 def test_without_any_torch_a_program_says_what_makes_it(bare, tmp_path):
-    done = subprocess.run(["python", bare[0] / "chat.py"], cwd=tmp_path, env=bare[1], text=True, capture_output=True)
+    done = subprocess.run(["python", bare[0] / "chat.py"], cwd=tmp_path, env=bare[1], text=True,
+                          capture_output=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    (script,) = re.findall(r"^chat.py: error: \S+ has no torch; bash (\S+) --setup requirements.txt", done.stderr)
-    assert os.path.samefile(script, bare[0] / "train.sh")
+    found = re.match(r"chat.py: error: \S+ has no torch; bash (\S+) --setup requirements.txt", done.stderr)
+    assert os.path.samefile(found[1], bare[0] / "train.sh")
 
 
 def test_a_printed_command_works_where_it_is_read(monkeypatch, tmp_path):
@@ -220,8 +233,10 @@ def test_a_printed_command_works_where_it_is_read(monkeypatch, tmp_path):
 
 
 def test_no_module_of_ours_has_the_name_of_a_package():
-    """`python -m verl.trainer...` in this folder would start ours, or `import evaluate` in a tool import it."""
+    """`python -m verl.trainer...` in this folder would start ours, or `import evaluate` in a tool import
+    it."""
     entries = [entry for entry in os.scandir(ROOT) if entry.name[0] not in "._"]
-    names = {entry.name.removesuffix(".py") for entry in entries if entry.is_dir() or entry.name.endswith(".py")}
-    assert {"sft", "settings", "tools"} <= names
-    assert names & (PACKAGES | set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names) == set()
+    names = {entry.name.removesuffix(".py") for entry in entries
+             if entry.is_dir() or entry.name.endswith(".py")}
+    installed = PACKAGES | set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names
+    assert {"sft", "settings", "tools"} <= names and names & installed == set()

@@ -1,4 +1,5 @@
-"""ranks/processes.py where no process group is needed: a process alone, and whom a rank blames for its error."""
+"""ranks/processes.py where no process group is needed: a process alone, and whom a rank blames for its
+error."""
 
 import fcntl
 import os
@@ -34,23 +35,26 @@ def test_tp_divides_the_processes():
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Rank 1 of three in step 8. Rank 0 is in step 8 too, and rank 2 in step 7, since before the others, elsewhere."""
+    """Rank 1 of three in step 8. Rank 0 is in step 8 too, and rank 2 in step 7, since before the others,
+    elsewhere."""
     ranks = processes.Ranks(rank=1, size=3, dp_rank=1, dp_size=3, mesh=None, device=torch.device("cpu"),
                             store=dist.HashStore())
     host = socket.gethostname()
-    for rank, text in enumerate((f"step 8|1000.5|{host}|111", f"step 8|1000.25|{host}|222", "step 7|990|far|333")):
+    texts = f"step 8|1000.5|{host}|111", f"step 8|1000.25|{host}|222", "step 7|990|far|333"
+    for rank, text in enumerate(texts):
         ranks.store.set(f"rank {rank}", text)
     ranks.phase = "step 8"
     return ranks
 
 
 @pytest.mark.parametrize("error, culprit", [
-    (RuntimeError("Connection closed by peer"), 2), (dist.DistStoreError("timed out"), 2), (KeyError("x"), None),
-    (UserError("x"), None), (files.LockTimeout("x", pid=111), 0), (files.LockTimeout("x", pid=333), None),
+    (RuntimeError("Connection closed by peer"), 2), (dist.DistStoreError("timed out"), 2),
+    (KeyError("x"), None), (UserError("x"), None),
+    (files.LockTimeout("x", pid=111), 0), (files.LockTimeout("x", pid=333), None),
     (files.LockTimeout("x", pid=None), None)], ids=repr)
 def test_whom_a_rank_waited_for(error, culprit, ranks):
-    """After a collective, for the rank that has been in its phase for the longest; for a lock, for its holder, if it
-    is a rank on this host; after an error of its own, for none."""
+    """After a collective, for the rank that has been in its phase for the longest; for a lock, for its
+    holder, if it is a rank on this host; after an error of its own, for none."""
     found = ranks.waited_for(error)
     assert (found and found.rank) == culprit
 
@@ -61,7 +65,8 @@ def test_an_error_of_its_own_is_reported_by_the_rank(ranks, capsys):
 
 
 @pytest.mark.parametrize("error, host, killed", [
-    (RuntimeError("Timed out waiting"), "here", [333]), (RuntimeError("wait timeout after 5 ms"), "here", [333]),
+    (RuntimeError("Timed out waiting"), "here", [333]),
+    (RuntimeError("wait timeout after 5 ms"), "here", [333]),
     (files.LockTimeout("no progress", pid=333), "here", [333]),
     (RuntimeError("Timed out waiting"), "far", []),  # the pid is another host's
     (RuntimeError("Connection reset"), "here", [])], ids=str)  # it has ended
@@ -70,7 +75,8 @@ def test_a_rank_that_may_be_stopped_is_named_and_killed(error, host, killed, ran
     sent = []
     monkeypatch.setattr(os, "kill", lambda *words: sent.append(words[0]))
     ranks.store.set("rank 2", f"step 7|990|{socket.gethostname() if host == 'here' else host}|333")
-    with pytest.raises(RuntimeError, match="rank 1 waited in step 8 for rank 2, which is gone, or stalled in step 7"):
+    message = "rank 1 waited in step 8 for rank 2, which is gone, or stalled in step 7 since"
+    with pytest.raises(RuntimeError, match=message):
         ranks.blame(error)
     assert sent == killed
 
@@ -88,10 +94,12 @@ time.sleep(60)
 def test_a_lock_says_who_holds_it(tmp_path):
     """After the time-out, as an error of the input, with the pid that the holder wrote."""
     path = tmp_path / "x.lock"
-    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, cwd=files.PROJECT) as holder:
+    command = [sys.executable, "-c", HOLDER, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=files.PROJECT) as holder:
         holder.stdout.readline()
-        with open(path, "a+") as lock, pytest.raises(UserError, match="has made no progress for 0.3 s") as info:
-            files.take_lock(lock, 0.3)
+        with open(path, "a+") as lock:
+            with pytest.raises(UserError, match="has made no progress for 0.3 s") as info:
+                files.take_lock(lock, 0.3)
         holder.kill()
     assert info.value.pid == holder.pid
     with open(path, "a+") as first, open(path, "a+") as second:
