@@ -1,16 +1,14 @@
 """What the tests of the data path share: models/tiny, conversations, ChatML by hand, and templates of each
 kind."""
 
-import json
 import os
 import re
-from itertools import groupby
 
 import numpy as np
 from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, runs, target_texts, write  # noqa: F401
 from hypothesis import settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 from text.template import ChatTokenizer
 

@@ -83,7 +83,7 @@ def test_batch_tokens_fill_each_step():
 
 def test_batch_tokens_below_the_longest_conversation_are_refused():
     """No step could hold it: the error gives both numbers."""
-    with pytest.raises(ValueError, match="--batch_tokens 29: the longest conversation has 30 tokens"):
+    with pytest.raises(ValueError, match="--batch_tokens 29: a conversation has 30 tokens"):
         data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=29)
     assert len(data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=30)) >= 2
 
