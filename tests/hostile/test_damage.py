@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from test_checkpoint import TIED, UNTIED, Run, listing, loaded, one_thread, published  # noqa: F401
+from checkpoint_helpers import TIED, UNTIED, Run, listing, loaded, published
 
 from disk import checkpoint, files, pretrained
 from screen.log import Lines

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_checkpoint import TIED, UNTIED, adamw, loaded, one_thread, published, train_step  # noqa: F401
+from checkpoint_helpers import TIED, UNTIED, adamw, loaded, published, train_step
 
 import lora
 from disk import checkpoint

@@ -118,17 +118,19 @@ def test_a_step_may_be_asked_for_in_any_order(batch_tokens):
         assert sampler().step(step).ids.tolist() == ids.tolist()
 
 
-def test_ends_epoch_at_the_last_step_of_each_epoch_and_of_all():
+def test_due_once_an_epoch_is_at_its_last_step_and_at_the_last_of_all():
     """Checkpoints and validations fall on the ends of epochs, and on the end of the run."""
 
     def ends(count, **how):
         sampler = data.Sampler(np.full(count, 5), seed=42, **how)
-        return [step for step in range(1, len(sampler) + 1) if sampler.ends_epoch(step)]
+        return [step for step in range(1, len(sampler) + 1) if sampler.is_due(step, None)]
 
     assert ends(10, epochs=3, batch_size=4) == [3, 6, 9]
     assert ends(10, epochs=3, batch_size=4, max_steps=7) == [3, 6, 7]
     assert ends(10, epochs=1, batch_size=4, max_steps=2) == [2]
     assert ends(10, epochs=2, batch_size=1, batch_tokens=25) == [2, 4]
+    sampler = data.Sampler(np.full(10, 5), seed=42, epochs=3, batch_size=4)
+    assert [step for step in range(1, 10) if sampler.is_due(step, 4)] == [4, 8]
 
 
 # ---- at scale -------------------------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""What the tests of checkpoints and optimizers share: small model directories, and a run between two checkpoints."""
+
+import os
+
+import torch
+from helpers import model_loss
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from disk import checkpoint, files, pretrained
+from families.config import ModelConfig
+from model import CausalLM
+from ops import optim
+
+SIZES = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)
+TIED = dict(SIZES, model_type="qwen2", tie_word_embeddings=True)
+UNTIED = dict(SIZES, model_type="llama", tie_word_embeddings=False)
+QWEN3 = dict(SIZES, model_type="qwen3", head_dim=8)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FIRST, LAST = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"  # two tensors for the tests to break
+TOKENIZER = {"tokenizer.json": b'{"model":   {"vocab": {"\xc3\xa9": 0}}}',
+             "chat_template.jinja": b"{{ 'no newline' }}",
+             "tokenizer_config.json": b'{"b": 1,\r\n "a": 1e-05}\n'}
+
+
+def published(directory, config, dtype=torch.float32, **saving):
+    """Write a model directory as transformers does, with random weights and tokenizer files; return its
+    path."""
+    torch.manual_seed(0)
+    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    with torch.no_grad():
+        for name, p in oracle.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    oracle.to(dtype).save_pretrained(directory, **saving)
+    for name, content in TOKENIZER.items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def created(directory):
+    """Our model of a directory's config.json, its weights not read yet."""
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json"))))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model
+
+
+def loaded(directory):
+    """(our model of a directory, the layout of its files), as sft.py makes them."""
+    model = created(directory)
+    pretrained.load_weights(model, directory)
+    return model, pretrained.layout(model, directory)
+
+
+def adamw(model, optimizer_class=optim.AdamW, offload=False):
+    groups = optim.parameter_groups(model, 0.01)
+    return optim.build(optimizer_class, groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, offload=offload)
+
+
+def train_step(model, optimizer, seed):
+    tokens = torch.randint(SIZES["vocab_size"], (24,), generator=torch.Generator().manual_seed(seed))
+    (model_loss(model, tokens, (10, 14), tokens.roll(-1)) / 24).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Run:
+    """A run in root over a model directory: what sft.py holds between two checkpoints."""
+
+    def __init__(self, source, root):
+        self.root, (self.model, self.layout) = root, loaded(source)
+        self.optimizer = adamw(self.model)
+        self.files = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
+        root.mkdir()
+
+    def save(self, step):
+        """Train a step, so that no two checkpoints are equal, and save; return the step directory."""
+        train_step(self.model, self.optimizer, step)
+        return checkpoint.save(self.root, step, model=self.model, optimizer=self.optimizer,
+                               layout=self.layout, exported=self.files, state={"seed": 7})
+
+
+def listing(directory):
+    return sorted(os.path.relpath(os.path.join(where, name), directory)
+                  for where, _, names in os.walk(directory) for name in names)
+
+
+def change(directory, edit):
+    """Rewrite the one weight file of a directory: edit gets the tensors by name and changes that
+    dictionary."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
