@@ -255,10 +255,11 @@ def build(cfg, source, ranks, trains=True):
     return model, optimizer
 
 
-def train(cfg, ranks, warnings=None):
+def train(cfg, ranks):
     """A run from beginning to end; every rank calls it."""
     from tools import selfcheck  # the one tool that a run starts: --selfcheck, and where a step went wrong
 
+    warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks)  # a new run, or a verified checkpoint
     tokenizer = ChatTokenizer(run.source.tokenizer, run.source.config.vocab_size)
     ranks.at("tokenise")
@@ -343,7 +344,7 @@ def train(cfg, ranks, warnings=None):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     with processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks:
-        train(cfg, ranks, Warnings.install(ranks))
+        train(cfg, ranks)
     if ranks.stop:
         sys.exit(processes.EXIT_CODES[ranks.stop])
 

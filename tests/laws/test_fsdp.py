@@ -235,7 +235,7 @@ def test_where_tensors_lie(offload, models, monkeypatch, train):
     """param_offload puts parameters and moments on the host (all is host here: FSDP2 gets the policy); with
     optimizer_offload the optimizer steps masters of its own and the parameters follow."""
     seen = {}
-    monkeypatch.setattr(sft.checkpoint, "save", lambda root, step, **parts: seen.update(parts))
+    monkeypatch.setattr(checkpoint, "save", lambda root, step, **parts: seen.update(parts))
     policies = []
     shard = fsdp2.fully_shard
     monkeypatch.setattr(fsdp2, "fully_shard", lambda module, **settings: (policies.append(settings["offload_policy"]),
@@ -331,7 +331,11 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
     screen = capsys.readouterr().out
     assert "selfcheck: ok, 4 conversations" in screen and "all on one data-parallel rank" not in screen
     forward = sft.CausalLM.forward
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets, *rest: (
-        forward(self, tokens, lengths, targets) / (targets != -100).sum()))
+
+    def averaged(out):
+        return out._replace(total=out.total / len(out.each))
+
+    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, rows, targets: averaged(
+        forward(self, tokens, lengths, rows, targets)))
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         check()

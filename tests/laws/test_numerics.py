@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import data
 import sft
 from disk import checkpoint
+from tools import selfcheck
 
 FAST = ("--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing", "--scheduler", "constant",
         "--warmup_ratio", 0)
@@ -159,8 +160,9 @@ def test_an_update_too_small_to_see_is_warned_of_once(train, capsys):
 
 def test_adapters_without_a_gradient_are_warned_of(train, capsys, monkeypatch):
     """Should they die behind the check of the first step."""
-    monkeypatch.setattr(sft, "check_adapters", lambda *_: None)
-    monkeypatch.setattr(sft.fsdp, "grad_norm", lambda parameters: sum(p.grad.zero_().sum() for p in parameters))
+    monkeypatch.setattr(selfcheck, "check_adapters", lambda *_: None)
+    monkeypatch.setattr(sft.fsdp, "grad_norm", lambda model: sum(
+        p.grad.zero_().sum() for p in model.parameters() if p.requires_grad))
     lines = train("--max_steps", 1, *FAST, "--use_lora", "--weight_decay", 0)
     assert lines[0]["changed"] == 0.0 and warned(capsys) == ["1"]
 

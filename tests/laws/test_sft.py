@@ -63,8 +63,8 @@ def test_micro_batches_are_really_different(monkeypatch, train):
     """The law above is not trivially true: packing and micro_batch_size change how often the model runs."""
     calls = []
     forward = sft.CausalLM.forward
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, targets=None, *rest: (
-        calls.append(lengths), forward(self, tokens, lengths, targets))[1])
+    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, *rest: (
+        calls.append(lengths), forward(self, tokens, lengths, *rest))[1])
     counts = {}
     for i, flags in enumerate((("--packing",), ("--no-packing",), ("--no-packing", "--micro_batch_size", 3))):
         calls.clear()
@@ -443,17 +443,17 @@ def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypat
     """NaN in the loss, or in a gradient alone, of step 3: two optimizer steps were taken, the rows are named."""
     steps, calls = [], []
     step = optim.AdamW.step
-    monkeypatch.setattr(optim.AdamW, "step", lambda self, **scale: (steps.append(1), step(self, **scale))[1])
+    monkeypatch.setattr(optim.AdamW, "step", lambda self, *scale: (steps.append(1), step(self, *scale))[1])
     forward = sft.CausalLM.forward
 
-    def plant(self, tokens, lengths, targets=None, *rest):
-        nll = forward(self, tokens, lengths, targets)
+    def plant(self, *inputs):
+        out = forward(self, *inputs)
         calls.append(1)
         if len(calls) == 3:
             if planted == "loss":
-                return nll * math.nan
-            nll.register_hook(lambda grad: grad * math.inf)
-        return nll
+                return out._replace(total=out.total * math.nan)
+            out.total.register_hook(lambda grad: grad * math.inf)
+        return out
 
     monkeypatch.setattr(sft.CausalLM, "forward", plant)
     with pytest.raises(FloatingPointError, match=r"step 3: loss .*example_sft.json\[\d+\]") as error:

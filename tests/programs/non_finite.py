@@ -17,15 +17,15 @@ from settings import errors
 def plant(tokens, how):
     forward, wanted = sft.CausalLM.forward, torch.tensor(tokens)
 
-    def faulty(self, tokens, lengths, targets=None, each=None):
-        nll, parts = forward(self, tokens, lengths, targets, each), tokens.split(lengths)
-        hit = [i for i, part in enumerate(parts) if torch.equal(part, wanted)]
+    def faulty(self, tokens, lengths, rows, targets):
+        out, ends = forward(self, tokens, lengths, rows, targets), torch.tensor(lengths).cumsum(0)
+        hit = [i for i, part in enumerate(tokens.split(lengths)) if torch.equal(part, wanted)]
         if hit and how == "loss":
-            each[sum(lengths[: hit[0]])] = math.nan
-            return nll * math.nan
+            each = out.each.masked_fill(torch.searchsorted(ends, rows, right=True) == hit[0], math.nan)
+            return out._replace(total=out.total * math.nan, each=each)
         if hit:
-            nll.register_hook(lambda grad: grad * math.inf)
-        return nll
+            out.total.register_hook(lambda grad: grad * math.inf)
+        return out
 
     sft.CausalLM.forward = faulty
 

@@ -225,8 +225,8 @@ def test_dropout_and_lora_plus_do_something(models, train, monkeypatch):
     assert len({run[1]["loss"] for run in (plain, dropped, plus)}) == 3
     rates = []
     step = optim.AdamW.step
-    monkeypatch.setattr(optim.AdamW, "step", lambda self, **scale: (rates.append([
-        (g["lr"], len(g["params"])) for g in self.param_groups]), step(self, **scale))[1])
+    monkeypatch.setattr(optim.AdamW, "step", lambda self, *scale: (rates.append([
+        (g["lr"], len(g["params"])) for g in self.param_groups]), step(self, *scale))[1])
     train(*common, "--lora_plus_ratio", 4, "--lora_dora", out="rates", model=models["tied"])
     rate = rates[0][0][0]
     assert rates[0] == [(rate, 14), (rate, 14), (4 * rate, 14)]  # magnitudes, A, B of two blocks of seven layers
