@@ -38,6 +38,9 @@ from settings.parser import check, knob, parse, write_yaml
 from text.template import ChatTokenizer
 
 
+NEW_ADAPTER = dict(needs="use_lora", unless="resume_adapter")  # an adapter that is there has its own settings
+
+
 @dataclass
 class Config:
     """Supervised fine-tuning: ./train.sh [--n_gpus N] [flags], or python sft.py [flags] [name=value ...]
@@ -45,8 +48,8 @@ class Config:
     train.sh reads the variables in CAPITALS as well, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
     """
 
-    model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, local directory, or tiny: the embedded one", group="model and data",
-                      env="MODEL_PATH")
+    model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, local directory, or tiny: the embedded one",
+                      group="model and data", env="MODEL_PATH", presets=("tiny",))
     tokenizer: str | None = knob(None, "directory with another tokenizer and chat template", env="TOKENIZER_PATH")
     train_data: str = knob("./data/example_sft.json", "file, directory, hub dataset id; several with commas, :WEIGHT",
                            env="TRAIN_DATA")
@@ -83,17 +86,17 @@ class Config:
     beta2: float = knob(0.95, "decay of the second moment", low=0, high=0.9999999)
 
     use_lora: bool = knob(False, "train small adapters beside the frozen model", group="LoRA", env="USE_LORA")
-    lora_rank: int = knob(8, "inner width of an adapter", env="LORA_RANK", low=1, needs="use_lora")
-    lora_alpha: int = knob(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA", low=1, needs="use_lora")
+    lora_rank: int = knob(8, "inner width of an adapter", env="LORA_RANK", low=1, **NEW_ADAPTER)
+    lora_alpha: int = knob(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA", low=1, **NEW_ADAPTER)
     lora_dropout: float = knob(0.0, "share of an adapter's inputs that a training step leaves out",
-                               low=0, high=0.9999999, needs="use_lora")
+                               low=0, high=0.9999999, **NEW_ADAPTER)
     lora_targets: str = knob("all-linear", "layers: all-linear, names with commas, or a regular expression",
-                             needs="use_lora")
-    lora_rs: bool = knob(False, "scale by alpha / sqrt(rank): rsLoRA", needs="use_lora")
-    lora_dora: bool = knob(False, "learn the norm of each output's weights apart: DoRA", needs="use_lora")
+                             **NEW_ADAPTER)
+    lora_rs: bool = knob(False, "scale by alpha / sqrt(rank): rsLoRA", **NEW_ADAPTER)
+    lora_dora: bool = knob(False, "learn the norm of each output's weights apart: DoRA", **NEW_ADAPTER)
     lora_plus_ratio: float = knob(1.0, "learning rate of the B matrices, times lr: LoRA+", low=0, needs="use_lora")
     lora_modules_to_save: str | None = knob(None, "train these whole as well: embed_tokens, lm_head, or both",
-                                            needs="use_lora")
+                                            **NEW_ADAPTER)
     quantize: str | None = knob(None, "keep the frozen matrices in 4 bits: QLoRA", ("nf4",), needs="use_lora")
     resume_adapter: str | None = knob(None, "begin with this adapter, made here or by PEFT, and its settings",
                                       needs="use_lora")
@@ -152,10 +155,6 @@ class Config:
         if (self.tp > 1) != (self.strategy == "megatron") and not (self.plan and self.tp > 1):
             raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, fsdp for 1; "
                             "type --strategy megatron --tp 2, or leave both out")
-        changed = [name for name in ADAPTER_KNOBS if getattr(self, name) != getattr(Config, name)]
-        if self.resume_adapter and changed:
-            raise UserError(f"--{changed[0]} {getattr(self, changed[0])} with --resume_adapter: the adapter has its "
-                            "own; leave it out")
         if self.compile and self.tp > 1:
             raise UserError("--compile does not work with --tp: compiled, DTensor's steps go elsewhere; leave one out")
         if self.quantize and (self.tp > 1 or self.lora_dora):

@@ -51,20 +51,9 @@ if [ "${1:-}" = --setup ]; then
 fi
 setup "$here/requirements.txt"
 
-# Presets, weaker than all else: they stand first, and not at all beside a configuration file. The last word counts.
-words=" --model ${MODEL_PATH:-none} --use_lora ${USE_LORA:-false} $* " preset=()
-words=${words//--no-use[_-]lora/--use_lora false}
-model=${words##*[ -]model[ =]} lora=${words##*[ -]use[_-]lora[ =]}
-case "${CONFIG:+ --config}$words" in *" --config"*) ;; *)
-    [ -e data/example_sft.json ] || preset+=(--train_data "$here/data/example_sft.json")
-    if [ "${model%% *}" = tiny ]; then
-        preset+=(--lr 4e-3 --epochs 60 --batch_size 8 --no-gradient_checkpointing --keep_checkpoints 2)
-        # its weights are random: adapters alone could not say a word with an embedding that says nothing
-        case "${lora%% *} $words" in [Ff]alse\ * | no\ * | off\ * | 0\ * | *resume_adapter*) ;; *)
-            preset+=(--lora_modules_to_save embed_tokens) ;;
-        esac
-    fi ;;
-esac
+# From another folder the example data is the project's. Only defaults are weaker than words before --environment.
+preset=()
+[ -e data/example_sft.json ] || preset=(--train_data "$here/data/example_sft.json")
 
 # Processes: --n_gpus (or N_GPUS) on this node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT for several nodes.
 n_gpus=${N_GPUS:-1} flags=()

@@ -19,14 +19,16 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    skip = pytest.mark.skip(reason="only with --full")
+    given = {"full": config.getoption("--full"), "repo": "repo" in config.getoption("-m")}
     for item in items:
-        if item.get_closest_marker("full") and not config.getoption("--full"):
-            item.add_marker(skip)
+        for marker, option in ("full", "--full"), ("repo", "-m repo"):
+            if item.get_closest_marker(marker) and not given[marker]:
+                item.add_marker(pytest.mark.skip(reason=f"only with {option}"))
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: only with --full")
+    config.addinivalue_line("markers", "repo: pins texts that a fork may change freely; only with -m repo")
 
 
 @pytest.fixture
@@ -36,7 +38,10 @@ def train(tmp_path, monkeypatch):
 
     def run(*flags, model="tiny", out="out"):
         monkeypatch.chdir(tmp_path)
-        words = ["sft.py", "--model", str(model), "--output_dir", out, "--train_data", f"{ROOT}/data/example_sft.json"]
+        # the directory of tiny, not its name, with which configs/tiny.yaml would be applied
+        directory = f"{ROOT}/models/tiny" if model == "tiny" else str(model)
+        words = ["sft.py", "--model", directory, "--output_dir", out]
+        words += ["--train_data", f"{ROOT}/data/example_sft.json"]
         monkeypatch.setattr(sys, "argv", words + [str(flag) for flag in flags])
         sft.main()
         with open(tmp_path / out / "metrics.jsonl", encoding="utf-8") as f:
