@@ -54,6 +54,7 @@ class Config:
     """
 
     model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, directory, or tiny: the embedded one", env="MODEL_PATH",
+                      presets=("tiny",),
                       group="model and data")
     tokenizer: str | None = knob(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
     train_data: str = knob("./data/example_sft.json", env="TRAIN_DATA",

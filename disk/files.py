@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 
 from settings.errors import UserError
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the directory of sft.py
 LARGEST_FILE = 2**28  # bytes of any other file than weights: tokenizer.json of 35 MB is the largest there is
 
 

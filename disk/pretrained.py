@@ -21,6 +21,7 @@ from disk import files
 from ops.memory import is_split
 from ops.nf4 import NF4Weight
 from settings.errors import UserError
+from settings.venv import PROJECT
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,7 +39,7 @@ def model_directory(name, patterns=("*.json", "*.safetensors", "*.jinja", "*.txt
     Raises UserError when there is no such directory, or the hub cannot be reached or does not have it.
     """
     if name == "tiny":
-        return os.path.join(files.PROJECT, "models", "tiny")
+        return os.path.join(PROJECT, "models", "tiny")
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):

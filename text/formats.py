@@ -11,8 +11,8 @@ import os
 import re
 import zlib
 
-from disk.files import PROJECT
 from settings.errors import UserError
+from settings.venv import PROJECT
 
 PIECE = 2**20  # characters of a JSON array that are read at a time
 LONGEST = 2**26  # characters of one row: a file without line breaks, or a bomb in gzip, would fill the memory

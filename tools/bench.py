@@ -65,12 +65,13 @@ from families.config import ModelConfig
 from model import CausalLM
 from settings.errors import UserError, run
 from settings.parser import check, knob, parse
+from settings.venv import PROJECT
 from text import formats
 from text.template import ChatTokenizer
 from tools.bench_sides import ALPHA, BATCH, LENGTH, QWEN_05B, RANK, SIDES, copy, spread
 
-SFT = os.path.join(files.PROJECT, "sft.py")
-EXAMPLES = os.path.join(files.PROJECT, "data", "example_sft.json")
+SFT = os.path.join(PROJECT, "sft.py")
+EXAMPLES = os.path.join(PROJECT, "data", "example_sft.json")
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
 SHAPES = {  # of --part step
@@ -359,7 +360,7 @@ def write_full_rows(directory, length, n):
 
 def bench_plan(cfg, directory):
     def base_gb(*modules):
-        code = (f"import sys; sys.path.insert(0, {files.PROJECT!r}); import tools.bench_sides, "
+        code = (f"import sys; sys.path.insert(0, {PROJECT!r}); import tools.bench_sides, "
                 f"{', '.join(modules)}; print(tools.bench_sides.proc_gb('status', 'VmRSS'))")
         return float(launch(1, "-c", code))
 
@@ -370,7 +371,7 @@ def bench_plan(cfg, directory):
         for kind in runs:
             batch = () if "batch_size" in kind else ("--batch_size", "1")
             flags = ("--max_length", str(length), *batch, *kind.split())
-            words = launch(1, os.path.join(files.PROJECT, "tools", "plan.py"), "--model", directory, *flags).splitlines()
+            words = launch(1, os.path.join(PROJECT, "tools", "plan.py"), "--model", directory, *flags).splitlines()
             planned = float(next(text for text in words if text.startswith("peak")).split()[1])
             steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
             assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)

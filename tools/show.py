@@ -43,8 +43,6 @@ class Config:
 
     def __post_init__(self):
         check(self)
-        if self.data == Config.data and not os.path.exists(self.data):
-            self.data = os.path.join(files.PROJECT, "data", "example_sft.json")  # from any other folder
 
 
 def show(dataset, tokenizer, count, ids, color):

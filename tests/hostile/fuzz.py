@@ -566,7 +566,7 @@ def case_config(directory):
         max_size=6).map(b"\n".join)
     yamls = st.one_of(broken(whole), lines, lines.flatmap(broken), st.sampled_from(PIECES))
     ours = st.sampled_from([f.name for f in dataclasses.fields(sft.Config)])
-    keys = st.one_of(ours, ours, ours, st.sampled_from(sorted(verl.TAKEN)), texts, st.sampled_from(
+    keys = st.one_of(ours, ours, ours, st.sampled_from(sorted(verl.rows())), texts, st.sampled_from(
         ["config", "config-path", "config-name", "no-packing", "no-lr", "help", "explain", "environment",
          "a.b.c", ""]))
     given_ = st.one_of(texts, *[st.sampled_from([

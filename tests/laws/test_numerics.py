@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import sft
-from disk import checkpoint
+from disk import checkpoint, run
 from tools import selfcheck
 
 FAST = ("--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing", "--scheduler", "constant",
@@ -72,7 +72,7 @@ def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
     assert result.returncode
     named = [rows.source(i)] if how == "loss" else [rows.source(i) for i in batch.ids]
     message = f"rank 1, its micro-batch 1; conversations: {', '.join(named)}"
-    ours = [line for line in result.stderr.splitlines() if re.search(r"rank \d failed in step 2: Floating", line)]
+    ours = [line for line in result.stderr.splitlines() if re.search(r"rank \d failed in step 2: NonFinite", line)]
     assert ours and all(line.endswith(message) for line in ours)
     assert not os.listdir(tmp_path / "out" / "checkpoints")
 
@@ -128,7 +128,7 @@ def test_resume_after_a_skipped_step_is_bitwise(train, tmp_path, monkeypatch, fl
 
 def test_a_step_that_is_left_out_changes_nothing(train, tmp_path, monkeypatch):
     """Not the weights, nor the moments: all steps from the 17th on, here."""
-    monkeypatch.setattr(sft.statistics, "median", lambda norms: 0.0)
+    monkeypatch.setattr(run.statistics, "median", lambda norms: 0.0)
     train(*FAST, "--max_steps", 18, "--max_grad_norm_factor", 1, "--save_steps", 1)
     for name in ("model.safetensors", "training_state/tensors.safetensors"):
         kept, after, before = (load_file(tmp_path / "out" / "checkpoints" / f"step_{step}" / name) for step in (16, 18, 15))

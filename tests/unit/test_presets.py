@@ -1,0 +1,202 @@
+"""Presets, the files of configs/, and settings that have no effect beside others."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import chat
+import sft
+from settings import parser
+from settings.parser import check, knob
+
+DEFAULTS = dataclasses.asdict(sft.Config())
+TINY = {"lr": 4e-3, "epochs": 60, "batch_size": 8, "gradient_checkpointing": False, "keep_checkpoints": 2}
+FILES = sorted(name for name in os.listdir(os.path.join(ROOT, "configs")) if name.endswith(".yaml"))
+
+
+def changed(*words):
+    """What these words change: {name: value} and {name: origin} of all that is not at its default."""
+    parsed, origins = parser.parse(sft.Config, list(words))
+    values = {name: value for name, value in dataclasses.asdict(parsed).items() if value != DEFAULTS[name]}
+    return values, {name: origins[name] for name in values}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# presets
+
+
+@pytest.mark.parametrize("words, variables, text", [
+    (["--model", "tiny"], {}, ""), (["model=tiny"], {}, ""), (["++model.path=tiny"], {}, ""),
+    (["--environment"], {"MODEL_PATH": "tiny"}, ""), ([], {}, "model: tiny\n"),
+    ([], {}, "model: {partial_pretrain: tiny}\n")], ids=str)
+def test_a_preset_is_applied_however_its_model_is_named(words, variables, text, monkeypatch, tmp_path):
+    """By a flag, an override, the environment, a file, in our words or verl's; --explain says where it comes
+    from."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "run.yaml").write_text(text)
+    values, origins = changed(*words, *(["--config", str(tmp_path / "run.yaml")] if text else []))
+    assert values == {"model": "tiny", **TINY}
+    assert {origins[name] for name in TINY} == {"preset configs/tiny.yaml"}
+
+
+def test_a_preset_belongs_to_a_name():
+    """Another model has none, nor has the same one by its path; chat.py and the tools have none of any."""
+    assert changed("--model", "other")[0] == {"model": "other"}
+    path = os.path.join(ROOT, "models", "tiny")
+    assert changed("--model", path)[0] == {"model": path}
+    assert changed("--model", "tiny", "--model", "other")[0] == {"model": "other"}
+    assert parser.parse(chat.Config, ["--model", "tiny"])[0] == chat.Config(model="tiny")
+
+
+def test_all_but_a_default_beats_a_preset(monkeypatch, tmp_path):
+    """Flag, environment and file, each for one setting; what a file leaves unsaid is the preset's."""
+    monkeypatch.setenv("NUM_EPOCHS", "2")
+    (tmp_path / "run.yaml").write_text("batch_size: 4\n")  # its default, but said
+    values, origins = changed("--environment", "--model", "tiny", "--lr", "1", "--config",
+                              str(tmp_path / "run.yaml"))
+    expected = {**TINY, "model": "tiny", "lr": 1.0, "epochs": 2}
+    del expected["batch_size"]
+    assert values == expected
+    assert origins["keep_checkpoints"] == "preset configs/tiny.yaml" and origins["lr"] == "flag --lr"
+
+
+def test_words_before_the_environment_are_presets(monkeypatch, tmp_path):
+    """train.sh gives train_data like that: a file beats it, and it beats configs/tiny.yaml."""
+    monkeypatch.delenv("CONFIG", raising=False)
+    monkeypatch.delenv("TRAIN_DATA", raising=False)
+    (tmp_path / "run.yaml").write_text("train_data: mine.json\n")
+    words = ["--train_data", "example.json", "--epochs", "5", "--environment", "--model", "tiny"]
+    values, origins = changed(*words)
+    assert (values["train_data"], values["epochs"], values["lr"]) == ("example.json", 5, 4e-3)
+    assert (origins["train_data"], origins["epochs"]) == ("preset --train_data", "preset --epochs")
+    assert changed(*words, "--config", str(tmp_path / "run.yaml"))[0]["train_data"] == "mine.json"
+
+
+def test_a_line_of_a_preset_that_has_no_effect_is_skipped():
+    """lora_modules_to_save needs LoRA, and is not for an adapter that is there."""
+    assert changed("--model=tiny", "--use_lora")[0]["lora_modules_to_save"] == "embed_tokens"
+    for words in ["--no-use_lora"], ["--use_lora", "--resume_adapter", "a"]:
+        assert "lora_modules_to_save" not in changed("--model=tiny", *words)[0]
+
+
+def test_python_and_train_sh_are_the_same_run(tmp_path):
+    """The same values from the same places, but for the folder of the example data."""
+    said = []
+    for start in [sys.executable, "sft.py"], ["./train.sh"]:
+        env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHON": sys.executable}
+        done = subprocess.run([*start, "--model", "tiny", "--explain"], cwd=ROOT, env=env, text=True,
+                              capture_output=True, check=True)
+        said.append(done.stdout)
+    assert said[0] == said[1] and said[0].count("preset configs/tiny.yaml") == len(TINY)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the files of configs/
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_configs_says_only_what_it_changes(name):
+    """Each key is a setting and differs from the default: a reader sees what a kind of run needs."""
+    path = os.path.join(ROOT, "configs", name)
+    fields = {field.name: field for field in dataclasses.fields(sft.Config)}
+    for setting in parser.read_yaml(path, fields):
+        assert setting.name in fields
+        value = parser.convert(fields[setting.name], setting.text, setting.origin)
+        assert value != DEFAULTS[setting.name], setting
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_configs_trains(name, train):
+    """The embedded model for a step. Of tiny.yaml a line needs LoRA, which is no error where it is a
+    preset."""
+    flags = ["--use_lora"] if name == "tiny.yaml" else []
+    lines = train("--config", os.path.join(ROOT, "configs", name), "--max_steps", 1, *flags)
+    assert [line["step"] for line in lines] == [1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# settings without effect
+
+
+@dataclasses.dataclass
+class Toy:
+    """A program."""
+
+    adapter: bool = knob(False, "", env="ADAPTER")
+    rank: int = knob(8, "", env="RANK_OF_IT", low=1, needs="adapter", unless="resume")
+    scaled: bool = knob(False, "", needs="adapter", unless="resume")
+    resume: str | None = knob(None, "")
+    width: int = knob(1, "", needs="scaled or resume")
+
+    def __post_init__(self):
+        check(self)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--rank 9", "--rank 9 does nothing without --adapter"),
+    ("--rank 8", "--rank 8 does nothing without --adapter"),  # its default, but given
+    ("rank=8", "--rank 8 does nothing without --adapter"),
+    ("--adapter --no-adapter --rank 8", "--rank 8 does nothing without --adapter"),
+    ("--no-scaled", "--no-scaled does nothing without --adapter"),
+    ("--width 1", "--width 1 does nothing without --scaled or --resume"),
+    ("--adapter --resume a --rank 9", "--rank 9 with --resume has no effect; leave it out"),
+    ("--adapter --resume a --rank 8", "--rank 8 with --resume has no effect; leave it out"),
+    ("--adapter --resume a --no-scaled", "--no-scaled with --resume has no effect; leave it out"),
+    ("--environment", "RANK_OF_IT=8 has no effect without --adapter; unset it or add --adapter"),
+    ("--environment --adapter --resume a", "RANK_OF_IT=8 with --resume has no effect; unset it"),
+], ids=str)
+def test_what_is_given_must_have_an_effect(words, message, monkeypatch):
+    """Even to its default: a flag that is ignored misleads. One from the environment is named by its
+    variable."""
+    monkeypatch.setenv("RANK_OF_IT", "8")
+    with pytest.raises(ValueError) as caught:
+        parser.parse(Toy, words.split())
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("words", [
+    "--adapter --rank 8", "--no-adapter", "--resume none", "--adapter --resume a",
+    "--adapter --scaled --width 1", "--adapter --resume a --resume none --rank 8"])
+def test_what_has_an_effect_may_be_given(words):
+    parser.parse(Toy, words.split())
+
+
+def test_a_file_may_say_everything(tmp_path):
+    """A run's own config.yaml has every setting, at its default or not; so has a config made in Python."""
+    path = str(tmp_path / "config.yaml")
+    for config in Toy(), Toy(adapter=True, rank=9), Toy(adapter=True, resume="a"):
+        parser.write_yaml(config, path)
+        assert parser.parse(Toy, ["--config", path])[0] == config
+    for wrong in dict(rank=9), dict(adapter=True, rank=9, resume="a"):
+        with pytest.raises(ValueError, match="--rank 9 "):
+            Toy(**wrong)
+    (tmp_path / "config.yaml").write_text("rank: 9\n")
+    with pytest.raises(ValueError, match="--rank 9 does nothing without --adapter"):
+        parser.parse(Toy, ["--config", path])
+
+
+def test_a_flag_may_take_back_what_a_file_says(tmp_path):
+    """--rank 8 over a file's 9 is how to turn it off, beside --no-adapter: the file is not at hand to be
+    edited."""
+    path = str(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("adapter: true\nrank: 9\n")
+    assert parser.parse(Toy, ["--config", path, "--no-adapter", "--rank", "8"])[0] == Toy()
+    with pytest.raises(ValueError, match="--rank 9 does nothing without --adapter"):
+        parser.parse(Toy, ["--config", path, "--no-adapter"])
+
+
+@pytest.mark.parametrize("name", [
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
+    "lora_modules_to_save"])
+def test_a_new_adapters_settings_are_not_for_an_old_one(name):
+    """It has its own; a value that differs, or is given, would be ignored."""
+    words = ["--use_lora", "--resume_adapter", "a", f"--{name}={DEFAULTS[name]}"]
+    with pytest.raises(ValueError, match=f"{name}.* with --resume_adapter has no effect"):
+        parser.parse(sft.Config, words)
+    with pytest.raises(ValueError, match=f"{name}.* does nothing without --use_lora"):
+        parser.parse(sft.Config, words[-1:])
