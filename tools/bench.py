@@ -60,7 +60,7 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from disk import files, pretrained
+from disk import pretrained
 from families.config import ModelConfig
 from model import CausalLM
 from settings.errors import UserError, run

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import data
-from disk import files, pretrained
+from disk import pretrained
 from settings import venv
 from settings.errors import UserError, run
 from settings.parser import check, knob, parse

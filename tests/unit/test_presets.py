@@ -144,11 +144,11 @@ class Toy:
     ("--adapter --no-adapter --rank 8", "--rank 8 does nothing without --adapter"),
     ("--no-scaled", "--no-scaled does nothing without --adapter"),
     ("--width 1", "--width 1 does nothing without --scaled or --resume"),
-    ("--adapter --resume a --rank 9", "--rank 9 with --resume has no effect; leave it out"),
-    ("--adapter --resume a --rank 8", "--rank 8 with --resume has no effect; leave it out"),
-    ("--adapter --resume a --no-scaled", "--no-scaled with --resume has no effect; leave it out"),
+    ("--adapter --resume a --rank 9", "--rank 9 does not work with --resume; leave one of them out"),
+    ("--adapter --resume a --rank 8", "--rank 8 does not work with --resume; leave one of them out"),
+    ("--adapter --resume a --no-scaled", "--no-scaled does not work with --resume; leave one of them out"),
     ("--environment", "RANK_OF_IT=8 has no effect without --adapter; unset it or add --adapter"),
-    ("--environment --adapter --resume a", "RANK_OF_IT=8 with --resume has no effect; unset it"),
+    ("--environment --adapter --resume a", "RANK_OF_IT=8 does not work with --resume; leave one of them out"),
 ], ids=str)
 def test_what_is_given_must_have_an_effect(words, message, monkeypatch):
     """Even to its default: a flag that is ignored misleads. One from the environment is named by its
@@ -196,7 +196,7 @@ def test_a_flag_may_take_back_what_a_file_says(tmp_path):
 def test_a_new_adapters_settings_are_not_for_an_old_one(name):
     """It has its own; a value that differs, or is given, would be ignored."""
     words = ["--use_lora", "--resume_adapter", "a", f"--{name}={DEFAULTS[name]}"]
-    with pytest.raises(ValueError, match=f"{name}.* with --resume_adapter has no effect"):
+    with pytest.raises(ValueError, match=f"{name}.* does not work with --resume_adapter"):
         parser.parse(sft.Config, words)
     with pytest.raises(ValueError, match=f"{name}.* does nothing without --use_lora"):
         parser.parse(sft.Config, words[-1:])

@@ -453,8 +453,8 @@ def test_explain_names_the_key_of_the_file(parse, capsys):
     with pytest.raises(SystemExit):
         parse(f"# mine\n{OPTIM.strip()}", "trainer.seed=3", "--explain")
     lines = {line.split()[0]: line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines()}
-    assert lines["lr"].strip() == "verl.yaml:2 optim.lr"
-    assert lines["beta2"].strip() == "verl.yaml:3 optim.betas"
+    assert lines["lr"].strip() == "verl.yaml:3 optim.lr"
+    assert lines["beta2"].strip() == "verl.yaml:4 optim.betas"
     assert lines["seed"].strip() == "flag trainer.seed=3" and lines["model"].strip() == "default"
 
 
