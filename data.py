@@ -1,8 +1,8 @@
 """Conversations -> masked tokens -> steps -> micro-batches, with every token accounted for.
 
-load() reads conversations, renders each once with the model's chat template, tokenises it once and masks it by
-the character offsets of its answers. Sampler says which conversations a step holds. micro_batches() lays them
-out for one rank; ranks are two integers here.
+load() reads conversations, renders each once with the model's chat template, tokenises it once and masks it
+by the character offsets of its answers. Sampler says which conversations a step holds. micro_batches() lays
+them out for one rank; ranks are two integers here.
 """
 
 import functools
@@ -30,7 +30,6 @@ ARRAYS = {"tokens": np.int32, "is_target": np.bool_, "sizes": np.int32, "lengths
 @dataclass(frozen=True)
 class Options:
     """How conversations become masked tokens; see load. A part of the cache's key."""
-
     max_length: int
     too_long: str
     train_on: str
@@ -233,8 +232,8 @@ class Step(NamedTuple):
 class Sampler:
     """Which conversations step 1, 2, ... holds: a pure function of (seed, epoch), so resume needs no state.
 
-    A step has batch_size conversations, or as many as fit into batch_tokens where that is given; the last of an
-    epoch has what is left. len(sampler) is max_steps where given, else the steps of all epochs.
+    A step has batch_size conversations, or as many as fit into batch_tokens; the last of an epoch has what
+    is left. len(sampler) is max_steps where given, else the steps of all epochs.
 
     lengths    (n,) Dataset.lengths, which batch_tokens limits: not sizes, which the metric `tokens` counts
     mix        Dataset.mix(), see mixed_quotas

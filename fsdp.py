@@ -1,5 +1,5 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the ranks that read different conversations (dp),
-offload to host memory, the reduction of gradients and their norm.
+"""FSDP2: parameters, gradients and optimizer state sharded over the ranks that read different conversations
+(dp), offload to host memory, the reduction of gradients and their norm.
 
 What ranks/tp.py has split is sharded once more.
 """
@@ -48,7 +48,7 @@ def reduce_gradients(model, now):
 
 
 def reshard(model):
-    """Shard the root's parameters again, which FSDP2 leaves gathered after a forward pass without a backward."""
+    """Shard the root's parameters again, which FSDP2 leaves gathered after a forward without a backward."""
     if hasattr(model, "reshard"):
         model.reshard()
 
@@ -56,8 +56,8 @@ def reshard(model):
 def grad_norm(model):
     """Norm of the whole gradient of what is trained, (), on its device.
 
-    torch.nn.utils.clip_grad_norm_ refuses gradients of several meshes (torch 2.13): a matrix's is on (dp, tp), a
-    norm's on (dp). So gradients that are split alike form a group, and each group gives its sum of squares.
+    torch.nn.utils.clip_grad_norm_ refuses gradients of several meshes (torch 2.13): a matrix's is on
+    (dp, tp), a norm's on (dp). So gradients that are split alike form a group, which gives a sum of squares.
     """
     groups = {}  # (mesh, axes that split the gradient) -> this rank's parts
     for p in (p for p in model.parameters() if p.requires_grad):

@@ -21,8 +21,8 @@ from settings.errors import UserError
 class LoRALinear(nn.Module):
     """y = x W' + b + scaling · dropout(x) A' B', with W and b frozen; with DoRA each output is also rescaled.
 
-    weight (out, in) and bias keep the names that they have without an adapter. lora_A (rank, in) starts random,
-    lora_B (out, rank) zero, both fp32. lora_magnitude_vector (out,) is DoRA's.
+    weight (out, in) and bias keep the names that they have without an adapter. lora_A (rank, in) starts
+    random, lora_B (out, rank) zero, both fp32. lora_magnitude_vector (out,) is DoRA's.
     """
 
     def __init__(self, linear, rank, *, scaling, dropout=0.0, dora=False):
@@ -94,31 +94,26 @@ def inject(model, config, lora_ranks, tp_size=1):
     for name, rank in lora_ranks.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or name == "lm_head":
-            raise UserError(f"the adapter has a part for {name}, which is no layer of this model that can have "
-                            f"one; is it for another? Its base is {config.get('base_model_name_or_path')}")
-        layer_class = LoRALinear
-        if isinstance(linear, NF4Weight):
-            layer_class = NF4LoRALinear
-        elif tp_size > 1:
+            raise UserError(f"the adapter has a part for {name}, which is no layer of this model that can "
+                            f"have one; is it for another? Its base: {config.get('base_model_name_or_path')}")
+        layer_class = NF4LoRALinear if isinstance(linear, NF4Weight) else LoRALinear
+        if tp_size > 1:
             by_columns = name.endswith(tp.COLUMNS_SPLIT)
             layer_class = RowParallelLoRALinear if by_columns else ColumnParallelLoRALinear
         scaling, dropout = peft.scaling_of(name, rank, config), config.get("lora_dropout", 0.0)
         model.set_submodule(name, layer_class(
             linear, rank, scaling=scaling, dropout=dropout, dora=config.get("use_dora", False)))
+    saved = tuple(f".{name}" for name in config.get("modules_to_save") or ())
     for name, p in parameters.items():
-        owner = f".{name.rpartition('.')[0]}"
-        if any(owner.endswith(f".{saved}") for saved in config.get("modules_to_save") or ()):
+        if f".{name.rpartition('.')[0]}".endswith(saved):
             p.requires_grad_(True)
             p.data = p.data.float()
 
 
 @torch.no_grad()
 def initialize(model, weights, seed):
-    """Fill a new adapter: A as PEFT draws it, B with zeros, DoRA's magnitudes with the norms of the frozen rows.
-    The model computes what it did without it.
-
-    weights  {name: tensor} to fill, which may be split; the values are the same on any number of ranks
-    """
+    """Fill {name: tensor}, which may be split, with the first values of a new adapter: A as PEFT draws it, B
+    zero, DoRA's magnitudes the norms of the frozen rows. The same on any number of ranks."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if ".lora_A." in name:

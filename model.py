@@ -1,10 +1,12 @@
 """A decoder-only transformer with Hugging Face's own parameter names.
 
-Owns the architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (SmolLM2 is one) and Mistral. It does not know where weights
-come from, how many processes there are, or what a chat is.
+Owns the architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (SmolLM2 is one) and Mistral. It does not know where
+weights come from, how many processes there are, or what a chat is.
 
-A micro-batch is one flat row of documents, one after another and without padding; each attends to itself alone, with
-positions from 0. Shapes: N tokens of the row, C hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
+A micro-batch is one flat row of documents, one after another and without padding; each attends to itself
+alone, with positions from 0.
+
+Shapes: N tokens of the row, C hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
 import math
@@ -19,12 +21,13 @@ from ops.loss import Head, loss
 
 
 def rope_cos_sin(positions, config):
-    """Cosine and sine of the rotary angles, (N, 1, D/2) each, fp32. Source: RoFormer; Llama 3.1's reference scaling.
+    """Cosine and sine of the rotary angles, (N, 1, D/2) each, fp32. Source: RoFormer; Llama 3.1's scaling.
 
-    Computed again for each micro-batch (a few thousand numbers), so that there is no buffer to place, save or cast.
+    Computed again for each micro-batch (a few thousand numbers): there is no buffer to place, save or cast.
     """
     D, scaling = config.head_dim, config.rope_scaling
-    frequency = config.rope_theta ** -(torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)
+    exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
+    frequency = config.rope_theta ** -exponent
     if scaling.get("rope_type") == "linear":
         frequency = frequency / scaling["factor"]
     elif scaling.get("rope_type") == "llama3":  # slow long waves by `factor`, keep short ones, blend between
@@ -45,7 +48,8 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.window = D, config.sliding_windows[layer]
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
@@ -56,7 +60,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
 
     def forward(self, x, cos, sin, documents, attend, past=None):
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the head count is read off the tensor
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the tensor has the head count
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):
@@ -95,7 +99,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config, gradient_checkpointing=False, compiled=False):
         super().__init__()
-        self.config, self.gradient_checkpointing, self.compiled = config, gradient_checkpointing, compiled
+        self.config, self.compiled = config, compiled
+        self.gradient_checkpointing = gradient_checkpointing
         # nn.Embedding's own first values import torch's compiler when they are made on meta: a second
         first = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(first, freeze=False)
@@ -107,15 +112,15 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, lengths, past=None):
         start = past[0]["k"].shape[0] if past and past[0] else 0
-        positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(tokens.device, non_blocking=True)
-        cos, sin = rope_cos_sin(positions, self.config)
+        positions = torch.cat([torch.arange(start, start + n) for n in lengths])
+        cos, sin = rope_cos_sin(positions.to(tokens.device, non_blocking=True), self.config)
         documents = Documents(lengths)
         attention = opaque_attend() if self.compiled else attend
         x = self.embed_tokens(tokens)  # (N, C)
         for i, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Keeps the block's input only and runs the block again in backward: +1/3 of the work. Never re-entrant:
-                # that gives no gradient at all where a block's input needs none (frozen embeddings, LoRA).
+                # Keeps the block's input only and runs the block again in backward: 1/3 more work. Never
+                # re-entrant: that gives no gradient where a block's input needs none (LoRA).
                 x = checkpoint(block, x, cos, sin, documents, attention, use_reentrant=False)
             else:
                 x = block(x, cos, sin, documents, attention, past[i] if past else None)
@@ -139,7 +144,7 @@ class CausalLM(nn.Module):
         self.peft_config = None  # PEFT's settings of the adapter that lora.inject has put on
 
     def tie_weights(self):
-        """Make head and embedding one tensor where config.json says so; again after anything that moves parameters."""
+        """Make head and embedding one tensor where config.json says so; again when parameters were moved."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -150,7 +155,7 @@ class CausalLM(nn.Module):
         lengths        tuple of ints with sum N: the tokens of each document
         rows     (R,)  int64; the positions that have a target
         targets  (R,)  int64; the token that each of them has to predict
-        past           a dict for each layer, which keeps keys and values of earlier calls: logits of the last token only
+        past           a dict for each layer, for keys and values of earlier calls: logits of the last token
         returns  (N, V) logits, or a LossOut: nats summed over the targets; the caller divides
         """
         hidden = self.model(tokens, lengths, past)
@@ -161,9 +166,10 @@ class CausalLM(nn.Module):
 
 @torch.no_grad()
 def generate(model, tokens, max_new_tokens, stop_ids, sample=lambda logits: int(logits.argmax())):
-    """Yield new token ids one by one, with a key/value cache; stops after one of `stop_ids`, which is yielded too.
+    """Yield new token ids one by one, with a key/value cache; stop after one of `stop_ids`, yielded too.
 
-    tokens  list of ids, the rendered prompt;  sample  maps (V,) logits to an id, greedy by default
+    tokens  list of ids, the rendered prompt
+    sample  maps (V,) logits to an id, greedy by default
     """
     past = [{} for _ in model.model.layers]
     device = model.lm_head.weight.device

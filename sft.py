@@ -54,8 +54,7 @@ class Config:
     """
 
     model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, directory, or tiny: the embedded one", env="MODEL_PATH",
-                      presets=("tiny",),
-                      group="model and data")
+                      presets=("tiny",), group="model and data")
     tokenizer: str | None = knob(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
     train_data: str = knob("./data/example_sft.json", env="TRAIN_DATA",
                            help="file, directory, hub dataset id; several with commas, :WEIGHT")
@@ -74,8 +73,7 @@ class Config:
     batch_tokens: int | None = knob(None, "instead of batch_size: tokens that fill a step", low=1)
     micro_batch_size: int = knob(1, env="MICRO_BATCH_SIZE", low=1,
                                  help="a micro-batch holds at most micro_batch_size × max_length tokens")
-    packing: bool = knob(True, "fill micro-batches with conversations; off: micro_batch_size of them in each",
-                         env="PACKING")
+    packing: bool = knob(True, "off: a micro-batch holds micro_batch_size conversations", env="PACKING")
     epochs: int = knob(3, "passes over the data", env="NUM_EPOCHS", low=1)
     max_steps: int | None = knob(None, "optimizer steps; overrides epochs", env="MAX_STEPS", low=1)
     seed: int = knob(42, "of the order of the data and of dropout", env="SEED", low=0)
@@ -105,7 +103,7 @@ class Config:
                                 unless="tp or lora_dora")
     resume_adapter: str | None = knob(None, "start from this adapter, made here or by PEFT", needs="use_lora")
 
-    strategy: str = knob("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks as well",
+    strategy: str = knob("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks too",
                          ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
     tp: int = knob(1, "ranks that share each matrix, with --strategy megatron", env="TP", low=1)
     timeout: int = knob(600, "abort if a rank does not respond for this many seconds", low=1)
@@ -126,8 +124,7 @@ class Config:
     eval_steps: int | None = knob(None, "validate every N steps; none: once per epoch", low=1,
                                   env="EVAL_STEPS", needs="val_data or sample_prompts")
     keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well", needs="val_data")
-    early_stopping: int | None = knob(None, "stop after N validations without a lower val_loss", low=1,
-                                      needs="val_data")
+    early_stopping: int | None = knob(None, "stop after N validations without gain", low=1, needs="val_data")
 
     logger: str = knob("console", "with commas: console, wandb, tensorboard, trackio", env="LOGGER",
                        group="what is seen")
@@ -259,7 +256,6 @@ def build(cfg, source, ranks, trains=True):
 def train(cfg, ranks):
     """A run from beginning to end; every rank calls it."""
     from tools import selfcheck  # the one tool that a run starts: --selfcheck, and where a step went wrong
-
     warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks)  # a new run, or a verified checkpoint
     tokenizer = ChatTokenizer(run.source.tokenizer, run.source.config.vocab_size)

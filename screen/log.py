@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import shlex
 import sys
 import threading
 import time
@@ -198,6 +199,7 @@ class Log:
         self.val_loss, self.printed, self.started = None, -1e9, time.perf_counter()
         self.loggers, self.bar = [], tqdm(disable=True)
         if self.writes:
+            report.assets()  # a file of the page that is missing stops the run here, not at its first checkpoint
             # loggers first: one that can't start leaves no files behind that look like a run's
             settings = dataclasses.asdict(cfg)
             self.loggers = [Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
@@ -336,4 +338,4 @@ class Log:
         latest = os.path.join(run.root, "latest")
         kind = "PEFT adapter" if run.cfg.use_lora else "Hugging Face model"
         print(f"saved    {latest} -> step_{run.step}, a {kind} directory")
-        print(f"talk     {venv.command('chat.py')} {latest}")
+        print(f"talk     {venv.command('chat.py')} {shlex.quote(latest)}")

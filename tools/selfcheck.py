@@ -1,11 +1,23 @@
 """A step computed in other ways than the loop does: --selfcheck, adapters that do not learn, and where a step that is
 not finite went wrong.
 
+    python tools/selfcheck.py --model tiny      # python sft.py --selfcheck: compares layouts of one step, then exits
+
 They need what the loop never has: the gradient of each micro-batch, or of another layout, by itself. `backward` is
 sft.py's.
 """
 
+if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from settings import venv
+
+    venv.enter()  # where torch is missing, continue in the .venv that train.sh made
+
 import math
+import sys
 
 import torch
 
@@ -103,3 +115,16 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
             rank = dp_rank * ranks.size // ranks.dp_size
             return f"rank {rank}, its micro-batch {number}; conversations: {dataset.sources(named)}"
     return f"no micro-batch alone shows it; conversations: {dataset.sources(ids)}"
+
+
+def main():
+    import sft  # here, as sft.py imports this file
+
+    sys.argv.insert(1, "--selfcheck")
+    sft.main()
+
+
+if __name__ == "__main__":
+    from settings import errors
+
+    errors.run(main)
