@@ -1,8 +1,8 @@
 """Conversations -> masked tokens -> steps -> micro-batches, with every token accounted for.
 
-load() reads conversations, renders each once with the model's chat template, tokenises it once and masks it by
-the character offsets of its answers. Sampler says which conversations a step holds. micro_batches() lays them
-out for one rank; ranks are two integers here.
+load() reads conversations, renders each once with the model's chat template, tokenises it once and masks it
+by the character offsets of its answers. Sampler says which conversations a step holds. micro_batches() lays
+them out for one rank; ranks are two integers here.
 """
 
 import functools
@@ -233,8 +233,8 @@ class Step(NamedTuple):
 class Sampler:
     """Which conversations step 1, 2, ... holds: a pure function of (seed, epoch), so resume needs no state.
 
-    A step has batch_size conversations, or as many as fit into batch_tokens where that is given; the last of an
-    epoch has what is left. len(sampler) is max_steps where given, else the steps of all epochs.
+    A step has batch_size conversations, or as many as fit into batch_tokens where that is given; the last of
+    an epoch has what is left. len(sampler) is max_steps where given, else the steps of all epochs.
 
     lengths    (n,) Dataset.lengths, which batch_tokens limits: not sizes, which the metric `tokens` counts
     mix        Dataset.mix(), see mixed_quotas
@@ -277,8 +277,7 @@ class Sampler:
             return order, np.append(np.arange(0, len(order), self.batch_size), len(order))
         lengths, cuts = self.lengths[order], [0]
         ends = np.cumsum(lengths, dtype=np.int64)
-        # where a step that starts at each conversation has to stop
-        stops = np.searchsorted(ends, ends - lengths + self.batch_tokens, "right")
+        stops = np.searchsorted(ends, ends - lengths + self.batch_tokens, "right")  # of a step from each on
         while cuts[-1] < len(order):
             cuts.append(int(stops[cuts[-1]]))
         return order, np.array(cuts)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from data_helpers import by_hand, chat, conversations, lognormal, repeatable, tiny, write
+from data_helpers import by_hand, conversations, lognormal, repeatable, tiny
+from helpers import chat, write
 from hypothesis import given
 from hypothesis import strategies as st
 

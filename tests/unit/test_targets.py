@@ -4,9 +4,8 @@ import json
 import os
 
 import pytest
-from conftest import ROOT
-from data_helpers import (EXAMPLES, RAW, TINY, assert_is, by_hand, chat, chatml, conversations,
-                          make_directory, repeatable, runs, sources, target_texts, tiny, write)
+from data_helpers import EXAMPLES, assert_is, by_hand, conversations, repeatable, sources, tiny
+from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, runs, target_texts, write
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer

@@ -9,8 +9,8 @@ from datetime import datetime
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from data_helpers import TINY, chat, target_texts, tiny, write
+from data_helpers import tiny
+from helpers import ROOT, TINY, chat, target_texts, write
 
 import data
 from text import formats, ledger, sandbox, template, token_cache
