@@ -146,13 +146,14 @@ def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import sys
+import sys, time
 sys.path.insert(0, sys.argv[1])
 import data
 from text.template import ChatTokenizer
 
 def counted(*arguments):
     print("MADE")
+    time.sleep(2)  # until the others have started, too
     tokenise(*arguments)
 
 tokenise, data.tokenise = data.tokenise, counted
