@@ -258,8 +258,10 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
 
 @pytest.mark.parametrize("on_prompt", [False, True])
 def test_owners_are_the_conversations_of_the_targets(on_prompt, tmp_path):
-    """One index of the dataset for each target, whatever the order and the lengths of the conversations are; with
-    on_prompt a conversation's first row is among them."""
+    """One index of the dataset for each target, whatever the order and the lengths of the conversations are.
+
+    With on_prompt the first row of a conversation is among them.
+    """
     dataset = dataset_of([chat(f"q{i}", "answer " * (i % 3 + 1)) for i in range(7)], tmp_path / "rows.json",
                          train_on_prompt=on_prompt)
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
