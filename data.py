@@ -276,8 +276,7 @@ class Sampler:
             return order, np.append(np.arange(0, len(order), self.batch_size), len(order))
         lengths, cuts = self.lengths[order], [0]
         ends = np.cumsum(lengths, dtype=np.int64)
-        # where a step that starts at each conversation has to stop
-        stops = np.searchsorted(ends, ends - lengths + self.batch_tokens, "right")
+        stops = np.searchsorted(ends, ends - lengths + self.batch_tokens, "right")  # of a step from each on
         while cuts[-1] < len(order):
             cuts.append(int(stops[cuts[-1]]))
         return order, np.array(cuts)

@@ -1,11 +1,10 @@
-"""What the tests of the data path share: models/tiny, conversations, ChatML by hand, and templates of each
-kind."""
+"""What the tests of the data path share: conversations, ChatML by hand, and templates of each kind."""
 
 import os
 import re
 
 import numpy as np
-from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, runs, target_texts, write  # noqa: F401
+from helpers import RAW, ROOT, TINY, chat, chatml, write
 from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken

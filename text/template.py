@@ -68,8 +68,8 @@ class ChatTokenizer:
     """
 
     def __init__(self, directory, vocab_size=None):
-        """Raises UserError where the tokenizer or its template can't be used, or has more ids than vocab_size, the rows
-        of the model's embedding."""
+        """Raises UserError where the tokenizer or its template can't be used, or it has more ids than
+        vocab_size, the rows of the model's embedding."""
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
             raise UserError(f"{directory} has no tokenizer.json; --tokenizer may name another directory")
@@ -86,8 +86,9 @@ class ChatTokenizer:
         self.added = self.tokenizer.get_added_tokens_decoder()
         self.size = max(self.tokenizer.get_vocab_size(), *(i + 1 for i in self.added), 0)
         if vocab_size is not None and self.size > vocab_size:
-            raise UserError(f"{directory}: the tokenizer has ids up to {self.size - 1}, the model's embedding has "
-                            f"{vocab_size} rows; --tokenizer must be the one it was trained with")
+            raise UserError(f"{directory}: the tokenizer has ids up to {self.size - 1}, the model's "
+                            f"embedding has {vocab_size} rows; --tokenizer must be the one it was trained "
+                            "with")
         config = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if os.path.exists(path := os.path.join(directory, name)):

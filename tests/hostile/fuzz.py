@@ -4,9 +4,9 @@
     targets: data (rows), json and parquet (bytes of data files), template, tokenizer, config, weights, resume
 
 Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error
-that settings.errors.run prints as one line: a UserError, or an OSError of a named file. Anything else, and
-what takes longer than SECONDS, is a failure: the shortest of each kind is printed. What was found is kept in
-test_ledger.py, which runs some hundred cases of this too.
+that settings.errors.run prints as one line, see helpers.attempt. Anything else, and what takes too long, is a
+failure: the shortest of each kind is printed. What was found is kept in test_ledger.py, which runs some
+hundred cases of this too.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import traceback
@@ -29,55 +28,19 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when started as a program
-from conftest import ROOT  # noqa: E402
-from data_helpers import FAMILIES, RAW, TINY, chatml, make_directory, tiny  # noqa: E402
+TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [os.path.dirname(TESTS), TESTS]  # when started as a program
+os.environ["HF_HUB_OFFLINE"] = "1"
+from data_helpers import FAMILIES, tiny  # noqa: E402
+from helpers import RAW, ROOT, TINY, attempt, chatml, make_directory  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import data  # noqa: E402
-from settings.errors import NonFiniteError, UserError  # noqa: E402
 from text import formats  # noqa: E402
 from text.template import ChatTokenizer  # noqa: E402
 
-SECONDS = 20  # of one case; most take milliseconds
 ended = Counter()  # how the cases ended, for the report
-
-
-class Hang(Exception):
-    pass
-
-
-def hang(*_):
-    raise Hang(f"no end after {SECONDS} s")
-
-
-def limit(seconds):
-    """Of the processor's time, which is the case's own; of the clock's, for what only waits."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 15 * seconds)
-
-
-signal.signal(signal.SIGPROF, hang)
-signal.signal(signal.SIGALRM, hang)
-
-
-def attempt(function, *words, naming="", **named):
-    """(what it returns, None), or (None, the error's text) where settings.errors.run would print that as one
-    line.
-
-    naming  a text that the error must have, to be of some use. Any other exception goes through.
-    """
-    limit(SECONDS)
-    try:
-        return function(*words, **named), None
-    except (UserError, NonFiniteError, OSError) as error:
-        if naming not in str(error) or isinstance(error, OSError) and error.filename is None:
-            raise
-        assert not naming or len(str(error)) < 2000, "an error of more than a few lines"
-        return None, str(error)
-    finally:
-        limit(0)
 
 
 def note(outcome):

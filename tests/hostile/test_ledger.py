@@ -14,8 +14,9 @@ import tracemalloc
 
 import fuzz
 import pytest
-from data_helpers import FAMILIES, RAW, TINY, chat, chatml, make_directory, tiny
-from fuzz import attempt, by_pieces
+from data_helpers import FAMILIES, tiny
+from fuzz import by_pieces
+from helpers import RAW, TINY, attempt, chat, chatml, make_directory
 from tokenizers import Tokenizer, processors
 
 import data
@@ -314,7 +315,7 @@ def test_a_trap(name, lines, tmp_path):
     dataset, refusal = attempt(data.load, str(path), tiny, 64, naming=str(path))
     peak, seconds = tracemalloc.get_traced_memory()[1], time.monotonic() - started
     tracemalloc.stop()
-    assert peak < 8 * len(text) + 64 * 2**20 and seconds < fuzz.SECONDS
+    assert peak < 8 * len(text) + 64 * 2**20 and seconds < 20
     if say:
         assert say in refusal
     else:

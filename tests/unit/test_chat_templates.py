@@ -5,8 +5,8 @@ import re
 
 import pytest
 import transformers
-from data_helpers import (DROPS_THINKING, FAMILIES, PLAIN, QWEN3, RAW, TINY, assert_is, by_hand, chat, chatml,
-                          make_directory, runs, target_texts, tiny, write)
+from data_helpers import DROPS_THINKING, FAMILIES, PLAIN, QWEN3, assert_is, by_hand, tiny
+from helpers import RAW, TINY, chat, chatml, make_directory, runs, target_texts, write
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
 

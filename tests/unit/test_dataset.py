@@ -6,8 +6,8 @@ import re
 from collections import Counter
 
 import pytest
-from data_helpers import (assert_is, by_hand, chat, conversations, repeatable, sources, target_texts, tiny,
-                          write)
+from data_helpers import assert_is, by_hand, conversations, repeatable, sources, tiny
+from helpers import chat, target_texts, write
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,8 @@ import re
 import tracemalloc
 
 import pytest
-from data_helpers import assert_is, by_hand, chat, sources, tiny, write
+from data_helpers import assert_is, by_hand, sources, tiny
+from helpers import chat, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from data_helpers import by_hand, chat, conversations, lognormal, repeatable, tiny, write
+from data_helpers import by_hand, conversations, lognormal, repeatable, tiny
+from helpers import chat, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,10 +256,14 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
     check()
 
 
-def test_owners_are_the_conversations_of_the_targets(tmp_path):
-    """One index of the dataset for each target, whatever the order and the lengths of the conversations
-    are."""
-    dataset = dataset_of([chat(f"q{i}", "answer " * (i % 3 + 1)) for i in range(7)], tmp_path / "rows.json")
+@pytest.mark.parametrize("on_prompt", [False, True])
+def test_owners_are_the_conversations_of_the_targets(on_prompt, tmp_path):
+    """One index of the dataset for each target, whatever the order and the lengths of the conversations are.
+
+    With on_prompt the first row of a conversation is among them.
+    """
+    dataset = dataset_of([chat(f"q{i}", "answer " * (i % 3 + 1)) for i in range(7)], tmp_path / "rows.json",
+                         train_on_prompt=on_prompt)
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
         owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True)
                   for _ in pairs]

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from data_helpers import tiny, write
+from data_helpers import tiny
+from helpers import ROOT, write
 
 import data
 from tools import show

@@ -4,9 +4,8 @@ import json
 import os
 
 import pytest
-from conftest import ROOT
-from data_helpers import (EXAMPLES, RAW, TINY, assert_is, by_hand, chat, chatml, conversations,
-                          make_directory, repeatable, runs, sources, target_texts, tiny, write)
+from data_helpers import EXAMPLES, assert_is, by_hand, conversations, repeatable, sources, tiny
+from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, runs, target_texts, write
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -202,6 +201,7 @@ def test_mask_of_one_turn(how, expected):
 @pytest.mark.parametrize("span, expected", [
     ((12, 23, True, False), (".......", 0, 0)),
     ((12, 18, False, True), ("...xx..", 1, 0)),  # a turn without its end
+    ((12, 18, True, True), ("...xx..", 1, 0)),  # the token of its end is outside
     ((12, 23, False, True), ("...xxx.", 1, 0)),
     ((13, 23, True, True), ("....xx.", 1, 1)),  # the first token begins before the span
     ((12, 17, False, True), ("...xx..", 1, 0)),  # the last token ends behind it

@@ -9,8 +9,8 @@ from datetime import datetime
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from data_helpers import TINY, chat, target_texts, tiny, write
+from data_helpers import tiny
+from helpers import ROOT, TINY, chat, target_texts, write
 
 import data
 from text import formats, ledger, sandbox, template, token_cache
@@ -146,13 +146,14 @@ def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import sys
+import sys, time
 sys.path.insert(0, sys.argv[1])
 import data
 from text.template import ChatTokenizer
 
 def counted(*arguments):
     print("MADE")
+    time.sleep(2)  # until the others have started, too
     tokenise(*arguments)
 
 tokenise, data.tokenise = data.tokenise, counted
