@@ -24,6 +24,7 @@ def words_of(command):
     return [word.replace("$HOME", os.environ["HOME"]) for word in words]
 
 
+@pytest.mark.repo
 @pytest.mark.parametrize("command", OURS, ids=range(len(OURS)))
 def test_a_command_of_ours_is_parsed(command, tmp_path, monkeypatch, capsys):
     """It becomes a configuration, and each word of it sets something; nothing is warned of."""
@@ -37,12 +38,14 @@ def test_a_command_of_ours_is_parsed(command, tmp_path, monkeypatch, capsys):
     assert origins["model"].startswith("flag") and capsys.readouterr().err == ""
 
 
+@pytest.mark.repo
 def test_all_kinds_of_commands_are_found():
     """Four trainers, and for each a command of theirs before ours."""
     assert re.findall(r"^## (.*)$", PAGE, re.M)[1:] == ["TRL", "torchtune", "verl", "LLaMA-Factory"]
     assert len(OURS) == 8 and len(BLOCKS) > 2 * 6 and not any("sft.py" in block for block in set(BLOCKS) - set(OURS))
 
 
+@pytest.mark.repo
 def test_verl_and_we_take_the_same_words():
     """The command of verl and ours differ in the program alone, and mean what our own words beside them say."""
     theirs, = [block for block in BLOCKS if "-m verl.trainer" in block]
@@ -55,6 +58,7 @@ def test_verl_and_we_take_the_same_words():
         "val_data": (home + second["val_data"], second["val_data"]), "run_name": ("qwen", None)}
 
 
+@pytest.mark.repo
 def test_every_flag_that_the_page_names_is_there():
     """In the text and in the second column of each table; and a command that has no flag of that name says ours."""
     inline = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)

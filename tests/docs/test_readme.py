@@ -37,6 +37,7 @@ def inline(path):
     return sorted({c for c in re.findall(r"`((?:python|torchrun|\./train\.sh|bash) [^`]+)`", text)})
 
 
+@pytest.mark.repo
 def test_both_readmes_have_the_same_commands_and_are_short():
     english, chinese = READMES
     assert blocks(english) == blocks(chinese) and inline(english) == inline(chinese)
@@ -45,6 +46,7 @@ def test_both_readmes_have_the_same_commands_and_are_short():
             assert len(f.readlines()) < 250, path
 
 
+@pytest.mark.repo
 def test_what_the_readmes_link_to_is_there():
     for path in READMES:
         with open(path, encoding="utf-8") as f:
@@ -81,6 +83,7 @@ def start(command, project, **env):
                             stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.repo
 @pytest.mark.full
 def test_every_command_runs(project):
     """Blocks first, in order: later ones use what earlier ones made; then those inside sentences."""

@@ -471,6 +471,7 @@ RULES = """## Rules
 """
 
 
+@pytest.mark.repo
 def test_the_table_in_docs_is_of_these_cases():
     assert Path(ROOT, "docs", "untrusted.md").read_text(encoding="utf-8") == table()
 

@@ -6,6 +6,7 @@ A run is a fork of this process for each rank: imports take longer than a run of
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 
@@ -26,16 +27,29 @@ def be_rank(rank, size, port, flags):
     sft.main()
 
 
+def keep_store(pipe):
+    """What torchrun's agent does: hold the store of a run, and say on which port."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    signal.pause()
+
+
 def run(size, flags):
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=be_rank, args=(rank, size, store.port, flags)) for rank in range(size)]
+    reading, writing = fork.Pipe(duplex=False)
+    agent = fork.Process(target=keep_store, args=(writing,))  # not in this process, which must fork without threads
+    agent.start()
+    port, until = reading.recv(), time.monotonic() + 200
+    ranks = [fork.Process(target=be_rank, args=(rank, size, port, flags)) for rank in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:  # where one fails the others give up after --timeout
-        process.join()
-    if any(process.exitcode for process in ranks):
-        sys.exit(f"{size} ranks, exit codes {[process.exitcode for process in ranks]}: {' '.join(flags)}")
+        process.join(max(0, until - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in (agent, *ranks):
+        process.kill()
+    if any(code != 0 for code in codes):
+        sys.exit(f"{size} ranks, exit codes {codes}: {' '.join(flags)}")
 
 
 if __name__ == "__main__":

@@ -219,6 +219,7 @@ def test_of_the_hub_it_reads_the_configuration_alone(tmp_path, monkeypatch, caps
     assert asked == [("some/model", {"allow_patterns": ["config.json"]})] and "peak" in capsys.readouterr().out
 
 
+@pytest.mark.repo
 def test_the_guide_shows_what_is_printed(tmp_path, monkeypatch, capsys):
     """Each command of docs/scaling.md gives the lines below it."""
     with open(f"{ROOT}/docs/scaling.md", encoding="utf-8") as f:
