@@ -21,9 +21,8 @@ PROJECT = '"checkpoints/${trainer.project_name}/${trainer.experiment_name}"'
 LEGACY = f"""
 defaults: [optim: fsdp, _self_]
 data: {{train_batch_size: 256, micro_batch_size: null, micro_batch_size_per_gpu: 4,
-  train_files: ~/data/gsm8k/train.parquet, val_files: ~/data/gsm8k/test.parquet,
-  train_max_samples: -1, val_max_samples: -1, prompt_key: question, response_key: answer,
-  prompt_dict_keys: null,
+  train_files: ~/data/gsm8k/train.parquet, val_files: ~/data/gsm8k/test.parquet, train_max_samples: -1,
+  val_max_samples: -1, prompt_key: question, response_key: answer, prompt_dict_keys: null,
   response_dict_keys: null, multiturn: {{enable: false, messages_key: messages, tools_key: tools,
   enable_thinking_key: enable_thinking}}, max_length: 1024, truncation: error, balance_dp_token: False,
   chat_template: null, custom_cls: {{path: null, name: null}}, use_shm: False,
@@ -37,60 +36,50 @@ optim: {{lr: 1e-5, betas: [0.9, 0.95], weight_decay: 0.01, lr_warmup_steps_ratio
 ulysses_sequence_parallel_size: 1
 use_remove_padding: False
 trainer: {{default_local_dir: {PROJECT}, default_hdfs_dir: null, project_name: gsm8k-sft,
-  experiment_name: test,
-  total_epochs: 4, total_training_steps: null, logger: ['console', 'wandb'], seed: 1, save_freq: -1,
-  test_freq: -1,
-  nnodes: 1, n_gpus_per_node: 8, max_ckpt_to_keep: null, resume_mode: auto, resume_from_path: null,
-  checkpoint: {{save_contents: ["model", "optimizer", "extra"],
+  experiment_name: test, total_epochs: 4, total_training_steps: null, logger: ['console', 'wandb'], seed: 1,
+  save_freq: -1, test_freq: -1, nnodes: 1, n_gpus_per_node: 8, max_ckpt_to_keep: null, resume_mode: auto,
+  resume_from_path: null, checkpoint: {{save_contents: ["model", "optimizer", "extra"],
   load_contents: "${{trainer.checkpoint.save_contents}}"}}, device: cuda}}
 """
 ENGINE_SFT = f"""
 defaults: [model@model: hf_model, engine@engine: fsdp, optim@optim: fsdp, profiler@profiler: profiler, _self_]
 data: {{train_batch_size: 256, micro_batch_size_per_gpu: 4, max_token_len_per_gpu: 8192,
-  use_dynamic_bsz: True,
-  train_files: ~/data/gsm8k/train.parquet, val_files: null, train_max_samples: -1, val_max_samples: -1,
-  messages_key: messages, tools_key: tools, enable_thinking_key: enable_thinking, pad_mode: no_padding,
-  max_length: 1024, truncation: error, balance_dp_token: False, custom_cls: {{path: null, name: null}},
-  use_shm: False, apply_chat_template_kwargs: {{}}, ignore_input_ids_mismatch: False}}
+  use_dynamic_bsz: True, train_files: ~/data/gsm8k/train.parquet, val_files: null, train_max_samples: -1,
+  val_max_samples: -1, messages_key: messages, tools_key: tools, enable_thinking_key: enable_thinking,
+  pad_mode: no_padding, max_length: 1024, truncation: error, balance_dp_token: False,
+  custom_cls: {{path: null, name: null}}, use_shm: False, apply_chat_template_kwargs: {{}},
+  ignore_input_ids_mismatch: False}}
 checkpoint: {{_target_: verl.trainer.config.CheckpointConfig, save_contents: ["model", "optimizer", "extra"],
   load_contents: "${{checkpoint.save_contents}}"}}
 trainer: {{default_local_dir: {PROJECT}, default_hdfs_dir: null, project_name: gsm8k-sft,
-  experiment_name: test,
-  total_epochs: 4, total_training_steps: null, logger: ['console', 'wandb'], seed: 1, save_freq: -1,
-  test_freq: -1,
-  max_ckpt_to_keep: null, resume_mode: auto, resume_from_path: null, device: cuda, nnodes: 1,
-  n_gpus_per_node: 1,
-  profile_interval: [-1, -1]}}
+  experiment_name: test, total_epochs: 4, total_training_steps: null, logger: ['console', 'wandb'], seed: 1,
+  save_freq: -1, test_freq: -1, max_ckpt_to_keep: null, resume_mode: auto, resume_from_path: null,
+  device: cuda, nnodes: 1, n_gpus_per_node: 1, profile_interval: [-1, -1]}}
 """
 MODEL = """
 model: {_target_: verl.workers.config.HFModelConfig, path: ~/models/deepseek-llm-7b-chat,
-  hf_config_path: null,
-  tokenizer_path: null, use_shm: False, trust_remote_code: False, custom_chat_template: null,
-  external_lib: null,
-  override_config: {}, enable_gradient_checkpointing: True, enable_activation_offload: False,
-  use_remove_padding: True, lora_rank: 0, lora_alpha: 16, target_modules: all-linear, exclude_modules: null,
-  lora_adapter_path: null, use_liger: False, use_fused_kernels: False,
-  fused_kernel_options: {impl_backend: torch},
-  tiled_mlp: {enabled: False, num_shards: 4}, mtp: {_target_: verl.workers.config.MtpConfig, enable: False,
-  enable_train: False, enable_rollout: False, detach_encoder: False, mtp_loss_scaling_factor: 0.1,
-  speculative_algorithm: EAGLE, speculative_num_steps: 3, speculative_eagle_topk: 1,
-  speculative_num_draft_tokens: 4, method: mtp, num_speculative_tokens: 1}}
+  hf_config_path: null, tokenizer_path: null, use_shm: False, trust_remote_code: False,
+  custom_chat_template: null, external_lib: null, override_config: {}, enable_gradient_checkpointing: True,
+  enable_activation_offload: False, use_remove_padding: True, lora_rank: 0, lora_alpha: 16,
+  target_modules: all-linear, exclude_modules: null, lora_adapter_path: null, use_liger: False,
+  use_fused_kernels: False, fused_kernel_options: {impl_backend: torch}, tiled_mlp: {enabled: False,
+  num_shards: 4}, mtp: {_target_: verl.workers.config.MtpConfig, enable: False, enable_train: False,
+  enable_rollout: False, detach_encoder: False, mtp_loss_scaling_factor: 0.1, speculative_algorithm: EAGLE,
+  speculative_num_steps: 3, speculative_eagle_topk: 1, speculative_num_draft_tokens: 4, method: mtp,
+  num_speculative_tokens: 1}}
 """
 ENGINE = """
 engine: {_target_: verl.workers.config.FSDPEngineConfig, wrap_policy: {min_num_params: 0},
-  param_offload: false,
-  optimizer_offload: false, offload_policy: false, reshard_after_forward: true, fsdp_size: -1,
-  forward_prefetch: False, model_dtype: fp32, use_orig_params: false, seed: 42, full_determinism: false,
-  ulysses_sequence_parallel_size: 1, entropy_from_logits_with_chunking: false, use_torch_compile: true,
-  entropy_checkpointing: false, forward_only: false, strategy: fsdp, dtype: bfloat16}
+  param_offload: false, optimizer_offload: false, offload_policy: false, reshard_after_forward: true,
+  fsdp_size: -1, forward_prefetch: False, model_dtype: fp32, use_orig_params: false, seed: 42,
+  full_determinism: false, ulysses_sequence_parallel_size: 1, entropy_from_logits_with_chunking: false,
+  use_torch_compile: true, entropy_checkpointing: false, forward_only: false, strategy: fsdp, dtype: bfloat16}
 """
 OPTIM = """
 optim: {_target_: verl.workers.config.FSDPOptimizerConfig, optimizer: AdamW, optimizer_impl: torch.optim,
-  lr: 1e-3,
-  lr_warmup_steps_ratio: 0.0, total_training_steps: -1, weight_decay: 0.01, lr_warmup_steps: -1, betas: [0.9,
-  0.999],
-  clip_grad: 1.0, min_lr_ratio: 0.0, num_cycles: 0.5, lr_scheduler_type: constant, warmup_style: null,
-  override_optimizer_config: null}
+  lr: 1e-3, lr_warmup_steps_ratio: 0.0, total_training_steps: -1, weight_decay: 0.01, lr_warmup_steps: -1,
+  betas: [0.9, 0.999], clip_grad: 1.0, min_lr_ratio: 0.0, num_cycles: 0.5, lr_scheduler_type: constant,
+  warmup_style: null, override_optimizer_config: null}
 """
 FILES = {"sft_trainer": (LEGACY, 63), "sft_trainer_engine": (ENGINE_SFT, 39), "model/hf_model": (MODEL, 32),
          "engine/fsdp": (ENGINE, 18), "optim/fsdp": (OPTIM, 14)}
@@ -451,7 +440,7 @@ def test_what_the_launcher_started_is_no_warning(parse, monkeypatch):
 def test_explain_names_the_key_of_the_file(parse, capsys):
     """The origin of what a key of verl set is the line and the key."""
     with pytest.raises(SystemExit):
-        parse(f"# mine\n{OPTIM.strip()}", "trainer.seed=3", "--explain")
+        parse("# mine\noptim:\n  lr: 1e-3\n  betas: [0.9, 0.999]\n", "trainer.seed=3", "--explain")
     lines = {line.split()[0]: line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines()}
     assert lines["lr"].strip() == "verl.yaml:3 optim.lr"
     assert lines["beta2"].strip() == "verl.yaml:4 optim.betas"
