@@ -136,8 +136,11 @@ class Run:
         speeds, memory = ([value for value in self.train[name] if math.isfinite(value)]
                           for name in ("tokens_per_second", "peak_memory_gb"))
         minutes = round(last.get("seconds", 0) / 60)
-        duration = (f"{last.get('seconds', 0):.3g} s" if minutes < 2 else
-                    f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min")
+        duration = f"{minutes} min"
+        if minutes < 2:
+            duration = f"{last.get('seconds', 0):.3g} s"
+        elif minutes >= 120:
+            duration = f"{minutes // 60} h {minutes % 60} min"
         return [("Steps", show(last.get("step"), ","), f"{show(last.get('epoch'), '.3g')} epochs"),
                 ("Last loss", show(last.get("loss"), ".4f"), f"{show(first.get('loss'), '.4f')} at first"),
                 ("Best val_loss", show(best.get("val_loss"), ".4f"),
@@ -149,7 +152,9 @@ class Run:
 
 def known(value):
     """A float, None where it is not finite, an int where it is whole: counts are."""
-    return None if not math.isfinite(value) else int(value) if value == int(value) else value
+    if not math.isfinite(value):
+        return None
+    return int(value) if value == int(value) else value
 
 
 def shorter(value):
@@ -164,7 +169,9 @@ def show(value, form):
 
 def setting(value):
     """As one types it."""
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def build(directories, path):

@@ -17,7 +17,6 @@ if __name__ == "__main__":
     venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
 import math
-import sys
 
 import torch
 
@@ -117,14 +116,5 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     return f"no micro-batch alone shows it; conversations: {dataset.sources(ids)}"
 
 
-def main():
-    import sft  # here, as sft.py imports this file
-
-    sys.argv.insert(1, "--selfcheck")
-    sft.main()
-
-
-if __name__ == "__main__":
-    from settings import errors
-
-    errors.run(main)
+if __name__ == "__main__":  # a program of its own: this file can't import sft.py, which imports it
+    os.execv(sys.executable, [sys.executable, os.path.join(venv.PROJECT, "sft.py"), "--selfcheck", *sys.argv[1:]])
