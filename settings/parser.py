@@ -72,12 +72,12 @@ def check_values(fields, values, given=(), origins=None):
         value, variable = values[name], field.metadata["env"]
         from_environment = origins is not None and origins[name] == f"environment {variable}"
         said = f"--{name} {'none' if value is None else value}"
-        if value is False:
-            said = f"--no-{name}"
+        if value in (True, False) and field.type is bool:
+            said = f"--{name}" if value else f"--no-{name}"
         if from_environment:
             said = f"{variable}={value}"
         check_range(said, value, field)
-        if name not in changed and name not in given:
+        if name not in changed and not (name in given and value):  # to switch off what is off asks for nothing
             continue
         if need := unmet_need(field, changed):
             raise UserError(f"{said} has no effect without {need}; unset it or add {need}" if from_environment

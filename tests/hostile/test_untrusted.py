@@ -76,11 +76,10 @@ def adapter(scratch, change):
     save_file({name: torch.zeros(2, 64)}, directory / pretrained.ADAPTER_FILE)
     (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
     change(directory)
-    path = str(directory / "adapter_config.json")
-    settings_ = peft_config.checked(files.read_json(path), path)
+    settings_ = peft_config.read_config(str(directory))
     with torch.device("meta"):
         net = CausalLM(ModelConfig.from_dict(files.read_json(os.path.join(TINY, "config.json"))))
-    lora.inject(net, settings_, peft_config.ranks_of(pretrained.weight_entries(str(directory))))
+    lora.inject(net, settings_, peft_config.lora_ranks(pretrained.weight_entries(str(directory))))
 
 
 def peft(**changes):

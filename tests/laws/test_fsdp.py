@@ -205,7 +205,7 @@ def test_adamw_is_torchs_behind_its_clipping():
         for mine, other in zip(ours[:2], theirs[:2]):
             mine.grad = torch.randn_like(mine) * 3**step
             other.grad = mine.grad.clone()
-        norm = fsdp.grad_norm(ours[:2]).item()
+        norm = fsdp.grad_norm(torch.nn.ParameterList(ours[:2])).item()
         assert math.isclose(norm, torch.nn.utils.clip_grad_norm_(theirs[:2], limit).item(), rel_tol=1e-6)
         optimizers[0].step(clip_divisor=max(1.0, (norm + 1e-6) / limit))
         optimizers[1].step()
@@ -220,7 +220,7 @@ def test_the_norm_of_a_large_gradient_is_exact():
     """Sixteen million numbers: added up one after another in fp32, they are 6e-4 off."""
     p = torch.nn.Parameter(torch.empty(2**15, 512))
     p.grad = torch.randn(2**15, 512, generator=torch.Generator().manual_seed(0))
-    assert math.isclose(fsdp.grad_norm([p]).item(), p.grad.double().norm().item(), rel_tol=1e-6)
+    assert math.isclose(fsdp.grad_norm(torch.nn.ParameterList([p])).item(), p.grad.double().norm().item(), rel_tol=1e-6)
 
 
 def test_a_run_imports_only_what_it_uses(tmp_path):

@@ -330,9 +330,9 @@ def test_a_dead_adapter_stops_the_run(models, train, monkeypatch, tmp_path):
     (("--quantize", "nf4"), "--quantize nf4 does nothing without --use_lora"),
     (("--use_lora", "--quantize", "int8"), "must be one of nf4"),
     (("--use_lora", "--quantize", "nf4", "--lora_dora"), "--quantize nf4 does not work with --lora_dora"),
-    (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2), "does not work with --strategy"),
+    (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2), "--quantize nf4 does not work with --tp"),
     (("--use_lora", "--lora_modules_to_save", "norm"), "'norm' can't be trained whole"),
-    (("--use_lora", "--resume_adapter", "a", "--lora_rank", 4), "--lora_rank 4 with --resume_adapter"),
+    (("--use_lora", "--resume_adapter", "a", "--lora_rank", 4), "--lora_rank 4 does not work with --resume_adapter"),
 ])
 def test_bad_settings_are_one_line(words, message, train):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -142,11 +142,9 @@ class Toy:
     ("--rank 8", "--rank 8 does nothing without --adapter"),  # its default, but given
     ("rank=8", "--rank 8 does nothing without --adapter"),
     ("--adapter --no-adapter --rank 8", "--rank 8 does nothing without --adapter"),
-    ("--no-scaled", "--no-scaled does nothing without --adapter"),
     ("--width 1", "--width 1 does nothing without --scaled or --resume"),
     ("--adapter --resume a --rank 9", "--rank 9 does not work with --resume; leave one of them out"),
     ("--adapter --resume a --rank 8", "--rank 8 does not work with --resume; leave one of them out"),
-    ("--adapter --resume a --no-scaled", "--no-scaled does not work with --resume; leave one of them out"),
     ("--environment", "RANK_OF_IT=8 has no effect without --adapter; unset it or add --adapter"),
     ("--environment --adapter --resume a", "RANK_OF_IT=8 does not work with --resume; leave one of them out"),
 ], ids=str)
@@ -190,12 +188,18 @@ def test_a_flag_may_take_back_what_a_file_says(tmp_path):
         parser.parse(Toy, ["--config", path, "--no-adapter"])
 
 
-@pytest.mark.parametrize("name", [
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
-    "lora_modules_to_save"])
-def test_a_new_adapters_settings_are_not_for_an_old_one(name):
+def test_to_switch_off_what_is_off_is_no_error():
+    """A script that writes out all flags asks for nothing with --no-scaled."""
+    assert parser.parse(Toy, ["--no-scaled"])[0] == Toy()
+    assert not parser.parse(Toy, "--adapter --resume a --no-scaled".split())[0].scaled
+
+
+@pytest.mark.parametrize("name, value", {
+    "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.1, "lora_targets": "all-linear", "lora_rs": True,
+    "lora_dora": True, "lora_modules_to_save": "embed_tokens"}.items())
+def test_a_new_adapters_settings_are_not_for_an_old_one(name, value):
     """It has its own; a value that differs, or is given, would be ignored."""
-    words = ["--use_lora", "--resume_adapter", "a", f"--{name}={DEFAULTS[name]}"]
+    words = ["--use_lora", "--resume_adapter", "a", f"--{name}={value}"]
     with pytest.raises(ValueError, match=f"{name}.* does not work with --resume_adapter"):
         parser.parse(sft.Config, words)
     with pytest.raises(ValueError, match=f"{name}.* does nothing without --use_lora"):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from disk import files
 from ranks import processes
+from settings import venv
 from settings.errors import UserError
 
 
@@ -95,7 +96,7 @@ def test_a_lock_says_who_holds_it(tmp_path):
     """After the time-out, as an error of the input, with the pid that the holder wrote."""
     path = tmp_path / "x.lock"
     command = [sys.executable, "-c", HOLDER, path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=files.PROJECT) as holder:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=venv.PROJECT) as holder:
         holder.stdout.readline()
         with open(path, "a+") as lock:
             with pytest.raises(UserError, match="has made no progress for 0.3 s") as info:
