@@ -43,7 +43,7 @@ def torchrun(ranks, *words, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-def program(name, *words, ranks=None, project=ROOT, **options):
+def program(name, *words, project=ROOT, ranks=None, **options):
     """Run tests/programs/NAME.py, by torchrun if `ranks` is given; returns the CompletedProcess.
 
     project  the directory whose sft.py, model.py, ... it imports
@@ -57,12 +57,25 @@ def program(name, *words, ranks=None, project=ROOT, **options):
 
 
 def share(runs, directory):
-    """Run sft.main() for each (ranks, flags) of `runs`, one after another, from one process that has imported it."""
-    file = directory / "runs.json"
-    file.write_text(json.dumps([[ranks, [str(word) for word in flags]] for ranks, flags in runs]))
-    result = program("many_runs", file)
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    """Run (ranks, words) of `runs` one after another from one process, in `directory`: sft.py with these flags, or, where
+    the first of them is no flag, tests/programs/NAME.py. Returns the CompletedProcess."""
+    plan = []
+    for ranks, words in runs:
+        name = os.path.join(ROOT, "sft.py")
+        if not str(words[0]).startswith("--"):
+            name, words = os.path.join(TESTS, "programs", f"{words[0]}.py"), words[1:]
+        plan.append([ranks, [name, *map(str, words)]])
+    (directory / "runs.json").write_text(json.dumps(plan))
+    result = program("ranks_of", "runs.json", cwd=directory)
     print(*re.findall(r"^RUN .*", result.stdout, re.M), sep="\n")  # how long each took
+    return result
+
+
+def shared(runs, directory):
+    """As share(), of runs that must end well; returns what they printed."""
+    result = share(runs, directory)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    return result.stdout
 
 
 # ---- what a run leaves --------------------------------------------------------------------------------------------

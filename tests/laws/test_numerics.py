@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, TINY, metrics, program, share, tensors_of
+from helpers import EXAMPLES, ROOT, TINY, metrics, share, shared, tensors_of
 from programs import non_finite
 from safetensors.torch import load_file
 
@@ -67,8 +67,8 @@ def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
     i = batch.ids[0]
     tokens = rows.tokens[rows.starts[i] : rows.starts[i] + rows.lengths[i]].tolist()
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))
-    result = program("non_finite", "tokens.json", how, "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3,
-                     "--output_dir", "out", ranks=2, cwd=tmp_path)
+    words = "non_finite", "tokens.json", how, "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3
+    result = share([(2, (*words, "--output_dir", "out"))], tmp_path)
     assert result.returncode
     named = [rows.source(i)] if how == "loss" else [rows.source(i) for i in batch.ids]
     message = f"rank 1, its micro-batch 1; conversations: {', '.join(named)}"
@@ -129,7 +129,7 @@ def test_resume_after_a_skipped_step_is_bitwise(train, tmp_path, monkeypatch, fl
 def test_a_step_that_is_left_out_changes_nothing(train, tmp_path, monkeypatch):
     """Not the weights, nor the moments: all steps from the 17th on, here."""
     monkeypatch.setattr(run.statistics, "median", lambda norms: 0.0)
-    train(*FAST, "--max_steps", 18, "--max_grad_norm_factor", 1, "--save_steps", 1)
+    train(*FAST, "--batch_size", 2, "--max_steps", 18, "--max_grad_norm_factor", 1, "--save_steps", 1)
     for name in ("model.safetensors", "training_state/tensors.safetensors"):
         kept, after, before = (load_file(tmp_path / "out" / "checkpoints" / f"step_{step}" / name) for step in (16, 18, 15))
         assert all(torch.equal(kept[n], after[n]) for n in kept)
@@ -152,9 +152,10 @@ def warned(capsys):
 
 def test_an_update_too_small_to_see_is_warned_of_once(train, capsys):
     """At a rate of 1e-13 no fp32 weight of this size moves. A rate that ends at nothing, as ever, is no reason."""
-    lines = train("--max_steps", 12, *FAST, "--lr", "1e-13", "--weight_decay", 0)
+    lines = train("--max_steps", 12, *FAST, "--batch_size", 2, "--lr", "1e-13", "--weight_decay", 0)
     assert max(lines[i]["changed"] for i in (0, 10)) < 0.01 and warned(capsys) == ["1"]
-    lines = train("--max_steps", 21, *FAST, "--scheduler", "cosine", "--lr", "1e-9", "--weight_decay", 0, out="other")
+    lines = train("--max_steps", 21, *FAST, "--batch_size", 2, "--scheduler", "cosine", "--lr", "1e-9", "--weight_decay", 0,
+                  out="other")
     assert lines[20]["changed"] < 0.01 and warned(capsys) == []
 
 
@@ -195,7 +196,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(train, tmp_path, monkeypatch,
 def test_two_ranks_twice_are_the_same_to_the_bit(tmp_path):
     """Whatever order their messages come in."""
     flags = ("--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 4, "--output_dir")
-    share([(2, (*flags, tmp_path / out)) for out in "ab"], tmp_path)
+    shared([(2, (*flags, tmp_path / out)) for out in "ab"], tmp_path)
     assert torch.equal(*(some(tensors_of(tmp_path / out / "checkpoints" / "latest")) for out in "ab"))
 
 

@@ -1,6 +1,7 @@
 """The whole trainer: the law of a step, an independent loop beside ours, exact resume, what a user sees."""
 
 import filecmp
+import itertools
 import json
 import math
 import os
@@ -108,7 +109,8 @@ def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
             "constant": peak}[scheduler]
 
 
-@pytest.mark.parametrize("scheduler, min_ratio", [("cosine", 0.0), ("linear", 0.1), ("constant", 0.0)])
+@pytest.mark.parametrize("scheduler, min_ratio", [("cosine", 0.1), *(
+    pytest.param(*rest, marks=pytest.mark.full) for rest in (("cosine", 0.0), ("linear", 0.1), ("constant", 0.0)))])
 def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
     """Losses of ten steps are those of transformers' model and torch's AdamW on the same rows, padded, in one batch."""
     ours = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25,
@@ -143,14 +145,16 @@ def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
 
 
-def test_no_step_is_spent_at_rate_zero():
-    """The first step's rate is above zero, the last one's too, and the peak is reached at the end of the warm-up."""
-    for scheduler in ("cosine", "linear", "constant"):
-        for total in (1, 2, 10, 11):
-            cfg = sft.Config(lr=1.0, scheduler=scheduler, warmup_ratio=0.1)
-            rates = [sft.lr_at(step, total, cfg) for step in range(1, total + 1)]
-            assert min(rates) > 0 and max(rates) == 1.0, (scheduler, total, rates)
-    assert sft.lr_at(1, 10, sft.Config(lr=1.0, warmup_ratio=0.0)) == 1.0
+@pytest.mark.parametrize("scheduler, ratio", [("cosine", 0.0), ("cosine", 0.2), ("linear", 0.0), ("linear", 0.1),
+                                              ("constant", 0.0)])
+def test_rates_are_those_of_the_definition(scheduler, ratio):
+    """At every step, of runs of any length: the peak is reached at the end of the warm-up, and no step is spent at zero."""
+    for total, warmup in itertools.product((1, 2, 10, 11, 97), (0.0, 0.1, 0.25)):
+        cfg = sft.Config(lr=3.0, scheduler=scheduler, min_lr_ratio=ratio, warmup_ratio=warmup)
+        rates = [sft.lr_at(step, total, cfg) for step in range(1, total + 1)]
+        expected = [reference_lr(step, total, scheduler, 3.0, warmup, ratio) for step in range(1, total + 1)]
+        assert rates == pytest.approx(expected, rel=1e-12)
+        assert min(rates) > 0 and max(rates) == 3.0, (total, warmup, rates)
 
 
 def test_val_loss_is_weighted_by_tokens(train):
@@ -197,39 +201,40 @@ def interrupt_after(monkeypatch, step):
 EXACT = ("loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "val_loss", "val_tokens")
 
 
-@pytest.mark.parametrize("at, how", [(5, "auto"), (9, "auto"), (5, "directory")])
-def test_resume_is_exact(train, monkeypatch, tmp_path, at, how):
+def test_resume_is_exact(train, monkeypatch, tmp_path):
     """Killed at step 5 (mid-epoch) or 9 (an epoch's end) and resumed: losses, weights, moments are bitwise the same."""
-    run = (*FAST, "--max_steps", 12, "--save_steps", at, "--val_data", VALIDATION)
-    straight = train(*run, out="straight")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, at)
-        with pytest.raises(Killed):
-            train(*run, out="broken")
-    with open(tmp_path / "broken" / "metrics.jsonl", "a", encoding="utf-8") as f:
-        f.write('{"step": %d, "loss": 1.0}\n{"step": %d, "lo' % (at + 1, at + 2))  # steps whose checkpoint never came
-    resumed = train(*run, "--resume_from", "auto" if how == "auto" else f"broken/checkpoints/step_{at}", out="broken")
-    pick = [[{k: line[k] for k in EXACT if k in line} for line in lines] for lines in (straight, resumed)]
-    assert pick[0] == pick[1] and [line["step"] for line in resumed if "loss" in line] == list(range(1, 13))
-    for file in ("model.safetensors", "training_state/tensors.safetensors", "training_state/state.json"):
-        paths = [tmp_path / out / "checkpoints" / "step_12" / file for out in ("straight", "broken")]
-        assert filecmp.cmp(*paths, shallow=False), file
+    run = (*FAST, "--max_steps", 12, "--val_data", VALIDATION)
+    straight = train(*run, "--save_steps", 5, out="straight")
+    for at, how in ((5, "auto"), (9, "auto"), (5, "directory")):
+        broken, save = tmp_path / f"{how}_{at}", ("--save_steps", at)
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, at)
+            with pytest.raises(Killed):
+                train(*run, *save, out=broken.name)
+        with open(broken / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write('{"step": %d, "loss": 1.0}\n{"step": %d, "lo' % (at + 1, at + 2))  # whose checkpoint never came
+        source = "auto" if how == "auto" else broken / "checkpoints" / f"step_{at}"
+        resumed = train(*run, *save, "--resume_from", source, out=broken.name)
+        pick = [[{k: line[k] for k in EXACT if k in line} for line in lines] for lines in (straight, resumed)]
+        assert pick[0] == pick[1] and [line["step"] for line in resumed if "loss" in line] == list(range(1, 13))
+        for file in ("model.safetensors", "training_state/tensors.safetensors", "training_state/state.json"):
+            paths = [directory / "checkpoints" / "step_12" / file for directory in (tmp_path / "straight", broken)]
+            assert filecmp.cmp(*paths, shallow=False), (at, how, file)
 
 
-def test_a_killed_process_goes_on_exactly(tmp_path):
+def test_a_killed_process_goes_on_exactly(train, tmp_path):
     """SIGKILL at a random moment of a real process, then --resume_from auto, gives the bytes of an undisturbed run."""
-    flags = [sys.executable, os.path.join(ROOT, "sft.py"), "--model", TINY, "--train_data", EXAMPLES, *FAST,
-             "--batch_size", "4", "--max_length", "128", "--max_steps", "18", "--save_steps", "3",
-             "--no-gradient_checkpointing"]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    subprocess.run([*flags, "--output_dir", tmp_path / "straight"], check=True, **quiet)
-    process = subprocess.Popen([*flags, "--output_dir", tmp_path / "killed"], **quiet)
-    while not (tmp_path / "killed" / "checkpoints" / "step_6").exists():
+    flags = (*FAST, "--batch_size", "4", "--max_length", "128", "--max_steps", "18", "--save_steps", "3",
+             "--no-gradient_checkpointing")
+    train(*flags, out="straight")
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "sft.py"), "--model", TINY, "--train_data", EXAMPLES,
+                                *flags, "--output_dir", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoints" / "step_3").exists():
         assert process.poll() is None
         time.sleep(0.002)  # polling a directory, not synchronising with it
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    subprocess.run([*flags, "--output_dir", tmp_path / "killed", "--resume_from", "auto"], check=True, **quiet)
+    train(*flags, "--resume_from", "auto", out="killed")
     for file in ("model.safetensors", "training_state/tensors.safetensors"):
         a, b = (tmp_path / out / "checkpoints" / "step_18" / file for out in ("straight", "killed"))
         assert filecmp.cmp(a, b, shallow=False), file

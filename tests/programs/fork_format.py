@@ -12,5 +12,6 @@ with open("dolly.jsonl", "w", encoding="utf-8") as f:
     f.write(json.dumps(row) + "\n" + json.dumps({**row, "context": ""}) + "\n")
 found = [to_messages(row, where) for where, row in read_files("dolly.jsonl")]
 assert [m[0]["content"] for m in found] == ["Ada wrote it.\n\nWho?", "Who?"] and found[0][1]["content"] == "Ada."
-sft_main("--model", TINY, "--train_data", "dolly.jsonl", "--cache_dir", "none", "--max_steps", 1, "--output_dir", "out")
+sft_main("--model", TINY, "--train_data", "dolly.jsonl", "--cache_dir", "none", "--max_steps", 1,
+         "--no-gradient_checkpointing", "--output_dir", "out")
 assert metrics("out")[0]["target_tokens"] > 4

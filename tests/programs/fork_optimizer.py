@@ -9,7 +9,7 @@ from helpers import TINY, metrics, sft_main
 from safetensors.torch import load_file
 
 FLAGS = ("--model", TINY, "--batch_size", 8, "--cache_dir", "none", "--lr", "1e-4", "--grad_clip", 0, "--weight_decay", 0.1,
-         "--max_steps", 4)
+         "--max_steps", 4, "--no-gradient_checkpointing")
 AGAIN = (*FLAGS, "--output_dir", "again", "--save_steps", 2)
 
 sft_main(*FLAGS, "--output_dir", "straight", "--save_steps", 1)

@@ -148,7 +148,8 @@ def in_terminal(rows, columns, *words):
 
 def test_the_bar_fits_a_narrow_terminal(tmp_path):
     """30 columns: the bar's line is redrawn in place, never longer than the terminal is wide."""
-    words = ["sft.py", "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
+    words = ["sft.py", "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path,
+             "--no-gradient_checkpointing"]
     seen = in_terminal(24, 30, *words)
     drawn = [line for line in re.split(r"[\r\n]+", seen) if "|" in line or "it/s" in line or "%" in line]
     assert drawn and all(len(line) <= 30 for line in drawn), drawn
@@ -157,13 +158,14 @@ def test_the_bar_fits_a_narrow_terminal(tmp_path):
 
 def test_a_terminal_without_a_size_has_plain_lines(tmp_path):
     """As some containers and recorders give it: 0 × 0."""
-    words = ["sft.py", "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path]
+    words = ["sft.py", "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3, "--output_dir", tmp_path,
+             "--no-gradient_checkpointing"]
     assert "step 3 of 3: loss" in in_terminal(0, 0, *words)
 
 
 def test_a_log_file_has_plain_lines(train, capsys):
     """Loss, val_loss, rate, norm, speed, memory and the time left, one line at a time: no bar, no carriage return."""
-    train(*FAST, "--epochs", 2, "--val_data", VALIDATION)
+    train(*FAST, "--max_length", 128, "--epochs", 2, "--val_data", VALIDATION)
     out, err = capsys.readouterr()
     assert re.search(r"step 1 of 18: loss \d\.\d+, lr \S+, norm \S+, [\d,]+ tokens/s, \d\.\d\d GiB, \d\d:\d\d left", out)
     assert re.search(r"step 18 of 18: loss \S+, val_loss \d", out) and "step 9: val_loss" in out

@@ -4,6 +4,7 @@ Each rule is a function of {path: source} that returns its breaches as texts, so
 """
 
 import ast
+import functools
 import os
 import re
 from itertools import chain
@@ -43,9 +44,12 @@ def code():
     return project()
 
 
+parsed = functools.cache(ast.parse)
+
+
 def trees(files):
     """[(path, its syntax tree), ...]"""
-    return [(path, ast.parse(text)) for path, text in sorted(files.items()) if path.endswith(".py")]
+    return [(path, parsed(text)) for path, text in sorted(files.items()) if path.endswith(".py")]
 
 
 # ---- imports ------------------------------------------------------------------------------------------------------
