@@ -1,8 +1,8 @@
 """Talk to a model: python chat.py outputs/checkpoints/latest [--prompt "..."]
 
-Any model directory, hub id, adapter directory or `tiny`; a step directory is one. Without --prompt: a conversation on
-the terminal (/reset forgets it, Ctrl-D ends it), or one answer to what is piped in. Answers end where training ended
-its turns.
+Any model directory, hub id, adapter directory or `tiny`; a step directory is one. Without --prompt: a
+conversation on the terminal (/reset forgets it, Ctrl-D ends it), or one answer to what is piped in. An answer
+ends at the token that ended a turn in training.
 """
 
 if __name__ == "__main__":
@@ -36,11 +36,13 @@ from text.template import ChatTokenizer
 class Config:
     """Talk to a model: python chat.py DIR [flags]"""
 
-    model: str = knob("./outputs/checkpoints/latest", "model or adapter directory, hub id or tiny", group="chat")
+    model: str = knob("./outputs/checkpoints/latest", "model or adapter directory, hub id or tiny",
+                      group="chat")
     base: str | None = knob(None, "model of an adapter, if not the one that its adapter_config.json names")
     prompt: str | None = knob(None, "answer this and end")
     system: str | None = knob(None, "system message")
-    temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts", low=0, high=100)
+    temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts",
+                              low=0, high=100)
     top_p: float = knob(1.0, "sample only from the likeliest tokens that together have this probability",
                         low=1e-6, high=1, needs="temperature")
     max_new_tokens: int = knob(1024, "longest answer", low=1)
@@ -64,7 +66,10 @@ def sampler(temperature, top_p):
 
 
 def load(name, base=None):
-    """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter directory and its base."""
+    """(model, tokenizer, ids that end an answer) of a model directory, or an adapter directory and its base.
+
+    Raises UserError where --base is given for a whole model, or an adapter has no base.
+    """
     directory, adapter = pretrained.model_directory(name), None
     if base and not pretrained.is_adapter(directory):
         raise UserError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
@@ -72,7 +77,8 @@ def load(name, base=None):
         adapter = directory
         base = base or peft.read_config(adapter).get("base_model_name_or_path")
         if not base:
-            raise UserError(f"{adapter}: its adapter_config.json names no base model; give it with --base DIR")
+            raise UserError(f"{adapter}: its adapter_config.json names no base model; "
+                            "give it with --base DIR")
         directory = pretrained.model_directory(base)
     source = Source.find(directory, adapter)
     tokenizer = ChatTokenizer(source.tokenizer)

@@ -127,8 +127,7 @@ def dtypes_of(layout):
 
 
 def trained_weights(model, optimizer):
-    """name -> the tensor that the optimizer steps, for each trained parameter; a tied one by its first
-    name."""
+    """{name: tensor that the optimizer steps} of each trained parameter; a tied one by its first name."""
     masters = pretrained.master_weights(model, optimizer)
     return {name: masters[name] for name, p in model.named_parameters() if p.requires_grad}
 
@@ -206,10 +205,9 @@ def resume_directory(resume_from, root):
 
 
 def verify(directory):
-    """Raise UserError, on every rank, unless the files of a step directory are, to the bit, what `save`
-    wrote.
+    """Raise UserError, on every rank, unless the files of a step directory are bit for bit what `save` wrote.
 
-    A directory without a manifest is refused too: it cannot be told from one that has lost it.
+    A directory without a manifest is refused too: it may have lost it.
     """
     path, rest = os.path.join(directory, MANIFEST), (
         "; give --resume_from another step directory, or start a new run from these weights with --model and "
@@ -246,9 +244,11 @@ def verify(directory):
 
 
 def load_state(directory):
-    """The JSON state that `save` was given, with its step and the optimizer's updates, which are as many as
-    steps where an older version did not save them. Raises UserError where one of the two is no such
-    number."""
+    """The JSON state that `save` was given, with its step and the optimizer's number of updates.
+
+    An older version did not save the updates: then they are as many as the steps. Raises UserError where one
+    of the two is not a valid number.
+    """
     path = os.path.join(directory, STATE)
     state = files.read_json(path)
     step = state.get("step") if isinstance(state, dict) else None
@@ -263,11 +263,10 @@ def load_state(directory):
 
 
 def load_training_tensors(directory, model, optimizer):
-    """Restore the optimizer's state, its count of updates and the master weights, exactly. Every rank calls
-    it.
+    """Restore the optimizer's state, its count of updates and the master weights, exactly.
 
-    Raises UserError, with nothing restored, where the tensors are not those that this model and optimizer
-    save.
+    Every rank calls it. Raises UserError, with nothing restored, where the tensors are not those that this
+    model and optimizer save.
     """
     inner, entries, updates = os.path.join(directory, INNER), {}, load_state(directory)["updates"]
     for file in sorted(os.listdir(inner)):

@@ -1,4 +1,4 @@
-"""Files: read so that a stranger's do no harm, flushed to the disk, and named in whatever goes wrong with them."""
+"""Files: untrusted ones read safely, written ones flushed to the disk, and errors that name the file."""
 
 import contextlib
 import fcntl
@@ -16,15 +16,18 @@ LARGEST_FILE = 2**28  # bytes of any other file than weights: tokenizer.json of 
 
 
 def read_file(path):
-    """The bytes of a file of a model directory, which may be a stranger's: what is read here is shown in errors and
-    copied into checkpoints, so a link must not lead to a file that is not the model's own.
+    """The bytes of a file of a model directory, which may be untrusted.
 
-    The hub's cache is made of links, and they stay good: models--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+    What is read here is shown in errors and copied into checkpoints, so a link must not lead out of the
+    directory. Links of the hub's cache are allowed: models--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+
+    Raises UserError for any other such link, for a pipe or a directory, and above LARGEST_FILE bytes.
     """
     real, home = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
     in_cache = re.search(r"/(models|datasets)--[^/]+/blobs/[^/]+$", real)
     if os.path.islink(path) and not in_cache and os.path.commonpath([real, home]) != home:
-        raise UserError(f"{path} is a link to {real}, outside its directory; put a copy of that file there instead")
+        raise UserError(f"{path} is a link to {real}, outside its directory; "
+                        "put a copy of that file there instead")
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, for ever
         raise UserError(f"{path} is not a file")
     with open(path, "rb") as f:
@@ -35,7 +38,7 @@ def read_file(path):
 
 
 def read_json(path):
-    """Parse a JSON file; ValueError with its name, line and column if it is not JSON."""
+    """Parse a JSON file. Raises UserError with its name, line and column if it is not JSON."""
     content = read_file(path)
     try:
         return json.loads(content.decode())
@@ -44,7 +47,7 @@ def read_json(path):
 
 
 def read_bytes(directory, names):
-    """name -> bytes of those files that the directory has; read once, as the directory may be gone at the last save."""
+    """{name: bytes} of those files that the directory has: read once, as it may be gone at the last save."""
     found = {}
     for name in names:
         if os.path.exists(path := os.path.join(directory, name)):
@@ -65,7 +68,7 @@ def encoded(value):
 
 
 def sync(path):
-    """Flush a file, or a directory: a rename is on the disk only when the directory that holds the name is."""
+    """Flush a file or a directory. A rename lasts only once the directory that holds the name is flushed."""
     with naming(path):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -81,8 +84,10 @@ def remove(directory):
 
 @contextlib.contextmanager
 def naming(path):
-    """Name the file in what goes wrong with it: a failed write or fsync says "No space left on device" and not where,
-    and safetensors has an error of its own."""
+    """Put the path into the OSErrors of a block: a failed write or fsync does not say which file it was.
+
+    A SafetensorError that an OSError caused becomes that OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -120,5 +125,6 @@ def take_lock(lock, timeout):
             lock.seek(0)
             holder = lock.read().strip()
             raise LockTimeout(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; "
-                              "end it, or give another --cache_dir", int(holder) if holder.isdigit() else None)
+                              "end it, or give another --cache_dir",
+                              int(holder) if holder.isdigit() else None)
         time.sleep(0.1)  # flock takes no time-out; nothing but how soon we look again depends on this

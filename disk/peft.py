@@ -9,12 +9,12 @@ from torch import nn
 from disk import files, pretrained
 from settings.errors import UserError
 
-# Keys of adapter_config.json that are read here, or that change nothing once the tensors are there. Any other that is
-# set makes the adapter another function: refused.
-KNOWN_KEYS = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
-    target_modules exclude_modules lora_alpha lora_dropout bias use_rslora modules_to_save init_lora_weights eva_config
-    layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core use_dora qalora_group_size
-    runtime_config ensure_weight_tying""".split()
+# Keys of adapter_config.json that are read here, or that change nothing once the tensors are there. Any other
+# key that is set changes the adapter's function, so it is refused.
+KNOWN_KEYS = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    r target_modules exclude_modules lora_alpha lora_dropout bias use_rslora modules_to_save init_lora_weights
+    eva_config layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core use_dora
+    qalora_group_size runtime_config ensure_weight_tying""".split()
 LARGEST_RANK = 2**14
 
 
@@ -30,17 +30,19 @@ def new(model, cfg):
         module = model.get_submodule(name)
         most = min(module.out_features, module.in_features)
         if cfg.lora_rank > most:
-            raise UserError(f"--lora_rank {cfg.lora_rank} is above the smaller side of {name}, {module.out_features} × "
-                            f"{module.in_features}: at most {most}, or choose others with --lora_targets")
+            raise UserError(f"--lora_rank {cfg.lora_rank} is above the smaller side of {name}, "
+                            f"{module.out_features} × {module.in_features}: at most {most}, or choose others "
+                            "with --lora_targets")
     saved = [name.strip() for name in (cfg.lora_modules_to_save or "").split(",") if name.strip()]
     unknown = [name for name in saved if name not in ("embed_tokens", "lm_head")]
     if unknown:
-        raise UserError(f"--lora_modules_to_save {cfg.lora_modules_to_save}: {unknown[0]!r} can't be trained whole "
-                        "beside an adapter; embed_tokens and lm_head can")
+        raise UserError(f"--lora_modules_to_save {cfg.lora_modules_to_save}: {unknown[0]!r} can't be trained "
+                        "whole beside an adapter; embed_tokens and lm_head can")
     if saved and model.config.tie_word_embeddings:
         saved = ["embed_tokens", "lm_head"]  # one tensor, which PEFT stores under both names
     is_local = cfg.model == "tiny" or os.path.isdir(cfg.model)
-    base = os.path.abspath(pretrained.model_directory(cfg.model)) if is_local else cfg.model  # as PEFT looks it up
+    # a path as PEFT looks it up
+    base = os.path.abspath(pretrained.model_directory(cfg.model)) if is_local else cfg.model
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -65,7 +67,8 @@ def new(model, cfg):
 def matching_layers(model, targets):
     """(target_modules as PEFT writes them, sorted names of the linear layers that they match).
 
-    targets  all-linear, names with commas (of layers, or ends of their names), or a regular expression for whole names
+    targets  all-linear; or names with commas between them, of layers or ends of their names; or a regular
+             expression that matches whole names
 
     Raises UserError for an entry that matches nothing.
     """
@@ -86,16 +89,20 @@ def matching_layers(model, targets):
         else:
             matches = {name for name in linears if f".{name}".endswith(f".{entry}")}
         if not matches:
-            hint = "; train it whole with --lora_modules_to_save" if entry in ("lm_head", "embed_tokens") else ""
-            raise UserError(f"--lora_targets {targets}: {entry!r} matches no layer{hint}. The last parts of their "
-                            f"names are {', '.join(last_parts)}; a whole one is {linears[0]}")
+            hint = ("; train it whole with --lora_modules_to_save"
+                    if entry in ("lm_head", "embed_tokens") else "")
+            raise UserError(f"--lora_targets {targets}: {entry!r} matches no layer{hint}. "
+                            f"The last parts of their names are {', '.join(last_parts)}; "
+                            f"a whole one is {linears[0]}")
         found |= matches
     return targets if is_pattern else entries, sorted(found)
 
 
 def read_config(directory):
-    """The adapter_config.json of a directory, made here or by PEFT. Raises UserError where it is another kind of
-    adapter than this trainer computes."""
+    """The adapter_config.json of a directory, made here or by PEFT.
+
+    Raises UserError for a kind of adapter that this trainer does not compute, and for malformed values.
+    """
     path = os.path.join(directory, "adapter_config.json")
     config = files.read_json(path)
     if not isinstance(config, dict):
@@ -110,21 +117,23 @@ def read_config(directory):
     if isinstance(patterns, dict):
         numbers += patterns.values()
     if not isinstance(patterns, dict) or any(type(number) not in (int, float) for number in numbers):
-        raise UserError(f"{path}: lora_alpha, lora_dropout and what alpha_pattern has by name must be numbers")
+        raise UserError(f"{path}: lora_alpha, lora_dropout and what alpha_pattern has by name "
+                        "must be numbers")
     for pattern in patterns:
         check_pattern(pattern, path)
     if not isinstance(saved, list) or not isinstance(config.get("base_model_name_or_path") or "", str):
         raise UserError(f"{path}: modules_to_save must be a list, and base_model_name_or_path a text")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise UserError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model as well; "
-                        "convert the adapter with peft's path_initial_model_for_weight_conversion")
+        raise UserError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model "
+                        "as well; convert the adapter with peft's path_initial_model_for_weight_conversion")
     return config
 
 
 def check_pattern(pattern, path):
     """Raise UserError for an untrusted regular expression that could take for ever, or is none."""
     if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{]", pattern):
-        raise UserError(f"{path}: alpha_pattern {pattern!r:.60} repeats too much; write out the layers' names")
+        raise UserError(f"{path}: alpha_pattern {pattern!r:.60} repeats too much; "
+                        "write out the layers' names")
     try:
         re.compile(pattern)
     except re.error as error:
@@ -137,12 +146,14 @@ def read(directory):
 
 
 def check_base(config, model):
-    """Raise UserError when the adapter says that it was trained on another model than the one named `model`: it would
-    load wherever the shapes fit. A directory may have been moved, so its own name is enough."""
+    """Raise UserError when the adapter names another base model than `model`.
+
+    It would load wherever the shapes fit. A directory may have been moved, so only its own name is compared.
+    """
     base = config.get("base_model_name_or_path")
     if base and os.path.basename(base.rstrip("/")) != os.path.basename(os.path.realpath(model)):
-        raise UserError(f"the adapter was trained on {base}, not on --model {model}; give the former, or correct "
-                        "base_model_name_or_path in its adapter_config.json")
+        raise UserError(f"the adapter was trained on {base}, not on --model {model}; give the former, "
+                        "or correct base_model_name_or_path in its adapter_config.json")
 
 
 def lora_ranks(entries):
@@ -156,14 +167,15 @@ def lora_ranks(entries):
             continue
         rank = entry.shape[0] if entry.shape else 0
         if not 1 <= rank <= LARGEST_RANK:
-            raise UserError(f"the adapter's part for {name.removesuffix('.lora_A.weight')} has rank {rank}; it may be "
-                            f"from 1 to {LARGEST_RANK:,}")
+            raise UserError(f"the adapter's part for {name.removesuffix('.lora_A.weight')} has rank {rank}; "
+                            f"it may be from 1 to {LARGEST_RANK:,}")
         found[name.removesuffix(".lora_A.weight")] = rank
     return found
 
 
 def scaling_of(name, rank, config):
-    """What a module's B A is multiplied with. alpha_pattern's keys are regular expressions for the ends of names."""
+    """The factor of a module's B A. Keys of alpha_pattern are regular expressions for the ends of names."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"])
+    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)),
+                 config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -77,7 +77,7 @@ def read_header(path):
 
     The package checks the header against the file; the bytes are then read by position instead of through its
     memory map, whose pages would count as this process's: loading bf16 into fp32 would peak at 1.5 times the
-    model.
+    size of the model.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe waits for its writer
         raise UserError(f"{path} is not a file")
@@ -199,7 +199,7 @@ def load_weights(model, directory, optimizer=None):
 
 
 def layout(model, directory):
-    """What saving needs to write the files of a model directory again: file name -> {tensor name: dtype code}."""
+    """What saving needs to write a model's weight files again: {file name: {tensor name: dtype code}}."""
     entries, owned, _ = fitting_entries(model, directory)
     found = {}
     for name, entry in entries.items():
@@ -209,8 +209,7 @@ def layout(model, directory):
 
 
 def master_weights(model, optimizer):
-    """name -> the tensor that is stepped for each parameter (itself without an optimizer); a tied one
-    twice."""
+    """{name: tensor that the optimizer steps, or the parameter without an optimizer}; a tied one twice."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: p if optimizer is None else optimizer.master(p) for name, p in named}
 
@@ -235,9 +234,12 @@ def local_part(tensor):
 
 
 def read_into(entry, tensor, spans=None):
-    """Fill `tensor` (any device and dtype) from the disk: this rank's part of it only, or the part that
-    `spans` gives, [(start, stop) in each dimension]. At most one chunk of CHUNK elements is in memory beside
-    it."""
+    """Fill `tensor` (any device and dtype) from the disk: only this rank's part of it, or that of `spans`.
+
+    spans  [(start, stop) in each dimension]
+
+    At most one chunk of CHUNK elements is in memory beside it.
+    """
     local, own = local_part(tensor)
     dtype, flat = DTYPES[entry.dtype], local.view(-1)
     direct = dtype == local.dtype and local.device.type == "cpu"
@@ -333,8 +335,7 @@ def write_shared(directory, shards, tensors, dtypes, prefix=""):
 
 
 def gathered(tensor):
-    """The whole of a tensor; where it is split, every rank calls this, and parts travel through the
-    device."""
+    """The whole of a tensor. Where it is split, every rank calls this, and parts go through the device."""
     if not is_split(tensor):
         return tensor
     tensor = tensor.to(tensor.device_mesh.device_type)

@@ -1,7 +1,7 @@
 """RunState: the directory of a run, what it continues from, and what it has to remember from step to step.
 
-All of resume is here: which checkpoint is continued, whether it is whole, whether it belongs to this run, what is
-restored, and what a checkpoint keeps for the next resume.
+All of resume is here: which checkpoint is resumed, whether it is complete, whether it belongs to this run,
+what is restored, and what a checkpoint keeps for the next resume.
 """
 
 import collections
@@ -23,7 +23,7 @@ ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "
 
 @dataclass
 class Source:
-    """Where the weights of a model are: its directory, that of its adapter if it has one, and config.json's values."""
+    """The directories of a model, its adapter (if any) and its tokenizer; the values of config.json."""
 
     model: str
     adapter: str | None
@@ -32,7 +32,7 @@ class Source:
 
     @classmethod
     def find(cls, model, adapter=None, tokenizer=None):
-        """Of directories; without a tokenizer directory it is the adapter's, where that has one, or the model's."""
+        """The Source of these directories; `tokenizer` is by default the adapter's or the model's."""
         if tokenizer is None:
             has_own = adapter and os.path.exists(os.path.join(adapter, "tokenizer.json"))
             tokenizer = adapter if has_own else model
@@ -46,18 +46,19 @@ class Source:
 class RunState:
     """The state of a run outside model and optimizer.
 
-    step       the last optimizer step that was taken
-    best       {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, validations since without a lower one
-    norms      the last 64 gradient norms, before clipping
+    step             the last optimizer step that was taken
+    best             {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, and the number of
+                     validations since without a lower one
+    norms            the last 64 gradient norms, before clipping
     owes_evaluation  a signal ended the evaluation after `step` early: it is done again before the next step
-    source     where the weights come from: a checkpoint is a model directory too
+    source           where the weights come from: a checkpoint is a model directory too
     """
 
     def __init__(self, cfg, ranks):
         """A new run, or the checkpoint that --resume_from names, verified.
 
-        Raises UserError where the output directory already holds a run, or the checkpoint is not whole or is not of
-        the kind of run (full or LoRA) that cfg asks for. A failed resume never trains.
+        Raises UserError where the output directory already holds a run, or the checkpoint is incomplete or
+        not of the kind of run (full or LoRA) that cfg asks for. A failed resume never trains.
         """
         self.cfg, self.is_writer = cfg, ranks.rank == 0
         self.root = os.path.join(cfg.output_dir, "checkpoints")
@@ -67,9 +68,10 @@ class RunState:
         if self.resumed:
             checkpoint.verify(self.resumed)
             self.saved = checkpoint.load_state(self.resumed)
-        elif not cfg.resume_from and not cfg.selfcheck and os.path.exists(os.path.join(cfg.output_dir, "metrics.jsonl")):
-            raise UserError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, --output_dir "
-                            "DIR starts another elsewhere")
+        elif (not cfg.resume_from and not cfg.selfcheck
+              and os.path.exists(os.path.join(cfg.output_dir, "metrics.jsonl"))):
+            raise UserError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, "
+                            "--output_dir DIR starts another elsewhere")
         self.step = self.saved["step"]
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
@@ -106,12 +108,15 @@ class RunState:
         differ = [f"{key} {self.saved.get(key)} then, {now} now" for key, now in self.identity.items()
                   if self.saved.get(key) != now]
         if differ:
-            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} is of another run ({'; '.join(differ)}); "
-                            "give what it was started with, or start a new run with another --output_dir")
+            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} is of another run "
+                            f"({'; '.join(differ)}); give what it was started with, or start a new run with "
+                            "another --output_dir")
 
     def restore(self, model, optimizer, tokenizer):
-        """Load the optimizer's state and fp32 masters where a checkpoint is resumed, and keep what each checkpoint of
-        this run will hold beside them."""
+        """Load the optimizer's state and the fp32 masters if a checkpoint is resumed.
+
+        Also keep what each checkpoint of this run will hold beside them.
+        """
         source = self.source
         generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
@@ -129,8 +134,10 @@ class RunState:
             optimizer.publish()
 
     def restore_links(self):
-        """Later steps in this directory belong to the run that is left; and a kill between two links leaves the second
-        one behind."""
+        """Point latest and best at the resumed run: later steps in this directory are of an abandoned run.
+
+        A kill between the two links also leaves the second one out of date.
+        """
         checkpoint.set_link(self.root, self.step)
         if self.cfg.keep_best and os.path.isdir(os.path.join(self.root, f"step_{self.best['step']}")):
             checkpoint.set_link(self.root, self.best["step"], "best")
@@ -149,8 +156,10 @@ class RunState:
         return is_best
 
     def is_spike(self, grad_norm):
-        """--max_grad_norm_factor: whether the norm is above `norm_limit`, that many times the median of the last 64,
-        once there are 16. Notes the norm."""
+        """--max_grad_norm_factor: whether the norm is above `norm_limit`, and remember the norm.
+
+        The limit is that factor times the median of the last 64 norms; there is none before 16.
+        """
         factor = self.cfg.max_grad_norm_factor
         self.norm_limit = math.inf
         if factor and len(self.norms) >= 16:
@@ -161,7 +170,12 @@ class RunState:
     def save(self, model, optimizer, is_best):
         """Write the checkpoint of the last step; every rank calls it. Then delete those that are not kept."""
         links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
-        state = {**self.identity, "best": self.best, "is_cut": self.owes_evaluation, "norms": list(self.norms)}
+        state = {
+            **self.identity,
+            "best": self.best,
+            "is_cut": self.owes_evaluation,
+            "norms": list(self.norms),
+        }
         checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, layout=self.layout,
                         exported=self.exported, state=state, links=links)
         if self.is_writer:

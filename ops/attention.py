@@ -12,8 +12,8 @@ import torch.nn.functional as F
 class Documents:
     """How many tokens each document of a row has.
 
-    torch.compile guards on the values of a tuple and would compile again for each number of documents. It passes an
-    object on without looking inside.
+    torch.compile guards on the values of a tuple and would compile again for each number of documents. It
+    passes an object through without looking inside.
     """
 
     def __init__(self, lengths):
@@ -28,8 +28,8 @@ def attend(q, k, v, documents, window):
     documents  Documents with sum N
     window     how many tokens back each token sees, itself included; None: all
 
-    One call a document: no mask is built, and nothing is computed across documents (on the CPU 179 ms against 304 ms
-    for one masked call, 1,024 tokens in six documents).
+    One call a document: no mask is built, and nothing is computed across documents (on the CPU 179 ms against
+    304 ms for one masked call, 1,024 tokens in six documents).
     """
     q_lengths = documents.lengths
     k_lengths = q_lengths if len(q_lengths) > 1 else k.shape[0]
@@ -57,6 +57,8 @@ def attend_alone(q, k, v, window):
 
 @functools.cache
 def opaque_attend():
-    """attend as torch.compile calls it without looking inside: its loop over documents would be compiled again for
-    each packing. Cached, as each new wrapper would be compiled again too."""
+    """attend, opaque to torch.compile, which would compile its loop over documents again for each packing.
+
+    Cached, as each new wrapper would be compiled again too.
+    """
     return torch.compiler.disable(attend)

@@ -1,6 +1,6 @@
-"""The next-token loss, which never holds the logits of a whole micro-batch: only target rows reach the head, in chunks.
+"""The next-token loss without the logits of a whole micro-batch: only target rows reach the head, in chunks.
 
-Shapes: N tokens of the row, R of them with a target, C hidden size, V rows of the head (its part of the vocabulary).
+Shapes: N tokens of the row, R with a target, C hidden size, V rows of the head (its part of the vocabulary).
 """
 
 from typing import NamedTuple
@@ -16,12 +16,15 @@ class LossOut(NamedTuple):
 
     total: torch.Tensor  # () fp32, nats summed over the targets; the caller divides
     each: torch.Tensor  # (R,) fp32, the loss of each target; without a gradient
-    correct: torch.Tensor | None  # (R,) bool, whether the most likely token is the target; None until asked for
+    correct: torch.Tensor | None  # (R,) bool, whether the likeliest token is the target; None until asked for
 
 
 class Head(nn.Linear):
-    """lm_head: hidden states (N, C) -> logits (N, V). The loss reads its weight and the three names below, which a
-    head that holds a part of the vocabulary overrides (ranks/tp.py)."""
+    """lm_head: hidden states (N, C) -> logits (N, V).
+
+    The loss reads its weight and the three names below. A head that holds only a part of the vocabulary
+    overrides them (ranks/tp.py).
+    """
 
     first_id = 0  # token id of the weight's first row
 
@@ -38,21 +41,25 @@ def loss(hidden, head, rows, targets, weights=None):
 
     hidden   (N, C)  after the final norm
     head             a Head
-    rows     (R,)    int64; positions in hidden whose next token is a target. They come from the data: to look for
+    rows     (R,)    int64; positions in hidden whose next token is a target. They come from the data: finding
                      them on the device would make the host wait for it
     targets  (R,)    int64; that next token
     weights  (R,)    must be None: a float weight for each target is not supported yet
     """
     if weights is not None:
         raise NotImplementedError("the loss takes no weights yet")
-    total, each = ChunkedCrossEntropy.apply(hidden[rows], head.local_weight(), targets, head, torch.is_grad_enabled())
+    total, each = ChunkedCrossEntropy.apply(
+        hidden[rows], head.local_weight(), targets, head, torch.is_grad_enabled())
     return LossOut(total, each, None)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Forms the gradient of each chunk in forward, while its logits exist: nothing is computed twice, and one
-    (CHUNK, V) buffer is alive instead of the three (N, V) ones of plain cross-entropy. The cost: the gradients of
-    hidden and weight, which backward would make anyway, live from forward on."""
+    """Computes the gradient of each chunk in forward, while its logits exist.
+
+    Nothing is computed twice, and one (CHUNK, V) buffer is alive instead of the three (N, V) ones of plain
+    cross-entropy. The cost: the gradients of hidden and weight, which backward would make anyway, live from
+    forward on.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, head, grad_enabled):
@@ -64,15 +71,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             weight_grad = torch.empty_like(weight, dtype=torch.float32)  # fp32 always, as it sums over chunks
             if not len(targets) or hidden.dtype != torch.float32:
                 weight_grad.zero_()  # otherwise the first chunk's product overwrites it
-        buffer = hidden.new_empty(min(CHUNK, len(targets)), weight.shape[0])  # new memory for each chunk costs time
+        # one buffer, as new memory for each chunk costs time
+        buffer = hidden.new_empty(min(CHUNK, len(targets)), weight.shape[0])
         for start in range(0, len(targets), CHUNK):
             h = hidden[start : start + CHUNK]
             t = targets[start : start + CHUNK, None] - head.first_id
-            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()  # (CHUNK, V); changed in place from here on
+            # (CHUNK, V); changed in place from here on
+            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()
             largest = logits.amax(dim=1, keepdim=True)
             head.all_reduce(largest, "max")
             logits -= largest
-            is_here = ((t >= 0) & (t < weight.shape[0])).float()  # 1 where this part of the vocabulary has the target
+            # 1 where this part of the vocabulary has the target
+            is_here = ((t >= 0) & (t < weight.shape[0])).float()
             t = t.clamp(0, weight.shape[0] - 1)
             picked = logits.gather(1, t) * is_here
             sums = torch.cat((logits.exp_().sum(dim=1, keepdim=True), picked), dim=1)
@@ -80,7 +90,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             torch.sub(sums[:, 0].log(), sums[:, 1], out=each[start : start + CHUNK])
             if hidden_grad is None and weight_grad is None:
                 continue
-            logits /= sums[:, :1]  # probabilities; minus the one-hot target they are the gradient of the logits
+            # probabilities; minus the one-hot target they are the gradient of the logits
+            logits /= sums[:, :1]
             logits.scatter_add_(1, t, -is_here)
             if hidden_grad is not None:
                 torch.mm(logits.to(h.dtype), weight, out=hidden_grad[start : start + CHUNK])
@@ -99,8 +110,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         if ctx.grads is None:
-            raise RuntimeError("the loss has been differentiated once already, and its gradients were scaled in place; "
-                               "compute the loss anew")
+            raise RuntimeError("the loss has been differentiated once already, and its gradients were scaled "
+                               "in place; compute the loss anew")
         hidden_grad, weight_grad = ctx.grads
         ctx.grads = None
         for g in (hidden_grad, weight_grad):

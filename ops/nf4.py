@@ -1,11 +1,11 @@
-"""A frozen matrix in 4 bits: NormalFloat4 in blocks of 64, their scales in 8 bits, as QLoRA stores its base model.
+"""A frozen matrix in 4 bits, as QLoRA stores its base model: NormalFloat4 in blocks of 64, scales in 8 bits.
 
-Owns the 16 levels, the storage of one matrix, products with it and the linear layer made of them, in plain PyTorch on
-any device. It knows nothing of adapters, files or other processes.
+This file has the 16 levels, the storage of one matrix, products with it and the linear layer made of them, in
+plain PyTorch on any device. It knows nothing of adapters, files or other processes.
 Source: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E.
 
-Row o of every stored tensor is all there is of row o of the matrix (an output feature), and does not depend on other
-rows: slices of rows are, bit for bit, the storage of that slice of the matrix, so ranks may hold one each.
+Row o of every stored tensor holds all of row o of the matrix (an output feature) and does not depend on other
+rows. Slices of rows are, bit for bit, the storage of that slice of the matrix, so ranks may hold one each.
 """
 
 import functools
@@ -23,12 +23,14 @@ TINY = torch.finfo(torch.float32).tiny  # divides in place of a scale or step of
 
 
 def quantile_levels():
-    """The levels, (16,) fp32, ascending: 0, and quantiles of N(0, 1) scaled to [-1, 1], 8 above and 7 below it.
+    """The levels, (16,) fp32, ascending: 0, and quantiles of N(0, 1) scaled to [-1, 1], 8 above 0, 7 below.
 
-    Evenly spaced in probability from 1/2 to the mean of 1 - 1/32 and 1 - 1/30. bitsandbytes' table differs by 2e-7.
+    They are evenly spaced in probability from 1/2 to the mean of 1 - 1/32 and 1 - 1/30. The table of
+    bitsandbytes differs by 2e-7.
     """
     edge = 1 - (1 / 32 + 1 / 30) / 2
-    above, below = (torch.special.ndtri(torch.linspace(edge, 0.5, n + 1, dtype=torch.float64)[:n]) for n in (8, 7))
+    above, below = (
+        torch.special.ndtri(torch.linspace(edge, 0.5, n + 1, dtype=torch.float64)[:n]) for n in (8, 7))
     return (torch.cat((-below, torch.zeros(1), above.flip(0))) / above[0]).float()
 
 
@@ -37,13 +39,13 @@ LEVELS = quantile_levels()
 
 @functools.cache
 def pairs(device):
-    """The two levels that each byte stands for, (256,) int64: the bits of two fp32, gathered three times as fast."""
+    """The two levels of each byte, (256,) int64 of two fp32 each: that is three times as fast to gather."""
     both = torch.stack((LEVELS.repeat_interleave(16), LEVELS.repeat(16)), dim=1)
     return both.view(torch.int64).flatten().to(device)
 
 
 def views(packed, columns):
-    """The storage of a (rows, columns) matrix in packed (rows, bytes) uint8, a row of it after another; / rounds up.
+    """Views of packed, (rows, bytes) uint8, which stores a (rows, columns) matrix row by row; / rounds up.
 
     coarse  (rows, 2 * groups)    fp32; low and step of each group of 256 blocks
     scales  (rows, columns / 64)  uint8; the scale of a block is low + code**2 * step
@@ -56,7 +58,10 @@ def views(packed, columns):
 
 
 def empty(rows, columns, device):
-    """Undefined packed storage, (rows, bytes) uint8: 0.525 bytes a weight for 896 columns. A row is whole words."""
+    """Undefined packed storage, (rows, bytes) uint8: 0.525 bytes a weight for 896 columns.
+
+    The bytes of a row are a multiple of 4.
+    """
     blocks = -(-columns // BLOCK)
     used = 8 * -(-blocks // GROUP) + blocks + -(-columns // 2)
     return torch.empty(rows, used + -used % 4, dtype=torch.uint8, device=device)
@@ -67,7 +72,8 @@ def block_scales(storage, start, stop):
     scales = storage["scales"][start:stop].float().square_()
     for g, part in enumerate(scales.split(GROUP, dim=1)):
         low, step = storage["coarse"][start:stop, 2 * g : 2 * g + 2].split(1, dim=1)
-        part.mul_(step).add_(low)  # not fused, which may round otherwise where a vector register is not filled
+        # not fused: a fused product may round differently where a vector register is not filled
+        part.mul_(step).add_(low)
     return scales
 
 
@@ -75,12 +81,13 @@ def block_scales(storage, start, stop):
 def quantize_(storage, weight):
     """Fill `storage` from weight (rows, columns) of any float dtype, PIECE / 4 values at a time.
 
-    Raises ValueError where weight is NaN or infinite: one device sync a piece, to see whether it is.
+    Raises UserError where weight is NaN or infinite: one device sync a piece, to see whether it is.
 
-    The 8 bits of a scale count the root of its distance to the group's smallest; the paper has a float around the mean.
-    On normal weights this adds 0.03 to 0.05% to the mean error of one quantisation (0.0728 std), the paper's 0.2%; with
-    one column 100 times the others 0.1%, the paper's 9%, even steps 0.8%: a few huge scales leave fine steps for the
-    rest. A root is rounded exactly; a logarithm is not, and slices of rows could differ.
+    The 8 bits of a scale encode the square root of its distance to the smallest scale of the group; the paper
+    stores a float around the mean. On normal weights this adds 0.03 to 0.05% to the mean error of one
+    quantisation (0.0728 std), the paper's way 0.2%. With one column 100 times the others it adds 0.1%, the
+    paper's way 9%, even steps 0.8%: a few huge scales leave fine steps for the rest. A square root is rounded
+    exactly; a logarithm is not, and slices of rows could differ.
     """
     rows, columns = weight.shape
     midpoints = ((LEVELS[1:] + LEVELS[:-1]) / 2).to(weight.device)
@@ -91,22 +98,23 @@ def quantize_(storage, weight):
         largest = values.abs().amax(dim=2)  # (rows, blocks); NaN where a value is
         if not largest.isfinite().all():
             row, column = (~values.flatten(1).isfinite()).nonzero()[0].tolist()
-            raise UserError(f"the weight is {weight[start + row, column].item()} at row {start + row}, column "
-                            f"{column}; only finite numbers can be quantised")
+            raise UserError(f"the weight is {weight[start + row, column].item()} at row {start + row}, "
+                            f"column {column}; only finite numbers can be quantised")
         for g, part in enumerate(largest.split(GROUP, dim=1)):
             low, high = part.aminmax(dim=1, keepdim=True)
             step = (high - low) / 255**2
             storage["coarse"][start:stop, 2 * g : 2 * g + 2] = torch.cat((low, step), dim=1)
             codes = ((part - low) / step.clamp_min(TINY)).sqrt().round()
             storage["scales"][start:stop, GROUP * g : GROUP * (g + 1)] = codes
-        # Nearest under the scale that will be used, not the one it stands for: no value ends farther off.
+        # Nearest under the scale that will be used, not the scale it encodes: no value ends farther off.
         scales = block_scales(storage, start, stop).clamp_min(TINY).unsqueeze(2)
-        codes = torch.bucketize(values / scales, midpoints, out_int32=True).flatten(1)[:, : columns + columns % 2]
+        codes = torch.bucketize(
+            values / scales, midpoints, out_int32=True).flatten(1)[:, : columns + columns % 2]
         storage["codes"][start:stop] = (codes[:, 0::2] << 4) | codes[:, 1::2]
 
 
 def dequantize(storage, dtype, start, stop, columns=None):
-    """Rows start..stop of the matrix, (stop - start, columns) in `dtype`; an odd number of columns has to be given."""
+    """Rows start..stop of the matrix, (stop - start, columns) in `dtype`. An odd `columns` must be given."""
     scales, codes = block_scales(storage, start, stop), storage["codes"][start:stop]
     columns = columns or 2 * codes.shape[1]
     values = pairs(codes.device).index_select(0, codes.flatten().int())
@@ -138,7 +146,7 @@ def matmul(x, storage, columns, transpose):
 
 
 class Product(torch.autograd.Function):
-    """x @ W.T, of which nothing is kept for backward but W's storage: W is dequantised a second time there."""
+    """x @ W.T that keeps only W's storage for backward, where W is dequantised a second time."""
 
     @staticmethod
     def forward(ctx, x, weight, columns):
@@ -149,12 +157,19 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return matmul(grad, views(weight.view(torch.uint8), ctx.columns), ctx.columns, transpose=False), None, None
+        return (
+            matmul(grad, views(weight.view(torch.uint8), ctx.columns), ctx.columns, transpose=False),
+            None,
+            None,
+        )
 
 
 class NF4Weight:
-    """Mixin for a linear layer whose frozen weight is packed storage. The bytes pass as bf16, which nothing computes
-    with: FSDP2 shards no integers (torch 2.11), and mixed precision casts fp32 and integers, but not bf16."""
+    """Mixin for a linear layer whose frozen weight is packed storage, its bytes viewed as bf16.
+
+    Nothing computes with that bf16: FSDP2 shards no integers (torch 2.11), and mixed precision casts fp32 and
+    integers, but not bf16.
+    """
 
     def product(self, x, weight, bias):
         """x @ W.T + bias, of a whole weight as it is stored."""
@@ -162,7 +177,7 @@ class NF4Weight:
         return y if bias is None else y.add_(bias)
 
     def quantize_rows(self, stored, weight):
-        """Quantise rows of the matrix into the same rows of the weight. Raises UserError where they aren't finite."""
+        """Quantise rows of the matrix into the same rows of the weight. Raises UserError if not finite."""
         quantize_(views(stored.view(torch.uint8), self.in_features), weight)
 
 
@@ -180,7 +195,7 @@ class NF4Linear(NF4Weight, nn.Linear):
 
 
 def quantize_linears(model):
-    """Replace every linear layer but the head, whose weight the loss reads, by one that stores 4 bits; in place."""
+    """Replace every linear layer but the head, whose weight the loss reads, by a 4-bit one, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             model.set_submodule(name, NF4Linear(module))

@@ -39,8 +39,7 @@ def build(optimizer_class, groups, *, lr, betas, eps, offload=False):
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019): torch's fused kernel on this rank's
-    parts.
+    """Adam with decoupled weight decay (Loshchilov, Hutter 2019): torch's fused kernel on this rank's parts.
 
     Not a torch.optim.Optimizer: that is the same arithmetic, but importing it loads torch's compiler, 0.7 s
     before the first step, and clipping gradients for it takes a pass of its own over their memory.
@@ -56,10 +55,9 @@ class AdamW:
         self.betas, self.eps = betas, eps
 
     def new_state(self, p):
-        """name -> tensor, each shaped and split like p: what this optimizer keeps for p, before the first
-        update.
+        """{name: tensor, shaped and split like p}: what this optimizer keeps for p, before the first update.
 
-        A checkpoint saves and restores these, by their names; "master" is taken (disk/checkpoint.py).
+        A checkpoint saves and restores these by their names; "master" is reserved (disk/checkpoint.py).
         """
         return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
@@ -158,8 +156,8 @@ def set_lr(optimizer, lr):
 class ChangeMeter:
     """The share of the weights that an update changes: what is below their precision changes none.
 
-    Measured every tenth step, as it waits for the device, on about 64 k elements spread over all that this rank
-    updates.
+    Measured every tenth step, as it waits for the device, on about 64 k elements spread over all weights that
+    this rank updates.
     """
 
     def __init__(self, optimizer):

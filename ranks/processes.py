@@ -197,7 +197,8 @@ def start(tp, timeout, deterministic=False):
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging; a pass over all new memory
+        # for debugging only; it would cost a pass over all new memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:

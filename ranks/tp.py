@@ -1,8 +1,8 @@
-"""Tensor parallelism as in Megatron (Shoeybi et al. 2019), from PyTorch's DTensor: --strategy megatron --tp N.
+"""Tensor parallelism as in Megatron (Shoeybi et al. 2019), by PyTorch's DTensor: --strategy megatron --tp N.
 
-The matrices of each block are split over the ranks of a tp group: first by output rows, then by input columns, so that
-a block has two all-reduces in each direction. Embedding, head and loss are split by the vocabulary. This file knows
-Hugging Face's module names and nothing else of the model.
+The matrices of each block are split over the ranks of a tp group: first by output rows, then by input
+columns, so that a block has two all-reduces in each direction. Embedding, head and loss are split by the
+vocabulary. Of the model, this file knows only Hugging Face's module names.
 
 torch.distributed.tensor is imported where it is used: it takes half a second, and most runs have no tp.
 """
@@ -14,12 +14,14 @@ from torch import nn
 from ops.loss import Head
 from settings.errors import UserError
 
-COLUMNS_SPLIT = ("o_proj", "down_proj")  # their weights are split by input columns; the other layers' by output rows
+# their weights are split by input columns; the other layers' by output rows
+COLUMNS_SPLIT = ("o_proj", "down_proj")
 
 
 def split(model, mesh):
-    """Split the model, which is on meta, over `mesh` of one dimension, in place. FSDP2 comes after it and shards the
-    slices that it finds.
+    """Split the model, which is on meta, over `mesh` of one dimension, in place.
+
+    FSDP2 comes after it and shards the slices that it finds.
 
     Raises UserError when the mesh's size does not divide what is split.
     """
@@ -27,7 +29,8 @@ def split(model, mesh):
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     config, size = model.config, mesh.size()
-    divided = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    divided = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size,
+               config.vocab_size)
     if any(n % size for n in divided):
         fit = [n for n in range(1, config.num_key_value_heads + 1) if not any(m % n for m in divided)]
         raise UserError(f"--tp {size} must divide the attention heads, key/value heads, intermediate_size "
@@ -43,15 +46,16 @@ def split(model, mesh):
     parallelize_module(model.model, mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
     model.lm_head = VocabParallelHead(model.lm_head, mesh)
     model.tie_weights()
-    for name in frozen:  # parallelize_module makes new parameters, some of which would be trained (torch 2.13)
+    # parallelize_module makes new parameters, some of which would be trained (torch 2.13)
+    for name in frozen:
         model.get_parameter(name).requires_grad_(False)
 
 
 def block_plan(config):
     """Module name in a block -> how it is split.
 
-    The inputs of attention and MLP are declared as replicated, so that backward has one all-reduce for all layers that
-    read them, not one for each (five instead of two in a block).
+    The inputs of attention and MLP are declared as replicated, so that backward has one all-reduce for all
+    layers that read them, not one for each (five instead of two in a block).
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
@@ -77,15 +81,18 @@ def block_plan(config):
         "mlp.down_proj": RowwiseParallel(),
     }
     if config.qk_norm:
-        # each rank normalises its own heads (dim 1 of N, H, D) with the same weight, whose gradient is then summed
+        # each rank normalises its own heads (dim 1 of N, H, D) with the same weight; its gradient is summed
         for name in ("self_attn.q_norm", "self_attn.k_norm"):
             plan[name] = SequenceParallel(sequence_dim=1, use_local_output=True)
     return plan
 
 
 class VocabParallelHead(Head):
-    """lm_head of which this rank holds the rows of its part of the vocabulary. The loss works on that part: no rank
-    ever holds the whole logits of a chunk. Its own output, when a text is generated, is the whole logits, gathered."""
+    """lm_head of which this rank holds the rows of its part of the vocabulary.
+
+    The loss works on that part: no rank ever holds the whole logits of a chunk. forward, with which text is
+    generated, gathers the whole logits.
+    """
 
     def __init__(self, head, mesh):
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -113,9 +120,9 @@ class VocabParallelHead(Head):
 class ParallelAdapter:
     """Mixin for lora.LoRALinear: this rank has a slice of the weight, and of A or of B.
 
-    The layer computes with plain tensors, this rank's parts. Nothing is communicated beyond what the layer without an
-    adapter does: the base's and the adapter's part of the output are summed in one all-reduce. The small matrix that
-    is not split gets a part of its gradient on each rank, and FSDP2 sums those once a step.
+    The layer computes with plain tensors, this rank's parts. An adapter adds no communication to the layer:
+    the base's and the adapter's part of the output are summed in one all-reduce. The small matrix that is not
+    split gets a part of its gradient on each rank, and FSDP2 sums those once a step.
     """
 
     split_dims = {}  # parameter name -> dimension that is split; the others are whole on each rank
@@ -164,7 +171,8 @@ class RowParallelAdapter(ParallelAdapter):
         weight, bias, *adapter = self.local_parts()
         if self.mesh.get_local_rank():
             bias = None  # added once
-        y = DTensor.from_local(self.compute(x, weight, bias, *adapter), self.mesh, [self.partial], run_check=False)
+        y = DTensor.from_local(
+            self.compute(x, weight, bias, *adapter), self.mesh, [self.partial], run_check=False)
         return y.redistribute(placements=[Replicate()]).to_local()
 
     def sum_over_columns(self, squares):

@@ -1,7 +1,7 @@
 """Where a run's numbers go: JSON Lines files, the screen, and the loggers that --logger names.
 
-Rank 0 alone writes. A logger of others (wandb, tensorboard, trackio) works in a thread of its own: one that fails or
-hangs loses its numbers, not the run. metrics.jsonl has them all.
+Only rank 0 writes. A logger of another package (wandb, tensorboard, trackio) works in a thread of its own: if
+it fails or hangs, its numbers are lost, not the run. metrics.jsonl has them all.
 """
 
 import dataclasses
@@ -28,17 +28,21 @@ LOGGERS = ("console", "wandb", "tensorboard", "trackio")
 
 
 def check_loggers(names):
-    """Raises ValueError for a logger that is unknown or not installed: before anything is loaded."""
+    """Raise UserError for a logger that is unknown or not installed, before anything is loaded."""
     for name in filter(None, map(str.strip, names.split(","))):
         if name not in LOGGERS:
             raise UserError(f"--logger {names}: {name!r} is none of {', '.join(LOGGERS)}")
         if name != "console" and importlib.util.find_spec(name) is None:
-            raise UserError(f"--logger {names}: {name} is not installed; type: {sys.executable} -m pip install {name}")
+            raise UserError(f"--logger {names}: {name} is not installed; "
+                            f"type: {sys.executable} -m pip install {name}")
 
 
 class Warnings(logging.Handler):
-    """What Python and torch warn of on any rank, shown once: rank 0 prints its own at once, and of the others', which
-    reach it through the store, what it has not said itself."""
+    """The warnings of Python and torch on all ranks, each shown once.
+
+    Rank 0 prints its own at once. The other ranks send theirs through the store, and rank 0 prints those that
+    it has not printed yet.
+    """
 
     def __init__(self, store, rank):
         super().__init__(logging.WARNING)
@@ -52,7 +56,8 @@ class Warnings(logging.Handler):
         self = cls(ranks.store, ranks.rank)
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").handlers = [self]
-        for name, logger in logging.root.manager.loggerDict.items():  # torch has handlers at several of its loggers
+        # torch has handlers at several of its loggers
+        for name, logger in logging.root.manager.loggerDict.items():
             if name.startswith("torch") and getattr(logger, "handlers", None):
                 logger.handlers = [self]
         return self
@@ -78,7 +83,7 @@ class Warnings(logging.Handler):
 
 
 class Lines:
-    """A file of JSON lines with a step each: one is with the system when write returns, on the disk when sync does."""
+    """A file of JSON lines with a step each. write hands a line to the system, sync flushes it to disk."""
 
     def __init__(self, path, last_step):
         kept = []
@@ -90,7 +95,8 @@ class Lines:
         with files.naming(path), open(path + ".tmp", "wb") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)
-        self.path, self.file = path, open(path, "ab", buffering=0)  # a buffer would be written once more at the end
+        # a buffer would be written once more at the end
+        self.path, self.file = path, open(path, "ab", buffering=0)
 
     def write(self, **values):
         line = (json.dumps(values) + "\n").encode()
@@ -99,13 +105,14 @@ class Lines:
                 line = line[self.file.write(line):]
 
     def sync(self):
-        os.stat(self.path)  # raises where the file has lost its name: deleted, or with the file system it is on
+        # raises where the file has lost its name: it was deleted, or its file system is gone
+        os.stat(self.path)
         with files.naming(self.path):
             os.fsync(self.file.fileno())
 
 
 def step_of(line, where):
-    """The step of a line of JSON; ValueError, with where it is, if it has none."""
+    """The step of a line of JSON. Raises UserError, which says `where` the line is, if it has none."""
     try:
         values = json.loads(line)
     except ValueError as error:
@@ -125,8 +132,8 @@ def open_wandb(settings, directory, last_step):
     with open(path, encoding="utf-8") as f:
         run_id = f.read()
     try:
-        run = wandb.init(project=settings["project"], name=settings["run_name"], dir=directory, config=settings,
-                         id=run_id, resume="allow")
+        run = wandb.init(project=settings["project"], name=settings["run_name"], dir=directory,
+                         config=settings, id=run_id, resume="allow")
     except wandb.errors.Error as error:
         raise UserError(f"--logger wandb: {error} Or set WANDB_MODE=offline, or leave wandb out.") from error
     return run.log, run.finish
@@ -161,7 +168,8 @@ class Logger(threading.Thread):
 
     def __init__(self, name, settings, directory, last_step):
         super().__init__(name=name, daemon=True)
-        self.log, self.finish = OPEN[name](settings, directory, last_step)  # fails here, before the first step
+        # fails here, before the first step
+        self.log, self.finish = OPEN[name](settings, directory, last_step)
         self.waiting, self.was_lost = queue.SimpleQueue(), False
         self.start()
 
@@ -180,11 +188,12 @@ class Logger(threading.Thread):
         self.put(None)
         self.join(seconds)
         if self.is_alive():
-            print(f"warning: --logger {self.name} has not finished in {seconds} s; left alone", file=sys.stderr)
+            print(f"warning: --logger {self.name} has not finished in {seconds} s; left alone",
+                  file=sys.stderr)
 
 
 class Log:
-    """The screen, metrics.jsonl, samples.jsonl and the loggers of one run. Rank 0 writes; elsewhere it does nothing.
+    """The screen, metrics.jsonl, samples.jsonl and the loggers of one run. Only rank 0 writes.
 
     last_step  of the checkpoint that is resumed: later lines are removed from the files
     warnings   of all ranks, if there are several
@@ -199,23 +208,27 @@ class Log:
         self.val_loss, self.printed, self.started = None, -1e9, time.perf_counter()
         self.loggers, self.bar = [], tqdm(disable=True)
         if self.writes:
-            report.assets()  # a file of the page that is missing stops the run here, not at its first checkpoint
+            # a missing file of the page stops the run here, not at its first checkpoint
+            report.assets()
             # loggers first: one that can't start leaves no files behind that look like a run's
             settings = dataclasses.asdict(cfg)
-            self.loggers = [Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
+            self.loggers = [
+                Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
             self.metrics, self.samples = (
-                Lines(os.path.join(self.directory, f"{name}.jsonl"), last_step) for name in ("metrics", "samples"))
+                Lines(os.path.join(self.directory, f"{name}.jsonl"), last_step)
+                for name in ("metrics", "samples"))
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
-        """What is trained, on what, for how long: on the screen, in ledger.json and config.yaml. Starts the bar."""
+        """Print what is trained, on what, how long; write ledger.json and config.yaml; start the bar."""
         if not self.writes:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trained = f"{n_trained:,} trained with LoRA" if cfg.use_lora else "all trained"
         strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.size > 1 else ""
         facts = {
-            "model": f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, {trained}, "
-                     f"{cfg.dtype_on(ranks.device)} on {ranks.size} × {ranks.device.type}{strategy}",
+            "model": f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
+                     f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.size} × {ranks.device.type}"
+                     f"{strategy}",
             "train": train_set.ledger.lines(),
             "validation": [f"{line} (validation)" for line in val_set.ledger.lines()] if val_set else [],
             "ranks": ranks.size,
@@ -235,7 +248,8 @@ class Log:
         per_epoch = sampler.per_epoch[0]
         share = sum(sampler.quotas) / len(train_set) / per_epoch  # of the data, in a step
         print(f"steps    {self.total:,} = {self.total / per_epoch:.4g} epochs of {per_epoch:,}, of about "
-              f"{len(train_set) * share:.3g} conversations, {int(train_set.sizes.sum()) * share:,.0f} tokens, "
+              f"{len(train_set) * share:.3g} conversations, "
+              f"{int(train_set.sizes.sum()) * share:,.0f} tokens, "
               f"{train_set.ledger.target * share:,.0f} targets")
         if run.resumed:
             print(f"resume   {run.resumed}, after step {run.step}")
@@ -262,14 +276,17 @@ class Log:
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
         now = time.perf_counter()
-        if self.on_console and self.bar.disable and (now - self.printed > 10 or step == self.total):  # a log file
+        # without a bar, as in a log file
+        if self.on_console and self.bar.disable and (now - self.printed > 10 or step == self.total):
             self.printed = now
             left = (now - self.started) / (step - self.last_step) * (self.total - step)
             print(f"step {step:,} of {self.total:,}: {shown}, {tqdm.format_interval(left)} left", flush=True)
 
     def warn_if_still(self, step, values):
-        """Warn once of a step that changed almost no weight. The learning rate is small for a while as it rises and
-        falls, and a skipped step changes nothing: those do not count."""
+        """Warn once of a step that changed almost no weight.
+
+        Steps at a small learning rate, while it rises or falls, do not count, nor do skipped steps.
+        """
         changed = values.get("changed", 1)
         if self.was_warned or changed >= 0.01 or values["lr"] < self.peak_lr / 2 or "skipped" in values:
             return
@@ -279,8 +296,8 @@ class Log:
 
     def skipped(self, step, grad_norm, limit, sources):
         """A step whose gradient norm is a spike (--max_grad_norm_factor)."""
-        self.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; conversations: "
-                 f"{sources}")
+        self.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; "
+                 f"conversations: {sources}")
 
     def validation(self, step, val_loss, val_set, answers):
         """A validation's loss, if there is a validation set, and the answers to --sample_prompts."""
@@ -333,8 +350,8 @@ class Log:
         if stop and (run.owes_evaluation or run.step < self.total):
             print(f"stopped  after step {run.step} of {self.total}: --resume_from auto goes on")
         if run.stops_early:
-            print(f"stopped  after step {run.step}: {run.best['behind']} validations without a lower val_loss than "
-                  f"{run.best['val_loss']:.4f} of step {run.best['step']}")
+            print(f"stopped  after step {run.step}: {run.best['behind']} validations without a lower "
+                  f"val_loss than {run.best['val_loss']:.4f} of step {run.best['step']}")
         latest = os.path.join(run.root, "latest")
         kind = "PEFT adapter" if run.cfg.use_lora else "Hugging Face model"
         print(f"saved    {latest} -> step_{run.step}, a {kind} directory")

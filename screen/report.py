@@ -38,8 +38,7 @@ class Assets(NamedTuple):
 
 @functools.cache
 def assets():
-    """What each page is made of. sft.py calls this early: a missing file stops a run before its first
-    step."""
+    """What each page is made of. Called early in a run: a missing file stops it before its first step."""
     folder, texts = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets"), {}
     for name in ("uplot/uPlot.min.css", "report.css", "uplot/LICENSE", "uplot/uPlot.iife.min.js", "report.js",
                  "report.html"):
@@ -52,8 +51,7 @@ def assets():
 
 
 def read_lines(path):
-    """Yield the objects of a JSON Lines file, if it exists. An incomplete line is skipped: the last may be
-    one."""
+    """Yield the objects of a JSON Lines file, if it exists; skip incomplete lines, as the last may be one."""
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:

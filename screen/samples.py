@@ -1,6 +1,6 @@
-"""Texts that show what a run has learned: answers to --sample_prompts, and its easiest and hardest conversations.
+"""Texts that show what a run has learned: answers to --sample_prompts, its easiest and hardest conversations.
 
-samples.jsonl and the report have them. This file only makes them; log.py writes them down.
+They go into samples.jsonl and the report. This file only makes them; log.py writes them down.
 """
 
 import math
@@ -17,8 +17,11 @@ SAMPLE_TOKENS = 256  # of the longest answer to --sample_prompts
 
 
 def read_prompts(path, tokenizer, keys=formats.KEYS):
-    """[(what was said last, token ids), ...] of a .txt file with a prompt a line, or of a data file's conversations up
-    to their last answers."""
+    """[(last message, token ids), ...] of a .txt file with a prompt a line, or of a data file.
+
+    In a data file the prompts are its conversations up to their last answers. Raises UserError if a prompt is
+    empty or there is none.
+    """
     if path.endswith(".txt"):
         with open(path, encoding="utf-8") as f:
             conversations = [[{"role": "user", "content": line.strip()}] for line in f if line.strip()]
@@ -27,8 +30,8 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
         conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
                          for messages in conversations]
     if not conversations or not all(conversations):
-        raise UserError(f"--sample_prompts {path}: it must have prompts, one a line, or rows as --train_data's, each "
-                        "with something before its last answer")
+        raise UserError(f"--sample_prompts {path}: it must have prompts, one a line, or rows as "
+                        "--train_data's, each with something before its last answer")
     texts = [tokenizer.render(messages, add_generation_prompt=True) for messages in conversations]
     ids = [tokenizer.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     return [(messages[-1]["content"], tokens) for messages, tokens in zip(conversations, ids)]
@@ -44,8 +47,10 @@ class Prompts:
             self.texts = read_prompts(cfg.sample_prompts, tokenizer, keys)
 
     def answer(self, model, ranks):
-        """[(prompt, answer), ...], greedy; fewer once a signal came. All ranks compute each token together: a gather
-        of each block for each token."""
+        """[(prompt, answer), ...], greedy; fewer if a signal comes.
+
+        All ranks compute each token together, and gather each block for each token.
+        """
         found = []
         model.eval()
         for prompt, tokens in self.texts:
@@ -72,8 +77,10 @@ class ConversationLosses:
         return self.sums
 
     def extremes(self, tokenizer, count=10):
-        """What samples.jsonl keeps of the conversations with the highest and the lowest loss per target: a list of
-        dicts. All ranks call it."""
+        """What samples.jsonl keeps of the conversations with the highest and the lowest loss per target.
+
+        Returns a list of dicts. All ranks call it.
+        """
         dataset, sums = self.dataset, self.ranks.sum(self.sums.clone()).cpu()
         mean = sums / torch.from_numpy(np.array(dataset.n_targets))
         mean[sums < 0] = math.nan  # sorted to the end
@@ -83,7 +90,8 @@ class ConversationLosses:
             for i in ids.tolist():
                 tokens = dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tolist()
                 parts = [tokens] if len(tokens) <= 200 else [tokens[:100], tokens[-100:]]
-                text = " … ".join(tokenizer.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
+                text = " … ".join(
+                    tokenizer.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
                 found.append(dict(kind=kind, loss=mean[i].item(), target_tokens=int(dataset.n_targets[i]),
                                   source=dataset.source(i), text=text))
         return found

@@ -1,4 +1,4 @@
-"""What is the input's fault, and how a program answers it: one line and exit code 2. Bugs keep their tracebacks."""
+"""Errors that are the input's fault: reported in one line, with exit code 2. Bugs keep their tracebacks."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ ADVICE = {
 
 
 class UserError(ValueError):
-    """The input is at fault: a setting, a file, a model. Says the value given, the rule, and what to type instead."""
+    """A setting, a file or a model is at fault. Says the value given, the rule, and what to type instead."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -32,7 +32,7 @@ def run(main):
     1    a NonFiniteError
     130  Ctrl-C before the run listens for signals
 
-    Every other exception, a plain ValueError included, is a bug of this code or of a fork's and keeps its traceback.
+    Other exceptions, plain ValueErrors included, are bugs of this code or a fork and keep their tracebacks.
     """
     program = os.path.basename(sys.argv[0])
     try:

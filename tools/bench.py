@@ -3,33 +3,35 @@ those that are not among the six of DEFAULT. It takes some minutes, with --vs tr
 
 loss   the chunked cross-entropy beside a plain one: seconds and peak memory of forward and backward
 load   a model directory of random weights, loaded into fp32 by one process or --ranks of them as sft.py does
-       it: what each reads beside its share of the file, and its peak memory beside its share of the
-       parameters
+       it: what each reads beside its share of the file, its peak memory beside its share of the parameters
 save   a checkpoint of the same model, moments and fp32 masters included, written by one process, beside a
        copy of its files; both are flushed to the disk. load has such a copy too, unflushed
 ranks  tokens per second of sft.py on a small model as one process, as two (dp 2) and as two (tp 2), in turn
-data   conversations a second of data.load (read, render, tokenise, mask, write the cache) beside encode_batch alone on
-       the same text, with all cores; with --vs trl beside TRL's preparation of the same conversations to the same
-       targets, in two processes
-chat   tokens a second of chat.py's generation beside transformers' generate, greedy, on the same random weights of the
-       size of Qwen2.5-0.5B in fp32, behind a prompt of 64 tokens (pip install transformers)
-step   non-pad tokens a second and peak memory of sft.py on random weights of --shape small or mid in fp32, all trained,
-       without checkpointing, on conversations of log-normal length up to 1,024 tokens, and seconds from the launch to
-       the first optimizer step's end; with --vs trl the same conversations by TRL's SFTTrainer, padded and packed, with
-       --vs transformers by a plain loop around its model: padded batches, AdamW. flops_use: of sft.py, the operations
-       that its losses need (head on targets, attention per document) beside what a product of 2,048 x 2,048 reaches,
-       product_gflops. The faster the products of a machine are, the more of a step is all else, which memory bounds
-start  seconds from the launch of sft.py to the end of its first optimizer step on the embedded model, with nothing
-       cached and with the tokens cached; with --vs trl beside TRL's SFTTrainer on the same, or transformers, as in step
-memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B, 1 x 1,024 tokens in
-       fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer (pip install trl peft) in the same Python
-plan   what tools/plan.py says that a run's memory will be beside its peak, both above what the process takes before it
-       has a model, in fp32: two shapes, full and with LoRA, with and without checkpointing and offload, one or two
-       micro-batches a step, whose conversations fill max_length
+data   conversations a second of data.load (read, render, tokenise, mask, write the cache) beside encode_batch
+       alone on the same text, with all cores; with --vs trl beside TRL's preparation of the same
+       conversations to the same targets, in two processes
+chat   tokens a second of chat.py's generation beside transformers' generate, greedy, on the same random
+       weights of the size of Qwen2.5-0.5B in fp32, behind a prompt of 64 tokens (pip install transformers)
+step   non-pad tokens a second and peak memory of sft.py on random weights of --shape small or mid in fp32,
+       all trained, without checkpointing, on conversations of log-normal length up to 1,024 tokens, and
+       seconds from the launch to the first optimizer step's end; with --vs trl the same conversations by
+       TRL's SFTTrainer, padded and packed, with --vs transformers by a plain loop around its model: padded
+       batches, AdamW. flops_use: of sft.py, the operations that its losses need (head on targets, attention
+       per document) beside what a product of 2,048 x 2,048 reaches, product_gflops. The faster the products
+       of a machine are, the larger is the share of everything else in a step, which memory bounds
+start  seconds from the launch of sft.py to the end of its first optimizer step on the embedded model, with
+       nothing cached and with the tokens cached; with --vs beside TRL's SFTTrainer on the same, or beside
+       transformers, as in step
+memory peak memory and seconds per step of sft.py on random weights of the size of Qwen2.5-0.5B,
+       1 x 1,024 tokens in fp32, full and with LoRA; with --vs trl the same by TRL's SFTTrainer
+       (pip install trl peft) in the same Python
+plan   the memory that tools/plan.py predicts beside the peak of a run, both above what the process takes
+       before it has a model, in fp32: two shapes, full and with LoRA, with and without checkpointing and
+       offload, one or two micro-batches a step, whose conversations fill max_length
 
 Each side runs in processes of its own, as peak memory is the process's; figures of one line come from one run
 of this command and are meant as ratios: three numbers are the median, the least and the most. On the CPU, of
-Linux: memory and bytes are what /proc tells. Nothing here is a test.
+Linux: memory and bytes come from /proc. Nothing here is a test.
 """
 
 if __name__ == "__main__":
@@ -276,8 +278,7 @@ def bench_chat(cfg, directory):
 
 
 def one_run(name, directory, rows, *flags):
-    """Of one side: [(seconds, tokens) of each step], peak memory, seconds from the launch to the first step's
-    end."""
+    """A run of one side: [(seconds, tokens) of each step], peak memory, seconds to the first step's end."""
     started = time.time()
     if name in ("trl_padded", "trl_packed", "plain_loop"):
         result = start_sides(1, "--side", name, "--directory", directory)[0]
@@ -291,9 +292,11 @@ def one_run(name, directory, rows, *flags):
 
 
 def useful_flops(config, directory):
-    """Floating-point operations that the loss of each step of one_run needs, forward and, twice as many,
-    backward: of each input in the blocks' matrices, of each target in the head, of each causal pair in
-    attention."""
+    """Floating-point operations that the loss of each step of one_run needs, forward and backward.
+
+    Backward needs twice as many as forward. Counted are each input in the blocks' matrices, each
+    target in the head, each causal pair in attention.
+    """
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(config))
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
@@ -371,7 +374,8 @@ def bench_plan(cfg, directory):
         for kind in runs:
             batch = () if "batch_size" in kind else ("--batch_size", "1")
             flags = ("--max_length", str(length), *batch, *kind.split())
-            words = launch(1, os.path.join(PROJECT, "tools", "plan.py"), "--model", directory, *flags).splitlines()
+            words = launch(
+                1, os.path.join(PROJECT, "tools", "plan.py"), "--model", directory, *flags).splitlines()
             planned = float(next(text for text in words if text.startswith("peak")).split()[1])
             steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
             assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)

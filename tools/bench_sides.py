@@ -47,8 +47,7 @@ def proc_gb(file, name):
 
 
 def timed(action, repeats):
-    """Seconds of action(), the memory that the process has before, and what the first call adds at its
-    peak."""
+    """Seconds of action(), the memory of the process before it, and what the first call adds at its peak."""
     base = proc_gb("status", "VmRSS")
     action()
     added = proc_gb("status", "VmHWM") - base
@@ -123,8 +122,9 @@ def side_save(cfg):
     seconds = {"save": [], "copy": []}
     for i in range(cfg.repeats + 1):
         start = time.perf_counter()
-        step = checkpoint.save(os.path.join(cfg.directory, "checkpoints"), i, model=model, optimizer=optimizer,
-                               layout=layout, exported={}, state={})
+        step = checkpoint.save(
+            os.path.join(cfg.directory, "checkpoints"), i, model=model, optimizer=optimizer, layout=layout,
+            exported={}, state={})
         between = time.perf_counter()
         copy(step, os.path.join(cfg.directory, "copy"), flush=True)
         for name, figure in ("save", between - start), ("copy", time.perf_counter() - between):
@@ -147,8 +147,7 @@ def copy(source, target, flush):
 
 
 def side_trl(cfg):
-    """The run of bench_memory by TRL: its defaults, but for what makes it the same work, without a
-    checkpoint."""
+    """The run of bench_memory by TRL: its defaults, except where they make other work; no checkpoint."""
     import datasets
     import peft
     import transformers
@@ -185,7 +184,8 @@ def side_step(cfg):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         ends[0] = time.perf_counter()
         for ids in torch.arange(len(rows)).split(BATCH):
-            parts = [torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
+            parts = [
+                torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
             masks = [torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
             batch = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
             labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(-100))
@@ -227,8 +227,7 @@ def side_step(cfg):
 
 
 def prompts_and_completions(path):
-    """The conversations in the form of which TRL masks the prompt, as we do: from "messages" it trains
-    all."""
+    """The conversations in the form of which TRL masks the prompt, as we do: of "messages" it trains all."""
     return [{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
             for row in files.read_json(path)]
 
@@ -262,8 +261,7 @@ def side_data(cfg):
 
 
 def side_chat(cfg):
-    """Seconds of an answer of cfg.new_tokens tokens, after one that warms up; the ids, the same for both
-    sides."""
+    """Seconds of an answer of cfg.new_tokens tokens, after a warm-up, and its ids: the same on both sides."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, QWEN_05B["vocab_size"], (64,), generator=generator).tolist()
     if cfg.side == "chat":

@@ -38,15 +38,18 @@ class Config:
 
 
 def merge(cfg):
-    """Write a full model directory, tensor by tensor: memory holds one file of about FILE_BYTES, or a larger tensor.
+    """Write a full model directory, tensor by tensor.
 
-    Raises UserError for an adapter that does not fit the base, and rather than write over something.
+    Memory holds one file of about FILE_BYTES, or one larger tensor.
+
+    Raises UserError for an adapter that does not fit the base, and if cfg.out exists already.
     """
     if os.path.exists(cfg.out):
         raise UserError(f"{cfg.out} exists already; give a new directory")
     config = peft.read_config(cfg.adapter)
     if not (cfg.base or config.get("base_model_name_or_path")):
-        raise UserError(f"{cfg.adapter}: its adapter_config.json names no base model; give it with --base DIR")
+        raise UserError(f"{cfg.adapter}: its adapter_config.json names no base model; "
+                        "give it with --base DIR")
     base = pretrained.model_directory(cfg.base or config["base_model_name_or_path"])
     model_config = files.read_json(os.path.join(base, "config.json"))
     entries, parts = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)
@@ -81,7 +84,9 @@ def merge(cfg):
             model_config["tie_word_embeddings"], entries[head] = False, entries[embedding]
         else:
             parts.pop(head, None)
-    known = {f"{m}.{part}" for m in lora_ranks for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    known = {
+        f"{m}.{part}" for m in lora_ranks
+        for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
     strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in lora_ranks} - set(entries)
     if strange:
         raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; "

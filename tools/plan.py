@@ -1,13 +1,13 @@
-"""Print the memory a rank will need, the bytes of each collective and the time they imply, from config.json alone.
+"""Print the memory a rank will need, and the bytes and time of its collectives, from config.json alone.
 
     python tools/plan.py --model Qwen/Qwen2.5-0.5B --micro_batch_size 4 --memory_gb 24
     python tools/plan.py --model Qwen/Qwen2.5-7B --n_gpus 64 --tp 8
 
-Takes the settings of sft.py and five of its own. The model is made on meta by sft.build(); the rest is arithmetic on
-names and shapes. What is counted is a full micro-batch, all of whose tokens are targets: --micro_batch_size
-conversations that fill --max_length. On a GPU it is what torch.cuda.max_memory_allocated would say, without the
-context, workspaces, NCCL's buffers and the allocator's fragmentation. On the CPU it is what the process holds above
-what its imports take.
+Takes the settings of sft.py and five of its own. sft.build() makes the model on meta; the rest is arithmetic
+on names and shapes. What is counted is a full micro-batch, all of whose tokens are targets:
+--micro_batch_size conversations that fill --max_length. On a GPU it is what torch.cuda.max_memory_allocated
+would say, without the context, workspaces, NCCL's buffers and the allocator's fragmentation. On the CPU it is
+what the process holds beyond what its imports take.
 """
 
 if __name__ == "__main__":
@@ -37,11 +37,13 @@ from settings.parser import knob, parse
 
 GB = 2**30
 CHUNK = 256  # rows of logits that the loss has at a time
-PIECE = 2**22  # values of a 4-bit matrix that are made whole at a time
-BY_COLUMNS = "o_proj", "down_proj"  # what tp splits so: weight and A; of the others it splits weight, bias and B
-# Of the CPU, fitted to bench.py --part plan with glibc 2.36, whose heap does not fill the holes of freed tensors with
-# others: shares of what is kept, and of what all blocks have in turn, tensors above the limit apart, which the system
-# has back at once (LoRA runs lower it: memory.settle_heap).
+PIECE = 2**22  # values of a 4-bit matrix that are dequantised at a time
+# tp splits weight and A of these layers by input columns; weight, bias and B of the others by output rows
+BY_COLUMNS = "o_proj", "down_proj"
+# Of the CPU, fitted to bench.py --part plan with glibc 2.36, whose heap does not fill the holes of freed
+# tensors with others. The holes are a share of what is kept, and a share of what all blocks allocate in turn.
+# Tensors above the limit leave none, as the system gets them back at once; LoRA runs lower the limit
+# (memory.settle_heap).
 KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)  # without and with LoRA
 
 
@@ -120,8 +122,8 @@ def check(layout):
     parts = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
     fit = [n for n in range(1, ranks + 1) if not any(part % n for part in (ranks, *parts))]
     if ranks % tp or tp > 1 and tp not in fit:
-        raise UserError(f"--tp {tp} must divide the {ranks} ranks (--n_gpus), the attention heads, key/value heads, "
-                        f"intermediate_size and vocab_size, here {parts}; these do: {fit}")
+        raise UserError(f"--tp {tp} must divide the {ranks} ranks (--n_gpus), the attention heads, key/value "
+                        f"heads, intermediate_size and vocab_size, here {parts}; these do: {fit}")
 
 
 def is_split(name, by_columns):
@@ -132,15 +134,16 @@ def is_split(name, by_columns):
 
 
 def part(layout, name, shape):
-    """(elements of a parameter on a tp rank, those of them that rank 0, which has most, holds after FSDP2)."""
+    """(elements of a parameter on a tp rank, how many of them rank 0, which has most, holds after FSDP2)."""
     by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
     split = layout.tp if is_split(name, by_columns) else 1
-    rows, others = shape[0] // (1 if by_columns else split), math.prod(shape[1:]) // (split if by_columns else 1)
+    rows, others = (
+        shape[0] // (1 if by_columns else split), math.prod(shape[1:]) // (split if by_columns else 1))
     return rows * others, math.ceil(rows / layout.dp) * others
 
 
 def states(layout):
-    """Bytes of a rank's weights, gradients once they are reduced, moments and masters, exactly; wherever they are."""
+    """Exact bytes of a rank's weights, reduced gradients, moments and masters, on whatever device."""
     found = dict(weights=0, gradients=0, moments=0, masters=0)
     for name, shape, itemsize, trained in layout.parameters:
         n = part(layout, name, shape)[1]
@@ -153,8 +156,12 @@ def states(layout):
 
 
 def whole(layout, where, only_trained, width):
-    """Bytes of a group of FSDP2 when it is not sharded, `width` bytes an element or, if None, what it is kept in: the
-    parameters of a block, by number, or the others (None)."""
+    """Bytes of the parameters of an FSDP2 group when it is not sharded.
+
+    where         the number of a block; None: the parameters outside the blocks
+    only_trained  leave out what is frozen
+    width         bytes an element; None: as they are kept
+    """
     start = f"model.layers.{where}."
     return sum(part(layout, name, shape)[0] * (width or itemsize) for name, shape, itemsize, trained in
                layout.parameters if (trained or not only_trained)
@@ -162,7 +169,7 @@ def whole(layout, where, only_trained, width):
 
 
 def block_activations(layout, first=False):
-    """Bytes that autograd keeps of a block that is not checkpointed; tests/unit/test_plan.py compares them to the byte.
+    """Bytes that autograd keeps of a block without checkpointing; tests/unit/test_plan.py checks every byte.
 
     first  the first block's, whose input needs no gradient where the embedding is frozen
     """
@@ -179,14 +186,16 @@ def block_activations(layout, first=False):
              "gate_proj": (C, I), "up_proj": (C, I), "down_proj": (I, C)}  # inputs and outputs of each
     starts = first and not any(t for name, *_, t in layout.parameters if "embed_tokens" in name)
 
-    def reads(*layers):  # an input is kept for the gradient of a weight or of A; with dropout, what is left of it for A
+    # An input is kept for the gradient of a weight or of A; with dropout, A keeps what dropout leaves of it.
+    def reads(*layers):
         return sizes[layers[0]][0] * any(is_trained[n] for n in layers) * (not (ranks and layout.dropout))
 
-    scaled = 2 if is_trained["input_layernorm"] and not layout.cuda else 1  # the CPU's norm keeps x / rms(x) as well
+    # the CPU's norm keeps x / rms(x) as well
+    scaled = 2 if is_trained["input_layernorm"] and not layout.cuda else 1
     kept = 0 if starts else scaled * C * w + 4  # norm: x and 1 / rms, in fp32
     kept += reads("q_proj", "k_proj", "v_proj") * w
     kept += (H + K) * (scaled * D * w + 4) * c.qk_norm
-    kept += (2 * H + 2 * K) * D * w + 4 * H  # attention: q, k, v, what comes out, the logarithm of each row's sum
+    kept += (2 * H + 2 * K) * D * w + 4 * H  # attention: q, k, v, its output, and the logsumexp of each row
     kept += reads("o_proj") * w * (layout.micro > 1)  # all conversations' outputs as one tensor
     kept += scaled * C * w + 4 + reads("gate_proj", "up_proj") * w
     kept += 3 * I * w + reads("down_proj") * w  # gate, silu(gate), up; their product
@@ -208,21 +217,24 @@ def activations(layout):
 
 
 def memory(layout):
-    """Bytes a rank needs at most: `device` and `host`, the `stage` of a step that the former is of, and their parts.
+    """The most bytes a rank needs: `device` and `host`, their parts, and the `stage` that needs `device`.
 
-    On the CPU the two are one, and host is 0. A step is followed through five stages, of which the worst counts.
+    On the CPU the two are one, and host is 0. A step has five stages, of which the worst counts.
     """
     c, w, blocks = layout.config, layout.width, layout.config.num_hidden_layers
     words, row = c.vocab_size // layout.tp * c.hidden_size, layout.tokens * c.hidden_size * w
     summed = 4 if layout.bf16 else None  # FSDP2 adds gradients up in fp32
     state, (kept, one), on_device = states(layout), activations(layout), layout.cuda and layout.param_offload
-    tied, has_embedding = c.tie_word_embeddings, any(t for n, *_, t in layout.parameters if "embed_tokens" in n)
+    tied, has_embedding = (
+        c.tie_word_embeddings, any(t for n, *_, t in layout.parameters if "embed_tokens" in n))
     has_head = tied and has_embedding or any(t for n, *_, t in layout.parameters if n == "lm_head.weight")
-    loss = min(CHUNK, layout.tokens) * (c.vocab_size // layout.tp) * (6 if layout.bf16 else 4)  # a chunk's logits
+    # a chunk's logits
+    loss = min(CHUNK, layout.tokens) * (c.vocab_size // layout.tp) * (6 if layout.bf16 else 4)
     loss += words * (6 if layout.bf16 else 4) * has_head + 3 * row  # hidden, its target rows, their gradient
-    # FSDP2 has a group's parameters whole while it computes: the root's all the time, the next block's in advance.
+    # FSDP2 gathers a group's parameters while it computes: the root's always, the next block's in advance.
     root, block = (whole(layout, i, False, 2 if layout.bf16 else None) * layout.is_sharded for i in (None, 0))
-    flat = block * (layout.dp > 1)  # what an all-gather fills before it is copied into place; two of them in backward
+    # what an all-gather fills before it is copied into place; two of them in backward
+    flat = block * (layout.dp > 1)
     work_block = 2 * block + 2 * flat + whole(layout, 0, True, summed) * (layout.is_sharded and layout.cuda)
     everything = sum(whole(layout, i, True, summed) for i in (*range(blocks), None))
     held = everything * (layout.micro_batches > 1)  # nothing is reduced before the step's last micro-batch
@@ -231,12 +243,13 @@ def memory(layout):
         reduced = 0
     of_blocks = sum(part(layout, n, s)[1] * i * t for n, s, i, t in layout.parameters if ".layers." in n)
     done = held or of_blocks * (blocks - 1) // blocks * (not on_device)
-    reducing = whole(layout, None, True, summed)  # of the root: what is reduced, if anything is, and what comes out
+    # of the root: what is reduced, if anything is, and the result
+    reducing = whole(layout, None, True, summed)
     reducing = reducing * (layout.dp > 1) + reducing // layout.dp
     head = words * w * has_head  # the head's gradient waits for the embedding's where they are one
     waits = head * (tied or layout.is_sharded or not held)
     work = 2 * layout.tokens * (c.intermediate_size // layout.tp) * w + row  # backward of the MLP's product
-    if layout.quantize:  # codes, then values, of a piece of a matrix that is made whole
+    if layout.quantize:  # codes, then values, of a piece of a matrix that is dequantised
         work += min(PIECE, c.hidden_size * c.intermediate_size) * (8 if layout.bf16 else 6)
     tied_gradient = words * w * has_embedding * tied
     embedding = (held or reduced) + tied_gradient
@@ -258,16 +271,19 @@ def memory(layout):
         resting, host = state["weights"], state["moments"] + 2 * state["masters"]
     if not layout.cuda:
         lora = any(".lora_A." in n for n, *_ in layout.parameters)
-        wide = layout.tokens * (c.intermediate_size // layout.tp) * w  # the MLP's, of which a block keeps four
+        # the MLP's, of which a block keeps four
+        wide = layout.tokens * (c.intermediate_size // layout.tp) * w
         in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[lora])
         slack = int(in_heap * (KEPT_HOLES[lora] * kept + BLOCK_HOLES * (one + block) * blocks))
-    return dict(state, activations=kept, loss=loss, gathered=root + 2 * block + 2 * flat, held=held, slack=slack,
-                stage=stage, stages=stages, host=host, device=resting + stages[stage] + slack)
+    return dict(state, activations=kept, loss=loss, gathered=root + 2 * block + 2 * flat, held=held,
+                slack=slack, stage=stage, stages=stages, host=host, device=resting + stages[stage] + slack)
 
 
 def largest_micro(layout, most, several=True):
-    """The largest micro-batch, in conversations, that `most` bytes hold; 0 if none. The batch is that of two of them on
-    each rank if there are `several`, so that the gradient is held between them; else of one."""
+    """The largest micro-batch, in conversations, that `most` bytes hold; 0 if none.
+
+    several  a rank's step has two micro-batches, so that the gradient is held between them; otherwise one
+    """
     def fits(n):
         return memory(replace(layout, micro=n, batch=n * layout.dp * (1 + several)))["device"] <= most
 
@@ -283,8 +299,8 @@ def largest_micro(layout, most, several=True):
 def collectives(layout):
     """{what: (how many a step, bytes of one tensor a step in sum, bytes that a rank sends)} for dp and tp.
 
-    Sent is counted for a ring: (n - 1) / n of a tensor that is gathered or reduced and scattered, twice that if all
-    ranks have the sum. Single numbers, the loss of a step and the norm of the gradient, are left out.
+    What a rank sends is counted for a ring: (n - 1) / n of a tensor in an all-gather or a reduce-scatter,
+    twice that in an all-reduce. Single numbers (the loss of a step, the norm of the gradient) are left out.
     """
     c, n, dp, tp, w = layout.config, layout.micro_batches, layout.dp, layout.tp, layout.width
     blocks, summed = c.num_hidden_layers, 4 if layout.bf16 else None
@@ -311,18 +327,22 @@ def collectives(layout):
                   and part(layout, name, s)[0] == math.prod(s)]
         if shares:
             found["tp all-reduce, gradients"] = len(shares), sum(shares)
-    return {what: (count, size, size * (2 if "all-reduce" in what else 1) * (1 - 1 / (dp if "dp" in what else tp)))
-            for what, (count, size) in found.items()}
+    return {
+        what: (count, size,
+               size * (2 if "all-reduce" in what else 1) * (1 - 1 / (dp if "dp" in what else tp)))
+        for what, (count, size) in found.items()}
 
 
 def flops(layout):
-    """Floating-point operations of a rank a step: matrix products, and attention within each conversation, causal."""
+    """Floating-point operations of a rank a step: matrix products, and causal attention per conversation."""
     c, tokens = layout.config, layout.tokens * layout.micro_batches
     matrices = c.num_hidden_layers * (c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2
                                       * c.num_key_value_heads) + 3 * c.hidden_size * c.intermediate_size)
     is_lora = any(".lora_A." in name for name, *_ in layout.parameters)
-    passes = (2 if is_lora else 3) + layout.checkpointing  # forward, input gradient, weight gradient, forward again
-    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * layout.length  # a token's, forward
+    # forward, input gradient, weight gradient, forward again
+    passes = (2 if is_lora else 3) + layout.checkpointing
+    # of a token, forward
+    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * layout.length
     head = 2 * c.vocab_size * c.hidden_size * (2 if is_lora else 3)
     return tokens * (passes * 2 * matrices + (3 + layout.checkpointing) * attention + head) / layout.tp
 
@@ -358,24 +378,27 @@ def lines(layout, *, memory_gb=None, tflops=None, gb_per_second=None, tp_gb_per_
     if memory_gb:
         for case in sorted((layout, check_other), key=lambda x: not x.checkpointing):
             n, alone = (largest_micro(case, memory_gb * GB, several) for several in (True, False))
-            yield (f"fits     in {memory_gb:g} GiB, {'with' if case.checkpointing else 'without'} checkpointing: "
-                   f"--micro_batch_size {n}, or {alone} where a step is a single micro-batch")
+            yield (f"fits     in {memory_gb:g} GiB, {'with' if case.checkpointing else 'without'} "
+                   f"checkpointing: --micro_batch_size {n}, or {alone} where a step is a single micro-batch")
     if layout.ranks > 1:
         times, speeds = dict(dp=0, tp=0), dict(dp=gb_per_second, tp=tp_gb_per_second)
         for what, (count, total, sent) in collectives(layout).items():
             times[what[:2]] += sent / speeds[what[:2]] / 1e9
-            yield f"{what:26} {count:7,} a step, {total / GB:10.3f} GiB in all, {sent / GB:10.3f} GiB sent by a rank"
+            yield (f"{what:26} {count:7,} a step, {total / GB:10.3f} GiB in all, "
+                   f"{sent / GB:10.3f} GiB sent by a rank")
         work, moved = flops(layout) / 1e12, sum(times.values())
         compute = work / tflops
         yield (f"step     {compute:.2f} s of computation ({work:,.0f} TFLOP a rank, {tflops:g} a second), "
-               f"{times['dp']:.2f} s of dp ({gb_per_second:g} GB/s), {times['tp']:.2f} s of tp ({tp_gb_per_second:g})")
+               f"{times['dp']:.2f} s of dp ({gb_per_second:g} GB/s), "
+               f"{times['tp']:.2f} s of tp ({tp_gb_per_second:g})")
         tokens = layout.tokens * layout.micro_batches * layout.dp
-        yield (f"         {max(compute, moved):.2f} s if all of it overlaps, {compute + moved:.2f} s if nothing does: "
-               f"{tokens / max(compute, moved):,.0f} to {tokens / (compute + moved):,.0f} tokens a second")
+        yield (f"         {max(compute, moved):.2f} s if all of it overlaps, "
+               f"{compute + moved:.2f} s if nothing does: {tokens / max(compute, moved):,.0f} to "
+               f"{tokens / (compute + moved):,.0f} tokens a second")
 
 
 def plan(cfg):
-    """Print what a run would need: nothing is loaded, tokenised or written, and no other process is waited for."""
+    """Print what a run would need. Loads, tokenises and writes nothing, and waits for no other process."""
     directory = pretrained.model_directory(cfg.model, ["config.json"])
     config_json = files.read_json(os.path.join(directory, "config.json"))
     source = Source(model=directory, adapter=cfg.resume_adapter, tokenizer=directory, config_json=config_json)
@@ -383,7 +406,8 @@ def plan(cfg):
     dtype = cfg.dtype or ("bf16" if cuda else "fp32")
     model, _ = sft.build(dataclasses.replace(cfg, dtype=dtype), source, processes.alone(torch.device("meta")))
     batch = math.ceil(cfg.batch_tokens / cfg.max_length) if cfg.batch_tokens else cfg.batch_size
-    shapes = tuple((n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
+    shapes = tuple(
+        (n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
     layout = Layout(
         config=model.config,
         parameters=shapes,

@@ -1,10 +1,10 @@
-"""A step computed in other ways than the loop does: --selfcheck, adapters that do not learn, and where a step that is
-not finite went wrong.
+"""Checks of a step outside the training loop: does its gradient depend on the layout, do adapters learn, and
+where did a step that is not finite go wrong.
 
-    python tools/selfcheck.py --model tiny      # python sft.py --selfcheck: compares layouts of one step, then exits
+    python tools/selfcheck.py --model tiny   # sft.py --selfcheck: compares layouts of a step, then exits
 
-They need what the loop never has: the gradient of each micro-batch, or of another layout, by itself. `backward` is
-sft.py's.
+They need what the loop never has: the gradient of each micro-batch, or of another layout, by itself.
+`backward` is sft.py's.
 """
 
 if __name__ == "__main__":
@@ -25,18 +25,20 @@ import fsdp
 from ops.memory import local
 from settings.errors import UserError
 
-LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # relative differences that rounding explains, by the dtype of the computation
+# relative differences that rounding explains, by the dtype of the computation
+LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
 
 
 def compare(backward, model, dataset, ids, cfg, ranks):
     """Compare loss and every gradient of one step over ways to lay it out; raise UserError where they differ.
 
-    The step's conversations are cut into micro-batches in several ways, with and without checkpointing, and, with
-    several data-parallel ranks, all put on one of them. Prints the largest relative difference of each.
+    The step's conversations are cut into micro-batches in several ways, with and without checkpointing, and,
+    with several data-parallel ranks, all put on one of them. Prints the largest relative difference of each.
 
     ids  the step's conversations
     """
-    limit, max_length, checkpointing = LIMITS[cfg.dtype_on(ranks.device)], cfg.max_length, cfg.gradient_checkpointing
+    limit, max_length, checkpointing = (
+        LIMITS[cfg.dtype_on(ranks.device)], cfg.max_length, cfg.gradient_checkpointing)
     ways = {
         "as configured": dict(capacity=cfg.micro_batch_size * max_length,
                               max_rows=None if cfg.packing else cfg.micro_batch_size),
@@ -52,7 +54,8 @@ def compare(backward, model, dataset, ids, cfg, ranks):
         model.model.gradient_checkpointing = way.pop("checkpointing", checkpointing)
         loss, gradients = gradient(backward, model, dataset, ids, ranks, **way)
         base = base or (loss, gradients)
-        off = torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
+        off = torch.stack([
+            (a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
         off = max(*fsdp.all_reduce_max(off.max()[None], ranks), abs(loss / base[0] - 1).item())
         worst = max(worst, off)
         if ranks.rank == 0:
@@ -85,7 +88,7 @@ def trained(model):
 
 
 def check_adapters(model, ranks):
-    """Stop a run whose adapters do not learn: in the first step each B matrix has a gradient, so each will change."""
+    """Raise UserError if adapters do not learn: in the first step each B matrix must have a gradient."""
     found = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
     alive = torch.tensor([g is not None and bool(local(g).any()) for g in found.values()])
     dead = [name for name, lives in zip(found, fsdp.all_reduce_max(alive, ranks)) if not lives]
@@ -95,8 +98,11 @@ def check_adapters(model, ranks):
 
 
 def find_non_finite(backward, model, dataset, ids, cfg, ranks):
-    """Say where a step that is not finite went wrong. Each of its micro-batches is computed alone, one after another
-    over the ranks: as long as dp_size steps, once, at the end of a run."""
+    """Say where a step that is not finite went wrong.
+
+    Each of its micro-batches is computed alone, one after another over the ranks. This takes as long as
+    dp_size steps, once, at the end of a run.
+    """
     capacity, max_rows = cfg.micro_batch_size * cfg.max_length, None if cfg.packing else cfg.micro_batch_size
     n_targets, parameters = int(dataset.n_targets[ids].sum()), trained(model)
     (idle,) = data.micro_batches(dataset, ids[:0], capacity)
@@ -106,7 +112,8 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
             losses, is_mine = torch.zeros(len(dataset), device=ranks.device), dp_rank == ranks.dp_rank
             for p in parameters:
                 p.grad = None
-            loss = backward(model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None)
+            loss = backward(
+                model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None)
             if math.isfinite(ranks.sum(loss).item()) and fsdp.grad_norm(model).isfinite():
                 continue
             bad = batch.ids[~ranks.sum(losses).isfinite().cpu().numpy()[batch.ids]]
@@ -117,4 +124,6 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
 
 
 if __name__ == "__main__":  # a program of its own: this file can't import sft.py, which imports it
-    os.execv(sys.executable, [sys.executable, os.path.join(venv.PROJECT, "sft.py"), "--selfcheck", *sys.argv[1:]])
+    os.execv(
+        sys.executable,
+        [sys.executable, os.path.join(venv.PROJECT, "sft.py"), "--selfcheck", *sys.argv[1:]])

@@ -292,11 +292,10 @@ RULES = {  # rule -> [a breach, ...]
               {"a.py": "from ops.b import g as h\nself.product = h", "ops/b.py": "def g():\n    pass"},
               {"a.py": "def g():\n    pass\na, m.f = 1, g"}, {"a.py": "setattr(m, 'f', lambda x: x)"}],
 }
-MARKS = {columns: pytest.mark.xfail(strict=False, reason="lines are still being shortened")}
 
 
 @pytest.mark.repo
-@pytest.mark.parametrize("rule", [pytest.param(rule, marks=MARKS.get(rule, ()), id=rule.__name__) for rule in RULES])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_this_repository_keeps_its_rules(rule, code):
     breaches = rule(code)
     assert not breaches, "\n".join([rule.__doc__, *breaches])
