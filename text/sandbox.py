@@ -2,7 +2,7 @@
 
 jinja's sandbox keeps a template from Python's attributes. It does not keep it from doubling a text fifty
 times, padding one to a billion characters, or loops in loops; here the cost of each operation that makes
-something larger is counted before it is done. template.py alone uses it.
+something larger is counted before it is done. text/template.py alone uses it.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ def masters(directory):
     ("--micro_batch_size", 1, "--packing", "--no-gradient_checkpointing"),
 ])
 def test_a_step_does_not_depend_on_its_micro_batches(train, flags, tmp_path):
-    """Section 5's law: loss, gradient and weights are the same however a step's conversations are laid out."""
+    """Loss, gradient and weights are the same however a step's conversations are laid out."""
     run = ("--lr", "1e-3", "--batch_size", "10", "--max_length", "256", "--max_steps", "5")
     base = train(*run, out="base")
     other = train(*run, *flags, out="other")
@@ -100,7 +100,7 @@ def reference_rows():
 
 
 def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
-    """DESIGN.md section 5, written a second time."""
+    """The schedules, written a second time."""
     W = math.ceil(warmup_ratio * total)
     if step <= W:
         return peak * step / W

@@ -729,7 +729,7 @@ def test_a_misspelt_flag_of_the_program_is_one_line(tmp_path):
 
 
 def test_first_words_may_name_fields():
-    """chat.py DIR, lora.py merge ADAPTER OUT: words without a flag in their order, with flags between
+    """chat.py DIR, tools/merge.py ADAPTER OUT: words without a flag in their order, with flags between
     them."""
     found, origins = parser.parse(sft.Config, ["tiny", "--lr", "1", "data.json"], ["model", "train_data"])
     assert (found.model, found.train_data, found.lr) == ("tiny", "data.json", 1.0)

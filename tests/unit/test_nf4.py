@@ -1,4 +1,4 @@
-"""nf4.py against a naive quantiser in float64, against bitsandbytes' table, and against slices of itself."""
+"""ops/nf4.py against a naive quantiser in float64, bitsandbytes' table, and slices of itself."""
 
 import weakref
 
