@@ -1,5 +1,5 @@
-"""docs/fork.md, another data format: rows become these messages, and a run works. Starts in a copy that has the
-change."""
+"""docs/fork.md, another data format: rows become these messages, and a run works. Starts in a copy that has
+the change."""
 
 import json
 
@@ -11,7 +11,8 @@ row = {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "c
 with open("dolly.jsonl", "w", encoding="utf-8") as f:
     f.write(json.dumps(row) + "\n" + json.dumps({**row, "context": ""}) + "\n")
 found = [to_messages(row, where) for where, row in read_files("dolly.jsonl")]
-assert [m[0]["content"] for m in found] == ["Ada wrote it.\n\nWho?", "Who?"] and found[0][1]["content"] == "Ada."
+assert [m[0]["content"] for m in found] == ["Ada wrote it.\n\nWho?", "Who?"]
+assert [m[1]["content"] for m in found] == ["Ada.", "Ada."]
 sft_main("--model", TINY, "--train_data", "dolly.jsonl", "--cache_dir", "none", "--max_steps", 1,
          "--no-gradient_checkpointing", "--output_dir", "out")
 assert metrics("out")[0]["target_tokens"] > 4
