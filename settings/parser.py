@@ -77,7 +77,7 @@ def check_values(fields, values, given=(), origins=None):
         if from_environment:
             said = f"{variable}={value}"
         check_range(said, value, field)
-        if name not in changed and not (name in given and value):  # to switch off what is off asks for nothing
+        if name not in changed and not (name in given and value):  # off, and said to be off
             continue
         if need := unmet_need(field, changed):
             raise UserError(f"{said} has no effect without {need}; unset it or add {need}" if from_environment
