@@ -11,13 +11,13 @@ import time
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, TINY, program, shared
+from helpers import EXAMPLES, ROOT, TINY, VALIDATION, program, shared
 from safetensors.torch import load_file
 
 from ranks import processes
 
 RUN = ("--max_steps", 6, "--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--eval_steps", 2,
-       "--save_steps", 3, "--no-gradient_checkpointing", "--val_data", EXAMPLES)
+       "--save_steps", 3, "--no-gradient_checkpointing", "--val_data", VALIDATION)
 MODEL = ("--model", TINY, "--train_data", EXAMPLES)
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gb")
 PHASES = ("step 1", "evaluation after step 2", "save of step 3", "step 5", "evaluation after step 6",
