@@ -745,5 +745,5 @@ def test_the_config_of_an_older_run_still_starts(yaml_file):
     path = yaml_file("lr: 1e-3\nplan: false\nmemory_gb: null\nranks: null\n")
     assert parse("--config", path).lr == 1e-3
     for words in (["--plan"], ["--config", yaml_file("plan: true\n")], ["--memory_gb", "80"]):
-        with pytest.raises(UserError, match="tools/plan.py"):
+        with pytest.raises(ValueError, match="tools/plan.py"):
             parse(*words)
