@@ -2,10 +2,10 @@
 
 import os
 
+import helpers
 import torch
 from helpers import model_loss
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
@@ -25,14 +25,8 @@ TOKENIZER = {"tokenizer.json": b'{"model":   {"vocab": {"\xc3\xa9": 0}}}',
 
 
 def published(directory, config, dtype=torch.float32, **saving):
-    """Write a model directory as transformers does, with random weights and tokenizer files; return its
-    path."""
-    torch.manual_seed(0)
-    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    with torch.no_grad():
-        for name, p in oracle.named_parameters():
-            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
-    oracle.to(dtype).save_pretrained(directory, **saving)
+    """Write a model directory as transformers does, with random weights and tokenizer files; return its path."""
+    helpers.published(directory, config, dtype, **saving)
     for name, content in TOKENIZER.items():
         (directory / name).write_bytes(content)
     return directory

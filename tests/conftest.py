@@ -8,12 +8,11 @@ import pytest
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), TESTS]
-sys.path += [os.path.join(TESTS, name) for name in ("unit", "hostile")]  # for test_damage.py and test_ledger.py, as yet
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gain nothing, and ranks share the cores
 pytest.register_assert_rewrite("helpers")
-from helpers import EXAMPLES, ROOT, TINY, metrics  # noqa: E402, F401  ROOT for those that import it from here
+from helpers import EXAMPLES, TINY, metrics  # noqa: E402
 
 
 def pytest_addoption(parser):

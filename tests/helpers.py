@@ -43,17 +43,30 @@ def torchrun(ranks, *words, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
+def path_of(name):
+    return os.path.join(TESTS, "programs", f"{name}.py")
+
+
+def environment(project=ROOT):
+    """What a program under tests/programs/ needs to import helpers.py, and the code of `project`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(project), TESTS))}
+
+
 def program(name, *words, project=ROOT, ranks=None, **options):
     """Run tests/programs/NAME.py, by torchrun if `ranks` is given; returns the CompletedProcess.
 
     project  the directory whose sft.py, model.py, ... it imports
     """
-    path = os.path.join(TESTS, "programs", f"{name}.py")
-    options["env"] = {**os.environ, "PYTHONPATH": os.pathsep.join((str(project), TESTS))}
     if ranks:
-        return torchrun(ranks, path, *words, **options)
-    command = [sys.executable, path, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+        return torchrun(ranks, path_of(name), *words, env=environment(project), **options)
+    command = [sys.executable, path_of(name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(project), **options)
+
+
+def started(name, *words, **options):
+    """Start tests/programs/NAME.py; returns the Popen, whose standard output is a pipe of text."""
+    command = [sys.executable, path_of(name), *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), **options)
 
 
 def share(runs, directory):
@@ -63,7 +76,7 @@ def share(runs, directory):
     for ranks, words in runs:
         name = os.path.join(ROOT, "sft.py")
         if not str(words[0]).startswith("--"):
-            name, words = os.path.join(TESTS, "programs", f"{words[0]}.py"), words[1:]
+            name, words = path_of(words[0]), words[1:]
         plan.append([ranks, [name, *map(str, words)]])
     (directory / "runs.json").write_text(json.dumps(plan))
     result = program("ranks_of", "runs.json", cwd=directory)

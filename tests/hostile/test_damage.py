@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, header
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from checkpoint_helpers import TIED, UNTIED, Run, listing, loaded, published
@@ -255,11 +255,6 @@ def test_a_file_name_in_an_index_that_none_has_is_refused(tmp_path, file):
     with pytest.raises(UserError, match="weight_map must name files") as info:
         pretrained.weight_entries(str(tmp_path))
     assert str(info.value).isprintable() and len(str(info.value)) < 1000
-
-
-def header(shape, end, length=None):
-    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(16)
 
 
 @pytest.mark.parametrize("content", [

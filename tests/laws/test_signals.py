@@ -11,15 +11,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import EXAMPLES, ROOT, TINY, program, shared
 from safetensors.torch import load_file
 
 from ranks import processes
 
-EXAMPLES = f"{ROOT}/data/example_sft.json"
 RUN = ("--max_steps", 6, "--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--eval_steps", 2,
        "--save_steps", 3, "--no-gradient_checkpointing", "--val_data", EXAMPLES)
-TINY = ("--model", "tiny", "--train_data", EXAMPLES)
+MODEL = ("--model", TINY, "--train_data", EXAMPLES)
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gb")
 PHASES = ("step 1", "evaluation after step 2", "save of step 3", "step 5", "evaluation after step 6",
           "save of step 6")
@@ -95,9 +94,7 @@ def test_stopped_before_the_first_step_nothing_is_written(phase, train, tmp_path
 
 def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
     """In a step that would take a minute."""
-    words = [sys.executable, f"{ROOT}/tests/laws/slow_step.py", *map(str, RUN), *TINY, "--output_dir",
-             str(tmp_path / "out")]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
+    result = program("slow_step", *RUN, *MODEL, "--output_dir", "out", cwd=tmp_path)
     assert result.returncode == 130 and "Traceback" not in result.stderr
     assert [line for line in result.stderr.splitlines() if line] == [
         "SIGINT: the step in hand ends and is saved; Ctrl-C again stops at once",
@@ -106,17 +103,13 @@ def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
 
 def test_a_signal_to_one_rank_stops_both(tmp_path):
     """In an evaluation and in a save, to either; together again the run is the undisturbed one to the bit."""
-    flags = [*map(str, RUN), *TINY, "--output_dir"]
-    resume = [*flags, "out", "--resume_from", "auto"]
+    flags = *RUN, *MODEL, "--output_dir"
     stops = [(i, phase, list(processes.EXIT_CODES)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
-    runs = [(None, 0, [*flags, "whole"]), *(((rank, phase), number, resume) for rank, phase, number in stops),
-            (None, 0, resume)]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             f"{ROOT}/tests/laws/signal_worker.py", "runs.json"]
-    subprocess.run(words, cwd=tmp_path, capture_output=True, check=True, timeout=120)
+    planted = [("none", "none", 0, *flags, "whole")]
+    planted += [(*stop, *flags, "out", "--resume_from", "auto") for stop in (*stops, ("none", "none", 0))]
+    shared([(2, ("signal_in_phase", *map(str, words))) for words in planted], tmp_path)
     for rank in range(2):
-        codes = json.loads((tmp_path / f"codes {rank}").read_text())
+        codes = [json.loads(line) for line in (tmp_path / f"codes {rank}").read_text().splitlines()]
         assert codes == [None, *(processes.EXIT_CODES[number] for _, _, number in stops), None]
     assert_same(merged(tmp_path / "out"), merged(tmp_path / "whole"))
 

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +29,7 @@ from checkpoint_helpers import (
     published,
     train_step,
 )
-from helpers import ROOT
+from helpers import program
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -614,33 +612,6 @@ def test_model_directory_names_what_is_not_there(tmp_path):
 QWEN2_5_05B = dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
                    num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
                    tie_word_embeddings=True)
-MEASURE = """
-import re, sys
-import torch
-from disk import files
-from disk import pretrained
-from families.config import ModelConfig
-from model import CausalLM
-
-torch.set_num_threads(2)
-
-def status(key):  # VmHWM is ru_maxrss of this program alone: the other one begins with the parent's
-    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-
-config = ModelConfig.from_dict(files.read_json(sys.argv[1] + "/config.json"))
-before = status("VmRSS")
-embedding = pretrained.weight_entries(sys.argv[1])["model.embed_tokens.weight"]
-pretrained.read_into(embedding, torch.empty(embedding.shape))
-alone = status("VmHWM") - before
-with torch.device("meta"):
-    model = CausalLM(config)
-model.to_empty(device="cpu")
-model.tie_weights()
-pretrained.load_weights(model, sys.argv[1])
-print(sum(p.numel() for p in model.parameters()), alone, status("VmHWM") - before)
-"""
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
 def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
     """Qwen2.5-0.5B's shapes, bf16 on the disk, fp32 in memory: the peak is below 1.1 times the weights; it is
@@ -656,8 +627,7 @@ def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
     with open(tmp_path / "model.safetensors", "wb") as f:  # a gigabyte of zeros: a hole, no room on the disk
         f.write(len(header).to_bytes(8, "little") + header)
         f.truncate(f.tell() + end)
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True,
-                            check=False, env={**os.environ, "PYTHONPATH": ROOT})
+    result = program("loading_memory", tmp_path)
     os.remove(tmp_path / "model.safetensors")
     assert result.returncode == 0, result.stderr
     n_parameters, alone, peak = map(int, result.stdout.split())

@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT, TESTS
 
 from settings import venv
 
@@ -68,7 +68,7 @@ def launch(tmp_path):
     """A function: words, environment -> ranks/launch.py with them, as a process in tmp_path."""
     os.makedirs(tmp_path / "project" / "ranks")
     shutil.copy(os.path.join(ROOT, "ranks", "launch.py"), tmp_path / "project" / "ranks")
-    shutil.copy(os.path.join(ROOT, "tests", "unit", "planted_sft.py"), tmp_path / "project" / "sft.py")
+    shutil.copy(os.path.join(TESTS, "programs", "planted_sft.py"), tmp_path / "project" / "sft.py")
     (tmp_path / "torch.py").write_text("raise SystemExit('the current folder is no place for modules')")
 
     def start(*words, **env):

@@ -4,16 +4,14 @@ error."""
 import fcntl
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import started
 
 from disk import files
 from ranks import processes
-from settings import venv
 from settings.errors import UserError
 
 
@@ -82,21 +80,10 @@ def test_a_rank_that_may_be_stopped_is_named_and_killed(error, host, killed, ran
     assert sent == killed
 
 
-HOLDER = """
-import sys, time
-from disk import files
-lock = open(sys.argv[1], "a+")
-files.take_lock(lock, 1)
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
 def test_a_lock_says_who_holds_it(tmp_path):
     """After the time-out, as an error of the input, with the pid that the holder wrote."""
     path = tmp_path / "x.lock"
-    command = [sys.executable, "-c", HOLDER, path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=venv.PROJECT) as holder:
+    with started("lock_holder", path) as holder:
         holder.stdout.readline()
         with open(path, "a+") as lock:
             with pytest.raises(UserError, match="has made no progress for 0.3 s") as info:

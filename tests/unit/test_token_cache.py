@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from datetime import datetime
 
 import numpy as np
 import pytest
 from data_helpers import tiny
-from helpers import ROOT, TINY, chat, target_texts, write
+from helpers import EXAMPLES, TINY, VALIDATION, chat, started, target_texts, write
 
 import data
 from text import formats, ledger, sandbox, template, token_cache
@@ -24,7 +22,7 @@ def same(a, b):
 
 def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
     """A second load maps the first one's arrays and tokenises nothing."""
-    tokenizer, spec = ChatTokenizer(TINY), os.path.join(ROOT, "data", "example_sft.json")
+    tokenizer, spec = ChatTokenizer(TINY), EXAMPLES
     fresh = data.load(spec, tokenizer, 64)
     assert same(fresh, data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)))
     monkeypatch.setattr(data, "tokenise", lambda *_: pytest.fail("tokenised again"))
@@ -135,7 +133,7 @@ def test_the_cache_knows_the_keys_of_rows(tmp_path):
 
 def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
     """An error on the way leaves no entry, and the next load makes it."""
-    tokenizer, spec = ChatTokenizer(TINY), os.path.join(ROOT, "data", "example.jsonl")
+    tokenizer, spec = ChatTokenizer(TINY), VALIDATION
     with monkeypatch.context() as patch:
         patch.setattr(token_cache.json, "dump", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -145,27 +143,9 @@ def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
     assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
 
 
-PROGRAM = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import data
-from text.template import ChatTokenizer
-
-def counted(*arguments):
-    print("MADE")
-    time.sleep(2)  # until the others have started, too
-    tokenise(*arguments)
-
-tokenise, data.tokenise = data.tokenise, counted
-print(data.load(sys.argv[2], ChatTokenizer(sys.argv[3]), 64, cache_dir=sys.argv[4]).digest)
-"""
-
-
 def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
     """Three processes at once: one makes the entry, the others wait on its lock and get the same."""
-    words = [sys.executable, "-c", PROGRAM, ROOT, os.path.join(ROOT, "data", "example_sft.json"), TINY,
-             str(tmp_path)]
-    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [started("slow_tokenise", EXAMPLES, TINY, tmp_path) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]
     assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
 
