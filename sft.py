@@ -106,7 +106,7 @@ class Config:
     strategy: str = knob("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks too",
                          ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
     tp: int = knob(1, "ranks that share each matrix, with --strategy megatron", env="TP", low=1)
-    timeout: int = knob(600, "abort if a rank does not respond for this many seconds", low=1)
+    timeout: int = knob(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = knob(False, "parameters, gradients, optimizer in host memory", env="PARAM_OFFLOAD")
     optimizer_offload: bool = knob(False, "moments, fp32 masters in host memory", env="OPTIMIZER_OFFLOAD")
     gradient_checkpointing: bool = knob(True, "recompute activations in backward: less memory, 1/3 more work",

@@ -35,6 +35,12 @@ def count(name, text):
     return int(text)
 
 
+def whole(name, text, low, high):
+    """End the program if the text is not a whole number from low to high."""
+    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+        fail(f"{name} {text}: it must be a number from {low} to {high}")
+
+
 def take_n_gpus(words):
     """(processes on this node, the other words): the last --n_gpus counts; without one, N_GPUS."""
     words, others, n_gpus = list(words), [], variable("N_GPUS", "1")
@@ -72,10 +78,10 @@ def torchrun(words, n_gpus, n_nodes):
     from torch.distributed import run  # here, as the process that waits for this one does not need torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    port = variable("MASTER_PORT", "")
+    port, node_rank = variable("MASTER_PORT", ""), variable("NODE_RANK", "0")
     rendezvous = ["--standalone", "--local_addr", "127.0.0.1"]  # at a free port
     if n_nodes > 1 or port:
-        rendezvous = ["--nnodes", str(n_nodes), "--node_rank", variable("NODE_RANK", "0"),
+        rendezvous = ["--nnodes", str(n_nodes), "--node_rank", node_rank,
                       "--master_addr", variable("MASTER_ADDR", "127.0.0.1"), "--master_port", port or "29500"]
     options = ["--nproc_per_node", str(n_gpus), *rendezvous, "--signals_to_handle", "SIGHUP,SIGQUIT"]
     try:
@@ -109,7 +115,7 @@ def supervise(child):
     with code 1 and a traceback. So it ignores the signals of EXIT_CODES. After one, each worker gets SIGUSR1
     every second, and the exit code is that of sft.py alone after this signal. Ctrl-C again kills all of them.
     """
-    code = None
+    code, has_workers = None, False
 
     def on_signal(number, _):
         nonlocal code
@@ -120,7 +126,12 @@ def supervise(child):
             signal.setitimer(signal.ITIMER_REAL, 0.001, 1)  # at once, then every second
 
     def on_timer(*_):
-        send(signal.SIGUSR1, children(child))
+        nonlocal has_workers
+        workers = children(child)
+        has_workers = has_workers or bool(workers)
+        if not has_workers:  # it still waits for the other nodes: there is nothing to save
+            send(signal.SIGKILL, [child])
+        send(signal.SIGUSR1, workers)
 
     signal.signal(signal.SIGALRM, on_timer)
     for number in EXIT_CODES:
@@ -128,7 +139,7 @@ def supervise(child):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
     result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if code is not None and (result == 0 or code == EXIT_CODES[signal.SIGINT]):
+    if code is not None and (result == 0 or code == EXIT_CODES[signal.SIGINT] or not has_workers):
         return code
     return shell_code(result)
 
@@ -161,6 +172,9 @@ def main():
     n_gpus, words = take_n_gpus(sys.argv[1:])
     n_nodes = count("NNODES", variable("NNODES", "1"))
     n_ranks = n_gpus * n_nodes
+    if n_ranks > 1:
+        whole("NODE_RANK", variable("NODE_RANK", "0"), 0, n_nodes - 1)
+        whole("MASTER_PORT", variable("MASTER_PORT", "29500"), 1, 2**16 - 1)
     if n_ranks > 1:  # as torchrun says it to the workers
         os.environ["WORLD_SIZE"] = str(n_ranks)
         os.environ["LOCAL_WORLD_SIZE"] = str(n_gpus)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 
 # What helps against an error of the disk, by its number.
@@ -25,6 +26,16 @@ class NonFiniteError(FloatingPointError):
     """The loss or the gradient of a step is NaN or infinite; the weights were not touched."""
 
 
+def is_stdout_closed():
+    """Whether what reads standard output has closed it. Then nothing more is written there."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+    return is_closed
+
+
 def run(main):
     """Call main() and turn what is not a bug into one line on standard error and an exit code.
 
@@ -37,8 +48,14 @@ def run(main):
     program = os.path.basename(sys.argv[0])
     try:
         main()
-    except BrokenPipeError:  # `| head` closed our output: not an error
-        sys.exit(0)
+    except BrokenPipeError:
+        if not is_stdout_closed():
+            raise
+        if program != "sft.py" or {"--help", "-h", "--explain"} & set(sys.argv):
+            sys.exit(0)  # `| head` has read enough
+        print("sft.py: error: its output was closed (by | head?), which ended the run; write it to a file",
+              file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except NonFiniteError as error:

@@ -30,6 +30,8 @@ LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 FILE_FLAGS = ("config", "config-path", "config-name")
+# Settings of tools/plan.py that sft.py had once: config.yaml of an older run has them, switched off.
+MOVED = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb_per_second")
 
 
 def knob(default, help, choices=(), *, group=None, env=None, low=-1e18, high=1e18, needs="", unless="",
@@ -315,6 +317,8 @@ def field_name(name, fields):
     known = name.replace("-", "_")
     if known in fields:
         return known
+    if known in MOVED:
+        raise UserError(f"{name} is no setting here: tools/plan.py plans; see python tools/plan.py --help")
     key = verl.key_of(name)
     knows_verl = verl.fields_set() <= fields.keys()  # chat.py has no settings of training
     if knows_verl and verl.row_name(key):
@@ -379,6 +383,8 @@ def read_yaml(path, fields):
         raise UserError(f"{path}: the file must be `name: value` lines")
     settings = []
     for name, text, where in list(yaml_values(root, "", path, set())):  # the file's form is checked first
+        if name in MOVED and name not in fields and text in ("false", "null"):
+            continue
         try:
             field = field_name(name, fields)
         except UserError as error:

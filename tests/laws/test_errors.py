@@ -57,3 +57,14 @@ def test_a_run_stopped_by_a_loss_that_is_not_finite_is_one_line(tmp_path):
                             cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith("sft.py: error: step 1: loss nan"), result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_run_whose_output_is_closed_has_failed(tmp_path):
+    """| head must not make a run look finished that saved nothing; --help may be cut off."""
+    command = f"{sys.executable} -u {ROOT}/sft.py --model {TINY} --max_steps 400 --output_dir {tmp_path}/out"
+    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -n 1"], cwd=tmp_path, text=True,
+                           capture_output=True, timeout=300)
+    assert ended.returncode == 1 and "its output was closed" in ended.stderr and "Traceback" not in ended.stderr
+    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} {ROOT}/sft.py --help | head -n 1"],
+                           cwd=tmp_path, text=True, capture_output=True)
+    assert ended.returncode == 0 and ended.stderr == ""

@@ -738,3 +738,12 @@ def test_first_words_may_name_fields():
         parser.parse(sft.Config, ["tiny", "more"], ["model"])
     with pytest.raises(ValueError, match="'-x' is neither a flag"):
         parser.parse(sft.Config, ["-x"], ["model"])
+
+
+def test_the_config_of_an_older_run_still_starts(yaml_file):
+    """It has planning's settings, switched off; one that asks for a plan says where planning is."""
+    path = yaml_file("lr: 1e-3\nplan: false\nmemory_gb: null\nranks: null\n")
+    assert parse("--config", path).lr == 1e-3
+    for words in (["--plan"], ["--config", yaml_file("plan: true\n")], ["--memory_gb", "80"]):
+        with pytest.raises(ValueError, match="tools/plan.py"):
+            parse(*words)

@@ -52,6 +52,15 @@ def test_train_sh_names_what_is_wrong_with_its_own_words(words, line, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.sh: error: {line}\n")
 
 
+@pytest.mark.parametrize("env, line", [
+    ({"NODE_RANK": "7"}, "NODE_RANK 7: it must be a number from 0 to 1"),
+    ({"NODE_RANK": "x"}, "NODE_RANK x: it must be a number from 0 to 1"),
+    ({"MASTER_PORT": "abc"}, "MASTER_PORT abc: it must be a number from 1 to 65535")], ids=str)
+def test_nodes_and_ports_are_numbers(env, line, tmp_path):
+    done = train_sh("--model", "tiny", cwd=tmp_path, NNODES="2", **env)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.sh: error: {line}\n")
+
+
 def test_train_sh_is_short():
     with open(os.path.join(ROOT, "train.sh"), encoding="utf-8") as f:
         lines = f.readlines()
@@ -142,6 +151,21 @@ def test_the_exit_code_of_a_failed_worker(code, launch):
     process = launch("--n_gpus", "2", PLANT=f"exit {code}")
     err = process.communicate(timeout=60)[1]
     assert process.returncode == code and ("Root Cause" in err) == (code == 1)
+
+
+def test_term_ends_a_launcher_that_waits_for_another_node(launch, tmp_path):
+    """There are no workers to pass it on to, and nothing to save."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [os.path.join(ROOT, "train.sh"), "--model", "tiny", "--output_dir", str(tmp_path / "out")]
+    env = {**os.environ, "PYTHON": sys.executable, "NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(port)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while socket.socket().connect_ex(("127.0.0.1", port)):  # until torchrun waits there
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
 
 
 def test_ctrl_c_again_kills_all(launch, tmp_path):
