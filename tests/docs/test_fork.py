@@ -80,6 +80,7 @@ def test_the_change_applies_and_works(project, tmp_path, pytestconfig, name):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.full
 def test_all_changes_fit_together(project):
     """None is in the way of another. After make_config.py the tests of settings ask for nothing more."""
     for diff in sections().values():

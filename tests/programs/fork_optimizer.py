@@ -12,7 +12,7 @@ from ranks_of import run
 import sft
 from ops import optim
 
-FLAGS = ("--model", TINY, "--batch_size", "8", "--cache_dir", "none", "--lr", "1e-4", "--grad_clip", "0.5",
+FLAGS = ("--model", TINY, "--batch_size", "2", "--cache_dir", "none", "--lr", "1e-4", "--grad_clip", "0.5",
          "--weight_decay", "0.1", "--max_steps", "4")
 OFFLOAD = ((), ("--optimizer_offload",))
 
