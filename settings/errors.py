@@ -29,10 +29,10 @@ class NonFiniteError(FloatingPointError):
 def is_stdout_closed():
     """Whether what reads standard output has closed it. Then nothing more is written there."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    poll.register(1, 0)
     is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
     if is_closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
     return is_closed
 
 

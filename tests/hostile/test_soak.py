@@ -8,7 +8,8 @@ import pytest
 from helpers import ROOT
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.full)])
+@pytest.mark.full  # .ci/run has the short one; by default test_sft and test_signals kill and stop runs
+@pytest.mark.parametrize("kills", [6, 60])
 def test_kills_change_nothing(kills):
     """Each phase is hit, on one rank or on two; with --full each move that makes a checkpoint as well."""
     result = subprocess.run([sys.executable, os.path.join(ROOT, "tests", "hostile", "soak.py"), "--kills", str(kills)],

@@ -205,7 +205,8 @@ def test_deterministic_on_cuda(train, tmp_path):
     test_the_same_run_twice_is_the_same_to_the_bit(train, tmp_path, pytest.MonkeyPatch(), ("--deterministic",))
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(20000, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("steps", [200, 20000])
 def test_a_long_run_leaves_nothing_behind(steps):
     """Memory, open files, lines and speed are what they were; five minutes for the long one."""
     subprocess.run([sys.executable, f"{ROOT}/tests/hostile/long_run.py", "--steps", str(steps)], check=True,

@@ -612,6 +612,7 @@ def test_model_directory_names_what_is_not_there(tmp_path):
 QWEN2_5_05B = dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
                    num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
                    tie_word_embeddings=True)
+@pytest.mark.full
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
 def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
     """Qwen2.5-0.5B's shapes, bf16 on the disk, fp32 in memory: the peak is below 1.1 times the weights; it is
