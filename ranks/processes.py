@@ -76,11 +76,12 @@ class Ranks:
     def on_signal(self, number, _):
         """The handler of EXIT_CODES. It writes without a buffer: it may interrupt a print."""
         if number == self.received == signal.SIGINT:
-            os.write(2, b"\nstopped at once: what came after the last checkpoint is lost\n")
+            os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
             os._exit(EXIT_CODES[number])
         if self.rank == 0 and not self.received:
-            what = "the step in hand ends and is saved" if self.is_polled else "stopped before the first step"
-            again = "; Ctrl-C again stops at once" if self.is_polled and number == signal.SIGINT else ""
+            what = "finishing this step and saving" if self.is_polled else "stopped before the first step"
+            is_again = self.is_polled and number == signal.SIGINT
+            again = "; press Ctrl-C again to quit without saving" if is_again else ""
             os.write(2, f"\n{signal.Signals(number).name}: {what}{again}\n".encode())
         self.received = max(self.received, number)
         if not self.is_polled:

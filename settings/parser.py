@@ -5,8 +5,7 @@ ranges, and remembers where it came from. Precedence: flag or override > environ
 > default; of two flags the later wins. An unknown name is an error that names the nearest one. verl.py knows
 the names of other trainers.
 
-The environment is read where --environment stands. train.sh puts it before the user's flags; what it puts
-before that counts as presets.
+The environment is read where the word --environment is given, as train.sh does.
 """
 
 import collections
@@ -137,7 +136,7 @@ def parse(cls, argv, positional=()):
     line = read_words(argv, fields, positional)
     path = config_path(line.files)
     from_file = read_yaml(path, fields) if path else []
-    settings, warnings = translated([*line.presets, *from_file, *line.settings], fields)
+    settings, warnings = translated([*from_file, *line.environment, *line.flags], fields)
     values, origins, given = resolve(settings, fields)
     apply_presets(values, origins, fields)
     values = {name: values.get(name, field.default) for name, field in fields.items()}
@@ -165,39 +164,37 @@ class Setting(typing.NamedTuple):
 
     name: str  # a field or, until translated(), a key of verl's
     text: str
-    source: str  # "preset", "file", "environment" or "flag"
+    source: str  # "file", "environment" or "flag"
     origin: str  # as --explain shows it
     is_verls: bool = False  # translated from a key of verl's
 
 
 @dataclasses.dataclass
 class CommandLine:
-    settings: list = dataclasses.field(default_factory=list)  # of the environment and flags; a later one wins
-    presets: list = dataclasses.field(default_factory=list)  # of words before --environment
+    flags: list = dataclasses.field(default_factory=list)  # a later one wins
+    environment: list = dataclasses.field(default_factory=list)
     files: dict = dataclasses.field(default_factory=dict)  # {one of FILE_FLAGS, or CONFIG: its value}
     explain: bool = False
 
 
 def read_words(argv, fields, positional):
     line, words, positional = CommandLine(), list(argv), list(positional)
-    source, settings = ("preset", line.presets) if "--environment" in words else ("flag", line.settings)
     while words:
         word = words.pop(0)
         name, equals, value = word.lstrip("+-").partition("=")
         if word == "--explain":
             line.explain = True
         elif word == "--environment":
-            source, settings = "flag", line.settings
-            settings += environment(fields)
+            line.environment = environment(fields)
             line.files["CONFIG"] = os.environ.get("CONFIG")
         elif positional and not word.startswith("-") and not equals:
-            settings.append(Setting(positional.pop(0), word, source, f"word {word}"))
+            line.flags.append(Setting(positional.pop(0), word, "flag", f"word {word}"))
         elif not word.startswith("--") and not equals:
             raise UserError(f"{word!r:.200} is neither a flag (--name value) nor an override (name=value)")
         elif name in FILE_FLAGS:
             line.files[name] = value if equals else take_value(words, name)
         else:
-            settings.append(Setting(*read_setting(word, words, fields), source, f"{source} {word}"))
+            line.flags.append(Setting(*read_setting(word, words, fields), "flag", f"flag {word}"))
     return line
 
 

@@ -230,7 +230,7 @@ def inside(row, key):
 def to_messages(row, where, keys=KEYS):
     """The messages of a row in any of the accepted shapes: [{"role", "content", "train"?, ...}, ...].
 
-    keys  of the prompt, the response and the list of messages; a row without them is told by the usual ones
+    keys  of the prompt, the response and the list of messages; a row without them is read by the default ones
 
     Raises UserError, which names the row: unknown shape, unknown role, an empty answer, or no answer at all.
     """

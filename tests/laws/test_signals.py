@@ -63,7 +63,7 @@ def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypat
             train(*RUN, "--resume_from", "auto")
         assert info.value.code == code
         out, err = capfd.readouterr()
-        assert err.count(f"{signal.Signals(number).name}: the step in hand ends and is saved") == 1
+        assert err.count(f"{signal.Signals(number).name}: finishing this step and saving") == 1
         step = int(re.search(r"(\d+)$", phase)[1])
         assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == f"step_{step}"
         # stopped in its evaluation, even the last step is not all there is
@@ -97,8 +97,8 @@ def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
     result = program("slow_step", *RUN, *MODEL, "--output_dir", "out", cwd=tmp_path)
     assert result.returncode == 130 and "Traceback" not in result.stderr
     assert [line for line in result.stderr.splitlines() if line] == [
-        "SIGINT: the step in hand ends and is saved; Ctrl-C again stops at once",
-        "stopped at once: what came after the last checkpoint is lost"]
+        "SIGINT: finishing this step and saving; press Ctrl-C again to quit without saving",
+        "stopped without saving; progress since the last checkpoint is lost"]
 
 
 def test_a_signal_to_one_rank_stops_both(tmp_path):

@@ -492,8 +492,8 @@ def variables(monkeypatch):
 
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_variable_sets_its_setting_and_a_flag_beats_it(name, variables, yaml_file):
-    """Alone: the value and where it came from; beside a flag after it: the flag; beside a preset before it,
-    or a file: the variable; empty, or without --environment: nothing."""
+    """Alone: the value and where it came from; beside a flag: the flag; beside a file: the variable;
+    empty, or without --environment: nothing."""
     field, value = VARIABLES[name]
     needs = NEEDS.get(name, [])
     variables(**{name: value})
@@ -506,7 +506,7 @@ def test_a_variable_sets_its_setting_and_a_flag_beats_it(name, variables, yaml_f
     assert origins[field].startswith("flag")
     path = yaml_file(f"{field}: {unlike}\n")
     parsed, origins = parser.parse(sft.Config,
-                                   [f"--{field}={unlike}", "--environment", "--config", path, *needs])
+                                   ["--environment", "--config", path, *needs])
     assert str(getattr(parsed, field)).lower() == value and origins[field] == f"environment {name}"
     assert parse(*(["--use_lora"] if "lora" in field else [])) == dataclasses.replace(
         sft.Config(), use_lora="lora" in field)
