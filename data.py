@@ -368,11 +368,7 @@ def collate(dataset, ids):
 
 
 def micro_batches(dataset, ids, capacity, max_conversations=None, dp_rank=0, dp_size=1):
-    """Yield one data-parallel rank's MicroBatches of a step's conversations `ids`; see packing.pack.
-
-    capacity           tokens per micro-batch
-    max_conversations  conversations per micro-batch, without packing
-    """
+    """Yield one data-parallel rank's MicroBatches of a step's conversations `ids`; see packing.pack."""
     ids = np.asarray(ids)
     for group in pack(dataset.n_inputs[ids], capacity, max_conversations, dp_rank=dp_rank, dp_size=dp_size):
         if group:

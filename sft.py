@@ -56,12 +56,10 @@ class Config:
 
     model: str = setting("Qwen/Qwen2.5-0.5B", "hub id or directory; tiny: the embedded test model",
                          env="MODEL_PATH", presets=("tiny",), group="model and data")
-    tokenizer: str | None = setting(None, "directory of another tokenizer and chat template",
-                                    env="TOKENIZER_PATH")
+    tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
-                              help="file, directory or hub dataset id; several: A,B; mixed by weight: A:0.7,B:0.3")
-    val_data: str | None = setting(None, "validation data, written like train_data, without weights",
-                                   env="VAL_DATA")
+                              help="file, directory or hub dataset id; A,B: several; A:0.7,B:0.3: mixed")
+    val_data: str | None = setting(None, "validation data, like train_data but without weights", env="VAL_DATA")
     max_length: int = setting(2048, "longest conversation, in tokens; see too_long", env="MAX_LENGTH", low=2)
     too_long: str = setting("truncate", "what to do with longer conversations; truncate cuts the end off",
                             ("truncate", "drop", "error"))
@@ -78,22 +76,19 @@ class Config:
     batch_tokens: int | None = setting(None, "fill each step to this many tokens; replaces batch_size", low=1)
     micro_batch_size: int = setting(1, env="MICRO_BATCH_SIZE", low=1,
                                     help="a micro-batch holds at most micro_batch_size × max_length tokens")
-    packing: bool = setting(True, "pack conversations by tokens; off: micro_batch_size of them per micro-batch",
+    packing: bool = setting(True, "pack conversations by tokens; off: micro_batch_size of them each",
                             env="PACKING")
     epochs: int = setting(3, "passes over the training data", env="NUM_EPOCHS", low=1)
-    max_steps: int | None = setting(None, "stop after this many optimizer steps; overrides epochs",
-                                    env="MAX_STEPS", low=1)
+    max_steps: int | None = setting(None, "stop after N steps; overrides epochs", env="MAX_STEPS", low=1)
     seed: int = setting(42, "seed of data order, dropout and new adapters", env="SEED", low=0)
 
     lr: float = setting(2e-5, "peak learning rate; about 10 times more for LoRA", env="LEARNING_RATE", low=0,
                         group="optimizer (AdamW)")
     scheduler: str = setting("cosine", "shape of the learning rate after warm-up",
                              ("cosine", "linear", "constant"), env="SCHEDULER")
-    warmup_ratio: float = setting(0.1, "fraction of all steps in which lr rises from 0 to its peak",
-                                  env="WARMUP_RATIO", low=0, high=1)
+    warmup_ratio: float = setting(0.1, "fraction of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
     min_lr_ratio: float = setting(0.0, "final lr / peak lr", low=0, high=1, unless="scheduler=constant")
-    weight_decay: float = setting(0.01, "decay of matrices; norms and biases have none", low=0,
-                                  env="WEIGHT_DECAY")
+    weight_decay: float = setting(0.01, "of matrices, not of norms and biases", env="WEIGHT_DECAY", low=0)
     grad_clip: float = setting(1.0, "clip the global gradient norm to this; 0: off", env="GRAD_CLIP", low=0)
     max_grad_norm_factor: float | None = setting(
         None, "skip a step whose gradient norm exceeds this × the median of the last 64 steps", low=1)
@@ -104,16 +99,14 @@ class Config:
     lora_rank: int = lora_setting(8, "adapter rank: higher learns more, costs more", env="LORA_RANK", low=1)
     lora_alpha: int = lora_setting(16, "scale adapter outputs by alpha / rank", env="LORA_ALPHA", low=1)
     lora_dropout: float = lora_setting(0.0, "dropout probability on adapter inputs", low=0, high=0.9999999)
-    lora_targets: str = lora_setting("all-linear", "layers that get an adapter: all-linear, names separated "
-                                     "by commas, or a regular expression")
+    lora_targets: str = lora_setting("all-linear", "layers: all-linear, names A,B or a regular expression")
     lora_rs: bool = lora_setting(False, "rsLoRA: scale by alpha / sqrt(rank), for high ranks")
     lora_dora: bool = lora_setting(False, "DoRA: also learn the norm of each weight row")
     lora_modules_to_save: str | None = lora_setting(None, "also train fully: embed_tokens, lm_head or both")
     lora_plus_ratio: float = setting(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
     quantize: str | None = setting(None, "QLoRA: store the frozen matrices in 4 bits", ("nf4",),
                                    needs="use_lora", unless="tp or lora_dora")
-    resume_adapter: str | None = setting(None, "start from this adapter directory; PEFT's work too",
-                                         needs="use_lora")
+    resume_adapter: str | None = setting(None, "start from this adapter (PEFT's too)", needs="use_lora")
 
     strategy: str = setting("fsdp", "fsdp and fsdp2: FSDP2; megatron: tensor parallel × FSDP2",
                             ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
@@ -133,19 +126,17 @@ class Config:
 
     output_dir: str = setting("./outputs", "directory of everything that the run writes", env="OUTPUT_DIR",
                               group="output")
-    resume_from: str | None = setting(None, "continue from a step directory; auto: output_dir's latest",
-                                      env="RESUME_FROM")
+    resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
     save_steps: int | None = setting(None, "save every N steps; none: per epoch", env="SAVE_STEPS", low=1)
-    keep_checkpoints: int | None = setting(None, "keep the newest N; none: keep all", low=1,
-                                           env="KEEP_CHECKPOINTS")
+    keep_checkpoints: int | None = setting(None, "keep newest N; none: all", env="KEEP_CHECKPOINTS", low=1)
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or sample_prompts")
     keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
                                          low=1, needs="val_data")
 
-    logger: str = setting("console", "any of console, wandb, tensorboard, trackio, separated by commas",
-                          env="LOGGER", group="logging")
+    logger: str = setting("console", "console, wandb, tensorboard, trackio; several: A,B", env="LOGGER",
+                          group="logging")
     project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
     sample_prompts: str | None = setting(None, "file of prompts, one per line or as rows, that the model "
