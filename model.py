@@ -61,7 +61,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
 
     def forward(self, x, cos, sin, documents, attend, past=None):
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); with tp, H is this rank's heads
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the tensor's size gives H
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):

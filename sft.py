@@ -59,7 +59,7 @@ class Config:
     tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset id; A,B: several; A:0.7,B:0.3: mixed")
-    val_data: str | None = setting(None, "validation data, like train_data but without weights", env="VAL_DATA")
+    val_data: str | None = setting(None, "validation data, like train_data, no weights", env="VAL_DATA")
     max_length: int = setting(2048, "longest conversation, in tokens; see too_long", env="MAX_LENGTH", low=2)
     too_long: str = setting("truncate", "what to do with longer conversations; truncate cuts the end off",
                             ("truncate", "drop", "error"))

@@ -363,7 +363,7 @@ def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
               adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="layers.7.* no such linear layer"):
         chat.load(str(adapter), str(models["untied"]))
-    with pytest.raises(ValueError, match="is a whole model, not an adapter"):
+    with pytest.raises(ValueError, match="is a full model, not an adapter"):
         chat.load(str(models["untied"]), TINY)
     with open(adapter / "adapter_model.safetensors", "r+b") as f:
         f.truncate(1000)
