@@ -235,7 +235,7 @@ def build(cfg, paths, ranks, trains=True):
         return model, None
 
     if trains and ranks.device.type == "cpu":
-        memory.settle_heap(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
+        memory.tune_malloc(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
     if cfg.tp > 1:
         tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
