@@ -223,7 +223,7 @@ def build(cfg, paths, ranks, trains=True):
     with torch.device("meta"):
         model = CausalLM(paths.config, cfg.gradient_checkpointing, cfg.compile)
     if not is_planned:
-        pretrained.fitting_entries(model, paths.model)  # raises before memory is taken
+        pretrained.match_weights(model, paths.model)  # raises before memory is taken
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):
         model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or the model is frozen
     if cfg.quantize:

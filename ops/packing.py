@@ -34,7 +34,7 @@ def pack(lengths, capacity, max_conversations=None, dp_rank=0, dp_size=1):
         # ranks have conversations of about the same length.
         turns = np.arange(len(lengths)) % (2 * dp_size)
         ranks = np.minimum(turns, 2 * dp_size - 1 - turns)
-        # This many conversations fit into a micro-batch, whichever they are. So they are counted, not measured.
+        # Count conversations instead of tokens: this many fit into a micro-batch, whichever they are.
         sizes, limit = np.ones_like(lengths), min(max_conversations, capacity // longest)
         n_batches = max(1, ceil_div(len(lengths), limit * dp_size))
     else:
