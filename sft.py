@@ -239,7 +239,7 @@ def build(cfg, paths, ranks, trains=True):
     with torch.device("meta"):
         model = CausalLM(paths.config, cfg.gradient_checkpointing, cfg.compile)
     if not is_meta:
-        pretrained.fitting_entries(model, paths.model)  # raises before memory is allocated
+        pretrained.match_weights(model, paths.model)  # raises before memory is allocated
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):
         model.to(torch.bfloat16)  # the fp32 masters are in host memory, or the model is frozen
     if cfg.quantize:
@@ -251,7 +251,7 @@ def build(cfg, paths, ranks, trains=True):
         return model, None
 
     if trains and ranks.device.type == "cpu":
-        memory.settle_heap(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
+        memory.tune_malloc(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
     if cfg.tp > 1:
         tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)

@@ -106,7 +106,7 @@ def merge(cfg):
         files.write_file(os.path.join(temporary, name), content)
     sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
     n_bytes = sum(t.nbytes for t in sizes.values())
-    groups = pretrained.numbered(sizes, "model", math.ceil(n_bytes / FILE_BYTES))
+    groups = pretrained.assign_to_files(sizes, "model", math.ceil(n_bytes / FILE_BYTES))
     for file, names in groups.items():
         tensors = {name: value(name).to(dtype) for name in names}
         pretrained.write_safetensors(os.path.join(temporary, file), tensors)

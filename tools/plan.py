@@ -43,7 +43,7 @@ BY_COLUMNS = "o_proj", "down_proj"
 # Of the CPU, fitted to bench.py --part plan with glibc 2.36, whose heap does not fill the holes of freed
 # tensors with others. The holes are a share of what is kept, and a share of what all blocks allocate in turn.
 # Tensors above the limit leave none, as the system gets them back at once; LoRA runs lower the limit
-# (memory.settle_heap).
+# (memory.tune_malloc).
 KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)  # without and with LoRA
 
 

@@ -63,7 +63,7 @@ def read_model(directory):
     tokenizer = ChatTokenizer(directory)
     with torch.device("meta"):
         net = CausalLM(built)
-    pretrained.fitting_entries(net, directory)
+    pretrained.match_weights(net, directory)
     pretrained.generation_config(directory, settings, tokenizer.stop_token_id)
     return files.read_bytes(directory, pretrained.TOKENIZER_FILES)
 
@@ -276,7 +276,8 @@ CASES = {
     "config.json: a number of 100,000 digits": (model, put("config.json", '{"a":' + "9" * 10**5 + "}"), "is not JSON"),
     "config.json is a pipe": (model, pipe("config.json"), "is not a file"),
     "config.json is a link to /dev/zero": (model, link("config.json", "/dev/zero"), "is a link to"),
-    "generation_config.json is a list": (model, put("generation_config.json", "[]"), "eos_token_id must be"),
+    "generation_config.json is a list": (model, put("generation_config.json", "[]"),
+                                         "generation_config.json must be a JSON object"),
     "generation_config.json: eos is a text": (model, put("generation_config.json", '{"eos_token_id": "x"}'),
                                               "eos_token_id must be"),
     "tokenizer.json is a link to a secret": (model, link("tokenizer.json", "../secret"), "is a link to"),
@@ -299,7 +300,7 @@ CASES = {
     "another kind of adapter": (adapter, peft(peft_type="x" * 10**6), "only plain LoRA, rsLoRA and DoRA"),
     "lora_alpha is a text": (adapter, peft(lora_alpha="4"), "must be numbers"),
     "alpha_pattern that takes for ever": (adapter, peft(alpha_pattern={r"([\w.]+)+x": 1}), "repeats too much"),
-    "alpha_pattern that is no pattern": (adapter, peft(alpha_pattern={"(": 1}), "is no regular expression"),
+    "alpha_pattern that is no pattern": (adapter, peft(alpha_pattern={"(": 1}), "is not a regular expression"),
     "modules_to_save is a number": (adapter, peft(modules_to_save=7), "modules_to_save must be a list"),
     "a rank of 10^12, without columns": (adapter, ranked([10**12, 0]), "it may be from 1 to"),
     "a rank of 0": (adapter, ranked([0, 64]), "it may be from 1 to"),

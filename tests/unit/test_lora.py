@@ -207,12 +207,12 @@ def test_resume_refuses_what_differs(models, train, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="of another run .*base"):
+    with pytest.raises(ValueError, match="was made with other data or settings .*base"):
         train(*common, *resume, out="b", model=other)
-    with pytest.raises(ValueError, match="is an adapter: go on with it with --use_lora"):
+    with pytest.raises(ValueError, match="is a LoRA adapter, not a full model; add --use_lora"):
         train("--max_steps", 2, *resume, out="b", model=models["tied"])
     train("--max_steps", 1, out="full", model=models["tied"])
-    with pytest.raises(ValueError, match="is a whole model: go on with it without --use_lora"):
+    with pytest.raises(ValueError, match="is a full model, not a LoRA adapter; drop --use_lora"):
         train(*common, "--resume_from", tmp_path / "full" / "checkpoints" / "step_1", out="b", model=models["tied"])
 
 
@@ -322,16 +322,16 @@ def test_a_dead_adapter_stops_the_run(models, train, monkeypatch, tmp_path):
     (("--use_lora", "--lora_rank", 0), "--lora_rank 0: it must be at least 1"),
     (("--use_lora", "--lora_alpha", 0), "--lora_alpha 0: it must be at least 1"),
     (("--use_lora", "--lora_dropout", 1), "--lora_dropout 1.0: it must be at least 0"),
-    (("--use_lora", "--lora_rank", 4000), "--lora_rank 4000 is above the smaller side of model.layers.0"),
-    (("--use_lora", "--lora_targets", "q_proj,query"), "'query' matches no layer. The last parts of their names are"),
-    (("--use_lora", "--lora_targets", "lm_head"), "train it whole with --lora_modules_to_save"),
+    (("--use_lora", "--lora_rank", 4000), "--lora_rank 4000 is larger than a side of model.layers.0"),
+    (("--use_lora", "--lora_targets", "q_proj,query"), "'query' matches no layer; use one of down_proj, "),
+    (("--use_lora", "--lora_targets", "lm_head"), "train it fully with --lora_modules_to_save"),
     (("--use_lora", "--lora_targets", ".*("), "not a regular expression"),
     (("--use_lora", "--lora_targets", ".*nothing.*"), "matches no layer"),
     (("--quantize", "nf4"), "--quantize nf4 does nothing without --use_lora"),
     (("--use_lora", "--quantize", "int8"), "must be one of nf4"),
     (("--use_lora", "--quantize", "nf4", "--lora_dora"), "--quantize nf4 does not work with --lora_dora"),
     (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2), "--quantize nf4 does not work with --tp"),
-    (("--use_lora", "--lora_modules_to_save", "norm"), "'norm' can't be trained whole"),
+    (("--use_lora", "--lora_modules_to_save", "norm"), "'norm' can't be fully trained"),
     (("--use_lora", "--resume_adapter", "a", "--lora_rank", 4), "--lora_rank 4 does not work with --resume_adapter"),
 ])
 def test_bad_settings_are_one_line(words, message, train):

@@ -62,11 +62,11 @@ def test_packing_lays_these_out():
 def test_items_go_to_the_least_loaded_bin_that_is_open():
     """By hand: bin 1 is the least loaded, then closed by an item that it lacks room for; bin 0 takes the
     rest."""
-    bins, room = [0], [10, 3]
-    assign_least_loaded(bins, np.array([1, 2, 2, 1]), costs=np.array([5, 1, 1, 1]), room=room)
-    assert (bins, room) == ([0, 1, 0, 0], [7, 1])
-    assign_least_loaded(bins, np.array([1, 2, 2, 1, 9]), costs=np.array([5, 1, 1, 1, 1]), room=room)
-    assert (bins, room) == ([0, 1, 0, 0], [7, 1])  # no bin has room for 9
+    bins, capacity_left = [0], [10, 3]
+    assign_least_loaded(bins, np.array([1, 2, 2, 1]), costs=np.array([5, 1, 1, 1]), capacity_left=capacity_left)
+    assert (bins, capacity_left) == ([0, 1, 0, 0], [7, 1])
+    assign_least_loaded(bins, np.array([1, 2, 2, 1, 9]), costs=np.array([5, 1, 1, 1, 1]), capacity_left=capacity_left)
+    assert (bins, capacity_left) == ([0, 1, 0, 0], [7, 1])  # no bin has room for 9
 
 
 # ---- ranks are even -------------------------------------------------------------------------------------
