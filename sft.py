@@ -50,87 +50,100 @@ lora_setting = functools.partial(setting, needs="use_lora", unless="resume_adapt
 class Config:
     """Supervised fine-tuning: ./train.sh [--n_gpus N] [flags], or python sft.py [flags] [name=value ...]
 
-    train.sh reads the variables in CAPITALS as well, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+    train.sh also reads the variables in CAPITALS, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
     """
 
-    model: str = setting("Qwen/Qwen2.5-0.5B", "hub id, directory, or tiny: the embedded one", env="MODEL_PATH",
-                      presets=("tiny",), group="model and data")
-    tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
+    model: str = setting("Qwen/Qwen2.5-0.5B", "hub id, directory, or tiny (in this repository)",
+                         env="MODEL_PATH", presets=("tiny",), group="model and data")
+    tokenizer: str | None = setting(None, "directory of the tokenizer and chat template; none: the model's",
+                                    env="TOKENIZER_PATH")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
-                           help="file, directory, hub dataset id; several with commas, :WEIGHT")
-    val_data: str | None = setting(None, "the same, for validation", env="VAL_DATA")
-    max_length: int = setting(2048, "tokens of a conversation that are kept", env="MAX_LENGTH", low=2)
-    too_long: str = setting("truncate", "a longer conversation", ("truncate", "drop", "error"))
-    train_on: str = setting("all", "all of the assistant's turns, or the last one only", ("all", "last"),
-                         unless="train_on_prompt")
-    train_on_prompt: bool = setting(False, "train all tokens, not the assistant's only")
+                              help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
+    val_data: str | None = setting(None, "the same for validation, without weights", env="VAL_DATA")
+    max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
+    too_long: str = setting("truncate", "what to do with longer conversations", ("truncate", "drop", "error"))
+    train_on: str = setting("all", "train all assistant turns, or only the last one", ("all", "last"),
+                            unless="train_on_prompt")
+    train_on_prompt: bool = setting(False, "train prompt tokens too, not only the assistant's")
     prompt_key: str = setting("prompt", "column with the question; a.b for nested columns")
     response_key: str = setting("response", "column with the answer")
-    messages_key: str = setting("messages", "column with the list of messages; conversations is read as well")
-    cache_dir: str | None = setting("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
+    messages_key: str = setting("messages", "column with the list of messages; conversations also works")
+    cache_dir: str | None = setting("~/.cache/sft", "directory for tokenised data; none: no cache")
 
-    batch_size: int = setting(4, "conversations per step, all ranks", env="BATCH_SIZE", low=1, group="steps")
-    batch_tokens: int | None = setting(None, "instead of batch_size: tokens that fill a step", low=1)
+    batch_size: int = setting(4, "conversations per optimizer step, over all ranks (the global batch)",
+                              env="BATCH_SIZE", low=1, group="steps")
+    batch_tokens: int | None = setting(None, "maximum tokens per step, instead of batch_size", low=1)
     micro_batch_size: int = setting(1, env="MICRO_BATCH_SIZE", low=1,
-                                 help="a micro-batch holds at most micro_batch_size × max_length tokens")
+                                    help="a micro-batch holds at most micro_batch_size × max_length tokens; "
+                                    "lower it when out of memory")
     packing: bool = setting(True, "off: a micro-batch holds micro_batch_size conversations", env="PACKING")
     epochs: int = setting(3, "passes over the data", env="NUM_EPOCHS", low=1)
     max_steps: int | None = setting(None, "optimizer steps; overrides epochs", env="MAX_STEPS", low=1)
-    seed: int = setting(42, "of the order of the data and of dropout", env="SEED", low=0)
+    seed: int = setting(42, "seed of the data order and of dropout", env="SEED", low=0)
 
     lr: float = setting(2e-5, "peak learning rate", env="LEARNING_RATE", low=0, group="optimizer (AdamW)")
-    scheduler: str = setting("cosine", "after the warm-up", ("cosine", "linear", "constant"), env="SCHEDULER")
-    warmup_ratio: float = setting(0.1, "share of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
+    scheduler: str = setting("cosine", "learning rate after warm-up", ("cosine", "linear", "constant"),
+                             env="SCHEDULER")
+    warmup_ratio: float = setting(0.1, "fraction of steps for warm-up", env="WARMUP_RATIO", low=0, high=1)
     min_lr_ratio: float = setting(0.0, "final lr / peak lr of cosine and linear", low=0, high=1,
-                               unless="scheduler=constant")
-    weight_decay: float = setting(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY", low=0)
-    grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0: no limit", env="GRAD_CLIP", low=0)
+                                  unless="scheduler=constant")
+    weight_decay: float = setting(0.01, "applied to matrices only", env="WEIGHT_DECAY", low=0)
+    grad_clip: float = setting(1.0, "maximum norm of the gradient; 0: no clipping", env="GRAD_CLIP", low=0)
     max_grad_norm_factor: float | None = setting(
         None, "skip a step whose gradient norm exceeds this × the median of the last 64 steps", low=1)
     beta1: float = setting(0.9, "decay of the first moment", low=0, high=0.9999999)
     beta2: float = setting(0.95, "decay of the second moment", low=0, high=0.9999999)
 
-    use_lora: bool = setting(False, "train adapters beside the frozen model", env="USE_LORA", group="LoRA")
-    lora_rank: int = lora_setting(8, "inner width of an adapter", env="LORA_RANK", low=1)
+    use_lora: bool = setting(False, "freeze the model and train LoRA adapters", env="USE_LORA", group="LoRA")
+    lora_rank: int = lora_setting(8, "rank of the adapters", env="LORA_RANK", low=1)
     lora_alpha: int = lora_setting(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA", low=1)
     lora_dropout: float = lora_setting(0.0, "dropout probability on adapter inputs", low=0, high=0.9999999)
     lora_targets: str = lora_setting("all-linear", "all-linear, names with commas, or a regular expression")
-    lora_rs: bool = lora_setting(False, "scale by alpha / sqrt(rank): rsLoRA")
-    lora_dora: bool = lora_setting(False, "learn the norm of each weight row separately: DoRA")
+    lora_rs: bool = lora_setting(False, "rsLoRA: scale by alpha / sqrt(rank)")
+    lora_dora: bool = lora_setting(False, "DoRA: train the norm of each weight row separately")
     lora_modules_to_save: str | None = lora_setting(None, "train fully too: embed_tokens, lm_head, or both")
     lora_plus_ratio: float = setting(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
     quantize: str | None = setting(None, "QLoRA: store frozen matrices in 4 bits", ("nf4",), needs="use_lora",
-                                unless="tp or lora_dora")
-    resume_adapter: str | None = setting(None, "start from this adapter, made here or by PEFT", needs="use_lora")
+                                   unless="tp or lora_dora")
+    resume_adapter: str | None = setting(None, "start from this LoRA adapter, made here or by PEFT",
+                                         needs="use_lora")
 
-    strategy: str = setting("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks too",
-                         ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
-    tp: int = setting(1, "ranks that share each matrix, with --strategy megatron", env="TP", low=1)
+    strategy: str = setting("fsdp", "fsdp or fsdp2: FSDP2; megatron: tensor parallelism (--tp) with FSDP2",
+                            ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
+    tp: int = setting(1, "number of ranks that share each matrix, with --strategy megatron", env="TP", low=1)
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
-    param_offload: bool = setting(False, "parameters, gradients, optimizer in host memory", env="PARAM_OFFLOAD")
-    optimizer_offload: bool = setting(False, "moments, fp32 masters in host memory", env="OPTIMIZER_OFFLOAD")
-    gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, 1/3 more work",
-                                        env="GRADIENT_CHECKPOINTING")
-    dtype: str | None = setting(None, "of the computation; none: bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
-                             env="DTYPE")
+    param_offload: bool = setting(False, "keep parameters, gradients and optimizer in host memory",
+                                  env="PARAM_OFFLOAD")
+    optimizer_offload: bool = setting(False, "keep moments and fp32 masters in host memory",
+                                      env="OPTIMIZER_OFFLOAD")
+    gradient_checkpointing: bool = setting(True, env="GRADIENT_CHECKPOINTING",
+                                           help="recompute activations in backward: less memory, about 1/3 "
+                                           "more compute")
+    dtype: str | None = setting(None, "computation precision; none: bf16 on CUDA, fp32 on CPU",
+                                ("bf16", "fp32"), env="DTYPE")
     compile: bool = setting(False, "torch.compile the blocks; needs g++", env="COMPILE", unless="tp")
     deterministic: bool = setting(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
     selfcheck: bool = setting(False, "compare the gradient of one step over all layouts, then exit")
 
-    output_dir: str = setting("./outputs", "where everything goes", env="OUTPUT_DIR", group="output")
-    resume_from: str | None = setting(None, "step directory, or auto: output_dir's latest", env="RESUME_FROM")
-    save_steps: int | None = setting(None, "save every N steps; none: once per epoch", env="SAVE_STEPS", low=1)
-    keep_checkpoints: int | None = setting(None, "newest N are kept; none: all", env="KEEP_CHECKPOINTS", low=1)
+    output_dir: str = setting("./outputs", "directory for checkpoints, metrics and the report",
+                              env="OUTPUT_DIR", group="output")
+    resume_from: str | None = setting(None, "step directory, or auto: the latest in output_dir",
+                                      env="RESUME_FROM")
+    save_steps: int | None = setting(None, "save every N steps; none: once per epoch", low=1,
+                                     env="SAVE_STEPS")
+    keep_checkpoints: int | None = setting(None, "keep the newest N; none: all", low=1,
+                                           env="KEEP_CHECKPOINTS")
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
-                                  env="EVAL_STEPS", needs="val_data or sample_prompts")
-    keep_best: bool = setting(False, "keep the checkpoint of the lowest val_loss as well", needs="val_data")
-    early_stopping: int | None = setting(None, "stop after N validations without gain", low=1, needs="val_data")
+                                     env="EVAL_STEPS", needs="val_data or sample_prompts")
+    keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
+    early_stopping: int | None = setting(None, "stop after N validations without a lower val_loss", low=1,
+                                         needs="val_data")
 
-    logger: str = setting("console", "with commas: console, wandb, tensorboard, trackio", env="LOGGER",
-                       group="what is seen")
-    project: str | None = setting(None, "project of the run in wandb and trackio", env="WANDB_PROJECT")
-    run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
-    sample_prompts: str | None = setting(None, "file of prompts, answered at validations: one per line, or rows")
+    logger: str = setting("console", "console, wandb, tensorboard, trackio; several with commas",
+                          env="LOGGER", group="logging")
+    project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
+    run_name: str | None = setting(None, "run name in wandb, trackio and the report")
+    sample_prompts: str | None = setting(None, "file of prompts to answer when validating: lines or rows")
 
     def __post_init__(self):
         check(self)
