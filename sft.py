@@ -58,18 +58,17 @@ class Config:
                          env="MODEL_PATH", presets=("tiny",), group="model and data")
     tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
-                              help="file, directory or hub dataset id; A,B: several; A:0.7,B:0.3: mixed")
-    val_data: str | None = setting(None, "validation data, like train_data, no weights", env="VAL_DATA")
-    max_length: int = setting(2048, "longest conversation, in tokens; see too_long", env="MAX_LENGTH", low=2)
-    too_long: str = setting("truncate", "what to do with longer conversations; truncate cuts the end off",
-                            ("truncate", "drop", "error"))
+                              help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
+    val_data: str | None = setting(None, "validation data, like train_data without weights", env="VAL_DATA")
+    max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
+    too_long: str = setting("truncate", "what to do with longer conversations", ("truncate", "drop", "error"))
     train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
                             unless="train_on_prompt")
     train_on_prompt: bool = setting(False, "all tokens contribute to the loss, not only the assistant's")
     prompt_key: str = setting("prompt", "column with the question; a.b for nested columns")
     response_key: str = setting("response", "column with the answer")
-    messages_key: str = setting("messages", "column with the messages; conversations is also read")
-    cache_dir: str | None = setting("~/.cache/sft", "cache of tokenised data; none: no cache")
+    messages_key: str = setting("messages", "column with the list of messages; conversations also works")
+    cache_dir: str | None = setting("~/.cache/sft", "directory that caches tokenised data; none: no cache")
 
     batch_size: int = setting(4, "conversations per optimizer step, over all ranks (the global batch)",
                               env="BATCH_SIZE", low=1, group="steps")
@@ -88,8 +87,8 @@ class Config:
                              ("cosine", "linear", "constant"), env="SCHEDULER")
     warmup_ratio: float = setting(0.1, "fraction of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
     min_lr_ratio: float = setting(0.0, "final lr / peak lr", low=0, high=1, unless="scheduler=constant")
-    weight_decay: float = setting(0.01, "of matrices, not of norms and biases", env="WEIGHT_DECAY", low=0)
-    grad_clip: float = setting(1.0, "clip the global gradient norm to this; 0: off", env="GRAD_CLIP", low=0)
+    weight_decay: float = setting(0.01, "applied to matrices only", env="WEIGHT_DECAY", low=0)
+    grad_clip: float = setting(1.0, "maximum norm of the gradient; 0: no clipping", env="GRAD_CLIP", low=0)
     max_grad_norm_factor: float | None = setting(
         None, "skip a step whose gradient norm exceeds this × the median of the last 64 steps", low=1)
     beta1: float = setting(0.9, "decay rate of the first moment", low=0, high=0.9999999)
@@ -99,7 +98,7 @@ class Config:
     lora_rank: int = lora_setting(8, "adapter rank: higher learns more, costs more", env="LORA_RANK", low=1)
     lora_alpha: int = lora_setting(16, "scale adapter outputs by alpha / rank", env="LORA_ALPHA", low=1)
     lora_dropout: float = lora_setting(0.0, "dropout probability on adapter inputs", low=0, high=0.9999999)
-    lora_targets: str = lora_setting("all-linear", "layers: all-linear, names A,B or a regular expression")
+    lora_targets: str = lora_setting("all-linear", "all-linear, names with commas, or a regular expression")
     lora_rs: bool = lora_setting(False, "rsLoRA: scale by alpha / sqrt(rank), for high ranks")
     lora_dora: bool = lora_setting(False, "DoRA: also learn the norm of each weight row")
     lora_modules_to_save: str | None = lora_setting(None, "also train fully: embed_tokens, lm_head or both")
@@ -124,8 +123,8 @@ class Config:
     deterministic: bool = setting(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
     selfcheck: bool = setting(False, "compare one step's gradient over several layouts, then exit")
 
-    output_dir: str = setting("./outputs", "directory of everything that the run writes", env="OUTPUT_DIR",
-                              group="output")
+    output_dir: str = setting("./outputs", "directory for checkpoints, metrics and the report",
+                              env="OUTPUT_DIR", group="output")
     resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
     save_steps: int | None = setting(None, "save every N steps; none: per epoch", env="SAVE_STEPS", low=1)
     keep_checkpoints: int | None = setting(None, "keep newest N; none: all", env="KEEP_CHECKPOINTS", low=1)
@@ -135,12 +134,11 @@ class Config:
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
                                          low=1, needs="val_data")
 
-    logger: str = setting("console", "console, wandb, tensorboard, trackio; several: A,B", env="LOGGER",
-                          group="logging")
+    logger: str = setting("console", "console, wandb, tensorboard, trackio; several with commas",
+                          env="LOGGER", group="logging")
     project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
-    sample_prompts: str | None = setting(None, "file of prompts, one per line or as rows, that the model "
-                                         "answers at each validation")
+    sample_prompts: str | None = setting(None, "file of prompts to answer when validating: lines or rows")
 
     def __post_init__(self):
         check(self)
