@@ -51,7 +51,7 @@ def assets():
 
 
 def read_lines(path):
-    """Yield the objects of a JSON Lines file, if it exists. Skip invalid lines: the last may be incomplete."""
+    """Yield the objects of a JSON Lines file, if it exists. Skips invalid lines: the last may be cut off."""
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
