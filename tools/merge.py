@@ -50,7 +50,8 @@ def merge(cfg):
     peft_config = peft.read_config(cfg.adapter)
     base = cfg.base or peft_config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{cfg.adapter}: its adapter_config.json names no base model; pass it with --base DIR")
+        raise UserError(f"{cfg.adapter}: its adapter_config.json names no base model; "
+                        "pass it with --base DIR")
     base = pretrained.model_directory(base)
     model_config = files.read_json(os.path.join(base, "config.json"))
     base_entries, adapter_entries = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)

@@ -23,7 +23,7 @@ from settings.parser import parse, setting
 
 @dataclass
 class Config:
-    """Write the HTML report of a run, or of several overlaid: python tools/report.py RUN [RUN2 ...] [flags]"""
+    """Write the report of a run, or of several overlaid: python tools/report.py RUN [RUN2 ...] [flags]"""
 
     output: str | None = setting(
         None, "file to write; none: RUN/report.html, or ./comparison.html for several runs", group="report")

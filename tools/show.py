@@ -31,7 +31,7 @@ class Config:
 
     do: str | None = setting(None, "show: print conversations; stats: print lengths and packing",
                              ("show", "stats"), group="data")
-    data: str = setting("./data/example_sft.json", "data, like --train_data of sft.py")
+    data: str = setting("./data/example_sft.json", "file, directory or hub dataset, as in sft.py")
     model: str = setting("tiny", "its tokenizer and chat template are used: directory, hub id or tiny")
     n: int = setting(3, "show: number of conversations", low=1)
     ids: bool = setting(False, "show: print token ids instead of text")
