@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, shared, two_layers
+from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, run_all, two_layers
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -432,7 +432,7 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     config = files.read_json(step / "adapter_config.json")
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     code, said = merge(step, tmp_path / "nameless")
-    assert code == 2 and "names no base model; give it with --base" in said
+    assert code == 2 and "names no base model; pass it with --base" in said
     with pytest.raises(ValueError, match="names no base model"):
         chat.load(str(step))
     tensors = load_file(step / "adapter_model.safetensors")
@@ -553,7 +553,7 @@ def runs(tmp_path_factory, models, pytestconfig):
         ranks, flags = LAYOUTS[layout]
         plan[f"biased some {layout}"] = ranks, ("--model", models["biased"], *kinds["some"], *flags)
     found = {name: root / name.replace(" ", "_") for name in plan}
-    shared([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
+    run_all([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
     return found
 
 
