@@ -149,7 +149,7 @@ def test_the_table_of_plans_is_what_is_printed(tmp_path, monkeypatch, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "`--model qwen" in line]
     assert len(rows) >= 14
     for gpus, flags, *shown in rows:
-        flags = ["--max_length", "4096", *flags.strip("`").split()]
+        flags = ["--max_length", "4096", "--memory_gb", "80", *flags.strip("`").split()]
         monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
         plan.main()
         printed = capsys.readouterr().out
@@ -157,7 +157,10 @@ def test_the_table_of_plans_is_what_is_printed(tmp_path, monkeypatch, capsys):
         gib = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines() if " GiB " in line[:30]}
         seconds = re.search(r"^step +([\d.]+) s .*?([\d.]+) s of dp.*?([\d.]+) s of tp", printed, re.M)
         assert [f"{gib[part]:.1f}" if part in gib else "0" for part in ("peak", "held", "activations")] == shown[:3]
-        assert list(seconds.groups()) == shown[3:], flags
+        assert list(seconds.groups()) == shown[3:6], flags
+        how = "without" if "--no-gradient_checkpointing" in flags else "with"
+        fits = re.search(rf"^fits .* {how} checkpointing\D+(\d+)\D+(\d+)", printed, re.M)
+        assert ", ".join(fits.groups()) == shown[6]
 
 
 @pytest.fixture(scope="module")
