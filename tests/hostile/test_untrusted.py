@@ -427,7 +427,7 @@ def test_an_untrusted_file(name, tmp_path, monkeypatch):
         assert refusal and expected.replace("10 s", "0.5 s") in refusal and len(refusal) < 1500, refusal
 
 
-KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat template, after a part that works",
+KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat template: text added to one that works",
          yaml: "A YAML file of settings", rows: "A data file", resume: "A step directory whose manifest matches"}
 
 
