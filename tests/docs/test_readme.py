@@ -1,8 +1,9 @@
-"""Every command of the READMEs runs, in their order, in a copy of the project; both READMEs have the same.
+"""The READMEs and the pages of docs/ that show commands: every command runs, and every figure is printed by one.
 
-The commands are taken as they stand, on a machine where only .venv has the packages, as train.sh leaves it.
-What a machine without a hub, GPUs or a second node needs is around them: the hub's model is a directory of
-that name, my.json is there, MAX_STEPS is in the environment, srun is a stand-in.
+The commands run in the order of the pages, as they stand, in a copy of the project, on a machine where only
+.venv has the packages, as train.sh leaves it. What a machine without a hub, GPUs or a second node needs is
+around them: the hub's model is a directory of that name, my.json exists, MAX_STEPS is in the environment,
+srun is a stand-in.
 """
 
 import dataclasses
@@ -17,14 +18,19 @@ import pytest
 from helpers import ROOT
 
 import sft
+from tools import plan
 
 READMES = [os.path.join(ROOT, name) for name in ("README.md", "README.zh-CN.md")]
+# whose commands are executed, blocks and sentences
+PAGES = [READMES[0], *(os.path.join(ROOT, "docs", f"{name}.md") for name in ("cluster", "data", "checkpoints"))]
+SCALING = os.path.join(ROOT, "docs", "scaling.md")  # commands in sentences, and a table of plans
 SMALLER = {"10.0.0.1": "127.0.0.1", "--n_gpus 8 --model tiny": "--n_gpus 1 --model tiny",
            "N_GPUS=8": "N_GPUS=1", "--n_gpus 4": "--n_gpus 2", "--nproc_per_node 4": "--nproc_per_node 2",
            "/shared/": "shared/",
            "--vs trl": "--vs transformers --rows 8 --repeats 1"}  # TRL is not installed for the tests
 STARTS = re.compile(r"(\./train\.sh|python|torchrun|bash|[A-Z_]+=\S+ )")
 ACTIVATE = "source .venv/bin/activate"  # what the READMEs say for torchrun
+FENCE = re.compile(r"^```\w*\n(.*?)^```", re.S | re.M)
 pytestmark = pytest.mark.repo  # a fork has READMEs of its own
 
 
@@ -35,41 +41,93 @@ def read(path):
 
 def blocks(path):
     """The fenced blocks that hold commands, each a list of lines, without their comments."""
-    found = re.findall(r"^```\n(.*?)^```", read(path), re.S | re.M)
     found = [[re.sub(r"\s+# .*|\s+#.*(?<=.)$", "", line) if not line.startswith("#") else line
-              for line in block.splitlines()] for block in found]
+              for line in block.splitlines()] for block in FENCE.findall(read(path))]
     return [block for block in found if STARTS.match(block[0]) or block[0].startswith("#!")]
 
 
 def inline(path):
     """Commands inside sentences: `python ...`."""
-    text = re.sub(r"^```\n.*?^```", "", read(path), flags=re.S | re.M)
+    text = FENCE.sub("", read(path))
     return sorted({c for c in re.findall(r"`((?:python|torchrun|\./train\.sh|bash) [^`]+)`", text)})
+
+
+def loaders(path):
+    """Expressions inside sentences that load a checkpoint in another library: `Auto...from_pretrained(...)`."""
+    return re.findall(r"`(Auto\w+\.from_pretrained\([^`]+\))`", read(path))
 
 
 def test_both_readmes_have_the_same_commands_and_are_short():
     english, chinese = READMES
-    assert blocks(english) == blocks(chinese) and inline(english) == inline(chinese)
+    assert blocks(english) == blocks(chinese)
+    assert inline(english) == inline(chinese)
+    assert loaders(english) == loaders(chinese) and len(loaders(english)) == 2
     for path in READMES:
-        assert len(read(path).splitlines()) < 250, path
-
-
-def test_what_the_readmes_link_to_is_there():
-    for path in READMES:
-        links = re.findall(r"\]\(([^)#:]+)\)", read(path))
-        assert links and [link for link in links if not os.path.exists(os.path.join(ROOT, link))] == []
+        assert len(read(path).splitlines()) <= 180, path
 
 
 @pytest.mark.parametrize("path", READMES, ids=os.path.basename)
-def test_the_table_of_settings_has_all_of_them(path):
-    """Flags and variables, and no others."""
+def test_the_first_block_has_two_commands_and_limits_come_before(path):
+    """On the first screen: what it does not do, then exactly two commands."""
+    assert len(blocks(path)[0]) == 2
+    first_screen = read(path).partition("\n## ")[0]
+    assert len(first_screen.splitlines()) < 20
+    assert [word for word in ("FSDP2", "NCCL", "DPO", "`--max_length`") if word not in first_screen] == []
+
+
+def test_both_readmes_have_the_same_structure():
+    """As many sections, list items, rows and links, in the same order."""
+    english, chinese = ([re.match(r"#+ |- |\| |```|!?\[|", line)[0] for line in read(path).splitlines()]
+                        for path in READMES)
+    kept = [[mark for mark in marks if mark.strip() and "[" not in mark] for marks in (english, chinese)]
+    assert kept[0] == kept[1]
+    links = [sorted(set(re.findall(r"\]\(([^)]+)\)", read(path))) - {"README.md", "README.zh-CN.md", "#memory"})
+             for path in READMES]
+    assert links[0] == links[1]
+
+
+@pytest.mark.parametrize("path", [*READMES, *PAGES[1:], SCALING], ids=os.path.basename)
+def test_what_a_page_links_to_is_there(path):
+    links = re.findall(r"\]\(([^)#:]+)\)", read(path))
+    assert links or path not in READMES
+    assert [link for link in links if not os.path.exists(os.path.join(os.path.dirname(path), link))] == []
+
+
+def table_of_settings(path):
+    """[(flags, variables, defaults), ...] of the rows of a README's table of settings."""
     row = re.compile(r"\| `--\w+`[^|]*\| (`[A-Z]|\|)")  # the second column has variables, or nothing
     rows = [line.split("|") for line in read(path).splitlines() if row.match(line)]
-    flags = {flag for row in rows for flag in re.findall(r"`--(\w+)", "".join(row))}
-    variables = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row[2])}
-    fields = dataclasses.fields(sft.Config)
-    assert flags == {field.name for field in fields} | {"n_gpus", "config"}
-    assert variables == {field.metadata["env"] for field in fields} - {None} | {"N_GPUS", "CONFIG"}
+    return [(re.findall(r"`--(\w+)`", row[1]), re.findall(r"`([A-Z_]+)`", row[2]),
+             [default.strip() for default in re.split("[,、]", row[3])]) for row in rows]
+
+
+@pytest.mark.parametrize("path", READMES, ids=os.path.basename)
+def test_the_table_of_settings_is_true(path):
+    """About 25 flags, all of which exist, with the environment names and the defaults that they have."""
+    fields = {field.name: field for field in dataclasses.fields(sft.Config)}
+    variables_of = {name: field.metadata["env"] for name, field in fields.items()} | {"n_gpus": "N_GPUS"}
+    defaults_of = {name: field.default for name, field in fields.items()} | {"n_gpus": 1}
+    table = table_of_settings(path)
+    assert 22 <= len({flag for flags, *_ in table for flag in flags}) <= 28
+    for flags, variables, defaults in table:
+        assert variables == [variables_of[flag] for flag in flags if variables_of[flag]]
+        for flag, shown in zip(flags, defaults, strict=True):
+            default = defaults_of[flag]
+            if isinstance(default, float):
+                assert float(shown) == default, flag
+            else:
+                assert shown in (str(default).lower() if isinstance(default, bool) else str(default),
+                                 *(("none", "无") if default is None else ())), flag
+
+
+@pytest.mark.parametrize("path", [*READMES, *PAGES[1:], SCALING], ids=os.path.basename)
+def test_every_flag_in_a_sentence_exists(path):
+    """`--name` alone in quotes is a setting of a run, or of the program that the page speaks of."""
+    others = {"n_gpus", "config", "help", "explain", "base", "prompt", "temperature", "top_p", "system",
+              "setup", "signals_to_handle", "master_port", "kill", "signal", "dtype"}
+    planning = {field.name for field in dataclasses.fields(plan.Config)}
+    named = {flag.removeprefix("no-") for flag in re.findall(r"`--(no-\w+|\w+)[^`]*`", FENCE.sub("", read(path)))}
+    assert named - others - planning == set()
 
 
 @pytest.mark.parametrize("path", READMES, ids=os.path.basename)
@@ -79,6 +137,30 @@ def test_the_map_has_every_file_of_the_top_level_and_every_folder_of_code(path):
     there = {entry.name for entry in os.scandir(ROOT) if entry.name.endswith(".py")
              or os.path.exists(os.path.join(entry.path, "__init__.py"))}
     assert named == there | {"train.sh", "configs"}
+
+
+def test_the_table_of_plans_is_what_is_printed(tmp_path, monkeypatch, capsys):
+    """Each row of docs/scaling.md has the figures that tools/plan.py prints with the flags in it."""
+    text = read(SCALING)
+    monkeypatch.chdir(tmp_path)
+    for name, config in re.findall(r"mkdir (\S+) && echo '(.*)' >", text):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "`--model qwen" in line]
+    assert len(rows) >= 14
+    for gpus, flags, *shown in rows:
+        flags = ["--max_length", "4096", "--memory_gb", "80", *flags.strip("`").split()]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
+        plan.main()
+        printed = capsys.readouterr().out
+        assert gpus.split(",")[0] == flags[flags.index("--n_gpus") + 1]
+        gib = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines() if " GiB " in line[:30]}
+        seconds = re.search(r"^step +([\d.]+) s .*?([\d.]+) s of dp.*?([\d.]+) s of tp", printed, re.M)
+        assert [f"{gib[part]:.1f}" if part in gib else "0" for part in ("peak", "held", "activations")] == shown[:3]
+        assert list(seconds.groups()) == shown[3:6], flags
+        how = "without" if "--no-gradient_checkpointing" in flags else "with"
+        fits = re.search(rf"^fits .* {how} checkpointing\D+(\d+)\D+(\d+)", printed, re.M)
+        assert ", ".join(fits.groups()) == shown[6]
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +201,8 @@ def start(command, project):
         env["MASTER_PORT"] = "29633"  # two nodes do not look for a free one
     if command.startswith("torchrun "):
         command = f"{ACTIVATE}\n{command}"
-    return subprocess.Popen(["bash", "-ec", command], cwd=project, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(["bash", "-ec", command], cwd=project, env=env, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def shortened(command):
@@ -134,29 +216,44 @@ def shortened(command):
     return command.replace("RUN1", "outputs").replace("RUN2", "outputs")
 
 
-@pytest.mark.full
-def test_every_command_runs(project):
-    """Blocks first, in order: later ones use what earlier ones made; then those inside sentences."""
-    assert all(ACTIVATE in read(path) for path in READMES)
-    ran = 0
-    groups = []  # commands that run at the same time
-    for block in blocks(READMES[0]):
+def commands_in_order():
+    """Groups of commands that run at the same time. Blocks first, in the order of the pages: later ones use
+    what earlier ones made; then those inside sentences, each once."""
+    groups = []
+    for block in [block for path in PAGES for block in blocks(path)]:
         if block[0].startswith("#!"):
             groups.append(["\n".join(block)])
         elif block[0].startswith("NNODES="):
             groups.append(block)
         else:
             groups += [[line] for line in block if STARTS.match(line)]
-    groups += [[line] for line in inline(READMES[0]) if line != "bash tests/run.sh"]  # which is running
-    for group in groups:
+    sentences = dict.fromkeys(command for path in [*PAGES, SCALING] for command in inline(path))
+    groups += [[line] for line in sentences if line != "bash tests/run.sh"]  # which is running
+    return groups
+
+
+@pytest.mark.full
+def test_every_command_runs(project):
+    """In all pages; what they show of a screen, but for times and steps, is on it; results load elsewhere."""
+    assert all(ACTIVATE in read(path) for path in READMES)
+    screens = {}
+    for group in commands_in_order():
         processes = [(command, start(shortened(command), project)) for command in group]
-        screens = []
         for command, process in processes:
-            screens.append(process.communicate(timeout=200)[0])
-            assert process.returncode == 0, f"{command}\n{screens[-1]}"
-            ran += 1
+            screens[command] = process.communicate(timeout=200)[0]
+            assert process.returncode == 0, f"{command}\n{screens[command]}"
         if len(group) > 1:  # two nodes, one result
-            assert ["saved " in screen for screen in screens] == [True, False]
-    assert ran > 12
+            assert ["saved " in screens[command] for command in group] == [True, False]
+    assert len(screens) > 25
     assert json.loads((project / "merged" / "config.json").read_text())["model_type"] == "qwen2"
     assert (project / "comparison.html").exists() and (project / "shared" / "run" / "metrics.jsonl").exists()
+
+    first, ledger = screens["./train.sh --model tiny"], next(screens[c] for c in screens if "outputs/ledger" in c)
+    for path, screen in ((READMES[0], first), (READMES[1], first), (PAGES[2], ledger)):
+        shown = re.findall(r"^(?:model |rows |tokens ).*", "\n".join(FENCE.findall(read(path))), re.M)
+        assert len(shown) in (2, 3) and [line for line in shown if line not in screen.splitlines()] == []
+
+    program = "from transformers import AutoModelForCausalLM\nfrom peft import AutoPeftModelForCausalLM\n"
+    program += "".join(f"assert sum(p.numel() for p in {call}.parameters()) > 10**6\n" for call in loaders(READMES[0]))
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=project, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr

@@ -1,9 +1,9 @@
-"""Files from a stranger: a table of what they may hold and what happens, which docs/untrusted.md prints.
+"""Untrusted files: a table of what they may contain and what happens. docs/untrusted.md is this table.
 
     python tests/hostile/test_untrusted.py > docs/untrusted.md
 
-Each case ends in one line that has the text of the table, or is used as the table says. None may take 20 seconds or
-half a gigabyte, run code, or bring up what stands in a file beside the directory.
+Each case either ends with an error of one line that has the text of the table, or is used as the table says.
+None may take 20 seconds or half a gigabyte, run code, or show the content of a file outside the directory.
 """
 
 import gzip
@@ -36,7 +36,7 @@ from text.template import ChatTokenizer
 
 SECRET = "root:x:0:0"  # of the file beside the directory
 CHAT = [{"role": "user", "content": "hi", "train": True}, {"role": "assistant", "content": "hello", "train": True}]
-USED = "is used: "  # a case that is no error
+USED = "is used: "  # a case that is not an error
 
 
 # What each kind of file goes through: a function of the scratch directory and what the case holds.
@@ -251,8 +251,8 @@ CASES = {
     "weights are a directory": (model, folder("model.safetensors"), "is not a file"),
     "weights are a link to /dev/zero": (model, link("model.safetensors", "/dev/zero"), "is not a file"),
     "weights are a link to a secret": (model, link("model.safetensors", "../secret"), "is torn or not safetensors"),
-    "weights are a link to weights elsewhere": (model, linked_weights, USED + "the owner's disks are laid out so; "
-                                                "only tensors of the right names and shapes are taken from there"),
+    "weights are a link to weights elsewhere": (model, linked_weights, USED + "weights may be on another disk; "
+                                                "only tensors of the right names and shapes are read from there"),
     "weights of another shape": (model, big([4]), "does not fit its config.json"),
     "a pickle and a module beside the weights": (model, pickled, USED + "neither is opened"),
     "config.json: hidden_size 10^9": (model, settings(hidden_size=10**9), "it must be a whole number from 1 to"),
@@ -283,9 +283,10 @@ CASES = {
     "tokenizer.json is a link to a secret": (model, link("tokenizer.json", "../secret"), "is a link to"),
     "vocab.json is a link to /etc/passwd": (model, link("vocab.json", "/etc/passwd"), "is a link to"),
     "chat_template.jinja is a link to a secret": (model, link("chat_template.jinja", "../secret"), "is a link to"),
-    "merges.txt is a link to a loop": (model, link("merges.txt", "merges.txt"), USED + "as if it were not there"),
-    "all files are links of the hub's cache": (model, cached, USED + "models--NAME/blobs is the model's own"),
-    "a link inside the directory": (model, link("added_tokens.json", "config.json"), USED + "it leads to its own"),
+    "merges.txt is a link to a loop": (model, link("merges.txt", "merges.txt"), USED + "as if the file did not exist"),
+    "all files are links of the hub's cache": (model, cached, USED + "models--NAME/blobs belongs to the model"),
+    "a link inside the directory": (model, link("added_tokens.json", "config.json"),
+                                    USED + "it leads to the same directory"),
     "tokenizer.json of NUL bytes": (model, put("tokenizer.json", bytes(1000)), "is not JSON"),
     "tokenizer.json is not UTF-8": (model, put("tokenizer.json", b"\xff"), "is not UTF-8 text"),
     "tokenizer.json of half a character": (model, put("tokenizer.json", "\ud800"), "is not UTF-8 text"),
@@ -299,8 +300,8 @@ CASES = {
     "adapter_config.json is a link out": (adapter, link("adapter_config.json", "../secret"), "is a link to"),
     "another kind of adapter": (adapter, peft(peft_type="x" * 10**6), "only plain LoRA, rsLoRA and DoRA"),
     "lora_alpha is a text": (adapter, peft(lora_alpha="4"), "must be numbers"),
-    "alpha_pattern that takes for ever": (adapter, peft(alpha_pattern={r"([\w.]+)+x": 1}), "repeats too much"),
-    "alpha_pattern that is no pattern": (adapter, peft(alpha_pattern={"(": 1}), "is not a regular expression"),
+    "alpha_pattern that would never end": (adapter, peft(alpha_pattern={r"([\w.]+)+x": 1}), "repeats too much"),
+    "alpha_pattern that is not a pattern": (adapter, peft(alpha_pattern={"(": 1}), "is not a regular expression"),
     "modules_to_save is a number": (adapter, peft(modules_to_save=7), "modules_to_save must be a list"),
     "a rank of 10^12, without columns": (adapter, ranked([10**12, 0]), "it may be from 1 to"),
     "a rank of 0": (adapter, ranked([0, 64]), "it may be from 1 to"),
@@ -381,18 +382,18 @@ CASES = {
     "a line nested 1,500 deep": (rows, b'{"a":' * 1500 + b"1" + b"}" * 1500, "recursion"),
     "half a character in a content": (rows, row(content="\ud800"), "half a character"),
     "half a character in a role": (rows, row(role="\ud800"), "refuses this conversation"),
-    "NUL in a content": (rows, row(content="\0"), USED + "it is a character as others are"),
+    "NUL in a content": (rows, row(content="\0"), USED + "as any other character"),
     "NUL bytes instead of text": (rows, bytes(100), "is not JSON"),
     "NaN for a content": (rows, row(content=float("nan")), "must be a string"),
     "NaN for a weight": (rows, row(weight=float("nan")), "must be true or false"),
-    "NaN where nobody looks": (rows, (PAIR % ', "id": NaN').encode(), USED + "the key is not read"),
+    "NaN in an unused key": (rows, (PAIR % ', "id": NaN').encode(), USED + "the key is not read"),
     "a number of 5,000 digits": (rows, (PAIR % (', "id": ' + "9" * 5000)).encode(), "is not JSON"),
     "a weight of 10^400": (rows, row(weight=10**400), "must be true or false"),
     "not UTF-8": (rows, b'{"prompt": "\xff"}', "can't be read as UTF-8 text"),
-    "gzip that is torn": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be read as UTF-8 text"),
-    "parquet that is torn": (rows, b"PAR1" + bytes(100), "parquet"),
+    "gzip that is truncated": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be read as UTF-8 text"),
+    "parquet that is truncated": (rows, b"PAR1" + bytes(100), "parquet"),
     "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "can't be read as UTF-8 text"),
-    # a directory to go on from
+    # a directory to resume from
     "state.json is a link to a secret": (resume, link("training_state/state.json", "../../secret"),
                                          "is a link to"),
     "state.json nested 100,000 deep": (resume, put("training_state/state.json", "[" * 100_000), "is not JSON"),
@@ -409,7 +410,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_strangers_file(name, tmp_path, monkeypatch):
+def test_an_untrusted_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(formats, "LONGEST", 10_000)  # of the same rule, in less time
@@ -427,15 +428,17 @@ def test_a_strangers_file(name, tmp_path, monkeypatch):
         assert refusal and expected.replace("10 s", "0.5 s") in refusal and len(refusal) < 1500, refusal
 
 
-KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat template, behind one that works",
-         yaml: "A file of settings", rows: "A data file", resume: "A step directory, whose manifest fits"}
+KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat template: text added to one that works",
+         yaml: "A YAML file of settings", rows: "A data file", resume: "A step directory whose manifest matches"}
 
 
 def table():
     """docs/untrusted.md."""
-    lines = ["# Files from a stranger", "", "Printed by `python tests/hostile/test_untrusted.py`, which as a test runs every "
-             "case: what a file may hold, and what", "happens. An error is one line, with the text in quotes in it, and "
-             "exit code 2."]
+    lines = ["# Untrusted files: what is limited", "",
+             "What a model directory, an adapter, a chat template, settings, data or a checkpoint from somebody",
+             "else may contain, and what happens. An error is one line that contains the quoted text, and exit",
+             "code 2. `python tests/hostile/test_untrusted.py` prints this page; as a test it runs every case.", "",
+             RULES.rstrip()]
     for kind, title in KINDS.items():
         lines += ["", f"## {title}", "", "| Case | What happens |", "|---|---|"]
         for name, (function, _, expected) in CASES.items():
@@ -443,30 +446,34 @@ def table():
                 what = expected if expected.startswith(USED) else f'refused: "{expected}"'
                 name, what = (re.sub(r"([*|_<])", r"\\\1", text) for text in (name, what))
                 lines.append(f"| {name} | {what} |")
-    return "\n".join([*lines, "", RULES])
+    return "\n".join(lines) + "\n"
 
 
 RULES = """## Rules
 
-- Nothing that is read is run: weights are safetensors, all else is JSON, text or YAML scalars. Pickles and modules
-  beside them are never opened.
-- Weights may be links to anywhere: disks are laid out so, and what is not safetensors of the right names and shapes is
-  refused. All other files of a model are copied into checkpoints and shown in errors, so a link has to stay in its
-  directory or lead to the `models--NAME/blobs` of the hub's cache. Nor may they be pipes, devices, or above 256 MiB.
-- Sizes in config.json are bounded, and its shapes compared with the headers of the weights, before memory is taken.
-- A chat template is sandboxed. It may make 268 million characters of one conversation (and 64 times as many as that
-  has; an item of a list counts as 32), take 10 s, and print 262,144 characters more than 16 times the conversation.
-  The filters `wordwrap` and `urlize` and the function `lipsum` are not there.
-- A row of a data file has at most 67,108,864 characters, as it is read; a file of settings 262,144 bytes.
-- A step directory is compared with its manifest. That finds damage, not forgery: who can write there can write both.
+- Nothing that is read is executed. Weights are safetensors; everything else is JSON, text or YAML scalars.
+  Pickles and Python modules in a model directory are never opened.
+- Weight files may be links to anywhere, as weights are often on another disk. Only safetensors with the
+  expected names and shapes are accepted. All other files of a model are copied into checkpoints and quoted
+  in errors. So a link has to stay in its directory, or lead to `models--NAME/blobs` of the hub's cache.
+  Pipes, devices and files above 256 MiB are refused.
+- Sizes in config.json are bounded. Its shapes are compared with the headers of the weights before memory is
+  allocated.
+- Chat templates run in a sandbox. For one conversation, a template may create 268 million characters (plus
+  64 times the length of the conversation; an item of a list counts as 32), run for 10 s, and print 262,144
+  characters more than 16 times the conversation. The filters `wordwrap` and `urlize` and the function
+  `lipsum` are removed.
+- A row of a data file has at most 67,108,864 characters. A file of settings has at most 262,144 bytes.
+- A step directory is compared with its manifest. That detects damage, not forgery: whoever can write the
+  directory can write the manifest too.
 
-## Not bounded
+## Not limited
 
-- The time of one operation inside a template: a method of a text of a hundred million characters ends before the clock
-  is looked at. Seconds, not hours.
-- A row group of a parquet file, which pyarrow decompresses whole, and the tokenizers package at work on a long text.
-- How many rows there are, and the disk that their cache takes. Links among data files are followed: these are not
-  copied.
+- The time of a single operation in a template, such as a method of a string of a hundred million
+  characters: the clock is checked only after it. That takes seconds, not hours.
+- Decompression of a row group of a parquet file by pyarrow, and the tokenizers package on a long text.
+- The number of rows, and the disk space of their cache. Links among data files are followed; data files are
+  not copied.
 - What a model says once it is trained.
 """
 

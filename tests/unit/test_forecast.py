@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY, model_loss, program, small_model, two_layers
+from helpers import TINY, model_loss, program, small_model, two_layers
 
 import fsdp
 import sft
@@ -217,23 +217,6 @@ def test_of_the_hub_it_reads_the_configuration_alone(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["plan.py", "--model", "some/model"])
     plan.main()
     assert asked == [("some/model", {"allow_patterns": ["config.json"]})] and "peak" in capsys.readouterr().out
-
-
-@pytest.mark.repo
-def test_the_guide_shows_what_is_printed(tmp_path, monkeypatch, capsys):
-    """Each command of docs/scaling.md gives the lines below it."""
-    with open(f"{ROOT}/docs/scaling.md", encoding="utf-8") as f:
-        text = f.read()
-    monkeypatch.chdir(tmp_path)
-    for name, config in re.findall(r"mkdir (\S+) && echo '(.*)' >", text):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(config)
-    shown = re.findall(r"```\n\$ python tools/(plan.py .*)\n([^`]*)```", text)
-    assert len(shown) == 5
-    for command, output in shown:
-        monkeypatch.setattr(sys, "argv", command.split())
-        plan.main()
-        assert capsys.readouterr().out == output
 
 
 def test_step_time_is_work_over_speed(large):
