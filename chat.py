@@ -23,12 +23,12 @@ import torch
 
 import sft
 from disk import peft, pretrained
-from disk.run import Source
+from disk.run import ModelPaths
 from model import generate
 from ranks import processes
 from settings import errors
 from settings.errors import UserError
-from settings.parser import check, knob, parse
+from settings.parser import check, parse, setting
 from text.template import ChatTokenizer
 
 
@@ -36,17 +36,17 @@ from text.template import ChatTokenizer
 class Config:
     """Talk to a model: python chat.py DIR [flags]"""
 
-    model: str = knob("./outputs/checkpoints/latest", "model or adapter directory, hub id or tiny",
+    model: str = setting("./outputs/checkpoints/latest", "model or adapter directory, hub id or tiny",
                       group="chat")
-    base: str | None = knob(None, "model of an adapter, if not the one that its adapter_config.json names")
-    prompt: str | None = knob(None, "answer this and end")
-    system: str | None = knob(None, "system message")
-    temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts",
+    base: str | None = setting(None, "model of an adapter, if not the one that its adapter_config.json names")
+    prompt: str | None = setting(None, "answer this and end")
+    system: str | None = setting(None, "system message")
+    temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples as the model predicts",
                               low=0, high=100)
-    top_p: float = knob(1.0, "sample only from the likeliest tokens that together have this probability",
+    top_p: float = setting(1.0, "sample only from the likeliest tokens that together have this probability",
                         low=1e-6, high=1, needs="temperature")
-    max_new_tokens: int = knob(1024, "longest answer", low=1)
-    seed: int = knob(42, "of sampling", low=0)
+    max_new_tokens: int = setting(1024, "longest answer", low=1)
+    seed: int = setting(42, "of sampling", low=0)
 
     def __post_init__(self):
         check(self)
@@ -80,23 +80,23 @@ def load(name, base=None):
             raise UserError(f"{adapter}: its adapter_config.json names no base model; "
                             "give it with --base DIR")
         directory = pretrained.model_directory(base)
-    source = Source.find(directory, adapter)
-    tokenizer = ChatTokenizer(source.tokenizer)
+    paths = ModelPaths.find(directory, adapter)
+    tokenizer = ChatTokenizer(paths.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = sft.Config(dtype="fp32", use_lora=adapter is not None, gradient_checkpointing=False)
-    model, _ = sft.build(cfg, source, processes.alone(device), trains=False)
-    generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
+    model, _ = sft.build(cfg, paths, processes.single_process(device), trains=False)
+    generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
     return model.eval(), tokenizer, set(np.atleast_1d(generation["eos_token_id"]).tolist())
 
 
-def answer(model, tokenizer, stops, messages, cfg):
+def answer(model, tokenizer, eos_ids, messages, cfg):
     """Yield the answer's text piece by piece; a piece never ends inside a character."""
     try:
         prompt = tokenizer.render(messages, add_generation_prompt=True)
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
     tokens, ids, shown = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids, [], ""
-    for token in generate(model, tokens, cfg.max_new_tokens, stops, sampler(cfg.temperature, cfg.top_p)):
+    for token in generate(model, tokens, cfg.max_new_tokens, eos_ids, sampler(cfg.temperature, cfg.top_p)):
         ids.append(token)
         text = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # the first bytes of a character decode to this
@@ -107,7 +107,7 @@ def answer(model, tokenizer, stops, messages, cfg):
 def main():
     cfg, _ = parse(Config, sys.argv[1:], positional=["model"])
     torch.manual_seed(cfg.seed)
-    model, tokenizer, stops = load(cfg.model, cfg.base)
+    model, tokenizer, eos_ids = load(cfg.model, cfg.base)
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, talking = list(start), cfg.prompt is None and sys.stdin.isatty()
     while True:
@@ -121,7 +121,7 @@ def main():
         messages.append({"role": "user", "content": line.strip()})
         reply = ""
         try:
-            for piece in answer(model, tokenizer, stops, messages, cfg):
+            for piece in answer(model, tokenizer, eos_ids, messages, cfg):
                 print(piece, end="", flush=True)
                 reply += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation

@@ -21,7 +21,7 @@ from text.formats import KEYS, data_files, read_file, to_messages
 from text.ledger import Ledger
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
-ARRAYS = {"tokens": np.int32, "is_target": np.bool_, "sizes": np.int32, "lengths": np.int32,
+ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "n_tokens": np.int32, "n_inputs": np.int32,
           "n_targets": np.int32, "file": np.int32, "row": np.int32}  # of a Dataset, as they are on the disk
 
 # ---- conversations -> masked tokens -----------------------------------------------------------------------
@@ -43,9 +43,9 @@ class Dataset:
     """n conversations as flat arrays, mapped from the disk; the i-th is tokens[starts[i]:starts[i + 1]]."""
 
     tokens: np.ndarray  # (T,) of all conversations, one after another
-    is_target: np.ndarray  # (T,) bool, the loss mask: whether the model has to predict this token
-    sizes: np.ndarray  # (n,) tokens of each, after truncation; the metric `tokens` counts these
-    lengths: np.ndarray  # (n,) inputs of each: what precedes its last target; later tokens don't matter
+    loss_mask: np.ndarray  # (T,) bool, the loss mask: whether the model has to predict this token
+    n_tokens: np.ndarray  # (n,) tokens of each, after truncation; the metric `tokens` counts these
+    n_inputs: np.ndarray  # (n,) inputs of each: what precedes its last target; later tokens don't matter
     n_targets: np.ndarray  # (n,)
     file: np.ndarray  # (n,) where each came from: an index of files
     row: np.ndarray  # (n,) and the row in that file
@@ -55,10 +55,10 @@ class Dataset:
     digest: str  # a hash of tokens, targets, order and weights; a run resumes with the same data only
 
     def __post_init__(self):
-        self.starts = np.concatenate(([0], np.cumsum(self.sizes, dtype=np.int64)))
+        self.starts = np.concatenate(([0], np.cumsum(self.n_tokens, dtype=np.int64)))
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.n_inputs)
 
     def mix(self):
         """(group of each conversation, weight of each group), or None where no weights were given."""
@@ -111,10 +111,10 @@ def tokenise(spec, tokenizer, options, directory, progress=None):
     groups = data_files(spec)
     files = [file for _, names in groups for file in names]
     weights = [[group, weight] for group, (weight, names) in enumerate(groups) for _ in names]
-    ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, hashed=("tokens", "is_target", "sizes"))
+    ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, hashed=("tokens", "loss_mask", "n_tokens"))
     for batch, encodings in tokenizer.encode_ahead(conversations(files, tokenizer, options)):
         for conversation, encoding in zip(batch, encodings, strict=True):
-            append(conversation, encoding, options, tokenizer.stop_id, ledger, writer)
+            append(conversation, encoding, options, tokenizer.stop_token_id, ledger, writer)
         writer.flush()
         if progress:
             progress()
@@ -154,7 +154,7 @@ def render(file, number, row, where, tokenizer, options):
     return Conversation(file, number, where, text, spans)
 
 
-def append(conversation, encoding, options, stop_id, ledger, writer):
+def append(conversation, encoding, options, stop_token_id, ledger, writer):
     """Mask one conversation, account for all of its tokens, and write it if it has a target."""
     length, kept = len(encoding), min(len(encoding), options.max_length)
     ledger.rows, ledger.tokens = ledger.rows + 1, ledger.tokens + length
@@ -164,20 +164,20 @@ def append(conversation, encoding, options, stop_id, ledger, writer):
     if length > kept and options.too_long == "drop":
         ledger.drop("too long", length)
         return
-    is_target, turns, stopped = mask(encoding, conversation.spans, conversation.text, kept=kept,
-                                     train_on_prompt=options.train_on_prompt, stop_id=stop_id)
+    loss_mask, turns, stopped = make_loss_mask(encoding, conversation.spans, conversation.text, kept=kept,
+                                     train_on_prompt=options.train_on_prompt, stop_token_id=stop_token_id)
     ledger.turns += turns
     ledger.turns_stopped += stopped
-    places = np.flatnonzero(is_target)
+    places = np.flatnonzero(loss_mask)
     if not len(places):
         ledger.drop("without targets" + (" after truncation" if length > kept else ""), length)
         return
     ledger.keep(len(places), kept, length)
-    writer.add(tokens=encoding.ids[:kept], is_target=is_target, sizes=[kept], lengths=places[-1:],
+    writer.add(tokens=encoding.ids[:kept], loss_mask=loss_mask, n_tokens=[kept], n_inputs=places[-1:],
                n_targets=[len(places)], file=[conversation.file], row=[conversation.row])
 
 
-def mask(encoding, spans, text, *, kept, train_on_prompt, stop_id):
+def make_loss_mask(encoding, spans, text, *, kept, train_on_prompt, stop_token_id):
     """The loss mask of one conversation: a token is a target if it lies wholly inside a trained span.
 
     encoding  of `text`, by the tokenizers library: n tokens
@@ -185,20 +185,20 @@ def mask(encoding, spans, text, *, kept, train_on_prompt, stop_id):
               end of the turn's header to the end of the token that ends it, and whether that token is there
     kept      n, or fewer if the tokens after that are truncated
     train_on_prompt  every token is a target; not the first, as nothing predicts it
-    stop_id   the token that ends a turn, or None
+    stop_token_id   the token that ends a turn, or None
     returns   (kept,) bool; int, trained turns that are not truncated; int, those whose stop token is a target
     """
-    ids, is_target, turns, stopped = encoding.ids, np.full(len(encoding), train_on_prompt), 0, 0
+    ids, loss_mask, turns, stopped = encoding.ids, np.full(len(encoding), train_on_prompt), 0, 0
     for start, stop, whole, trained in spans:
         first, end = token_range(encoding, start, stop, len(text))
         if kept < len(ids) and first >= kept:
             break  # truncated, as later turns are: each search for the tokens of a span takes long
-        is_target[first:end] = trained or train_on_prompt
+        loss_mask[first:end] = trained or train_on_prompt
         if trained and end <= kept:
             turns += 1
-            stopped += int(whole and stop_id in ids[first:end])
-    is_target[:1] = False
-    return is_target[:kept], turns, stopped
+            stopped += int(whole and stop_token_id in ids[first:end])
+    loss_mask[:1] = False
+    return loss_mask[:kept], turns, stopped
 
 
 def token_range(encoding, start, stop, text_length):
@@ -241,14 +241,14 @@ class Sampler:
     quotas     list, how many conversations of each group an epoch holds
     """
 
-    def __init__(self, lengths, *, epochs, seed, batch_size, batch_tokens=None, max_steps=None, mix=None):
-        self.lengths, self.seed, self.batch_size, self.batch_tokens = lengths, seed, batch_size, batch_tokens
-        self.groups, self.quotas = None, [len(lengths)]
+    def __init__(self, n_inputs, *, epochs, seed, batch_size, batch_tokens=None, max_steps=None, mix=None):
+        self.n_inputs, self.seed, self.batch_size, self.batch_tokens = n_inputs, seed, batch_size, batch_tokens
+        self.groups, self.quotas = None, [len(n_inputs)]
         if mix:
             self.groups, weights = mix
             self.quotas = mixed_quotas(np.bincount(self.groups, minlength=len(weights)), weights)
-        if batch_tokens and np.max(lengths) > batch_tokens:
-            raise UserError(f"--batch_tokens {batch_tokens}: a conversation has {np.max(lengths)} tokens")
+        if batch_tokens and np.max(n_inputs) > batch_tokens:
+            raise UserError(f"--batch_tokens {batch_tokens}: a conversation has {np.max(n_inputs)} tokens")
         self.per_epoch, self.total, n = [], 0, sum(self.quotas)
         for epoch in itertools.count() if max_steps else range(epochs):
             steps = len(self.epoch_order(epoch)[1]) - 1 if batch_tokens else ceil_div(n, batch_size)
@@ -266,7 +266,7 @@ class Sampler:
     def epoch_order(self, epoch):
         """(order, cuts) of an epoch's conversations: its steps hold order[cuts[0]:cuts[1]] and so on."""
         # Philox's raw stream is the same on every machine and NumPy version; a Generator's shuffle may vary.
-        keys = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self.lengths))
+        keys = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self.n_inputs))
         order = np.argsort(keys, kind="stable")
         if self.groups is not None:  # the first ones of each group, then all of these in order of their keys
             drawn = [order[self.groups[order] == group][:quota] for group, quota in enumerate(self.quotas)]
@@ -274,11 +274,11 @@ class Sampler:
             order = order[np.argsort(keys[order], kind="stable")]
         if not self.batch_tokens:
             return order, np.append(np.arange(0, len(order), self.batch_size), len(order))
-        lengths, cuts = self.lengths[order], [0]
-        ends = np.cumsum(lengths, dtype=np.int64)
-        stops = np.searchsorted(ends, ends - lengths + self.batch_tokens, "right")  # of a step from each on
+        n_inputs, cuts = self.n_inputs[order], [0]
+        ends = np.cumsum(n_inputs, dtype=np.int64)
+        next_cuts = np.searchsorted(ends, ends - n_inputs + self.batch_tokens, "right")  # of a step from each on
         while cuts[-1] < len(order):
-            cuts.append(int(stops[cuts[-1]]))
+            cuts.append(int(next_cuts[cuts[-1]]))
         return order, np.array(cuts)
 
     def step(self, step):
@@ -318,32 +318,32 @@ class MicroBatch:
     """Conversations one after another, without padding: N tokens, of which R are followed by a target."""
 
     tokens: torch.Tensor  # (N,) int64
-    lengths: tuple  # ints, the tokens of each conversation; their sum is N
-    rows: torch.Tensor  # (R,) int64, ascending: the positions whose next token is a target
+    doc_lengths: tuple  # ints, the tokens of each conversation; their sum is N
+    target_positions: torch.Tensor  # (R,) int64, ascending: the positions whose next token is a target
     targets: torch.Tensor  # (R,) int64: that next token
     ids: np.ndarray  # (conversations,) int64: which ones they are
 
     def inputs(self, device):
         """The arguments of the model's forward, on its device."""
-        return self.tokens.to(device), self.lengths, self.rows.to(device), self.targets.to(device)
+        return self.tokens.to(device), self.doc_lengths, self.target_positions.to(device), self.targets.to(device)
 
     def owners(self):
         """(R,) int64: the conversation of each target, an index of the Dataset."""
-        document = np.searchsorted(np.cumsum(self.lengths), self.rows.numpy(), "right")
+        document = np.searchsorted(np.cumsum(self.doc_lengths), self.target_positions.numpy(), "right")
         return torch.from_numpy(self.ids[document])
 
 
-def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
+def micro_batches(dataset, ids, capacity, max_conversations=None, dp_rank=0, dp_size=1):
     """Yield the MicroBatches of a step's conversations `ids` for one of dp_size ranks; see packing.pack."""
     ids = np.asarray(ids)
-    for group in pack(dataset.lengths[ids], capacity, max_rows, dp_rank=dp_rank, dp_size=dp_size):
+    for group in pack(dataset.n_inputs[ids], capacity, max_conversations, dp_rank=dp_rank, dp_size=dp_size):
         if not group:  # fewer conversations than ranks: one token without a target, as all ranks take part
             none = torch.zeros(0, dtype=torch.long)
             yield MicroBatch(torch.zeros(1, dtype=torch.long), (1,), none, none, ids[:1])
             continue
-        spans = [(int(dataset.starts[i]), int(dataset.lengths[i])) for i in ids[group]]
+        spans = [(int(dataset.starts[i]), int(dataset.n_inputs[i])) for i in ids[group]]
         tokens = np.concatenate([dataset.tokens[s : s + n] for s, n in spans])
         next_tokens = np.concatenate([dataset.tokens[s + 1 : s + n + 1] for s, n in spans])
-        rows = np.flatnonzero(np.concatenate([dataset.is_target[s + 1 : s + n + 1] for s, n in spans]))
+        rows = np.flatnonzero(np.concatenate([dataset.loss_mask[s + 1 : s + n + 1] for s, n in spans]))
         yield MicroBatch(torch.from_numpy(tokens).long(), tuple(n for _, n in spans), torch.from_numpy(rows),
                          torch.from_numpy(next_tokens[rows]).long(), ids[group])

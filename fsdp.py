@@ -16,7 +16,7 @@ def shard(model, ranks, *, bf16, param_offload):
     bf16           gather and compute in bf16, from fp32 parameters
     param_offload  keep parameters and gradients in host memory
     """
-    if ranks.size == 1 and not bf16 and not param_offload:
+    if ranks.world_size == 1 and not bf16 and not param_offload:
         return  # there is nothing to shard, cast or move: FSDP2 would only copy
     from torch.distributed.fsdp import (  # half a second, which other runs save
         CPUOffloadPolicy,
@@ -41,10 +41,10 @@ def shard(model, ranks, *, bf16, param_offload):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
 
 
-def reduce_gradients(model, now):
+def set_gradient_sync(model, enabled):
     """Whether the next backward reduces gradients over dp: once a step, with its last micro-batch."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(enabled)
 
 
 def reshard(model):

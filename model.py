@@ -110,11 +110,11 @@ class Decoder(nn.Module):
             for block in self.layers:
                 block.compile(dynamic=True)
 
-    def forward(self, tokens, lengths, past=None):
+    def forward(self, tokens, doc_lengths, past=None):
         start = past[0]["k"].shape[0] if past and past[0] else 0
-        positions = torch.cat([torch.arange(start, start + n) for n in lengths])
+        positions = torch.cat([torch.arange(start, start + n) for n in doc_lengths])
         cos, sin = rope_cos_sin(positions.to(tokens.device, non_blocking=True), self.config)
-        documents = Documents(lengths)
+        documents = Documents(doc_lengths)
         attention = opaque_attend() if self.compiled else attend
         x = self.embed_tokens(tokens)  # (N, C)
         for i, block in enumerate(self.layers):
@@ -148,25 +148,25 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, lengths, rows=None, targets=None, past=None):
+    def forward(self, tokens, doc_lengths, target_positions=None, targets=None, past=None):
         """Logits, or the loss where targets are given.
 
         tokens   (N,)  int64; documents one after another
-        lengths        tuple of ints with sum N: the tokens of each document
-        rows     (R,)  int64; the positions that have a target
+        doc_lengths        tuple of ints with sum N: the tokens of each document
+        target_positions     (R,)  int64; the positions that have a target
         targets  (R,)  int64; the token that each of them has to predict
         past           a dict for each layer, for keys and values of earlier calls: logits of the last token
         returns  (N, V) logits, or a LossOut: nats summed over the targets; the caller divides
         """
-        hidden = self.model(tokens, lengths, past)
+        hidden = self.model(tokens, doc_lengths, past)
         if targets is not None:
-            return loss(hidden, self.lm_head, rows, targets)
+            return loss(hidden, self.lm_head, target_positions, targets)
         return self.lm_head(hidden if past is None else hidden[-1:])
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, stop_ids, sample=lambda logits: int(logits.argmax())):
-    """Yield new token ids one by one, with a key/value cache; stop after one of `stop_ids`, yielded too.
+def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(logits.argmax())):
+    """Yield new token ids one by one, with a key/value cache; stop after one of `eos_ids`, yielded too.
 
     tokens  list of ids, the rendered prompt
     sample  maps (V,) logits to an id, greedy by default
@@ -176,6 +176,6 @@ def generate(model, tokens, max_new_tokens, stop_ids, sample=lambda logits: int(
     for _ in range(max_new_tokens):
         token = sample(model(torch.tensor(tokens, device=device), (len(tokens),), past=past)[0])
         yield token
-        if token in stop_ids:
+        if token in eos_ids:
             return
         tokens = [token]

@@ -40,10 +40,10 @@ from screen import samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
 from settings.errors import NonFiniteError, UserError
-from settings.parser import check, knob, parse
+from settings.parser import check, parse, setting
 from text.template import ChatTokenizer
 
-lora_knob = functools.partial(knob, needs="use_lora", unless="resume_adapter")  # an adapter has its own
+lora_setting = functools.partial(setting, needs="use_lora", unless="resume_adapter")  # an adapter has its own
 
 
 @dataclass
@@ -53,84 +53,84 @@ class Config:
     train.sh reads the variables in CAPITALS as well, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
     """
 
-    model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, directory, or tiny: the embedded one", env="MODEL_PATH",
+    model: str = setting("Qwen/Qwen2.5-0.5B", "hub id, directory, or tiny: the embedded one", env="MODEL_PATH",
                       presets=("tiny",), group="model and data")
-    tokenizer: str | None = knob(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
-    train_data: str = knob("./data/example_sft.json", env="TRAIN_DATA",
+    tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
+    train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                            help="file, directory, hub dataset id; several with commas, :WEIGHT")
-    val_data: str | None = knob(None, "the same, for validation", env="VAL_DATA")
-    max_length: int = knob(2048, "tokens of a conversation that are kept", env="MAX_LENGTH", low=2)
-    too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
-    train_on: str = knob("all", "all of the assistant's turns, or the last one only", ("all", "last"),
+    val_data: str | None = setting(None, "the same, for validation", env="VAL_DATA")
+    max_length: int = setting(2048, "tokens of a conversation that are kept", env="MAX_LENGTH", low=2)
+    too_long: str = setting("truncate", "a longer conversation", ("truncate", "drop", "error"))
+    train_on: str = setting("all", "all of the assistant's turns, or the last one only", ("all", "last"),
                          unless="train_on_prompt")
-    train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
-    prompt_key: str = knob("prompt", "column with the question; a.b for nested columns")
-    response_key: str = knob("response", "column with the answer")
-    messages_key: str = knob("messages", "column with the list of messages; conversations is read as well")
-    cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
+    train_on_prompt: bool = setting(False, "train all tokens, not the assistant's only")
+    prompt_key: str = setting("prompt", "column with the question; a.b for nested columns")
+    response_key: str = setting("response", "column with the answer")
+    messages_key: str = setting("messages", "column with the list of messages; conversations is read as well")
+    cache_dir: str | None = setting("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
 
-    batch_size: int = knob(4, "conversations per step, all ranks", env="BATCH_SIZE", low=1, group="steps")
-    batch_tokens: int | None = knob(None, "instead of batch_size: tokens that fill a step", low=1)
-    micro_batch_size: int = knob(1, env="MICRO_BATCH_SIZE", low=1,
+    batch_size: int = setting(4, "conversations per step, all ranks", env="BATCH_SIZE", low=1, group="steps")
+    batch_tokens: int | None = setting(None, "instead of batch_size: tokens that fill a step", low=1)
+    micro_batch_size: int = setting(1, env="MICRO_BATCH_SIZE", low=1,
                                  help="a micro-batch holds at most micro_batch_size × max_length tokens")
-    packing: bool = knob(True, "off: a micro-batch holds micro_batch_size conversations", env="PACKING")
-    epochs: int = knob(3, "passes over the data", env="NUM_EPOCHS", low=1)
-    max_steps: int | None = knob(None, "optimizer steps; overrides epochs", env="MAX_STEPS", low=1)
-    seed: int = knob(42, "of the order of the data and of dropout", env="SEED", low=0)
+    packing: bool = setting(True, "off: a micro-batch holds micro_batch_size conversations", env="PACKING")
+    epochs: int = setting(3, "passes over the data", env="NUM_EPOCHS", low=1)
+    max_steps: int | None = setting(None, "optimizer steps; overrides epochs", env="MAX_STEPS", low=1)
+    seed: int = setting(42, "of the order of the data and of dropout", env="SEED", low=0)
 
-    lr: float = knob(2e-5, "peak learning rate", env="LEARNING_RATE", low=0, group="optimizer (AdamW)")
-    scheduler: str = knob("cosine", "after the warm-up", ("cosine", "linear", "constant"), env="SCHEDULER")
-    warmup_ratio: float = knob(0.1, "share of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
-    min_lr_ratio: float = knob(0.0, "final lr / peak lr of cosine and linear", low=0, high=1,
+    lr: float = setting(2e-5, "peak learning rate", env="LEARNING_RATE", low=0, group="optimizer (AdamW)")
+    scheduler: str = setting("cosine", "after the warm-up", ("cosine", "linear", "constant"), env="SCHEDULER")
+    warmup_ratio: float = setting(0.1, "share of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
+    min_lr_ratio: float = setting(0.0, "final lr / peak lr of cosine and linear", low=0, high=1,
                                unless="scheduler=constant")
-    weight_decay: float = knob(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY", low=0)
-    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: no limit", env="GRAD_CLIP", low=0)
-    max_grad_norm_factor: float | None = knob(
+    weight_decay: float = setting(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY", low=0)
+    grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0: no limit", env="GRAD_CLIP", low=0)
+    max_grad_norm_factor: float | None = setting(
         None, "skip a step whose gradient norm exceeds this × the median of the last 64 steps", low=1)
-    beta1: float = knob(0.9, "decay of the first moment", low=0, high=0.9999999)
-    beta2: float = knob(0.95, "decay of the second moment", low=0, high=0.9999999)
+    beta1: float = setting(0.9, "decay of the first moment", low=0, high=0.9999999)
+    beta2: float = setting(0.95, "decay of the second moment", low=0, high=0.9999999)
 
-    use_lora: bool = knob(False, "train adapters beside the frozen model", env="USE_LORA", group="LoRA")
-    lora_rank: int = lora_knob(8, "inner width of an adapter", env="LORA_RANK", low=1)
-    lora_alpha: int = lora_knob(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA", low=1)
-    lora_dropout: float = lora_knob(0.0, "dropout probability on adapter inputs", low=0, high=0.9999999)
-    lora_targets: str = lora_knob("all-linear", "all-linear, names with commas, or a regular expression")
-    lora_rs: bool = lora_knob(False, "scale by alpha / sqrt(rank): rsLoRA")
-    lora_dora: bool = lora_knob(False, "learn the norm of each weight row separately: DoRA")
-    lora_modules_to_save: str | None = lora_knob(None, "train fully too: embed_tokens, lm_head, or both")
-    lora_plus_ratio: float = knob(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
-    quantize: str | None = knob(None, "QLoRA: store frozen matrices in 4 bits", ("nf4",), needs="use_lora",
+    use_lora: bool = setting(False, "train adapters beside the frozen model", env="USE_LORA", group="LoRA")
+    lora_rank: int = lora_setting(8, "inner width of an adapter", env="LORA_RANK", low=1)
+    lora_alpha: int = lora_setting(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA", low=1)
+    lora_dropout: float = lora_setting(0.0, "dropout probability on adapter inputs", low=0, high=0.9999999)
+    lora_targets: str = lora_setting("all-linear", "all-linear, names with commas, or a regular expression")
+    lora_rs: bool = lora_setting(False, "scale by alpha / sqrt(rank): rsLoRA")
+    lora_dora: bool = lora_setting(False, "learn the norm of each weight row separately: DoRA")
+    lora_modules_to_save: str | None = lora_setting(None, "train fully too: embed_tokens, lm_head, or both")
+    lora_plus_ratio: float = setting(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
+    quantize: str | None = setting(None, "QLoRA: store frozen matrices in 4 bits", ("nf4",), needs="use_lora",
                                 unless="tp or lora_dora")
-    resume_adapter: str | None = knob(None, "start from this adapter, made here or by PEFT", needs="use_lora")
+    resume_adapter: str | None = setting(None, "start from this adapter, made here or by PEFT", needs="use_lora")
 
-    strategy: str = knob("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks too",
+    strategy: str = setting("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks too",
                          ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
-    tp: int = knob(1, "ranks that share each matrix, with --strategy megatron", env="TP", low=1)
-    timeout: int = knob(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
-    param_offload: bool = knob(False, "parameters, gradients, optimizer in host memory", env="PARAM_OFFLOAD")
-    optimizer_offload: bool = knob(False, "moments, fp32 masters in host memory", env="OPTIMIZER_OFFLOAD")
-    gradient_checkpointing: bool = knob(True, "recompute activations in backward: less memory, 1/3 more work",
+    tp: int = setting(1, "ranks that share each matrix, with --strategy megatron", env="TP", low=1)
+    timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
+    param_offload: bool = setting(False, "parameters, gradients, optimizer in host memory", env="PARAM_OFFLOAD")
+    optimizer_offload: bool = setting(False, "moments, fp32 masters in host memory", env="OPTIMIZER_OFFLOAD")
+    gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, 1/3 more work",
                                         env="GRADIENT_CHECKPOINTING")
-    dtype: str | None = knob(None, "of the computation; none: bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
+    dtype: str | None = setting(None, "of the computation; none: bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
                              env="DTYPE")
-    compile: bool = knob(False, "torch.compile the blocks; needs g++", env="COMPILE", unless="tp")
-    deterministic: bool = knob(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
-    selfcheck: bool = knob(False, "compare the gradient of one step over all layouts, then exit")
+    compile: bool = setting(False, "torch.compile the blocks; needs g++", env="COMPILE", unless="tp")
+    deterministic: bool = setting(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
+    selfcheck: bool = setting(False, "compare the gradient of one step over all layouts, then exit")
 
-    output_dir: str = knob("./outputs", "where everything goes", env="OUTPUT_DIR", group="output")
-    resume_from: str | None = knob(None, "step directory, or auto: output_dir's latest", env="RESUME_FROM")
-    save_steps: int | None = knob(None, "save every N steps; none: once per epoch", env="SAVE_STEPS", low=1)
-    keep_checkpoints: int | None = knob(None, "newest N are kept; none: all", env="KEEP_CHECKPOINTS", low=1)
-    eval_steps: int | None = knob(None, "validate every N steps; none: once per epoch", low=1,
+    output_dir: str = setting("./outputs", "where everything goes", env="OUTPUT_DIR", group="output")
+    resume_from: str | None = setting(None, "step directory, or auto: output_dir's latest", env="RESUME_FROM")
+    save_steps: int | None = setting(None, "save every N steps; none: once per epoch", env="SAVE_STEPS", low=1)
+    keep_checkpoints: int | None = setting(None, "newest N are kept; none: all", env="KEEP_CHECKPOINTS", low=1)
+    eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                   env="EVAL_STEPS", needs="val_data or sample_prompts")
-    keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well", needs="val_data")
-    early_stopping: int | None = knob(None, "stop after N validations without gain", low=1, needs="val_data")
+    keep_best: bool = setting(False, "keep the checkpoint of the lowest val_loss as well", needs="val_data")
+    early_stopping: int | None = setting(None, "stop after N validations without gain", low=1, needs="val_data")
 
-    logger: str = knob("console", "with commas: console, wandb, tensorboard, trackio", env="LOGGER",
+    logger: str = setting("console", "with commas: console, wandb, tensorboard, trackio", env="LOGGER",
                        group="what is seen")
-    project: str | None = knob(None, "project of the run in wandb and trackio", env="WANDB_PROJECT")
-    run_name: str | None = knob(None, "name of the run in wandb, trackio and the report")
-    sample_prompts: str | None = knob(None, "file of prompts, answered at validations: one per line, or rows")
+    project: str | None = setting(None, "project of the run in wandb and trackio", env="WANDB_PROJECT")
+    run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
+    sample_prompts: str | None = setting(None, "file of prompts, answered at validations: one per line, or rows")
 
     def __post_init__(self):
         check(self)
@@ -162,8 +162,8 @@ def lr_at(step, total_steps, cfg):
 
 def micro_batches(dataset, ids, cfg, ranks):
     """This rank's micro-batches of the conversations `ids`."""
-    max_rows = None if cfg.packing else cfg.micro_batch_size
-    return data.micro_batches(dataset, ids, cfg.micro_batch_size * cfg.max_length, max_rows=max_rows,
+    max_conversations = None if cfg.packing else cfg.micro_batch_size
+    return data.micro_batches(dataset, ids, cfg.micro_batch_size * cfg.max_length, max_conversations=max_conversations,
                               dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
 
 
@@ -176,7 +176,7 @@ def backward(model, batches, n_targets, ranks, losses=None):
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches, 1):
-        fsdp.reduce_gradients(model, now=i == len(batches))
+        fsdp.set_gradient_sync(model, enabled=i == len(batches))
         out = model(*batch.inputs(ranks.device))
         loss = out.total / n_targets
         loss.backward()
@@ -188,7 +188,7 @@ def backward(model, batches, n_targets, ranks, losses=None):
 
 @torch.no_grad()
 def evaluate(model, dataset, cfg, ranks):
-    """Nats per target token over the whole dataset; meaningless if a signal (ranks.stop) ended it early."""
+    """Nats per target token over the whole dataset; meaningless if a signal (ranks.stop_signal) ended it early."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in micro_batches(dataset, range(len(dataset)), cfg, ranks):
@@ -197,7 +197,7 @@ def evaluate(model, dataset, cfg, ranks):
         total += model(*batch.inputs(ranks.device)).total
     fsdp.reshard(model)
     model.train()
-    return ranks.sum(total).item() / int(dataset.n_targets.sum())
+    return ranks.all_reduce(total).item() / int(dataset.n_targets.sum())
 
 
 def load_data(cfg, tokenizer):
@@ -212,8 +212,8 @@ def load_data(cfg, tokenizer):
     return train_set, val_set
 
 
-def build(cfg, source, ranks, trains=True):
-    """The model of a Source (disk/run.py) and its optimizer: created on meta, split over the ranks, then
+def build(cfg, paths, ranks, trains=True):
+    """The model of a ModelPaths (disk/run.py) and its optimizer: created on meta, split over the ranks, then
     allocated and filled from the disk tensor by tensor. The order below is the only one that works.
 
     On the device "meta" nothing is split, allocated or read (tools/plan.py). Without `trains` there is no
@@ -221,15 +221,15 @@ def build(cfg, source, ranks, trains=True):
     """
     bf16, is_planned = cfg.dtype_on(ranks.device) == "bf16", ranks.device.type == "meta"
     with torch.device("meta"):
-        model = CausalLM(source.config, cfg.gradient_checkpointing, cfg.compile)
+        model = CausalLM(paths.config, cfg.gradient_checkpointing, cfg.compile)
     if not is_planned:
-        pretrained.fitting_entries(model, source.model)  # raises before memory is taken
+        pretrained.fitting_entries(model, paths.model)  # raises before memory is taken
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):
         model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or the model is frozen
     if cfg.quantize:
         nf4.quantize_linears(model)
     if cfg.use_lora:
-        config, lora_ranks = peft.read(source.adapter) if source.adapter else peft.new(model, cfg)
+        config, lora_ranks = peft.read(paths.adapter) if paths.adapter else peft.new(model, cfg)
         lora.inject(model, config, lora_ranks, cfg.tp)
     if is_planned:
         return model, None
@@ -245,9 +245,9 @@ def build(cfg, source, ranks, trains=True):
     if trains:
         optimizer = optim.build(optim.AdamW, groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
                                 offload=cfg.optimizer_offload)
-    pretrained.load_weights(model, source.model, optimizer)
-    if source.adapter:
-        pretrained.load_weights(model, source.adapter, optimizer)
+    pretrained.load_weights(model, paths.model, optimizer)
+    if paths.adapter:
+        pretrained.load_weights(model, paths.adapter, optimizer)
     elif cfg.use_lora:
         lora.initialize(model, pretrained.master_weights(model, optimizer), cfg.seed)
     return model, optimizer
@@ -258,14 +258,14 @@ def train(cfg, ranks):
     from tools import selfcheck  # the one tool that a run starts: --selfcheck, and where a step went wrong
     warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks)  # a new run, or a verified checkpoint
-    tokenizer = ChatTokenizer(run.source.tokenizer, run.source.config.vocab_size)
-    ranks.at("tokenise")
+    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size)
+    ranks.set_phase("tokenise")
     train_set, val_set = load_data(cfg, tokenizer)
     run.identify(train_set)
-    sampler = data.Sampler(train_set.lengths, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
+    sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
-    ranks.at("load")
-    model, optimizer = build(cfg, run.source, ranks)
+    ranks.set_phase("load")
+    model, optimizer = build(cfg, run.paths, ranks)
     run.restore(model, optimizer, tokenizer)
     if cfg.selfcheck:
         return selfcheck.compare(backward, model, train_set, sampler.step(1).ids, cfg, ranks)
@@ -279,7 +279,7 @@ def train(cfg, ranks):
         """Evaluate if due, save if due."""
         is_best = False
         if sampler.is_due(step, cfg.eval_steps):
-            ranks.at(f"evaluation after step {step}")
+            ranks.set_phase(f"evaluation after step {step}")
             val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
             answers = prompts.answer(model, ranks)
             run.owes_evaluation = bool((val_set or prompts.texts) and ranks.poll_signals())
@@ -288,7 +288,7 @@ def train(cfg, ranks):
                 log.validation(step, val_loss, val_set, answers)
         is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
         if is_last or sampler.is_due(step, cfg.save_steps) or (is_best and cfg.keep_best):
-            ranks.at(f"save of step {step}")
+            ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
             log.sync()  # a checkpoint never outlives the lines that lead to it
             run.save(model, optimizer, is_best)
@@ -296,23 +296,23 @@ def train(cfg, ranks):
             ranks.poll_signals()
 
     ranks.poll_signals()  # from here on a signal lets the step finish and be saved
-    if run.owes_evaluation and not ranks.stop:
+    if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)
     first_step = run.step + 1
     for step in range(first_step, len(sampler) + 1):
-        if ranks.stop or run.stops_early:
+        if ranks.stop_signal or run.stops_early:
             break
         started = time.perf_counter()
-        ranks.at(f"step {step}")
+        ranks.set_phase(f"step {step}")
         torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # of dropout: no generator is restored
         epoch, ids = sampler.step(step)
         batches = list(micro_batches(train_set, ids, cfg, ranks))
-        n_targets, n_tokens = int(train_set.n_targets[ids].sum()), int(train_set.sizes[ids].sum())
+        n_targets, n_tokens = int(train_set.n_targets[ids].sum()), int(train_set.n_tokens[ids].sum())
         loss = backward(model, batches, n_targets, ranks, losses.restart(ids))
         if cfg.use_lora and step == first_step:
             selfcheck.check_adapters(model, ranks)
         norm = fsdp.grad_norm(model).to(ranks.device)
-        loss, grad_norm = torch.stack((ranks.sum(loss), norm)).tolist()  # a device sync
+        loss, grad_norm = torch.stack((ranks.all_reduce(loss), norm)).tolist()  # a device sync
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             where = selfcheck.find_non_finite(backward, model, train_set, ids, cfg, ranks)
             raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the "
@@ -335,15 +335,15 @@ def train(cfg, ranks):
                  peak_memory_gb=memory.peak_memory_gb(ranks.device), changed=meter.changed(),
                  skipped=is_spike or None)
         after_step(step)
-    log.finish(run, ranks.stop)
+    log.finish(run, ranks.stop_signal)
 
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     with processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks:
         train(cfg, ranks)
-    if ranks.stop:
-        sys.exit(processes.EXIT_CODES[ranks.stop])
+    if ranks.stop_signal:
+        sys.exit(processes.EXIT_CODES[ranks.stop_signal])
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ MANIFEST, STATE = os.path.join(INNER, "manifest.json"), os.path.join(INNER, "sta
 READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all files that are ever read
 
 
-def save(root, step, *, model, optimizer, layout, exported, state, links=("latest",)):
+def save(root, step, *, model, optimizer, shard_map, exported, state, links=("latest",)):
     """Write root/step_N, then move root/latest, or what `links` names; return its path. Every rank calls it.
 
     optimizer  as ops.optim.build makes it: the tensors of its state_of are saved, by their names
-    layout     what pretrained.load_weights returned
+    shard_map     what pretrained.load_weights returned
     exported   file name -> bytes or JSON value: the model directory's other files (pretrained.export_files)
     state      JSON object: what the run needs to resume; load_state returns it
 
@@ -32,8 +32,8 @@ def save(root, step, *, model, optimizer, layout, exported, state, links=("lates
     weights (bf16 on the disk, fp32 in memory), training_state/ holds the masters too: resume is exact.
     """
     temporary = start_directory(root, step)
-    writers = write_model(temporary, model, optimizer, layout, exported)
-    writers.update(write_training_state(temporary, step, model, optimizer, layout, state))
+    writers = write_model(temporary, model, optimizer, shard_map, exported)
+    writers.update(write_training_state(temporary, step, model, optimizer, shard_map, state))
     write_manifest(temporary, step, writers)
     return move_into_place(temporary, root, step, links)
 
@@ -53,15 +53,15 @@ def start_directory(root, step):
     return temporary
 
 
-def write_model(directory, model, optimizer, layout, exported):
+def write_model(directory, model, optimizer, shard_map, exported):
     """Write the model's or the adapter's own files; return {file: the rank that wrote it}.
 
     The weight files are those that were read or, where ranks outnumber them, one of equal size for each rank.
     An adapter, which is small, stays one file.
     """
-    masters, dtypes = pretrained.master_weights(model, optimizer), dtypes_of(layout)
-    shards, size = {file: list(codes) for file, codes in layout.items()}, pretrained.rank_and_size()[1]
-    is_adapter = pretrained.ADAPTER_FILE in layout
+    masters, dtypes = pretrained.master_weights(model, optimizer), dtypes_of(shard_map)
+    shards, size = {file: list(codes) for file, codes in shard_map.items()}, pretrained.rank_and_size()[1]
+    is_adapter = pretrained.ADAPTER_FILE in shard_map
     if len(shards) < size and not is_adapter:
         shards = pretrained.numbered({name: masters[name] for name in dtypes}, "model", size)
     prefix = pretrained.ADAPTER_PREFIX if is_adapter else ""
@@ -78,11 +78,11 @@ def write_model(directory, model, optimizer, layout, exported):
     return {**writers, **dict.fromkeys(by_rank_0, 0)}
 
 
-def write_training_state(directory, step, model, optimizer, layout, state):
+def write_training_state(directory, step, model, optimizer, shard_map, state):
     """Write training_state/ but for the manifest; return {file: the rank that wrote it}."""
     trained = trained_weights(model, optimizer)
     states = {name: optimizer.state_of(p) for name, p in trained.items()}
-    tensors = training_tensors(trained, states, dtypes_of(layout))
+    tensors = training_tensors(trained, states, dtypes_of(shard_map))
     shards = pretrained.numbered(tensors, "tensors", pretrained.rank_and_size()[1])
     writers = pretrained.write_shared(os.path.join(directory, INNER), shards, tensors,
                                       {name: tensor.dtype for name, tensor in tensors.items()})
@@ -121,9 +121,9 @@ def move_into_place(temporary, root, step, links):
     return final
 
 
-def dtypes_of(layout):
+def dtypes_of(shard_map):
     """name -> dtype of each tensor in the model's files."""
-    return {name: pretrained.DTYPES[code] for codes in layout.values() for name, code in codes.items()}
+    return {name: pretrained.DTYPES[code] for codes in shard_map.values() for name, code in codes.items()}
 
 
 def trained_weights(model, optimizer):

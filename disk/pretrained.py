@@ -198,7 +198,7 @@ def load_weights(model, directory, optimizer=None):
                             "differ; set tie_word_embeddings to false")
 
 
-def layout(model, directory):
+def shard_map(model, directory):
     """What saving needs to write a model's weight files again: {file name: {tensor name: dtype code}}."""
     entries, owned, _ = fitting_entries(model, directory)
     found = {}
@@ -290,7 +290,7 @@ def copy_slice(tensor, whole):
     part.copy_(whole[tuple(slice(*span) for span in spans)])
 
 
-def adapter_layout(model):
+def adapter_shard_map(model):
     """The layout of an adapter: one fp32 file of all that is trained; a tied head and embedding both."""
     named = model.named_parameters(remove_duplicate=False)
     return {ADAPTER_FILE: {name: "F32" for name, p in named if p.requires_grad}}
@@ -378,7 +378,7 @@ def export_files(source, config_json, tokenizer_source, tokenizer, adapter_confi
     exported = files.read_bytes(tokenizer_source, TOKENIZER_FILES)
     if adapter_config is None:
         exported.update(files.read_bytes(source, ["config.json"]))
-        exported["generation_config.json"] = generation_config(source, config_json, tokenizer.stop_id)
+        exported["generation_config.json"] = generation_config(source, config_json, tokenizer.stop_token_id)
     else:
         exported["adapter_config.json"] = adapter_config
     if tokenizer.is_fallback:
@@ -386,7 +386,7 @@ def export_files(source, config_json, tokenizer_source, tokenizer, adapter_confi
     return exported
 
 
-def generation_config(directory, config, stop_id):
+def generation_config(directory, config, stop_token_id):
     """generation_config.json with the trained turn-ending token among its eos ids.
 
     A base Qwen2.5 lists <|endoftext|> only: trained on ChatML, it would not stop at the end of its answer.
@@ -404,6 +404,6 @@ def generation_config(directory, config, stop_id):
         eos = [eos]
     if any(type(i) is not int for i in eos):
         raise UserError(f"{path}: eos_token_id must be a token's id or a list of them, it is {eos!r:.60}")
-    if stop_id not in eos:
-        eos.append(stop_id)
+    if stop_token_id not in eos:
+        eos.append(stop_token_id)
     return {**found, "eos_token_id": eos if len(eos) > 1 else eos[0]}

@@ -22,7 +22,7 @@ ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "
 
 
 @dataclass
-class Source:
+class ModelPaths:
     """The directories of a model, its adapter (if any) and its tokenizer; the values of config.json."""
 
     model: str
@@ -32,7 +32,7 @@ class Source:
 
     @classmethod
     def find(cls, model, adapter=None, tokenizer=None):
-        """The Source of these directories; `tokenizer` is by default the adapter's or the model's."""
+        """The ModelPaths of these directories; `tokenizer` is by default the adapter's or the model's."""
         if tokenizer is None:
             has_own = adapter and os.path.exists(os.path.join(adapter, "tokenizer.json"))
             tokenizer = adapter if has_own else model
@@ -51,7 +51,7 @@ class RunState:
                      validations since without a lower one
     norms            the last 64 gradient norms, before clipping
     owes_evaluation  a signal ended the evaluation after `step` early: it is done again before the next step
-    source           where the weights come from: a checkpoint is a model directory too
+    paths            where the weights come from: a checkpoint is a model directory too
     """
 
     def __init__(self, cfg, ranks):
@@ -76,9 +76,9 @@ class RunState:
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
-        self.source = self.find_source()
+        self.paths = self.find_paths()
 
-    def find_source(self):
+    def find_paths(self):
         cfg = self.cfg
         adapter = (self.resumed or cfg.resume_adapter) if cfg.use_lora else None
         directory = adapter or self.resumed
@@ -90,7 +90,7 @@ class RunState:
         is_whole = self.resumed and not adapter
         model = self.resumed if is_whole else pretrained.model_directory(cfg.model)
         tokenizer = pretrained.model_directory(cfg.tokenizer) if cfg.tokenizer else None
-        return Source.find(model, adapter, tokenizer)
+        return ModelPaths.find(model, adapter, tokenizer)
 
     def identify(self, train_set):
         """Note what decides which conversations a step holds, and what an adapter is for.
@@ -102,7 +102,7 @@ class RunState:
                              batch_tokens=cfg.batch_tokens)
         if cfg.use_lora:
             self.identity.update({name: getattr(cfg, name) for name in ADAPTER_SETTINGS})
-            self.identity["base"] = pretrained.fingerprint(self.source.model)
+            self.identity["base"] = pretrained.fingerprint(self.paths.model)
         if not self.resumed:
             return
         differ = [f"{key} {self.saved.get(key)} then, {now} now" for key, now in self.identity.items()
@@ -117,15 +117,15 @@ class RunState:
 
         Also keep what each checkpoint of this run will hold beside them.
         """
-        source = self.source
-        generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
+        paths = self.paths
+        generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
         if self.cfg.use_lora:
-            self.layout = pretrained.adapter_layout(model)
+            self.shard_map = pretrained.adapter_shard_map(model)
         else:
-            self.layout = pretrained.layout(model, source.model)
+            self.shard_map = pretrained.shard_map(model, paths.model)
         self.exported = pretrained.export_files(
-            source.model, source.config_json, source.tokenizer, tokenizer, model.peft_config)
+            paths.model, paths.config_json, paths.tokenizer, tokenizer, model.peft_config)
         if self.resumed:
             checkpoint.load_training_tensors(self.resumed, model, optimizer)
             if self.is_writer and os.path.dirname(self.resumed) == os.path.realpath(self.root):
@@ -176,7 +176,7 @@ class RunState:
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
         }
-        checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, layout=self.layout,
+        checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
                         exported=self.exported, state=state, links=links)
         if self.is_writer:
             best = self.best["step"] if self.cfg.keep_best else None

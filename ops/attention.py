@@ -16,8 +16,8 @@ class Documents:
     passes an object through without looking inside.
     """
 
-    def __init__(self, lengths):
-        self.lengths = lengths
+    def __init__(self, doc_lengths):
+        self.doc_lengths = doc_lengths
 
 
 def attend(q, k, v, documents, window):
@@ -31,7 +31,7 @@ def attend(q, k, v, documents, window):
     One call a document: no mask is built, and nothing is computed across documents (on the CPU 179 ms against
     304 ms for one masked call, 1,024 tokens in six documents).
     """
-    q_lengths = documents.lengths
+    q_lengths = documents.doc_lengths
     k_lengths = q_lengths if len(q_lengths) > 1 else k.shape[0]
     outputs = [
         attend_alone(q, k, v, window)

@@ -36,7 +36,7 @@ class Head(nn.Linear):
         """Combine a tensor over all parts of the vocabulary, in place; op is "sum" or "max"."""
 
 
-def loss(hidden, head, rows, targets, weights=None):
+def loss(hidden, head, target_positions, targets, weights=None):
     """Next-token cross-entropy, summed over the targets. Returns a LossOut.
 
     hidden   (N, C)  after the final norm
@@ -49,7 +49,7 @@ def loss(hidden, head, rows, targets, weights=None):
     if weights is not None:
         raise NotImplementedError("the loss takes no weights yet")
     total, each = ChunkedCrossEntropy.apply(
-        hidden[rows], head.local_weight(), targets, head, torch.is_grad_enabled())
+        hidden[target_positions], head.local_weight(), targets, head, torch.is_grad_enabled())
     return LossOut(total, each, None)
 
 

@@ -12,11 +12,11 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
-def pack(lengths, capacity, max_rows=None, dp_rank=0, dp_size=1):
+def pack(lengths, capacity, max_conversations=None, dp_rank=0, dp_size=1):
     """Lay conversations into micro-batches; return those of one rank, as lists of indices into lengths.
 
     lengths   tokens of each conversation
-    capacity  a micro-batch holds at most so many tokens, and max_rows conversations where that is given
+    capacity  a micro-batch holds at most so many tokens, and max_conversations conversations where that is given
 
     Every rank gets equally many micro-batches, some of them empty if there are too few conversations. The
     longest conversation comes first, and each goes into the micro-batch that has the fewest tokens so far.
@@ -25,18 +25,18 @@ def pack(lengths, capacity, max_rows=None, dp_rank=0, dp_size=1):
     order = np.argsort(-lengths, kind="stable")  # longest first
     n, longest = lengths[order], int(lengths.max(initial=1))
     assert longest <= capacity, (lengths, capacity)
-    if max_rows:
+    if max_conversations:
         # Ranks 0 1 2 2 1 0 0 1 2 ...: as many conversations on each, and about as long ones at the same time.
         turn = np.arange(len(n)) % (2 * dp_size)
         ranks = np.minimum(turn, 2 * dp_size - 1 - turn)
-        room = min(max_rows, capacity // longest)  # so many conversations fit, whichever they are
+        room = min(max_conversations, capacity // longest)  # so many conversations fit, whichever they are
         count = max(1, ceil_div(len(n), room * dp_size))
     else:
         ranks, room = split_over_ranks(n, dp_size), capacity
         count = micro_batches_needed(n, ranks, capacity, dp_size)
     mine, n = order[ranks == dp_rank], n[ranks == dp_rank]
     bins, batches = [], [[] for _ in range(count)]
-    assign_least_loaded(bins, np.ones_like(n) if max_rows else n, costs=n, room=[room] * count)
+    assign_least_loaded(bins, np.ones_like(n) if max_conversations else n, costs=n, room=[room] * count)
     for i, b in zip(mine.tolist(), bins, strict=True):
         batches[b].append(i)
     return batches

@@ -42,24 +42,24 @@ class Ranks:
     """
 
     rank: int
-    size: int
+    world_size: int
     dp_rank: int
     dp_size: int
     mesh: DeviceMesh | None
     device: torch.device
     store: dist.Store
     phase: str = "start"
-    received: int = 0  # the signal that this rank has received
-    stop: int = 0  # the one that all ranks know of
+    received_signal: int = 0  # the signal that this rank has received
+    stop_signal: int = 0  # the one that all ranks know of
     is_polled: bool = False
     handlers: dict = field(default_factory=dict)  # those that were there before
 
-    def at(self, phase):
+    def set_phase(self, phase):
         """Write down what this rank is doing, for the others to see should it not come back."""
         self.phase = phase
         self.store.set(f"rank {self.rank}", f"{phase}|{time.time()}|{socket.gethostname()}|{os.getpid()}")
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """Sum a tensor over the data-parallel ranks, in place: one all-reduce."""
         if self.dp_size > 1:
             dist.all_reduce(tensor, group=self.mesh["dp"].get_group())
@@ -67,7 +67,7 @@ class Ranks:
 
     def broadcast(self, number):
         """Rank 0's whole number, on every rank."""
-        if self.size == 1:
+        if self.world_size == 1:
             return number
         number = torch.tensor(number, device=self.device)
         dist.broadcast(number, 0)
@@ -75,29 +75,29 @@ class Ranks:
 
     def on_signal(self, number, _):
         """The handler of EXIT_CODES. It writes without a buffer: it may interrupt a print."""
-        if number == self.received == signal.SIGINT:
+        if number == self.received_signal == signal.SIGINT:
             os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
             os._exit(EXIT_CODES[number])
-        if self.rank == 0 and not self.received:
+        if self.rank == 0 and not self.received_signal:
             what = "finishing this step and saving" if self.is_polled else "stopped before the first step"
             is_again = self.is_polled and number == signal.SIGINT
             again = "; press Ctrl-C again to quit without saving" if is_again else ""
             os.write(2, f"\n{signal.Signals(number).name}: {what}{again}\n".encode())
-        self.received = max(self.received, number)
+        self.received_signal = max(self.received_signal, number)
         if not self.is_polled:
-            sys.exit(EXIT_CODES[self.received])
+            sys.exit(EXIT_CODES[self.received_signal])
 
     def poll_signals(self):
         """The signal that any rank has received, or 0. All ranks call it, get the same, and stop together."""
         self.is_polled = True
-        number = torch.tensor(self.received)  # of gloo, on the CPU: the device is not waited for
-        if self.size > 1:
+        number = torch.tensor(self.received_signal)  # of gloo, on the CPU: the device is not waited for
+        if self.world_size > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.stop = int(number)
-        return self.stop
+        self.stop_signal = int(number)
+        return self.stop_signal
 
     def __enter__(self):
-        self.at("start")
+        self.set_phase("start")
         self.handlers = {number: signal.signal(number, self.on_signal) for number in EXIT_CODES}
         return self
 
@@ -105,11 +105,11 @@ class Ranks:
         """End together with the other ranks. Where a signal has ended one, all end with its exit code."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if kind is SystemExit and self.received:
-            self.store.set("stopped", str(self.received))
+        if kind is SystemExit and self.received_signal:
+            self.store.set("stopped", str(self.received_signal))
         elif error is None:
             self.leave()
-        elif self.size == 1:
+        elif self.world_size == 1:
             dist.destroy_process_group()
         elif self.store.check(["stopped"]):
             sys.exit(EXIT_CODES[int(self.store.get("stopped"))])
@@ -124,7 +124,7 @@ class Ranks:
             for word in ("done", "left"):
                 self.store.set(f"{word} {self.rank}", "")
                 if word == "done" or self.rank == 0:
-                    self.store.wait([f"{word} {rank}" for rank in range(self.size)])
+                    self.store.wait([f"{word} {rank}" for rank in range(self.world_size)])
         except dist.DistStoreError as error:
             self.blame(error)
             raise
@@ -156,7 +156,7 @@ class Ranks:
         """
         if not isinstance(error, (RuntimeError, LockTimeout)):
             return None
-        keys = {rank: f"rank {rank}" for rank in range(self.size)}
+        keys = {rank: f"rank {rank}" for rank in range(self.world_size)}
         if not self.store.check(list(keys.values())):
             return None
         others = []
@@ -212,10 +212,10 @@ def start(tp, timeout, deterministic=False):
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     mesh = init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
-    return Ranks(rank=rank, size=size, dp_rank=rank // tp, dp_size=size // tp, mesh=mesh, device=device,
+    return Ranks(rank=rank, world_size=size, dp_rank=rank // tp, dp_size=size // tp, mesh=mesh, device=device,
                  store=store)
 
 
-def alone(device):
+def single_process(device):
     """The Ranks of one process without group and mesh, for what trains nothing. device may be meta."""
-    return Ranks(rank=0, size=1, dp_rank=0, dp_size=1, mesh=None, device=device, store=dist.HashStore())
+    return Ranks(rank=0, world_size=1, dp_rank=0, dp_size=1, mesh=None, device=device, store=dist.HashStore())

@@ -37,12 +37,12 @@ def split(model, mesh):
                         f"and vocab_size, here {divided}; these do: {fit}")
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     for block in model.model.layers:
-        plan = block_plan(config)
+        styles = parallel_styles(config)
         for name, module in block.named_modules():
             if isinstance(module, ParallelAdapter):
                 module.distribute(mesh)
-                del plan[name]
-        parallelize_module(block, mesh, plan)
+                del styles[name]
+        parallelize_module(block, mesh, styles)
     parallelize_module(model.model, mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
     model.lm_head = VocabParallelHead(model.lm_head, mesh)
     model.tie_weights()
@@ -51,7 +51,7 @@ def split(model, mesh):
         model.get_parameter(name).requires_grad_(False)
 
 
-def block_plan(config):
+def parallel_styles(config):
     """Module name in a block -> how it is split.
 
     The inputs of attention and MLP are declared as replicated, so that backward has one all-reduce for all
@@ -69,7 +69,7 @@ def block_plan(config):
         layouts = (Replicate(), *[None] * n_other_inputs)
         return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
-    plan = {
+    styles = {
         "self_attn": replicated_input(n_other_inputs=5),  # the further positional inputs stay as they are
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
@@ -83,8 +83,8 @@ def block_plan(config):
     if config.qk_norm:
         # each rank normalises its own heads (dim 1 of N, H, D) with the same weight; its gradient is summed
         for name in ("self_attn.q_norm", "self_attn.k_norm"):
-            plan[name] = SequenceParallel(sequence_dim=1, use_local_output=True)
-    return plan
+            styles[name] = SequenceParallel(sequence_dim=1, use_local_output=True)
+    return styles
 
 
 class VocabParallelHead(Head):

@@ -33,7 +33,7 @@ FILE_FLAGS = ("config", "config-path", "config-name")
 MOVED = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb_per_second")
 
 
-def knob(default, help, choices=(), *, group=None, env=None, low=-1e18, high=1e18, needs="", unless="",
+def setting(default, help, choices=(), *, group=None, env=None, low=-1e18, high=1e18, needs="", unless="",
          presets=()):
     """A field of the flat dataclass.
 
@@ -159,7 +159,7 @@ def show(text, file=None):
         print(text, file=file)
 
 
-class Setting(typing.NamedTuple):
+class Assignment(typing.NamedTuple):
     """A setting as it is written somewhere."""
 
     name: str  # a field or, until translated(), a key of verl's
@@ -188,13 +188,13 @@ def read_words(argv, fields, positional):
             line.environment = environment(fields)
             line.files["CONFIG"] = os.environ.get("CONFIG")
         elif positional and not word.startswith("-") and not equals:
-            line.flags.append(Setting(positional.pop(0), word, "flag", f"word {word}"))
+            line.flags.append(Assignment(positional.pop(0), word, "flag", f"word {word}"))
         elif not word.startswith("--") and not equals:
             raise UserError(f"{word!r:.200} is neither a flag (--name value) nor an override (name=value)")
         elif name in FILE_FLAGS:
             line.files[name] = value if equals else take_value(words, name)
         else:
-            line.flags.append(Setting(*read_setting(word, words, fields), "flag", f"flag {word}"))
+            line.flags.append(Assignment(*read_setting(word, words, fields), "flag", f"flag {word}"))
     return line
 
 
@@ -232,7 +232,7 @@ def without_brackets(value):
 def environment(fields):
     """What the environment sets. An empty variable is none."""
     variables = [(f.metadata["env"], name) for name, f in fields.items()]
-    return [Setting(name, os.environ[variable], "environment", f"environment {variable}")
+    return [Assignment(name, os.environ[variable], "environment", f"environment {variable}")
             for variable, name in variables if variable and os.environ.get(variable)]
 
 
@@ -386,7 +386,7 @@ def read_yaml(path, fields):
             field = field_name(name, fields)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        settings.append(Setting(field, text, "file", where if field in fields else f"{where} {name}"))
+        settings.append(Assignment(field, text, "file", where if field in fields else f"{where} {name}"))
     return settings
 
 

@@ -60,7 +60,7 @@ class ChatTokenizer:
     """A model's tokenizer and chat template, as its directory has them.
 
     turn_end     text of the token that ends an assistant turn, e.g. <|im_end|>; None if the template has none
-    stop_id      its id
+    stop_token_id      its id
     size         one more than the highest id
     header       what the generation prompt ends with, e.g. "assistant\\n": an answer's targets begin after it
     is_closing   it is what closes each user turn, e.g. [/INST], so it stands between two of them as well
@@ -142,7 +142,7 @@ class ChatTokenizer:
         added = [t.content for t in self.added.values()]
         ends = [(tail.index(token), -len(token), token) for token in added if token in tail]
         self.turn_end = min(ends)[2] if ends else None
-        self.stop_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
+        self.stop_token_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
         for joint in (joint, one[question_end : one.index(reply["content"])]):
             shared = os.path.commonprefix([joint, gap])
             opening = shared.rpartition(self.turn_end)[2].lstrip() if ends else ""

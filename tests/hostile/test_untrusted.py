@@ -64,7 +64,7 @@ def read_model(directory):
     with torch.device("meta"):
         net = CausalLM(built)
     pretrained.fitting_entries(net, directory)
-    pretrained.generation_config(directory, settings, tokenizer.stop_id)
+    pretrained.generation_config(directory, settings, tokenizer.stop_token_id)
     return files.read_bytes(directory, pretrained.TOKENIZER_FILES)
 
 

@@ -141,13 +141,13 @@ def test_training_goes_the_way_of_peft(models, train, tmp_path):
         optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0)],
                                       lr=1e-3, betas=(0.9, 0.95))
         rows = data.load(EXAMPLES, ChatTokenizer(models["untied"]), 2048)
-        sampler = data.Sampler(rows.lengths, epochs=3, seed=42, batch_size=4, max_steps=4)
+        sampler = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=4, max_steps=4)
         for line in lines:
             _, ids = sampler.step(line["step"])
             total, n = 0, int(rows.n_targets[ids].sum())
             for i in ids:
                 tokens = torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]]).long()
-                kept = torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]])
+                kept = torch.from_numpy(rows.loss_mask[rows.starts[i] : rows.starts[i + 1]])
                 logits = model(tokens[None]).logits[0, :-1]
                 nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")[kept[1:]].sum() / n
                 nll.backward()
@@ -421,7 +421,7 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     assert merge(step, tmp_path / "merged") == (0, "")
     torch.testing.assert_close(our_logits(tmp_path / "merged"), our_logits(step), atol=1e-5, rtol=1e-5)
     generation = files.read_json(tmp_path / "merged" / "generation_config.json")
-    assert ChatTokenizer(step).stop_id in generation["eos_token_id"]
+    assert ChatTokenizer(step).stop_token_id in generation["eos_token_id"]
     assert merge(step, tmp_path / "small", "--dtype", "bf16") == (0, "")
     small, whole = (pretrained.weight_entries(tmp_path / name) for name in ("small", "merged"))
     assert {e.dtype for e in small.values()} == {"BF16"} and {e.dtype for e in whole.values()} == {"F32"}

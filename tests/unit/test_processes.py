@@ -17,11 +17,11 @@ from settings.errors import UserError
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_process_alone_has_all_that_a_rank_has(device):
-    ranks = processes.alone(torch.device(device))
-    ranks.at("load")
+    ranks = processes.single_process(torch.device(device))
+    ranks.set_phase("load")
     tensor = torch.ones(2, device=device)
-    assert ranks.sum(tensor) is tensor and ranks.broadcast(7) == 7 and ranks.poll_signals() == 0
-    assert (ranks.rank, ranks.size, ranks.dp_rank, ranks.dp_size, ranks.mesh) == (0, 1, 0, 1, None)
+    assert ranks.all_reduce(tensor) is tensor and ranks.broadcast(7) == 7 and ranks.poll_signals() == 0
+    assert (ranks.rank, ranks.world_size, ranks.dp_rank, ranks.dp_size, ranks.mesh) == (0, 1, 0, 1, None)
     assert not dist.is_initialized()
 
 

@@ -186,14 +186,14 @@ def test_files_are_mixed_by_weight(tmp_path):
     epoch."""
     a, b = mixed(tmp_path, 100, 20)
     dataset = data.load(f"{a}:0.7,{b}:0.3", tiny, 100)
-    sampler = data.Sampler(dataset.lengths, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
+    sampler = data.Sampler(dataset.n_inputs, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
     assert len(sampler) == 22  # 66 conversations an epoch
     epochs = [np.concatenate([sampler.step(s).ids for s in range(first, first + 11)]) for first in (1, 12)]
     for ids in epochs:
         assert len(set(ids)) == 66 and np.bincount(dataset.file[ids]).tolist() == [46, 20]
         assert 0 < np.count_nonzero(dataset.file[ids[:33]]) < 20  # in no order of files
     assert set(epochs[0]) != set(epochs[1])
-    again = data.Sampler(dataset.lengths, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
+    again = data.Sampler(dataset.n_inputs, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
     assert all(np.array_equal(sampler.step(s).ids, again.step(s).ids) for s in range(1, 23))
     others = [data.load(spec, tiny, 100).digest for spec in (f"{a}:0.6,{b}:0.4", f"{a},{b}")]
     assert len({dataset.digest, *others}) == 3
@@ -206,7 +206,7 @@ def test_a_directory_has_one_weight(tmp_path):
     mixed(tmp_path / "dir", 10, 10)
     (b,) = mixed(tmp_path, 5)
     dataset = data.load(f"{tmp_path / 'dir'}:4,{b}:1", tiny, 100)
-    assert data.Sampler(dataset.lengths, epochs=1, seed=1, batch_size=5, mix=dataset.mix()).quotas == [20, 5]
+    assert data.Sampler(dataset.n_inputs, epochs=1, seed=1, batch_size=5, mix=dataset.mix()).quotas == [20, 5]
 
 
 @pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "give each part a weight"),
@@ -216,4 +216,4 @@ def test_bad_weights_are_one_line(spec, message, tmp_path):
     a, b = mixed(tmp_path, 5, 5)
     with pytest.raises(ValueError, match=message):
         dataset = data.load(spec.format(a=a, b=b), tiny, 100)
-        data.Sampler(dataset.lengths, epochs=1, seed=1, batch_size=5, mix=dataset.mix())
+        data.Sampler(dataset.n_inputs, epochs=1, seed=1, batch_size=5, mix=dataset.mix())
