@@ -361,9 +361,9 @@ def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
     one = next(iter(tensors))
     save_file({**tensors, one.replace("layers.0", "layers.7"): tensors[one].clone()},
               adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="layers.7.* which is no layer of this model"):
+    with pytest.raises(ValueError, match="layers.7.* no such linear layer"):
         chat.load(str(adapter), str(models["untied"]))
-    with pytest.raises(ValueError, match="is a whole model, not an adapter"):
+    with pytest.raises(ValueError, match="is a full model, not an adapter"):
         chat.load(str(models["untied"]), TINY)
     with open(adapter / "adapter_model.safetensors", "r+b") as f:
         f.truncate(1000)
@@ -432,8 +432,8 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     config = files.read_json(step / "adapter_config.json")
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     code, said = merge(step, tmp_path / "nameless")
-    assert code == 2 and "names no base model; give it with --base" in said
-    with pytest.raises(ValueError, match="names no base model"):
+    assert code == 2 and "does not name the base model; pass --base" in said
+    with pytest.raises(ValueError, match="does not name the base model"):
         chat.load(str(step))
     tensors = load_file(step / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")

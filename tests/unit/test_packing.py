@@ -267,7 +267,7 @@ def test_owners_are_the_conversations_of_the_targets(on_prompt, tmp_path):
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
         owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True)
                   for _ in pairs]
-        assert batch.owners().dtype == torch.int64 and batch.owners().tolist() == owners
+        assert batch.conversation_of_target().dtype == torch.int64 and batch.conversation_of_target().tolist() == owners
         assert np.bincount(owners, minlength=7)[batch.ids].tolist() == dataset.n_targets[batch.ids].tolist()
 
 
@@ -277,7 +277,7 @@ def test_a_rank_without_conversations_gets_one_token_and_no_target(ids, tmp_path
     dataset = dataset_of([chat(f"q{i}", "answer") for i in range(4)], tmp_path / "rows.json")
     (idle,) = data.micro_batches(dataset, np.array(ids, dtype=int), 60, dp_rank=1, dp_size=2)
     assert idle.tokens.tolist() == [0] and idle.doc_lengths == (1,) and idle.ids.tolist() == ids
-    for part in (idle.target_positions, idle.targets, idle.owners()):
+    for part in (idle.target_positions, idle.targets, idle.conversation_of_target()):
         assert part.shape == (0,) and part.dtype == torch.int64
 
 

@@ -36,7 +36,7 @@ def test_tp_divides_the_processes():
 def ranks(monkeypatch):
     """Rank 1 of three in step 8. Rank 0 is in step 8 too, and rank 2 in step 7, since before the others,
     elsewhere."""
-    ranks = processes.Ranks(rank=1, size=3, dp_rank=1, dp_size=3, mesh=None, device=torch.device("cpu"),
+    ranks = processes.Ranks(rank=1, world_size=3, dp_rank=1, dp_size=3, mesh=None, device=torch.device("cpu"),
                             store=dist.HashStore())
     host = socket.gethostname()
     texts = f"step 8|1000.5|{host}|111", f"step 8|1000.25|{host}|222", "step 7|990|far|333"

@@ -83,7 +83,7 @@ def test_batch_tokens_fill_each_step():
 
 def test_batch_tokens_below_the_longest_conversation_are_refused():
     """No step could hold it: the error gives both numbers."""
-    with pytest.raises(ValueError, match="--batch_tokens 29: a conversation has 30 tokens"):
+    with pytest.raises(ValueError, match="--batch_tokens 29: the longest conversation has 30 tokens"):
         data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=29)
     assert len(data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=30)) >= 2
 
@@ -211,7 +211,7 @@ def test_a_directory_has_one_weight(tmp_path):
 
 @pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "give each part a weight"),
                                            ("{a}:0,{b}:1", "above 0"),
-                                           ("{a}:0.001,{b}:1", "leave a part without any")])
+                                           ("{a}:0.001,{b}:1", "source 1 would get none")])
 def test_bad_weights_are_one_line(spec, message, tmp_path):
     a, b = mixed(tmp_path, 5, 5)
     with pytest.raises(ValueError, match=message):
