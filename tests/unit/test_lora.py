@@ -132,7 +132,7 @@ def test_adapters_that_peft_made(made, models, train, tmp_path):
 
 
 def test_training_equals_training_with_peft(models, train, tmp_path):
-    """Four steps from the same adapter: losses equal those of peft's model with torch's AdamW to 1e-5, also for DoRA."""
+    """Four steps from the same adapter: losses equal those of peft with torch's AdamW to 1e-5, also for DoRA."""
     for name, settings in {"plain": {}, "dora": {"use_dora": True}}.items():
         adapter = peft_adapter(models["untied"], tmp_path / name, **settings)
         lines = train("--use_lora", "--resume_adapter", adapter, "--max_steps", 4, "--lr", 1e-3, "--scheduler",
@@ -346,7 +346,8 @@ def test_a_dead_adapter_stops_the_run(models, train, monkeypatch, tmp_path):
     (("--quantize", "nf4"), "--quantize nf4 does nothing without --use_lora"),
     (("--use_lora", "--quantize", "int8"), "must be one of nf4"),
     (("--use_lora", "--quantize", "nf4", "--lora_dora"), "--quantize nf4 does not work with --lora_dora"),
-    (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2), "--quantize nf4 does not work with --tp"),
+    (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2),
+     "--quantize nf4 does not work with --tp"),
     (("--use_lora", "--lora_modules_to_save", "norm"), "'norm' can't be fully trained"),
     (("--use_lora", "--resume_adapter", "a", "--lora_rank", 4), "--lora_rank 4 does not work with --resume_adapter"),
 ])
@@ -409,8 +410,8 @@ def merge(monkeypatch, capsys):
     ("untied", {"modules_to_save": ["lm_head"]}), ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     ("tied", {"modules_to_save": ["lm_head"]}), ("tied", {"modules_to_save": ["embed_tokens"]})])
 def test_merge_equals_the_adapter(model, settings, models, merge, tmp_path):
-    """The logits of the merged directory, in CausalLM and in transformers, equal those of peft with the adapter to 1e-5.
-    A tied model stays tied, unless the adapter trained head and embedding separately; then both are written."""
+    """The logits of the merged directory, in CausalLM and in transformers, equal those of peft to 1e-5. A tied model
+    stays tied, unless the adapter trained head and embedding separately; then both are written."""
     base = models[model]
     adapter = peft_adapter(base, tmp_path / "a", **settings)
     saved = settings.get("modules_to_save")
@@ -463,8 +464,8 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
 
 
 def test_quantised_training_equals_training_on_the_dequantised_base(models, train, tmp_path):
-    """--quantize nf4: losses equal those with an fp32 base whose matrices were quantised and dequantised. The storage is
-    below 0.6 bytes per weight, resume is exact, and the adapter is a plain one for the original base."""
+    """--quantize nf4: losses equal those with an fp32 base whose matrices were quantised and dequantised. The storage
+    is below 0.6 bytes per weight, resume is exact, and the adapter is a plain one for the original base."""
     loaded_models, load = [], pretrained.load_weights
     flags = ("--use_lora", "--lr", 1e-2, "--max_steps", 4, "--save_steps", 2)
 
