@@ -1,4 +1,4 @@
-"""What the tests of checkpoints and optimizers share: small model directories, and a run between two checkpoints."""
+"""Helpers for tests of checkpoints and optimizers: small model directories, and a run that trains and saves."""
 
 import os
 
@@ -18,14 +18,14 @@ TIED = dict(SIZES, model_type="qwen2", tie_word_embeddings=True)
 UNTIED = dict(SIZES, model_type="llama", tie_word_embeddings=False)
 QWEN3 = dict(SIZES, model_type="qwen3", head_dim=8)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-FIRST, LAST = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"  # two tensors for the tests to break
+FIRST, LAST = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"  # two tensors for the tests to change
 TOKENIZER = {"tokenizer.json": b'{"model":   {"vocab": {"\xc3\xa9": 0}}}',
              "chat_template.jinja": b"{{ 'no newline' }}",
              "tokenizer_config.json": b'{"b": 1,\r\n "a": 1e-05}\n'}
 
 
 def published(directory, config, dtype=torch.float32, **saving):
-    """Write a model directory as transformers does, with random weights and tokenizer files; return its path."""
+    """Write a model directory with transformers: random weights, and tokenizer files; return its path."""
     helpers.published(directory, config, dtype, **saving)
     for name, content in TOKENIZER.items():
         (directory / name).write_bytes(content)
@@ -33,7 +33,7 @@ def published(directory, config, dtype=torch.float32, **saving):
 
 
 def created(directory):
-    """Our model of a directory's config.json, its weights not read yet."""
+    """The CausalLM of a directory's config.json, before its weights are read."""
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json"))))
     model.to_empty(device="cpu")
@@ -42,7 +42,7 @@ def created(directory):
 
 
 def loaded(directory):
-    """(our model of a directory, the shard_map of its files), as sft.py makes them."""
+    """(the CausalLM of a directory, its shard_map), as sft.py makes them."""
     model = created(directory)
     pretrained.load_weights(model, directory)
     return model, pretrained.shard_map(model, directory)
@@ -61,16 +61,17 @@ def train_step(model, optimizer, seed):
 
 
 class Run:
-    """A run in root over a model directory: what sft.py holds between two checkpoints."""
+    """A run that starts from the model directory `source` and saves checkpoints in `root`."""
 
     def __init__(self, source, root):
-        self.root, (self.model, self.shard_map) = root, loaded(source)
+        self.root = root
+        self.model, self.shard_map = loaded(source)
         self.optimizer = adamw(self.model)
         self.files = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
         root.mkdir()
 
     def save(self, step):
-        """Train a step, so that no two checkpoints are equal, and save; return the step directory."""
+        """Train one step, so that all checkpoints differ, and save; return the step directory."""
         train_step(self.model, self.optimizer, step)
         return checkpoint.save(self.root, step, model=self.model, optimizer=self.optimizer,
                                shard_map=self.shard_map, exported=self.files, state={"seed": 7})
@@ -82,8 +83,7 @@ def listing(directory):
 
 
 def change(directory, edit):
-    """Rewrite the one weight file of a directory: edit gets the tensors by name and changes that
-    dictionary."""
+    """Rewrite the only weight file of a directory; `edit` gets {name: tensor} and changes it."""
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

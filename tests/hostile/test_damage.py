@@ -1,4 +1,4 @@
-"""What a disk does to a checkpoint: writes that fail, files that are torn or another step's, planted ones."""
+"""Damage to checkpoints: writes that fail, files that are truncated, changed or swapped, and hostile files."""
 
 import builtins
 import errno
@@ -31,13 +31,13 @@ LATEST = Path("out", "checkpoints", "latest")
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of the tied model, bf16 on the disk, nothing saved yet."""
+    """A run of the tied model, bf16 on the disk, before its first save."""
     return Run(published(tmp_path / "base", TIED, torch.bfloat16), tmp_path / "checkpoints")
 
 
 @pytest.fixture
 def file_limit():
-    """A function: no file may grow beyond so many bytes, as on a full disk. Given back at the end."""
+    """A function that limits the size of files, in bytes, to imitate a full disk. Reset after the test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -47,24 +47,34 @@ def file_limit():
 
 
 def fail_at(monkeypatch, count, code):
-    """Let the count-th call that changes the disk fail with an error number, as the system reports it; return
-    the log of (call, path)."""
+    """Let the count-th call that changes the disk fail with an error number, as the system would.
+
+    Returns the log, [(call, path), ...].
+    """
     log = []
+
+    def path_of(name, args):
+        if name == "save_file":
+            return str(args[1])
+        if name in ("symlink", "replace"):
+            return str(args[-1])
+        if name == "fsync":
+            return os.readlink(f"/proc/self/fd/{args[0]}")
+        return str(args[0])
 
     def failing(operation, name):
         def wrapper(*args, **kwargs):
             if name == "open" and args[1:] != ("wb",):
                 return operation(*args, **kwargs)
-            path = args[1] if name == "save_file" else args[-1] if name in ("symlink", "replace") else args[0]
-            path = os.readlink(f"/proc/self/fd/{path}") if name == "fsync" else str(path)
+            path = path_of(name, args)
             log.append((name, path))
             if len(log) != count + 1:
                 return operation(*args, **kwargs)
             if name == "save_file":
                 raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} "
                                       f"(os error {code})")
-            named = [path] if name != "fsync" else []  # Python's own error of fsync names no file
-            raise OSError(code, os.strerror(code), *named)
+            filename = [path] if name != "fsync" else []  # the real error of os.fsync names no file
+            raise OSError(code, os.strerror(code), *filename)
         return wrapper
 
     for holder, name in ((pretrained, "save_file"), (os, "fsync"), (os, "replace"), (os, "symlink"),
@@ -76,8 +86,8 @@ def fail_at(monkeypatch, count, code):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="paths of descriptors are in Linux's /proc")
 def test_a_write_that_fails_costs_no_checkpoint(run, monkeypatch):
-    """Whichever it is: the error names the file, latest is a whole step before and after, also where that
-    step is the one that is saved again, and the next save leaves nothing temporary behind."""
+    """Whichever write fails: the error names the file, latest is a complete step before and after (also if that
+    step is being saved again), and the next save leaves no temporary files."""
     run.save(1)
     with monkeypatch.context() as patch:
         log = fail_at(patch, -1, 0)
@@ -85,10 +95,10 @@ def test_a_write_that_fails_costs_no_checkpoint(run, monkeypatch):
     assert {name for name, _ in log} == {
         "save_file", "fsync", "replace", "symlink", "makedirs", "rmtree", "open"}
     step = 1
-    for again in (False, True):
+    for is_saved_again in (False, True):
         for moment in range(len(log)):
             code = (errno.ENOSPC, errno.EROFS, errno.ESTALE, errno.EIO)[moment % 4]
-            step += not again
+            step += not is_saved_again
             with monkeypatch.context() as patch:
                 tried = fail_at(patch, moment, code)
                 try:
@@ -96,18 +106,18 @@ def test_a_write_that_fails_costs_no_checkpoint(run, monkeypatch):
                 except OSError as error:
                     assert error.errno == code and str(error.filename) == tried[moment][1], tried[moment]
                 else:
-                    assert len(tried) <= moment, tried[moment]  # a step that is new has less to do
+                    assert len(tried) <= moment, tried[moment]  # a new step takes fewer calls
             resumed = checkpoint.resume_directory("auto", run.root)
             checkpoint.verify(resumed)
             assert os.path.basename(resumed) in (f"step_{step}", f"step_{step - 1}")
-            (run.root / "tmp_best").symlink_to("step_0")  # what a failed move of that link would leave
+            (run.root / "tmp_best").symlink_to("step_0")  # as a failed move of that link leaves it
             run.save(step)
             assert not [name for name in os.listdir(run.root) if name.startswith("tmp")]
             checkpoint.verify(checkpoint.resume_directory("auto", run.root))
 
 
-def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on(train, file_limit, capsys):
-    """The file, what happened, what to do, exit code 2; from the checkpoint before, the run then goes on."""
+def test_a_run_on_a_full_disk_ends_with_one_line_and_can_resume(train, file_limit, capsys):
+    """The line has the file, the error and the remedy; exit code 2. The run then resumes from the checkpoint before."""
     train(*FAST, "--max_steps", 1)
     capsys.readouterr()
     file_limit(3_000_000)
@@ -124,9 +134,8 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on(train, file_limit, 
     assert sorted(os.listdir("out/checkpoints")) == ["latest", "step_1", "step_3"]
 
 
-def test_a_line_that_finds_no_room_is_an_error_and_is_taken_out(tmp_path, file_limit):
-    """A half line of metrics.jsonl is left; the run that goes on begins it anew. A line that was damaged is
-    named."""
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error_and_is_removed(tmp_path, file_limit):
+    """It leaves half a line in metrics.jsonl, which a resumed run removes. An error names any other damaged line."""
     path = str(tmp_path / "metrics.jsonl")
     lines = Lines(path, 0)
     file_limit(110)  # four lines and a half
@@ -147,7 +156,7 @@ def test_a_line_that_finds_no_room_is_an_error_and_is_taken_out(tmp_path, file_l
             Lines(path, 2)
 
 
-# Files that are not as they were saved
+# Files that differ from what was saved
 
 
 def refusal(directory):
@@ -156,43 +165,45 @@ def refusal(directory):
     return str(info.value)
 
 
-def test_every_torn_flipped_or_swapped_file_is_named(run):
-    """Each file of a step, its manifest too: cut at 50 places, a bit flipped at 200, put in from the step
-    before."""
+def test_every_truncated_changed_or_swapped_file_is_named(run):
+    """Each file of a step, and its manifest: truncated at 50 places, one of 200 bits flipped, replaced by the same
+    file of the step before, or removed."""
     other, saved = run.save(1), run.save(2)
     checkpoint.verify(saved)
-    chance, swapped, names = random.Random(0), set(), listing(saved)
+    generator, swapped, names = random.Random(0), set(), listing(saved)
     assert {"config.json", "model.safetensors", "tokenizer.json", "training_state/manifest.json",
             "training_state/state.json", "training_state/tensors.safetensors"} <= set(names)
     for name in names:
         path = Path(saved, name)
-        whole, before = path.read_bytes(), Path(other, name).read_bytes()
-        cuts = chance.sample(range(len(whole)), min(50, len(whole)))
-        flips = chance.sample(range(8 * len(whole)), min(200, 8 * len(whole)))
-        for damaged in [whole[:n] for n in cuts] + [
-                whole[: n // 8] + bytes([whole[n // 8] ^ 1 << n % 8]) + whole[n // 8 + 1 :] for n in flips]:
-            path.write_bytes(damaged)
+        intact, of_other_step = path.read_bytes(), Path(other, name).read_bytes()
+        n_bytes = len(intact)
+        damaged = [intact[:n] for n in generator.sample(range(n_bytes), min(50, n_bytes))]
+        for n in generator.sample(range(8 * n_bytes), min(200, 8 * n_bytes)):
+            damaged.append(intact[: n // 8] + bytes([intact[n // 8] ^ 1 << n % 8]) + intact[n // 8 + 1 :])
+        for content in damaged:
+            path.write_bytes(content)
             assert name in refusal(saved)
-        if before != whole:
-            path.write_bytes(before)
+        if of_other_step != intact:
+            path.write_bytes(of_other_step)
             assert name in refusal(saved)
             swapped.add(name)
         os.remove(path)
         assert name in refusal(saved)
-        path.write_bytes(whole)
+        path.write_bytes(intact)
     assert swapped == {"model.safetensors", *(n for n in names if n.startswith("training_state/"))}
     checkpoint.verify(saved)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"step": 1}', '{"step": 1, "files": [1]}', "{}"])
-def test_a_manifest_of_another_kind_is_refused(run, content):
+def test_a_malformed_manifest_is_refused(run, content):
+    """Valid JSON, but not the manifest of a step."""
     saved = run.save(1)
     Path(saved, checkpoint.MANIFEST).write_text(content)
     assert "manifest.json is not as it was saved" in refusal(saved)
 
 
-def test_a_directory_with_another_steps_name_is_refused(run):
-    """Its number would be gone on from; a copy under a name of its own is what it says it is."""
+def test_a_directory_with_the_name_of_another_step_is_refused(run):
+    """Pruning and the links go by the name. A copy with a name that is not step_N is accepted."""
     saved = run.save(1)
     shutil.copytree(saved, run.root / "copy")
     checkpoint.verify(str(run.root / "copy"))
@@ -200,8 +211,8 @@ def test_a_directory_with_another_steps_name_is_refused(run):
     assert "of step 1, not of step_2" in refusal(str(run.root / "step_2"))
 
 
-def test_a_file_that_save_did_not_write_is_refused_where_it_would_be_read(run):
-    """All tensors of training_state are read, whatever file they are in; a README is nobody's business."""
+def test_an_added_file_is_refused_if_it_would_be_read(run):
+    """All safetensors files in training_state/ are read, so an additional one matters; a README does not."""
     saved = run.save(1)
     Path(saved, "README.md").write_text("mine")
     checkpoint.verify(saved)
@@ -211,28 +222,29 @@ def test_a_file_that_save_did_not_write_is_refused_where_it_would_be_read(run):
 
 @pytest.mark.full
 def test_two_ranks_share_the_files(train, tmp_path):
-    """Each sees what the other has read: the damaged file is named, whichever it is, and no other."""
+    """Each rank reads some of the files. The error names the damaged file, whichever rank reads it, and no other."""
     train(*FAST, "--max_steps", 1)
     for name in ("model.safetensors", "training_state/state.json"):
         path = tmp_path / LATEST / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1] + b"\x01")
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        intact = path.read_bytes()
+        path.write_bytes(intact[:-1] + b"\x01")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                  f"{ROOT}/sft.py", "--model", "tiny", "--train_data", f"{ROOT}/data/example_sft.json", *FAST,
                  "--max_steps", "2", "--output_dir", str(tmp_path / "out"), "--resume_from", "auto"]
-        result = subprocess.run(words, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode
         assert f"not as it was saved: {name} has changed (1 in all)" in result.stderr
-        path.write_bytes(whole)
+        path.write_bytes(intact)
 
 
-# Files that were made to do harm
+# Hostile files
 
 
 @pytest.mark.parametrize("state", [
     "null", "[]", "7", '"step"', "{}",
     *(f'{{"step": {step}}}' for step in ("true", "-1", "0", "1.0", '"1"', "[1]"))])
-def test_a_state_without_a_step_is_refused(tmp_path, state):
+def test_a_state_without_a_valid_step_is_refused(tmp_path, state):
+    """Other JSON values, a missing step, and steps that are not positive integers."""
     (tmp_path / "training_state").mkdir()
     (tmp_path / "training_state" / "state.json").write_text(state)
     with pytest.raises(UserError, match="state.json: step must be"):
@@ -240,7 +252,8 @@ def test_a_state_without_a_step_is_refused(tmp_path, state):
 
 
 @pytest.mark.parametrize("updates", ["true", "-1", "1.0", '"1"', "[1]", "null"])
-def test_a_state_with_impossible_updates_is_refused(tmp_path, updates):
+def test_a_state_with_invalid_updates_is_refused(tmp_path, updates):
+    """The number of updates must be an integer of at least 0."""
     (tmp_path / "training_state").mkdir()
     (tmp_path / "training_state" / "state.json").write_text(f'{{"step": 7, "updates": {updates}}}')
     with pytest.raises(UserError, match="state.json: updates must be a whole number of at least 0"):
@@ -250,7 +263,8 @@ def test_a_state_with_impossible_updates_is_refused(tmp_path, updates):
 @pytest.mark.parametrize("file", ["", ".", "..", "a\0.safetensors", "\ud800.safetensors", "a/b.safetensors",
                                   "a\\b.safetensors", "/x.safetensors", "pytorch_model.bin", ".safetensors",
                                   5000 * "a" + ".safetensors"])
-def test_a_file_name_in_an_index_that_none_has_is_refused(tmp_path, file):
+def test_an_index_with_an_invalid_file_name_is_refused(tmp_path, file):
+    """Paths, control characters, other endings, 5,000 characters. The error is short and printable."""
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
     with pytest.raises(UserError, match="weight_map must name files") as info:
         pretrained.weight_entries(str(tmp_path))
@@ -263,24 +277,24 @@ def test_a_file_name_in_an_index_that_none_has_is_refused(tmp_path, file):
     ids=["elements", "elements-in-16-bytes", "overflow", "negative", "float", "offset", "exabytes",
          "minus-one"])
 def test_a_header_that_claims_too_much_is_refused(tmp_path, content):
-    """At once, before memory is asked for."""
+    """Immediately, before memory is allocated."""
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="model.safetensors is torn or not safetensors"):
         pretrained.weight_entries(str(tmp_path))
 
 
 def test_weights_behind_links_are_read_and_a_pipe_is_not(tmp_path):
-    """The hub's cache is links into a directory of blobs. A pipe would be waited for, for ever."""
+    """The hub's cache consists of links into a directory of blobs. Reading a pipe would block forever."""
     home = tmp_path / "models--one--model"
     source, snapshot = published(home / "blobs", UNTIED), home / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     for name in os.listdir(source):
         (snapshot / name).symlink_to(os.path.join("..", "..", "blobs", name))
-    for ours, theirs in zip(loaded(snapshot)[0].parameters(), loaded(source)[0].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for p, expected in zip(loaded(snapshot)[0].parameters(), loaded(source)[0].parameters(), strict=True):
+        assert torch.equal(p, expected)
     os.remove(snapshot / "model.safetensors")
     os.mkfifo(snapshot / "model.safetensors")
-    writer = os.open(snapshot / "model.safetensors", os.O_RDWR)  # for this test to fail instead of waiting
+    writer = os.open(snapshot / "model.safetensors", os.O_RDWR)  # so that the test would fail, not block
     os.write(writer, bytes(16))
     with pytest.raises(UserError, match="model.safetensors is not a file"):
         pretrained.weight_entries(str(snapshot))
@@ -288,7 +302,7 @@ def test_weights_behind_links_are_read_and_a_pipe_is_not(tmp_path):
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -298,7 +312,7 @@ class Bomb:
 
 
 def test_a_pickle_beside_the_weights_is_never_opened(train, tmp_path):
-    """Of a model and of a checkpoint, under the names that other trainers read."""
+    """In a model directory and in a checkpoint, under names that other trainers read."""
     mark, model = tmp_path / "mark", tmp_path / "model"
     bomb = pickle.dumps(Bomb(str(mark)))
     shutil.copytree(pretrained.model_directory("tiny"), model)
@@ -312,22 +326,22 @@ def test_a_pickle_beside_the_weights_is_never_opened(train, tmp_path):
     assert not mark.exists()
     for name in ("model.safetensors", "model.safetensors.index.json"):
         (model / name).unlink(missing_ok=True)
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):  # not the other file instead
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):  # and does not fall back on the pickle
         train(*FAST, "--max_steps", 1, model=model, out="other")
     assert not mark.exists()
     pickle.loads(bomb)
-    assert mark.exists()  # it would have gone off
+    assert mark.exists()  # the bomb works
 
 
 def test_nothing_that_can_run_code_is_called():
-    """In any file of the product, comments included."""
+    """In any file outside tests/, including comments."""
     banned = re.compile(r"pickle|marshal|shelve|torch\.(load|save)\b|_object(_list)?\(|np\.load\(|shell=True|"
                         r"os\.system|(?<![.\w])(eval|exec)\(|yaml\.(load\((?!.*BaseLoader)|unsafe_load\(|full_load\()|"
                         r"trust_remote_code=True")
     folders = ("", "disk", "families", "ops", "ranks", "screen", "settings", "text", "tools")
-    product = sorted(path for folder in folders for path in Path(ROOT, folder).glob("*.py"))
-    assert len(product) > 30
-    found = [f"{path.name}:{i}: {line.strip()}" for path in product
-             for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-             if banned.search(line)]
-    assert found == []
+    sources = sorted(path for folder in folders for path in Path(ROOT, folder).glob("*.py"))
+    assert len(sources) > 30
+    breaches = [f"{path.name}:{i}: {line.strip()}" for path in sources
+                for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+                if banned.search(line)]
+    assert breaches == []

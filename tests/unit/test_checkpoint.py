@@ -1,5 +1,4 @@
-"""disk/: what is read comes back byte for byte, what is torn is named, and a kill never costs a
-checkpoint."""
+"""disk/: files round-trip byte for byte, errors name the damaged file, and a kill never costs a checkpoint."""
 
 import json
 import os
@@ -38,13 +37,14 @@ from families.config import ModelConfig
 from model import CausalLM
 from settings.errors import UserError
 
+
 @pytest.fixture
 def run(tmp_path):
-    """A run of the tied model, bf16 on the disk, nothing saved yet."""
+    """A run of the tied model, bf16 on the disk, before its first save."""
     return Run(published(tmp_path / "base", TIED, torch.bfloat16), tmp_path / "checkpoints")
 
 
-# What is read comes back
+# Round trip: what is saved equals what was read
 
 
 DIRECTORIES = [(TIED, torch.bfloat16, {}), (QWEN3, torch.float16, {}),
@@ -53,11 +53,10 @@ DIRECTORIES = [(TIED, torch.bfloat16, {}), (QWEN3, torch.float16, {}),
 
 @pytest.mark.parametrize("config, dtype, saving", DIRECTORIES)
 def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, saving):
-    """transformers' weight files, config.json and the tokenizer's files come out as they went in; so does the
-    index."""
+    """Weight files of transformers, config.json and tokenizer files are byte-identical; the index is equal."""
     source = published(tmp_path / "base", config, dtype, **saving)
-    odd = {**json.loads((source / "config.json").read_text()), "unknown_key": ["é", 1e-05]}
-    (source / "config.json").write_text(json.dumps(odd, indent=3), encoding="utf-8")
+    unusual = {**json.loads((source / "config.json").read_text()), "unknown_key": ["é", 1e-05]}
+    (source / "config.json").write_text(json.dumps(unusual, indent=3), encoding="utf-8")
     model, shard_map = loaded(source)
     model.requires_grad_(False)  # nothing is trained, so there are no moments to save
     exported = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
@@ -68,8 +67,8 @@ def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, savi
     for name in [*weights, "config.json", *TOKENIZER]:
         with open(os.path.join(saved, name), "rb") as f:
             assert f.read() == (source / name).read_bytes(), name
-    found = {n for n in os.listdir(saved) if "safetensors" in n}
-    assert found == {p.name for p in source.glob("*.safetensors*")}
+    names = {n for n in os.listdir(saved) if "safetensors" in n}
+    assert names == {p.name for p in source.glob("*.safetensors*")}
     if saving:
         index, expected = (files.read_json(f"{d}/model.safetensors.index.json") for d in (saved, source))
         assert index["weight_map"] == expected["weight_map"]
@@ -78,21 +77,21 @@ def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, savi
 
 @pytest.mark.parametrize("config, dtype, saving", DIRECTORIES)
 def test_a_trained_model_loads_with_transformers(tmp_path, config, dtype, saving):
-    """latest is a model directory: transformers and we read the same function from it, and not the untrained
-    one."""
+    """latest is a model directory: transformers and CausalLM compute the same logits from it, and not those of
+    the untrained model."""
     source = published(tmp_path / "base", config, dtype, **saving)
     Run(source, tmp_path / "out").save(1)
     tokens = torch.arange(40) % SIZES["vocab_size"]
     with torch.no_grad():
-        ours = loaded(tmp_path / "out" / "latest")[0](tokens, (40,))
+        logits = loaded(tmp_path / "out" / "latest")[0](tokens, (40,))
         oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "latest", dtype=torch.float32).eval()
-        torch.testing.assert_close(ours, oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
-        assert (ours - loaded(source)[0](tokens, (40,))).abs().max() > 1e-2
+        torch.testing.assert_close(logits, oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
+        assert (logits - loaded(source)[0](tokens, (40,))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("saving", [{}, {"max_shard_size": "4KB"}])
 def test_tied_weights_are_one_storage_and_one_key(tmp_path, saving):
-    """After loading, and in what is saved: a second copy would be trained apart from the first."""
+    """After loading and in the saved files: a second copy would be trained separately."""
     source = published(tmp_path / "base", TIED, torch.bfloat16, **saving)
     run = Run(source, tmp_path / "out")
     assert run.model.lm_head.weight is run.model.model.embed_tokens.weight
@@ -102,7 +101,7 @@ def test_tied_weights_are_one_storage_and_one_key(tmp_path, saving):
 
 
 def test_a_head_that_equals_the_embedding_is_accepted_and_saved_once(tmp_path):
-    """Some directories hold a tied weight twice."""
+    """Some model directories store a tied weight twice."""
     source = published(tmp_path / "base", TIED, torch.bfloat16)
     change(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     run = Run(source, tmp_path / "out")
@@ -111,7 +110,7 @@ def test_a_head_that_equals_the_embedding_is_accepted_and_saved_once(tmp_path):
 
 
 def test_rotary_frequencies_in_a_file_are_ignored(tmp_path):
-    """Old Llama files hold inv_freq; it is computed, so it is neither unexpected nor saved."""
+    """Old Llama files store inv_freq. The model computes it, so it is accepted and not saved."""
     source, name = published(tmp_path / "base", UNTIED), "model.layers.0.self_attn.rotary_emb.inv_freq"
     change(source, lambda tensors: tensors.update({name: torch.ones(2)}))
     keys = pretrained.weight_entries(Run(source, tmp_path / "out").save(1))
@@ -122,15 +121,15 @@ def test_rotary_frequencies_in_a_file_are_ignored(tmp_path):
 
 
 def test_masters_and_moments_come_back_bitwise(run):
-    """The files hold bf16 for others to load; a resumed run has the fp32 weights, and its next step is the
-    same one."""
+    """The weight files are bf16, but a resumed run gets the fp32 weights back, and its next step is bitwise the
+    same."""
     saved = run.save(1)
     with torch.no_grad():
         copy, _ = loaded(saved)
     rounded = {name: p.clone() for name, p in copy.named_parameters()}
     optimizer = adamw(copy)
     checkpoint.load_training_tensors(saved, copy, optimizer)
-    # bf16 did lose something
+    # bf16 did lose precision
     assert any(not torch.equal(p, rounded[name]) for name, p in copy.named_parameters())
     for straight, resumed in zip(run.model.parameters(), copy.parameters(), strict=True):
         assert torch.equal(straight, resumed)
@@ -145,12 +144,12 @@ def test_masters_and_moments_come_back_bitwise(run):
 
 
 def test_state_comes_back_with_its_step_and_updates(run):
-    """What the run gave to save, the step, and how many updates the optimizer has taken: one, here."""
+    """load_state returns what was passed to save, plus the step and the number of the optimizer's updates (1 here)."""
     assert checkpoint.load_state(run.save(3)) == {"step": 3, "updates": 1, "seed": 7}
 
 
-def test_a_checkpoint_without_updates_has_as_many_as_steps(run):
-    """One of an older version, which did not save their number."""
+def test_updates_equal_steps_in_a_checkpoint_that_does_not_store_them(run):
+    """Checkpoints of an older version do not store the number of updates."""
     saved = run.save(3)
     with open(os.path.join(saved, checkpoint.STATE), "w", encoding="utf-8") as f:
         f.write('{"step": 3}')
@@ -159,18 +158,18 @@ def test_a_checkpoint_without_updates_has_as_many_as_steps(run):
 
 
 def test_masters_are_saved_only_where_the_disk_is_narrower(tmp_path, run):
-    """fp32 files are the masters already; beside them lie two moments a weight."""
+    """fp32 weight files are the masters already; then training_state/ has only the two moments."""
     other = Run(published(tmp_path / "fp32", UNTIED), tmp_path / "out")
-    for r, kinds in ((run, {"exp_avg", "exp_avg_sq", "master"}), (other, {"exp_avg", "exp_avg_sq"})):
-        tensors = load_file(os.path.join(r.save(1), "training_state", "tensors.safetensors"))
-        assert {name.split(".")[0] for name in tensors} == kinds
-        assert sum(name.startswith("exp_avg.") for name in tensors) == len(list(r.model.parameters()))
+    for any_run, keys in ((run, {"exp_avg", "exp_avg_sq", "master"}), (other, {"exp_avg", "exp_avg_sq"})):
+        tensors = load_file(os.path.join(any_run.save(1), "training_state", "tensors.safetensors"))
+        assert {name.split(".")[0] for name in tensors} == keys
+        assert sum(name.startswith("exp_avg.") for name in tensors) == len(list(any_run.model.parameters()))
 
 
 @pytest.mark.parametrize("change_of_config", [
     {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"intermediate_size": 32}, {"model_type": "llama"}])
 def test_training_tensors_of_another_model_are_refused(run, change_of_config):
-    """More tensors, fewer, other shapes: the error names the directory, and nothing is restored halfway."""
+    """More tensors, fewer, other shapes: the error names the directory, and nothing is restored partially."""
     saved = run.save(1)
     other = CausalLM(ModelConfig.from_dict({**TIED, **change_of_config}))
     before, optimizer = [p.clone() for p in other.parameters()], adamw(other)
@@ -179,17 +178,17 @@ def test_training_tensors_of_another_model_are_refused(run, change_of_config):
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters())) and not optimizer.state
 
 
-# What is wrong is named
+# Errors name the file and the tensor
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A good fp32 directory of one weight file, to be broken."""
+    """A valid fp32 directory with one weight file, for a test to damage."""
     return published(tmp_path / "base", UNTIED)
 
 
 def refusal(directory, error=UserError):
-    """The message with which loading a directory fails."""
+    """The message of the error that loading a directory raises."""
     model = created(directory)
     with pytest.raises(error) as info:
         pretrained.load_weights(model, directory)
@@ -197,7 +196,7 @@ def refusal(directory, error=UserError):
 
 
 def test_missing_tensors_are_named(source):
-    """All of them, and the directory: weights that stay random would train without a word."""
+    """All of them, and the directory. Without the error, random weights would be trained silently."""
     change(source, lambda tensors: [tensors.pop(name) for name in (FIRST, LAST, HEAD)])
     message = refusal(source)
     assert all(word in message for word in ("missing", FIRST, LAST, HEAD, str(source)))
@@ -205,7 +204,7 @@ def test_missing_tensors_are_named(source):
 
 
 def test_unexpected_tensors_are_named(source):
-    """A bias that config.json does not announce is part of the function, and must not be dropped."""
+    """A bias that config.json does not mention changes what the model computes, so it must not be dropped."""
     names = ["model.layers.0.self_attn.q_proj.bias", "score.weight"]
     change(source, lambda tensors: tensors.update({name: torch.ones(16) for name in names}))
     message = refusal(source)
@@ -213,7 +212,7 @@ def test_unexpected_tensors_are_named(source):
 
 
 def test_tensors_of_wrong_shape_are_named(source):
-    """All of them, with the shape that they have and the one that config.json says."""
+    """All of them, each with its shape and the shape that config.json implies."""
     change(source, lambda tensors: tensors.update({FIRST: torch.ones(24, 17), LAST: torch.ones(15)}))
     message = refusal(source)
     expected = (FIRST, "(24, 17)", "(24, 16)", LAST, "(15,)", "(16,)")
@@ -221,14 +220,14 @@ def test_tensors_of_wrong_shape_are_named(source):
 
 
 def test_a_transposed_tensor_is_refused(source):
-    """As many elements in another shape would be read without an error, and wrongly."""
+    """It has the right number of elements, so without this check it would be read wrongly, without an error."""
     change(source, lambda tensors: tensors.update({FIRST: tensors[FIRST].T.contiguous()}))
     assert FIRST in refusal(source)
 
 
 @pytest.mark.parametrize("left", [-1, -1000, 200, 5, 0])
 def test_a_truncated_file_is_named(source, left):
-    """Cut in the last tensor, in the header, in the header's length, or empty."""
+    """Truncated within the last tensor, the header, or the header's length; or empty."""
     path = source / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     assert str(path) in refusal(source)
@@ -237,20 +236,20 @@ def test_a_truncated_file_is_named(source, left):
 @pytest.mark.parametrize("content", [
     b"<html>404</html>" * 100, b"version https://git-lfs.github.com/spec/v1\n"])
 def test_a_file_that_is_not_safetensors_is_named(source, content):
-    """An error page or a git-lfs pointer in the place of the weights."""
+    """An HTML error page or a git-lfs pointer instead of the weights."""
     (source / "model.safetensors").write_bytes(content)
     assert str(source / "model.safetensors") in refusal(source)
 
 
 def test_a_file_longer_than_its_header_says_is_named(source):
-    """Bytes that no tensor owns mean that two writers were at it."""
+    """Bytes that belong to no tensor mean that two processes wrote the file."""
     with open(source / "model.safetensors", "ab") as f:
         f.write(b"0" * 8)
     assert str(source / "model.safetensors") in refusal(source)
 
 
 def test_a_directory_without_weights_is_named(source):
-    """As an absent file, by its path."""
+    """FileNotFoundError with the path of the weight file."""
     os.remove(source / "model.safetensors")
     assert str(source / "model.safetensors") in refusal(source, FileNotFoundError)
 
@@ -258,7 +257,7 @@ def test_a_directory_without_weights_is_named(source):
 @pytest.mark.parametrize("dtype, code", [
     (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "F64"), (torch.uint8, "U8")])
 def test_weights_of_an_unsupported_dtype_are_named(source, dtype, code):
-    """Quantised weights without their scales would load as numbers of no meaning."""
+    """Quantised weights without their scales would load as meaningless numbers."""
     change(source, lambda tensors: tensors.update({FIRST: torch.ones(24, 16).to(dtype)}))
     message = refusal(source)
     assert FIRST in message and code in message and str(source) in message
@@ -266,7 +265,7 @@ def test_weights_of_an_unsupported_dtype_are_named(source, dtype, code):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A good directory of several weight files, to be broken."""
+    """A valid directory with several weight files, for a test to damage."""
     return published(tmp_path / "sharded", UNTIED, max_shard_size="8KB")
 
 
@@ -279,8 +278,7 @@ def edit_index(directory, edit):
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "a/../x.safetensors"])
 def test_an_index_that_leaves_its_directory_is_refused(sharded, file):
-    """A downloaded index does not choose which files of the machine are read, even where the file is
-    there."""
+    """A downloaded index must not choose which files of the machine are read, not even existing ones."""
     outside = sharded.parent / "x.safetensors"
     shutil.copy(next(sharded.glob("model-*.safetensors")), outside)
     edit_index(sharded, lambda weight_map: weight_map.update({FIRST: file}))
@@ -289,19 +287,19 @@ def test_an_index_that_leaves_its_directory_is_refused(sharded, file):
 
 
 def test_an_index_that_names_tensors_its_files_lack_is_refused(sharded):
-    """By the tensor's name."""
+    """The error names the tensor."""
     edit_index(sharded, lambda weight_map: weight_map.update({"model.ghost.weight": weight_map[FIRST]}))
     assert "model.ghost.weight" in refusal(sharded)
 
 
 def test_an_index_that_lacks_tensors_of_its_files_is_refused(sharded):
-    """By the tensor's name: index and files are of two versions of the model."""
+    """The error names the tensor: index and files are from two versions of the model."""
     edit_index(sharded, lambda weight_map: weight_map.pop(FIRST))
     assert FIRST in refusal(sharded)
 
 
-def test_a_shard_that_is_absent_is_named(sharded):
-    """A download that stopped between two files."""
+def test_a_missing_weight_file_is_named(sharded):
+    """As after a download that stopped between two files."""
     path = max(sharded.glob("model-*.safetensors"))
     os.remove(path)
     assert str(path) in refusal(sharded, FileNotFoundError)
@@ -309,14 +307,14 @@ def test_a_shard_that_is_absent_is_named(sharded):
 
 @pytest.mark.parametrize("content", [b"{'model_type': 'llama'}", b"", b'{"a": 1', b"\xff\xfe{}"])
 def test_a_config_that_is_not_json_is_named(source, content):
-    """The path is in the error, for single quotes, nothing, half a file and another encoding."""
+    """The error contains the path: for single quotes, an empty file, half a file and another encoding."""
     (source / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(str(source / "config.json"))):
         files.read_json(source / "config.json")
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
-    """One of the two would be lost; the error names the tensor and the setting."""
+    """One of the two would be lost. The error names the tensor and the key in config.json."""
     source = published(tmp_path / "base", TIED, torch.bfloat16)
     change(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] * 1.01}))
     message = refusal(source)
@@ -329,7 +327,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
 @pytest.mark.parametrize("before, after", [
     (5, [5, 9]), ([5, 6], [5, 6, 9]), (None, 9), ([], 9), (9, 9), ([9, 5], [9, 5]), (0, [0, 9])])
 def test_generation_config_gains_the_stop_id(tmp_path, before, after):
-    """Once, behind the ids that were there; every other key is kept."""
+    """Once, after the existing ids; all other keys are kept."""
     rest = {"temperature": 0.7, "pad_token_id": 3, "transformers_version": "4.37.0"}
     written = rest if before is None else {**rest, "eos_token_id": before}
     (tmp_path / "generation_config.json").write_text(json.dumps(written))
@@ -338,8 +336,8 @@ def test_generation_config_gains_the_stop_id(tmp_path, before, after):
     assert config == {"eos_token_id": 77}
 
 
-def test_generation_config_that_is_absent_is_made_from_config_json(tmp_path):
-    """transformers takes the ids from there, so they are not to be lost when the file appears."""
+def test_a_missing_generation_config_is_made_from_config_json(tmp_path):
+    """Without the file transformers takes the ids from config.json, so the new file must contain them."""
     config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "hidden_size": 8}
     assert pretrained.generation_config(tmp_path, config, 9) == {"bos_token_id": 1, "eos_token_id": [2, 9]}
     assert pretrained.generation_config(tmp_path, {}, 9) == {"eos_token_id": 9}
@@ -349,40 +347,42 @@ def test_generation_config_that_is_absent_is_made_from_config_json(tmp_path):
 
 
 def test_exported_files_of_a_model_and_of_an_adapter(tmp_path):
-    """The tokenizer's files as they are; config.json and generation_config.json beside a model,
-    adapter_config.json beside an adapter, and the template where the trainer brought its own."""
-    base, tokenizer_source = published(tmp_path / "base", TIED), tmp_path / "tokenizer"
-    tokenizer_source.mkdir()
-    (tokenizer_source / "tokenizer.json").write_bytes(b"{}")
+    """Both get the unchanged tokenizer files, and the chat template if it is the trainer's. A model also gets
+    config.json and generation_config.json, an adapter adapter_config.json."""
+    base, tokenizer_directory = published(tmp_path / "base", TIED), tmp_path / "tokenizer"
+    tokenizer_directory.mkdir()
+    (tokenizer_directory / "tokenizer.json").write_bytes(b"{}")
     config = files.read_json(base / "config.json")
     tokenizer = SimpleNamespace(stop_token_id=9, is_fallback=False, source="{{ own }}")
     assert pretrained.export_files(base, config, base, tokenizer) == {
         **TOKENIZER, "config.json": (base / "config.json").read_bytes(),
         "generation_config.json": pretrained.generation_config(base, config, 9)}
     tokenizer.is_fallback = True
-    assert pretrained.export_files(base, config, tokenizer_source, tokenizer, {"r": 8}) == {
+    assert pretrained.export_files(base, config, tokenizer_directory, tokenizer, {"r": 8}) == {
         "tokenizer.json": b"{}", "adapter_config.json": {"r": 8}, "chat_template.jinja": b"{{ own }}"}
 
 
 def test_weight_files_have_the_mode_of_any_new_file(tmp_path):
-    """safetensors' own are for their owner alone; the umask is not touched, not even for a moment."""
+    """safetensors creates files that only their owner can read. The umask stays as it is."""
     umask = os.umask(0o027)
     try:
         pretrained.write_safetensors(str(tmp_path / "a.safetensors"), {"a": torch.ones(1)})
     finally:
-        left = os.umask(umask)
-    assert left == 0o027 and stat.S_IMODE(os.stat(tmp_path / "a.safetensors").st_mode) == 0o640
+        umask_after = os.umask(umask)
+    assert umask_after == 0o027
+    assert stat.S_IMODE(os.stat(tmp_path / "a.safetensors").st_mode) == 0o640
 
 
-# A step directory is complete or absent
+# Saving is atomic: a step directory is complete, or it does not exist
 
 
-class Killed(BaseException):  # as a kill, it is not handled
-    pass
+class Killed(BaseException):
+    """Stands for a kill: a BaseException, so no handler of Exception catches it."""
 
 
 def break_at(monkeypatch, count):
-    """Let the count-th operation of a save that changes the disk raise, and all after it; return the log."""
+    """Let a save's first `count` operations that change the disk succeed and all later ones raise; return their log.
+    """
     log = []
 
     def breaking(operation, name):
@@ -400,9 +400,9 @@ def break_at(monkeypatch, count):
     return log
 
 
-def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run, monkeypatch):
-    """latest goes from one whole step to the next; a half one has no step's name, and the next save clears it
-    away."""
+def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(run, monkeypatch):
+    """latest moves from one complete step to the next. An incomplete one is never named step_N, and the next save
+    removes it."""
     saved, root = run.save(1), run.root
     expected = listing(saved)
     with monkeypatch.context() as patch:
@@ -420,8 +420,8 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run, monkeypat
         seen.add((latest == f"step_{step}", step in checkpoint.steps_in(root)))
         assert latest in (f"step_{previous}", f"step_{step}")
         assert checkpoint.load_state(root / latest)["step"] == int(latest.removeprefix("step_"))
-        for whole in checkpoint.steps_in(root):
-            assert listing(root / f"step_{whole}") == expected, (moment, whole)
+        for complete in checkpoint.steps_in(root):
+            assert listing(root / f"step_{complete}") == expected, (moment, complete)
         resumed = checkpoint.resume_directory("auto", root)
         model, _ = loaded(resumed)
         checkpoint.load_training_tensors(resumed, model, adamw(model))
@@ -432,9 +432,9 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(run, monkeypat
     assert seen == {(False, False), (False, True), (True, True)}
 
 
-def test_a_save_clears_what_kills_left_at_other_steps(run, monkeypatch):
-    """A resumed run may save at other steps and prune others: a half checkpoint is as large as a whole
-    one."""
+def test_a_save_removes_what_kills_left_at_other_steps(run, monkeypatch):
+    """A resumed run may save at other steps. An incomplete checkpoint takes as much disk as a complete one, so it
+    must not stay."""
     run.save(1)
     with monkeypatch.context() as patch:
         break_at(patch, 4)
@@ -445,8 +445,9 @@ def test_a_save_clears_what_kills_left_at_other_steps(run, monkeypatch):
     assert sorted(os.listdir(run.root)) == ["latest", "step_1", "step_3"]
 
 
-def test_a_kill_while_a_step_is_replaced_leaves_no_half_one(run, monkeypatch):
-    """A run that went back goes over the same step numbers: the old step loses its name before its files."""
+def test_a_kill_while_a_step_is_replaced_leaves_no_incomplete_one(run, monkeypatch):
+    """A run that resumed from an earlier step saves the same steps again: the old directory is renamed before its
+    files are removed."""
     expected = listing(run.save(1))
     run.save(2)
     checkpoint.set_link(run.root, 1)
@@ -463,7 +464,7 @@ def test_a_kill_while_a_step_is_replaced_leaves_no_half_one(run, monkeypatch):
 
 
 def test_saving_a_step_again_replaces_it(run):
-    """A run that went back goes over the same step numbers; what is left is the new directory, whole."""
+    """A run that resumed from an earlier step saves the same steps again; the new directory is complete."""
     stale = run.save(1)
     with open(os.path.join(stale, "stale.txt"), "w"):
         pass
@@ -474,9 +475,8 @@ def test_saving_a_step_again_replaces_it(run):
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), run.model.parameters(), strict=True))
 
 
-def test_everything_is_on_the_disk_before_a_name_says_so(run, monkeypatch):
-    """Each file and directory of the step is flushed before the rename, the step before latest moves, and
-    root last."""
+def test_everything_is_flushed_before_it_gets_its_name(run, monkeypatch):
+    """Each file and directory of the step is flushed before the step is renamed, and root after latest moved."""
     flushed, renames, real_fsync, real_replace = set(), [], os.fsync, os.replace
 
     def fsync(handle):
@@ -499,7 +499,7 @@ def test_everything_is_on_the_disk_before_a_name_says_so(run, monkeypatch):
 
 
 def test_latest_is_a_relative_link(run, tmp_path):
-    """So that an output directory can be moved or copied to another machine."""
+    """An output directory can be moved, or copied to another machine."""
     run.save(1)
     run.save(2)
     assert os.readlink(run.root / "latest") == "step_2"
@@ -507,11 +507,11 @@ def test_latest_is_a_relative_link(run, tmp_path):
     assert checkpoint.load_state(tmp_path / "moved" / "latest")["step"] == 2
 
 
-# Pruning and where to go on from
+# Pruning, and which directory is resumed
 
 
 def steps(root, numbers, latest=None):
-    """Directories that pass for whole checkpoints."""
+    """Create directories that look like complete checkpoints."""
     for n in numbers:
         (root / f"step_{n}" / "training_state").mkdir(parents=True)
         (root / f"step_{n}" / "training_state" / "state.json").write_text(json.dumps({"step": n}))
@@ -519,8 +519,8 @@ def steps(root, numbers, latest=None):
         checkpoint.set_link(root, latest)
 
 
-def test_steps_are_in_order_of_number_and_whole(tmp_path):
-    """9 comes before 10; temporary names, files of the user and an absent root are no steps."""
+def test_steps_are_complete_and_in_numerical_order(tmp_path):
+    """9 comes before 10. Temporary names and the user's own files are not steps; a missing root has none."""
     assert checkpoint.steps_in(tmp_path / "absent") == []
     steps(tmp_path, [10, 9, 100], latest=9)
     for name in ("tmp_step_3", "step_4.bak", "step_x", "tmp_prune_1"):
@@ -531,7 +531,7 @@ def test_steps_are_in_order_of_number_and_whole(tmp_path):
 @pytest.mark.parametrize("keep, left", [(1, [10, 20, 30]), (2, [9, 10, 20, 30]), (4, [2, 8, 9, 10, 20, 30]),
                                         (99, [1, 2, 8, 9, 10, 20, 30])])
 def test_pruning_keeps_the_newest_up_to_the_step(tmp_path, keep, left):
-    """Also of a run that went back to step 10: later ones are not its own, and latest stays."""
+    """Later steps stay: this run resumed from step 10, and they belong to the one before. So does latest."""
     steps(tmp_path, [1, 2, 8, 9, 10, 20, 30], latest=10)
     checkpoint.prune(tmp_path, keep, 10)
     assert checkpoint.steps_in(tmp_path) == left
@@ -540,13 +540,14 @@ def test_pruning_keeps_the_newest_up_to_the_step(tmp_path, keep, left):
 
 
 def test_pruning_keeps_the_best_step(tmp_path):
+    """It is not among the newest `keep`."""
     steps(tmp_path, [1, 2, 3, 4], latest=4)
     checkpoint.prune(tmp_path, 1, 4, keep_best_step=2)
     assert checkpoint.steps_in(tmp_path) == [2, 4]
 
 
-def test_pruning_takes_the_name_before_the_files(tmp_path, monkeypatch):
-    """A kill while files are deleted leaves no step that looks whole."""
+def test_pruning_renames_a_step_before_it_removes_files(tmp_path, monkeypatch):
+    """A kill during the removal leaves no step that looks complete."""
     steps(tmp_path, [1, 2], latest=2)
 
     def rmtree(path):
@@ -558,8 +559,8 @@ def test_pruning_takes_the_name_before_the_files(tmp_path, monkeypatch):
     assert checkpoint.steps_in(tmp_path) == [2]
 
 
-def test_resume_from_auto_is_a_new_run_only_where_there_is_nothing(tmp_path):
-    """No root, an empty one, and one with a half checkpoint only."""
+def test_resume_from_auto_starts_a_new_run_only_without_checkpoints(tmp_path):
+    """A missing root, an empty root, and a root with only an incomplete checkpoint."""
     assert checkpoint.resume_directory("auto", tmp_path / "absent") is None
     assert checkpoint.resume_directory("auto", tmp_path) is None
     (tmp_path / "tmp_step_1").mkdir()
@@ -567,22 +568,22 @@ def test_resume_from_auto_is_a_new_run_only_where_there_is_nothing(tmp_path):
 
 
 def test_resume_from_auto_follows_latest(tmp_path):
-    """Even to an older step; without latest (a kill before the first link) it is the newest by number."""
+    """Even to an older step. Without latest (a kill before the first link) it takes the highest number."""
     steps(tmp_path, [2, 9, 10], latest=9)
     assert checkpoint.resume_directory("auto", tmp_path) == os.path.realpath(tmp_path / "step_9")
     os.remove(tmp_path / "latest")
     assert checkpoint.resume_directory("auto", tmp_path) == os.path.realpath(tmp_path / "step_10")
 
 
-def test_resume_from_a_directory_is_that_one(tmp_path):
-    """By its name or by a link to it; the answer names the step itself."""
+def test_resume_from_a_directory_takes_that_directory(tmp_path):
+    """By its name or by a link to it; the result is the path of the step itself."""
     steps(tmp_path, [1, 2], latest=2)
     for given, step in ((tmp_path / "step_1", "step_1"), (tmp_path / "latest", "step_2")):
         assert checkpoint.resume_directory(str(given), tmp_path) == os.path.realpath(tmp_path / step)
 
 
-def test_resume_from_what_is_not_there_is_an_error(tmp_path):
-    """A dangling latest and a wrong path are never a fresh start."""
+def test_resume_from_a_missing_directory_is_an_error(tmp_path):
+    """A dangling latest and a wrong path must not start a new run."""
     steps(tmp_path, [1], latest=7)
     with pytest.raises(UserError, match="latest"):
         checkpoint.resume_directory("auto", tmp_path)
@@ -591,14 +592,14 @@ def test_resume_from_what_is_not_there_is_an_error(tmp_path):
 
 
 def test_resume_from_a_model_without_training_state_is_an_error(source, tmp_path):
-    """A plain model directory is for --model, and the error says so."""
+    """A model directory without training_state/ can only be passed to --model, and the error says so."""
     with pytest.raises(UserError, match=r"training_state.*--model"):
         checkpoint.resume_directory(str(source), tmp_path)
 
 
-def test_model_directory_names_what_is_not_there(tmp_path):
-    """A path is itself, tiny is embedded, and neither a mistyped path nor a hub that is offline is a
-    traceback."""
+def test_model_directory_names_what_does_not_exist(tmp_path):
+    """A path is returned as it is, tiny is in the repository. A mistyped path and an offline hub are one-line errors.
+    """
     assert pretrained.model_directory(str(tmp_path)) == str(tmp_path)
     assert "model.safetensors" in os.listdir(pretrained.model_directory("tiny"))
     for name in (str(tmp_path / "absent"), "no-such-owner/no-such-model"):
@@ -612,11 +613,13 @@ def test_model_directory_names_what_is_not_there(tmp_path):
 QWEN2_5_05B = dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
                    num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
                    tie_word_embeddings=True)
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
-def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
-    """Qwen2.5-0.5B's shapes, bf16 on the disk, fp32 in memory: the peak is below 1.1 times the weights; it is
-    below 1.25 times the embedding where that is read alone, so no tensor is held in both dtypes."""
+def test_loading_half_a_billion_weights_takes_little_memory_beside_them(tmp_path):
+    """Shapes of Qwen2.5-0.5B, bf16 on the disk, fp32 in memory: the peak is below 1.1 times the weights. For the
+    embedding alone it is below 1.25 times, so no tensor is in memory in both dtypes."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_05B))
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(QWEN2_5_05B))
@@ -625,7 +628,7 @@ def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
         header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [end, end + 2 * p.numel()]}
         end += 2 * p.numel()
     header = json.dumps(header).encode()
-    with open(tmp_path / "model.safetensors", "wb") as f:  # a gigabyte of zeros: a hole, no room on the disk
+    with open(tmp_path / "model.safetensors", "wb") as f:  # a sparse file: a gigabyte of zeros without disk space
         f.write(len(header).to_bytes(8, "little") + header)
         f.truncate(f.tell() + end)
     result = program("loading_memory", tmp_path)
@@ -633,8 +636,8 @@ def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
     assert result.returncode == 0, result.stderr
     n_parameters, alone, peak = map(int, result.stdout.split())
     assert n_parameters == 494_032_768
-    for size, held, limit in ((151936 * 896 * 4, alone, 1.25), (n_parameters * 4, peak, 1.1)):
-        assert size < held < limit * size
+    for n_bytes, measured, limit in ((151936 * 896 * 4, alone, 1.25), (n_parameters * 4, peak, 1.1)):
+        assert n_bytes < measured < limit * n_bytes
 
 
 @pytest.mark.parametrize("text, message", [
@@ -642,8 +645,8 @@ def test_loading_half_a_billion_weights_holds_little_beside_them(tmp_path):
     ("null", "weight_map must name files"), ('{"weight_map": []}', "must be an object"),
     ('{"weight_map": null}', "must be an object"), ('{"weight_map": {"a": []}}', "must be an object"),
     ('{"weight_map": {"a": "b", "c": 1}}', "must be an object")], ids=lambda text: text[:24])
-def test_an_index_of_another_kind_is_an_error(tmp_path, text, message):
-    """Found by fuzzing: each ended in a traceback."""
+def test_a_malformed_index_is_an_error(tmp_path, text, message):
+    """Found by fuzzing: each of these ended in a traceback."""
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=message):
         pretrained.weight_entries(str(tmp_path))

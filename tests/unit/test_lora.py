@@ -1,4 +1,4 @@
-"""LoRA against peft: logits, files, gradients on any layout, exact resume, frozen bases, merging, errors."""
+"""LoRA compared with peft: logits, files, gradients on any layout; exact resume, frozen bases, merging, errors."""
 
 import json
 import math
@@ -32,13 +32,15 @@ TOKENS = torch.arange(40) % 37 + 5
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """tied: qwen2 with biases, bf16 on the disk. untied: qwen3 with q/k norm, in fp32. biased: llama with a bias in each
-    layer. Their weights are large enough for attention to matter: where queries and keys have gradients of 1e-8, Adam
-    makes steps of rounding errors."""
-    return {"tied": two_layers(tmp_path_factory.mktemp("tied"), 0.1), "untied": two_layers(
-        tmp_path_factory.mktemp("untied"), 0.1, model_type="qwen3", num_key_value_heads=4, head_dim=32,
-        tie_word_embeddings=False), "biased": two_layers(
-        tmp_path_factory.mktemp("biased"), 0.1, model_type="llama", attention_bias=True, mlp_bias=True)}
+    """tied: qwen2 with biases, bf16 on the disk. untied: qwen3 with q/k norm, fp32. biased: llama with a bias in each
+    layer. The weights are large enough for attention to matter: if queries and keys have gradients of 1e-8, Adam's
+    updates are rounding errors."""
+    configs = {
+        "tied": {},
+        "untied": dict(model_type="qwen3", num_key_value_heads=4, head_dim=32, tie_word_embeddings=False),
+        "biased": dict(model_type="llama", attention_bias=True, mlp_bias=True),
+    }
+    return {name: two_layers(tmp_path_factory.mktemp(name), 0.1, **config) for name, config in configs.items()}
 
 
 def load_base(directory):
@@ -51,14 +53,14 @@ def peft_logits(base, adapter):
         return model(TOKENS[None]).logits[0]
 
 
-def our_logits(directory, base=None):
+def logits_of(directory, base=None):
     model, _, _ = chat.load(str(directory), base and str(base))
     with torch.no_grad():
         return model(TOKENS, (len(TOKENS),))
 
 
 def randomise(directory, scale=0.1):
-    """Give every tensor of an adapter directory values that show in the logits."""
+    """Set every tensor of an adapter directory to values that change the logits."""
     path = os.path.join(directory, "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(7)
     tensors = load_file(path)
@@ -71,7 +73,7 @@ def randomise(directory, scale=0.1):
 
 
 def peft_adapter(base, directory, **settings):
-    """An adapter that peft made for `base`, with random values."""
+    """Create an adapter of `base` with peft, with random values; return its directory."""
     torch.manual_seed(3)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
                                 **settings})
@@ -84,24 +86,24 @@ def peft_adapter(base, directory, **settings):
 SHAPES = {
     "plain": (), "wide": ("--lora_rank", 16, "--lora_alpha", 4), "rs": ("--lora_rs",), "dora": ("--lora_dora",),
     "names": ("--lora_targets", "q_proj,layers.1.mlp.up_proj"), "regex": ("--lora_targets", r".*\.1\..*(v|o)_proj"),
-    "whole": ("--lora_modules_to_save", "embed_tokens"), "dora_rs": ("--lora_dora", "--lora_rs", "--lora_rank", 4),
+    "embedding": ("--lora_modules_to_save", "embed_tokens"), "dora_rs": ("--lora_dora", "--lora_rs", "--lora_rank", 4),
 }
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_peft_computes_what_we_do(shape, model, models, train, tmp_path):
-    """A saved step is a PEFT adapter: PeftModel's logits equal ours to 1e-5, and are not the base's."""
+def test_peft_loads_a_saved_step(shape, model, models, train, tmp_path):
+    """A saved step is a PEFT adapter: PeftModel's logits equal CausalLM's to 1e-5, and differ from the base's."""
     train("--use_lora", "--max_steps", 3, "--lr", 1e-2, *SHAPES[shape], model=models[model])
     step = tmp_path / "out" / "checkpoints" / "step_3"
-    ours, theirs = our_logits(step), peft_logits(models[model], step)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert (ours - our_logits(models[model])).abs().max() > 1e-3
+    logits = logits_of(step)
+    torch.testing.assert_close(logits, peft_logits(models[model], step), atol=1e-5, rtol=1e-5)
+    assert (logits - logits_of(models[model])).abs().max() > 1e-3
     config = files.read_json(step / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(models[model]) and config["bias"] == "none"
     assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
-    whole = {"tied": ["embed_tokens", "lm_head"], "untied": ["embed_tokens"]}[model]
-    assert config["modules_to_save"] == (whole if shape == "whole" else None)
+    saved = {"tied": ["embed_tokens", "lm_head"], "untied": ["embed_tokens"]}[model]
+    assert config["modules_to_save"] == (saved if shape == "embedding" else None)
     assert not (step / "model.safetensors").exists() and (step / "tokenizer.json").exists()
 
 
@@ -110,27 +112,27 @@ PEFT_MADE = {
     "rs": {"use_rslora": True, "r": 9}, "dora": {"use_dora": True, "alpha_pattern": {"layers.0.mlp.*": 3}},
     "subset": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
     "regex": {"target_modules": r".*mlp\.(up|gate)_proj"}, "excluded": {"exclude_modules": ["k_proj"]},
-    "whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding and head": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
 
 
 @pytest.mark.parametrize("made", PEFT_MADE)
 def test_adapters_that_peft_made(made, models, train, tmp_path):
-    """They load in chat.py and with --resume_adapter, which trains on from them and keeps their settings."""
+    """chat.py loads them. --resume_adapter continues to train them, with their own adapter_config.json."""
     base = models["untied"]
-    adapter = peft_adapter(base, tmp_path / "theirs", **PEFT_MADE[made])
-    theirs = peft_logits(base, adapter)
-    assert (theirs - our_logits(base)).abs().max() > 1e-2
-    torch.testing.assert_close(our_logits(adapter, base), theirs, atol=1e-5, rtol=1e-5)
+    adapter = peft_adapter(base, tmp_path / "adapter", **PEFT_MADE[made])
+    expected = peft_logits(base, adapter)
+    assert (expected - logits_of(base)).abs().max() > 1e-2
+    torch.testing.assert_close(logits_of(adapter, base), expected, atol=1e-5, rtol=1e-5)
     train("--use_lora", "--resume_adapter", adapter, "--max_steps", 1, "--lr", 0, "--weight_decay", 0, model=base)
     again = tmp_path / "out" / "checkpoints" / "step_1"
     before, after = (load_file(d / "adapter_model.safetensors") for d in (adapter, again))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    torch.testing.assert_close(peft_logits(base, again), theirs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(peft_logits(base, again), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_training_goes_the_way_of_peft(models, train, tmp_path):
-    """Four steps from one adapter: losses equal those of peft's model under torch's AdamW, 1e-5, DoRA included."""
+def test_training_equals_training_with_peft(models, train, tmp_path):
+    """Four steps from the same adapter: losses equal those of peft with torch's AdamW to 1e-5, also for DoRA."""
     for name, settings in {"plain": {}, "dora": {"use_dora": True}}.items():
         adapter = peft_adapter(models["untied"], tmp_path / name, **settings)
         lines = train("--use_lora", "--resume_adapter", adapter, "--max_steps", 4, "--lr", 1e-3, "--scheduler",
@@ -147,9 +149,10 @@ def test_training_goes_the_way_of_peft(models, train, tmp_path):
             total, n = 0, int(rows.n_targets[ids].sum())
             for i in ids:
                 tokens = torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]]).long()
-                kept = torch.from_numpy(rows.loss_mask[rows.starts[i] : rows.starts[i + 1]])
+                loss_mask = torch.from_numpy(rows.loss_mask[rows.starts[i] : rows.starts[i + 1]])
                 logits = model(tokens[None]).logits[0, :-1]
-                nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")[kept[1:]].sum() / n
+                losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+                nll = losses[loss_mask[1:]].sum() / n
                 nll.backward()
                 total += nll.item()
             assert math.isclose(line["loss"], total, rel_tol=1e-5), (name, line["step"], line["loss"], total)
@@ -157,34 +160,43 @@ def test_training_goes_the_way_of_peft(models, train, tmp_path):
             optimizer.zero_grad()
 
 
-def test_frozen_is_bit_identical_and_only_adapters_are_kept(models, train, tmp_path, monkeypatch):
-    """The base does not change by a bit; it has no gradient and no optimizer state, and is not in the checkpoint."""
-    seen = {}
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda root, step, **parts: (
-        seen.update(parts), save(root, step, **parts)))
+def recorded_save(monkeypatch):
+    """The keyword arguments of the last call of checkpoint.save, in a dict that each call updates."""
+    arguments, save = {}, checkpoint.save
+
+    def recording(root, step, **kwargs):
+        arguments.update(kwargs)
+        return save(root, step, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", recording)
+    return arguments
+
+
+def test_the_frozen_base_is_bit_identical_and_only_adapters_are_saved(models, train, tmp_path, monkeypatch):
+    """The base is bitwise unchanged, has no gradient and no optimizer state, and is not in the checkpoint."""
+    saved = recorded_save(monkeypatch)
     train("--use_lora", "--max_steps", 3, "--lr", 1e-2, model=models["tied"])
     on_disk = load_file(models["tied"] / "model.safetensors")
     trained = set()
-    for name, p in seen["model"].named_parameters():
+    for name, p in saved["model"].named_parameters():
         if ".lora_" in name:
             trained.add(p)
             assert p.dtype == torch.float32 and p.requires_grad
         else:
             assert torch.equal(p, on_disk[name].float()) and not p.requires_grad and p.grad is None, name
-    assert {p for group in seen["optimizer"].param_groups for p in group["params"]} == trained
-    assert set(seen["optimizer"].state) == trained
+    assert {p for group in saved["optimizer"].param_groups for p in group["params"]} == trained
+    assert set(saved["optimizer"].state) == trained
     step = tmp_path / "out" / "checkpoints" / "step_3"
-    kept = set(load_file(step / "adapter_model.safetensors"))
-    assert kept == {f"base_model.model.{n}" for n, p in seen["model"].named_parameters() if ".lora_" in n}
+    names = set(load_file(step / "adapter_model.safetensors"))
+    assert names == {f"base_model.model.{n}" for n, p in saved["model"].named_parameters() if ".lora_" in n}
     moments = load_file(step / "training_state" / "tensors.safetensors")
-    assert len(moments) == 2 * len(kept) and all(".lora_" in name for name in moments)
+    assert len(moments) == 2 * len(names) and all(".lora_" in name for name in moments)
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora_dropout", 0.3), ("--lora_dora", "--lora_plus_ratio", 4),
                                    ("--lora_modules_to_save", "lm_head", "--optimizer_offload")])
 def test_resume_is_exact(flags, models, train, tmp_path):
-    """Six steps straight = three, resume, three: bitwise, dropout included."""
+    """Six steps equal three steps, a resume and three more, bitwise, also with dropout."""
     common = ("--use_lora", "--max_steps", 6, "--save_steps", 3, "--lr", 1e-3, *flags)
     straight = train(*common, model=models["tied"])
     resumed = train(*common, "--resume_from", tmp_path / "out" / "checkpoints" / "step_3", out="again",
@@ -196,8 +208,8 @@ def test_resume_is_exact(flags, models, train, tmp_path):
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_resume_refuses_what_differs(models, train, tmp_path):
-    """Another base of the same shape, other settings, or a whole model's checkpoint: one line, nothing trained."""
+def test_resume_refuses_other_settings_and_other_bases(models, train, tmp_path):
+    """Another base of the same shape, other settings, or the checkpoint of a full run: an error, before training."""
     common = ("--use_lora", "--max_steps", 2, "--save_steps", 1)
     train(*common, model=models["tied"])
     resume = ("--resume_from", tmp_path / "out" / "checkpoints" / "step_1")
@@ -217,23 +229,26 @@ def test_resume_refuses_what_differs(models, train, tmp_path):
 
 
 def test_dropout_and_lora_plus_do_something(models, train, monkeypatch):
-    """Dropout changes the loss of a step (not of step 1, where B is zero) but not val_loss; the ratio is B's rate."""
+    """Dropout changes the loss (not in step 1, where B is zero). --lora_plus_ratio multiplies the rate of B."""
     common = ("--use_lora", "--max_steps", 2, "--lr", 1e-2, "--warmup_ratio", 0)
     plain, dropped, plus = (train(*common, *flags, out=f"o{i}", model=models["tied"]) for i, flags in enumerate((
         (), ("--lora_dropout", 0.5), ("--lora_plus_ratio", 4))))
     assert plain[0]["loss"] == dropped[0]["loss"] == plus[0]["loss"]
     assert len({run[1]["loss"] for run in (plain, dropped, plus)}) == 3
-    rates = []
-    step = optim.AdamW.step
-    monkeypatch.setattr(optim.AdamW, "step", lambda self, *scale: (rates.append([
-        (g["lr"], len(g["params"])) for g in self.param_groups]), step(self, *scale))[1])
+    rates, step = [], optim.AdamW.step
+
+    def recording(self, *args):
+        rates.append([(group["lr"], len(group["params"])) for group in self.param_groups])
+        step(self, *args)
+
+    monkeypatch.setattr(optim.AdamW, "step", recording)
     train(*common, "--lora_plus_ratio", 4, "--lora_dora", out="rates", model=models["tied"])
     rate = rates[0][0][0]
-    assert rates[0] == [(rate, 14), (rate, 14), (4 * rate, 14)]  # magnitudes, A, B of two blocks of seven layers
+    assert rates[0] == [(rate, 14), (rate, 14), (4 * rate, 14)]  # magnitudes, A and B of two blocks with seven layers
 
 
 def test_validation_has_no_dropout(models, train, tmp_path):
-    """val_loss of one set of weights is the same with and without dropout."""
+    """With the same weights, val_loss is the same with and without dropout."""
     adapter = peft_adapter(models["tied"], tmp_path / "a")
     config = files.read_json(adapter / "adapter_config.json")
     losses = []
@@ -262,7 +277,8 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def products(model, n):
-    """Multiplications of a forward and backward pass over n tokens, all of them targets; attention's apart."""
+    """Multiplications in matrix products of a forward and backward pass over n tokens, all of them targets; without
+    those inside attention."""
     tokens = torch.arange(n) % 50
     with Products() as counter:
         model_loss(model, tokens, (n,), tokens).backward()
@@ -270,25 +286,25 @@ def products(model, n):
 
 
 def test_frozen_matrices_get_no_gradient_product(models):
-    """Backward makes no weight gradient of a frozen matrix: the step has exactly the products that it needs."""
+    """Backward computes no weight gradient of a frozen matrix: a step has exactly the necessary products."""
     config = ModelConfig.from_dict(files.read_json(models["tied"] / "config.json"))
     full, adapted = sft.CausalLM(config), sft.CausalLM(config)
-    settings, ranks = peft_config.new(adapted, sft.Config(use_lora=True, model="base"))
-    lora.inject(adapted, settings, ranks)
-    layers = {name: adapted.get_submodule(name) for name in ranks}
+    adapter_config, lora_ranks = peft_config.new(adapted, sft.Config(use_lora=True, model="base"))
+    lora.inject(adapted, adapter_config, lora_ranks)
+    layers = {name: adapted.get_submodule(name) for name in lora_ranks}
     N = 64
     base = sum(N * m.weight.numel() for m in layers.values())  # one product with each matrix
     small = sum(N * (m.lora_A.weight.numel() + m.lora_B.weight.numel()) for m in layers.values())
     head = N * config.hidden_size * config.vocab_size
     assert products(full, N) == 3 * base + 3 * head  # forward, gradient of the input, gradient of the weight
-    # Nothing below the first q, k and v is trained: neither they nor their A need the gradient of their input.
+    # Nothing before the first q, k and v is trained, so neither they nor their A need the gradient of their input.
     first = [m for name, m in layers.items() if re.search(r"layers\.0\.self_attn\.[qkv]_proj$", name)]
     unneeded = sum(N * (m.weight.numel() + m.lora_A.weight.numel()) for m in first)
     assert products(adapted, N) == 2 * base + 2 * head + 3 * small - unneeded
 
 
 def test_the_adapter_does_not_copy_the_base_output(models):
-    """The small product is added into the base's output: no other operation makes a tensor of that size."""
+    """The adapter's product is added to the base's output in place: no second tensor of that size is created."""
     linear = torch.nn.Linear(64, 512).requires_grad_(False)
     layer = lora.LoRALinear(linear, 8, scaling=2.0)
     x = torch.randn(128, 64, requires_grad=True)
@@ -307,7 +323,7 @@ def test_the_adapter_does_not_copy_the_base_output(models):
 
 
 def test_a_dead_adapter_stops_the_run(models, train, monkeypatch, tmp_path):
-    """An adapter whose B gets no gradient in the first step is named, and nothing is saved."""
+    """If the B of an adapter gets no gradient in the first step, the error names it, and nothing is saved."""
     compute = lora.LoRALinear.compute
     monkeypatch.setattr(lora.LoRALinear, "compute", lambda self, x, weight, bias, A, B, m: compute(
         self, x, weight, bias, A, B.detach() if weight.shape[0] == weight.shape[1] else B, m))
@@ -316,7 +332,7 @@ def test_a_dead_adapter_stops_the_run(models, train, monkeypatch, tmp_path):
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("flags, message", [
     (("--lora_rank", 4), "--lora_rank 4 does nothing without --use_lora"),
     (("--resume_adapter", "x"), "--resume_adapter x does nothing without --use_lora"),
     (("--use_lora", "--lora_rank", 0), "--lora_rank 0: it must be at least 1"),
@@ -330,25 +346,27 @@ def test_a_dead_adapter_stops_the_run(models, train, monkeypatch, tmp_path):
     (("--quantize", "nf4"), "--quantize nf4 does nothing without --use_lora"),
     (("--use_lora", "--quantize", "int8"), "must be one of nf4"),
     (("--use_lora", "--quantize", "nf4", "--lora_dora"), "--quantize nf4 does not work with --lora_dora"),
-    (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2), "--quantize nf4 does not work with --tp"),
+    (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2),
+     "--quantize nf4 does not work with --tp"),
     (("--use_lora", "--lora_modules_to_save", "norm"), "'norm' can't be fully trained"),
     (("--use_lora", "--resume_adapter", "a", "--lora_rank", 4), "--lora_rank 4 does not work with --resume_adapter"),
 ])
-def test_bad_settings_are_one_line(words, message, train):
+def test_invalid_settings_are_errors(flags, message, train):
+    """The message has the flag, its value and the remedy."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        train("--max_steps", 1, *words)
+        train("--max_steps", 1, *flags)
 
 
-def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
-    """Another shape, another base, another kind of adapter, a torn file: an error, never a model that is another."""
+def test_adapters_that_do_not_fit_are_errors(models, train, tmp_path):
+    """Another shape, another base, another kind of adapter, a truncated file: an error, never another model."""
     adapter = peft_adapter(models["untied"], tmp_path / "a")
     config = files.read_json(adapter / "adapter_config.json")
-    words = ("--use_lora", "--max_steps", 1, "--resume_adapter", adapter)
+    flags = ("--use_lora", "--max_steps", 1, "--resume_adapter", adapter)
     with pytest.raises(ValueError, match="was trained on .*untied"):
-        train(*words, model=models["tied"])
+        train(*flags, model=models["tied"])
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="does not fit this model: .*k_proj.lora_B.weight is .128, 4., not .64, 4"):
-        train(*words, model=models["tied"])
+        train(*flags, model=models["tied"])
     for change, message in (({"peft_type": "IA3"}, "peft_type 'IA3'"), ({"bias": "all"}, "bias 'all'"),
                             ({"lora_bias": True}, "lora_bias True"),
                             ({"init_lora_weights": "pissa"}, "'pissa' changes"),
@@ -373,10 +391,10 @@ def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
 
 @pytest.fixture
 def merge(monkeypatch, capsys):
-    """A function: words of tools/merge.py -> (exit code, what it said on standard error)."""
+    """A function that runs tools/merge.py with these arguments: returns (exit code, standard error)."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, words)])
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, arguments)])
         capsys.readouterr()
         try:
             errors.run(merging.main)
@@ -392,39 +410,40 @@ def merge(monkeypatch, capsys):
     ("untied", {"modules_to_save": ["lm_head"]}), ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     ("tied", {"modules_to_save": ["lm_head"]}), ("tied", {"modules_to_save": ["embed_tokens"]})])
 def test_merge_equals_the_adapter(model, settings, models, merge, tmp_path):
-    """The merged directory's logits, ours and transformers', equal peft's with the adapter to 1e-5; a tied model stays
-    tied unless the adapter trained head and embedding apart, and then both are written."""
+    """The logits of the merged directory, in CausalLM and in transformers, equal those of peft to 1e-5. A tied model
+    stays tied, unless the adapter trained head and embedding separately; then both are written."""
     base = models[model]
     adapter = peft_adapter(base, tmp_path / "a", **settings)
-    if saved := settings.get("modules_to_save"):
+    saved = settings.get("modules_to_save")
+    if saved:
         tensors = load_file(adapter / "adapter_model.safetensors")
         for name in tensors:
             if ".lora_" not in name:
                 tensors[name] = tensors[name] * 1.5
         save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     assert merge(adapter, tmp_path / "merged", "--base", base) == (0, "")
-    theirs = peft_logits(base, adapter)
-    torch.testing.assert_close(our_logits(tmp_path / "merged"), theirs, atol=1e-5, rtol=1e-5)
+    expected = peft_logits(base, adapter)
+    torch.testing.assert_close(logits_of(tmp_path / "merged"), expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        again = load_base(tmp_path / "merged")(TOKENS[None]).logits[0]
-    torch.testing.assert_close(again, theirs, atol=1e-5, rtol=1e-5)
+        oracle = load_base(tmp_path / "merged")(TOKENS[None]).logits[0]
+    torch.testing.assert_close(oracle, expected, atol=1e-5, rtol=1e-5)
     config = files.read_json(tmp_path / "merged" / "config.json")
-    stays = model == "tied" and (not saved or len(saved) == 2)
-    assert config["tie_word_embeddings"] == stays
-    assert ("lm_head.weight" in pretrained.weight_entries(tmp_path / "merged")) != stays
+    stays_tied = model == "tied" and (not saved or len(saved) == 2)
+    assert config["tie_word_embeddings"] == stays_tied
+    assert ("lm_head.weight" in pretrained.weight_entries(tmp_path / "merged")) != stays_tied
 
 
 def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
-    """Base from adapter_config.json; bf16 on request; errors."""
+    """The base comes from adapter_config.json, --dtype bf16 works, and mistakes are one-line errors."""
     train("--use_lora", "--max_steps", 2, "--lr", 1e-2, model=models["tied"])
     step = tmp_path / "out" / "checkpoints" / "step_2"
     assert merge(step, tmp_path / "merged") == (0, "")
-    torch.testing.assert_close(our_logits(tmp_path / "merged"), our_logits(step), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(tmp_path / "merged"), logits_of(step), atol=1e-5, rtol=1e-5)
     generation = files.read_json(tmp_path / "merged" / "generation_config.json")
     assert ChatTokenizer(step).stop_token_id in generation["eos_token_id"]
     assert merge(step, tmp_path / "small", "--dtype", "bf16") == (0, "")
-    small, whole = (pretrained.weight_entries(tmp_path / name) for name in ("small", "merged"))
-    assert {e.dtype for e in small.values()} == {"BF16"} and {e.dtype for e in whole.values()} == {"F32"}
+    for name, dtype in (("small", "BF16"), ("merged", "F32")):
+        assert {entry.dtype for entry in pretrained.weight_entries(tmp_path / name).values()} == {dtype}
     code, said = merge(step, tmp_path / "merged")
     assert code == 2 and "exists already" in said and said.count("\n") == 1
     code, said = merge(step, tmp_path / "wrong", "--base", models["untied"])
@@ -444,53 +463,56 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     assert code == 2 and said.count("\n") == 1 and "none/adapter_config.json" in said
 
 
-def test_quantised_training_is_that_of_the_rounded_base(models, train, tmp_path):
-    """--quantize nf4: the losses are those of a plain base whose matrices are what 4 bits keep of them; the storage is
-    a sixth of fp32's and below 0.6 bytes a weight; resume is exact; the adapter is a plain one for the plain base."""
-    seen = {}
-    words = ("--use_lora", "--lr", 1e-2, "--max_steps", 4, "--save_steps", 2)
-    load = pretrained.load_weights
+def test_quantised_training_equals_training_on_the_dequantised_base(models, train, tmp_path):
+    """--quantize nf4: losses equal those with an fp32 base whose matrices were quantised and dequantised. The storage
+    is below 0.6 bytes per weight, resume is exact, and the adapter is a plain one for the original base."""
+    loaded_models, load = [], pretrained.load_weights
+    flags = ("--use_lora", "--lr", 1e-2, "--max_steps", 4, "--save_steps", 2)
+
+    def recording(model, *args):
+        loaded_models.append(model)
+        load(model, *args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "load_weights", lambda model, *rest: (seen.update(model=model),
-                                                                    load(model, *rest))[1])
-        four = train(*words, "--quantize", "nf4", model=models["untied"])
+        patch.setattr(pretrained, "load_weights", recording)
+        quantised = train(*flags, "--quantize", "nf4", model=models["untied"])
     rounded = shutil.copytree(models["untied"], tmp_path / "rounded")
     weights, stored, n = load_file(rounded / "model.safetensors"), 0, 0
-    for name, module in seen["model"].named_modules():
+    for name, module in loaded_models[0].named_modules():
         if isinstance(module, lora.LoRALinear):
             rows, columns = weights[f"{name}.weight"].shape
             storage = nf4.views(module.weight.view(torch.uint8), columns)
             assert (weights[f"{name}.weight"] != nf4.dequantize(storage, torch.float32, 0, rows)).any()
             weights[f"{name}.weight"] = nf4.dequantize(storage, torch.float32, 0, rows)
-            stored, n = stored + module.weight.nbytes, n + rows * columns
-    assert n > 300_000 and stored / n < 0.6
+            stored += module.weight.nbytes
+            n += rows * columns
+    assert n > 300_000
+    assert stored / n < 0.6
     save_file(weights, rounded / "model.safetensors", {"format": "pt"})
-    for a, b in zip(four, train(*words, out="plain", model=rounded), strict=True):
-        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5) and math.isclose(
-            a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (a, b)
-    again = train(*words, "--quantize", "nf4", "--resume_from", tmp_path / "out" / "checkpoints" / "step_2",
+    for a, b in zip(quantised, train(*flags, out="plain", model=rounded), strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (a, b)
+        assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (a, b)
+    again = train(*flags, "--quantize", "nf4", "--resume_from", tmp_path / "out" / "checkpoints" / "step_2",
                   out="again", model=models["untied"])
-    assert [line["loss"] for line in again] == [line["loss"] for line in four[2:]]
+    assert [line["loss"] for line in again] == [line["loss"] for line in quantised[2:]]
     with pytest.raises(ValueError, match="quantize nf4 then, None now"):
-        train(*words, "--resume_from", tmp_path / "out" / "checkpoints" / "step_2", out="b", model=models["untied"])
+        train(*flags, "--resume_from", tmp_path / "out" / "checkpoints" / "step_2", out="b", model=models["untied"])
     step = tmp_path / "out" / "checkpoints" / "step_4"
-    torch.testing.assert_close(our_logits(step), peft_logits(models["untied"], step), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(step), peft_logits(models["untied"], step), atol=1e-5, rtol=1e-5)
 
 
 def test_all_frozen_matrices_are_quantised(models, train, monkeypatch):
-    """Those without an adapter too; embedding, head and norms are not."""
-    seen = {}
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda root, step, **parts: (
-        seen.update(parts), save(root, step, **parts)))
+    """Also those without an adapter; embedding, head and norms are not."""
+    saved = recorded_save(monkeypatch)
     train("--use_lora", "--quantize", "nf4", "--lora_targets", "q_proj", "--max_steps", 1, model=models["tied"])
-    dtypes = {name: p.dtype for name, p in seen["model"].named_parameters()}
-    packed = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
-    assert len(packed) == 14 and all("_proj.weight" in name for name in packed)
-    assert {dtype for name, dtype in dtypes.items() if name not in packed} == {torch.float32}
+    dtypes = {name: p.dtype for name, p in saved["model"].named_parameters()}
+    quantised = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert len(quantised) == 14 and all("_proj.weight" in name for name in quantised)
+    assert {dtype for name, dtype in dtypes.items() if name not in quantised} == {torch.float32}
 
 
 def test_a_base_that_is_not_finite_can_not_be_quantised(models, train, tmp_path):
+    """The error names the tensor, the row, the column and the value."""
     broken = shutil.copytree(models["untied"], tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
@@ -499,21 +521,21 @@ def test_a_base_that_is_not_finite_can_not_be_quantised(models, train, tmp_path)
         train("--use_lora", "--quantize", "nf4", "--max_steps", 1, model=broken)
 
 
-def test_merge_holds_one_file_at_a_time(models, tmp_path, monkeypatch):
-    """A model above the limit is written in files of about that size, each when the one before it is gone."""
+def test_merge_has_one_file_in_memory_at_a_time(models, tmp_path, monkeypatch):
+    """A model larger than FILE_BYTES is written in files of about that size, each after the one before is freed."""
     adapter = peft_adapter(models["untied"], tmp_path / "a")
     alive, sizes, write = [], [], pretrained.write_safetensors
 
     def watch(path, tensors):
-        assert not [ref for ref in alive if ref() is not None], "tensors of an earlier file are still held"
+        assert not [ref for ref in alive if ref() is not None], "tensors of an earlier file are still in memory"
         alive.extend(weakref.ref(t) for t in tensors.values())
         sizes.append(sum(t.nbytes for t in tensors.values()))
         write(path, tensors)
 
     monkeypatch.setattr(pretrained, "write_safetensors", watch)
     monkeypatch.setattr(merging, "FILE_BYTES", 300_000)
-    words = ["merge.py", adapter, tmp_path / "m", "--base", models["untied"]]
-    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    arguments = ["merge.py", adapter, tmp_path / "m", "--base", models["untied"]]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     merging.main()
     entries = pretrained.weight_entries(tmp_path / "m")  # checks the index against the files
     largest = max(math.prod(e.shape) * 4 for e in entries.values())
@@ -529,43 +551,48 @@ RUN = ("--use_lora", "--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, models, pytestconfig):
-    """LoRA over layouts, offloads, packing and checkpointing; with --full, in pairs: name -> output directory."""
+    """Runs with LoRA over layouts, offloads, packing and gradient checkpointing, {name: output directory}.
+
+    With --full half of all pairs of layout and kind; otherwise a quarter, without the layout tp4.
+    """
     root = tmp_path_factory.mktemp("lora_runs")
-    kinds = {"plain": (), "dora": ("--lora_dora", "--lora_rs"), "whole": ("--lora_modules_to_save", "embed_tokens"),
+    kinds = {"plain": (), "dora": ("--lora_dora", "--lora_rs"), "embedding": ("--lora_modules_to_save", "embed_tokens"),
              "some": ("--lora_targets", "o_proj,gate_proj,k_proj", "--lora_plus_ratio", "2"),
              "nf4": ("--quantize", "nf4")}
     offloads = {"": (), "param": ("--param_offload",), "opt": ("--optimizer_offload",)}
     shapes = {"": (), "unpacked": ("--no-packing", "--no-gradient_checkpointing")}
-    plan = {}
+    flags_of = {}
     for i, layout in enumerate(LAYOUTS):
         ranks, flags = LAYOUTS[layout]
         for j, kind in enumerate(kinds):
-            step = 2 if pytestconfig.getoption("--full") else 4  # in pairs, or each kind once, each layout but tp 4
+            step = 2 if pytestconfig.getoption("--full") else 4
             if (kind == "nf4" and "tp" in layout) or (i + j) % step or (step == 4 and layout == "tp4"):
                 continue
             model = "untied" if (i + j) % 4 or layout == "tp4" else "tied"
             offload, shape = list(offloads)[(i + (i + j) // 2) % 3], list(shapes)[i // 2 % 2]
-            plan[f"{model} {kind} one"] = 1, ("--model", models[model], *kinds[kind])
-            plan[f"{model} {kind} {layout} {offload} {shape}"] = ranks, (
+            flags_of[f"{model} {kind} one"] = 1, ("--model", models[model], *kinds[kind])
+            flags_of[f"{model} {kind} {layout} {offload} {shape}"] = ranks, (
                 "--model", models[model], *kinds[kind], *flags, *offloads[offload], *shapes[shape])
-    # under tp 2 a bias of a layer that is split by columns is added once, with an adapter (o_proj) and without (down_proj)
+    # With tp 2, the bias of a layer that is split by columns must be added once: with an adapter (o_proj) and without
+    # (down_proj).
     for layout in ("one", "tp2"):
         ranks, flags = LAYOUTS[layout]
-        plan[f"biased some {layout}"] = ranks, ("--model", models["biased"], *kinds["some"], *flags)
-    found = {name: root / name.replace(" ", "_") for name in plan}
-    run_all([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
-    return found
+        flags_of[f"biased some {layout}"] = ranks, ("--model", models["biased"], *kinds["some"], *flags)
+    directories = {name: root / name.replace(" ", "_") for name in flags_of}
+    run_all([(ranks, (*RUN, *flags, "--output_dir", directories[name]))
+            for name, (ranks, flags) in flags_of.items()], root)
+    return directories
 
 
-def apart(one, many, word):
-    """Norm of the difference of all tensors whose name has `word`, relative to theirs."""
+def relative_difference(one, many, word):
+    """The norm of the difference of all tensors whose name contains `word`, relative to their norm."""
     names = [name for name in one if word in name]
-    whole, other = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (one, many))
-    return ((whole - other).norm() / whole.norm()).item()
+    expected, result = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (one, many))
+    return ((expected - result).norm() / expected.norm()).item()
 
 
 def test_losses_and_adapters_do_not_depend_on_the_layout(runs):
-    """The gradient law with LoRA: losses to 1e-5, and the adapter that four ranks save is one rank's to 1e-5."""
+    """With LoRA: losses equal those of one rank to 1e-5, and so do the adapters that are saved."""
     worst = {"loss": 0, "": 0, "lora_B": 0}
     for name, directory in runs.items():
         base = runs[" ".join(name.split()[:2]) + " one"]
@@ -575,9 +602,9 @@ def test_losses_and_adapters_do_not_depend_on_the_layout(runs):
             assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (name, a, b)
         one, many = (load_file(d / "checkpoints" / "step_6" / "adapter_model.safetensors") for d in (base, directory))
         assert one.keys() == many.keys()
-        # B alone began at zero, so it is all steps of Adam's, which divides by what may be near zero
+        # B starts at zero, so it consists of Adam's updates only, which divide by values that may be near zero.
         for word, limit in (("", 1e-5), ("lora_B", 1e-4)):
-            off = apart(one, many, word)
-            worst[word] = max(worst[word], off)
-            assert off < limit, (name, word, off)
+            difference = relative_difference(one, many, word)
+            worst[word] = max(worst[word], difference)
+            assert difference < limit, (name, word, difference)
     print(f"{len(runs)} runs, largest relative differences: {worst}")

@@ -1,4 +1,4 @@
-"""model.py against its oracles: transformers for what it computes, plain cross-entropy for its loss."""
+"""model.py compared with its oracles: logits with transformers, the loss with plain cross-entropy."""
 
 import os
 import re
@@ -20,15 +20,15 @@ from model import CausalLM, generate
 from ops.loss import Head, loss as loss_of_head
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None)  # none: generation goes on
+             num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None)  # so that generation does not stop
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)  # of four waves with theta 5e5 one is kept, one between, two slowed
+              original_max_position_embeddings=64)  # with theta 5e5: one wave kept, one blended, two slowed
 
-# name -> config.json as people publish it, and what of it, changed, must change the logits: else it was not exercised.
+# name -> (config.json as people publish it, a change to it that must change the logits: this shows that it is used)
 CASES = {
     "qwen2": (dict(model_type="qwen2", rope_theta=1e6), dict(rope_theta=1e4)),
     "qwen2, tied": (dict(model_type="qwen2", tie_word_embeddings=True, rms_norm_eps=1e-2), dict(rms_norm_eps=1e-6)),
-    "qwen2, every head its own keys": (dict(model_type="qwen2", num_key_value_heads=4), {}),
+    "qwen2, as many key heads as heads": (dict(model_type="qwen2", num_key_value_heads=4), {}),
     "qwen2, window in the later layers": (
         dict(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
         dict(use_sliding_window=False)),
@@ -59,7 +59,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tensors this small cost more in waiting for a second thread than they save, six times more on a busy machine."""
+    """With tensors this small, waiting for a second thread costs more than it saves: six times more when busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +67,7 @@ def one_thread():
 
 
 def loaded(directory, config=None):
-    """Our model of a directory, created and filled as sft.py does it."""
+    """The CausalLM of a directory, created and loaded as sft.py does it."""
     config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
     with torch.device("meta"):
         ours = CausalLM(config)
@@ -78,7 +78,7 @@ def loaded(directory, config=None):
 
 
 def fresh(**config):
-    """Our model of random weights, without a directory."""
+    """A CausalLM with random weights, without a directory."""
     torch.manual_seed(0)
     ours = CausalLM(ModelConfig.from_dict({**SIZES, **config}))
     with torch.no_grad():
@@ -92,16 +92,16 @@ def random_ids(*shape, seed=1):
 
 
 def gradients(ours):
-    """Take the gradients out of a model: name -> gradient."""
-    found = {name: p.grad for name, p in ours.named_parameters()}
+    """Return {name: gradient} of a model and reset its gradients."""
+    result = {name: p.grad for name, p in ours.named_parameters()}
     ours.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_logits_equal_transformers(tmp_path, name):
-    """Both for the config.json that transformers writes and for the earlier spelling that published models have."""
+    """For the config.json that transformers writes, and for the older spelling that published models have."""
     config, other = CASES[name]
     oracle = published(tmp_path, {**SIZES, **config})
     tokens = random_ids(48)
@@ -116,7 +116,7 @@ def test_logits_equal_transformers(tmp_path, name):
 
 @torch.no_grad()
 def test_logits_of_a_sharded_directory_equal_transformers(tmp_path):
-    """A directory of many files with an index loads the same model as one file does."""
+    """Several weight files with an index load the same model as one file."""
     oracle = published(tmp_path, {**SIZES, **CASES["qwen3, biases"][0]}, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tokens = random_ids(48)
@@ -124,23 +124,23 @@ def test_logits_of_a_sharded_directory_equal_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
-def test_keys_left_out_mean_what_transformers_takes_them_for(kind):
-    """A config.json of the sizes alone is the one in which transformers has written every default out."""
+def test_missing_keys_have_the_defaults_of_transformers(kind):
+    """A config.json with only the sizes equals the one in which transformers has written all defaults."""
     least = dict(model_type=kind, vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=32)
     assert ModelConfig.from_dict(least) == ModelConfig.from_dict(AutoConfig.for_model(**least).to_dict())
 
 
 def test_rotary_angles_of_llama_3_2_equal_transformers():
-    """Llama 3.2's own numbers, over positions where every band of the scaling counts; fp32 leaves 1e-7 a position."""
+    """With Llama 3.2's values, at positions where each band of the scaling matters. fp32 errs by 1e-7 per position."""
     scaling = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=8192)
     config = {**SIZES, "model_type": "llama", "head_dim": 64, "rope_theta": 5e5, "rope_scaling": scaling}
     positions = torch.arange(0, 10_000, 7)
     cos, sin = model.rope_cos_sin(positions, ModelConfig.from_dict(config))
     expected = LlamaRotaryEmbedding(AutoConfig.for_model(**config))(torch.zeros(()), positions[None])
-    for ours, theirs in zip((cos, sin), expected):
-        torch.testing.assert_close(ours[:, 0], theirs[0, :, :32], atol=2e-3, rtol=0)
+    for result, oracle in zip((cos, sin), expected):
+        torch.testing.assert_close(result[:, 0], oracle[0, :, :32], atol=2e-3, rtol=0)
 
 
 PACKED = dict(
@@ -154,23 +154,28 @@ LENGTHS = (1, 9, 30, 1, 2, 5, 1)
 @pytest.mark.parametrize("name", PACKED)
 @torch.no_grad()
 def test_packed_logits_equal_those_of_each_document_alone(name):
-    """A document sees itself only, from position 0, wherever it stands in the row."""
+    """A document sees only itself, from position 0, wherever it is in the micro-batch."""
     ours, tokens = fresh(**PACKED[name]), random_ids(sum(LENGTHS))
     alone = torch.cat([ours(document, (len(document),)) for document in tokens.split(LENGTHS)])
     torch.testing.assert_close(ours(tokens, LENGTHS), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_positions_of_each_document_start_at_zero(monkeypatch):
-    """Logits feel differences of positions only, until a row is so long that fp32 no longer tells two angles apart."""
-    seen, real = [], model.rope_cos_sin
-    monkeypatch.setattr(model, "rope_cos_sin", lambda where, config: seen.append(where) or real(where, config))
+    """Logits can not show it: they depend on differences of positions only, as long as fp32 resolves the angles."""
+    calls, rope_cos_sin = [], model.rope_cos_sin
+
+    def recording(positions, config):
+        calls.append(positions)
+        return rope_cos_sin(positions, config)
+
+    monkeypatch.setattr(model, "rope_cos_sin", recording)
     fresh(**PACKED["full"])(random_ids(6), (3, 1, 2))
-    assert seen[0].tolist() == [0, 1, 2, 0, 0, 1]
+    assert calls[0].tolist() == [0, 1, 2, 0, 0, 1]
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_gradients_are_the_sum_over_the_documents(name):
-    """The loss is summed, so that documents can share a row or not without a change to what is learned."""
+    """The loss is a sum, so it does not matter whether documents share a micro-batch."""
     ours, tokens, targets = fresh(**PACKED[name]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
     targets[::4] = IGNORE
     packed = model_loss(ours, tokens, LENGTHS, targets)
@@ -189,43 +194,45 @@ def test_packed_gradients_are_the_sum_over_the_documents(name):
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3, window by layer", "llama, llama3 rope", "mistral, window"])
 def test_generation_equals_transformers_greedy_one(tmp_path, name):
-    """Token for token through the cache, from a prompt longer than the window and from a single token."""
+    """Token by token with the cache, from a prompt longer than the window and from a single token."""
     oracle = published(tmp_path, {**SIZES, **CASES[name][0]})
     ours = loaded(tmp_path)
     for length in (12, 1):
         prompt = random_ids(length)
         expected = oracle.generate(prompt[None], max_new_tokens=40, do_sample=False, pad_token_id=0,
                                    attention_mask=torch.ones(1, length, dtype=torch.long))[0, length:].tolist()
-        assert len(set(expected)) > 4  # not one token for ever
+        assert len(set(expected)) > 4  # not one token repeated
         assert list(generate(ours, prompt.tolist(), 40, eos_ids=())) == expected
 
 
-def test_sampling_function_is_given_the_logits_and_decides_the_token():
-    """What it sees after each token is what the whole text gives without a cache, and what it returns goes on."""
-    ours, prompt, seen = fresh(**PACKED["mixed"]), random_ids(7).tolist(), []
+def test_the_sampling_function_gets_the_logits_and_chooses_the_token():
+    """It gets the logits that the full text has without a cache, and generation continues with the token it returns."""
+    ours, prompt, calls = fresh(**PACKED["mixed"]), random_ids(7).tolist(), []
 
     def least_likely(logits):
-        seen.append(logits.clone())
+        calls.append(logits.clone())
         return int(logits.argmin())
 
     new = list(generate(ours, prompt, 20, eos_ids=(), sample=least_likely))
     with torch.no_grad():
         logits = ours(torch.tensor(prompt + new[:-1]), (26,))[6:]
-    torch.testing.assert_close(torch.stack(seen), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(calls), logits, atol=1e-4, rtol=1e-4)
     assert new == logits.argmin(dim=1).tolist()
 
 
-def test_generation_ends_with_a_stop_id_or_at_the_limit():
-    """The stop id is the last token that is yielded; without one the limit holds."""
+def test_generation_ends_with_an_eos_id_or_at_the_limit():
+    """The eos id is the last token that is yielded; without one, max_new_tokens are."""
     ours, prompt = fresh(**PACKED["full"]), random_ids(5).tolist()
     free = list(generate(ours, prompt, 12, eos_ids=()))
     assert len(free) == 12
-    stop, never = max(free, key=free.index), next(i for i in range(97) if i not in free)
-    cut = free.index(stop) + 1
-    assert 3 < cut and list(generate(ours, prompt, 50, eos_ids=(never, stop))) == free[:cut]
+    last_new = max(free, key=free.index)  # the token whose first occurrence is latest
+    never = next(i for i in range(97) if i not in free)
+    n_tokens = free.index(last_new) + 1
+    assert n_tokens > 3
+    assert list(generate(ours, prompt, 50, eos_ids=(never, last_new))) == free[:n_tokens]
 
 
-IGNORE = -100  # plain cross-entropy's own mark of a position without a target
+IGNORE = -100  # F.cross_entropy's default mark of a position without a target
 
 
 class WeightHead(Head):
@@ -240,15 +247,15 @@ class WeightHead(Head):
 
 
 def chunked(hidden, weight, targets, chunk=256):
-    """The LossOut of targets (N,) with IGNORE where there is none, as many rows of logits at a time as `chunk` says."""
-    rows = (targets != IGNORE).nonzero()[:, 0]
+    """The LossOut of targets (N,), IGNORE where there is none; `chunk` targets have logits at a time."""
+    target_positions = (targets != IGNORE).nonzero()[:, 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops.loss, "CHUNK", chunk)
-        return loss_of_head(hidden, WeightHead(weight), rows, targets[rows])
+        return loss_of_head(hidden, WeightHead(weight), target_positions, targets[target_positions])
 
 
 def loss_inputs(n=50, dtype=torch.float32, ignored=slice(3, None, 4)):
-    """(hidden, weight, targets), the first two with gradients wanted, some targets to be ignored."""
+    """(hidden, weight, targets); the first two require gradients, some targets are IGNORE."""
     rng = torch.Generator().manual_seed(3)
     hidden = torch.randn(n, 24, generator=rng).to(dtype).requires_grad_()
     weight = torch.randn(97, 24, generator=rng).to(dtype).requires_grad_()
@@ -258,7 +265,7 @@ def loss_inputs(n=50, dtype=torch.float32, ignored=slice(3, None, 4)):
 
 
 def plain_loss(hidden, weight, targets):
-    """The oracle, in fp32: (loss, gradient of hidden, gradient of weight), the loss scaled by 1/3 before backward."""
+    """The oracle, in fp32: (loss, gradients of hidden and weight for loss / 3)."""
     hidden, weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
     loss = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
     (loss / 3).backward()
@@ -267,7 +274,7 @@ def plain_loss(hidden, weight, targets):
 
 @pytest.mark.parametrize("chunk", [1, 7, 38, 64, None])
 def test_chunked_loss_is_plain_cross_entropy(chunk):
-    """In value and both gradients, for chunks that do not divide the 38 targets, that are all of them, and for more."""
+    """Value and both gradients, for chunks that do not divide the 38 targets, that equal them, and larger ones."""
     hidden, weight, targets = loss_inputs()
     assert (targets != IGNORE).sum() == 38
     loss = chunked(hidden, weight, targets, *([chunk] if chunk else [])).total
@@ -277,18 +284,19 @@ def test_chunked_loss_is_plain_cross_entropy(chunk):
         torch.testing.assert_close(ours, expected)
 
 
-def test_the_loss_of_each_target_is_given():
-    """Plain cross-entropy's, in the order of the rows, without a gradient; the sum is the loss."""
+def test_the_loss_of_each_target_is_returned():
+    """They are those of plain cross-entropy, in order and without a gradient; their sum is the loss."""
     hidden, weight, targets = loss_inputs()
     out = chunked(hidden, weight, targets, 7)
     expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
     torch.testing.assert_close(out.each, expected.detach()[targets != IGNORE])
     torch.testing.assert_close(out.each.sum(), out.total.detach())
-    assert out.total.requires_grad and not out.each.requires_grad and out.correct is None
+    assert out.total.requires_grad and not out.each.requires_grad
+    assert out.correct is None
 
 
-def test_chunked_loss_stands_large_logits():
-    """Logits far beyond exp's range give the finite loss that plain cross-entropy gives."""
+def test_chunked_loss_is_finite_for_large_logits():
+    """Logits far beyond the range of exp give the same finite loss as plain cross-entropy."""
     hidden, weight, targets = loss_inputs()
     hidden = (hidden.detach() * 100).requires_grad_()
     loss = chunked(hidden, weight, targets, 7).total
@@ -299,7 +307,7 @@ def test_chunked_loss_stands_large_logits():
 
 
 def test_chunked_loss_without_a_target_is_zero():
-    """A row in which nothing is trained has loss 0 and gradients of zeros, not none and not NaN."""
+    """A micro-batch without targets has loss 0 and zero gradients, not None and not NaN."""
     hidden, weight, targets = loss_inputs(ignored=slice(None))
     loss = chunked(hidden, weight, targets).total
     loss.backward()
@@ -309,8 +317,8 @@ def test_chunked_loss_without_a_target_is_zero():
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_chunked_loss_gives_no_gradient_to_what_is_frozen(frozen):
-    """The other one's gradient stays right (a frozen head under LoRA; a probe on frozen hidden states)."""
+def test_a_frozen_input_of_the_loss_gets_no_gradient(frozen):
+    """The gradient of the other input stays right (a frozen head with LoRA; a probe on frozen hidden states)."""
     inputs = loss_inputs()
     inputs[frozen].requires_grad_(False)
     (chunked(*inputs, 7).total / 3).backward()
@@ -319,13 +327,13 @@ def test_chunked_loss_gives_no_gradient_to_what_is_frozen(frozen):
 
 
 def count_flops():
-    """A context that counts what matrix products cost; torch's own list leaves the one in place out."""
+    """A context that counts the FLOPs of matrix products, including the in-place one that torch does not list."""
     in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
     return FlopCounterMode(display=False, custom_mapping=in_place)
 
 
-def test_chunked_loss_is_differentiated_once():
-    """Its gradients are scaled in place: a second backward is refused, and leaves those of the first as they are."""
+def test_a_second_backward_is_refused_with_a_message():
+    """Gradients are scaled in place. The error of the second backward leaves those of the first unchanged."""
     hidden, weight, targets = loss_inputs()
     loss = chunked(hidden, weight, targets, 7).total
     loss.backward()
@@ -335,8 +343,8 @@ def test_chunked_loss_is_differentiated_once():
     assert torch.equal(weight.grad, first)
 
 
-def test_chunked_loss_costs_the_targets_only_and_gradients_only_where_wanted():
-    """One product of targets x C x V for the value, one more for each gradient; ignored rows are not multiplied."""
+def test_chunked_loss_costs_only_targets_and_only_the_gradients_required():
+    """One product of targets x C x V for the value and one for each gradient; ignored positions cost nothing."""
     hidden, weight, targets = loss_inputs()
     one = 2 * 38 * 24 * 97
     costs = []
@@ -349,8 +357,8 @@ def test_chunked_loss_costs_the_targets_only_and_gradients_only_where_wanted():
     assert costs == [3 * one, 2 * one, one]
 
 
-def test_chunked_loss_forms_no_gradient_under_no_grad():
-    """Evaluation gets the same value for one product."""
+def test_chunked_loss_computes_no_gradient_under_no_grad():
+    """Evaluation gets the same value at the cost of one product."""
     hidden, weight, targets = loss_inputs()
     with torch.no_grad(), count_flops() as counter:
         loss = chunked(hidden, weight, targets, 7).total
@@ -359,7 +367,7 @@ def test_chunked_loss_forms_no_gradient_under_no_grad():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the element count of the largest tensor that any operation returns."""
+    """Records the element count of the largest tensor that any operation returns."""
 
     numel = 0
 
@@ -370,16 +378,16 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_loss_never_holds_the_logits():
-    """No tensor of a forward and backward is larger than the hidden states, though N x V is four times that."""
+def test_the_loss_never_creates_all_logits():
+    """No tensor in forward and backward is larger than the hidden states; all logits would be four times larger."""
     hidden, weight, targets = loss_inputs(n=8 * 24)
     with Largest() as largest:
         chunked(hidden, weight, targets, 8).total.backward()
     assert largest.numel == hidden.numel() > weight.numel()
 
 
-def test_second_backward_through_the_loss_raises():
-    """The gradients are scaled in place: a second pass would scale twice, so it must not happen at all."""
+def test_a_second_backward_with_retain_graph_is_refused():
+    """Gradients are scaled in place, so a second pass would scale them twice."""
     hidden, weight, targets = loss_inputs()
     loss = chunked(hidden, weight, targets).total
     loss.backward(retain_graph=True)
@@ -390,7 +398,7 @@ def test_second_backward_through_the_loss_raises():
 
 
 def assert_near(ours, expected, limit):
-    """The distance of two tensors is below a share of the second one's length."""
+    """The norm of the difference is below `limit` times the norm of `expected`."""
     assert (ours.float() - expected).norm() < limit * expected.norm()
 
 
@@ -422,7 +430,7 @@ def test_loss_in_bf16_is_close_to_fp32_for_any_chunk(chunk):
 
 @pytest.mark.parametrize("how", ["autocast", "parameters"])
 def test_model_in_bf16_is_close_to_fp32(how):
-    """Loss and gradients of a whole packed row: fp32 parameters under autocast, and parameters cast to bf16."""
+    """Loss and gradients of a packed micro-batch: fp32 parameters under autocast, and parameters cast to bf16."""
     ours, tokens, targets = fresh(**PACKED["mixed"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
     exact = model_loss(ours, tokens, LENGTHS, targets)
     exact.backward()
@@ -439,8 +447,8 @@ def test_model_in_bf16_is_close_to_fp32(how):
 
 
 @pytest.mark.parametrize("frozen", [(), ("embed_tokens",), ("embed_tokens", "norm", "mlp")])
-def test_gradient_checkpointing_changes_no_bit(frozen):
-    """Nor does it lose gradients where the first block's input needs none; each block does run twice."""
+def test_gradient_checkpointing_is_bitwise_neutral(frozen):
+    """No gradient is lost where the first block's input needs none, and each block does run twice."""
     ours, tokens, targets = fresh(**PACKED["window"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
     for name, p in ours.named_parameters():
         p.requires_grad_(not any(word in name for word in frozen))
@@ -456,7 +464,7 @@ def test_gradient_checkpointing_changes_no_bit(frozen):
     assert calls == [0, 1, 2] + [0, 1, 2, 2, 1, 0]
     assert torch.equal(results[0][0], results[1][0])
     for name, p in ours.named_parameters():
-        plain, checkpointed = (found[name] for _, found in results)
+        plain, checkpointed = (gradients_[name] for _, gradients_ in results)
         assert (plain is None) == (checkpointed is None) == (not p.requires_grad)
         assert plain is None or torch.equal(plain, checkpointed), name
 
@@ -474,7 +482,8 @@ REFUSED = [
      "'partial_rotary_factor': 0.5"),
     (dict(quantization_config=dict(quant_method="awq")), "quantization_config is {'quant_method': 'awq'}"),
     (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
-    (dict(num_attention_heads=4, num_key_value_heads=3), "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
+    (dict(num_attention_heads=4, num_key_value_heads=3),
+     "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
     (dict(head_dim=9), "head_dim 9"),
     (dict(hidden_size=None), "hidden_size is None"),
     (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
@@ -488,21 +497,21 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("change, named", REFUSED)
-def test_config_that_is_not_built_is_refused_by_its_value(change, named):
-    """What would change the function and is not built raises an error that names the key's value."""
+def test_unsupported_values_in_config_json_are_refused(change, named):
+    """A value that would change what the model computes and is not implemented: the error names it."""
     with pytest.raises(ValueError, match=re.escape(named)):
         ModelConfig.from_dict({**SIZES, "model_type": "llama", **change})
 
 
 def test_config_without_hidden_size_is_refused():
-    """A size that is absent is an error that names it, not a default."""
+    """A missing size is an error that names it; there is no default."""
     config = {key: value for key, value in SIZES.items() if key != "hidden_size"}
     with pytest.raises(ValueError, match="hidden_size"):
         ModelConfig.from_dict({**config, "model_type": "llama"})
 
 
-def test_settings_spelled_out_at_their_only_value_are_accepted():
-    """null, 0.0 and 1.0 say what is built."""
+def test_values_that_equal_what_is_implemented_are_accepted():
+    """null, 0.0 and 1.0 mean what the model computes without the keys."""
     config = {**SIZES, "model_type": "llama"}
     spelled = dict(hidden_act="silu", attention_dropout=0.0, partial_rotary_factor=1.0, quantization_config=None,
                    rope_scaling=None, head_dim=None)
@@ -511,6 +520,6 @@ def test_settings_spelled_out_at_their_only_value_are_accepted():
 
 @pytest.mark.repo
 def test_model_knows_nothing_distributed():
-    """How many processes there are is the business of other files."""
+    """Only other files know that there may be several processes."""
     with open(model.__file__, encoding="utf-8") as f:
         assert re.search(r"mesh|dtensor|\brank\b|fsdp|torch\.distributed", f.read(), re.I) is None

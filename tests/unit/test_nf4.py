@@ -1,4 +1,4 @@
-"""ops/nf4.py against a naive quantiser in float64, bitsandbytes' table, and slices of itself."""
+"""ops/nf4.py compared with a naive quantiser in float64, the table of bitsandbytes, and slices of itself."""
 
 import weakref
 
@@ -13,8 +13,8 @@ TABLE = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])  # appendix E of the paper
-SHAPES = [(896, 896), (4864, 896), (896, 4864), (128, 896)]  # the linears of a model of half a billion
-ODD_SHAPES = [(5, 200), (3, 61), (4, 1), (1, 64), (7, 129), (2, 64 * 257 + 3)]  # partial, odd, alone; two groups
+SHAPES = [(896, 896), (4864, 896), (896, 4864), (128, 896)]  # linear layers of a 0.5B model
+ODD_SHAPES = [(5, 200), (3, 61), (4, 1), (1, 64), (7, 129), (2, 64 * 257 + 3)]  # a partial block, odd, one column; two groups
 
 
 def normal(rows, columns, seed=0):
@@ -22,7 +22,7 @@ def normal(rows, columns, seed=0):
 
 
 def stored(weight):
-    packed = nf4.empty(*weight.shape, weight.device).fill_(0xA5)  # what isn't written shows
+    packed = nf4.empty(*weight.shape, weight.device).fill_(0xA5)  # so that a byte that is not written shows
     storage = nf4.views(packed, weight.shape[1])
     nf4.quantize_(storage, weight)
     return storage
@@ -34,9 +34,9 @@ def round_trip(weight):
 
 
 def naive(weight, second=lambda scales: scales):
-    """One quantisation in float64 by the definition: each value against all 16 levels times its block's scale.
+    """Quantisation in float64 by the definition: compare each value with all 16 levels times its block's scale.
 
-    second  what becomes of the scales, (rows, blocks), before they multiply; the codes do not know of it
+    second  the second quantisation, of the scales (rows, blocks): used to dequantise, not to choose the codes
     """
     rows, columns = weight.shape
     values = F.pad(weight.double(), (0, -columns % 64)).view(rows, -1, 64)
@@ -50,7 +50,7 @@ def naive(weight, second=lambda scales: scales):
 
 
 def float8_around_the_mean(scales):
-    """The paper's second quantisation: 8-bit floats of what is left of the mean, 256 scales to a constant."""
+    """The paper's second quantisation: 8-bit floats of the distance to the mean, one constant per 256 scales."""
     flat = (scales - scales.mean()).flatten()
     groups = F.pad(flat, (0, -len(flat) % 256)).view(-1, 256)
     largest = groups.abs().amax(dim=1, keepdim=True) / 448  # the largest float8_e4m3
@@ -64,6 +64,7 @@ def mean_error(result, weight):
 
 
 def test_levels_are_those_of_the_paper():
+    """To 1e-6, with exact values at both ends and zero."""
     assert nf4.LEVELS.dtype == torch.float32
     torch.testing.assert_close(nf4.LEVELS, TABLE, atol=1e-6, rtol=0)
     assert nf4.LEVELS[[0, 7, 15]].tolist() == [-1, 0, 1]
@@ -71,31 +72,32 @@ def test_levels_are_those_of_the_paper():
 
 @pytest.mark.parametrize("columns", [64 * 14, 64 * 300, 64 * 5 + 9])
 def test_round_trip_equals_the_definition_where_scales_are_exact(columns):
-    """Blocks whose largest value is one that 8 bits can say: then the second quantisation must add nothing at all."""
+    """If 8 bits represent the largest value of each block exactly, the second quantisation must add no error."""
     weight = normal(6, columns)
     blocks = -(-columns // 64)
     codes = torch.randint(0, 256, (6, blocks), generator=torch.Generator().manual_seed(1))
-    codes[:, 0::256], codes[:, 1::256] = 0, 255  # each group has its smallest and its largest scale
+    codes[:, 0::256] = 0  # each group has a smallest and a largest scale
+    codes[:, 1::256] = 255
     scales = 2**-7 + codes.double() ** 2 * 2**-22
-    scales[:, 256:] *= 4  # a group with constants of its own
+    scales[:, 256:] *= 4  # a second group, with other constants
     weight = F.pad(weight, (0, -columns % 64)).view(6, blocks, 64)
-    weight = weight / weight[:, :, :9].abs().amax(dim=2, keepdim=True)  # the largest is inside the partial block, too
+    weight = weight / weight[:, :, :9].abs().amax(dim=2, keepdim=True)  # also of the partial block
     weight = (weight.clamp(-1, 1) * scales[:, :, None].float()).view(6, -1)[:, :columns]
     torch.testing.assert_close(round_trip(weight), naive(weight), atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_of_normal_weights(shape):
-    """Two quantisations cost 0.1% more than one at most; one costs 0.0728 of a standard deviation."""
+    """One quantisation has a mean error of 0.0728 standard deviations; the second adds at most 0.1 % of it."""
     weight = normal(*shape)[:200]
     once = mean_error(naive(weight), weight)
     assert 0.072 < once < 0.074
     assert once < mean_error(round_trip(weight), weight) < 1.001 * once
-    assert mean_error(naive(weight, float8_around_the_mean), weight) > 1.0015 * once  # what the paper's would cost
+    assert mean_error(naive(weight, float8_around_the_mean), weight) > 1.0015 * once  # the paper's way
 
 
-def test_one_large_column_leaves_the_others_their_scales():
-    """The paper's second quantisation adds 9% to the error here; evenly spaced codes would add 0.8%."""
+def test_one_large_column_does_not_spoil_the_scales_of_others():
+    """The paper's second quantisation adds 9 % to the error here; evenly spaced codes would add 0.8 %."""
     weight = normal(100, 896)
     weight[:, 100] *= 100
     once = mean_error(naive(weight), weight)
@@ -104,9 +106,9 @@ def test_one_large_column_leaves_the_others_their_scales():
 
 
 def test_codes_are_the_nearest_under_the_scale_in_use():
-    """No other of the 16 levels, times the scale that dequantises, is closer to any weight."""
+    """No other level, times the scale that dequantises, is closer to any weight."""
     weight = normal(50, 896)
-    weight[:, 100] *= 30  # scales of the others are coarse enough to tell
+    weight[:, 100] *= 30  # so that the other scales are coarse enough to see a difference
     storage = stored(weight)
     scales = nf4.block_scales(storage, 0, 50).repeat_interleave(64, dim=1)
     best = (weight[..., None] - nf4.LEVELS * scales[..., None]).abs().amin(dim=2)
@@ -115,7 +117,8 @@ def test_codes_are_the_nearest_under_the_scale_in_use():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bytes_a_weight(shape):
+def test_bytes_per_weight(shape):
+    """Between 0.5 and 0.53, and every stored tensor has one row per row of the matrix."""
     layer = nf4.NF4Linear(torch.nn.Linear(*reversed(shape), bias=False, device="meta"))
     assert 0.5 < layer.weight.nbytes / (shape[0] * shape[1]) < 0.53
     assert all(len(tensor) == shape[0] for tensor in nf4.views(nf4.empty(*shape, "cpu"), shape[1]).values())
@@ -123,30 +126,31 @@ def test_bytes_a_weight(shape):
 
 @pytest.mark.parametrize("shape", [(896, 896), *ODD_SHAPES])
 def test_slices_of_rows_are_the_storage_of_those_rows(shape, monkeypatch):
-    """Bit for bit, wherever the pieces begin: ranks quantise their own rows and gather each other's."""
+    """Bit for bit, wherever the pieces begin: ranks quantise their own rows and all-gather the others."""
     weight = normal(*shape)
-    whole = stored(weight)
+    full = stored(weight)
     monkeypatch.setattr(nf4, "PIECE", 4 * 3 * shape[1])  # three rows at a time
     for start, stop in ((0, 1), (1, 2), (shape[0] // 3, shape[0]), (0, shape[0])):
         alone = stored(weight[start:stop])
-        for name, tensor in whole.items():
+        for name, tensor in full.items():
             assert torch.equal(alone[name], tensor[start:stop]), name
-        part = nf4.dequantize(whole, torch.float32, start, stop, shape[1])
-        assert torch.equal(part, nf4.dequantize(alone, torch.float32, 0, stop - start, shape[1]))
+        rows = nf4.dequantize(full, torch.float32, start, stop, shape[1])
+        assert torch.equal(rows, nf4.dequantize(alone, torch.float32, 0, stop - start, shape[1]))
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 def test_any_number_of_columns(shape):
+    """The error is within half a gap between levels, also in partial blocks."""
     weight = normal(*shape)
     result = round_trip(weight)
     assert result.shape == shape
     largest = F.pad(weight, (0, -shape[1] % 64)).view(shape[0], -1, 64).abs().amax(dim=2)
-    allowed = largest.repeat_interleave(64, dim=1)[:, : shape[1]] * 0.16  # half the widest gap, 0.152, and some
+    allowed = largest.repeat_interleave(64, dim=1)[:, : shape[1]] * 0.16  # half the widest gap is 0.152
     assert ((result - weight).abs() <= allowed).all()
 
 
 class FiniteQuotients(TorchDispatchMode):
-    """Fails where a division gives NaN or inf: which integer these become is up to the processor."""
+    """Fails where a division gives NaN or inf: which integer they are cast to depends on the processor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -155,13 +159,14 @@ class FiniteQuotients(TorchDispatchMode):
 
 
 def test_zero_rows_and_blocks_are_exactly_zero():
+    """And no scale or step of zero divides."""
     weight = normal(6, 896)
     weight[0] = 0
     weight[1, 64:128] = 0
     weight[2, 64:] = 0
     weight[3, :] = 0
-    weight[3, 5] = 3e-3  # all of one row but one value
-    weight[4, 0] = 1e4  # beside this the row's other blocks are next to nothing
+    weight[3, 5] = 3e-3  # all values of the row but one are zero
+    weight[4, 0] = 1e4  # the scales of the row's other blocks round to zero
     weight[5] = weight[5].sign() * 1e-30
     with FiniteQuotients():
         result = round_trip(weight)
@@ -172,6 +177,7 @@ def test_zero_rows_and_blocks_are_exactly_zero():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_quantised_as_their_fp32_values(dtype):
+    """The storage is the same, and the dequantised values are the fp32 values, rounded to the dtype."""
     weight = normal(9, 200).to(dtype)
     same = stored(weight.float())
     assert all(torch.equal(tensor, same[name]) for name, tensor in stored(weight).items())
@@ -180,7 +186,8 @@ def test_other_dtypes_are_quantised_as_their_fp32_values(dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_refused(value):
+def test_values_that_are_not_finite_are_refused(value):
+    """The error names the value, its row and its column."""
     weight = normal(4, 130)
     weight[2, 129] = value
     with pytest.raises(ValueError, match=f"the weight is {value} at row 2, column 129; only finite numbers"):
@@ -189,8 +196,8 @@ def test_what_is_not_finite_is_refused(value):
 
 @pytest.mark.parametrize("rows, columns", [(300, 200), (50, 61), (5, 1)])
 @pytest.mark.parametrize("transpose", [True, False])
-def test_product_equals_that_with_the_whole_matrix(rows, columns, transpose, monkeypatch):
-    """In pieces of 40 rows, the last one shorter."""
+def test_product_equals_that_with_the_full_matrix(rows, columns, transpose, monkeypatch):
+    """In pieces of 40 rows; the last piece may be shorter."""
     monkeypatch.setattr(nf4, "PIECE", 40 * columns)
     storage = stored(normal(rows, columns))
     weight = nf4.dequantize(storage, torch.float32, 0, rows, columns)
@@ -203,7 +210,7 @@ def test_product_equals_that_with_the_whole_matrix(rows, columns, transpose, mon
 
 @pytest.mark.parametrize("transpose", [True, False])
 def test_product_in_bf16_is_rounded_once(transpose, monkeypatch):
-    """Sums over 100 pieces kept in bf16 would be off by 1%; one rounding of the result is 0.2%."""
+    """Sums over 100 pieces in bf16 would be off by 1 %; one rounding of the result is 0.2 %."""
     monkeypatch.setattr(nf4, "PIECE", 4 * 200)
     storage = stored(normal(400, 200))
     weight = nf4.dequantize(storage, torch.bfloat16, 0, 400).double()
@@ -215,7 +222,7 @@ def test_product_in_bf16_is_rounded_once(transpose, monkeypatch):
 
 
 class Peak(TorchDispatchMode):
-    """Remembers the most bytes that tensors made by operations occupied at a time."""
+    """Measures the peak number of bytes in tensors that operations created."""
 
     def __init__(self):
         super().__init__()
@@ -231,8 +238,8 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("transpose", [True, False])
-def test_product_never_holds_the_matrix(transpose, monkeypatch):
-    """In pieces of an eighth of the matrix, less than three exist: one, the one before it, and codes as integers."""
+def test_product_never_dequantises_the_full_matrix(transpose, monkeypatch):
+    """With pieces of 1/8 of the matrix, less than three pieces exist: one, the one before it, and codes as integers."""
     monkeypatch.setattr(nf4, "PIECE", 4864 * 896 // 8)
     rows, columns = 4864, 896
     storage = stored(normal(rows, columns))
@@ -242,13 +249,13 @@ def test_product_never_holds_the_matrix(transpose, monkeypatch):
     with Peak() as peak:
         result = nf4.matmul(x, storage, columns, transpose)
     assert len(blocks) == 8 and sum(blocks) == rows and max(blocks) == rows // 8
-    inputs = x.nbytes + sum(tensor.nbytes for tensor in storage.values())  # views of them were seen
+    inputs = x.nbytes + sum(tensor.nbytes for tensor in storage.values())  # Peak sees views of them
     assert 4 * nf4.PIECE < peak.bytes - inputs - result.nbytes < 3 * 4 * nf4.PIECE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_quantising_adds_less_than_64_mb(dtype):
-    """To the (4864, 896) matrix, or any other: a piece is a quarter of 2**22 values however many rows there are."""
+    """For any matrix: a piece has 2**22 / 4 values, however many rows there are."""
     weight = normal(4864, 896).to(dtype)
     storage = nf4.views(nf4.empty(*weight.shape, "cpu"), weight.shape[1])
     with Peak() as peak:

@@ -1,5 +1,4 @@
-"""ops/optim.py: what decays, what each optimizer keeps, and that a checkpoint holds all of it, offloaded or
-not."""
+"""ops/optim.py: parameter groups, AdamW, offload, and checkpoints with the complete state of any optimizer."""
 
 import os
 
@@ -17,7 +16,7 @@ SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
 
 
 class Lion(optim.AdamW):
-    """As in docs/fork.md: one moment."""
+    """As in docs/fork.md: an optimizer with one moment."""
 
     def new_state(self, p):
         return {"exp_avg": torch.zeros_like(p)}
@@ -35,8 +34,7 @@ class Lion(optim.AdamW):
 
 
 class TwoKinds(optim.AdamW):
-    """As Muon beside AdamW: matrices have one momentum, vectors AdamW's two moments and its bias
-    correction."""
+    """Like Muon beside AdamW: matrices have one momentum, vectors AdamW's two moments and bias correction."""
 
     def new_state(self, p):
         return {"momentum": torch.zeros_like(p)} if p.ndim > 1 else super().new_state(p)
@@ -56,22 +54,22 @@ class TwoKinds(optim.AdamW):
 
 
 def keys_of(kind, p):
-    """What an optimizer keeps for a parameter, said here once more."""
+    """The names that new_state should return for a parameter, written down independently."""
     if kind is Lion:
         return ["exp_avg"]
     return ["momentum"] if kind is TwoKinds and p.ndim > 1 else ["exp_avg", "exp_avg_sq"]
 
 
-# What decays
+# Parameter groups
 
 
 def names(model, groups):
-    found = {p: name for name, p in model.named_parameters()}
-    return [[found[p] for p in group["params"]] for group in groups]
+    name_of = {p: name for name, p in model.named_parameters()}
+    return [[name_of[p] for p in group["params"]] for group in groups]
 
 
 def test_matrices_decay_and_vectors_do_not(tmp_path):
-    """In the model's order, a tied weight once; a frozen parameter is in no group."""
+    """Groups have the model's order and a tied weight once; a frozen parameter is in no group."""
     model, _ = loaded(published(tmp_path / "base", TIED))
     model.model.norm.requires_grad_(False)
     groups = optim.parameter_groups(model, 0.1)
@@ -86,8 +84,8 @@ def test_matrices_decay_and_vectors_do_not(tmp_path):
     assert all(sorted(group, key=order.index) == group for group in (vectors, matrices))
 
 
-def test_lora_b_has_a_rate_of_its_own(tmp_path):
-    """And DoRA's magnitudes do not decay."""
+def test_lora_b_has_its_own_learning_rate(tmp_path):
+    """Also, DoRA's magnitudes do not decay."""
     model, _ = loaded(published(tmp_path / "base", TIED))
     lora.inject(model, {"lora_alpha": 8, "use_dora": True}, {"model.layers.0.mlp.up_proj": 2})
     groups = optim.parameter_groups(model, 0.1, lora_plus_ratio=4.0)
@@ -101,21 +99,22 @@ def test_lora_b_has_a_rate_of_its_own(tmp_path):
 
 
 def test_bias_correction_counts_updates():
-    """The third update after two, whatever was done to `updates` in between, is torch's third."""
-    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
-    optimizer = optim.AdamW([dict(params=[ours], weight_decay=0.1)], **SETTINGS)
-    other = torch.optim.AdamW([theirs], weight_decay=0.1, fused=True, **SETTINGS)
+    """With `updates` set before each update, as by a resume, three updates are bitwise those of torch.optim.AdamW."""
+    p, expected = (torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
+    optimizer = optim.AdamW([dict(params=[p], weight_decay=0.1)], **SETTINGS)
+    oracle = torch.optim.AdamW([expected], weight_decay=0.1, fused=True, **SETTINGS)
     for i in range(3):
-        ours.grad = torch.sin(torch.arange(12.0) + i).view(3, 4)
-        theirs.grad = ours.grad.clone()
+        p.grad = torch.sin(torch.arange(12.0) + i).view(3, 4)
+        expected.grad = p.grad.clone()
         optimizer.updates = i
         optimizer.step()
-        other.step()
-        assert torch.equal(ours, theirs) and optimizer.updates == i + 1
+        oracle.step()
+        assert torch.equal(p, expected)
+        assert optimizer.updates == i + 1
 
 
-def test_offloaded_steps_are_those_of_fp32_masters(tmp_path):
-    """bf16 parameters follow fp32 masters, which go the way of an fp32 model with the same gradients."""
+def test_offloaded_steps_equal_those_of_an_fp32_model(tmp_path):
+    """The fp32 masters equal an fp32 model that gets the same gradients; the bf16 parameters are their copies."""
     model, _ = loaded(published(tmp_path / "base", UNTIED))
     plain = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
     model.to(torch.bfloat16)
@@ -124,29 +123,30 @@ def test_offloaded_steps_are_those_of_fp32_masters(tmp_path):
     with torch.no_grad():
         for master, p in zip(masters, plain):
             p.copy_(master)
-    kept = optim.AdamW([dict(params=[p for p in plain if (p.ndim < 2) == vectors], weight_decay=0.0 if vectors
-                             else 0.01) for vectors in (True, False)], **SETTINGS)
+    vectors, matrices = ([p for p in plain if (p.ndim < 2) == is_vector] for is_vector in (True, False))
+    oracle = optim.AdamW([dict(params=vectors, weight_decay=0.0), dict(params=matrices, weight_decay=0.01)], **SETTINGS)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         for p, copy in zip(model.parameters(), plain):
             p.grad = torch.randn(p.shape, generator=generator).bfloat16()
             copy.grad = p.grad.float()
         optimizer.step(clip_divisor=2.0)
-        kept.step(clip_divisor=2.0)
-        assert all(p.grad is not None for p in model.parameters()) and all(m.grad is None for m in masters)
+        oracle.step(clip_divisor=2.0)
+        assert all(p.grad is not None for p in model.parameters())
+        assert all(master.grad is None for master in masters)
         optimizer.zero_grad()
         assert all(p.grad is None for p in model.parameters())
         for p, master, expected in zip(model.parameters(), masters, plain, strict=True):
             assert master.dtype == torch.float32 and torch.equal(master, expected)
             assert torch.equal(p, master.bfloat16())
-    assert optimizer.updates == kept.updates == 3
+    assert optimizer.updates == oracle.updates == 3
 
 
 # Checkpoints of any optimizer
 
 
 class Run:
-    """A run of the tied model with an optimizer of some kind; bf16 on the disk."""
+    """A run of a model directory with an optimizer of class `kind`."""
 
     def __init__(self, directory, kind, offload):
         self.model, self.shard_map = loaded(directory)
@@ -170,8 +170,8 @@ class Run:
 @pytest.mark.parametrize("offload", [False, True], ids=["plain", "offload"])
 @pytest.mark.parametrize("kind", [optim.AdamW, Lion, TwoKinds])
 def test_resume_is_bitwise_with_any_optimizer(tmp_path, kind, offload):
-    """Two steps, a checkpoint, two more: the same from the checkpoint, by weights and state, offloaded or not
-    then and now. The files hold what new_state says for each parameter, and nothing else."""
+    """Two steps, a checkpoint, two more steps: a resume takes the same two steps, in weights and state, also if the
+    run was offloaded and the resume is not, or the reverse. The files contain exactly the tensors of new_state."""
     base = published(tmp_path / "base", TIED, torch.bfloat16)
     straight = Run(base, kind, offload)
     straight.train((1, 2))
@@ -185,16 +185,17 @@ def test_resume_is_bitwise_with_any_optimizer(tmp_path, kind, offload):
         assert resumed.optimizer.updates == 2
         resumed.train((3, 4))
         assert resumed.optimizer.updates == straight.optimizer.updates == 4
-        for ours, theirs in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
-            assert torch.equal(ours, theirs)
-            expected, state = (run.optimizer.state_of(run.optimizer.master(p))
-                               for run, p in ((straight, ours), (resumed, theirs)))
-            assert expected.keys() == state.keys() and all(torch.equal(expected[k], state[k]) for k in state)
+        for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+            expected = straight.optimizer.state_of(straight.optimizer.master(p))
+            state = resumed.optimizer.state_of(resumed.optimizer.master(q))
+            assert expected.keys() == state.keys()
+            assert all(torch.equal(expected[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("then, now", [(Lion, optim.AdamW), (optim.AdamW, Lion), (TwoKinds, optim.AdamW)])
-def test_another_optimizers_checkpoint_is_refused(tmp_path, then, now):
-    """Its tensors are named, and nothing is restored."""
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, then, now):
+    """The error names the tensors, and nothing is restored."""
     base = published(tmp_path / "base", TIED)
     first, second = Run(base, then, False), Run(base, now, False)
     first.train([1])
@@ -205,7 +206,7 @@ def test_another_optimizers_checkpoint_is_refused(tmp_path, then, now):
 
 
 def test_a_run_saved_before_its_first_update_resumes(tmp_path):
-    """Its state is what new_state says, and it has taken no update."""
+    """Its state is that of new_state, and its number of updates is 0."""
     base = published(tmp_path / "base", TIED, torch.bfloat16)
     straight = Run(base, optim.AdamW, False)
     resumed = Run(base, optim.AdamW, False).resume(straight.save(tmp_path / "out", 1))
@@ -217,12 +218,12 @@ def test_a_run_saved_before_its_first_update_resumes(tmp_path):
 
 @pytest.mark.parametrize("key, shape", [("master", None), ("rows", (1,))])
 def test_state_that_could_not_be_restored_is_not_saved(tmp_path, key, shape):
-    """A name that is the weights', a tensor that is not shaped like its parameter: no checkpoint appears."""
-    class Odd(Lion):
+    """A reserved name, or a tensor without its parameter's shape: an error, and no checkpoint."""
+    class BadState(Lion):
         def new_state(self, p):
             return {**super().new_state(p), key: torch.zeros(shape or p.shape)}
 
-    run = Run(published(tmp_path / "base", TIED), Odd, False)
+    run = Run(published(tmp_path / "base", TIED), BadState, False)
     run.train([1])
     with pytest.raises(AssertionError, match=key):
         run.save(tmp_path / "out", 1)
@@ -234,12 +235,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("flags", [(), ("--optimizer_offload",)], ids=["plain", "offload"])
-def test_a_run_with_lion_that_is_killed_resumes_to_the_bit(train, tmp_path, monkeypatch, flags):
-    """One name in sft.py is replaced, as docs/fork.md says, and --optimizer_offload works with it as well."""
+def test_a_killed_run_with_lion_resumes_bitwise(train, tmp_path, monkeypatch, flags):
+    """As docs/fork.md says, only one name in sft.py has to be replaced. --optimizer_offload works with Lion too."""
     monkeypatch.setattr(optim, "AdamW", Lion)
-    words = (*flags, "--batch_size", 8, "--max_length", 128, "--lr", 1e-4, "--save_steps", 2,
+    flags = (*flags, "--batch_size", 8, "--max_length", 128, "--lr", 1e-4, "--save_steps", 2,
              "--max_steps", 4)
-    lines = train(*words, out="straight")
+    lines = train(*flags, out="straight")
     save = checkpoint.save
 
     def save_and_die(*args, **kwargs):
@@ -249,11 +250,12 @@ def test_a_run_with_lion_that_is_killed_resumes_to_the_bit(train, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
-            train(*words)
-    again = train(*words, "--resume_from", "auto")
+            train(*flags)
+    again = train(*flags, "--resume_from", "auto")
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
     for name in ("model.safetensors", "training_state/tensors.safetensors"):
-        expected, found = (load_file(tmp_path / out / "checkpoints" / "latest" / name)
-                           for out in ("straight", "out"))
-        assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in found)
-    assert {name.split(".")[0] for name in found} == {"exp_avg", "master"}  # models/tiny is bf16 on the disk
+        expected, tensors = (load_file(tmp_path / out / "checkpoints" / "latest" / name)
+                             for out in ("straight", "out"))
+        assert expected.keys() == tensors.keys()
+        assert all(torch.equal(expected[n], tensors[n]) for n in tensors)
+    assert {name.split(".")[0] for name in tensors} == {"exp_avg", "master"}  # models/tiny is bf16 on the disk

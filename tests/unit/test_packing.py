@@ -1,4 +1,4 @@
-"""Micro-batches: each conversation in one of them, even ranks, few of them, and what they hold."""
+"""Packing: each conversation is in one micro-batch, ranks are even, micro-batches are few; their content."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ def packings(draw):
 @repeatable
 @given(packings())
 def test_packing_is_a_partition_within_its_limits(packing):
-    """All ranks together hold every conversation once, none too much, each equally many micro-batches, always
-    alike."""
+    """All ranks together have every conversation once, no micro-batch exceeds its limits, all ranks have the same
+    number of micro-batches, and a second call returns the same."""
     lengths, capacity, max_conversations, dp_size = packing
     ranks = [pack(lengths, capacity, max_conversations, rank, dp_size) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
@@ -39,8 +39,7 @@ def test_packing_is_a_partition_within_its_limits(packing):
 @repeatable
 @given(packings())
 def test_packing_takes_few_micro_batches_and_loads_them_evenly(packing):
-    """No rank works more than a longest conversation longer than another; two half-empty micro-batches never
-    stay."""
+    """Micro-batches differ by at most the longest conversation, and no two of them are less than half full."""
     lengths, capacity, _, dp_size = packing
     loads = [[sum(lengths[i] for i in batch) for batch in pack(lengths, capacity, None, rank, dp_size)]
              for rank in range(dp_size)]
@@ -49,9 +48,8 @@ def test_packing_takes_few_micro_batches_and_loads_them_evenly(packing):
     assert len(loads[0]) <= max(1, ceil_div(2 * sum(lengths), capacity * dp_size))
 
 
-def test_packing_lays_these_out():
-    """The longest go first, each into the emptiest micro-batch, and another opens only where that has no
-    room."""
+def test_packing_of_a_few_lengths():
+    """The longest go first, each into the emptiest micro-batch; there are only as many micro-batches as needed."""
     assert pack([1, 4, 2, 3], 5) == [[1, 0], [3, 2]]
     assert pack([5, 4, 3, 3, 3], 9) == [[0], [1, 4], [2, 3]]
     assert pack([5, 4, 3, 3, 3], 18) == [[0, 1, 2, 3, 4]]
@@ -60,20 +58,19 @@ def test_packing_lays_these_out():
 
 
 def test_items_go_to_the_least_loaded_bin_that_is_open():
-    """By hand: bin 1 is the least loaded, then closed by an item that it lacks room for; bin 0 takes the
-    rest."""
+    """Worked out by hand: bin 1 has the least cost, but is closed when an item does not fit; bin 0 gets the rest."""
     bins, capacity_left = [0], [10, 3]
     assign_least_loaded(bins, np.array([1, 2, 2, 1]), costs=np.array([5, 1, 1, 1]), capacity_left=capacity_left)
     assert (bins, capacity_left) == ([0, 1, 0, 0], [7, 1])
     assign_least_loaded(bins, np.array([1, 2, 2, 1, 9]), costs=np.array([5, 1, 1, 1, 1]), capacity_left=capacity_left)
-    assert (bins, capacity_left) == ([0, 1, 0, 0], [7, 1])  # no bin has room for 9
+    assert (bins, capacity_left) == ([0, 1, 0, 0], [7, 1])  # 9 fits into no bin
 
 
 # ---- ranks are even -------------------------------------------------------------------------------------
 
 
 def steps_of(dp_size, count, per_rank=64):
-    """`count` steps of 64 conversations a rank, as lengths."""
+    """The lengths of `count` steps, (count, conversations); per_rank conversations per rank in each step."""
     return lognormal(count * dp_size * per_rank).reshape(count, dp_size * per_rank)
 
 
@@ -82,14 +79,14 @@ def unevenness(sums):
 
 
 def rank_sums(lengths, dp_size, capacity=2048):
-    """(tokens, squared lengths) of each rank, counted from its micro-batches."""
+    """(tokens of each rank, squared lengths of each rank), counted from the micro-batches."""
     ranks = [lengths[sum(pack(lengths, capacity, None, rank, dp_size), [])] for rank in range(dp_size)]
     return [int(n.sum()) for n in ranks], [int((n**2).sum()) for n in ranks]
 
 
 @pytest.mark.parametrize("dp_size, count", [(16, 30), (32, 15), (64, 6), (128, 1)])
 def test_ranks_are_even_in_tokens_and_in_attention(dp_size, count):
-    """With 64 conversations a rank, every step's ranks are within 2 % in tokens, 5 % in squared lengths."""
+    """With 64 conversations per rank, the ranks of every step are within 2 % in tokens, 5 % in squared lengths."""
     for lengths in steps_of(dp_size, count):
         tokens, squares = rank_sums(lengths, dp_size)
         assert unevenness(tokens) < 0.02
@@ -98,8 +95,8 @@ def test_ranks_are_even_in_tokens_and_in_attention(dp_size, count):
 
 @pytest.mark.parametrize("dp_size", [2, 3, 8])
 def test_few_ranks_are_as_even_as_their_conversations_allow(dp_size):
-    """One conversation may cost more than a rank's share: in about 1 step of 100 no plan is even in
-    squares."""
+    """One conversation may cost more than a rank's fraction of the step. In about 1 step of 100 no split is even in
+    squared lengths."""
     sums = [rank_sums(lengths, dp_size) for lengths in steps_of(dp_size, 1200 // dp_size)]
     assert max(unevenness(tokens) for tokens, _ in sums) < 0.02
     uneven = sum(unevenness(squares) >= 0.05 for _, squares in sums)
@@ -107,7 +104,7 @@ def test_few_ranks_are_as_even_as_their_conversations_allow(dp_size):
 
 
 def test_1024_ranks_are_even():
-    """The same with 1,024 ranks, from what all of them share; a rank's micro-batches hold what that says."""
+    """1,024 ranks, measured on split_over_ranks, which pack() of three of the ranks then agrees with."""
     lengths, dp_size = lognormal(1024 * 64), 1024
     order = np.argsort(-lengths, kind="stable")
     ranks = split_over_ranks(lengths[order], dp_size)
@@ -116,37 +113,36 @@ def test_1024_ranks_are_even():
     assert unevenness(tokens) < 0.02 and unevenness(squares) < 0.05
     batches = {rank: pack(lengths, 2048, None, rank, dp_size) for rank in (0, 517, 1023)}
     assert len({len(rank) for rank in batches.values()}) == 1
-    for rank, its in batches.items():
-        assert sorted(i for batch in its for i in batch) == sorted(order[ranks == rank].tolist())
+    for rank, batches_of_rank in batches.items():
+        assert sorted(i for batch in batches_of_rank for i in batch) == sorted(order[ranks == rank].tolist())
 
 
 @repeatable
 @given(st.lists(st.integers(1, 2048), min_size=1, max_size=120), st.integers(1, 9))
 def test_no_rank_is_ahead_by_more_than_a_conversation(lengths, dp_size):
-    """Whatever the lengths are, ranks' tokens differ by no more than the longest has."""
+    """Whatever the lengths, the tokens of two ranks differ by at most the longest conversation."""
     tokens, _ = rank_sums(np.array(lengths), dp_size)
     assert max(tokens) - min(tokens) <= max(*lengths, dp_size)
 
 
 def test_without_packing_ranks_take_turns():
-    """--no-packing: as many conversations a rank, and each time about as long ones on all of them."""
+    """--no-packing: every rank gets the same number of conversations, and at each turn about the same length."""
     lengths = lognormal(8 * 64)
     ranks = [pack(lengths, 2048, 1, rank, 8) for rank in range(8)]
     assert [len(rank) for rank in ranks] == [64] * 8
     assert all(len(batch) == 1 for rank in ranks for batch in rank)
     assert unevenness([sum(int(lengths[batch].sum()) for batch in rank) for rank in ranks]) < 0.1
-    together = sum(max(int(lengths[rank[place]].sum()) for rank in ranks) for place in range(64))
-    assert together < 1.15 * lengths.sum() / 8  # what is waited for
+    slowest = sum(max(int(lengths[rank[turn]].sum()) for rank in ranks) for turn in range(64))
+    assert slowest < 1.15 * lengths.sum() / 8  # all ranks wait for the slowest of each turn
 
 
-# ---- micro-batches are few, and hold what they may ------------------------------------------------------
+# ---- micro-batches are few, and within their limits -----------------------------------------------------
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096, 8192, 16384])
 @pytest.mark.parametrize("dp_size, count", [(1, 200), (8, 40), (64, 10)])
 def test_micro_batches_are_within_one_of_the_fewest(dp_size, count, capacity):
-    """A rank executes at most one more than tokens / ranks / capacity ask for, in 95 of 100 steps; mostly
-    none more."""
+    """In 95 of 100 steps a rank has at most one micro-batch more than tokens / ranks / capacity; mostly none."""
     more = []
     for lengths in steps_of(dp_size, count):
         n_batches = len(pack(lengths, capacity, None, dp_size // 2, dp_size))
@@ -157,9 +153,9 @@ def test_micro_batches_are_within_one_of_the_fewest(dp_size, count, capacity):
 LENGTHS = {
     "real": lognormal(64 * 7),
     "equal": np.full(100, 50),
-    "each fills one": np.full(30, 2048),
+    "each fills a micro-batch": np.full(30, 2048),
     "two never fit": np.full(31, 1025),
-    "a giant among dwarfs": np.array([2048] + [1] * 300),
+    "one long, many short": np.array([2048] + [1] * 300),
     "falling": np.arange(2048, 0, -17),
     "as many as ranks": np.array([5, 1, 2048, 3, 3, 3, 4]),
     "fewer than ranks": np.array([7, 2048]),
@@ -172,8 +168,7 @@ LENGTHS = {
 @pytest.mark.parametrize("dp_size", [1, 2, 7])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_every_conversation_is_in_one_micro_batch_of_one_rank(name, dp_size, max_conversations):
-    """No more tokens or conversations than fit, equally many micro-batches on each rank, and none is without
-    cause."""
+    """No micro-batch exceeds its limits, all ranks have the same number of them, and no more than necessary."""
     lengths = LENGTHS[name]
     ranks = [pack(lengths, 2048, max_conversations, rank, dp_size) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
@@ -181,26 +176,25 @@ def test_every_conversation_is_in_one_micro_batch_of_one_rank(name, dp_size, max
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(lengths[batch].sum() <= 2048 and len(batch) <= (max_conversations or len(lengths)) for batch in batches)
     if max_conversations:
-        rows = dp_size * min(max_conversations, 2048 // max(lengths, default=1))
-        assert len(ranks[0]) == max(1, ceil_div(len(lengths), rows))
-    else:  # no two half-empty ones, and of those longer than half a micro-batch one in each
+        at_a_time = dp_size * min(max_conversations, 2048 // max(lengths, default=1))
+        assert len(ranks[0]) == max(1, ceil_div(len(lengths), at_a_time))
+    else:  # no two are less than half full; conversations longer than half a micro-batch are in one each
         assert len(ranks[0]) <= max(1, (lengths > 1024).sum(), ceil_div(2 * lengths.sum(), 2048 * dp_size))
 
 
 @repeatable
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=80), st.integers(0, 60), st.integers(1, 6))
-def test_a_plan_is_the_same_from_any_integers(lengths, slack, dp_size):
-    """Lists, 16, 32 and 64 bits: ranks plan alike whatever type lengths come in, also where squares do not
-    fit it."""
+def test_the_result_does_not_depend_on_the_integer_type(lengths, slack, dp_size):
+    """Lists, and integers of 16, 32 and 64 bits, also where their squares would overflow."""
     lengths = [600 * n for n in lengths]
     capacity = max(lengths) + 600 * slack
-    kinds = [lengths, *(np.array(lengths, dtype=kind) for kind in (np.int64, np.int32, np.uint16))]
-    plans = [[pack(kind, capacity, None, rank, dp_size) for rank in range(dp_size)] for kind in kinds]
-    assert all(plan == plans[0] for plan in plans)
+    inputs = [lengths, *(np.array(lengths, dtype=dtype) for dtype in (np.int64, np.int32, np.uint16))]
+    results = [[pack(of_a_type, capacity, None, rank, dp_size) for rank in range(dp_size)] for of_a_type in inputs]
+    assert all(result == results[0] for result in results)
 
 
-def test_the_plan_of_these_lengths_is_this():
-    """Pinned: ranks of different machines or versions must not plan differently."""
+def test_the_result_for_fixed_lengths_is_pinned():
+    """Ranks on different machines and versions must compute the same, and a resumed run the same as before."""
     lengths = [700, 30, 410, 55, 90, 120, 8, 260, 75, 190, 33, 61, 140, 17, 480, 25]
     assert [pack(lengths, 700, None, rank, 3) for rank in range(3)] == [
         [[0], [8, 11, 10, 15]],
@@ -208,27 +202,28 @@ def test_the_plan_of_these_lengths_is_this():
         [[2, 1, 6], [7, 9]]]
 
 
-# ---- what micro-batches hold ----------------------------------------------------------------------------
+# ---- the content of micro-batches -----------------------------------------------------------------------
 
 
-def dataset_of(batch, path, **how):
-    return data.load(write(path, [{"messages": messages} for messages in batch]), tiny, 10**6, **how)
+def dataset_of(batch, path, **options):
+    return data.load(write(path, [{"messages": messages} for messages in batch]), tiny, 10**6, **options)
 
 
-def taken_apart(batch):
+def conversations_in(batch):
     """The conversations of a micro-batch: [(inputs, [(position, the target that follows it), ...]), ...]."""
-    found, start = [], 0
+    result, start = [], 0
     for length in batch.doc_lengths:
-        pairs = [(row - start, target) for row, target in zip(batch.target_positions.tolist(), batch.targets.tolist())
-                 if start <= row < start + length]
-        found.append((batch.tokens[start : start + length].tolist(), pairs))
+        positions, targets = batch.target_positions.tolist(), batch.targets.tolist()
+        pairs = [(position - start, target) for position, target in zip(positions, targets)
+                 if start <= position < start + length]
+        result.append((batch.tokens[start : start + length].tolist(), pairs))
         start += length
-    return found
+    return result
 
 
 def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
-    """Inputs are a conversation up to its last target; rows are the places where, by hand, the next token is
-    one."""
+    """Inputs end before the last target. target_positions are the positions whose next token is a target, found
+    here by hand."""
 
     @repeatable
     @given(st.lists(conversations(), min_size=1, max_size=5), st.integers(0, 80),
@@ -240,15 +235,16 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
         for ids, mask in map(by_hand, conversations_):
             mask = [False] + [True] * (len(ids) - 1) if on_prompt else mask
             if any(mask):
-                places = [place for place, target in enumerate(mask) if target]
-                expected.append((ids[: places[-1]], [(place - 1, ids[place]) for place in places]))
+                targets = [position for position, is_target in enumerate(mask) if is_target]
+                expected.append((ids[: targets[-1]], [(position - 1, ids[position]) for position in targets]))
         got, capacity = [], int(dataset.n_inputs.max()) + slack
         for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_conversations):
             assert batch.tokens.dtype == batch.target_positions.dtype == batch.targets.dtype == torch.int64
-            assert batch.tokens.shape == (sum(batch.doc_lengths),) and batch.target_positions.shape == batch.targets.shape
+            assert batch.tokens.shape == (sum(batch.doc_lengths),)
+            assert batch.target_positions.shape == batch.targets.shape
             assert batch.target_positions.tolist() == sorted(set(batch.target_positions.tolist()))
             assert sum(batch.doc_lengths) <= capacity and len(batch.doc_lengths) <= (max_conversations or 99)
-            got += taken_apart(batch)
+            got += conversations_in(batch)
         assert sorted(got) == sorted(expected)
         assert all(pairs[-1][0] == len(inputs) - 1 for inputs, pairs in got)
         assert sum(len(pairs) for _, pairs in got) == dataset.ledger.target
@@ -258,50 +254,51 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
 
 @pytest.mark.parametrize("on_prompt", [False, True])
 def test_owners_are_the_conversations_of_the_targets(on_prompt, tmp_path):
-    """One index of the dataset for each target, whatever the order and the lengths of the conversations are.
+    """One index of the dataset for each target, whatever the order and the lengths of the conversations.
 
-    With on_prompt the first row of a conversation is among them.
+    With on_prompt the first position of a conversation has a target too.
     """
     dataset = dataset_of([chat(f"q{i}", "answer " * (i % 3 + 1)) for i in range(7)], tmp_path / "rows.json",
                          train_on_prompt=on_prompt)
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
-        owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True)
+        owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), conversations_in(batch), strict=True)
                   for _ in pairs]
-        assert batch.conversation_of_target().dtype == torch.int64 and batch.conversation_of_target().tolist() == owners
+        assert batch.owners().dtype == torch.int64
+        assert batch.owners().tolist() == owners
         assert np.bincount(owners, minlength=7)[batch.ids].tolist() == dataset.n_targets[batch.ids].tolist()
 
 
 @pytest.mark.parametrize("ids", [[3], []])
 def test_a_rank_without_conversations_gets_one_token_and_no_target(ids, tmp_path):
-    """All ranks take part in each micro-batch, as a collective waits for all of them."""
+    """All ranks must take part in each micro-batch, because collectives wait for all of them."""
     dataset = dataset_of([chat(f"q{i}", "answer") for i in range(4)], tmp_path / "rows.json")
     (idle,) = data.micro_batches(dataset, np.array(ids, dtype=int), 60, dp_rank=1, dp_size=2)
     assert idle.tokens.tolist() == [0] and idle.doc_lengths == (1,) and idle.ids.tolist() == ids
-    for part in (idle.target_positions, idle.targets, idle.conversation_of_target()):
-        assert part.shape == (0,) and part.dtype == torch.int64
+    for tensor in (idle.target_positions, idle.targets, idle.owners()):
+        assert tensor.shape == (0,) and tensor.dtype == torch.int64
 
 
-def test_micro_batches_hold_the_conversations_of_the_step_only(tmp_path):
-    """The ids of a step choose the conversations; the others are in none of its micro-batches."""
+def test_micro_batches_contain_only_conversations_of_the_step(tmp_path):
+    """The ids of a step choose the conversations; no micro-batch contains others."""
     batch = [chat(f"q{i}", f"answer {i}") for i in range(6)]
     dataset = dataset_of(batch, tmp_path / "rows.json")
     batches = data.micro_batches(dataset, np.array([4, 1, 5]), 60)
-    got = [inputs for micro_batch in batches for inputs, _ in taken_apart(micro_batch)]
+    got = [inputs for micro_batch in batches for inputs, _ in conversations_in(micro_batch)]
     expected = [by_hand(batch[i])[0][: dataset.n_inputs[i]] for i in (4, 1, 5)]
     assert sorted(got) == sorted(expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_ranks_share_a_step_and_none_waits_for_another(count, dp_size, tmp_path):
-    """Every rank yields equally many micro-batches, also of a step with fewer conversations than ranks."""
+def test_all_ranks_yield_the_same_number_of_micro_batches(count, dp_size, tmp_path):
+    """Also in a step with fewer conversations than ranks. Together they have all targets of the step."""
     dataset = dataset_of([chat(f"q{i}", f"answer {i}") for i in range(8)], tmp_path / "rows.json")
     ids = list(range(count))
     ranks = [list(data.micro_batches(dataset, ids, 60, None, rank, dp_size)) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
     targets = [target for rank in ranks for batch in rank for target in batch.targets.tolist()]
-    alone = []
+    expected = []
     for i in ids:
         tokens, mask = by_hand(chat(f"q{i}", f"answer {i}"))
-        alone += [token for token, target in zip(tokens, mask, strict=True) if target]
-    assert sorted(targets) == sorted(alone)
+        expected += [token for token, is_target in zip(tokens, mask, strict=True) if is_target]
+    assert sorted(targets) == sorted(expected)

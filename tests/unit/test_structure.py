@@ -1,6 +1,7 @@
-"""The shape of the project, read off its files: who imports whom, how long things are, and what is not written.
+"""The structure of the project, checked on its source: imports, file names, lengths, and forbidden constructs.
 
-Each rule is a function of {path: source} that returns its breaches as texts, so that it can be tried on planted ones.
+Each rule is a function that takes {path: source} and returns a list of breaches, one string each. So each rule can be
+tested on source with a planted breach.
 """
 
 import ast
@@ -12,7 +13,7 @@ from itertools import chain
 import pytest
 from helpers import ROOT
 
-LEVELS = [  # from the bottom up; a module imports those of lower levels, and of its own without circles
+LEVELS = [  # from the bottom up; a module may import lower levels, and its own level if that makes no circle
     ("disk.files", "settings.errors"),
     ("text", "ops", "ranks", "disk", "settings", "families.config"),
     ("model", "fsdp"),
@@ -26,8 +27,8 @@ TOGETHER, LONGEST, TRAIN, COLUMNS = 1400, 80, 90, 110
 
 
 def project():
-    """{path: source} of the code, tests apart."""
-    found = {}
+    """{path: source} of all code outside tests/."""
+    sources = {}
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if not name.startswith((".", "__")) and (
             folder != ROOT or name not in ("tests", "models", "data", "docs", "outputs"))]
@@ -35,8 +36,8 @@ def project():
             if name.endswith((".py", ".sh")):
                 path = os.path.join(folder, name)
                 with open(path, encoding="utf-8") as f:
-                    found[os.path.relpath(path, ROOT)] = f.read()
-    return found
+                    sources[os.path.relpath(path, ROOT)] = f.read()
+    return sources
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ parsed = functools.cache(ast.parse)
 
 
 def trees(files):
-    """[(path, its syntax tree), ...]"""
+    """[(path, syntax tree), ...] of the Python files, sorted by path."""
     return [(path, parsed(text)) for path, text in sorted(files.items()) if path.endswith(".py")]
 
 
@@ -61,7 +62,7 @@ def module_of(path):
 
 
 def level(module):
-    """The number of the level whose names the module has, or is in; a longer name goes before a shorter."""
+    """The number of a module's level in LEVELS: by its full name, otherwise by its folder; len(LEVELS) if by neither."""
     for name in (module, module.partition(".")[0]):
         for number, names in enumerate(LEVELS):
             if name in names:
@@ -70,8 +71,8 @@ def level(module):
 
 
 def imports(files):
-    """[(importing module, imported one, line, is it inside a function), ...], of modules in `files` alone."""
-    modules, found = {module_of(path) for path in files if path.endswith(".py")}, []
+    """[(importing module, imported module, line, whether inside a function), ...], for modules in `files` only."""
+    modules, result = {module_of(path) for path in files if path.endswith(".py")}, []
     for path, tree in trees(files):
         in_functions = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
                         for node in ast.walk(f)}
@@ -86,18 +87,18 @@ def imports(files):
                 if isinstance(node, ast.ImportFrom) and name not in modules:
                     name = node.module  # a name inside the module
                 if name in modules:
-                    found.append((module_of(path), name, node.lineno, id(node) in in_functions))
-    return found
+                    result.append((module_of(path), name, node.lineno, id(node) in in_functions))
+    return result
 
 
 def upward(files):
-    """Imports of a module that stands above."""
-    return [f"{a} (line {line}) imports {b}, which stands above it" for a, b, line, _ in imports(files)
+    """A module must not import one of a higher level."""
+    return [f"{a} (line {line}) imports {b}, which is of a higher level" for a, b, line, _ in imports(files)
             if level(b) > level(a)]
 
 
 def circles(files):
-    """Modules that import each other, over any number of steps."""
+    """Modules must not import each other, directly or through others."""
     below = {}
     for a, b, *_ in imports(files):
         below.setdefault(a, set()).add(b)
@@ -111,56 +112,59 @@ def circles(files):
                     todo.append(name)
         return seen
 
-    return [f"{name} imports itself, over others" for name in sorted(below) if name in reached(name)]
+    return [f"{name} imports itself through others" for name in sorted(below) if name in reached(name)]
 
 
-def of_tools(files):
-    """What the trainer has of the tools: the check of a step, where it is needed."""
+def tools_in_the_trainer(files):
+    """The trainer must not import tools, except sft.py tools.selfcheck inside a function."""
     return [f"{a} (line {line}) imports {b}" for a, b, line, inside in imports(files) if b.startswith("tools")
             and not a.startswith("tools") and not (a == "sft" and b == "tools.selfcheck" and inside)]
 
 
-def ranks_of_data(files):
-    """Ranks know of no data, and of no text."""
+def data_in_ranks(files):
+    """ranks/ must not import data.py or text/."""
     return [f"{a} (line {line}) imports {b}" for a, b, line, _ in imports(files)
             if a.startswith("ranks.") and (b == "data" or b.startswith("text"))]
 
 
-def a_map(files):
-    """All imports, by level."""
-    found = {}
+def import_map(files):
+    """All imports as text, one line per module, by level."""
+    imported = {}
     for a, b, *_ in imports(files):
-        found.setdefault(a, set()).add(b)
+        imported.setdefault(a, set()).add(b)
     modules = sorted({module_of(path) for path in files if path.endswith(".py")}, key=lambda m: (-level(m), m))
-    return "\n".join(f"{level(m)}  {m}: {', '.join(sorted(found.get(m, ())))}" for m in modules)
+    return "\n".join(f"{level(m)}  {m}: {', '.join(sorted(imported.get(m, ())))}" for m in modules)
 
 
-IMPORTS = {
+IMPORTS = {  # rule -> source that breaks it
     upward: {"disk/files.py": "", "data.py": "", "disk/run.py": "def f():\n    from data import Sampler"},
-    circles: {"ops/a.py": "import ops.b", "ops/b.py": "def f():\n    from ops import c", "ops/c.py": "from ops.a import x"},
-    of_tools: {"sft.py": "from tools import selfcheck", "tools/selfcheck.py": "", "tools/__init__.py": ""},
-    ranks_of_data: {"ranks/a.py": "from text import b", "text/b.py": ""},
+    circles: {"ops/a.py": "import ops.b", "ops/b.py": "def f():\n    from ops import c",
+              "ops/c.py": "from ops.a import x"},
+    tools_in_the_trainer: {"sft.py": "from tools import selfcheck", "tools/selfcheck.py": "", "tools/__init__.py": ""},
+    data_in_ranks: {"ranks/a.py": "from text import b", "text/b.py": ""},
 }
 
 
 @pytest.mark.parametrize("rule", IMPORTS, ids=lambda rule: rule.__name__)
 def test_imports_run_downwards(rule, code):
+    """The message contains the rule, all imports, and the breaches."""
     breaches = rule(code)
-    assert not breaches, "\n".join([f"{rule.__doc__} Each module, by level, and what it imports:", a_map(code), *breaches])
+    assert not breaches, "\n".join([f"{rule.__doc__} All imports, by level:", import_map(code), *breaches])
 
 
 @pytest.mark.parametrize("rule", IMPORTS, ids=lambda rule: rule.__name__)
 def test_a_planted_import_is_found(rule):
-    assert rule(IMPORTS[rule]), a_map(IMPORTS[rule])
+    """Each rule reports the source that breaks it."""
+    assert rule(IMPORTS[rule]), import_map(IMPORTS[rule])
 
 
-def test_sft_may_import_the_check_of_a_step_where_it_is_needed():
-    assert not of_tools({"sft.py": "def f():\n    from tools import selfcheck", "tools/selfcheck.py": ""})
+def test_sft_may_import_selfcheck_inside_a_function():
+    """The only tool that a run starts."""
+    assert not tools_in_the_trainer({"sft.py": "def f():\n    from tools import selfcheck", "tools/selfcheck.py": ""})
 
 
-@pytest.mark.repo
-def test_levels_name_what_there_is(code):
-    """Else a module would stand above all, or a level would be of nothing."""
+def test_levels_contain_every_module_and_nothing_else(code):
+    """Otherwise a module would be above all levels, or a name in LEVELS would have no module."""
     modules = {module_of(path) for path in code if path.endswith(".py")}
     assert [m for m in sorted(modules) if level(m) == len(LEVELS)] == []
     assert [n for n in chain(*LEVELS) if not any(f"{m}.".startswith(f"{n}.") for m in modules)] == []
@@ -170,39 +174,44 @@ def test_levels_name_what_there_is(code):
 
 
 def folders(files):
-    """Folders of modules that are no packages: a namespace package loses to any other of its name."""
-    found = {os.path.dirname(path) for path in files if path.endswith(".py")} - {""}
-    return [f"{folder}/ has no __init__.py" for folder in sorted(found) if f"{folder}/__init__.py" not in files]
+    """Folders with modules need an __init__.py: a namespace package loses to any other package of its name."""
+    with_modules = {os.path.dirname(path) for path in files if path.endswith(".py")} - {""}
+    return [f"{folder}/ has no __init__.py" for folder in sorted(with_modules) if f"{folder}/__init__.py" not in files]
 
 
 def top(files):
-    """Files of the top level but the six that people read first."""
-    found = {path for path in files if "/" not in path and path.endswith(".py")}
-    return [f"{path} is {'missing' if path in TOP else 'one too many'}" for path in sorted(found ^ TOP)]
+    """The top level has exactly the six files that people read first."""
+    present = {path for path in files if "/" not in path and path.endswith(".py")}
+    return [f"{path} is {'missing' if path in TOP else 'unexpected'}" for path in sorted(present ^ TOP)]
 
 
-WORDS = {"model.py": "mesh|dtensor|rank|fsdp|torch.dist", "data.py": "mesh|dtensor|fsdp|torch.dist",
+FORBIDDEN = {"model.py": "mesh|dtensor|rank|fsdp|torch.dist", "data.py": "mesh|dtensor|fsdp|torch.dist",
          "text/formats.py": "mesh|dtensor|rank|fsdp"}
 
 
-def of_others(files):
-    """Words of other processes, of which the model and the data know nothing; data.py knows ranks as two integers."""
-    return [f"{path}: {word}" for path, words in WORDS.items()
-            for word in re.findall(rf"\b\w*(?:{words})\w*", files.get(path, ""), re.IGNORECASE)]
+def distributed_words(files):
+    """The model and the data know nothing about other processes; data.py knows ranks only as two integers."""
+    return [f"{path}: {word}" for path, pattern in FORBIDDEN.items()
+            for word in re.findall(rf"\b\w*(?:{pattern})\w*", files.get(path, ""), re.IGNORECASE)]
 
 
-FILES = {folders: {"ops/loss.py": ""}, top: {**dict.fromkeys(TOP, ""), "optim.py": ""},
-         of_others: {"model.py": "x = 1  # of each Rank"}}
+FILES = {  # rule -> source with one breach
+    folders: {"ops/loss.py": ""},
+    top: {**dict.fromkeys(TOP, ""), "optim.py": ""},
+    distributed_words: {"model.py": "x = 1  # of each Rank"},
+}
 
 
 @pytest.mark.repo
 @pytest.mark.parametrize("rule", FILES, ids=lambda rule: rule.__name__)
 def test_files_are_where_they_belong(rule, code):
+    """The rules about folders, the top level and forbidden words."""
     assert rule(code) == []
 
 
 @pytest.mark.parametrize("rule", FILES, ids=lambda rule: rule.__name__)
 def test_a_planted_file_is_found(rule):
+    """Each rule reports exactly its planted breach."""
     assert len(rule(FILES[rule])) == 1
 
 
@@ -210,60 +219,66 @@ def test_a_planted_file_is_found(rule):
 
 
 def budgets(files):
-    """Lines of the five files that tell the story."""
+    """The five files that people read first have a budget of lines, each and together."""
     lines = {path: len(files.get(path, "").splitlines()) for path in BUDGETS}
-    found = [f"{path} has {n} lines; its budget is {BUDGETS[path]} and a tenth" for path, n in lines.items()
-             if n > 1.1 * BUDGETS[path]]
+    breaches = [f"{path} has {n} lines; its budget is {BUDGETS[path]} plus a tenth" for path, n in lines.items()
+                if n > 1.1 * BUDGETS[path]]
     total = sum(lines.values())
-    return found + [f"together they have {total} lines, above {TOGETHER}"] * (total > TOGETHER)
+    if total > TOGETHER:
+        breaches.append(f"together they have {total} lines, more than {TOGETHER}")
+    return breaches
 
 
 def lengths(files):
-    """Functions that do not fit on a screen."""
-    found = []
+    """A function fits on a screen."""
+    breaches = []
     for path, tree in trees(files):
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                n, most = node.end_lineno - node.lineno + 1, TRAIN if (path, node.name) == ("sft.py", "train") else LONGEST
-                found += [f"{path}:{node.lineno} {node.name} has {n} lines, above {most}"] * (n > most)
-    return found
+                n = node.end_lineno - node.lineno + 1
+                limit = TRAIN if (path, node.name) == ("sft.py", "train") else LONGEST
+                if n > limit:
+                    breaches.append(f"{path}:{node.lineno} {node.name} has {n} lines, more than {limit}")
+    return breaches
 
 
 def columns(files):
-    """Lines that are too wide."""
+    """Lines are at most 110 columns wide."""
     return [f"{path}:{i} has {len(line)} columns" for path, text in sorted(files.items())
             for i, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS]
 
 
-# ---- what is not written ------------------------------------------------------------------------------------------
+# ---- forbidden constructs -----------------------------------------------------------------------------------------
 
 
 def conditionals(files):
-    """Conditional expressions inside others, or as the condition of an if or a while."""
-    found = []
+    """No conditional expression inside another, or as the condition of an if or a while."""
+    breaches = []
     for path, tree in trees(files):
         for node in ast.walk(tree):
             if isinstance(node, ast.IfExp) and any(isinstance(n, ast.IfExp) for n in ast.walk(node) if n is not node):
-                found.append(f"{path}:{node.lineno} a conditional expression inside another")
+                breaches.append(f"{path}:{node.lineno} a conditional expression inside another")
             if isinstance(node, (ast.If, ast.While)):
-                parts = [node.test]
-                for part in parts:
-                    parts += {ast.BoolOp: lambda p: p.values, ast.UnaryOp: lambda p: [p.operand]}.get(
-                        type(part), lambda p: [])(part)
-                if any(isinstance(part, ast.IfExp) for part in parts):
-                    found.append(f"{path}:{node.lineno} a conditional expression as a condition")
-    return found
+                operands = [node.test]
+                for operand in operands:  # grows while it is read: and, or and not have operands of their own
+                    if isinstance(operand, ast.BoolOp):
+                        operands += operand.values
+                    elif isinstance(operand, ast.UnaryOp):
+                        operands.append(operand.operand)
+                if any(isinstance(operand, ast.IfExp) for operand in operands):
+                    breaches.append(f"{path}:{node.lineno} a conditional expression as a condition")
+    return breaches
 
 
 def patches(files):
-    """Functions put into an attribute of an object, where a subclass or an argument would say what is called."""
+    """No function is assigned to an attribute: a subclass or an argument shows better what is called."""
     functions = {}  # module -> names of its functions
     for path, tree in trees(files):
         functions[module_of(path)] = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    found = []
+    breaches = []
     for path, tree in trees(files):
-        classes = {id(f) for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
-        named = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and id(n) not in classes}
+        methods = {id(f) for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+        named = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and id(n) not in methods}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 named |= {a.asname or a.name for a in node.names if a.name in functions.get(node.module, ())}
@@ -271,19 +286,21 @@ def patches(files):
             pairs = []
             if isinstance(node, ast.Assign):
                 for target in node.targets:
-                    both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-                    pairs += zip(target.elts, node.value.elts) if both else [(target, node.value)]
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                        pairs += zip(target.elts, node.value.elts)
+                    else:
+                        pairs.append((target, node.value))
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
                 pairs = [(ast.Attribute(), node.args[2])]
             for target, value in pairs:
                 is_function = isinstance(value, ast.Lambda) or isinstance(value, ast.Name) and value.id in named
                 if isinstance(target, ast.Attribute) and is_function:
-                    found.append(f"{path}:{node.lineno} a function is put into an attribute")
-    return found
+                    breaches.append(f"{path}:{node.lineno} a function is assigned to an attribute")
+    return breaches
 
 
 LONG = "def f():\n" + "    x = 1\n" * LONGEST
-RULES = {  # rule -> [a breach, ...]
+RULES = {  # rule -> sources that break it
     budgets: [{"lora.py": "\n" * 144}, dict.fromkeys(("sft.py", "model.py", "data.py"), "\n" * 1000)],
     lengths: [{"ops/a.py": LONG}, {"sft.py": f"class A:\n{LONG.replace('def', ' def', 1)}"},
               {"sft.py": LONG.replace("f()", "train()") + "    x = 1\n" * 10}],
@@ -299,12 +316,14 @@ RULES = {  # rule -> [a breach, ...]
 @pytest.mark.repo
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_this_repository_keeps_its_rules(rule, code):
+    """Limits on sizes and style; a fork deselects them with -m 'not repo'."""
     breaches = rule(code)
     assert not breaches, "\n".join([rule.__doc__, *breaches])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_a_planted_breach_is_found(rule):
+    """Each rule reports each source that breaks it."""
     for planted in RULES[rule]:
         assert rule(planted), planted
 
@@ -314,5 +333,6 @@ def test_a_planted_breach_is_found(rule):
     (conditionals, {"a.py": "x = (1 if a else 2, 3 if b else 4)\nif x[0 if a else 1]:\n    pass"}),
     (patches, {"a.py": "class A:\n    def g(self):\n        self.g = g\n        self.x, y = 1, lambda: 0"})],
     ids=lambda value: getattr(value, "__name__", ""))
-def test_what_is_no_breach_is_left_alone(rule, fine):
+def test_allowed_code_is_not_reported(rule, fine):
+    """Just within the limits, or similar to a breach."""
     assert rule(fine) == []
