@@ -1,9 +1,9 @@
-"""Files from a stranger: a table of what they may hold and what happens, which docs/untrusted.md prints.
+"""Untrusted files: a table of what they may contain and what happens, which is printed as docs/untrusted.md.
 
     python tests/hostile/test_untrusted.py > docs/untrusted.md
 
-Each case ends in one line that has the text of the table, or is used as the table says. None may take 20 seconds or
-half a gigabyte, run code, or bring up what stands in a file beside the directory.
+Each case ends in one error line with the text of the table, or the file is used as the table says. No case may take 20
+seconds or half a gigabyte, run code, or show the content of a file beside the directory.
 """
 
 import gzip
@@ -34,23 +34,23 @@ from settings import parser
 from text import formats
 from text.template import ChatTokenizer
 
-SECRET = "root:x:0:0"  # of the file beside the directory
+SECRET = "root:x:0:0"  # content of a file beside the directory
 CHAT = [{"role": "user", "content": "hi", "train": True}, {"role": "assistant", "content": "hello", "train": True}]
-USED = "is used: "  # a case that is no error
+USED = "is used: "  # a case that is not an error
 
 
-# What each kind of file goes through: a function of the scratch directory and what the case holds.
+# For each kind of file a function that reads it: (scratch directory, content of the case) -> what was read.
 
 
 def yaml(scratch, text):
-    """A file of settings."""
+    """Read a file of settings."""
     path = scratch / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return parser.parse(sft.Config, ["--config", str(path)])
 
 
 def model(scratch, change):
-    """A model directory: models/tiny with a change. All that train() does before it takes memory for weights."""
+    """Read models/tiny with a change: all that train() does before it allocates memory for weights."""
     directory = scratch / "model"
     shutil.copytree(TINY, directory)
     change(directory)
@@ -69,17 +69,17 @@ def read_model(directory):
 
 
 def adapter(scratch, change):
-    """A LoRA adapter of models/tiny with a change."""
+    """Read a LoRA adapter of models/tiny with a change."""
     directory = scratch / "adapter"
     directory.mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({name: torch.zeros(2, 64)}, directory / pretrained.ADAPTER_FILE)
     (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
     change(directory)
-    settings_ = peft_config.read_config(str(directory))
+    config = peft_config.read_config(str(directory))
     with torch.device("meta"):
         net = CausalLM(ModelConfig.from_dict(files.read_json(os.path.join(TINY, "config.json"))))
-    lora.inject(net, settings_, peft_config.lora_ranks(pretrained.weight_entries(str(directory))))
+    lora.inject(net, config, peft_config.lora_ranks(pretrained.weight_entries(str(directory))))
 
 
 def peft(**changes):
@@ -87,7 +87,7 @@ def peft(**changes):
 
 
 def template(scratch, source):
-    """A chat template, of one short conversation."""
+    """Render one short conversation with a chat template."""
     directory = scratch / "model"
     shutil.copytree(TINY, directory)
     (directory / "chat_template.jinja").write_text(CHATML + source, encoding="utf-8")
@@ -99,14 +99,14 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content
 
 
 def rows(scratch, content):
-    """A data file, by its bytes."""
+    """Load a data file with these bytes."""
     path = scratch / "rows.json"
     path.write_bytes(content)
     return data.load(str(path), ChatTokenizer(TINY), 64)
 
 
 def resume(scratch, change):
-    """A step directory with a change, whose manifest fits it: what stands behind the check of checksums."""
+    """Resume from a step directory with a change. Its manifest fits, so the check of checksums passes."""
     step = scratch / "checkpoints" / "step_7"
     (step / "training_state").mkdir(parents=True)
     (step / "training_state" / "state.json").write_text('{"step": 7}')
@@ -121,7 +121,7 @@ def resume(scratch, change):
     return checkpoint.load_state(found)
 
 
-# Changes of a directory.
+# Functions that change a directory.
 
 
 def put(name, content):
@@ -165,7 +165,7 @@ def index(file, more=()):
 
 
 def ranked(shape):
-    """An adapter's matrix of that shape."""
+    """An adapter's matrix of this shape."""
     name, size = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", 4 * math.prod(shape)
     text = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
     return put(pretrained.ADAPTER_FILE, len(text).to_bytes(8, "little") + text + bytes(size))
@@ -177,7 +177,7 @@ def header_of(value):
 
 
 def cached(directory):
-    """The directory as the hub's cache has it."""
+    """The directory as in the hub's cache: links into blobs."""
     home = directory.parent / "models--one--tiny"
     shutil.move(directory, home / "blobs")
     directory.mkdir()
@@ -191,7 +191,7 @@ def linked_weights(directory):
 
 
 def prefixed(directory):
-    """The package's Rust panics of it, which Python sees as a BaseException."""
+    """With this prefix the Rust code of the package panics, which is a BaseException in Python."""
     tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["model"]["continuing_subword_prefix"] = "x" * 100
     put("tokenizer.json", json.dumps(tokenizer))(directory)
@@ -218,12 +218,12 @@ DOUBLE = "{% set ns = namespace(x=%s) %}{% for i in range(99) %}{% set ns.x = %s
 
 
 def grows(first, step):
-    """A template that makes a value out of itself 99 times and prints how long it is."""
+    """A template that sets x to `first`, replaces it 99 times by `step`, and prints its length."""
     return DOUBLE.replace("%s", first, 1).replace("%s", step, 1) + "{{ ns.x|length }}"
 
 
 LOOP = "{% for i in many %}"
-LARGE, REFUSES = "million characters of one conversation", "chat template can't be used"
+LARGE, REFUSES = "million characters from one conversation", "chat template can't be used"
 
 CASES = {
     # a model directory
@@ -251,8 +251,8 @@ CASES = {
     "weights are a directory": (model, folder("model.safetensors"), "is not a file"),
     "weights are a link to /dev/zero": (model, link("model.safetensors", "/dev/zero"), "is not a file"),
     "weights are a link to a secret": (model, link("model.safetensors", "../secret"), "is torn or not safetensors"),
-    "weights are a link to weights elsewhere": (model, linked_weights, USED + "the owner's disks are laid out so; "
-                                                "only tensors of the right names and shapes are taken from there"),
+    "weights are a link to weights elsewhere": (model, linked_weights, USED + "users split weights over disks; "
+                                                "only tensors of the right names and shapes are read"),
     "weights of another shape": (model, big([4]), "does not fit its config.json"),
     "a pickle and a module beside the weights": (model, pickled, USED + "neither is opened"),
     "config.json: hidden_size 10^9": (model, settings(hidden_size=10**9), "it must be a whole number from 1 to"),
@@ -282,9 +282,9 @@ CASES = {
     "tokenizer.json is a link to a secret": (model, link("tokenizer.json", "../secret"), "is a link to"),
     "vocab.json is a link to /etc/passwd": (model, link("vocab.json", "/etc/passwd"), "is a link to"),
     "chat_template.jinja is a link to a secret": (model, link("chat_template.jinja", "../secret"), "is a link to"),
-    "merges.txt is a link to a loop": (model, link("merges.txt", "merges.txt"), USED + "as if it were not there"),
-    "all files are links of the hub's cache": (model, cached, USED + "models--NAME/blobs is the model's own"),
-    "a link inside the directory": (model, link("added_tokens.json", "config.json"), USED + "it leads to its own"),
+    "merges.txt is a link to a loop": (model, link("merges.txt", "merges.txt"), USED + "like a missing file"),
+    "all files are links of the hub's cache": (model, cached, USED + "models--NAME/blobs belongs to the model"),
+    "a link inside the directory": (model, link("added_tokens.json", "config.json"), USED + "it stays in the directory"),
     "tokenizer.json of NUL bytes": (model, put("tokenizer.json", bytes(1000)), "is not JSON"),
     "tokenizer.json is not UTF-8": (model, put("tokenizer.json", b"\xff"), "is not UTF-8 text"),
     "tokenizer.json of half a character": (model, put("tokenizer.json", "\ud800"), "is not UTF-8 text"),
@@ -298,8 +298,8 @@ CASES = {
     "adapter_config.json is a link out": (adapter, link("adapter_config.json", "../secret"), "is a link to"),
     "another kind of adapter": (adapter, peft(peft_type="x" * 10**6), "only plain LoRA, rsLoRA and DoRA"),
     "lora_alpha is a text": (adapter, peft(lora_alpha="4"), "must be numbers"),
-    "alpha_pattern that takes for ever": (adapter, peft(alpha_pattern={r"([\w.]+)+x": 1}), "repeats too much"),
-    "alpha_pattern that is no pattern": (adapter, peft(alpha_pattern={"(": 1}), "is no regular expression"),
+    "alpha_pattern that never ends": (adapter, peft(alpha_pattern={r"([\w.]+)+x": 1}), "repeats too much"),
+    "alpha_pattern that is not a pattern": (adapter, peft(alpha_pattern={"(": 1}), "is no regular expression"),
     "modules_to_save is a number": (adapter, peft(modules_to_save=7), "modules_to_save must be a list"),
     "a rank of 10^12, without columns": (adapter, ranked([10**12, 0]), "it may be from 1 to"),
     "a rank of 0": (adapter, ranked([0, 64]), "it may be from 1 to"),
@@ -349,7 +349,7 @@ CASES = {
     "bytes of a number": (template, "{{ (1).to_bytes(1000000000, 'big') }}", LARGE),
     "a batch of 10^9": (template, "{{ [1]|batch(1000000000, 'x')|list }}", LARGE),
     "lorem ipsum": (template, "{{ lipsum(1000000) }}", "'lipsum' is undefined"),
-    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}", "characters of a conversation"),
+    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}", "characters from a conversation"),
     "is 2 MB long": (template, "x" * 2**21, "its chat template has"),
     "nested 10,000 deep": (template, "{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "recursion"),
     # a file of settings
@@ -372,26 +372,26 @@ CASES = {
     "YAML: NaN": (yaml, "lr: .nan", "it must be a number"),
     "YAML: a number of 5,000 digits": (yaml, "seed: " + "9" * 5000, "it must be a whole number"),
     # a data file
-    "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row has at most"),
-    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row has at most"),
-    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]', "a row has at most"),
-    "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row has at most"),
+    "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row may have at most"),
+    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row may have at most"),
+    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]', "a row may have at most"),
+    "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row may have at most"),
     "a row nested 100,000 deep": (rows, b"[" * 100_000, "is not JSON"),
     "a line nested 1,500 deep": (rows, b'{"a":' * 1500 + b"1" + b"}" * 1500, "recursion"),
     "half a character in a content": (rows, row(content="\ud800"), "half a character"),
     "half a character in a role": (rows, row(role="\ud800"), "refuses this conversation"),
-    "NUL in a content": (rows, row(content="\0"), USED + "it is a character as others are"),
+    "NUL in a content": (rows, row(content="\0"), USED + "it is an ordinary character"),
     "NUL bytes instead of text": (rows, bytes(100), "is not JSON"),
     "NaN for a content": (rows, row(content=float("nan")), "must be a string"),
     "NaN for a weight": (rows, row(weight=float("nan")), "must be true or false"),
-    "NaN where nobody looks": (rows, (PAIR % ', "id": NaN').encode(), USED + "the key is not read"),
+    "NaN in another key": (rows, (PAIR % ', "id": NaN').encode(), USED + "the key is not read"),
     "a number of 5,000 digits": (rows, (PAIR % (', "id": ' + "9" * 5000)).encode(), "is not JSON"),
     "a weight of 10^400": (rows, row(weight=10**400), "must be true or false"),
-    "not UTF-8": (rows, b'{"prompt": "\xff"}', "can't be read as UTF-8 text"),
-    "gzip that is torn": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be read as UTF-8 text"),
+    "not UTF-8": (rows, b'{"prompt": "\xff"}', "is not UTF-8"),
+    "gzip that is torn": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be decompressed"),
     "parquet that is torn": (rows, b"PAR1" + bytes(100), "parquet"),
-    "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "can't be read as UTF-8 text"),
-    # a directory to go on from
+    "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "is not UTF-8"),
+    # a directory to resume from
     "state.json is a link to a secret": (resume, link("training_state/state.json", "../../secret"),
                                          "is a link to"),
     "state.json nested 100,000 deep": (resume, put("training_state/state.json", "[" * 100_000), "is not JSON"),
@@ -408,10 +408,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_strangers_file(name, tmp_path, monkeypatch):
+def test_an_untrusted_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(formats, "LONGEST", 10_000)  # of the same rule, in less time
+    monkeypatch.setattr(formats, "MAX_ROW", 10_000)  # lower limits take less time
     monkeypatch.setattr("text.sandbox.COST", 2**24)
     if "10 s" in expected:
         monkeypatch.setattr("text.sandbox.SECONDS", 0.5)
@@ -426,15 +426,16 @@ def test_a_strangers_file(name, tmp_path, monkeypatch):
         assert refusal and expected.replace("10 s", "0.5 s") in refusal and len(refusal) < 1500, refusal
 
 
-KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat template, behind one that works",
-         yaml: "A file of settings", rows: "A data file", resume: "A step directory, whose manifest fits"}
+KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat template, after one that works",
+         yaml: "A file of settings", rows: "A data file", resume: "A step directory with a manifest that fits"}
 
 
 def table():
     """docs/untrusted.md."""
-    lines = ["# Files from a stranger", "", "Printed by `python tests/hostile/test_untrusted.py`, which as a test runs every "
-             "case: what a file may hold, and what", "happens. An error is one line, with the text in quotes in it, and "
-             "exit code 2."]
+    lines = ["# Untrusted files: what is limited", "",
+             "What a file may contain, and what happens. An error is one line with the quoted text, and exit code 2. Every "
+             "case is",
+             "a test in tests/hostile/test_untrusted.py, and `python tests/hostile/test_untrusted.py` prints this page."]
     for kind, title in KINDS.items():
         lines += ["", f"## {title}", "", "| Case | What happens |", "|---|---|"]
         for name, (function, _, expected) in CASES.items():
@@ -447,26 +448,29 @@ def table():
 
 RULES = """## Rules
 
-- Nothing that is read is run: weights are safetensors, all else is JSON, text or YAML scalars. Pickles and modules
+- No file is executed: weights are safetensors, all other files are JSON, text or YAML scalars. Pickles and modules
   beside them are never opened.
-- Weights may be links to anywhere: disks are laid out so, and what is not safetensors of the right names and shapes is
-  refused. All other files of a model are copied into checkpoints and shown in errors, so a link has to stay in its
-  directory or lead to the `models--NAME/blobs` of the hub's cache. Nor may they be pipes, devices, or above 256 MiB.
-- Sizes in config.json are bounded, and its shapes compared with the headers of the weights, before memory is taken.
-- A chat template is sandboxed. It may make 268 million characters of one conversation (and 64 times as many as that
-  has; an item of a list counts as 32), take 10 s, and print 262,144 characters more than 16 times the conversation.
-  The filters `wordwrap` and `urlize` and the function `lipsum` are not there.
-- A row of a data file has at most 67,108,864 characters, as it is read; a file of settings 262,144 bytes.
-- A step directory is compared with its manifest. That finds damage, not forgery: who can write there can write both.
+- Weights may be links to any place, because users split weights over disks. Anything but safetensors of the right names
+  and shapes is refused. The other files of a model are copied into checkpoints and shown in errors. So a link has to
+  stay in the directory or lead to the `models--NAME/blobs` of the hub's cache, and these files may not be pipes, devices
+  or larger than 256 MiB.
+- Sizes in config.json are limited, and its shapes are compared with the headers of the weights, before memory is
+  allocated.
+- A chat template runs in a sandbox. For one conversation it may make 268 million characters plus 64 times those of the
+  conversation (an item of a list counts as 32), take 10 s, and print 262,144 characters plus 16 times those of the
+  conversation. The filters `wordwrap` and `urlize` and the function `lipsum` are removed.
+- A row of a data file has at most 67,108,864 characters after decompression; a file of settings has at most 262,144
+  bytes.
+- A step directory is compared with its manifest. This finds damage but not forgery: who can write there can also write
+  the manifest.
 
-## Not bounded
+## Not limited
 
-- The time of one operation inside a template: a method of a text of a hundred million characters ends before the clock
-  is looked at. Seconds, not hours.
-- A row group of a parquet file, which pyarrow decompresses whole, and the tokenizers package at work on a long text.
-- How many rows there are, and the disk that their cache takes. Links among data files are followed: these are not
-  copied.
-- What a model says once it is trained.
+- The time of one operation inside a template: the clock is read between operations. A method of a text of a hundred
+  million characters takes seconds, not hours.
+- A row group of a parquet file, which pyarrow decompresses at once, and the tokenizers package on a long text.
+- The number of rows, and the disk space of their cache. Links among data files are followed, as these are not copied.
+- What a trained model says.
 """
 
 
