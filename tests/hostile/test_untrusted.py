@@ -284,7 +284,8 @@ CASES = {
     "chat_template.jinja is a link to a secret": (model, link("chat_template.jinja", "../secret"), "is a link to"),
     "merges.txt is a link to a loop": (model, link("merges.txt", "merges.txt"), USED + "like a missing file"),
     "all files are links of the hub's cache": (model, cached, USED + "models--NAME/blobs belongs to the model"),
-    "a link inside the directory": (model, link("added_tokens.json", "config.json"), USED + "it stays in the directory"),
+    "a link inside the directory": (model, link("added_tokens.json", "config.json"),
+                                    USED + "it stays in the directory"),
     "tokenizer.json of NUL bytes": (model, put("tokenizer.json", bytes(1000)), "is not JSON"),
     "tokenizer.json is not UTF-8": (model, put("tokenizer.json", b"\xff"), "is not UTF-8 text"),
     "tokenizer.json of half a character": (model, put("tokenizer.json", "\ud800"), "is not UTF-8 text"),
@@ -314,7 +315,8 @@ CASES = {
     "calls open": (template, "{{ open('/etc/passwd').read() }}", "'open' is undefined"),
     "changes the messages": (template, "{{ messages.append(1) }}", "is unsafe"),
     "range(10^9)": (template, "{% for i in range(10**9) %}{% endfor %}", REFUSES),
-    "loops in loops": (template, "{% set many = range(99999) %}" + LOOP * 4 + "{% endfor %}" * 4, "takes more than 10 s"),
+    "loops in loops": (template, "{% set many = range(99999) %}" + LOOP * 4 + "{% endfor %}" * 4,
+                       "takes more than 10 s"),
     "a macro that calls itself": (template, "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     "a macro that calls itself twice": (template, "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}"
                                         "{% endmacro %}{{ m(60) }}", "takes more than 10 s"),
@@ -349,7 +351,8 @@ CASES = {
     "bytes of a number": (template, "{{ (1).to_bytes(1000000000, 'big') }}", LARGE),
     "a batch of 10^9": (template, "{{ [1]|batch(1000000000, 'x')|list }}", LARGE),
     "lorem ipsum": (template, "{{ lipsum(1000000) }}", "'lipsum' is undefined"),
-    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}", "characters from a conversation"),
+    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}",
+                    "characters from a conversation"),
     "is 2 MB long": (template, "x" * 2**21, "its chat template has"),
     "nested 10,000 deep": (template, "{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "recursion"),
     # a file of settings
@@ -374,7 +377,8 @@ CASES = {
     # a data file
     "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row may have at most"),
     "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row may have at most"),
-    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]', "a row may have at most"),
+    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]',
+                                                 "a row may have at most"),
     "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row may have at most"),
     "a row nested 100,000 deep": (rows, b"[" * 100_000, "is not JSON"),
     "a line nested 1,500 deep": (rows, b'{"a":' * 1500 + b"1" + b"}" * 1500, "recursion"),
@@ -433,9 +437,9 @@ KINDS = {model: "A model directory", adapter: "An adapter", template: "A chat te
 def table():
     """docs/untrusted.md."""
     lines = ["# Untrusted files: what is limited", "",
-             "What a file may contain, and what happens. An error is one line with the quoted text, and exit code 2. Every "
-             "case is",
-             "a test in tests/hostile/test_untrusted.py, and `python tests/hostile/test_untrusted.py` prints this page."]
+             "What a file may contain, and what happens. An error is one line with the quoted text, and exit code 2.",
+             "Every case is a test in tests/hostile/test_untrusted.py. This page is printed by",
+             "`python tests/hostile/test_untrusted.py`."]
     for kind, title in KINDS.items():
         lines += ["", f"## {title}", "", "| Case | What happens |", "|---|---|"]
         for name, (function, _, expected) in CASES.items():
@@ -452,8 +456,8 @@ RULES = """## Rules
   beside them are never opened.
 - Weights may be links to any place, because users split weights over disks. Anything but safetensors of the right names
   and shapes is refused. The other files of a model are copied into checkpoints and shown in errors. So a link has to
-  stay in the directory or lead to the `models--NAME/blobs` of the hub's cache, and these files may not be pipes, devices
-  or larger than 256 MiB.
+  stay in the directory or lead to the `models--NAME/blobs` of the hub's cache, and these files may not be pipes,
+  devices or larger than 256 MiB.
 - Sizes in config.json are limited, and its shapes are compared with the headers of the weights, before memory is
   allocated.
 - A chat template runs in a sandbox. For one conversation it may make 268 million characters plus 64 times those of the
