@@ -224,7 +224,7 @@ FAMILIES = {
         GENERATION, [], {}, [*PLAIN, chat("q", " Hi. \n", "r", "Bye.", system="s")],
         [["Hi there.<|im_end|>"], ["Hi there.<|im_end|>", "你好，world 🙂<|im_end|>"],
          [" Hi. \n<|im_end|>", "Bye.<|im_end|>"]]),
-    "has [INST] of plain words, like Mistral": (
+    "has [INST] in plain text, like Mistral": (
         MISTRAL, ["<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>"),
         [*PLAIN, chat("[INST] q [/INST]", "[/INST]")],
         [[" Hi there.</s>"], [" Hi there.</s>", " 你好，world 🙂</s>"], [" [/INST]</s>"]]),

@@ -535,13 +535,13 @@ def case_config(directory):
         "", "1", "2", "0", "-1", "0.5", "true", "none", "nan", "inf", "1e400", "1e-4", "[a,b]", "[", "{}",
         "9" * 5000, "1_0", "٣", "tiny", directory, path, "\0", "\ud800", "fsdp", "bf16", "linear"])] * 4)
     before = st.sampled_from(["--"] * 6 + ["-", "", "+", "++", "---"])
-    words = st.lists(st.one_of(st.tuples(st.builds("{}{}={}".format, before, keys, given_)),
+    arguments = st.lists(st.one_of(st.tuples(st.builds("{}{}={}".format, before, keys, given_)),
                                st.tuples(st.builds("{}{}".format, before, keys), given_),
                                st.tuples(st.builds("{}{}={}".format, before, keys, given_))), max_size=4)
 
-    def check(words, content):
+    def check(arguments, content):
         Path(path).write_bytes(content)
-        argv = [word for group in words for word in group] + ["--config", path] * (content != b"")
+        argv = [word for group in arguments for word in group] + ["--config", path] * (content != b"")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
                 _, refusal = attempt(parse, sft.Config, argv)
@@ -550,7 +550,7 @@ def case_config(directory):
                 assert end.code == 0
         count_outcome(refusal or "parsed")
 
-    return check, st.tuples(words, st.one_of(st.just(b""), yamls))
+    return check, st.tuples(arguments, st.one_of(st.just(b""), yamls))
 
 
 def case_weights(directory):
@@ -664,9 +664,9 @@ def fuzz(target, cases, directory, seed_=None):
     @settings(max_examples=cases, deadline=None, database=None, derandomize=seed_ is None, phases=phases,
               suppress_health_check=list(HealthCheck), print_blob=False)
     @given(strategy)
-    def run(words):
+    def run(case):
         try:
-            check(*words)
+            check(*case)
         except BaseException as error:  # a Rust panic is not an Exception
             if seed_ is None or isinstance(error, KeyboardInterrupt):
                 raise
@@ -674,8 +674,8 @@ def fuzz(target, cases, directory, seed_=None):
             place = os.path.relpath(frames[-1].filename, ROOT)
             kind = f"{type(error).__name__} at {place}:{frames[-1].lineno}"
             count_outcome(f"FAILED {kind.partition(':')[0]}")
-            if len(repr(words)) < len(repr(failures.get(kind, (words * 2,))[0])):
-                failures[kind] = words, traceback.format_exc()
+            if len(repr(case)) < len(repr(failures.get(kind, (case * 2,))[0])):
+                failures[kind] = case, traceback.format_exc()
 
     (run if seed_ is None else seed(seed_)(run))()
     return failures
@@ -695,7 +695,7 @@ if __name__ == "__main__":
     print(f"{asked.target}, seed {asked.seed}: {sum(outcomes.values()):,} cases")
     for outcome, n in outcomes.most_common(30):
         print(f"{n:>9,} {outcome}")
-    for kind, (words, trace) in failures.items():
+    for kind, (case, trace) in failures.items():
         short = "\n".join(line[:300] for line in trace.splitlines()[-14:])
-        print(f"\n{kind}: {words!r:.1500}\n{short}")
+        print(f"\n{kind}: {case!r:.1500}\n{short}")
     sys.exit(bool(failures))

@@ -76,9 +76,9 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def start(rows, *flags, model="tiny"):
         (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-        words = ["sft.py", "--model", model, "--train_data", tmp_path / "rows.json", "--output_dir",
+        argv = ["sft.py", "--model", model, "--train_data", tmp_path / "rows.json", "--output_dir",
                  tmp_path / "refused", "--cache_dir", "none", *flags]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
         with pytest.raises(SystemExit) as end:
             run(sft.main)
         lines = capsys.readouterr().err.splitlines()
@@ -189,7 +189,7 @@ USERS_END = chatml("m.content").replace("'<|im_end|>\\n'",
     ("{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}"
      "{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}", "0 of 4"),
     (chatml("m.content").replace("<|im_end|>", ""), "0 of 4"),
-    (USERS_END, "0 of 4")], ids=["plain words", "headers only", "ends the user's turns"])
+    (USERS_END, "0 of 4")], ids=["plain text", "headers only", "ends the user's turns"])
 def test_a_template_that_never_ends_the_turn(template, how_many, model, refused):
     """The model would never learn to stop, so the run does not start."""
     talks = [TALKS[0], chat("q", "a", "r", "b"), TALKS[2]]
@@ -233,7 +233,7 @@ def test_any_file_is_counted_or_refused(target, cases, tmp_path):
     fuzz.fuzz(target, cases, str(tmp_path))
 
 
-MISTRAL = list(FAMILIES).index("has [INST] of plain words, like Mistral")
+MISTRAL = list(FAMILIES).index("has [INST] in plain text, like Mistral")
 CALLS = b'{"messages": [{"role": "assistant", "content": "", "tool_calls": %s}]}'
 FOUND = {  # cases of the targets that once ended in a traceback or a page of text
     "a file of special tokens with null": ("tokenizer", ("special_tokens_map.json", b"null")),
@@ -277,10 +277,10 @@ FOUND = {  # cases of the targets that once ended in a traceback or a page of te
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(name, tmp_path):
     """Cases that once crashed."""
-    target, words = FOUND[name]
+    target, case = FOUND[name]
     if target == "parquet":
         pytest.importorskip("pyarrow")
-    fuzz.TARGETS[target](str(tmp_path))[0](*words)
+    fuzz.TARGETS[target](str(tmp_path))[0](*case)
 
 
 START = '{"prompt": "q", "response": "a", "x": '
@@ -326,7 +326,7 @@ def test_truncated_turns_cost_nothing(tmp_path, monkeypatch):
     max_length are searched."""
     messages, looked = chat("q", "a") * 2000, []
     token_range = data.token_range
-    monkeypatch.setattr(data, "token_range", lambda *words: (looked.append(1), token_range(*words))[1])
+    monkeypatch.setattr(data, "token_range", lambda *arguments: (looked.append(1), token_range(*arguments))[1])
     (tmp_path / "rows.json").write_text(json.dumps([{"messages": messages}]))
     dataset, (ids, mask) = data.load(str(tmp_path / "rows.json"), tiny, 64), by_pieces(messages)
     assert dataset.tokens.tolist() == ids[:64] and dataset.loss_mask.tolist() == mask[:64]

@@ -112,7 +112,7 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
     stops = [(i, phase, list(processes.EXIT_CODES)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
     planted = [("none", "none", 0, *flags, "uninterrupted")]
     planted += [(*stop, *flags, "out", "--resume_from", "auto") for stop in (*stops, ("none", "none", 0))]
-    shared([(2, ("signal_in_phase", *map(str, words))) for words in planted], tmp_path)
+    shared([(2, ("signal_in_phase", *map(str, arguments))) for arguments in planted], tmp_path)
     for rank in range(2):
         codes = [json.loads(line) for line in (tmp_path / f"codes {rank}").read_text().splitlines()]
         assert codes == [None, *(processes.EXIT_CODES[number] for _, _, number in stops), None]
@@ -124,10 +124,10 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
                                                                               marks=pytest.mark.full)])
 def test_train_sh_forwards_a_signal_and_exits_like_sft_py(number, code, tmp_path):
     """Through torchrun, without its traceback: both ranks save, and train.sh has the exit code."""
-    words = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000",
+    arguments = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000",
              "--save_steps", "1000000", "--output_dir", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHON": sys.executable}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
                           start_new_session=True) as process:
         metrics, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 60
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:

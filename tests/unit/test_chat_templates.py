@@ -116,7 +116,7 @@ def test_consecutive_questions_are_not_targets(name, tmp_path):
     answer = plain[0].replace("Hi there.", "a")
     earlier = answer.rpartition("</think>\n\n")[2]  # Qwen3's empty thought is in the last turn only
     assert target_texts(dataset, 0, tokenizer.tokenizer) == [earlier, answer]
-    assert tokenizer.is_closing == (name == "has [INST] of plain words, like Mistral")
+    assert tokenizer.is_closing == (name == "has [INST] in plain text, like Mistral")
 
 
 # ---- reasoning ------------------------------------------------------------------------------------------
@@ -130,9 +130,9 @@ def test_reasoning_that_already_says_the_answer_is_trained_to_its_end(template, 
     """The text of an answer may be in the reasoning before it too: the span still ends at the end of the turn."""
     source = {"tiny": chatml("m.content"), "Qwen3": QWEN3, "drops": DROPS_THINKING}[template]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", source))
-    said = f"<think>\n{thought}\n</think>\n\n{answer}"
-    dataset = data.load(write(tmp_path / "rows.json", [{"messages": chat("q", said)}]), tokenizer, 2048)
-    rendered = tokenizer.render(chat("q", said)).split("<|im_start|>assistant\n")[1]
+    content = f"<think>\n{thought}\n</think>\n\n{answer}"
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": chat("q", content)}]), tokenizer, 2048)
+    rendered = tokenizer.render(chat("q", content)).split("<|im_start|>assistant\n")[1]
     assert target_texts(dataset) == [rendered.removesuffix("\n")]
     assert rendered.endswith(f"</think>\n\n{answer}<|im_end|>\n")
 
@@ -155,17 +155,17 @@ def test_an_answer_of_reasoning_only_is_trained(tmp_path):
 THINKS = chatml("('<think>' + m.thinking + '</think>' if m.thinking is defined else '') + m.content")
 
 
-@pytest.mark.parametrize("said, as_content, as_thinking", [
+@pytest.mark.parametrize("reasoning, as_content, as_thinking", [
     ({"reasoning": "hm"}, "hm", "hm"), ({"thinking": "hm"}, "hm", "hm"),
     ({"reasoning_content": "hm"}, "hm", "hm"),
     ({"reasoning_content": None, "thinking": None, "reasoning": "hm"}, "hm", "hm"),
     ({"reasoning_content": ""}, "", ""), ({"reasoning": "b", "thinking": "a"}, "a", "a"),
     ({"reasoning_content": "a", "thinking": "b"}, "a", "b"),
     ({"reasoning_content": "", "reasoning": "b"}, "", "")], ids=str)
-def test_reasoning_has_three_names(said, as_content, as_thinking, tmp_path):
+def test_reasoning_has_three_names(reasoning, as_content, as_thinking, tmp_path):
     """A template that reads one of reasoning, thinking and reasoning_content gets the others too, as with
     transformers."""
-    messages = [*chat("q"), {"role": "assistant", "content": "a", **said}]
+    messages = [*chat("q"), {"role": "assistant", "content": "a", **reasoning}]
     path = write(tmp_path / "rows.json", [{"messages": messages}])
     for name, template, expected in (("a", QWEN3, f"<think>\n{as_content}\n</think>\n\na<|im_end|>"),
                                      ("b", THINKS, f"<think>{as_thinking}</think>a<|im_end|>")):

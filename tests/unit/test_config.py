@@ -53,16 +53,16 @@ def test_without_arguments_all_is_default():
     assert origins == {field.name: "default" for field in FIELDS}
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("arguments", [
     ["--seed", "7"], ["--seed=7"], ["seed=7"], ["+seed=7"], ["++seed=7"], ["trainer.seed=7"],
     ["+trainer.seed=7"],
     ["++trainer.seed=7"], ["--trainer.seed=7"], ["--trainer.seed", "7"], ["--seed", " 7 "]], ids=" ".join)
-def test_a_number_in_every_spelling(words):
+def test_a_number_in_every_spelling(arguments):
     """--x v, --x=v, x=v, a.b=c and --a.b, with or without Hydra's plus signs, mean the same."""
-    assert changed(*words) == {"seed": 7}
+    assert changed(*arguments) == {"seed": 7}
 
 
-@pytest.mark.parametrize("words, packing", [
+@pytest.mark.parametrize("arguments, packing", [
     (["--packing"], True), (["--packing", "true"], True), (["--packing=true"], True),
     (["--packing", "YES"], True),
     (["--packing=1"], True), (["packing=on"], True), (["--no-packing"], False),
@@ -70,10 +70,10 @@ def test_a_number_in_every_spelling(words):
     (["--packing=false"], False), (["--packing=False"], False), (["--packing", "0"], False),
     (["packing=no"], False),
     (["++packing=off"], False)], ids=str)
-def test_a_boolean_in_every_spelling(words, packing):
+def test_a_boolean_in_every_spelling(arguments, packing):
     """A boolean may have no value, be negated, or have a value. The argument after it is the next flag."""
     for before, after in (("--seed=5", "--lr=1"), ("seed=5", "lr=1")):
-        parsed = parse(before, *words, after)
+        parsed = parse(before, *arguments, after)
         assert (parsed.packing, parsed.seed, parsed.lr) == (packing, 5, 1.0)
 
 
@@ -101,8 +101,8 @@ def test_keys_of_verl_set_our_settings(yaml_file):
     """verl's nested names work as override, flag and nested YAML, also with the prefixes of its RL
     configurations. test_verl.py has all keys."""
     name, expected = "actor_rollout_ref.actor.optim.lr_scheduler_type", {"scheduler": "linear"}
-    for words in [f"{name}=linear"], [f"--{name}", "linear"], [f"+{name}=linear"]:
-        assert changed(*words) == expected
+    for arguments in [f"{name}=linear"], [f"--{name}", "linear"], [f"+{name}=linear"]:
+        assert changed(*arguments) == expected
     text = "actor_rollout_ref:\n  actor:\n    optim:\n      lr_scheduler_type: linear\n"
     assert changed("--config", yaml_file(text)) == expected
 
@@ -134,9 +134,9 @@ def test_yaml_lists_and_null(yaml_file):
 def test_flag_beats_yaml_beats_default(yaml_file):
     """Precedence: flag or override > YAML > default, wherever --config is. The origin names the source."""
     path = yaml_file("lr: 1e-3\nseed: 7\n")
-    for words in (["--config", path, "--lr", "1e-4"], ["--lr", "1e-4", "--config", path],
+    for arguments in (["--config", path, "--lr", "1e-4"], ["--lr", "1e-4", "--config", path],
                   ["optim.lr=1e-4", f"--config={path}"]):
-        parsed, origins = parser.parse(sft.Config, words)
+        parsed, origins = parser.parse(sft.Config, arguments)
         assert (parsed.lr, parsed.seed, parsed.epochs) == (1e-4, 7, DEFAULTS["epochs"])
         assert (origins["seed"], origins["epochs"]) == (f"{path}:2", "default")
         assert origins["lr"].startswith("flag ")
@@ -155,10 +155,10 @@ def test_hydra_names_a_file_by_directory_and_name(yaml_file, tmp_path, monkeypat
     yaml_file("seed: 7\n", "mine.yaml")
     yaml_file("seed: 8\n", "config.yaml")
     directory = str(tmp_path)
-    for words in (["--config-path", directory, "--config-name", "mine"],
+    for arguments in (["--config-path", directory, "--config-name", "mine"],
                   [f"--config-path={directory}", "--config-name=mine"],
                   ["--config-name", "mine.yaml", "--config-path", directory]):
-        assert parse(*words, "--lr=1").seed == 7
+        assert parse(*arguments, "--lr=1").seed == 7
     assert parse("--config-path", directory).seed == 8
     monkeypatch.chdir(tmp_path)
     assert parse("--config-name", "mine").seed == 7
@@ -248,16 +248,16 @@ def test_a_yaml_file_that_is_not_text_is_named(tmp_path):
 def test_two_ways_to_name_a_file_are_not_mixed(yaml_file, tmp_path):
     """--config together with --config-path or --config-name is an error: one of them would be ignored."""
     path = yaml_file("seed: 7\n")
-    for words in (["--config-name", "run"], [f"--config-path={tmp_path}", "--config-name=run"]):
+    for arguments in (["--config-name", "run"], [f"--config-path={tmp_path}", "--config-name=run"]):
         with pytest.raises(ValueError, match="--config"):
-            parse("--config", path, *words)
+            parse("--config", path, *arguments)
 
 
 def test_a_missing_yaml_file_is_named(tmp_path):
     """The error for a file that does not exist has its name."""
-    for words in (["--config", "no.yaml"], ["--config-path", str(tmp_path), "--config-name", "no"]):
+    for arguments in (["--config", "no.yaml"], ["--config-path", str(tmp_path), "--config-name", "no"]):
         with pytest.raises(FileNotFoundError, match="no.yaml"):
-            parse(*words)
+            parse(*arguments)
 
 
 @pytest.mark.parametrize("value", [
@@ -281,7 +281,7 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
 # errors for wrong arguments
 
 
-@pytest.mark.parametrize("words, say", [
+@pytest.mark.parametrize("arguments, say", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'"),
     (["--learning_rate=1"], "unknown setting 'learning_rate'; the nearest is 'lr'"),
     (["--max_seq_length", "9"], "unknown setting 'max_seq_length'; the nearest is 'max_length'"),
@@ -312,19 +312,19 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
     (["--no-output_dir"], "output_dir"), (["--no-train_data"], "train_data"),
     ([""], "unknown argument ''"), (["--"], "unknown setting ''"), (["="], "unknown setting ''"),
 ], ids=str)
-def test_a_wrong_argument_is_an_error_with_the_rule(words, say):
+def test_a_wrong_argument_is_an_error_with_the_rule(arguments, say):
     """For an unknown name the error suggests the nearest one, for a bad value it has the rule. Nothing is
     ignored."""
     with pytest.raises(ValueError, match=say) as caught:
-        parse(*words)
+        parse(*arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_negative_numbers_are_values():
     """-1 after a flag is its value, not a flag: it reaches the range check however it is written."""
-    for words in (["--lr", "-1"], ["--lr=-1"], ["lr=-1"], ["--lr", "-1e0"]):
+    for arguments in (["--lr", "-1"], ["--lr=-1"], ["lr=-1"], ["--lr", "-1e0"]):
         with pytest.raises(ValueError, match=r"--lr -1.0: it must be at least 0"):
-            parse(*words)
+            parse(*arguments)
     with pytest.raises(ValueError, match="--seed -3: it must be at least 0"):
         parse("--packing", "--seed", "-3")
 
@@ -512,11 +512,11 @@ def test_every_variable_belongs_to_a_setting():
     for name, (field, _) in VARIABLES.items():
         assert declared.get(name) == field, name
     with open(os.path.join(ROOT, "train.sh"), encoding="utf-8") as f:
-        words = {word.strip(".") for line in f if line.startswith("# ") for word in line.split()}
-    assert words >= {*VARIABLES, "CONFIG"}
+        names = {word.strip(".") for line in f if line.startswith("# ") for word in line.split()}
+    assert names >= {*VARIABLES, "CONFIG"}
 
 
-@pytest.mark.parametrize("given, words, logger", [
+@pytest.mark.parametrize("given, arguments, logger", [
     ({"WANDB_PROJECT": "p"}, [], "console,wandb"),
     ({"WANDB_PROJECT": "p", "LOGGER": "console"}, [], "console,wandb"),
     ({"WANDB_PROJECT": "p", "LOGGER": "wandb,console"}, [], "wandb,console"),
@@ -524,10 +524,10 @@ def test_every_variable_belongs_to_a_setting():
     ({"WANDB_PROJECT": "p"}, ["--logger", "tensorboard"], "tensorboard"),
     ({"WANDB_PROJECT": "p"}, ["trainer.logger=[console]"], "console"),
     ({"WANDB_PROJECT": ""}, [], "console")], ids=str)
-def test_the_project_of_wandb_adds_its_logger(given, words, logger, variables):
+def test_the_project_of_wandb_adds_its_logger(given, arguments, logger, variables):
     """WANDB_PROJECT adds wandb to the loggers, unless a flag sets the loggers."""
     variables(**given)
-    parsed = parse("--environment", *words)
+    parsed = parse("--environment", *arguments)
     assert (parsed.logger, parsed.project) == (logger, given["WANDB_PROJECT"] or None)
 
 
@@ -551,10 +551,10 @@ def test_a_wrong_value_in_a_variable_is_an_error(variables):
         parse("--environment")
 
 
-def explained(tmp_path, *words, **env):
+def explained(tmp_path, *arguments, **env):
     """What ./train.sh ... --explain prints in tmp_path, without defaults: {setting: (value, origin)}."""
     env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHON": sys.executable, **env}
-    done = subprocess.run([os.path.join(ROOT, "train.sh"), *words, "--explain"], cwd=tmp_path, env=env,
+    done = subprocess.run([os.path.join(ROOT, "train.sh"), *arguments, "--explain"], cwd=tmp_path, env=env,
                           text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     form = re.compile(r"(\w+) += (.*?) +(default|(?:flag|preset|environment) .*|\S+:\d+.*)")
@@ -568,7 +568,7 @@ PRESET = {name: (value, "preset configs/tiny.yaml") for name, value in {
     "keep_checkpoints": "2"}.items()}
 
 
-@pytest.mark.parametrize("words, env, expected", [
+@pytest.mark.parametrize("arguments, env, expected", [
     ([], {}, {}),
     (["--model", "tiny"], {}, {**PRESET, "model": ("tiny", "flag --model")}),
     (["--lr=1", "--use_lora"], {"MODEL_PATH": "tiny", "NUM_EPOCHS": "2", "BATCH_SIZE": ""},
@@ -583,10 +583,10 @@ PRESET = {name: (value, "preset configs/tiny.yaml") for name, value in {
      {**{name: (str(value), None) for name, value in DEFAULTS.items()}, "model": ("tiny", "flag --model"),
       "seed": ("5", "environment SEED")}),
 ], ids=range(6))
-def test_presets_environment_and_flags_of_train_sh(words, env, expected, tmp_path):
+def test_presets_environment_and_flags_of_train_sh(arguments, env, expected, tmp_path):
     """Precedence: preset < file < environment < flag. The preset is that of the model in the end. The example
     data is found from another directory than the project's."""
-    found = explained(tmp_path, *words, **env)
+    found = explained(tmp_path, *arguments, **env)
     for name, (value, origin) in found.items():
         assert value == expected[name][0] and expected[name][1] in (origin, None)
     assert found.keys() == expected.keys()
@@ -596,12 +596,12 @@ def test_presets_environment_and_flags_of_train_sh(words, env, expected, tmp_pat
 # --help, --explain, and errors on the screen
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--lr", "--help"], ["nonsense", "--help"]],
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--lr", "--help"], ["nonsense", "--help"]],
                          ids=" ".join)
-def test_help_lists_every_setting_with_its_default(words, capsys):
+def test_help_lists_every_setting_with_its_default(arguments, capsys):
     """Every field has its name, help, choices and default. --help works beside any other argument."""
     with pytest.raises(SystemExit) as stopped:
-        parse(*words)
+        parse(*arguments)
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
@@ -734,6 +734,6 @@ def test_the_config_of_an_older_run_still_starts(yaml_file):
     where they are."""
     path = yaml_file("lr: 1e-3\nplan: false\nmemory_gb: null\nranks: null\n")
     assert parse("--config", path).lr == 1e-3
-    for words in (["--plan"], ["--config", yaml_file("plan: true\n")], ["--memory_gb", "80"]):
+    for arguments in (["--plan"], ["--config", yaml_file("plan: true\n")], ["--memory_gb", "80"]):
         with pytest.raises(ValueError, match="tools/plan.py"):
-            parse(*words)
+            parse(*arguments)

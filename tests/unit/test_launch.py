@@ -30,25 +30,25 @@ def train_sh(*arguments, cwd, **env):
                           env={**os.environ, "PYTHON": sys.executable, **env})
 
 
-@pytest.mark.parametrize("words, line", [
+@pytest.mark.parametrize("arguments, line", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'; --help lists them all"),
     (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; use one of 1, 3")],
     ids=str)
-def test_a_wrong_setting_of_several_ranks_is_one_line(words, line, tmp_path):
+def test_a_wrong_setting_of_several_ranks_is_one_line(arguments, line, tmp_path):
     """It is found before torchrun starts."""
-    done = train_sh("--n_gpus", "3", *words, cwd=tmp_path)
+    done = train_sh("--n_gpus", "3", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"sft.py: error: {line}\n")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words, line", [
+@pytest.mark.parametrize("arguments, line", [
     (["--n_gpus", "two"], "--n_gpus two: it must be a number, at least 1"),
     (["--n_gpus=0"], "--n_gpus 0: it must be a number, at least 1"),
     (["--n_gpus"], "--n_gpus needs a number"),
     (["--setup"], "--setup needs a requirements file, such as requirements.txt"),
     (["--setup", "nothing.txt"], "--setup needs a requirements file, such as requirements.txt")], ids=str)
-def test_train_sh_names_what_is_wrong_with_its_own_flags(words, line, tmp_path):
-    done = train_sh(*words, cwd=tmp_path)
+def test_train_sh_names_what_is_wrong_with_its_own_flags(arguments, line, tmp_path):
+    done = train_sh(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.sh: error: {line}\n")
 
 
@@ -80,9 +80,9 @@ def launch(tmp_path):
     shutil.copy(os.path.join(TESTS, "programs", "planted_sft.py"), tmp_path / "project" / "sft.py")
     (tmp_path / "torch.py").write_text("raise SystemExit('a module was imported from the current directory')")
 
-    def start(*words, **env):
+    def start(*arguments, **env):
         others = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        command = [sys.executable, tmp_path / "project" / "ranks" / "launch.py", *words]
+        command = [sys.executable, tmp_path / "project" / "ranks" / "launch.py", *arguments]
         env = {**others, "LOG": str(tmp_path / "log"), **env}
         return subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE)
@@ -102,7 +102,7 @@ def test_one_process_is_sft_py_itself(launch, tmp_path):
     process = launch("--lr", "1", "--n_gpus=1", "model=x", N_GPUS="4", NNODES="")
     assert process.wait() == 0
     (line,), workers = read_log(tmp_path)
-    assert line["words"] == ["--environment", "--lr", "1", "model=x"]
+    assert line["arguments"] == ["--environment", "--lr", "1", "model=x"]
     assert line["pid"] == process.pid and workers == []
     assert "WORLD_SIZE" not in line["env"]
 
@@ -111,7 +111,7 @@ def test_one_process_is_sft_py_itself(launch, tmp_path):
 def test_flags_that_only_print_start_no_ranks(word, launch, tmp_path):
     assert launch("--n_gpus", "2", word).wait() == 0
     (line,), workers = read_log(tmp_path)
-    assert line["words"] == ["--environment", word] and line["env"]["WORLD_SIZE"] == "2" and workers == []
+    assert line["arguments"] == ["--environment", word] and line["env"]["WORLD_SIZE"] == "2" and workers == []
 
 
 def test_two_runs_at_the_same_time(launch, tmp_path):
@@ -121,12 +121,12 @@ def test_two_runs_at_the_same_time(launch, tmp_path):
     for run in runs:
         assert run.wait(timeout=60) == 0, run.stderr.read()
     checks, workers = read_log(tmp_path)
-    assert [line["words"] for line in checks] == 2 * [["--explain", "--environment", "--lr", "1"]]
+    assert [line["arguments"] for line in checks] == 2 * [["--explain", "--environment", "--lr", "1"]]
     for line in checks:
         assert line["env"] == {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
     assert sorted(line["env"]["RANK"] for line in workers) == ["0", "0", "1", "1"]
     for line in workers:
-        assert line["words"] == ["--environment", "--lr", "1"] and line["is_deaf"] and not line["safe_path"]
+        assert line["arguments"] == ["--environment", "--lr", "1"] and line["is_deaf"] and not line["safe_path"]
         assert line["env"]["OMP_NUM_THREADS"] == "1" and line["env"]["MASTER_ADDR"] == "127.0.0.1"
     assert len({line["env"]["MASTER_PORT"] for line in workers}) == 2
 
@@ -217,20 +217,20 @@ def test_a_program_without_torch_continues_in_the_venv(program, safe_path, bare,
     (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
     dot_venv(tmp_path)
-    words = ["-u", str(bare[0] / program), "some", "--words"]
+    arguments = ["-u", str(bare[0] / program), "some", "--arguments"]
     env = {**bare[1], "PYTHONSAFEPATH": safe_path}
-    done = subprocess.run(["python", *words], cwd=tmp_path, env=env, text=True, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(words) + "\n", "")
+    done = subprocess.run(["python", *arguments], cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(arguments) + "\n", "")
 
 
-@pytest.mark.parametrize("program, words, printed", [
+@pytest.mark.parametrize("program, arguments, printed", [
     ("tools/show.py", ["show", "-n", "1"], "data/example_sft.json[0]: "),
     ("sft.py", ["--help"], "Supervised fine-tuning: "), ("chat.py", ["--help"], "Talk to a model: ")])
-def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(program, words, printed, bare, dot_venv,
+def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(program, arguments, printed, bare, dot_venv,
                                                                     tmp_path):
     """In a directory without the example data, and with a file in tools/ that has the name of a package."""
     dot_venv(sys.prefix)
-    done = subprocess.run(["python", bare[0] / program, *words], cwd=tmp_path, env=bare[1], text=True,
+    done = subprocess.run(["python", bare[0] / program, *arguments], cwd=tmp_path, env=bare[1], text=True,
                           capture_output=True)
     assert done.returncode == 0 and printed in done.stdout, done.stderr
 

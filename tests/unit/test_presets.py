@@ -29,16 +29,16 @@ def changed(*arguments):
 # presets
 
 
-@pytest.mark.parametrize("words, variables, text", [
+@pytest.mark.parametrize("arguments, variables, text", [
     (["--model", "tiny"], {}, ""), (["model=tiny"], {}, ""), (["++model.path=tiny"], {}, ""),
     (["--environment"], {"MODEL_PATH": "tiny"}, ""), ([], {}, "model: tiny\n"),
     ([], {}, "model: {partial_pretrain: tiny}\n")], ids=str)
-def test_a_preset_is_applied_however_its_model_is_named(words, variables, text, monkeypatch, tmp_path):
+def test_a_preset_is_applied_however_its_model_is_named(arguments, variables, text, monkeypatch, tmp_path):
     """By a flag, an override, the environment or a file, with our name or verl's. The origin is the preset."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "run.yaml").write_text(text)
-    values, origins = changed(*words, *(["--config", str(tmp_path / "run.yaml")] if text else []))
+    values, origins = changed(*arguments, *(["--config", str(tmp_path / "run.yaml")] if text else []))
     assert values == {"model": "tiny", **TINY}
     assert {origins[name] for name in TINY} == {"preset configs/tiny.yaml"}
 
@@ -64,19 +64,19 @@ def test_only_defaults_have_lower_precedence_than_a_preset(monkeypatch, tmp_path
     assert origins["keep_checkpoints"] == "preset configs/tiny.yaml" and origins["lr"] == "flag --lr"
 
 
-@pytest.mark.parametrize("words", [["--environment", "--epochs", "5"], ["--epochs", "5", "--environment"]])
-def test_a_flag_beats_the_environment_wherever_it_stands(words, monkeypatch):
+@pytest.mark.parametrize("arguments", [["--environment", "--epochs", "5"], ["--epochs", "5", "--environment"]])
+def test_a_flag_beats_the_environment_wherever_it_stands(arguments, monkeypatch):
     monkeypatch.delenv("CONFIG", raising=False)
     monkeypatch.setenv("NUM_EPOCHS", "2")
-    values, origins = changed(*words)
+    values, origins = changed(*arguments)
     assert values["epochs"] == 5 and origins["epochs"] == "flag --epochs"
 
 
 def test_a_line_of_a_preset_that_has_no_effect_is_skipped():
     """lora_modules_to_save needs LoRA and does not work with --resume_adapter."""
     assert changed("--model=tiny", "--use_lora")[0]["lora_modules_to_save"] == "embed_tokens"
-    for words in ["--no-use_lora"], ["--use_lora", "--resume_adapter", "a"]:
-        assert "lora_modules_to_save" not in changed("--model=tiny", *words)[0]
+    for arguments in ["--no-use_lora"], ["--use_lora", "--resume_adapter", "a"]:
+        assert "lora_modules_to_save" not in changed("--model=tiny", *arguments)[0]
 
 
 def test_python_and_train_sh_are_the_same_run(tmp_path):
@@ -132,7 +132,7 @@ class Toy:
         check(self)
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("arguments, message", [
     ("--rank 9", "--rank 9 does nothing without --adapter"),
     ("--rank 8", "--rank 8 does nothing without --adapter"),  # the default, but set
     ("rank=8", "--rank 8 does nothing without --adapter"),
@@ -143,20 +143,20 @@ class Toy:
     ("--environment", "RANK_OF_IT=8 has no effect without --adapter; unset it or add --adapter"),
     ("--environment --adapter --resume a", "RANK_OF_IT=8 does not work with --resume; remove one of them"),
 ], ids=str)
-def test_a_setting_must_have_an_effect(words, message, monkeypatch):
+def test_a_setting_must_have_an_effect(arguments, message, monkeypatch):
     """An ignored flag would mislead, even at its default. A value of the environment is named by its
     variable."""
     monkeypatch.setenv("RANK_OF_IT", "8")
     with pytest.raises(ValueError) as caught:
-        parser.parse(Toy, words.split())
+        parser.parse(Toy, arguments.split())
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("arguments", [
     "--adapter --rank 8", "--no-adapter", "--resume none", "--adapter --resume a",
     "--adapter --scaled --width 1", "--adapter --resume a --resume none --rank 8"])
-def test_a_setting_with_an_effect_is_accepted(words):
-    parser.parse(Toy, words.split())
+def test_a_setting_with_an_effect_is_accepted(arguments):
+    parser.parse(Toy, arguments.split())
 
 
 def test_a_file_may_have_every_setting(tmp_path):
@@ -193,8 +193,8 @@ def test_switching_off_what_is_off_is_accepted():
     "lora_dora": True, "lora_modules_to_save": "embed_tokens"}.items())
 def test_settings_of_a_new_adapter_do_not_work_with_an_existing_one(name, value):
     """An existing adapter has its own settings, so the flag would be ignored."""
-    words = ["--use_lora", "--resume_adapter", "a", f"--{name}={value}"]
+    arguments = ["--use_lora", "--resume_adapter", "a", f"--{name}={value}"]
     with pytest.raises(ValueError, match=f"{name}.* does not work with --resume_adapter"):
-        parser.parse(sft.Config, words)
+        parser.parse(sft.Config, arguments)
     with pytest.raises(ValueError, match=f"{name}.* does nothing without --use_lora"):
-        parser.parse(sft.Config, words[-1:])
+        parser.parse(sft.Config, arguments[-1:])

@@ -87,12 +87,12 @@ def is_trained(message):
 
 def by_ids(family, ids, messages):
     """The loss mask from ids alone: the tokens after each opening, up to and with the first that ends a turn."""
-    words, n = [family.ours.tokenizer.id_to_token(i) for i in ids], len(family.opening)
-    starts = [i + n for i in range(len(words) - n + 1) if all(map(str.startswith, words[i : i + n], family.opening))]
+    tokens, n = [family.ours.tokenizer.id_to_token(i) for i in ids], len(family.opening)
+    starts = [i + n for i in range(len(tokens) - n + 1) if all(map(str.startswith, tokens[i : i + n], family.opening))]
     answers, mask = [m for m in messages if m["role"] == "assistant"], [False] * len(ids)
     assert len(starts) == len(answers) + (family.name == "llama3")  # whose last header has no answer
     for start, answer in zip(starts, answers):
-        stop = words.index(family.end, start) + 1
+        stop = tokens.index(family.end, start) + 1
         mask[start:stop] = [is_trained(answer)] * (stop - start)
     return mask
 
@@ -416,7 +416,7 @@ REFUSED = {  # name: (template, conversation, the error after the name of the ro
     "marks the last answer only": (
         MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"), chat("q", "a", "r", "b"),
         "marks 1 answers as generated, but the conversation has 2"),
-    "marks words and end apart": (
+    "marks text and stop token separately": (
         MARKED.replace("{{- '<|im_end|>' }}", "{%- endgeneration %}{%- generation %}{{- '<|im_end|>' }}"),
         chat("q", "a", "r", "b"), "marks 4 answers as generated, but the conversation has 2"),
 }

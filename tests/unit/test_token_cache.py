@@ -147,7 +147,8 @@ def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
     """Of three processes at once, one writes the entry. The others wait for its lock and read the same."""
     processes = [started("slow_tokenise", EXAMPLES, TINY, tmp_path) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]
-    assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
+    assert sorted(map(len, outputs)) == [1, 1, 2]
+    assert len({lines[-1] for lines in outputs}) == 1
 
 
 def test_the_holder_of_the_lock_shows_progress(tmp_path, monkeypatch):

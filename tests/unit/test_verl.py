@@ -108,9 +108,9 @@ def parse(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else name)
 
-    def run(text, *words):
+    def run(text, *arguments):
         (tmp_path / "verl.yaml").write_text(text, encoding="utf-8")
-        parsed, _ = parser.parse(sft.Config, ["--config", "verl.yaml", *words])
+        parsed, _ = parser.parse(sft.Config, ["--config", "verl.yaml", *arguments])
         values = {k: v for k, v in dataclasses.asdict(parsed).items() if v != DEFAULTS[k]}
         return values, capsys.readouterr().err.splitlines()
 
@@ -186,17 +186,17 @@ def test_a_run_of_the_shipped_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "sft_trainer.yaml").write_text(LEGACY, encoding="utf-8")
     (tmp_path / "gsm8k.json").write_text('[{"question": "1 + 1?", "answer": "2", "id": 7}]', encoding="utf-8")
     for files, rows in (os.path.join(ROOT, "data", "example_sft.json"), 72), ("gsm8k.json", 1):
-        words = ["--config-path", ".", "--config-name", "sft_trainer", f"data.train_files={files}",
+        arguments = ["--config-path", ".", "--config-name", "sft_trainer", f"data.train_files={files}",
                  "model.partial_pretrain=tiny", "trainer.total_training_steps=1",
                  f"trainer.experiment_name={rows}"]
-        monkeypatch.setattr(sys, "argv", ["sft.py", *words])
+        monkeypatch.setattr(sys, "argv", ["sft.py", *arguments])
         sft.main()
         printed = capsys.readouterr()
         assert f"rows     {rows} in = {rows} trained" in printed.out
         assert "wandb is not installed" in printed.err
         assert os.path.isdir(f"checkpoints/gsm8k-sft/{rows}/checkpoints/step_1")
         saved = parser.parse(sft.Config, ["--config", f"checkpoints/gsm8k-sft/{rows}/config.yaml"])[0]
-        assert saved == parser.parse(sft.Config, words)[0]  # the saved file starts the same run again
+        assert saved == parser.parse(sft.Config, arguments)[0]  # the saved file starts the same run again
 
 
 def nested(values):
@@ -464,9 +464,9 @@ def test_a_length_of_zero_is_refused_beside_micro_batches_by_tokens(parse):
         parse("", "data.max_length=0", "data.max_token_len_per_gpu=9000")
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("arguments", [
     ["model.lora_alpha=16"], ["model.target_modules=all-linear"], ["trainer.test_freq=after_each_epoch"],
     ["model.lora_adapter_path=a", "model.lora_rank=8", "model.lora_alpha=16"]], ids=" ".join)
-def test_a_repeated_default_of_verl_is_accepted(words, parse):
+def test_a_repeated_default_of_verl_is_accepted(arguments, parse):
     """verl's commands repeat defaults. A value without effect is an error only with our own names."""
-    assert parse("", *words)[1] == []
+    assert parse("", *arguments)[1] == []
