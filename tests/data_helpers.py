@@ -1,4 +1,4 @@
-"""What the tests of the data path share: conversations, ChatML by hand, and templates of each kind."""
+"""Shared by the tests of the data path: conversations, an independent reading of ChatML, templates of each kind."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def sources(dataset):
 
 
 def assert_is(dataset, expected):
-    """The dataset's conversations are these (ids, mask), in this order."""
+    """Assert that the dataset has these conversations (ids, loss mask), in this order."""
     assert len(dataset) == len(expected)
     for i, (ids, mask) in enumerate(expected):
         here = slice(dataset.starts[i], dataset.starts[i + 1])
@@ -33,24 +33,25 @@ def assert_is(dataset, expected):
 
 
 def mixed(tmp_path, *sizes):
+    """Paths of files with so many rows each."""
     return [write(tmp_path / f"{i}.json", [{"prompt": f"q{i}", "response": f"r{i} {j}"} for j in range(n)])
             for i, n in enumerate(sizes)]
 
 
 def lognormal(count, seed=0):
-    """Lengths as of real conversations: median 120, a long tail, cut at 2,048."""
+    """Lengths like those of real conversations: median 120, a long tail, at most 2,048."""
     normal = np.random.default_rng(seed).standard_normal(count)
     return np.clip(120 * np.exp(normal), 8, 2048).astype(np.int64)
 
 
-# ---- ChatML by hand: an oracle that shares no code with data.py -----------------------------------------
+# ---- an independent reading of ChatML: an oracle that shares no code with data.py -----------------------
 
 
 def by_hand(messages, raw=RAW):
-    """(ids, mask) of ChatML: each piece between special tokens is encoded alone, and bytes say where a token
-    begins.
+    """(ids, loss mask) of ChatML. Each text between special tokens is encoded by itself.
 
-    A token of a byte-level vocabulary has one character a byte, so no offsets of the library are needed.
+    In a byte-level vocabulary a token has one character per byte. So lengths of tokens give the place of each,
+    without the library's offsets.
     """
     start, end = raw.token_to_id("<|im_start|>"), raw.token_to_id("<|im_end|>")
     newline = raw.encode("\n").ids
@@ -79,8 +80,7 @@ answers = contents.filter(str.strip)
 
 @st.composite
 def conversations(draw):
-    """Messages in ChatML's order, or in any other that the tiny template takes; some answers are not
-    trained."""
+    """Messages in the usual order, or in any other that the tiny template accepts. Some answers are not trained."""
     roles = draw(st.one_of(st.integers(1, 3).map(lambda n: ["user", "assistant"] * n),
                            st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=5).filter(
                                lambda roles: "assistant" in roles)))
@@ -224,7 +224,7 @@ FAMILIES = {
         GENERATION, [], {}, [*PLAIN, chat("q", " Hi. \n", "r", "Bye.", system="s")],
         [["Hi there.<|im_end|>"], ["Hi there.<|im_end|>", "你好，world 🙂<|im_end|>"],
          [" Hi. \n<|im_end|>", "Bye.<|im_end|>"]]),
-    "has [INST] of plain words, like Mistral": (
+    "has [INST] in plain text, like Mistral": (
         MISTRAL, ["<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>"),
         [*PLAIN, chat("[INST] q [/INST]", "[/INST]")],
         [[" Hi there.</s>"], [" Hi there.</s>", " 你好，world 🙂</s>"], [" [/INST]</s>"]]),

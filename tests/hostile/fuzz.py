@@ -1,12 +1,12 @@
-"""Whatever a file holds, it is used as it is meant, or refused with one line that names it.
+"""Random files: each is used correctly, or refused with one error line that names it.
 
     python tests/hostile/fuzz.py data --cases 100000 [--seed N]
     targets: data (rows), json and parquet (bytes of data files), template, tokenizer, config, weights, resume
 
-Hypothesis makes the cases. Each ends in a value, which is checked against a count made here, or in an error
-that settings.errors.run prints as one line, see helpers.attempt. Anything else, and what takes too long, is a
-failure: the shortest of each kind is printed. What was found is kept in test_ledger.py, which runs some
-hundred cases of this too.
+Hypothesis generates the cases. Each ends in a value, which is compared with a count made here, or in an error
+that settings.errors.run prints as one line, see helpers.attempt. Any other error, or a case that takes too
+long, is a failure; the shortest one of each kind is printed. test_ledger.py has the failures that were found,
+and runs some hundred cases too.
 """
 
 import argparse
@@ -40,27 +40,27 @@ import data  # noqa: E402
 from text import formats  # noqa: E402
 from text.template import ChatTokenizer  # noqa: E402
 
-ended = Counter()  # how the cases ended, for the report
+outcomes = Counter()  # how often each outcome was, for the report
 
 
-def note(outcome):
-    """Count an outcome by its words, without those that a case brings in."""
+def count_outcome(outcome):
+    """Count an outcome by its text, without the parts that come from the case."""
     text = str(outcome).replace("n't", " not")
     text = re.sub(r"(?s)'.*?'|\".*?\"|\[.*|\{.*|\S*/\S+|here\[0\]|[^ -~]+|\d+", "…", text)
-    ended[" ".join(text.split())[:60]] += 1
+    outcomes[" ".join(text.split())[:60]] += 1
 
 
 # ----------------------------------------------------------------------------------------------------------
 # conversations and rows
 
-WEIRD = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>assistant\n",
+UNUSUAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>assistant\n",
          "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n", "<|im_", "end|>", "assistant\n", "user\n",
          "system", "<think>", "</think>", "<think>\nhm\n</think>\n\n", "{{ x }}", "{% generation %}",
          "\ufdd0", "\ufdd1", "\ufdd2", "\ufeff", "\ufffd", "\0", "\x1c", "\x85", "\u200b", "\u202e", "\u2028",
          "\u0301", "e\u0301", "🙂", "👩‍👩‍👧", "🇨🇳", "你好，世界。", "\u3000", "\u00a0", " ", "  ", "\n", "\n\n",
          "\r\n", "\t", "word " * 60, "a" * 700, "\n" * 90, '"', "\\", "\\ud800", "'s", "0", "42",
          "def f(x):\n    return x\n"]
-texts = st.lists(st.one_of(st.sampled_from(WEIRD), st.text(max_size=6)), max_size=5).map("".join)
+texts = st.lists(st.one_of(st.sampled_from(UNUSUAL), st.text(max_size=6)), max_size=5).map("".join)
 answers = texts.filter(str.strip)
 marks = st.sampled_from([{}] * 4 + [{"train": True}, {"train": False}, {"weight": 1}, {"weight": 0},
                                     {"weight": 0.0}, {"train": True, "weight": 0}])
@@ -72,8 +72,7 @@ def is_trained(message):
 
 @st.composite
 def conversations(draw):
-    """Messages that the tiny template takes: a system message may be the first, the others come in any
-    order."""
+    """Messages that the tiny template accepts: a system message may be the first, others have any order."""
     alternating = st.integers(1, 3).map(lambda n: ["user", "assistant"] * n)
     any_order = st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=5)
     roles = draw(st.one_of(alternating, alternating, any_order.filter(lambda r: "assistant" in r)))
@@ -84,7 +83,7 @@ def conversations(draw):
 
 @st.composite
 def rows(draw):
-    """(a row in any of the accepted shapes, its messages)."""
+    """(a row in any of the accepted formats, its messages)"""
     messages = draw(conversations())
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
     turns = [{k: v for k, v in m.items() if k in ("role", "content")} for m in messages[system is not None :]]
@@ -98,11 +97,11 @@ def rows(draw):
         return {shape: messages, **extra}, messages
     if shape == "from":
         senders = {"user": ("human", "user"), "assistant": ("gpt", "assistant"), "system": ("system",)}
-        said = [{"from": draw(st.sampled_from(senders[m["role"]])), "value": m["content"],
-                 **{k: m[k] for k in ("train", "weight") if k in m}} for m in messages]
+        sharegpt = [{"from": draw(st.sampled_from(senders[m["role"]])), "value": m["content"],
+                     **{k: m[k] for k in ("train", "weight") if k in m}} for m in messages]
         if system and draw(st.booleans()):
-            return {"conversations": said[1:], "system": system, **extra}, messages
-        return {"conversations": said, **extra}, messages
+            return {"conversations": sharegpt[1:], "system": system, **extra}, messages
+        return {"conversations": sharegpt, **extra}, messages
     messages = ([{"role": "system", "content": system}] if system else []) + turns
     around = {"system": system} if system or draw(st.booleans()) else {}
     if shape == "pair":
@@ -133,7 +132,7 @@ extras = st.dictionaries(st.sampled_from(["tool_calls", "tool_calls", "reasoning
 
 @st.composite
 def damaged(draw, value):
-    """A JSON value with something else in one place of it."""
+    """A JSON value with a change in one place."""
     if not isinstance(value, (list, dict)) or not value or draw(st.integers(0, 5)) == 0:
         return draw(values)
     value = value.copy()
@@ -152,8 +151,7 @@ def damaged(draw, value):
 
 @st.composite
 def damaged_rows(draw):
-    """A row whose messages have further keys, or one with one or two places wrong, or any JSON value at
-    all."""
+    """A row whose messages have more keys, a row with one or two wrong places, or any JSON value."""
     row, messages = draw(rows())
     if draw(st.booleans()):
         return {"messages": [{**message, **draw(extras)} for message in messages], **draw(extras)}
@@ -169,8 +167,11 @@ options = st.fixed_dictionaries({
 
 
 def by_pieces(messages, on_prompt=False):
-    """(ids, mask) of ChatML with models/tiny's tokenizer, without offsets: what stands between two special
-    tokens is encoded alone, and a token's letters, one a byte, say where it begins."""
+    """(ids, loss mask) of ChatML with the tokenizer of models/tiny, without its offsets.
+
+    Each text between special tokens is encoded by itself. A token has one character per byte, so lengths of
+    tokens give the place of each.
+    """
     special = {i: token.content for i, token in RAW.get_added_tokens_decoder().items()}
     start, end, newline = (RAW.encode(text).ids for text in ("<|im_start|>", "<|im_end|>", "\n"))
     ids, mask = [], []
@@ -187,33 +188,33 @@ def by_pieces(messages, on_prompt=False):
 
 
 def count(conversations_, max_length, too_long, train_on_prompt, train_on):
-    """(the conversations that are trained as (row, ids, mask), what the ledger must say), counted by hand."""
-    kept, says, dropped = [], Counter(), Counter()
+    """([(row, ids, loss mask) of each trained conversation], expected numbers of the ledger)."""
+    kept, expected, dropped = [], Counter(), Counter()
     for row, messages in enumerate(conversations_):
         if train_on == "last":
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             messages = [m if i == last or m["role"] != "assistant" else {**m, "train": False, "weight": 0}
                         for i, m in enumerate(messages)]
         ids, mask = by_pieces(messages, train_on_prompt)
-        says.update(rows=1, tokens=len(ids))
+        expected.update(rows=1, tokens=len(ids))
         is_long, cut = len(ids) > max_length, min(len(ids), max_length)
         reason = ("too long" if is_long and too_long == "drop" else None if any(mask[:cut]) else
                   "without targets" + (" after truncation" if is_long else ""))
         if reason:
             dropped[reason] += 1
-            says.update(in_dropped_rows=len(ids))
+            expected.update(in_dropped_rows=len(ids))
             continue
         kept.append((row, ids[:cut], mask[:cut]))
-        says.update(trained=1, target=sum(mask[:cut]), context=cut - sum(mask[:cut]),
-                    truncated=len(ids) - cut, rows_truncated=is_long)
+        expected.update(trained=1, target=sum(mask[:cut]), context=cut - sum(mask[:cut]),
+                        truncated=len(ids) - cut, rows_truncated=is_long)
     return kept, {**dict.fromkeys(("rows", "tokens", "in_dropped_rows", "trained", "target", "context",
-                                   "truncated", "rows_truncated"), 0), **says, "dropped": dict(dropped)}
+                                   "truncated", "rows_truncated"), 0), **expected, "dropped": dict(dropped)}
 
 
-def assert_counts(dataset, path, kept, says):
-    """A dataset holds exactly these conversations, and its ledger says what was counted."""
+def assert_counts(dataset, path, kept, expected):
+    """The dataset has exactly these conversations, and its ledger these numbers."""
     ledger = dataclasses.asdict(dataset.ledger)
-    assert {name: ledger[name] for name in says} == says
+    assert {name: ledger[name] for name in expected} == expected
     assert ledger["rows"] == ledger["trained"] + sum(ledger["dropped"].values())
     parts = "target context truncated in_dropped_rows".split()
     assert ledger["tokens"] == sum(ledger[name] for name in parts)
@@ -231,9 +232,8 @@ def assert_counts(dataset, path, kept, says):
 
 
 def check_load(path, conversations_, how, tokenizer):
-    """Load a file whose conversations are known: counted exactly, or refused where, and only where, it has to
-    be."""
-    kept, says = count(conversations_, **how)
+    """Load a file with known conversations: they are counted exactly, or refused if and only if they have to be."""
+    kept, expected = count(conversations_, **how)
     dataset, refusal = attempt(data.load, path, tokenizer, **how, naming=path)
     longest = max((len(by_pieces(messages)[0]) for messages in conversations_), default=0)
     if how["too_long"] == "error" and longest > how["max_length"]:
@@ -242,34 +242,33 @@ def check_load(path, conversations_, how, tokenizer):
         assert "no row is left to train on" in refusal
     else:
         assert refusal is None, refusal
-        assert_counts(dataset, path, kept, says)
-    note(refusal or "trained")
+        assert_counts(dataset, path, kept, expected)
+    count_outcome(refusal or "trained")
 
 
 def check_rows(path, batch, how):
-    """Rows whose messages are known, as an array or lines, are trained to the token."""
+    """Rows with known messages, as an array or lines, are trained exactly."""
     write(path, [row for row, _ in batch], lines=len(batch) % 2 == 0)
     check_load(path, [messages for _, messages in batch], how, tiny)
 
 
 def check_damaged_rows(path, batch, how):
-    """Rows with anything in any place: what to_messages makes of them is trained to the token, or a row is
-    refused."""
+    """Rows with any change: the messages that to_messages makes are trained exactly, or the row is refused."""
     write(path, batch)
     messages = []
     for i, row in enumerate(batch):
-        said, refusal = attempt(formats.to_messages, row, f"{path}[{i}]", naming=f"{path}[{i}]")
+        read, refusal = attempt(formats.to_messages, row, f"{path}[{i}]", naming=f"{path}[{i}]")
         if refusal is None:
-            _, refusal = attempt(tiny.render_spans, said, f"{path}[{i}]", row.get("tools"),
+            _, refusal = attempt(tiny.render_spans, read, f"{path}[{i}]", row.get("tools"),
                                  naming=f"{path}[{i}]")
-        if refusal is None and not is_text(said):
+        if refusal is None and not is_text(read):
             refusal = f"{path}[{i}]: half a character"
         if refusal:
             _, first = attempt(data.load, path, tiny, **{**how, "too_long": "truncate"}, naming=path)
             place = len(f"{path}[{i}]: half a character")
             assert first and first.startswith(refusal[:place]), (first, refusal)
-            return note(refusal)
-        messages.append(said)
+            return count_outcome(refusal)
+        messages.append(read)
     check_load(path, messages, how, tiny)
 
 
@@ -286,11 +285,11 @@ def write(path, batch, lines=False):
         f.write("\n".join(map(json.dumps, batch)) if lines else json.dumps(batch))
 
 
-# A target: directory -> (a function that checks one case, a strategy of its arguments).
+# A target: a function of a directory that returns (a function that checks one case, a strategy for its arguments).
 
 
 def case_data(directory):
-    """Rows: two of three cases are as they should be."""
+    """Rows: two of three cases are correct."""
     path = os.path.join(directory, "rows.json")
 
     def check(good, batch, how):
@@ -313,7 +312,7 @@ PIECES = [b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"[", b"]", b"{", b"
 
 @st.composite
 def broken(draw, content, most=4):
-    """Bytes with up to `most` flips, cuts, insertions, doubled stretches."""
+    """Bytes with up to `most` changes: flipped, cut, inserted or repeated bytes."""
     for _ in range(draw(st.integers(0, most))):
         at, n = draw(st.integers(0, len(content))), draw(st.integers(0, 60))
         how = draw(st.integers(0, 5))
@@ -338,7 +337,7 @@ EXAMPLES = [content if len(content) < 4000
 
 @st.composite
 def files(draw):
-    """Bytes of a damaged data file, some in gzip, which may be damaged as well."""
+    """Bytes of a damaged data file, some compressed with gzip, which may be damaged too."""
     content = draw(broken(draw(st.sampled_from(EXAMPLES))))
     if draw(st.integers(0, 3)) == 0:
         content = draw(broken(gzip.compress(content, 1, mtime=0), 1))
@@ -346,10 +345,10 @@ def files(draw):
 
 
 def by_python(content):
-    """The rows of a file by json.loads of the whole text or of whole lines; None where it is not JSON."""
+    """The rows of a file by json.loads of the full text or of each line; None if it is not JSON."""
     try:
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-        text = io.StringIO(text, newline=None).read()  # line ends as a text file's
+        text = io.StringIO(text, newline=None).read()  # line ends as in a text file
         if text.lstrip()[:1] == "[":
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -358,7 +357,7 @@ def by_python(content):
 
 
 def check_bytes(path, content):
-    """Read as Python's parser reads the whole; then trained or refused as rows are."""
+    """The rows equal those of Python's parser, and are then trained or refused like other rows."""
     Path(path).write_bytes(content)
     expected = by_python(content)
     got, refusal = attempt(lambda: list(formats.read_file(path)), naming=path)
@@ -369,7 +368,7 @@ def check_bytes(path, content):
     if expected is None or "\\ud" in ascii(expected):
         _, refusal = attempt(data.load, path, tiny, **how, naming=path)
         assert refusal or expected
-        return note(refusal or "trained, half a character is where no one looks")
+        return count_outcome(refusal or "trained, half a character is in an unused key")
     check_damaged_rows(path, got, how) if got else attempt(data.load, path, tiny, **how, naming=path)
 
 
@@ -387,15 +386,15 @@ def case_parquet(directory):
     path = os.path.join(directory, "rows.parquet")
     batch = [{"prompt": f"q{i}", "response": f"answer {i}", "n": [i] * i} for i in range(50)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(batch), path)
-    whole = Path(path).read_bytes()
+    content_of_file = Path(path).read_bytes()
 
     def check(content):
         Path(path).write_bytes(content)
         dataset, refusal = attempt(data.load, path, tiny, 2048, naming=path)
         assert refusal or dataset.ledger.rows == len(dataset)
-        note(refusal or "trained")
+        count_outcome(refusal or "trained")
 
-    return check, st.tuples(broken(whole, 2))
+    return check, st.tuples(broken(content_of_file, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -411,8 +410,7 @@ CODE = ["{%", "%}", "{{", "}}", "{#", "'", "(", ")", "|", ".", "x", " ", "\\n", 
 
 
 def case_template(directory):
-    """The text of any conversation is transformers', or neither renders it; in a changed template, or none is
-    used."""
+    """The text of any conversation equals that of transformers, or both refuse it. Some templates are changed."""
     from transformers import AutoTokenizer
 
     made = []
@@ -437,24 +435,25 @@ def case_template(directory):
                 f.write(source)
             ours, refusal = attempt(ChatTokenizer, path, naming=path)
             if refusal:
-                return note(refusal)
+                return count_outcome(refusal)
         messages = [{**m, **(more if m["role"] == "assistant" else {})} for m in messages]
-        said, refusal = attempt(formats.to_messages, {"messages": messages}, "here[0]", naming="here[0]")
+        read, refusal = attempt(formats.to_messages, {"messages": messages}, "here[0]", naming="here[0]")
         if refusal:
-            return note(refusal)
-        found, refusal = attempt(ours.render_spans, said, "here[0]", tools, naming="here[0]")
-        note(refusal or "rendered")
+            return count_outcome(refusal)
+        rendered, refusal = attempt(ours.render_spans, read, "here[0]", tools, naming="here[0]")
+        count_outcome(refusal or "rendered")
         if refusal:
             return
-        text, spans = found
-        turns = [m for m in said if m["role"] == "assistant"]
-        assert [trained for *_, trained in spans] == [m["train"] for m in turns]
-        assert all(0 <= start <= stop <= len(text) for start, stop, *_ in spans)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
-        assert not [span for span in spans if span[2] and ours.turn_end not in text[span[0] : span[1]]]
-        if not changed:  # these templates strip contents and drop reasoning, and leave the rest as it is
-            for (start, stop, whole, _), message in zip(spans, turns):
-                assert whole and text[:stop].endswith(ours.turn_end)
+        text, spans = rendered
+        turns = [m for m in read if m["role"] == "assistant"]
+        assert [span.is_trained for span in spans] == [m["train"] for m in turns]
+        assert all(0 <= span.start <= span.stop <= len(text) for span in spans)
+        assert all(a.stop <= b.start for a, b in zip(spans, spans[1:]))
+        with_stop_token = [span for span in spans if span.has_stop_token]
+        assert all(ours.turn_end in text[span.start : span.stop] for span in with_stop_token)
+        if not changed:  # these templates strip contents and drop reasoning, but change nothing else
+            for (start, stop, has_stop_token, _), message in zip(spans, turns):
+                assert has_stop_token and text[:stop].endswith(ours.turn_end)
                 turn = text[start:stop].removesuffix(ours.turn_end).strip()
                 if thinks[which]:
                     assert turn.endswith(message["content"].rpartition("</think>")[2].strip())
@@ -462,12 +461,12 @@ def case_template(directory):
                     assert turn == message["content"].strip()
                 assert ours.marks_answers or text[:start].endswith(ours.header)
             plain = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
-            with contextlib.suppress(UnicodeEncodeError):  # half a character, which data.load refuses
+            with contextlib.suppress(UnicodeEncodeError):  # half a character: data.load refuses it
                 assert text == theirs.apply_chat_template(plain, tools=tools, tokenize=False)
 
     @st.composite
     def edits(draw):
-        """A function that changes a template's source in a few places."""
+        """A function that changes the source of a template in a few places."""
         draws = draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.integers(0, 3),
                                         st.sampled_from(
             CODE)), min_size=1, max_size=3))
@@ -488,7 +487,7 @@ def case_template(directory):
 
 
 def case_tokenizer(directory):
-    """tokenizer.json, tokenizer_config.json or special_tokens_map.json, damaged: loads, or is named."""
+    """One of tokenizer.json, tokenizer_config.json and special_tokens_map.json is damaged: it loads, or is named."""
     path = os.path.join(directory, "model")
     shutil.copytree(TINY, path)
     read = {name: Path(path, name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
@@ -499,9 +498,9 @@ def case_tokenizer(directory):
     read["special_tokens_map.json"] = b'{"eos_token": {"content": "<|im_end|>", "lstrip": false}}'
 
     def check(name, content):
-        for other, whole in read.items():
-            Path(path, other).write_bytes(content if other == name else whole)
-        note(attempt(ChatTokenizer, path, naming=path)[1] or "used")
+        for other, undamaged in read.items():
+            Path(path, other).write_bytes(content if other == name else undamaged)
+        count_outcome(attempt(ChatTokenizer, path, naming=path)[1] or "used")
 
     return check, st.sampled_from(sorted(read)).flatmap(lambda name: st.tuples(st.just(name), st.one_of(
         broken(read[name], 2), damaged(json.loads(read[name])).map(json.dumps).map(str.encode))))
@@ -512,13 +511,13 @@ def case_tokenizer(directory):
 
 
 def case_config(directory):
-    """Words of the command line and a YAML file."""
+    """Arguments of the command line and a YAML file."""
     import sft
     from settings import verl
     from settings.parser import parse
 
     path = os.path.join(directory, "run.yaml")
-    whole = Path(ROOT, "config.yaml").read_bytes()
+    defaults = Path(ROOT, "config.yaml").read_bytes()
     lines = st.lists(st.sampled_from([
         b"lr: 1e-4", b"use_lora: true", b"model: tiny", b"batch_size: 8", b"data:", b"  train_files: a.json",
         b"trainer:", b"  total_epochs: 2", b"actor_rollout_ref:", b"  actor:", b"    strategy: fsdp", b"- a",
@@ -527,44 +526,43 @@ def case_config(directory):
         b"lr: '1e-4", b"\t lr: 1", b"defaults: [a]", b"null: 1", b"[a]: 1", b"{a: 1}: 2", b"1: 1",
         b"lora_targets: [q_proj, v_proj]", b"# x"]),
         max_size=6).map(b"\n".join)
-    yamls = st.one_of(broken(whole), lines, lines.flatmap(broken), st.sampled_from(PIECES))
+    yamls = st.one_of(broken(defaults), lines, lines.flatmap(broken), st.sampled_from(PIECES))
     ours = st.sampled_from([f.name for f in dataclasses.fields(sft.Config)])
-    keys = st.one_of(ours, ours, ours, st.sampled_from(sorted(verl.rows())), texts, st.sampled_from(
+    keys = st.one_of(ours, ours, ours, st.sampled_from(sorted(verl.entries())), texts, st.sampled_from(
         ["config", "config-path", "config-name", "no-packing", "no-lr", "help", "explain", "environment",
          "a.b.c", ""]))
     given_ = st.one_of(texts, *[st.sampled_from([
         "", "1", "2", "0", "-1", "0.5", "true", "none", "nan", "inf", "1e400", "1e-4", "[a,b]", "[", "{}",
         "9" * 5000, "1_0", "٣", "tiny", directory, path, "\0", "\ud800", "fsdp", "bf16", "linear"])] * 4)
     before = st.sampled_from(["--"] * 6 + ["-", "", "+", "++", "---"])
-    words = st.lists(st.one_of(st.tuples(st.builds("{}{}={}".format, before, keys, given_)),
+    arguments = st.lists(st.one_of(st.tuples(st.builds("{}{}={}".format, before, keys, given_)),
                                st.tuples(st.builds("{}{}".format, before, keys), given_),
                                st.tuples(st.builds("{}{}={}".format, before, keys, given_))), max_size=4)
 
-    def check(words, content):
+    def check(arguments, content):
         Path(path).write_bytes(content)
-        argv = [word for group in words for word in group] + ["--config", path] * (content != b"")
+        argv = [word for group in arguments for word in group] + ["--config", path] * (content != b"")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
                 _, refusal = attempt(parse, sft.Config, argv)
             except SystemExit as end:
                 refusal = None
                 assert end.code == 0
-        note(refusal or "parsed")
+        count_outcome(refusal or "parsed")
 
-    return check, st.tuples(words, st.one_of(st.just(b""), yamls))
+    return check, st.tuples(arguments, st.one_of(st.just(b""), yamls))
 
 
 def case_weights(directory):
-    """A safetensors file, or an index and its files, damaged: entries that lie inside their files, or a
-    refusal."""
+    """A damaged safetensors file, or index and files: the entries are inside their files, or it is refused."""
     import torch
     from safetensors.torch import save
 
     from disk import pretrained
 
     tensors = {f"model.layers.{i}.weight": torch.arange(6.0).reshape(2, 3) for i in range(4)}
-    halves = [save({n: tensors[n] for n in part}, {"format": "pt"})
-              for part in (list(tensors)[:2], list(tensors)[2:])]
+    halves = [save({n: tensors[n] for n in names}, {"format": "pt"})
+              for names in (list(tensors)[:2], list(tensors)[2:])]
     weight_map = {n: f"{i // 2}.safetensors" for i, n in enumerate(tensors)}
     index = {"metadata": {"total_size": 96}, "weight_map": weight_map}
     header = json.loads(halves[0][8 : 8 + int.from_bytes(halves[0][:8], "little")])
@@ -586,7 +584,7 @@ def case_weights(directory):
             elif os.path.exists(path):
                 os.remove(path)
         entries, refusal = attempt(pretrained.weight_entries, directory, naming=directory)
-        note(refusal or "read")
+        count_outcome(refusal or "read")
         for entry in (entries or {}).values():
             size = math.prod(entry.shape) * pretrained.DTYPES[entry.dtype].itemsize
             assert 0 < entry.start <= entry.start + size <= os.path.getsize(entry.file)
@@ -596,9 +594,8 @@ def case_weights(directory):
 
 
 def case_resume(directory):
-    """A checkpoints directory with anything in it: a step directory with a whole state, or none, or a
-    refusal. Its manifest is damaged, alone or with a checksum of its own that fits, or fits whatever the
-    state is."""
+    """A checkpoints directory with any content: a step directory with a complete state, no step, or a refusal.
+    The manifest is damaged, is damaged with a checksum of its own that fits, or fits any state."""
     from disk import checkpoint
 
     state = {"step": 7, "data": "abc", "seed": 42, "best": {"val_loss": 1.5, "step": 3, "behind": 0}}
@@ -608,7 +605,7 @@ def case_resume(directory):
     manifest = checkpoint.manifest(**sums)
 
     def signed(value):
-        """A damaged manifest with the checksum that makes it look as it was saved."""
+        """A damaged manifest with a checksum that fits it."""
         text = json.dumps(value, indent=2)
         if not isinstance(value, dict):
             return text.encode()
@@ -638,12 +635,12 @@ def case_resume(directory):
         found, refusal = attempt(checkpoint.resume_directory, asked, root, naming="--resume_from")
         if found and not refusal:
             _, refusal = attempt(checkpoint.verify, found, naming=found)
-            assert refusal or manifest_ is None or content == saved, "damage that nobody saw"
+            assert refusal or manifest_ is None or content == saved, "damage that was not detected"
             if refusal:
-                return note(refusal)
+                return count_outcome(refusal)
             state, refusal = attempt(checkpoint.load_state, found, naming="state.json")
             assert refusal or isinstance(state, dict) and isinstance(state.get("step"), int), state
-        note(refusal or f"resumes {bool(found)}")
+        count_outcome(refusal or f"resumes {bool(found)}")
 
     asked = st.sampled_from(["auto"] * 9 + ["step_7", "latest", "", "\0", "step_x"])
     return check, st.tuples(states, manifests, steps, links, asked)
@@ -656,26 +653,29 @@ TARGETS = {"data": case_data, "json": case_json, "parquet": case_parquet, "templ
 
 
 def fuzz(target, cases, directory, seed_=None):
-    """Run so many cases of a target. Without a seed always the same ones, and the smallest that fails raises;
-    with one return {kind of failure: (the shortest case, its traceback)}."""
+    """Run a number of cases of a target.
+
+    Without a seed the cases are always the same, and the smallest one that fails raises. With a seed, returns
+    {kind of failure: (the shortest case, its traceback)}.
+    """
     check, strategy = TARGETS[target](directory)
     failures, phases = {}, (Phase.generate,) if seed_ is not None else (Phase.generate, Phase.shrink)
 
     @settings(max_examples=cases, deadline=None, database=None, derandomize=seed_ is None, phases=phases,
               suppress_health_check=list(HealthCheck), print_blob=False)
     @given(strategy)
-    def run(words):
+    def run(case):
         try:
-            check(*words)
-        except BaseException as error:  # a panic of Rust is no Exception
+            check(*case)
+        except BaseException as error:  # a Rust panic is not an Exception
             if seed_ is None or isinstance(error, KeyboardInterrupt):
                 raise
             frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ROOT)]
             place = os.path.relpath(frames[-1].filename, ROOT)
             kind = f"{type(error).__name__} at {place}:{frames[-1].lineno}"
-            note(f"FAILED {kind.partition(':')[0]}")
-            if len(repr(words)) < len(repr(failures.get(kind, (words * 2,))[0])):
-                failures[kind] = words, traceback.format_exc()
+            count_outcome(f"FAILED {kind.partition(':')[0]}")
+            if len(repr(case)) < len(repr(failures.get(kind, (case * 2,))[0])):
+                failures[kind] = case, traceback.format_exc()
 
     (run if seed_ is None else seed(seed_)(run))()
     return failures
@@ -692,10 +692,10 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")
     with tempfile.TemporaryDirectory() as scratch:
         failures = fuzz(asked.target, asked.cases, scratch, asked.seed)
-    print(f"{asked.target}, seed {asked.seed}: {sum(ended.values()):,} cases")
-    for outcome, n in ended.most_common(30):
+    print(f"{asked.target}, seed {asked.seed}: {sum(outcomes.values()):,} cases")
+    for outcome, n in outcomes.most_common(30):
         print(f"{n:>9,} {outcome}")
-    for kind, (words, trace) in failures.items():
+    for kind, (case, trace) in failures.items():
         short = "\n".join(line[:300] for line in trace.splitlines()[-14:])
-        print(f"\n{kind}: {words!r:.1500}\n{short}")
+        print(f"\n{kind}: {case!r:.1500}\n{short}")
     sys.exit(bool(failures))

@@ -1,6 +1,6 @@
-"""The ledger on five adversarial data sets, from flags to metrics.jsonl; and a few hundred cases of fuzz.py.
+"""The ledger (the count of every row and token) on five adversarial data sets, and a few hundred cases of fuzz.py.
 
-What has to be counted is counted here from token ids, with the tokenizers library, and nothing of data.py.
+The expected numbers are counted here from token ids, with the tokenizers library and without data.py.
 """
 
 import gzip
@@ -29,8 +29,7 @@ END, BOS = RAW.token_to_id("<|im_end|>"), RAW.token_to_id("<|endoftext|>")
 
 @pytest.fixture
 def model(tmp_path):
-    """A function: chat template, tokenizer_config's keys -> models/tiny with that tokenizer, in a
-    directory."""
+    """A function: chat template, keys of tokenizer_config.json -> a directory with models/tiny and these."""
 
     def make(template=None, raw=None, **config):
         shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -41,8 +40,8 @@ def model(tmp_path):
 
 @pytest.fixture
 def ledger(train, tmp_path, capsys):
-    """A function: rows and flags -> (lines of metrics.jsonl, the ledger's numbers as they are printed), after
-    one epoch through sft.main; the two lines have to balance."""
+    """A function: rows and flags -> (lines of metrics.jsonl, numbers of the printed ledger), after one epoch of
+    sft.main. It asserts that the ledger's two lines balance."""
 
     def start(rows, *flags, model="tiny", out="out"):
         (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -55,29 +54,31 @@ def ledger(train, tmp_path, capsys):
                     r"tokens +(?P<tokens>\d+) in = (?P<target>\d+) target \+ (?P<context>\d+) context \+ "
                     r"(?P<truncated>\d+) truncated( \(of (?P<cut>\d+) rows\))?"
                     r"( \+ (?P<lost>\d+) in dropped rows)?")
-        found = {}
+        texts = {}
         for pattern, line in zip(patterns, lines, strict=True):
-            found.update(re.fullmatch(pattern, line).groupdict())
-        reasons = {reason: int(n) for n, reason in re.findall(r" (\d+) ([a-z ]+)", found.pop("reasons"))}
-        says = {name: int(value or 0) for name, value in found.items()}
-        assert sum(reasons.values()) == says["dropped"] and says["rows"] == says["trained"] + says["dropped"]
-        assert says["tokens"] == says["target"] + says["context"] + says["truncated"] + says["lost"]
-        assert sum(step["target_tokens"] for step in steps) == says["target"]
-        assert sum(step["tokens"] for step in steps) == says["target"] + says["context"]
-        return steps, {**says, "reasons": reasons}
+            texts.update(re.fullmatch(pattern, line).groupdict())
+        reasons = {reason: int(n) for n, reason in re.findall(r" (\d+) ([a-z ]+)", texts.pop("reasons"))}
+        counts = {name: int(value or 0) for name, value in texts.items()}
+        assert sum(reasons.values()) == counts["dropped"]
+        assert counts["rows"] == counts["trained"] + counts["dropped"]
+        assert counts["tokens"] == (
+            counts["target"] + counts["context"] + counts["truncated"] + counts["lost"])
+        assert sum(step["target_tokens"] for step in steps) == counts["target"]
+        assert sum(step["tokens"] for step in steps) == counts["target"] + counts["context"]
+        return steps, {**counts, "reasons": reasons}
 
     return start
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """A function: rows and flags -> the one line that the run ends with, having trained nothing."""
+    """A function: rows and flags -> the one error line of a run that trained nothing."""
 
     def start(rows, *flags, model="tiny"):
         (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-        words = ["sft.py", "--model", model, "--train_data", tmp_path / "rows.json", "--output_dir",
+        argv = ["sft.py", "--model", model, "--train_data", tmp_path / "rows.json", "--output_dir",
                  tmp_path / "refused", "--cache_dir", "none", *flags]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
         with pytest.raises(SystemExit) as end:
             run(sft.main)
         lines = capsys.readouterr().err.splitlines()
@@ -95,8 +96,7 @@ ROWS = [{"messages": messages} for messages in TALKS]
 
 
 def counted(talks, max_length=10**6, before=0):
-    """(tokens, targets, those cut off) of conversations in ChatML with `before` tokens of context in front of
-    each."""
+    """(tokens, targets, truncated tokens) of conversations in ChatML, each after `before` tokens of context."""
     pieces = [(before + len(ids), mask) for ids, mask in map(by_pieces, talks)]
     return (sum(n for n, _ in pieces), sum(sum(mask[: max_length - before]) for _, mask in pieces),
             sum(max(0, n - max_length) for n, _ in pieces))
@@ -107,8 +107,7 @@ def counted(talks, max_length=10**6, before=0):
 
 
 def test_pad_equals_eos(model, ledger, tmp_path):
-    """A pad token that also ends turns takes no target away: each turn trains its end, though its id is the
-    pad's."""
+    """If the stop token is also the pad token, every turn still trains it."""
     directory = model(pad_token="<|im_end|>", eos_token="<|im_end|>")
     steps, says = ledger(ROWS, "--batch_size", 2, model=directory)
     tokens, targets, _ = counted(TALKS)
@@ -121,7 +120,7 @@ def test_pad_equals_eos(model, ledger, tmp_path):
 
 
 def test_over_long_prompts(ledger, refused):
-    """A prompt longer than max_length leaves no target: its row is dropped and counted, others are cut and
+    """A row whose prompt is longer than max_length has no target: it is dropped. Others are truncated. Both are
     counted."""
     talks = [chat("word " * 60, "lost"), chat("q", "words " * 60), chat("q", "short"),
              chat("word " * 20, "x", "r", "y")]
@@ -148,7 +147,7 @@ def test_over_long_prompts(ledger, refused):
 
 @pytest.mark.parametrize("reply", ["", " ", "\n\t\u3000"])
 def test_empty_replies(reply, refused):
-    """An answer without words is refused by the name of its row, wherever it stands, trained or not."""
+    """An empty answer is an error with the name of its row, wherever it is, trained or not."""
     empty = {"role": "assistant", "content": reply}
     rows = [{"prompt": "q", "response": reply}, {"messages": [*chat("q"), {**empty, "train": False}]},
             {"messages": [*chat("q"), empty, *chat("r", "b")]},
@@ -159,14 +158,14 @@ def test_empty_replies(reply, refused):
 
 
 def adds_bos(raw):
-    """A tokenizer that puts its BOS before what it encodes, as Llama's does."""
+    """A tokenizer that adds a BOS, like Llama's."""
     raw.post_processor = processors.TemplateProcessing("<|endoftext|> $A",
                                                        special_tokens=[("<|endoftext|>", BOS)])
     return raw
 
 
 def test_a_template_that_adds_the_bos_itself(model, ledger, tmp_path):
-    """The text begins with a BOS and the tokenizer would add one: there is one, which is context."""
+    """The text begins with a BOS and the tokenizer would add another: the dataset has one, as context."""
     raw = adds_bos(Tokenizer.from_file(os.path.join(TINY, "tokenizer.json")))
     assert raw.encode("<|endoftext|>x").ids[:2] == [BOS, BOS]
     directory = model("{{- bos_token }}" + chatml("m.content"), raw, bos_token="<|endoftext|>")
@@ -190,9 +189,9 @@ USERS_END = chatml("m.content").replace("'<|im_end|>\\n'",
     ("{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}"
      "{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}", "0 of 4"),
     (chatml("m.content").replace("<|im_end|>", ""), "0 of 4"),
-    (USERS_END, "0 of 4")], ids=["plain words", "headers only", "ends the user's turns"])
+    (USERS_END, "0 of 4")], ids=["plain text", "headers only", "ends the user's turns"])
 def test_a_template_that_never_ends_the_turn(template, how_many, model, refused):
-    """The model would never learn to stop: the run does not start, and says so."""
+    """The model would never learn to stop, so the run does not start."""
     talks = [TALKS[0], chat("q", "a", "r", "b"), TALKS[2]]
     error = refused([{"messages": messages} for messages in talks], model=model(template))
     assert f"rows.json: only {how_many} assistant turns train a token that ends them: the model" in error
@@ -202,9 +201,9 @@ SOMETIMES = chatml("m.content").replace("'<|im_end|>\\n'",
                                         "('\\n' if m.content == 'endless' else '<|im_end|>\\n')")
 
 
-def test_99_percent_of_the_turns_must_train_their_end(model, ledger, refused):
-    """99 of 100 do: the run starts. 98 of 99 do not, nor 197 of 199; turns that are cut or not trained do not
-    count."""
+def test_99_percent_of_the_turns_must_train_their_stop_token(model, ledger, refused):
+    """With 99 of 100 the run starts, with 98 of 99 or 197 of 199 it does not. Turns that are truncated or not
+    trained do not count."""
     directory = model(SOMETIMES)
     endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
     untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
@@ -227,22 +226,22 @@ def test_99_percent_of_the_turns_must_train_their_end(model, ledger, refused):
 
 
 @pytest.mark.parametrize("target, cases", [("data", 200), ("json", 200), ("parquet", 60), ("tokenizer", 60)])
-def test_whatever_a_file_holds_is_counted_or_refused(target, cases, tmp_path):
-    """Each case is trained as it is counted by hand, or ends in one line of our own that names the file."""
+def test_any_file_is_counted_or_refused(target, cases, tmp_path):
+    """Each case is trained as counted here, or ends in one error line that names the file."""
     if target == "parquet":
         pytest.importorskip("pyarrow")
     fuzz.fuzz(target, cases, str(tmp_path))
 
 
-MISTRAL = list(FAMILIES).index("has [INST] of plain words, like Mistral")
+MISTRAL = list(FAMILIES).index("has [INST] in plain text, like Mistral")
 CALLS = b'{"messages": [{"role": "assistant", "content": "", "tool_calls": %s}]}'
-FOUND = {  # what ended with a traceback, or a page of text, before: a case of the target
+FOUND = {  # cases of the targets that once ended in a traceback or a page of text
     "a file of special tokens with null": ("tokenizer", ("special_tokens_map.json", b"null")),
     "a special token without content": ("tokenizer", ("tokenizer_config.json", b'{"pad_token": {}}')),
-    "a template that is no text": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": {}}')),
-    "templates by name that are no texts": (
+    "a template that is not a text": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": {}}')),
+    "templates by name that are not texts": (
         "tokenizer", ("tokenizer_config.json", b'{"chat_template": [1, {}]}')),
-    "a tokenizer that is none": ("tokenizer", ("tokenizer.json", b"{}")),
+    "an empty object for a tokenizer": ("tokenizer", ("tokenizer.json", b"{}")),
     "a tokenizer that is not UTF-8": ("tokenizer", ("tokenizer.json", b'{"a": "\xff"}')),
     "a configuration that is not UTF-8": ("tokenizer", ("tokenizer_config.json", b'{"a": "\xff"}')),
     "a break outside a loop": ("tokenizer", ("tokenizer_config.json", b'{"chat_template": "{% break %}"}')),
@@ -259,12 +258,12 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
     "half a byte order mark in gzip": ("json", (gzip.compress(b"\xef\xbb"),)),
     "a number beside a call": (
         "template", (-1, chat("q", "a"), {"content": 5, "tool_calls": [{}]}, None, ())),
-    # whose header is that of no answer
-    "an answer of no words behind another answer": ("template", (
+    # the header of such an answer belongs to no answer
+    "an empty answer after another answer": ("template", (
         MISTRAL, [*chat("q", "a"), {"role": "assistant", "content": "</think>"}, *chat("r")], {}, None, ())),
-    "an answer before any prompt, whose words are then asked": ("template", (MISTRAL, [
+    "an answer before any prompt, whose text is then the prompt": ("template", (MISTRAL, [
         {"role": "assistant", "content": "x"}, *chat("x"), *chat("x")], {}, None, ())),
-    "an answer before any prompt, whose words the last one has": ("template", (MISTRAL, [
+    "an answer before any prompt, whose text a later prompt has": ("template", (MISTRAL, [
         {"role": "assistant", "content": "x"}, *chat("y"), *chat("x"), *chat("z")], {}, None, ())),
     "a page of a tokenizer's error": (
         "tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
@@ -277,15 +276,15 @@ FOUND = {  # what ended with a traceback, or a page of text, before: a case of t
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(name, tmp_path):
-    """Cases that once were crashes."""
-    target, words = FOUND[name]
+    """Cases that once crashed."""
+    target, case = FOUND[name]
     if target == "parquet":
         pytest.importorskip("pyarrow")
-    fuzz.TARGETS[target](str(tmp_path))[0](*words)
+    fuzz.TARGETS[target](str(tmp_path))[0](*case)
 
 
 START = '{"prompt": "q", "response": "a", "x": '
-# name: (how a row begins, what follows so many times, how it ends, what the error says if it is refused)
+# name: (beginning of a row, text, how often the text is repeated, end of the row, error or None)
 TRAPS = {
     "50 MB in one line": (START + '"', "word ", 10**7, '"}', None),
     "50 MB in one line that does not end": (START + '"', "word ", 10**7, "", "Unterminated string"),
@@ -293,7 +292,7 @@ TRAPS = {
     "100,000 objects in one another": (START, '{"a":', 10**5, "1" + "}" * (10**5 + 1), "recursion"),
     "a number of 100,000 digits": (START, "9", 10**5, "}", "limit"),
     "a fraction of 100,000 digits": (START + "0.", "9", 10**5, "}", None),
-    "no numbers": (START, "[NaN, Infinity, -Infinity, 1e999]", 1, "}", None),
+    "NaN and infinities": (START, "[NaN, Infinity, -Infinity, 1e999]", 1, "}", None),
     "NaN as an answer": ('{"prompt": "q", "response": ', "NaN", 1, "}", "must be a string, it is nan"),
     "NaN as a weight": ('{"messages": [{"role": "user", "content": "q", "weight": ', "NaN", 1, "}]}",
                         "it is nan"),
@@ -304,8 +303,7 @@ TRAPS = {
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.parametrize("lines", [True, False], ids=["lines", "array"])
 def test_a_trap(name, lines, tmp_path):
-    """Long, deep, large, doubled: trained like any other, or refused, in seconds and a few times its size of
-    memory."""
+    """Long, deep, large or repeated: trained, or refused, in seconds and with memory of a few times the size."""
     before, piece, times, after, say = TRAPS[name]
     text = before + piece * times + after
     path = tmp_path / "rows.json"
@@ -323,12 +321,12 @@ def test_a_trap(name, lines, tmp_path):
         assert dataset.tokens.tolist() == ids and dataset.loss_mask.tolist() == mask
 
 
-def test_turns_that_are_cut_off_cost_nothing(tmp_path, monkeypatch):
-    """Finding a turn's tokens is a walk over the conversation's: of 2,000 turns those within max_length take
-    it."""
+def test_truncated_turns_cost_nothing(tmp_path, monkeypatch):
+    """Finding the tokens of a turn walks over those of the conversation. Of 2,000 turns only those within
+    max_length are searched."""
     messages, looked = chat("q", "a") * 2000, []
     token_range = data.token_range
-    monkeypatch.setattr(data, "token_range", lambda *words: (looked.append(1), token_range(*words))[1])
+    monkeypatch.setattr(data, "token_range", lambda *arguments: (looked.append(1), token_range(*arguments))[1])
     (tmp_path / "rows.json").write_text(json.dumps([{"messages": messages}]))
     dataset, (ids, mask) = data.load(str(tmp_path / "rows.json"), tiny, 64), by_pieces(messages)
     assert dataset.tokens.tolist() == ids[:64] and dataset.loss_mask.tolist() == mask[:64]

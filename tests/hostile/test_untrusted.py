@@ -34,23 +34,23 @@ from settings import parser
 from text import formats
 from text.template import ChatTokenizer
 
-SECRET = "root:x:0:0"  # of the file beside the directory
+SECRET = "root:x:0:0"  # content of a file beside the directory
 CHAT = [{"role": "user", "content": "hi", "train": True}, {"role": "assistant", "content": "hello", "train": True}]
 USED = "is used: "  # a case that is not an error
 
 
-# What each kind of file goes through: a function of the scratch directory and what the case holds.
+# For each kind of file a function that reads it: (scratch directory, content of the case) -> what was read.
 
 
 def yaml(scratch, text):
-    """A file of settings."""
+    """Read a file of settings."""
     path = scratch / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return parser.parse(sft.Config, ["--config", str(path)])
 
 
 def model(scratch, change):
-    """A model directory: models/tiny with a change. All that train() does before it takes memory for weights."""
+    """Read models/tiny with a change: all that train() does before it allocates memory for weights."""
     directory = scratch / "model"
     shutil.copytree(TINY, directory)
     change(directory)
@@ -69,17 +69,17 @@ def read_model(directory):
 
 
 def adapter(scratch, change):
-    """A LoRA adapter of models/tiny with a change."""
+    """Read a LoRA adapter of models/tiny with a change."""
     directory = scratch / "adapter"
     directory.mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({name: torch.zeros(2, 64)}, directory / pretrained.ADAPTER_FILE)
     (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
     change(directory)
-    settings_ = peft_config.read_config(str(directory))
+    config = peft_config.read_config(str(directory))
     with torch.device("meta"):
         net = CausalLM(ModelConfig.from_dict(files.read_json(os.path.join(TINY, "config.json"))))
-    lora.inject(net, settings_, peft_config.lora_ranks(pretrained.weight_entries(str(directory))))
+    lora.inject(net, config, peft_config.lora_ranks(pretrained.weight_entries(str(directory))))
 
 
 def peft(**changes):
@@ -87,7 +87,7 @@ def peft(**changes):
 
 
 def template(scratch, source):
-    """A chat template, of one short conversation."""
+    """Render one short conversation with a chat template."""
     directory = scratch / "model"
     shutil.copytree(TINY, directory)
     (directory / "chat_template.jinja").write_text(CHATML + source, encoding="utf-8")
@@ -99,14 +99,14 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content
 
 
 def rows(scratch, content):
-    """A data file, by its bytes."""
+    """Load a data file with these bytes."""
     path = scratch / "rows.json"
     path.write_bytes(content)
     return data.load(str(path), ChatTokenizer(TINY), 64)
 
 
 def resume(scratch, change):
-    """A step directory with a change, whose manifest fits it: what stands behind the check of checksums."""
+    """Resume from a step directory with a change. Its manifest fits, so the check of checksums passes."""
     step = scratch / "checkpoints" / "step_7"
     (step / "training_state").mkdir(parents=True)
     (step / "training_state" / "state.json").write_text('{"step": 7}')
@@ -121,7 +121,7 @@ def resume(scratch, change):
     return checkpoint.load_state(found)
 
 
-# Changes of a directory.
+# Functions that change a directory.
 
 
 def put(name, content):
@@ -165,7 +165,7 @@ def index(file, more=()):
 
 
 def ranked(shape):
-    """An adapter's matrix of that shape."""
+    """An adapter's matrix of this shape."""
     name, size = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", 4 * math.prod(shape)
     text = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
     return put(pretrained.ADAPTER_FILE, len(text).to_bytes(8, "little") + text + bytes(size))
@@ -177,7 +177,7 @@ def header_of(value):
 
 
 def cached(directory):
-    """The directory as the hub's cache has it."""
+    """The directory as in the hub's cache: links into blobs."""
     home = directory.parent / "models--one--tiny"
     shutil.move(directory, home / "blobs")
     directory.mkdir()
@@ -191,7 +191,7 @@ def linked_weights(directory):
 
 
 def prefixed(directory):
-    """The package's Rust panics of it, which Python sees as a BaseException."""
+    """With this prefix the Rust code of the package panics, which is a BaseException in Python."""
     tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["model"]["continuing_subword_prefix"] = "x" * 100
     put("tokenizer.json", json.dumps(tokenizer))(directory)
@@ -218,12 +218,12 @@ DOUBLE = "{% set ns = namespace(x=%s) %}{% for i in range(99) %}{% set ns.x = %s
 
 
 def grows(first, step):
-    """A template that makes a value out of itself 99 times and prints how long it is."""
+    """A template that sets x to `first`, replaces it 99 times by `step`, and prints its length."""
     return DOUBLE.replace("%s", first, 1).replace("%s", step, 1) + "{{ ns.x|length }}"
 
 
 LOOP = "{% for i in many %}"
-LARGE, REFUSES = "million characters of one conversation", "chat template can't be used"
+LARGE, REFUSES = "million characters from one conversation", "chat template can't be used"
 
 CASES = {
     # a model directory
@@ -316,7 +316,8 @@ CASES = {
     "calls open": (template, "{{ open('/etc/passwd').read() }}", "'open' is undefined"),
     "changes the messages": (template, "{{ messages.append(1) }}", "is unsafe"),
     "range(10^9)": (template, "{% for i in range(10**9) %}{% endfor %}", REFUSES),
-    "loops in loops": (template, "{% set many = range(99999) %}" + LOOP * 4 + "{% endfor %}" * 4, "takes more than 10 s"),
+    "loops in loops": (template, "{% set many = range(99999) %}" + LOOP * 4 + "{% endfor %}" * 4,
+                       "takes more than 10 s"),
     "a macro that calls itself": (template, "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     "a macro that calls itself twice": (template, "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}"
                                         "{% endmacro %}{{ m(60) }}", "takes more than 10 s"),
@@ -351,7 +352,8 @@ CASES = {
     "bytes of a number": (template, "{{ (1).to_bytes(1000000000, 'big') }}", LARGE),
     "a batch of 10^9": (template, "{{ [1]|batch(1000000000, 'x')|list }}", LARGE),
     "lorem ipsum": (template, "{{ lipsum(1000000) }}", "'lipsum' is undefined"),
-    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}", "characters of a conversation"),
+    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}",
+                    "characters from a conversation"),
     "is 2 MB long": (template, "x" * 2**21, "its chat template has"),
     "nested 10,000 deep": (template, "{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "recursion"),
     # a file of settings
@@ -374,10 +376,11 @@ CASES = {
     "YAML: NaN": (yaml, "lr: .nan", "it must be a number"),
     "YAML: a number of 5,000 digits": (yaml, "seed: " + "9" * 5000, "it must be a whole number"),
     # a data file
-    "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row has at most"),
-    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row has at most"),
-    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]', "a row has at most"),
-    "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row has at most"),
+    "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row may have at most"),
+    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row may have at most"),
+    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]',
+                                                 "a row may have at most"),
+    "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row may have at most"),
     "a row nested 100,000 deep": (rows, b"[" * 100_000, "is not JSON"),
     "a line nested 1,500 deep": (rows, b'{"a":' * 1500 + b"1" + b"}" * 1500, "recursion"),
     "half a character in a content": (rows, row(content="\ud800"), "half a character"),
@@ -389,10 +392,10 @@ CASES = {
     "NaN in an unused key": (rows, (PAIR % ', "id": NaN').encode(), USED + "the key is not read"),
     "a number of 5,000 digits": (rows, (PAIR % (', "id": ' + "9" * 5000)).encode(), "is not JSON"),
     "a weight of 10^400": (rows, row(weight=10**400), "must be true or false"),
-    "not UTF-8": (rows, b'{"prompt": "\xff"}', "can't be read as UTF-8 text"),
-    "gzip that is truncated": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be read as UTF-8 text"),
+    "not UTF-8": (rows, b'{"prompt": "\xff"}', "is not UTF-8"),
+    "gzip that is truncated": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be decompressed"),
     "parquet that is truncated": (rows, b"PAR1" + bytes(100), "parquet"),
-    "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "can't be read as UTF-8 text"),
+    "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "is not UTF-8"),
     # a directory to resume from
     "state.json is a link to a secret": (resume, link("training_state/state.json", "../../secret"),
                                          "is a link to"),
@@ -413,7 +416,7 @@ CASES = {
 def test_an_untrusted_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(formats, "LONGEST", 10_000)  # of the same rule, in less time
+    monkeypatch.setattr(formats, "MAX_ROW", 10_000)  # lower limits take less time
     monkeypatch.setattr("text.sandbox.COST", 2**24)
     if "10 s" in expected:
         monkeypatch.setattr("text.sandbox.SECONDS", 0.5)

@@ -1,4 +1,4 @@
-"""An error of the code keeps its traceback, wherever it is; an error of the input is one line."""
+"""A bug keeps its traceback, wherever it is; an error in the input is one line."""
 
 import itertools
 import json
@@ -12,7 +12,8 @@ import pytest
 from helpers import ROOT, TINY, VALIDATION, model_directory, program
 
 PLACES = ("loop", "data", "checkpoint")
-BUGS = {"unpack": "ValueError: too many values to unpack (expected 2)", "convert": "ValueError: invalid literal for int",
+BUGS = {"unpack": "ValueError: too many values to unpack (expected 2)",
+        "convert": "ValueError: invalid literal for int",
         "concatenate": "ValueError: all the input array dimensions|all the input arrays must have same number of dim"}
 FLAGS = ("--train_data", VALIDATION, "--cache_dir", "none", "--max_steps", 1, "--batch_size", 1, "--max_length", 64,
          "--no-gradient_checkpointing")
@@ -20,7 +21,7 @@ FLAGS = ("--train_data", VALIDATION, "--cache_dir", "none", "--max_steps", 1, "-
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """(where, what) -> (exit code, standard error) of a run of sft.py in which that is planted."""
+    """{(where, what): (exit code, standard error)} of runs of sft.py with an error planted there."""
     directory = tmp_path_factory.mktemp("errors")
     cases = list(itertools.product(PLACES, (*BUGS, "user_error", "missing_file")))
     (directory / "cases.json").write_text(json.dumps(cases))
@@ -33,7 +34,7 @@ def ended(tmp_path_factory):
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("what", BUGS)
 def test_a_bug_keeps_its_traceback(where, what, ended):
-    """File and line of the planted statement, and exit code 1: a fork's own bugs are found where they are."""
+    """The traceback has file and line of the planted statement, and the exit code is 1."""
     code, screen = ended[where, what]
     assert code == 1 and screen.count("Traceback (most recent call last):") == 1
     assert re.search(rf'File ".*planted_error\.py", line \d+, in {what}\n', screen), screen
@@ -45,13 +46,13 @@ def test_a_bug_keeps_its_traceback(where, what, ended):
     ("user_error", "sft.py: error: --planted 1: it must be 2"),
     ("missing_file", "sft.py: error: [Errno 2] No such file or directory: 'nowhere.txt'")])
 def test_an_error_of_the_input_is_one_line(where, what, line, ended):
-    """With exit code 2, wherever it is found."""
+    """With exit code 2, wherever it is raised."""
     code, screen = ended[where, what]
     assert code == 2 and screen.startswith(line) and screen.count("\n") == 1, screen
 
 
 def test_a_run_stopped_by_a_loss_that_is_not_finite_is_one_line(tmp_path):
-    """With exit code 1: neither the input nor the code need be at fault."""
+    """With exit code 1, as it may be neither the input nor a bug."""
     model = model_directory(tmp_path / "model", change_tensors=lambda t: t["model.norm.weight"].fill_(math.nan))
     result = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), "--model", str(model), *map(str, FLAGS)],
                             cwd=tmp_path, capture_output=True, text=True)
@@ -59,8 +60,8 @@ def test_a_run_stopped_by_a_loss_that_is_not_finite_is_one_line(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_a_run_whose_output_is_closed_has_failed(tmp_path):
-    """| head must not make a run look finished that saved nothing; --help may be cut off."""
+def test_a_run_whose_output_is_closed_fails(tmp_path):
+    """With | head a run that saved nothing must not look finished; --help may be cut off."""
     command = f"{sys.executable} -u {ROOT}/sft.py --model {TINY} --max_steps 400 --output_dir {tmp_path}/out"
     ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -n 1"], cwd=tmp_path, text=True,
                            capture_output=True, timeout=300)

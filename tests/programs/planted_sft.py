@@ -19,7 +19,7 @@ def started_workers():
         return sum("RANK" in json.loads(line)["env"] for line in f)
 
 
-line = {"words": sys.argv[1:], "pid": os.getpid(),
+line = {"arguments": sys.argv[1:], "pid": os.getpid(),
         "env": {key: os.environ[key] for key in KEYS if key in os.environ},
         "is_deaf": signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN,
         "safe_path": bool(getattr(sys.flags, "safe_path", False))}

@@ -1,4 +1,4 @@
-"""Chat templates of each kind, beside transformers: where their answers are, and what ends in an error."""
+"""Chat templates of each kind, compared with transformers: where answers are, and which errors there are."""
 
 import os
 import re
@@ -18,8 +18,7 @@ from text.template import ChatTokenizer
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_targets_of_template_that(name, tmp_path):
-    """The decoded targets of single- and multi-turn conversations are exactly the answers and what ends
-    them."""
+    """The decoded targets of conversations are exactly the answers and their stop tokens."""
     template, special, config, batch, expected = FAMILIES[name]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
     path = write(tmp_path / "rows.json", [{"messages": messages} for messages in batch])
@@ -32,14 +31,13 @@ def test_targets_of_template_that(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["models/tiny", *FAMILIES])
 def test_text_and_ids_are_those_of_transformers(name, tmp_path):
-    """What is trained on is what apply_chat_template writes and its tokenizer encodes, without a second
-    BOS."""
+    """Text and ids equal those of apply_chat_template and its tokenizer, without a second BOS."""
     if name == "models/tiny":
         directory, batch = TINY, [*PLAIN, chat(" q\n", "\n a ", "", "b", system="s")]
     else:
         template, special, config, batch, _ = FAMILIES[name]
         raw = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
-        if bos := config.get("bos_token"):  # as Llama's: encode() adds a BOS unless told not to
+        if bos := config.get("bos_token"):  # like Llama's: encode() adds a BOS by default
             raw.add_special_tokens([AddedToken(bos, special=True, normalized=False)])
             bos_and_id = bos, raw.token_to_id(bos)
             raw.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[bos_and_id])
@@ -62,9 +60,8 @@ def test_text_and_ids_are_those_of_transformers(name, tmp_path):
             assert ids.count(ours.tokenizer.token_to_id(ours.special["bos_token"])) == 1 and ids[0] != ids[1]
 
 
-def test_a_template_may_use_what_transformers_offers_it(tmp_path):
-    """tools, tojson without ASCII escapes, break and continue, strftime_now and block trimming render
-    alike."""
+def test_a_template_may_use_all_that_transformers_has(tmp_path):
+    """tools, tojson without ASCII escapes, break and continue, strftime_now and block trimming."""
     template = """
     {%- if tools %}
         {{- '<|im_start|>system\\n' + tools | tojson + tools | tojson(indent=2) + '<|im_end|>' }}
@@ -88,7 +85,7 @@ def test_a_template_may_use_what_transformers_offers_it(tmp_path):
 
 
 def test_the_tools_of_a_row_reach_its_template(tmp_path):
-    """A row's "tools" are rendered as its template does with them."""
+    """The template renders the "tools" of a row."""
     template = chatml("m.content").replace("{%- for",
                                            "{%- if tools %}{{- tools[0].name }}{%- endif %}{%- for", 1)
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
@@ -96,9 +93,9 @@ def test_the_tools_of_a_row_reach_its_template(tmp_path):
     assert mask_spans(data.load(path, tokenizer, 2048))[0][1].startswith("weather<|im_start|>user\nq")
 
 
-def test_a_call_of_a_tool_is_a_target(tmp_path):
-    """An assistant message without words but with tool_calls is trained as the template renders it, up to its
-    end."""
+def test_a_tool_call_is_a_target(tmp_path):
+    """An assistant message with tool_calls and no text is trained as the template renders it, with its stop
+    token."""
     template = chatml("m.content + (m.tool_calls | tojson if m.tool_calls else '')")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     messages = [{"role": "user", "content": "q"},
@@ -109,8 +106,8 @@ def test_a_call_of_a_tool_is_a_target(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_questions_in_a_row_are_no_targets(name, tmp_path):
-    """Also where the header is what closes a question, as [/INST] does: of several only the last opens an
+def test_consecutive_questions_are_not_targets(name, tmp_path):
+    """Also if the header closes a question, like [/INST]: after several questions only the last header begins an
     answer."""
     template, special, config, _, (plain, *_) = FAMILIES[name]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template, special, **config))
@@ -119,7 +116,7 @@ def test_questions_in_a_row_are_no_targets(name, tmp_path):
     answer = plain[0].replace("Hi there.", "a")
     earlier = answer.rpartition("</think>\n\n")[2]  # Qwen3's empty thought is in the last turn only
     assert target_texts(dataset, 0, tokenizer.tokenizer) == [earlier, answer]
-    assert tokenizer.is_closing == (name == "has [INST] of plain words, like Mistral")
+    assert tokenizer.is_closing == (name == "has [INST] in plain text, like Mistral")
 
 
 # ---- reasoning ------------------------------------------------------------------------------------------
@@ -130,18 +127,18 @@ def test_questions_in_a_row_are_no_targets(name, tmp_path):
     ("", "42")])
 @pytest.mark.parametrize("template", ["tiny", "Qwen3", "drops"])
 def test_reasoning_that_already_says_the_answer_is_trained_to_its_end(template, thought, answer, tmp_path):
-    """An answer's words may stand in the reasoning before them: the turn still ends where it ends."""
+    """The text of an answer may be in the reasoning before it too: the span still ends at the end of the turn."""
     source = {"tiny": chatml("m.content"), "Qwen3": QWEN3, "drops": DROPS_THINKING}[template]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", source))
-    said = f"<think>\n{thought}\n</think>\n\n{answer}"
-    dataset = data.load(write(tmp_path / "rows.json", [{"messages": chat("q", said)}]), tokenizer, 2048)
-    rendered = tokenizer.render(chat("q", said)).split("<|im_start|>assistant\n")[1]
+    content = f"<think>\n{thought}\n</think>\n\n{answer}"
+    dataset = data.load(write(tmp_path / "rows.json", [{"messages": chat("q", content)}]), tokenizer, 2048)
+    rendered = tokenizer.render(chat("q", content)).split("<|im_start|>assistant\n")[1]
     assert target_texts(dataset) == [rendered.removesuffix("\n")]
     assert rendered.endswith(f"</think>\n\n{answer}<|im_end|>\n")
 
 
 def test_reasoning_in_a_key_of_its_own_may_say_the_answer(tmp_path):
-    """reasoning_content that the template renders before the answer is trained with it, whatever it says."""
+    """reasoning_content that the template renders before the answer is trained with it."""
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", QWEN3))
     messages = [{"role": "user", "content": "q"},
                 {"role": "assistant", "content": "42", "reasoning_content": "42?"}]
@@ -149,8 +146,8 @@ def test_reasoning_in_a_key_of_its_own_may_say_the_answer(tmp_path):
     assert target_texts(dataset) == ["<think>\n42?\n</think>\n\n42<|im_end|>"]
 
 
-def test_an_answer_of_reasoning_only_is_not_lost(tmp_path):
-    """A turn that ends with </think> is trained as it stands: nothing of it is dropped in silence."""
+def test_an_answer_of_reasoning_only_is_trained(tmp_path):
+    """A turn that ends with </think> is trained completely."""
     path = write(tmp_path / "rows.json", [{"messages": chat("q", "<think>\nhm\n</think>")}])
     assert target_texts(data.load(path, tiny, 2048)) == ["<think>\nhm\n</think><|im_end|>"]
 
@@ -158,17 +155,17 @@ def test_an_answer_of_reasoning_only_is_not_lost(tmp_path):
 THINKS = chatml("('<think>' + m.thinking + '</think>' if m.thinking is defined else '') + m.content")
 
 
-@pytest.mark.parametrize("said, as_content, as_thinking", [
+@pytest.mark.parametrize("reasoning, as_content, as_thinking", [
     ({"reasoning": "hm"}, "hm", "hm"), ({"thinking": "hm"}, "hm", "hm"),
     ({"reasoning_content": "hm"}, "hm", "hm"),
     ({"reasoning_content": None, "thinking": None, "reasoning": "hm"}, "hm", "hm"),
     ({"reasoning_content": ""}, "", ""), ({"reasoning": "b", "thinking": "a"}, "a", "a"),
     ({"reasoning_content": "a", "thinking": "b"}, "a", "b"),
     ({"reasoning_content": "", "reasoning": "b"}, "", "")], ids=str)
-def test_reasoning_goes_by_three_names(said, as_content, as_thinking, tmp_path):
-    """reasoning, thinking and reasoning_content reach templates that read another of them, as transformers
-    has it."""
-    messages = [*chat("q"), {"role": "assistant", "content": "a", **said}]
+def test_reasoning_has_three_names(reasoning, as_content, as_thinking, tmp_path):
+    """A template that reads one of reasoning, thinking and reasoning_content gets the others too, as with
+    transformers."""
+    messages = [*chat("q"), {"role": "assistant", "content": "a", **reasoning}]
     path = write(tmp_path / "rows.json", [{"messages": messages}])
     for name, template, expected in (("a", QWEN3, f"<think>\n{as_content}\n</think>\n\na<|im_end|>"),
                                      ("b", THINKS, f"<think>{as_thinking}</think>a<|im_end|>")):
@@ -192,15 +189,15 @@ SOMETIMES_ENDS = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + 
 
 
 def test_a_template_that_never_ends_a_turn_is_refused(tmp_path):
-    """A model that is never shown a stop token would never stop: the run does not start."""
+    """A model that never sees a stop token would never stop, so the run does not start."""
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", NEVER_ENDS))
     with pytest.raises(ValueError, match="only 0 of 2 assistant turns .* would never stop"):
         data.load(write(tmp_path / "rows.json", [{"messages": m} for m in PLAIN[:1] * 2]), tokenizer, 2048)
 
 
 def test_99_percent_of_turns_must_end(tmp_path):
-    """One endless turn of 100 may pass, one of 99 may not; turns that are not trained or were cut do not
-    count."""
+    """One turn of 100 without a stop token passes, one of 99 does not. Turns that are truncated or not trained
+    do not count."""
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", SOMETIMES_ENDS))
     endless, ended = {"messages": chat("q", "endless")}, {"messages": chat("q", "done")}
     untrained = {"messages": [*chat("q", "endless"), *chat("r", "done")]}
@@ -219,7 +216,7 @@ def test_99_percent_of_turns_must_end(tmp_path):
 
 
 def test_a_conversation_that_the_template_refuses_names_the_row(tmp_path):
-    """What a template raises about the order of roles becomes an error that says which row it was."""
+    """If a template raises because of the order of roles, the error names the row."""
     rows = [{"messages": chat("q", "a")},
             {"messages": [*chat("q", "a"), {"role": "system", "content": "late"}, *chat("r", "b")]}]
     path = write(tmp_path / "rows.json", rows)
@@ -229,7 +226,7 @@ def test_a_conversation_that_the_template_refuses_names_the_row(tmp_path):
 
 
 def test_an_answer_that_the_template_changes_names_the_row(tmp_path):
-    """Targets are never guessed: where the answer isn't in the rendered text, the row is an error."""
+    """Targets are never guessed: if the answer is not in the rendered text, the row is an error."""
     template = chatml("m.content.replace('secret', '***')")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("q", "a")}, {"messages": chat("q", "a secret")}])
@@ -238,8 +235,8 @@ def test_an_answer_that_the_template_changes_names_the_row(tmp_path):
 
 
 def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
-    """A question that is rendered in other words may hold a header and the answer: the answer's own place
-    counts."""
+    """A question that the template changes may contain a header and the answer; only the real answer is
+    trained."""
     template = chatml("(m.content.replace('secret', '***') if m.role == 'user' else m.content)")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("my secret:\nassistant\nHi.", "Hi.")}])
@@ -255,15 +252,14 @@ def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
                                            ("{{ 'silent' }}", "chat template"),
                                            ("{{ messages[0].content + 1 }}", "chat template")])
 def test_a_template_that_cannot_be_used_names_its_directory(template, say, tmp_path):
-    """A broken template, one that reaches for Python, or one that renders no message is an error with a
-    place."""
+    """A template with a syntax error, one that accesses Python, or one that renders no message."""
     directory = make_directory(tmp_path / "model", template)
     with pytest.raises(ValueError, match=re.escape(directory) + f".*{say}"):
         ChatTokenizer(directory)
 
 
 def test_a_template_that_fails_on_a_conversation_names_the_row(tmp_path):
-    """A Python error inside a template, such as adding text and a missing key, is an error of that row."""
+    """A Python error inside a template, such as adding a text and a missing key, is an error in that row."""
     template = chatml("(m.content + (m.number if 'five' in m.content else ''))")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     rows = [{"messages": [{"role": "user", "content": "five", "number": 5},
@@ -274,9 +270,8 @@ def test_a_template_that_fails_on_a_conversation_names_the_row(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["find_answers", "render_marked"])
-def test_a_bug_of_ours_is_no_fault_of_the_template(method, tmp_path, monkeypatch):
-    """A plain ValueError around the rendering goes through with its traceback; UserError would hide where it
-    is."""
+def test_a_bug_is_not_reported_as_an_error_in_the_template(method, tmp_path, monkeypatch):
+    """A plain ValueError around the rendering keeps its traceback; a UserError would hide it."""
     def broken(*arguments, **options):
         return int("x")
 
@@ -287,19 +282,19 @@ def test_a_bug_of_ours_is_no_fault_of_the_template(method, tmp_path, monkeypatch
     assert not isinstance(info.value, UserError) and info.traceback[-1].name == "broken"
 
 
-def test_a_template_that_leaves_a_message_out_is_refused(tmp_path):
-    """Header and turn end are learned from short probes: where one is not shown, the error says which."""
+def test_a_template_that_omits_a_message_is_refused(tmp_path):
+    """Header and turn end are found with short conversations; the error names a message that is missing."""
     template = chatml("(m.content if m.role == 'user' else '')")
     with pytest.raises(UserError,
-                       match="chat template can't be used: it leaves out the message 'probe answer'"):
+                       match="chat template can't be used: it omits the message 'probe answer'"):
         ChatTokenizer(make_directory(tmp_path / "model", template))
 
 
 # ---- directories without a template or a tokenizer ------------------------------------------------------
 
 
-def test_without_a_template_there_is_chatml(tmp_path):
-    """A tokenizer without a template gets ChatML, says so, and trains the tokens that ChatML by hand has."""
+def test_without_a_template_chatml_is_used(tmp_path):
+    """is_fallback is set, and ids and loss mask equal those of the independent reading of ChatML."""
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None))
     assert tokenizer.is_fallback and not tiny.is_fallback
     assert tokenizer.stop_token_id == RAW.token_to_id("<|im_end|>")
@@ -309,14 +304,14 @@ def test_without_a_template_there_is_chatml(tmp_path):
 
 
 def without_chatml_tokens():
-    """models/tiny's tokenizer, whose vocabulary has no <|im_start|> and no <|im_end|>."""
+    """The tokenizer of models/tiny without <|im_start|> and <|im_end|>."""
     with open(os.path.join(TINY, "tokenizer.json"), encoding="utf-8") as f:
         text = f.read().replace("<|im_start|>", "<|other_1|>").replace("<|im_end|>", "<|other_2|>")
     return Tokenizer.from_str(text)
 
 
 def test_chatml_without_its_tokens_ends_turns_with_the_eos(tmp_path):
-    """Where the vocabulary has no <|im_end|>, the eos token stands in for it."""
+    """If the vocabulary has no <|im_end|>, the eos token replaces it."""
     raw = without_chatml_tokens()
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None, raw=raw))
     assert tokenizer.is_fallback and tokenizer.turn_end == "<|endoftext|>"
@@ -328,14 +323,14 @@ def test_chatml_without_its_tokens_ends_turns_with_the_eos(tmp_path):
 
 
 def test_chatml_without_any_token_to_end_turns_is_refused(tmp_path):
-    """No template, no <|im_end|> and no eos token: an error that names the directory."""
+    """Without template, <|im_end|> and eos token: the error names the directory."""
     directory = make_directory(tmp_path / "model", None, raw=without_chatml_tokens(), eos_token=None)
     with pytest.raises(ValueError, match=re.escape(directory)):
         ChatTokenizer(directory)
 
 
 def test_where_a_template_is_found(tmp_path):
-    """chat_template.jinja goes before tokenizer_config.json; of several by name the default one is taken."""
+    """chat_template.jinja has precedence over tokenizer_config.json. Of several named ones "default" is used."""
     several = [{"name": "tool_use", "template": chatml("'tool'")},
                {"name": "default", "template": chatml("'2' + m.content")}]
     directory = make_directory(tmp_path / "model", several)
@@ -347,14 +342,14 @@ def test_where_a_template_is_found(tmp_path):
 
 
 def test_a_directory_without_tokenizer_says_so(tmp_path):
-    """No tokenizer.json: UserError names the directory, the file and the flag."""
+    """Without tokenizer.json a UserError names the directory, the file and the flag."""
     with pytest.raises(UserError, match=re.escape(str(tmp_path)) + " has no tokenizer.json; --tokenizer"):
         ChatTokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_broken_tokenizer_file_is_named(name, tmp_path):
-    """A file of the tokenizer that was cut short is an error with its path."""
+    """A truncated file of the tokenizer is an error with its path."""
     directory = make_directory(tmp_path / "model", chatml("m.content"))
     content = (tmp_path / "model" / name).read_text(encoding="utf-8")
     (tmp_path / "model" / name).write_text(content[: len(content) // 2], encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every spelling of a setting, what wins over what, and what a wrong one says."""
+"""Every way to write a setting, the order of precedence, and the error for each mistake."""
 
 import dataclasses
 import math
@@ -21,19 +21,19 @@ FIELDS = dataclasses.fields(sft.Config)
 DEFAULTS = dataclasses.asdict(sft.Config())
 
 
-def parse(*words):
-    return parser.parse(sft.Config, list(words))[0]
+def parse(*arguments):
+    return parser.parse(sft.Config, list(arguments))[0]
 
 
-def changed(*words):
-    """What these words change: {name: value} of all fields that are not at their default."""
-    values = dataclasses.asdict(parse(*words))
+def changed(*arguments):
+    """What these arguments change: {name: value} of all fields that are not at their default."""
+    values = dataclasses.asdict(parse(*arguments))
     return {name: value for name, value in values.items() if value != DEFAULTS[name]}
 
 
 @pytest.fixture
 def yaml_file(tmp_path):
-    """A function: text -> path of a YAML file that holds it."""
+    """A function: text -> path of a YAML file with that text."""
 
     def write(text, name="run.yaml"):
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -46,23 +46,23 @@ def yaml_file(tmp_path):
 # spellings
 
 
-def test_nothing_said_is_all_defaults():
-    """Without words every field has the default of its declaration, and says so."""
+def test_without_arguments_all_is_default():
+    """Every field has the default of its declaration, and the origin "default"."""
     parsed, origins = parser.parse(sft.Config, [])
     assert parsed == sft.Config()
     assert origins == {field.name: "default" for field in FIELDS}
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("arguments", [
     ["--seed", "7"], ["--seed=7"], ["seed=7"], ["+seed=7"], ["++seed=7"], ["trainer.seed=7"],
     ["+trainer.seed=7"],
     ["++trainer.seed=7"], ["--trainer.seed=7"], ["--trainer.seed", "7"], ["--seed", " 7 "]], ids=" ".join)
-def test_a_number_in_every_spelling(words):
-    """--x v, --x=v, x=v, a.b=c and --a.b, with Hydra's plus signs or without, mean the same."""
-    assert changed(*words) == {"seed": 7}
+def test_a_number_in_every_spelling(arguments):
+    """--x v, --x=v, x=v, a.b=c and --a.b, with or without Hydra's plus signs, mean the same."""
+    assert changed(*arguments) == {"seed": 7}
 
 
-@pytest.mark.parametrize("words, packing", [
+@pytest.mark.parametrize("arguments, packing", [
     (["--packing"], True), (["--packing", "true"], True), (["--packing=true"], True),
     (["--packing", "YES"], True),
     (["--packing=1"], True), (["packing=on"], True), (["--no-packing"], False),
@@ -70,24 +70,22 @@ def test_a_number_in_every_spelling(words):
     (["--packing=false"], False), (["--packing=False"], False), (["--packing", "0"], False),
     (["packing=no"], False),
     (["++packing=off"], False)], ids=str)
-def test_a_boolean_in_every_spelling(words, packing):
-    """A boolean may stand alone, be negated, or be given its value; what comes next is left for the next
-    flag."""
+def test_a_boolean_in_every_spelling(arguments, packing):
+    """A boolean may have no value, be negated, or have a value. The argument after it is the next flag."""
     for before, after in (("--seed=5", "--lr=1"), ("seed=5", "lr=1")):
-        parsed = parse(before, *words, after)
+        parsed = parse(before, *arguments, after)
         assert (parsed.packing, parsed.seed, parsed.lr) == (packing, 5, 1.0)
 
 
 def test_dashes_and_underscores_name_the_same_field():
-    """--batch-size is --batch_size, and so is a negation."""
+    """--batch-size is --batch_size; the same holds for negations."""
     assert changed("--batch-size", "8", "--no-gradient-checkpointing", "--train-on-prompt") == {
         "batch_size": 8, "gradient_checkpointing": False, "train_on_prompt": True}
     assert changed("--no-gradient_checkpointing") == {"gradient_checkpointing": False}
 
 
 def test_values_get_the_type_of_their_field():
-    """Whole numbers stay whole, floats are read in every notation, text stays as it is, none empties an
-    optional."""
+    """Integers are int, floats may have any notation, text is unchanged, none resets an optional setting."""
     parsed = parse("--lr", "1e-5", "--grad_clip=3", "--max_steps", "10", "--output_dir=a=b",
                    "--train_data", "x.json,y.json")
     assert (parsed.lr, parsed.grad_clip, parsed.max_steps) == (1e-5, 3.0, 10)
@@ -99,18 +97,18 @@ def test_values_get_the_type_of_their_field():
         assert parse("--val_data=v.json", f"val_data={empty}").val_data is None
 
 
-def test_names_of_verl_mean_ours(yaml_file):
-    """verl's nested names work as override, flag and nested YAML, with the prefixes of its RL configurations
-    too; which there are is in test_verl.py."""
+def test_keys_of_verl_set_our_settings(yaml_file):
+    """verl's nested names work as override, flag and nested YAML, also with the prefixes of its RL
+    configurations. test_verl.py has all keys."""
     name, expected = "actor_rollout_ref.actor.optim.lr_scheduler_type", {"scheduler": "linear"}
-    for words in [f"{name}=linear"], [f"--{name}", "linear"], [f"+{name}=linear"]:
-        assert changed(*words) == expected
+    for arguments in [f"{name}=linear"], [f"--{name}", "linear"], [f"+{name}=linear"]:
+        assert changed(*arguments) == expected
     text = "actor_rollout_ref:\n  actor:\n    optim:\n      lr_scheduler_type: linear\n"
     assert changed("--config", yaml_file(text)) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------
-# YAML, and what wins
+# YAML, and precedence
 
 
 @pytest.mark.parametrize("text", [
@@ -120,12 +118,12 @@ def test_names_of_verl_mean_ours(yaml_file):
     "trainer.seed: 7\npacking: 'False'\n",
     "# a comment\n---\n\"seed\": '7'\nlr: 1E-5 # another\nmodel: \"m\"\n'packing': off\n...\n"], ids=range(4))
 def test_yaml_flat_or_nested(text, yaml_file):
-    """Flat keys, nested ones and dotted ones read alike, and 1e-5, which YAML takes for text, is a number."""
+    """Flat, nested and dotted keys are read alike. 1e-5, which is text in YAML, is a number."""
     assert changed("--config", yaml_file(text)) == {"seed": 7, "lr": 1e-5, "model": "m", "packing": False}
 
 
 def test_yaml_lists_and_null(yaml_file):
-    """A list joins with commas, in both of YAML's spellings; null and ~ empty an optional setting."""
+    """A list, in either notation of YAML, is joined with commas. null and ~ reset an optional setting."""
     both = ["train_data: [a.json, b.json]\nval_data: null\n",
             "train_data:\n- a.json\n- 'b.json'\nval_data: ~\nmax_steps:\n"]
     for text in both:
@@ -134,19 +132,18 @@ def test_yaml_lists_and_null(yaml_file):
 
 
 def test_flag_beats_yaml_beats_default(yaml_file):
-    """Strength: flag or override over YAML over default, wherever --config stands; the origin names the
-    winner."""
+    """Precedence: flag or override > YAML > default, wherever --config is. The origin names the source."""
     path = yaml_file("lr: 1e-3\nseed: 7\n")
-    for words in (["--config", path, "--lr", "1e-4"], ["--lr", "1e-4", "--config", path],
+    for arguments in (["--config", path, "--lr", "1e-4"], ["--lr", "1e-4", "--config", path],
                   ["optim.lr=1e-4", f"--config={path}"]):
-        parsed, origins = parser.parse(sft.Config, words)
+        parsed, origins = parser.parse(sft.Config, arguments)
         assert (parsed.lr, parsed.seed, parsed.epochs) == (1e-4, 7, DEFAULTS["epochs"])
         assert (origins["seed"], origins["epochs"]) == (f"{path}:2", "default")
         assert origins["lr"].startswith("flag ")
 
 
 def test_the_later_of_two_flags_wins():
-    """Of two words for one setting the later counts, in whatever spelling the first was."""
+    """If two arguments set one setting, the later counts, however the first is written."""
     assert parse("--lr", "1e-3", "--lr", "1e-4").lr == 1e-4
     assert parse("--lr", "1e-3", "optim.lr=1e-4").lr == 1e-4
     assert parse("optim.lr=1e-4", "lr=1e-3").lr == 1e-3
@@ -154,37 +151,36 @@ def test_the_later_of_two_flags_wins():
 
 
 def test_hydra_names_a_file_by_directory_and_name(yaml_file, tmp_path, monkeypatch):
-    """--config-path and --config-name find DIR/NAME.yaml, with or without the ending, from either of them
-    alone."""
+    """--config-path and --config-name find DIR/NAME.yaml, with or without the extension. Each has a default."""
     yaml_file("seed: 7\n", "mine.yaml")
     yaml_file("seed: 8\n", "config.yaml")
     directory = str(tmp_path)
-    for words in (["--config-path", directory, "--config-name", "mine"],
+    for arguments in (["--config-path", directory, "--config-name", "mine"],
                   [f"--config-path={directory}", "--config-name=mine"],
                   ["--config-name", "mine.yaml", "--config-path", directory]):
-        assert parse(*words, "--lr=1").seed == 7
+        assert parse(*arguments, "--lr=1").seed == 7
     assert parse("--config-path", directory).seed == 8
     monkeypatch.chdir(tmp_path)
     assert parse("--config-name", "mine").seed == 7
 
 
 def test_a_configuration_survives_being_written(tmp_path):
-    """write_yaml and --config give back an equal configuration: the saved run is the run."""
+    """write_yaml and then --config give an equal configuration."""
     path = str(tmp_path / "config.yaml")
     characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
     text = st.text(characters, min_size=1, max_size=12).filter(
         lambda value: value.lower() not in ("none", "null", "~"))
-    whole, share = st.integers(2, 10**9), st.floats(0, 1)
+    integer, fraction = st.integers(2, 10**9), st.floats(0, 1)
 
     @settings(deadline=None, derandomize=True, database=None, max_examples=150)
     @given(st.fixed_dictionaries({}, optional=dict(
         model=text, tokenizer=st.none() | text, train_data=text, val_data=text, output_dir=text,
-        max_length=whole,
+        max_length=integer,
         too_long=st.sampled_from(["truncate", "drop", "error"]), packing=st.booleans(),
-        batch_tokens=st.none() | whole,
-        lr=st.floats(0, 1e18), weight_decay=st.floats(0, 10), warmup_ratio=share, beta2=st.floats(0, 0.999),
-        scheduler=st.sampled_from(["cosine", "linear"]), min_lr_ratio=share, seed=st.integers(0, 10**18),
-        dtype=st.sampled_from([None, "bf16", "fp32"]), max_steps=st.none() | whole)))
+        batch_tokens=st.none() | integer,
+        lr=st.floats(0, 1e18), weight_decay=st.floats(0, 10), warmup_ratio=fraction, beta2=st.floats(0, 0.999),
+        scheduler=st.sampled_from(["cosine", "linear"]), min_lr_ratio=fraction, seed=st.integers(0, 10**18),
+        dtype=st.sampled_from([None, "bf16", "fp32"]), max_steps=st.none() | integer)))
     def check(values):
         written = sft.Config(**values)
         parser.write_yaml(written, path)
@@ -196,8 +192,7 @@ def test_a_configuration_survives_being_written(tmp_path):
 
 
 def test_the_configuration_file_of_the_repository_is_all_defaults():
-    """config.yaml, the file that people edit, changes nothing as it is; a setting that it lacks has its
-    default."""
+    """config.yaml, which people copy and edit, changes nothing by itself."""
     parsed, origins = parser.parse(sft.Config, ["--config", os.path.join(ROOT, "config.yaml")])
     stale = [name for name, value in dataclasses.asdict(parsed).items() if value != DEFAULTS[name]]
     assert stale == [], "config.yaml has other defaults than sft.py; type: python tests/make_config.py"
@@ -205,7 +200,7 @@ def test_the_configuration_file_of_the_repository_is_all_defaults():
 
 @pytest.mark.repo
 def test_the_configuration_file_of_the_repository_is_complete():
-    """It has every knob in its group, with its default and its help."""
+    """It has every setting in its group, with its default and its help."""
     with open(os.path.join(ROOT, "config.yaml"), encoding="utf-8") as f:
         text = f.read()
     assert text == make_config.text(sft.Config), "type: python tests/make_config.py"
@@ -231,40 +226,38 @@ def test_the_configuration_file_of_the_repository_is_complete():
     ("optim:\n  lrr: 1\n", "unknown setting 'optim.lrr'; the nearest is 'optim.lr'"),
     ("packing: maybe\n", ":1: packing can't be 'maybe'; it must be true or false"),
     ("bogus: {}\n", ":1: unknown setting 'bogus'"),
-    ("seed: 1\nlr: {}\n", ":2: lr can't be '{}'; it must be float"),
+    ("seed: 1\nlr: {}\n", ":2: lr can't be '{}'; it must be a number"),
     ("seed: 1\nseeds: 2\n", ":2: unknown setting 'seeds'; the nearest is 'seed'"),
     ("? [a, b]\n: 1\n", "unknown setting|is not YAML"),
     ("seed: 7\nlr: 1\nseed: 8\n", "seed")])
 def test_a_wrong_yaml_file_is_named(text, say, yaml_file):
-    """What can't be read, said twice, or would do nothing, is a ValueError of one line that begins with the
-    file."""
+    """What can't be read, or appears twice, is an error of one line that begins with the file."""
     path = yaml_file(text)
     with pytest.raises(ValueError, match=say) as caught:
         parse("--config", path)
     assert str(caught.value).startswith(path) and "\n" not in str(caught.value)
 
 
-def test_a_yaml_file_that_is_no_text_is_named(tmp_path):
-    """Bytes that are no UTF-8 are an error with the file's name."""
+def test_a_yaml_file_that_is_not_text_is_named(tmp_path):
+    """Bytes that are not UTF-8 are an error with the file's name."""
     (tmp_path / "run.yaml").write_bytes(b"lr: \xff\xfe\n")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.yaml")) + " is not YAML"):
         parse("--config", str(tmp_path / "run.yaml"))
 
 
 def test_two_ways_to_name_a_file_are_not_mixed(yaml_file, tmp_path):
-    """Of --config and Hydra's --config-path or --config-name one would be ignored: both together are an
-    error."""
+    """--config together with --config-path or --config-name is an error: one of them would be ignored."""
     path = yaml_file("seed: 7\n")
-    for words in (["--config-name", "run"], [f"--config-path={tmp_path}", "--config-name=run"]):
+    for arguments in (["--config-name", "run"], [f"--config-path={tmp_path}", "--config-name=run"]):
         with pytest.raises(ValueError, match="--config"):
-            parse("--config", path, *words)
+            parse("--config", path, *arguments)
 
 
 def test_a_missing_yaml_file_is_named(tmp_path):
-    """--config of a file that isn't there says which."""
-    for words in (["--config", "no.yaml"], ["--config-path", str(tmp_path), "--config-name", "no"]):
+    """The error for a file that does not exist has its name."""
+    for arguments in (["--config", "no.yaml"], ["--config-path", str(tmp_path), "--config-name", "no"]):
         with pytest.raises(FileNotFoundError, match="no.yaml"):
-            parse(*words)
+            parse(*arguments)
 
 
 @pytest.mark.parametrize("value", [
@@ -272,8 +265,8 @@ def test_a_missing_yaml_file_is_named(tmp_path):
     "!!python/object/apply:os.mkdir {{args: [{path}]}}", "!!python/name:os.system",
     "!!python/object/apply:os.mkdir\n- {path}"])
 @pytest.mark.parametrize("key", ["model", "train_data", "bogus"])
-def test_no_tag_of_yaml_is_ever_obeyed(key, value, yaml_file, tmp_path):
-    """A tag that names Python code runs none of it: it is an error or mere text."""
+def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
+    """A tag that names Python code is an error or plain text."""
     path = yaml_file(f"{key}: " + value.format(path=tmp_path / "made") + "\n")
     try:
         parsed = parse("--config", path)
@@ -285,10 +278,10 @@ def test_no_tag_of_yaml_is_ever_obeyed(key, value, yaml_file, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# what a wrong word says
+# errors for wrong arguments
 
 
-@pytest.mark.parametrize("words, say", [
+@pytest.mark.parametrize("arguments, say", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'"),
     (["--learning_rate=1"], "unknown setting 'learning_rate'; the nearest is 'lr'"),
     (["--max_seq_length", "9"], "unknown setting 'max_seq_length'; the nearest is 'max_length'"),
@@ -299,8 +292,9 @@ def test_no_tag_of_yaml_is_ever_obeyed(key, value, yaml_file, tmp_path):
     (["--no-packing=true"], "unknown setting 'no-packing'"),
     (["--zzzzzz", "1"], "unknown setting 'zzzzzz'; --help lists them all"),
     (["--__class__", "1"], "unknown setting '__class__'"),
-    (["lr"], "'lr' is neither a flag"), (["--packing", "maybe"], "'maybe' is neither a flag"),
-    (["-v"], "'-v' is neither a flag"), (["--lr", "1", "2"], "'2' is neither a flag"),
+    (["lr"], "unknown argument 'lr'; did you mean --lr"), (["-lr"], r"argument '-lr'; did you mean --lr\?"),
+    (["--packing", "maybe"], "unknown argument 'maybe'; write --name value"),
+    (["-v"], "unknown argument '-v'"), (["--lr", "1", "2"], "unknown argument '2'"),
     (["--lr"], "--lr needs a value"), (["--lr", "--seed", "3"], "--lr needs a value"),
     (["--config"], "--config needs a value"), (["--config-name", "--lr=1"], "--config-name needs"),
     (["--max_steps"], "--max_steps needs a value"),
@@ -308,29 +302,29 @@ def test_no_tag_of_yaml_is_ever_obeyed(key, value, yaml_file, tmp_path):
     (["--seed=1.5"], "flag --seed=1.5: seed can't be '1.5'; it must be a whole number"),
     (["--max_steps", "1e3"], "max_steps can't be '1e3'; it must be a whole number"),
     (["--packing=maybe"], "packing can't be 'maybe'; it must be true or false"),
-    (["--packing="], "packing can't be ''"), (["--lr="], "lr can't be ''; it must be float, not empty"),
-    (["--model", "none"], "model can't be 'none'; it must be str, not empty"),
+    (["--packing="], "packing can't be ''"), (["--lr="], "lr can't be ''; it must be a number"),
+    (["--model", "none"], "model can't be 'none'; it must be a non-empty text"),
     (["--scheduler", "cosin"],
      r"scheduler can't be 'cosin'; it must be one of cosine, .* \(nearest: cosine\)"),
     (["--too_long", "left"], "too_long can't be 'left'; it must be one of truncate, drop, error"),
     (["--dtype", "fp16"], "dtype can't be 'fp16'; it must be one of bf16, fp32"),
     (["--no-lr"], "lr can't be"), (["--no-max_steps"], "max_steps can't be"), (["--no-val_data"], "val_data"),
     (["--no-output_dir"], "output_dir"), (["--no-train_data"], "train_data"),
-    ([""], "'' is neither a flag"), (["--"], "unknown|neither"), (["="], "unknown setting ''"),
+    ([""], "unknown argument ''"), (["--"], "unknown setting ''"), (["="], "unknown setting ''"),
 ], ids=str)
-def test_a_wrong_word_is_answered_with_the_rule(words, say):
-    """An unknown name gets the nearest one, a bad value its rule; a word that means nothing is never
+def test_a_wrong_argument_is_an_error_with_the_rule(arguments, say):
+    """For an unknown name the error suggests the nearest one, for a bad value it has the rule. Nothing is
     ignored."""
     with pytest.raises(ValueError, match=say) as caught:
-        parse(*words)
+        parse(*arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_negative_numbers_are_values():
-    """A number with a minus is a value, not a flag: it reaches the range check in every spelling."""
-    for words in (["--lr", "-1"], ["--lr=-1"], ["lr=-1"], ["--lr", "-1e0"]):
+    """-1 after a flag is its value, not a flag: it reaches the range check however it is written."""
+    for arguments in (["--lr", "-1"], ["--lr=-1"], ["lr=-1"], ["--lr", "-1e0"]):
         with pytest.raises(ValueError, match=r"--lr -1.0: it must be at least 0"):
-            parse(*words)
+            parse(*arguments)
     with pytest.raises(ValueError, match="--seed -3: it must be at least 0"):
         parse("--packing", "--seed", "-3")
 
@@ -339,7 +333,7 @@ NUMBERS = {field.name: field for field in FIELDS if field.type in (int, float, i
 
 
 def other_value(field):
-    """A value of a field that is allowed and is not its default."""
+    """A valid value of a field that is not its default."""
     if field.type is bool:
         return not field.default
     if field.name not in NUMBERS:
@@ -350,16 +344,16 @@ def other_value(field):
 
 
 def needed(field):
-    """What must be set for a field to have an effect: {name: value}."""
-    first = [need.split(" or ")[0] for need in field.metadata["needs"].split(" and ") if need]
-    found = {}
-    for other in (other for other in FIELDS if other.name in first):
-        found |= {**needed(other), other.name: other_value(other)}
-    return found
+    """{name: value} of settings that let a field have an effect."""
+    names = [need.split(" or ")[0] for need in field.metadata["needs"].split(" and ") if need]
+    values = {}
+    for other in (other for other in FIELDS if other.name in names):
+        values |= {**needed(other), other.name: other_value(other)}
+    return values
 
 
 def check_values(**values):
-    """Check values as far as each knob's own line says; rules of several are in Config.__post_init__."""
+    """Check values by each setting's own line; rules about several settings are in Config.__post_init__."""
     parser.check_values({field.name: field for field in FIELDS}, {**DEFAULTS, **values})
 
 
@@ -372,11 +366,10 @@ def just_outside(field, bound, towards):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_has_a_range(name):
-    """Every number has a lowest value, and some a highest; the error gives the flag, what was said and the
-    bounds."""
+    """Every number has a minimum, and some a maximum. The error has the flag, the value and the bounds."""
     field = NUMBERS[name]
     low, high = field.metadata["low"], field.metadata["high"]
-    assert low > -1e18, f"say in sft.py which values make sense: {name} ... = setting(..., low=0)"
+    assert low > -1e18, f"give {name} a range in sft.py: setting(..., low=0)"
     refused = [(just_outside(field, low, -math.inf), f"at least {low}")]
     if high < 1e18:
         refused.append((just_outside(field, high, math.inf), f"at least {low} and at most {high}"))
@@ -398,7 +391,7 @@ def test_a_number_has_a_range(name):
     (dict(tp=0), "--tp 0: it must be at least 1"),
     (dict(use_lora=True, lora_rank=0), "--lora_rank 0: it must be at least 1")], ids=str)
 def test_a_number_below_its_range_is_refused(values, message):
-    """Those that would divide by zero, or turn the training around."""
+    """Values that would divide by zero, or maximise the loss."""
     with pytest.raises(ValueError, match=re.escape(message)):
         sft.Config(**values)
 
@@ -410,8 +403,8 @@ def test_a_number_below_its_range_is_refused(values, message):
     (dict(max_new_tokens=0), "--max_new_tokens 0: it must be at least 1"),
     (dict(seed=-1), "--seed -1: it must be at least 0"),
     (dict(seed=math.inf), "--seed inf: it must be at least 0 and at most 1e+18")])
-def test_the_knobs_of_chat_have_ranges_too(values, message):
-    """A knob has its range and what it needs with it, in whichever program it is."""
+def test_settings_of_chat_have_ranges_too(values, message):
+    """Ranges and needs are checked in every program."""
     with pytest.raises(ValueError, match=re.escape(message)):
         chat.Config(**values)
     chat.Config(temperature=1.0, top_p=0.5)
@@ -420,15 +413,15 @@ def test_the_knobs_of_chat_have_ranges_too(values, message):
 @pytest.mark.parametrize("name, high, highest", [("warmup_ratio", 1.01, 1.0), ("min_lr_ratio", 2.0, 1.0),
                                                  ("beta1", 1.0, 0.999), ("beta2", 1.0, 0.999)])
 def test_a_number_above_its_range_is_refused(name, high, highest):
-    """Shares end at one, and a decay of one would never move: the error gives both bounds."""
+    """Ratios are at most 1, and a moment with decay 1 would never change. The error has both bounds."""
     with pytest.raises(ValueError, match=rf"--{name} {high}: it must be at least 0 and at most \d"):
         sft.Config(**{name: high})
     assert getattr(sft.Config(**{name: highest}), name) == highest
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_no_number_may_be_infinite_or_none(value):
-    """nan and inf are floats to Python, but no learning rate, decay or share."""
+def test_no_number_may_be_infinite_or_nan(value):
+    """nan and inf are floats in Python, but not a learning rate, decay or ratio."""
     for field in FIELDS:
         if field.type is float:
             with pytest.raises(ValueError, match=f"--{field.name} "):
@@ -436,9 +429,8 @@ def test_no_number_may_be_infinite_or_none(value):
             assert math.isfinite(DEFAULTS[field.name])
 
 
-def test_settings_that_would_do_nothing_are_refused():
-    """eval_steps without validation data, and min_lr_ratio with a constant rate, are inert: errors, never
-    ignored."""
+def test_settings_without_effect_are_refused():
+    """eval_steps without validation data, and min_lr_ratio with a constant rate, are errors."""
     with pytest.raises(ValueError, match="--eval_steps 5 does nothing without --val_data"):
         parse("--eval_steps", "5")
     assert parse("--eval_steps", "5", "--val_data", "v.json").eval_steps == 5
@@ -450,7 +442,7 @@ def test_settings_that_would_do_nothing_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the environment, and train.sh, which has it read
+# the environment, which train.sh reads
 
 
 VARIABLES = {  # name: (setting, a value that is not its default)
@@ -472,12 +464,12 @@ VARIABLES = {  # name: (setting, a value that is not its default)
     "KEEP_CHECKPOINTS": ("keep_checkpoints", "2"), "EVAL_STEPS": ("eval_steps", "8"),
     "COMPILE": ("compile", "true"), "LOGGER": ("logger", "tensorboard"), "WANDB_PROJECT": ("project", "p")}
 NEEDS = {"LORA_RANK": ["--use_lora"], "LORA_ALPHA": ["--use_lora"], "TP": ["--strategy", "megatron"],
-         "EVAL_STEPS": ["--val_data", "v.json"]}  # flags without which a variable alone does nothing
+         "EVAL_STEPS": ["--val_data", "v.json"]}  # flags without which the variable has no effect
 
 
 @pytest.fixture
 def variables(monkeypatch):
-    """A function: environment variables -> they are set, and no other that sft.py reads."""
+    """A function that sets environment variables, and unsets all others that sft.py reads."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # all loggers are installed
 
     def set(**values):
@@ -492,19 +484,19 @@ def variables(monkeypatch):
 
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_variable_sets_its_setting_and_a_flag_beats_it(name, variables, yaml_file):
-    """Alone: the value and where it came from; beside a flag: the flag; beside a file: the variable;
-    empty, or without --environment: nothing."""
+    """A variable alone sets the value, a flag has precedence over it, and it has precedence over a file.
+    Empty, or without --environment, it has no effect."""
     field, value = VARIABLES[name]
     needs = NEEDS.get(name, [])
     variables(**{name: value})
     parsed, origins = parser.parse(sft.Config, ["--environment", *needs])
     assert str(getattr(parsed, field)).lower() == value and origins[field] == f"environment {name}"
-    unlike = DEFAULTS[field] if DEFAULTS[field] is not None else "none"
+    default = DEFAULTS[field] if DEFAULTS[field] is not None else "none"
     parsed, origins = parser.parse(sft.Config,
-                                   ["--environment", *needs, f"--{field}={unlike}", "--strategy=fsdp2"])
+                                   ["--environment", *needs, f"--{field}={default}", "--strategy=fsdp2"])
     assert getattr(parsed, field) == (DEFAULTS[field] if name != "STRATEGY" else "fsdp2")
     assert origins[field].startswith("flag")
-    path = yaml_file(f"{field}: {unlike}\n")
+    path = yaml_file(f"{field}: {default}\n")
     parsed, origins = parser.parse(sft.Config,
                                    ["--environment", "--config", path, *needs])
     assert str(getattr(parsed, field)).lower() == value and origins[field] == f"environment {name}"
@@ -514,18 +506,17 @@ def test_a_variable_sets_its_setting_and_a_flag_beats_it(name, variables, yaml_f
     assert parse("--environment") == sft.Config()
 
 
-def test_every_variable_is_one_of_a_knob():
-    """The variables that people's scripts set are those of knobs, and train.sh, where people look, names
-    them."""
-    ours = {field.metadata["env"]: field.name for field in FIELDS}
+def test_every_variable_belongs_to_a_setting():
+    """The variables that existing scripts set have a setting, and the comment of train.sh lists them."""
+    declared = {field.metadata["env"]: field.name for field in FIELDS}
     for name, (field, _) in VARIABLES.items():
-        assert ours.get(name) == field, name
+        assert declared.get(name) == field, name
     with open(os.path.join(ROOT, "train.sh"), encoding="utf-8") as f:
-        words = {word.strip(".") for line in f if line.startswith("# ") for word in line.split()}
-    assert words >= {*VARIABLES, "CONFIG"}
+        names = {word.strip(".") for line in f if line.startswith("# ") for word in line.split()}
+    assert names >= {*VARIABLES, "CONFIG"}
 
 
-@pytest.mark.parametrize("given, words, logger", [
+@pytest.mark.parametrize("given, arguments, logger", [
     ({"WANDB_PROJECT": "p"}, [], "console,wandb"),
     ({"WANDB_PROJECT": "p", "LOGGER": "console"}, [], "console,wandb"),
     ({"WANDB_PROJECT": "p", "LOGGER": "wandb,console"}, [], "wandb,console"),
@@ -533,15 +524,15 @@ def test_every_variable_is_one_of_a_knob():
     ({"WANDB_PROJECT": "p"}, ["--logger", "tensorboard"], "tensorboard"),
     ({"WANDB_PROJECT": "p"}, ["trainer.logger=[console]"], "console"),
     ({"WANDB_PROJECT": ""}, [], "console")], ids=str)
-def test_the_project_of_wandb_adds_its_logger(given, words, logger, variables):
-    """WANDB_PROJECT asks for wandb beside what else is logged, unless a flag names the loggers."""
+def test_the_project_of_wandb_adds_its_logger(given, arguments, logger, variables):
+    """WANDB_PROJECT adds wandb to the loggers, unless a flag sets the loggers."""
     variables(**given)
-    parsed = parse("--environment", *words)
+    parsed = parse("--environment", *arguments)
     assert (parsed.logger, parsed.project) == (logger, given["WANDB_PROJECT"] or None)
 
 
-def test_a_file_is_named_by_the_environment(variables, yaml_file):
-    """CONFIG is --config; a file that a flag names, in either way, takes its place."""
+def test_the_environment_may_name_a_file(variables, yaml_file):
+    """CONFIG works like --config; a file that a flag names replaces it."""
     first, second = yaml_file("seed: 7\nlr: 1\n", "first.yaml"), yaml_file("seed: 8\n", "second.yaml")
     variables(CONFIG=first, LEARNING_RATE="2")
     assert changed("--environment") == {"seed": 7, "lr": 2.0}
@@ -553,17 +544,17 @@ def test_a_file_is_named_by_the_environment(variables, yaml_file):
 
 
 def test_a_wrong_value_in_a_variable_is_an_error(variables):
-    """It names the variable."""
+    """The error names the variable."""
     variables(LEARNING_RATE="fast")
     with pytest.raises(ValueError,
                        match="environment LEARNING_RATE: lr can't be 'fast'; it must be a number"):
         parse("--environment")
 
 
-def explained(tmp_path, *words, **env):
-    """What ./train.sh WORDS --explain shows beside defaults: {setting: (value, origin)}; in tmp_path."""
+def explained(tmp_path, *arguments, **env):
+    """What ./train.sh ... --explain prints in tmp_path, without defaults: {setting: (value, origin)}."""
     env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHON": sys.executable, **env}
-    done = subprocess.run([os.path.join(ROOT, "train.sh"), *words, "--explain"], cwd=tmp_path, env=env,
+    done = subprocess.run([os.path.join(ROOT, "train.sh"), *arguments, "--explain"], cwd=tmp_path, env=env,
                           text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     form = re.compile(r"(\w+) += (.*?) +(default|(?:flag|preset|environment) .*|\S+:\d+.*)")
@@ -577,7 +568,7 @@ PRESET = {name: (value, "preset configs/tiny.yaml") for name, value in {
     "keep_checkpoints": "2"}.items()}
 
 
-@pytest.mark.parametrize("words, env, expected", [
+@pytest.mark.parametrize("arguments, env, expected", [
     ([], {}, {}),
     (["--model", "tiny"], {}, {**PRESET, "model": ("tiny", "flag --model")}),
     (["--lr=1", "--use_lora"], {"MODEL_PATH": "tiny", "NUM_EPOCHS": "2", "BATCH_SIZE": ""},
@@ -592,10 +583,10 @@ PRESET = {name: (value, "preset configs/tiny.yaml") for name, value in {
      {**{name: (str(value), None) for name, value in DEFAULTS.items()}, "model": ("tiny", "flag --model"),
       "seed": ("5", "environment SEED")}),
 ], ids=range(6))
-def test_presets_environment_and_flags_of_train_sh(words, env, expected, tmp_path):
-    """Presets are the weakest and belong to the model that the last word names; then a file, the environment,
-    flags. From another folder than the project's the example data is still found."""
-    found = explained(tmp_path, *words, **env)
+def test_presets_environment_and_flags_of_train_sh(arguments, env, expected, tmp_path):
+    """Precedence: preset < file < environment < flag. The preset is that of the model in the end. The example
+    data is found from another directory than the project's."""
+    found = explained(tmp_path, *arguments, **env)
     for name, (value, origin) in found.items():
         assert value == expected[name][0] and expected[name][1] in (origin, None)
     assert found.keys() == expected.keys()
@@ -605,13 +596,12 @@ def test_presets_environment_and_flags_of_train_sh(words, env, expected, tmp_pat
 # --help, --explain, and errors on the screen
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--lr", "--help"], ["nonsense", "--help"]],
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--lr", "--help"], ["nonsense", "--help"]],
                          ids=" ".join)
-def test_help_lists_every_knob_with_its_default(words, capsys):
-    """Every field has a line with its name, text, choices and default; --help wins over whatever else is
-    there."""
+def test_help_lists_every_setting_with_its_default(arguments, capsys):
+    """Every field has its name, help, choices and default. --help works beside any other argument."""
     with pytest.raises(SystemExit) as stopped:
-        parse(*words)
+        parse(*arguments)
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 120
@@ -633,21 +623,21 @@ def test_help_lists_every_knob_with_its_default(words, capsys):
 
 
 def test_explain_prints_each_value_and_where_it_came_from(yaml_file, capsys):
-    """--explain shows the resolved run, one setting a line with its origin, and starts nothing."""
+    """--explain prints the resolved settings with their origins, one per line, and starts nothing."""
     path = yaml_file("# run\nlr: 1e-3\ntrainer:\n  seed: 7\nmodel: m\n")
     with pytest.raises(SystemExit) as stopped:
         parse("--config", path, "--explain", "--model", "other", "data.max_length=64", "--no-packing")
     assert stopped.value.code == 0
     lines = [re.fullmatch(r"(\w+) += (.*?) +(default|flag \S+|\S+:\d+( \S+)?)", line).groups()[:3]
              for line in capsys.readouterr().out.splitlines()]
-    said = {"lr": ("0.001", f"{path}:2"), "seed": ("7", f"{path}:4 trainer.seed"),
-            "model": ("other", "flag --model"),
-            "max_length": ("64", "flag data.max_length=64"), "packing": ("False", "flag --no-packing")}
-    assert lines == [(name, *said.get(name, (str(value), "default"))) for name, value in DEFAULTS.items()]
+    set_values = {"lr": ("0.001", f"{path}:2"), "seed": ("7", f"{path}:4 trainer.seed"),
+                  "model": ("other", "flag --model"),
+                  "max_length": ("64", "flag data.max_length=64"), "packing": ("False", "flag --no-packing")}
+    assert lines == [(name, *set_values.get(name, (str(value), "default"))) for name, value in DEFAULTS.items()]
 
 
-def test_one_process_of_several_explains(monkeypatch, capsys):
-    """Under torchrun the first rank alone prints, and all end."""
+def test_only_rank_0_explains(monkeypatch, capsys):
+    """Under torchrun only rank 0 prints, and all ranks exit."""
     monkeypatch.setenv("RANK", "1")
     for word in "--help", "--explain":
         with pytest.raises(SystemExit):
@@ -672,8 +662,7 @@ def stopped_with(capsys, main):
     (lambda: sft.ChatTokenizer("missing"), "missing has no tokenizer.json"),
 ], ids=["range", "unknown name", "missing YAML", "missing data", "missing tokenizer"])
 def test_an_error_about_the_input_is_one_line_and_code_2(main, say, capsys, monkeypatch):
-    """A UserError, or an OSError of a named file, is answered with one line on standard error, no
-    traceback."""
+    """A UserError, or an OSError with a file name, is one line on standard error without a traceback."""
     monkeypatch.setattr(sys, "argv", ["some/where/sft.py"])
     code, err = stopped_with(capsys, main)
     assert code == 2 and err.count("\n") == 1
@@ -682,16 +671,16 @@ def test_an_error_about_the_input_is_one_line_and_code_2(main, say, capsys, monk
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, AssertionError, RuntimeError, OSError])
 def test_other_errors_are_never_hidden(error):
-    """Only what tells of the input or of a diverged run is turned into a line; a bug of ours shows itself."""
+    """Only errors in the input and non-finite losses become one line; bugs keep their traceback."""
     def fail():
-        raise error("ours")
+        raise error("a bug")
 
-    with pytest.raises(error, match="ours"):
+    with pytest.raises(error, match="a bug"):
         errors.run(fail)
 
 
 def test_a_diverged_run_is_one_line(capsys):
-    """A NonFiniteError of the loop is for the user, not a bug."""
+    """A NonFiniteError is not a bug: one line and exit code 1."""
     def fail():
         raise errors.NonFiniteError("step 3: loss nan")
 
@@ -700,7 +689,7 @@ def test_a_diverged_run_is_one_line(capsys):
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(capsys):
-    """As a shell has it: 128 and the signal's number."""
+    """The exit code is 128 + the signal's number, as in a shell."""
     def fail():
         raise KeyboardInterrupt
 
@@ -708,8 +697,8 @@ def test_ctrl_c_ends_a_command_without_a_traceback(capsys):
 
 
 def test_run_returns_when_all_is_well(capsys):
-    """A main that ends leaves no exit code and prints nothing; a pipe that broke elsewhere than on the screen is
-    a bug (tests/laws/test_errors.py closes the screen's)."""
+    """run() returns if main() does. A broken pipe is a bug unless standard output is closed, which
+    tests/laws/test_errors.py tests."""
     def fail():
         raise BrokenPipeError
 
@@ -720,8 +709,7 @@ def test_run_returns_when_all_is_well(capsys):
 
 
 def test_a_misspelt_flag_of_the_program_is_one_line(tmp_path):
-    """python sft.py --batchsize 4, as a user types it: exit code 2, one line with the nearest name, nothing
-    written."""
+    """python sft.py --batchsize 4: exit code 2, one line with the nearest name, and no files written."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), "--batchsize", "4"], cwd=tmp_path,
                           text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -730,22 +718,22 @@ def test_a_misspelt_flag_of_the_program_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_first_words_may_name_fields():
-    """chat.py DIR, tools/merge.py ADAPTER OUT: words without a flag in their order, with flags between
-    them."""
+def test_positional_arguments_set_fields():
+    """chat.py DIR, tools/merge.py ADAPTER OUT: arguments without a flag, in order, with flags between them."""
     found, origins = parser.parse(sft.Config, ["tiny", "--lr", "1", "data.json"], ["model", "train_data"])
     assert (found.model, found.train_data, found.lr) == ("tiny", "data.json", 1.0)
-    assert origins["train_data"] == "word data.json"
-    with pytest.raises(ValueError, match="'more' is neither a flag"):
+    assert origins["train_data"] == "argument data.json"
+    with pytest.raises(ValueError, match="unknown argument 'more'"):
         parser.parse(sft.Config, ["tiny", "more"], ["model"])
-    with pytest.raises(ValueError, match="'-x' is neither a flag"):
+    with pytest.raises(ValueError, match="unknown argument '-x'"):
         parser.parse(sft.Config, ["-x"], ["model"])
 
 
 def test_the_config_of_an_older_run_still_starts(yaml_file):
-    """It has planning's settings, switched off; one that asks for a plan says where planning is."""
+    """It has settings that are now those of tools/plan.py. Switched off they are ignored, else an error says
+    where they are."""
     path = yaml_file("lr: 1e-3\nplan: false\nmemory_gb: null\nranks: null\n")
     assert parse("--config", path).lr == 1e-3
-    for words in (["--plan"], ["--config", yaml_file("plan: true\n")], ["--memory_gb", "80"]):
+    for arguments in (["--plan"], ["--config", yaml_file("plan: true\n")], ["--memory_gb", "80"]):
         with pytest.raises(ValueError, match="tools/plan.py"):
-            parse(*words)
+            parse(*arguments)

@@ -1,5 +1,4 @@
-"""A loaded dataset: its ledger balances to the token, its rows keep their order, its digest says what it
-holds."""
+"""A loaded dataset: its ledger balances to the token, rows keep their order, and the digest depends on the content."""
 
 import dataclasses
 import re
@@ -34,8 +33,7 @@ LEDGER_ROWS = [  # tokens, targets: 18, 2; 21, 5; 38, 3 and 3; 30, 2
                                 in_dropped_rows=0, rows_truncated=3)),
 ])
 def test_the_ledger_has_these_numbers(max_length, too_long, on_prompt, expected, tmp_path):
-    """Rows and tokens are counted where they went, to the token, for each way with conversations that are too
-    long."""
+    """Rows and tokens are counted exactly, for each value of --too_long."""
     dataset = data.load(write(tmp_path / "rows.json", LEDGER_ROWS), tiny, max_length, too_long=too_long,
                         train_on_prompt=on_prompt)
     ledger = dataclasses.asdict(dataset.ledger)
@@ -47,7 +45,7 @@ def test_the_ledger_has_these_numbers(max_length, too_long, on_prompt, expected,
 
 
 def test_the_ledger_is_printed_as_it_balances(tmp_path):
-    """The two lines before the first step name every number of the balance."""
+    """The two lines on the screen have every number of the two sums."""
     dataset = data.load(write(tmp_path / "rows.json", LEDGER_ROWS), tiny, 20)
     assert dataset.ledger.lines() == (
         "rows     4 in = 3 trained + 1 dropped, 1 without targets after truncation",
@@ -55,7 +53,7 @@ def test_the_ledger_is_printed_as_it_balances(tmp_path):
 
 
 def test_an_error_for_long_conversations_names_the_row_and_both_lengths(tmp_path):
-    """--too_long error stops at the first row that is longer, and says by how much."""
+    """--too_long error stops at the first row that is longer, with its length and the limit."""
     path = write(tmp_path / "rows.json", LEDGER_ROWS)
     with pytest.raises(ValueError, match=re.escape(f"{path}[1] has 21 tokens, more than --max_length 20")):
         data.load(path, tiny, 20, too_long="error")
@@ -63,15 +61,15 @@ def test_an_error_for_long_conversations_names_the_row_and_both_lengths(tmp_path
 
 @pytest.mark.parametrize("rows, max_length", [(LEDGER_ROWS, 15), (LEDGER_ROWS, 2), ([
     {"messages": [chat("q")[0], {"role": "assistant", "content": "a", "train": False}]}], 100)])
-def test_nothing_left_to_train_is_an_error(rows, max_length, tmp_path):
-    """A run that would train no token does not start, and the message says what became of the rows."""
+def test_no_row_to_train_is_an_error(rows, max_length, tmp_path):
+    """A run without a target does not start, and the error says why rows were dropped."""
     with pytest.raises(ValueError,
                        match=rf"no row is left to train on: {len(rows)} in, dropped .*'without targets"):
         data.load(write(tmp_path / "rows.json", rows), tiny, max_length)
 
 
 def test_rows_without_targets_are_dropped_and_counted(tmp_path):
-    """A row whose answers are all marked untrained leaves the data, not the count."""
+    """A row whose answers are all marked as not trained is dropped and counted."""
     untrained = {"messages": [chat("q")[0], {"role": "assistant", "content": "a", "train": False}]}
     path = write(tmp_path / "rows.json", [untrained, {"prompt": "a", "response": "b"}])
     dataset = data.load(path, tiny, 100)
@@ -80,8 +78,7 @@ def test_rows_without_targets_are_dropped_and_counted(tmp_path):
 
 
 def test_the_ledger_balances_for_any_data(tmp_path):
-    """Rows in = trained + dropped, tokens in = target + context + truncated + in dropped rows, counted by
-    hand."""
+    """rows = trained + dropped, and tokens = target + context + truncated + in_dropped_rows, as counted here."""
 
     @repeatable
     @given(st.lists(conversations(), min_size=1, max_size=6), st.integers(2, 60),
@@ -124,8 +121,7 @@ def test_the_ledger_balances_for_any_data(tmp_path):
 
 
 def test_more_rows_than_one_batch_of_the_tokenizer_keep_their_order(tmp_path):
-    """Rows are encoded a thousand at a time: none is lost or moved where one batch ends and the next
-    begins."""
+    """Rows are encoded a thousand at a time: none is lost or moved between batches."""
     rows = [{"prompt": str(i), "response": f"answer {i}"} for i in range(2001)]
     path = write(tmp_path / "rows.json", rows)
     dataset = data.load(path, tiny, 100)
@@ -134,8 +130,8 @@ def test_more_rows_than_one_batch_of_the_tokenizer_keep_their_order(tmp_path):
         assert target_texts(dataset, i) == [f"answer {i}<|im_end|>"]
 
 
-def test_the_digest_knows_tokens_targets_order_and_borders(tmp_path):
-    """Resume's fingerprint is equal for equal data and differs for whatever would change a step."""
+def test_the_digest_depends_on_tokens_targets_order_and_borders(tmp_path):
+    """The digest, which resume compares, is equal for equal data and differs if a step would differ."""
     rows = [{"prompt": "a", "response": "b c"}, {"prompt": "d", "response": "e f"}]
     untrained = {"messages": [*chat("a", "b c"), *chat("d", "e f")]}
     untrained["messages"][1]["train"] = False

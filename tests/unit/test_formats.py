@@ -1,4 +1,4 @@
-"""Data files and row shapes: what is read, and what is wrong with a file or a row."""
+"""Data files and formats of rows: what is read, and the error for a wrong file or row."""
 
 import gzip
 import io
@@ -33,16 +33,16 @@ BOM = b"\xef\xbb\xbf"
          "blank lines first", "BOM space array", "CRLF lines", "blank lines between", "no last newline",
          "indented array", "escaped array"])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
-def test_a_container_is_told_by_its_first_bytes(content, name, tmp_path):
-    """JSON array, JSON Lines and gzip of either read the same, whatever the name, with BOM, blanks and
-    CRLF."""
+def test_the_first_bytes_decide_the_container(content, name, tmp_path):
+    """A JSON array, JSON Lines and gzip of either are read alike, whatever the file's name, with a byte order
+    mark, blanks and CRLF."""
     (tmp_path / name).write_bytes(content)
     path = str(tmp_path / name)
     assert list(formats.read_files(path)) == [(f"{path}[0]", ROWS[0]), (f"{path}[1]", ROWS[1])]
 
 
 def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
-    """A directory stands for its .json, .jsonl and .gz files, sorted; others in it are left alone."""
+    """A directory stands for its .json, .jsonl and .gz files, sorted by name; other files are ignored."""
     for name, row in (("b.json", 1), ("a.jsonl", 0), ("c.jsonl.gz", 2), ("d.json.gz", 3)):
         content = json.dumps({"row": row}).encode() + b"\n"
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -54,7 +54,7 @@ def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
 
 
 def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
-    """Commas join files and directories; each row names its own file and its place there."""
+    """Commas separate files and directories. Each row has its own file and its index there."""
     (tmp_path / "sub").mkdir()
     first = write(tmp_path / "z.json", [{"row": 0}, {"row": 1}])
     second = write(tmp_path / "a.json", [{"row": 2}])
@@ -65,15 +65,15 @@ def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    """No such file, among several too: UserError with the path and what may be given."""
+    """UserError has the path, also of one file among several, and what may be passed."""
     good, missing = write(tmp_path / "rows.json", ROWS), str(tmp_path / "missing.json")
     for spec in (missing, f"{good},{missing}"):
-        with pytest.raises(UserError, match=re.escape(missing) + ": no such data file; give a JSON"):
+        with pytest.raises(UserError, match=re.escape(missing) + ": no such data file; pass a JSON"):
             data.load(spec, tiny, 100)
 
 
 def test_a_directory_without_data_is_named(tmp_path):
-    """A directory without data files: UserError with the endings that would count."""
+    """UserError has the directory and the extensions of data files."""
     (tmp_path / "rows.txt").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(str(tmp_path)) + r": no data file .*\.jsonl"):
         data.load(str(tmp_path), tiny, 100)
@@ -95,12 +95,12 @@ GOOD_LINE = b'{"prompt": "a", "response": "b"}\n'
 ], ids=["array", "cut array", "trailing comma", "lines", "cut line", "two in a line", "lines of arrays",
         "one object over several lines", "CSV"])
 def test_what_is_not_json_names_line_and_column(content, line, column, tmp_path):
-    """A syntax error is reported with its file, line, column and what a file must be."""
+    """A syntax error is reported with file, line and column, and what a file must be."""
     path = tmp_path / "rows.json"
     for packed in (content, gzip.compress(content)):
         path.write_bytes(packed)
         say = re.escape(f"{path} is not JSON: line {line}, column ")
-        say += f"{column}: .*a JSON array of rows, or one JSON"
+        say += f"{column}: .*expected a JSON array, or one JSON object per line"
         with pytest.raises(ValueError, match=say):
             data.load(str(path), tiny, 100)
 
@@ -115,8 +115,7 @@ PACKED = gzip.compress(os.urandom(200).hex().encode())
     ids=["not UTF-8", "UTF-16", "cut gzip", "gzip with a wrong sum", "damaged gzip", "nested too deep",
          "long number"])
 def test_a_file_that_cannot_be_read_is_named(content, tmp_path):
-    """Bytes that are no text, a damaged archive, or JSON that Python gives up on: ValueError with the
-    file."""
+    """Bytes that are not text, a damaged archive, or JSON that Python can't parse: the error has the file."""
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -126,14 +125,14 @@ def test_a_file_that_cannot_be_read_is_named(content, tmp_path):
 @pytest.mark.parametrize("content", [b"", b" \n ", b"[]", BOM, gzip.compress(b"")],
                          ids=["empty", "blank", "empty array", "BOM only", "gzip of nothing"])
 def test_a_file_without_rows_is_named(content, tmp_path):
-    """No rows at all is an error that names the file, not the length limit."""
+    """A file without rows is an error that has its name."""
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(path))):
         data.load(str(path), tiny, 100)
 
 
-# ---- arrays are read in pieces --------------------------------------------------------------------------
+# ---- arrays are read in chunks --------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None)
@@ -142,8 +141,8 @@ def test_a_file_without_rows_is_named(content, tmp_path):
                              max_leaves=6)),
        st.sampled_from([1, 3, 17, 1000]), st.sampled_from([None, 1]), st.booleans(),
        st.none() | st.tuples(st.integers(0, 200), st.sampled_from(["", ",", "]", "}", "x", '"', "\n"])))
-def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, damage):
-    """Any array in pieces of any size: json.loads' values, or its error with its line and column."""
+def test_an_array_in_chunks_equals_json_loads(rows, chunk, indent, ascii_only, damage):
+    """For any array and chunk size: the values of json.loads, or its error with the same line and column."""
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     if damage:
         text = text[: 1 + damage[0]] + damage[1] + text[2 + damage[0] :]
@@ -152,7 +151,7 @@ def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, da
     except json.JSONDecodeError as error:
         expected = f"line {error.lineno}, column {error.colno}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "PIECE", piece)
+        patch.setattr(formats, "CHUNK", chunk)
         try:
             got = list(formats.json_array(io.StringIO(text), "rows.json"))
         except ValueError as error:
@@ -161,8 +160,8 @@ def test_a_streamed_array_is_what_json_reads(rows, piece, indent, ascii_only, da
             assert got == expected, text
 
 
-def test_an_array_is_read_in_pieces(tmp_path):
-    """2,000 rows of 5 kB: never more than a few pieces of text in memory, and an error far in has its
+def test_an_array_is_read_in_chunks(tmp_path):
+    """2,000 rows of 5 kB: only a few chunks of text are in memory, and an error near the end has the right
     place."""
     path = tmp_path / "rows.json"
     rows = [{"prompt": "p", "response": "word " * 1000}] * 2000
@@ -171,7 +170,7 @@ def test_an_array_is_read_in_pieces(tmp_path):
     assert sum(1 for _ in formats.read_file(str(path))) == 2000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6 * formats.PIECE < path.stat().st_size
+    assert peak < 6 * formats.CHUNK < path.stat().st_size
     path.write_text(path.read_text().rstrip()[:-1] + ",\n{oops}]")
     with pytest.raises(ValueError, match=rf"is not JSON: line {2000 * 4 + 3}, column 2: "):
         list(formats.read_file(str(path)))
@@ -181,7 +180,7 @@ def test_an_array_is_read_in_pieces(tmp_path):
 
 
 def test_a_parquet_file_is_its_rows(tmp_path):
-    """All rows of all of its batches; a key that a row lacks is None."""
+    """All rows of all of its batches; keys that a row does not have are None."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": str(i), "response": "a" if i % 2 else None} for i in range(5000)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=700)
@@ -191,7 +190,7 @@ def test_a_parquet_file_is_its_rows(tmp_path):
 @pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"x" * 99 + b"PAR1", None],
                          ids=["short", "no footer", "page"])
 def test_a_damaged_parquet_file_is_named(content, tmp_path):
-    """Where its footer is read, and where its pages are."""
+    """Both when its footer is read, and when its pages are."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "rows.parquet"
     if content is None:
@@ -207,23 +206,25 @@ def test_a_damaged_parquet_file_is_named(content, tmp_path):
 
 
 def test_a_hub_dataset_is_downloaded(tmp_path, monkeypatch):
-    """owner/name that is no path goes to the hub's client; the training split's files are read, others
-    not."""
+    """owner/name that is not a path is downloaded by the hub's client; only the training split is read."""
     import huggingface_hub
 
-    asked = []
+    calls = []
     (tmp_path / "data").mkdir()
     for name in ("train-00000.json", "test-00000.json"):
         write(tmp_path / "data" / name, [{"prompt": name, "response": "r"}])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda name, **how: (asked.append((name, how)), str(
-        tmp_path))[1])
+
+    def snapshot_download(name, **options):
+        calls.append((name, options["repo_type"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     dataset = data.load("owner/name", tiny, 100)
     assert sources(dataset) == [f"{tmp_path}/data/train-00000.json[0]"]
-    assert asked[0][0] == "owner/name" and asked[0][1]["repo_type"] == "dataset"
+    assert calls[0] == ("owner/name", "dataset")
 
 
-def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_one_line(monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError
     import huggingface_hub
 
@@ -231,7 +232,7 @@ def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match="owner/name: no such data file, and as a dataset .*no network"):
+    with pytest.raises(UserError, match="name is neither a local file nor reachable as a hub dataset: no network"):
         data.load("owner/name", tiny, 100)
 
 
@@ -259,8 +260,8 @@ def test_a_hub_that_can_not_be_reached_is_one_line(monkeypatch):
                         {"from": "assistant", "value": "a"}]}, chat("q", "a", system="s")),
     ({"id": 7, "source": "web", "prompt": "q", "response": "a"}, chat("q", "a")),
 ], ids=str)
-def test_every_row_shape_becomes_the_same_messages(row, messages, tmp_path):
-    """Each accepted shape, its optional keys and its empty ones read as the conversation that they mean."""
+def test_every_format_of_rows_becomes_messages(row, messages, tmp_path):
+    """Each accepted format, with its optional keys and with empty ones."""
     assert_is(data.load(write(tmp_path / "rows.json", [row]), tiny, 2048), [by_hand(messages)])
 
 
@@ -280,29 +281,29 @@ def test_every_row_shape_becomes_the_same_messages(row, messages, tmp_path):
      ("question", "answer", "chat"))
 ], ids=range(11))
 def test_keys_of_rows_may_be_named(row, keys):
-    """Where a row has the keys that were named, they are its question and answer, or its messages; any other
-    row is told by the usual ones."""
-    found = formats.to_messages(row, "here", keys)
-    assert [(m["role"], m["content"]) for m in found] == [("user", "q?"), ("assistant", "a.")]
+    """A row that has the named keys is read by them; any other row is read by the default keys."""
+    messages = formats.to_messages(row, "here", keys)
+    assert [(m["role"], m["content"]) for m in messages] == [("user", "q?"), ("assistant", "a.")]
 
 
 Q, A = chat("q", "a")
 ALPACA = {"instruction": "i", "output": "a"}
 BAD_ROWS = {
     "unknown shape": ({"question": "q", "answer": "a"},
-                      r"unknown row shape.*\['answer', 'question'\].*\"instruction\""),
-    "no keys": ({}, r"unknown row shape.*\[\]"),
-    "half a pair": ({"prompt": "q"}, r"unknown row shape.*\['prompt'\]"),
-    "a text": ("just text", "unknown row shape.*str"),
-    "a number": (5, "unknown row shape.*int"),
-    "null": (None, "unknown row shape.*NoneType"),
-    "a list": ([Q, A], "unknown row shape.*list"),
-    "messages null": ({"messages": None}, r"unknown row shape.*\['messages'\]"),
+                      r"unrecognised columns 'question', 'answer'; .*\"instruction\".*"
+                      "pass --prompt_key question --response_key answer$"),
+    "no keys": ({}, "unrecognised columns ; accepted"),
+    "half a pair": ({"prompt": "q"}, "unrecognised columns 'prompt'; accepted"),
+    "a text": ("just text", "a row must be an object, not str"),
+    "a number": (5, "a row must be an object, not int"),
+    "null": (None, "a row must be an object, not NoneType"),
+    "a list": ([Q, A], "a row must be an object, not list"),
+    "messages null": ({"messages": None}, "unrecognised columns 'messages'; accepted"),
     "messages empty": ({"messages": []}, ""),
     "conversations empty": ({"conversations": []}, ""),
     "conversations empty, with system": ({"conversations": [], "system": "s"}, ""),
-    "messages a text": ({"messages": "hello"}, "unknown row shape"),
-    "messages an object": ({"messages": {"role": "user", "content": "q"}}, "unknown row shape"),
+    "messages a text": ({"messages": "hello"}, "unrecognised columns"),
+    "messages an object": ({"messages": {"role": "user", "content": "q"}}, "unrecognised columns"),
     "message a text": ({"messages": ["q", A]}, "message must be.*'q'"),
     "message null": ({"messages": [None, A]}, "message must be.*None"),
     "message without role": ({"messages": [{"content": "q"}, A]}, "message must be"),
@@ -353,7 +354,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named(name, tmp_path):
-    """Whatever is wrong with a row is a ValueError with file and index, what was found, and the rule."""
+    """Any mistake in a row is an error with file and index, the value, and the rule."""
     row, say = BAD_ROWS[name]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": "a", "response": "b"}, row]), encoding="utf-8")
@@ -361,8 +362,8 @@ def test_a_bad_row_is_named(name, tmp_path):
         data.load(str(path), tiny, 100)
 
 
-def test_a_bug_of_ours_is_no_fault_of_the_row(tmp_path, monkeypatch):
-    """A plain ValueError in to_messages goes through with its traceback; UserError would hide where it is."""
+def test_a_bug_is_not_reported_as_an_error_in_the_row(tmp_path, monkeypatch):
+    """A plain ValueError in to_messages keeps its traceback; a UserError would hide it."""
     def broken(turn, where):
         return int("x")
 

@@ -1,4 +1,4 @@
-"""Starting: train.sh, ranks/launch.py, and every program on a machine where only train.sh made a .venv."""
+"""Starting: train.sh, ranks/launch.py, and every program where only the .venv of train.sh has torch."""
 
 import importlib.metadata
 import json
@@ -19,36 +19,36 @@ from settings import venv
 
 TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
 PROGRAMS = ["sft.py", "chat.py", *(f"tools/{path.name}" for path in TOOLS if "__main__" in path.read_text())]
-# What users install beside this project: a module of ours of that name would hide it, or be hidden by it.
+# Packages that users install beside this project: a module of ours with that name would hide one, or be hidden.
 PACKAGES = {"verl", "trl", "peft", "datasets", "transformers", "evaluate", "kernels", "accelerate", "torch",
             "numpy", "wandb", "trackio", "tensorboard", "pyarrow", "jinja2", "yaml", "tokenizers"}
 
 
-def train_sh(*words, cwd, **env):
-    """The outcome of ./train.sh WORDS in another folder."""
-    return subprocess.run([os.path.join(ROOT, "train.sh"), *words], cwd=cwd, capture_output=True, text=True,
+def train_sh(*arguments, cwd, **env):
+    """The completed process of ./train.sh with these arguments, in another directory."""
+    return subprocess.run([os.path.join(ROOT, "train.sh"), *arguments], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "PYTHON": sys.executable, **env})
 
 
-@pytest.mark.parametrize("words, line", [
+@pytest.mark.parametrize("arguments, line", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'; --help lists them all"),
-    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; these do: [1, 3]")],
+    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; use one of 1, 3")],
     ids=str)
-def test_a_wrong_setting_of_several_ranks_is_one_line(words, line, tmp_path):
-    """Before torchrun starts."""
-    done = train_sh("--n_gpus", "3", *words, cwd=tmp_path)
+def test_a_wrong_setting_of_several_ranks_is_one_line(arguments, line, tmp_path):
+    """It is found before torchrun starts."""
+    done = train_sh("--n_gpus", "3", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"sft.py: error: {line}\n")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words, line", [
+@pytest.mark.parametrize("arguments, line", [
     (["--n_gpus", "two"], "--n_gpus two: it must be a number, at least 1"),
     (["--n_gpus=0"], "--n_gpus 0: it must be a number, at least 1"),
     (["--n_gpus"], "--n_gpus needs a number"),
-    (["--setup"], "--setup needs a file, such as requirements.txt"),
-    (["--setup", "nothing.txt"], "--setup needs a file, such as requirements.txt")], ids=str)
-def test_train_sh_names_what_is_wrong_with_its_own_words(words, line, tmp_path):
-    done = train_sh(*words, cwd=tmp_path)
+    (["--setup"], "--setup needs a requirements file, such as requirements.txt"),
+    (["--setup", "nothing.txt"], "--setup needs a requirements file, such as requirements.txt")], ids=str)
+def test_train_sh_names_what_is_wrong_with_its_own_flags(arguments, line, tmp_path):
+    done = train_sh(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.sh: error: {line}\n")
 
 
@@ -70,20 +70,20 @@ def test_train_sh_is_short():
 
 
 # ----------------------------------------------------------------------------------------------------
-# ranks/launch.py with planted_sft.py in the place of sft.py
+# ranks/launch.py, with planted_sft.py instead of sft.py
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """A function: words, environment -> ranks/launch.py with them, as a process in tmp_path."""
+    """A function: arguments, environment -> a process of ranks/launch.py with them, in tmp_path."""
     os.makedirs(tmp_path / "project" / "ranks")
     shutil.copy(os.path.join(ROOT, "ranks", "launch.py"), tmp_path / "project" / "ranks")
     shutil.copy(os.path.join(TESTS, "programs", "planted_sft.py"), tmp_path / "project" / "sft.py")
-    (tmp_path / "torch.py").write_text("raise SystemExit('the current folder is no place for modules')")
+    (tmp_path / "torch.py").write_text("raise SystemExit('a module was imported from the current directory')")
 
-    def start(*words, **env):
+    def start(*arguments, **env):
         others = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        command = [sys.executable, tmp_path / "project" / "ranks" / "launch.py", *words]
+        command = [sys.executable, tmp_path / "project" / "ranks" / "launch.py", *arguments]
         env = {**others, "LOG": str(tmp_path / "log"), **env}
         return subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE)
@@ -92,47 +92,47 @@ def launch(tmp_path):
 
 
 def read_log(tmp_path):
-    """(what was noted before there were workers, and by them)"""
+    """(lines that were logged before torchrun started, lines of the workers)"""
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     workers = [line for line in lines if "RANK" in line["env"]]
     return [line for line in lines if line not in workers], workers
 
 
 def test_one_process_is_sft_py_itself(launch, tmp_path):
-    """In the same process, with every word but --n_gpus."""
+    """It becomes sft.py in the same process, with every argument but --n_gpus."""
     process = launch("--lr", "1", "--n_gpus=1", "model=x", N_GPUS="4", NNODES="")
     assert process.wait() == 0
     (line,), workers = read_log(tmp_path)
-    assert line["words"] == ["--environment", "--lr", "1", "model=x"]
+    assert line["arguments"] == ["--environment", "--lr", "1", "model=x"]
     assert line["pid"] == process.pid and workers == []
     assert "WORLD_SIZE" not in line["env"]
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "--explain"])
-def test_what_only_prints_starts_no_ranks(word, launch, tmp_path):
+def test_flags_that_only_print_start_no_ranks(word, launch, tmp_path):
     assert launch("--n_gpus", "2", word).wait() == 0
     (line,), workers = read_log(tmp_path)
-    assert line["words"] == ["--environment", word] and line["env"]["WORLD_SIZE"] == "2" and workers == []
+    assert line["arguments"] == ["--environment", word] and line["env"]["WORLD_SIZE"] == "2" and workers == []
 
 
 def test_two_runs_at_the_same_time(launch, tmp_path):
-    """Each checks its settings once, as many processes as there will be, and has a port of its own. The
-    workers are deaf to signals at first and have Python's usual path."""
+    """Each checks its settings once, with the final world size, and has its own port. Workers ignore signals
+    at first and have Python's usual path."""
     runs = [launch("--n_gpus", "2", "--lr", "1", PLANT="meet 4") for _ in range(2)]
     for run in runs:
         assert run.wait(timeout=60) == 0, run.stderr.read()
     checks, workers = read_log(tmp_path)
-    assert [line["words"] for line in checks] == 2 * [["--explain", "--environment", "--lr", "1"]]
+    assert [line["arguments"] for line in checks] == 2 * [["--explain", "--environment", "--lr", "1"]]
     for line in checks:
         assert line["env"] == {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
     assert sorted(line["env"]["RANK"] for line in workers) == ["0", "0", "1", "1"]
     for line in workers:
-        assert line["words"] == ["--environment", "--lr", "1"] and line["is_deaf"] and not line["safe_path"]
+        assert line["arguments"] == ["--environment", "--lr", "1"] and line["is_deaf"] and not line["safe_path"]
         assert line["env"]["OMP_NUM_THREADS"] == "1" and line["env"]["MASTER_ADDR"] == "127.0.0.1"
     assert len({line["env"]["MASTER_PORT"] for line in workers}) == 2
 
 
-def test_two_nodes_meet_at_the_port_that_they_are_given(launch, tmp_path):
+def test_two_nodes_use_the_given_port(launch, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -147,7 +147,7 @@ def test_two_nodes_meet_at_the_port_that_they_are_given(launch, tmp_path):
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_the_exit_code_of_a_failed_worker(code, launch):
-    """2, of an error of the input, stays 2 and is not followed by torchrun's report; for all else that is
+    """Code 2, an error in the input, stays 2 without torchrun's report. After other codes the report is
     printed."""
     process = launch("--n_gpus", "2", PLANT=f"exit {code}")
     err = process.communicate(timeout=60)[1]
@@ -155,7 +155,7 @@ def test_the_exit_code_of_a_failed_worker(code, launch):
 
 
 def test_term_ends_a_launcher_that_waits_for_another_node(launch, tmp_path):
-    """There are no workers to pass it on to, and nothing to save."""
+    """There are no workers yet, so there is nothing to save."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -169,7 +169,7 @@ def test_term_ends_a_launcher_that_waits_for_another_node(launch, tmp_path):
     assert process.wait(timeout=60) == 143
 
 
-def test_ctrl_c_again_kills_all(launch, tmp_path):
+def test_a_second_ctrl_c_kills_all(launch, tmp_path):
     process = launch("--n_gpus", "2", PLANT="hang")
     limit = time.monotonic() + 60
     while not (tmp_path / "log").exists() or len(read_log(tmp_path)[1]) < 2:
@@ -177,25 +177,25 @@ def test_ctrl_c_again_kills_all(launch, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1.5)  # they are asked, and hang
+        process.wait(timeout=1.5)  # they ignore the signal
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)  # the workers have this pipe as well: it ends with the last of them
+    process.communicate(timeout=10)  # the workers share this pipe, so it closes with the last of them
     assert process.returncode == 130
 
 
 # ----------------------------------------------------------------------------------------------------
-# a machine whose Python has no torch, where train.sh made .venv
+# a machine whose Python has no torch, where train.sh has made .venv
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """(a copy of the project without .venv, the environment of a shell whose `python` has no package)"""
+    """(a copy of the project without .venv, an environment in which `python` has no packages)"""
     directory = tmp_path_factory.mktemp("machine")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "bare"], check=True)
     names = shutil.ignore_patterns(".*", "tests", "docs", "outputs", "__pycache__")
     shutil.copytree(ROOT, directory / "project", ignore=names)
     trap = directory / "project" / "tools" / "numpy.py"
-    trap.write_text("raise SystemExit('tools/ is no place for modules')")
+    trap.write_text("raise SystemExit('a module was imported from tools/')")
     env = {"PATH": f"{directory / 'bare' / 'bin'}:/usr/bin:/bin", "HOME": os.environ["HOME"],
            "OMP_NUM_THREADS": "1"}
     return directory / "project", env
@@ -211,33 +211,32 @@ def dot_venv(bare):
 
 @pytest.mark.parametrize("safe_path", ["", "1"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_without_torch_goes_on_in_the_venv(program, safe_path, bare, dot_venv, tmp_path):
-    """From any folder, with every word; python -P included, which leaves the program's folder out of the
-    path."""
+def test_a_program_without_torch_continues_in_the_venv(program, safe_path, bare, dot_venv, tmp_path):
+    """In any directory, with every argument, and with python -P, which does not add the program's directory to
+    the path."""
     os.makedirs(tmp_path / "bin")
     (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
     dot_venv(tmp_path)
-    words = ["-u", str(bare[0] / program), "some", "--words"]
+    arguments = ["-u", str(bare[0] / program), "some", "--arguments"]
     env = {**bare[1], "PYTHONSAFEPATH": safe_path}
-    done = subprocess.run(["python", *words], cwd=tmp_path, env=env, text=True, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(words) + "\n", "")
+    done = subprocess.run(["python", *arguments], cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(arguments) + "\n", "")
 
 
-@pytest.mark.parametrize("program, words, printed", [
+@pytest.mark.parametrize("program, arguments, printed", [
     ("tools/show.py", ["show", "-n", "1"], "data/example_sft.json[0]: "),
     ("sft.py", ["--help"], "Supervised fine-tuning: "), ("chat.py", ["--help"], "Talk to a model: ")])
-def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(program, words, printed, bare, dot_venv,
+def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(program, arguments, printed, bare, dot_venv,
                                                                     tmp_path):
-    """In a folder where the example data is not, and beside a file of tools/ that has the name of a
-    package."""
+    """In a directory without the example data, and with a file in tools/ that has the name of a package."""
     dot_venv(sys.prefix)
-    done = subprocess.run(["python", bare[0] / program, *words], cwd=tmp_path, env=bare[1], text=True,
+    done = subprocess.run(["python", bare[0] / program, *arguments], cwd=tmp_path, env=bare[1], text=True,
                           capture_output=True)
     assert done.returncode == 0 and printed in done.stdout, done.stderr
 
 
-def test_without_any_torch_a_program_says_what_makes_it(bare, tmp_path):
+def test_without_any_torch_a_program_says_how_to_get_it(bare, tmp_path):
     done = subprocess.run(["python", bare[0] / "chat.py"], cwd=tmp_path, env=bare[1], text=True,
                           capture_output=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -245,7 +244,7 @@ def test_without_any_torch_a_program_says_what_makes_it(bare, tmp_path):
     assert os.path.samefile(found[1], bare[0] / "train.sh")
 
 
-def test_a_printed_command_works_where_it_is_read(monkeypatch, tmp_path):
+def test_a_printed_command_works_in_the_current_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable) + ":/usr/bin:/bin")
     monkeypatch.chdir(ROOT)
     assert venv.command("tools/show.py") == "python tools/show.py"
@@ -258,8 +257,8 @@ def test_a_printed_command_works_where_it_is_read(monkeypatch, tmp_path):
 
 
 def test_no_module_of_ours_has_the_name_of_a_package():
-    """`python -m verl.trainer...` in this folder would start ours, or `import evaluate` in a tool import
-    it."""
+    """Otherwise `python -m verl.trainer...` in this directory would start ours, and `import evaluate` in a tool
+    would import ours."""
     entries = [entry for entry in os.scandir(ROOT) if entry.name[0] not in "._"]
     names = {entry.name.removesuffix(".py") for entry in entries
              if entry.is_dir() or entry.name.endswith(".py")}

@@ -1,4 +1,4 @@
-"""Presets, the files of configs/, and settings that have no effect beside others."""
+"""Presets, the files of configs/, and settings that have no effect because of others."""
 
 import dataclasses
 import os
@@ -18,9 +18,9 @@ TINY = {"lr": 4e-3, "epochs": 60, "batch_size": 8, "gradient_checkpointing": Fal
 FILES = sorted(name for name in os.listdir(os.path.join(ROOT, "configs")) if name.endswith(".yaml"))
 
 
-def changed(*words):
-    """What these words change: {name: value} and {name: origin} of all that is not at its default."""
-    parsed, origins = parser.parse(sft.Config, list(words))
+def changed(*arguments):
+    """What these arguments change: {name: value} and {name: origin} of all settings not at their default."""
+    parsed, origins = parser.parse(sft.Config, list(arguments))
     values = {name: value for name, value in dataclasses.asdict(parsed).items() if value != DEFAULTS[name]}
     return values, {name: origins[name] for name in values}
 
@@ -29,23 +29,22 @@ def changed(*words):
 # presets
 
 
-@pytest.mark.parametrize("words, variables, text", [
+@pytest.mark.parametrize("arguments, variables, text", [
     (["--model", "tiny"], {}, ""), (["model=tiny"], {}, ""), (["++model.path=tiny"], {}, ""),
     (["--environment"], {"MODEL_PATH": "tiny"}, ""), ([], {}, "model: tiny\n"),
     ([], {}, "model: {partial_pretrain: tiny}\n")], ids=str)
-def test_a_preset_is_applied_however_its_model_is_named(words, variables, text, monkeypatch, tmp_path):
-    """By a flag, an override, the environment, a file, in our words or verl's; --explain says where it comes
-    from."""
+def test_a_preset_is_applied_however_its_model_is_named(arguments, variables, text, monkeypatch, tmp_path):
+    """By a flag, an override, the environment or a file, with our name or verl's. The origin is the preset."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "run.yaml").write_text(text)
-    values, origins = changed(*words, *(["--config", str(tmp_path / "run.yaml")] if text else []))
+    values, origins = changed(*arguments, *(["--config", str(tmp_path / "run.yaml")] if text else []))
     assert values == {"model": "tiny", **TINY}
     assert {origins[name] for name in TINY} == {"preset configs/tiny.yaml"}
 
 
-def test_a_preset_belongs_to_a_name():
-    """Another model has none, nor has the same one by its path; chat.py and the tools have none of any."""
+def test_only_the_name_of_a_preset_applies_it():
+    """Another model has no preset, and neither has the same model by its path. chat.py has no presets."""
     assert changed("--model", "other")[0] == {"model": "other"}
     path = os.path.join(ROOT, "models", "tiny")
     assert changed("--model", path)[0] == {"model": path}
@@ -53,10 +52,10 @@ def test_a_preset_belongs_to_a_name():
     assert parser.parse(chat.Config, ["--model", "tiny"])[0] == chat.Config(model="tiny")
 
 
-def test_all_but_a_default_beats_a_preset(monkeypatch, tmp_path):
-    """Flag, environment and file, each for one setting; what a file leaves unsaid is the preset's."""
+def test_only_defaults_have_lower_precedence_than_a_preset(monkeypatch, tmp_path):
+    """Flag, environment and file each set one setting; the others come from the preset."""
     monkeypatch.setenv("NUM_EPOCHS", "2")
-    (tmp_path / "run.yaml").write_text("batch_size: 4\n")  # its default, but said
+    (tmp_path / "run.yaml").write_text("batch_size: 4\n")  # the default, but set
     values, origins = changed("--environment", "--model", "tiny", "--lr", "1", "--config",
                               str(tmp_path / "run.yaml"))
     expected = {**TINY, "model": "tiny", "lr": 1.0, "epochs": 2}
@@ -65,30 +64,31 @@ def test_all_but_a_default_beats_a_preset(monkeypatch, tmp_path):
     assert origins["keep_checkpoints"] == "preset configs/tiny.yaml" and origins["lr"] == "flag --lr"
 
 
-@pytest.mark.parametrize("words", [["--environment", "--epochs", "5"], ["--epochs", "5", "--environment"]])
-def test_a_flag_beats_the_environment_wherever_it_stands(words, monkeypatch):
+@pytest.mark.parametrize("arguments", [["--environment", "--epochs", "5"], ["--epochs", "5", "--environment"]])
+def test_a_flag_beats_the_environment_wherever_it_stands(arguments, monkeypatch):
     monkeypatch.delenv("CONFIG", raising=False)
     monkeypatch.setenv("NUM_EPOCHS", "2")
-    values, origins = changed(*words)
+    values, origins = changed(*arguments)
     assert values["epochs"] == 5 and origins["epochs"] == "flag --epochs"
 
 
 def test_a_line_of_a_preset_that_has_no_effect_is_skipped():
-    """lora_modules_to_save needs LoRA, and is not for an adapter that is there."""
+    """lora_modules_to_save needs LoRA and does not work with --resume_adapter."""
     assert changed("--model=tiny", "--use_lora")[0]["lora_modules_to_save"] == "embed_tokens"
-    for words in ["--no-use_lora"], ["--use_lora", "--resume_adapter", "a"]:
-        assert "lora_modules_to_save" not in changed("--model=tiny", *words)[0]
+    for arguments in ["--no-use_lora"], ["--use_lora", "--resume_adapter", "a"]:
+        assert "lora_modules_to_save" not in changed("--model=tiny", *arguments)[0]
 
 
 def test_python_and_train_sh_are_the_same_run(tmp_path):
-    """The same values from the same places, but for the folder of the example data."""
-    said = []
+    """Both print the same values and origins."""
+    outputs = []
     for start in [sys.executable, "sft.py"], ["./train.sh"]:
         env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHON": sys.executable}
         done = subprocess.run([*start, "--model", "tiny", "--explain"], cwd=ROOT, env=env, text=True,
                               capture_output=True, check=True)
-        said.append(done.stdout)
-    assert said[0] == said[1] and said[0].count("preset configs/tiny.yaml") == len(TINY)
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count("preset configs/tiny.yaml") == len(TINY)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def test_python_and_train_sh_are_the_same_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_of_configs_says_only_what_it_changes(name):
-    """Each key is a setting and differs from the default: a reader sees what a kind of run needs."""
+def test_a_file_of_configs_has_only_what_it_changes(name):
+    """Each key is a setting with another value than its default."""
     path = os.path.join(ROOT, "configs", name)
     fields = {field.name: field for field in dataclasses.fields(sft.Config)}
     for line in parser.read_yaml(path, fields):
@@ -108,8 +108,7 @@ def test_a_file_of_configs_says_only_what_it_changes(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_configs_trains(name, train):
-    """The embedded model for a step. Of tiny.yaml a line needs LoRA, which is no error where it is a
-    preset."""
+    """One step of the embedded model. A line of tiny.yaml needs LoRA; only as a preset is it skipped without."""
     flags = ["--use_lora"] if name == "tiny.yaml" else []
     lines = train("--config", os.path.join(ROOT, "configs", name), "--max_steps", 1, *flags)
     assert [line["step"] for line in lines] == [1]
@@ -133,35 +132,35 @@ class Toy:
         check(self)
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("arguments, message", [
     ("--rank 9", "--rank 9 does nothing without --adapter"),
-    ("--rank 8", "--rank 8 does nothing without --adapter"),  # its default, but given
+    ("--rank 8", "--rank 8 does nothing without --adapter"),  # the default, but set
     ("rank=8", "--rank 8 does nothing without --adapter"),
     ("--adapter --no-adapter --rank 8", "--rank 8 does nothing without --adapter"),
     ("--width 1", "--width 1 does nothing without --scaled or --resume"),
-    ("--adapter --resume a --rank 9", "--rank 9 does not work with --resume; leave one of them out"),
-    ("--adapter --resume a --rank 8", "--rank 8 does not work with --resume; leave one of them out"),
+    ("--adapter --resume a --rank 9", "--rank 9 does not work with --resume; remove one of them"),
+    ("--adapter --resume a --rank 8", "--rank 8 does not work with --resume; remove one of them"),
     ("--environment", "RANK_OF_IT=8 has no effect without --adapter; unset it or add --adapter"),
-    ("--environment --adapter --resume a", "RANK_OF_IT=8 does not work with --resume; leave one of them out"),
+    ("--environment --adapter --resume a", "RANK_OF_IT=8 does not work with --resume; remove one of them"),
 ], ids=str)
-def test_what_is_given_must_have_an_effect(words, message, monkeypatch):
-    """Even to its default: a flag that is ignored misleads. One from the environment is named by its
+def test_a_setting_must_have_an_effect(arguments, message, monkeypatch):
+    """An ignored flag would mislead, even at its default. A value of the environment is named by its
     variable."""
     monkeypatch.setenv("RANK_OF_IT", "8")
     with pytest.raises(ValueError) as caught:
-        parser.parse(Toy, words.split())
+        parser.parse(Toy, arguments.split())
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("arguments", [
     "--adapter --rank 8", "--no-adapter", "--resume none", "--adapter --resume a",
     "--adapter --scaled --width 1", "--adapter --resume a --resume none --rank 8"])
-def test_what_has_an_effect_may_be_given(words):
-    parser.parse(Toy, words.split())
+def test_a_setting_with_an_effect_is_accepted(arguments):
+    parser.parse(Toy, arguments.split())
 
 
-def test_a_file_may_say_everything(tmp_path):
-    """A run's own config.yaml has every setting, at its default or not; so has a config made in Python."""
+def test_a_file_may_have_every_setting(tmp_path):
+    """A run's own config.yaml has all settings: at its default, a setting without effect is no error."""
     path = str(tmp_path / "config.yaml")
     for config in Toy(), Toy(adapter=True, rank=9), Toy(adapter=True, resume="a"):
         parser.write_yaml(config, path)
@@ -174,9 +173,8 @@ def test_a_file_may_say_everything(tmp_path):
         parser.parse(Toy, ["--config", path])
 
 
-def test_a_flag_may_take_back_what_a_file_says(tmp_path):
-    """--rank 8 over a file's 9 is how to turn it off, beside --no-adapter: the file is not at hand to be
-    edited."""
+def test_a_flag_may_reset_a_value_of_a_file(tmp_path):
+    """--rank 8, the default, replaces the file's 9, which would be an error with --no-adapter."""
     path = str(tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_text("adapter: true\nrank: 9\n")
     assert parser.parse(Toy, ["--config", path, "--no-adapter", "--rank", "8"])[0] == Toy()
@@ -184,8 +182,8 @@ def test_a_flag_may_take_back_what_a_file_says(tmp_path):
         parser.parse(Toy, ["--config", path, "--no-adapter"])
 
 
-def test_to_switch_off_what_is_off_is_no_error():
-    """A script that writes out all flags asks for nothing with --no-scaled."""
+def test_switching_off_what_is_off_is_accepted():
+    """A script may write out all flags, --no-scaled included."""
     assert parser.parse(Toy, ["--no-scaled"])[0] == Toy()
     assert not parser.parse(Toy, "--adapter --resume a --no-scaled".split())[0].scaled
 
@@ -193,10 +191,10 @@ def test_to_switch_off_what_is_off_is_no_error():
 @pytest.mark.parametrize("name, value", {
     "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.1, "lora_targets": "all-linear", "lora_rs": True,
     "lora_dora": True, "lora_modules_to_save": "embed_tokens"}.items())
-def test_a_new_adapters_settings_are_not_for_an_old_one(name, value):
-    """It has its own; a value that differs, or is given, would be ignored."""
-    words = ["--use_lora", "--resume_adapter", "a", f"--{name}={value}"]
+def test_settings_of_a_new_adapter_do_not_work_with_an_existing_one(name, value):
+    """An existing adapter has its own settings, so the flag would be ignored."""
+    arguments = ["--use_lora", "--resume_adapter", "a", f"--{name}={value}"]
     with pytest.raises(ValueError, match=f"{name}.* does not work with --resume_adapter"):
-        parser.parse(sft.Config, words)
+        parser.parse(sft.Config, arguments)
     with pytest.raises(ValueError, match=f"{name}.* does nothing without --use_lora"):
-        parser.parse(sft.Config, words[-1:])
+        parser.parse(sft.Config, arguments[-1:])

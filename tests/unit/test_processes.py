@@ -1,5 +1,4 @@
-"""ranks/processes.py where no process group is needed: a process alone, and whom a rank blames for its
-error."""
+"""ranks/processes.py without a process group: a single process, and which rank a failure is attributed to."""
 
 import fcntl
 import os
@@ -16,26 +15,28 @@ from settings.errors import UserError
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_process_alone_has_all_that_a_rank_has(device):
+def test_a_single_process_has_everything_that_a_rank_has(device):
     ranks = processes.single_process(torch.device(device))
     ranks.set_phase("load")
     tensor = torch.ones(2, device=device)
-    assert ranks.all_reduce(tensor) is tensor and ranks.broadcast(7) == 7 and ranks.poll_signals() == 0
+    assert ranks.all_reduce(tensor) is tensor
+    assert ranks.broadcast(7) == 7
+    assert ranks.poll_signals() == 0
     assert (ranks.rank, ranks.world_size, ranks.dp_rank, ranks.dp_size, ranks.mesh) == (0, 1, 0, 1, None)
     assert not dist.is_initialized()
 
 
 def test_tp_divides_the_processes():
-    for tp, size in ((1, 1), (2, 4), (4, 4)):
-        processes.check_tp(tp, size)
-    with pytest.raises(UserError, match=r"--tp 4 does not divide the 6 processes; these do: \[1, 2, 3, 6\]"):
+    for tp, world_size in ((1, 1), (2, 4), (4, 4)):
+        processes.check_tp(tp, world_size)
+    with pytest.raises(UserError, match=r"--tp 4 does not divide the 6 processes; use one of 1, 2, 3, 6$"):
         processes.check_tp(4, 6)
 
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Rank 1 of three in step 8. Rank 0 is in step 8 too, and rank 2 in step 7, since before the others,
-    elsewhere."""
+    """Rank 1 of three. Ranks 0 and 1 are in step 8 on this host; rank 2 has been in step 7 for longer, on
+    another."""
     ranks = processes.Ranks(rank=1, world_size=3, dp_rank=1, dp_size=3, mesh=None, device=torch.device("cpu"),
                             store=dist.HashStore())
     host = socket.gethostname()
@@ -51,15 +52,15 @@ def ranks(monkeypatch):
     (KeyError("x"), None), (UserError("x"), None),
     (files.LockTimeout("x", pid=111), 0), (files.LockTimeout("x", pid=333), None),
     (files.LockTimeout("x", pid=None), None)], ids=repr)
-def test_whom_a_rank_waited_for(error, culprit, ranks):
-    """After a collective, for the rank that has been in its phase for the longest; for a lock, for its
-    holder, if it is a rank on this host; after an error of its own, for none."""
-    found = ranks.waited_for(error)
+def test_the_culprit_of_a_failure(error, culprit, ranks):
+    """For a collective the rank that has been in its phase for the longest; for a lock its holder, if that is
+    a rank on this host; none for an error of the rank's own."""
+    found = ranks.find_culprit(error)
     assert (found and found.rank) == culprit
 
 
-def test_an_error_of_its_own_is_reported_by_the_rank(ranks, capsys):
-    ranks.blame(UserError("bad file"))
+def test_a_rank_reports_its_own_error(ranks, capsys):
+    ranks.report_failure(UserError("bad file"))
     assert capsys.readouterr().err == "sft.py: rank 1 failed in step 8: UserError: bad file\n"
 
 
@@ -70,18 +71,18 @@ def test_an_error_of_its_own_is_reported_by_the_rank(ranks, capsys):
     (RuntimeError("Timed out waiting"), "far", []),  # the pid is another host's
     (RuntimeError("Connection reset"), "here", [])], ids=str)  # it has ended
 def test_a_rank_that_may_be_stopped_is_named_and_killed(error, host, killed, ranks, monkeypatch):
-    """It can't end by itself."""
+    """A stopped process (SIGSTOP) can't end by itself."""
     sent = []
-    monkeypatch.setattr(os, "kill", lambda *words: sent.append(words[0]))
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(pid))
     ranks.store.set("rank 2", f"step 7|990|{socket.gethostname() if host == 'here' else host}|333")
-    message = "rank 1 waited in step 8 for rank 2, which is gone, or stalled in step 7 since"
+    message = r"rank 2 did not respond in step 7 \(it exited or hung\), .* rank 1 waited for it in step 8: "
     with pytest.raises(RuntimeError, match=message):
-        ranks.blame(error)
+        ranks.report_failure(error)
     assert sent == killed
 
 
-def test_a_lock_says_who_holds_it(tmp_path):
-    """After the time-out, as an error of the input, with the pid that the holder wrote."""
+def test_a_lock_names_its_holder(tmp_path):
+    """After the time-out a UserError has the pid that the holder wrote."""
     path = tmp_path / "x.lock"
     with started("lock_holder", path) as holder:
         holder.stdout.readline()

@@ -1,4 +1,4 @@
-"""Which conversations a step holds: each once an epoch, pinned, mixed by weight, and full steps at scale."""
+"""Which conversations a step holds: each once per epoch, in a pinned order, mixed by weight, in full steps."""
 
 import tracemalloc
 
@@ -16,14 +16,14 @@ def steps(sampler):
 
 
 def test_the_order_of_a_seed_is_this():
-    """The permutation of seed 42 is pinned: no library or machine may change what a run's steps hold."""
+    """The permutation of seed 42 is pinned: it may not depend on the version of a library or on the machine."""
     sampler = data.Sampler(np.full(8, 10), epochs=2, seed=42, batch_size=8)
     assert [ids.tolist() for _, ids in steps(sampler)] == [[7, 1, 6, 4, 3, 5, 0, 2], [4, 5, 3, 0, 2, 7, 1, 6]]
 
 
 def test_an_epoch_holds_every_conversation_once():
-    """Each epoch's steps are a partition; all are full but its last; the float says how many epochs are
-    done."""
+    """The steps of an epoch partition its conversations, and all but the last are full. Step.epoch is the
+    number of epochs that are done."""
 
     @repeatable
     @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 10**18))
@@ -43,8 +43,7 @@ def test_an_epoch_holds_every_conversation_once():
 
 
 def test_orders_differ_between_epochs_and_seeds_and_agree_otherwise():
-    """The order is a function of (seed, epoch) alone: not of batch size, number of epochs or what was asked
-    before."""
+    """The order depends only on (seed, epoch), not on batch size, number of epochs or earlier calls."""
 
     def order(seed, epoch, batch_size=50, epochs=3):
         per_epoch = -(-50 // batch_size)
@@ -57,8 +56,8 @@ def test_orders_differ_between_epochs_and_seeds_and_agree_otherwise():
     assert all(order(*key, batch_size=7) == value == order(*key, epochs=5) for key, value in orders.items())
 
 
-def test_batch_tokens_fill_each_step():
-    """With batch_tokens a step never passes them, and ends only where the next conversation would."""
+def test_batch_tokens_limit_each_step():
+    """With batch_tokens a step never has more tokens, and ends only where the next conversation would not fit."""
 
     @repeatable
     @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(0, 60), st.integers(1, 3),
@@ -82,7 +81,7 @@ def test_batch_tokens_fill_each_step():
 
 
 def test_batch_tokens_below_the_longest_conversation_are_refused():
-    """No step could hold it: the error gives both numbers."""
+    """No step could hold it. The error has both numbers."""
     with pytest.raises(ValueError, match="--batch_tokens 29: the longest conversation has 30 tokens"):
         data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=29)
     assert len(data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=30)) >= 2
@@ -90,9 +89,8 @@ def test_batch_tokens_below_the_longest_conversation_are_refused():
 
 @pytest.mark.parametrize("batch_tokens", [None, 60])
 @pytest.mark.parametrize("max_steps", [1, 3, 4, 5, 8, 30])
-def test_max_steps_overrule_epochs(max_steps, batch_tokens):
-    """max_steps may cut the epochs short or go on beyond them; the steps are the same as those of more
-    epochs."""
+def test_max_steps_overrides_epochs(max_steps, batch_tokens):
+    """max_steps may be fewer or more steps than the epochs have; the steps equal those of more epochs."""
     lengths = np.arange(10, 26)
     sampler = data.Sampler(lengths, epochs=2, seed=42, batch_size=4, batch_tokens=batch_tokens,
                            max_steps=max_steps)
@@ -105,8 +103,8 @@ def test_max_steps_overrule_epochs(max_steps, batch_tokens):
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 60])
-def test_a_step_may_be_asked_for_in_any_order(batch_tokens):
-    """Resume starts at any step: what a step holds does not depend on the steps before it."""
+def test_steps_may_be_read_in_any_order(batch_tokens):
+    """Resume starts at any step, so a step does not depend on earlier calls."""
 
     def sampler():
         return data.Sampler(np.arange(10, 21), epochs=3, seed=7, batch_size=4, batch_tokens=batch_tokens)
@@ -118,8 +116,8 @@ def test_a_step_may_be_asked_for_in_any_order(batch_tokens):
         assert sampler().step(step).ids.tolist() == ids.tolist()
 
 
-def test_due_once_an_epoch_is_at_its_last_step_and_at_the_last_of_all():
-    """Checkpoints and validations fall on the ends of epochs, and on the end of the run."""
+def test_once_per_epoch_is_after_its_last_step_and_after_the_last_of_all():
+    """By default checkpoints and validations are at the end of each epoch and at the end of the run."""
 
     def ends(count, **how):
         sampler = data.Sampler(np.full(count, 5), seed=42, **how)
@@ -137,9 +135,8 @@ def test_due_once_an_epoch_is_at_its_last_step_and_at_the_last_of_all():
 
 
 @pytest.mark.parametrize("batch_tokens", [2048, 12544, 131072])
-def test_batch_tokens_cut_where_the_next_would_pass(batch_tokens):
-    """The steps are those of counting one conversation after another; those of 131,072 tokens are all 98 %
-    full."""
+def test_batch_tokens_end_a_step_where_the_next_would_not_fit(batch_tokens):
+    """The steps equal those of a plain loop over conversations. Steps of 131,072 tokens are all 98 % full."""
     lengths = lognormal(40_000)
     sampler = data.Sampler(lengths, epochs=2, seed=42, batch_size=1, batch_tokens=batch_tokens)
     order, per_epoch = data.Sampler(lengths, epochs=2, seed=42, batch_size=len(lengths)).step(2).ids, []
@@ -156,9 +153,8 @@ def test_batch_tokens_cut_where_the_next_would_pass(batch_tokens):
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 2048])
-def test_the_plan_of_an_epoch_has_no_object_for_each_row(batch_tokens):
-    """What stays of an epoch's plan is two numbers of eight bytes a conversation, even where each is a
-    step."""
+def test_the_order_of_an_epoch_has_no_object_per_conversation(batch_tokens):
+    """An epoch keeps two numbers of eight bytes per conversation, even if each conversation is a step."""
     lengths = np.full(100_000, 2048)
     tracemalloc.start()
     try:
@@ -171,7 +167,7 @@ def test_the_plan_of_an_epoch_has_no_object_for_each_row(batch_tokens):
 
 
 def test_the_last_step_of_an_epoch_holds_the_rest():
-    """Steps of 64 conversations a rank at many ranks: all full but the last, each conversation once."""
+    """Steps of 64 conversations per rank at 128 ranks: all full but the last, each conversation once."""
     sampler = data.Sampler(lognormal(100_000), epochs=1, seed=42, batch_size=64 * 128)
     steps = [sampler.step(step).ids for step in range(1, len(sampler) + 1)]
     assert [len(ids) for ids in steps] == [8192] * 12 + [100_000 - 12 * 8192]
@@ -182,16 +178,16 @@ def test_the_last_step_of_an_epoch_holds_the_rest():
 
 
 def test_files_are_mixed_by_weight(tmp_path):
-    """0.7 and 0.3 of 100 and 20 conversations: an epoch has the 20 and 46 of the 100, other ones in the next
-    epoch."""
+    """Weights 0.7 and 0.3 for 100 and 20 conversations: an epoch has all 20, and 46 of the 100. The next epoch
+    draws other ones."""
     a, b = mixed(tmp_path, 100, 20)
     dataset = data.load(f"{a}:0.7,{b}:0.3", tiny, 100)
     sampler = data.Sampler(dataset.n_inputs, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
-    assert len(sampler) == 22  # 66 conversations an epoch
+    assert len(sampler) == 22  # 66 conversations per epoch
     epochs = [np.concatenate([sampler.step(s).ids for s in range(first, first + 11)]) for first in (1, 12)]
     for ids in epochs:
         assert len(set(ids)) == 66 and np.bincount(dataset.file[ids]).tolist() == [46, 20]
-        assert 0 < np.count_nonzero(dataset.file[ids[:33]]) < 20  # in no order of files
+        assert 0 < np.count_nonzero(dataset.file[ids[:33]]) < 20  # not sorted by file
     assert set(epochs[0]) != set(epochs[1])
     again = data.Sampler(dataset.n_inputs, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
     assert all(np.array_equal(sampler.step(s).ids, again.step(s).ids) for s in range(1, 23))
@@ -201,7 +197,7 @@ def test_files_are_mixed_by_weight(tmp_path):
 
 
 def test_a_directory_has_one_weight(tmp_path):
-    """Its files are one group."""
+    """The files of a directory are one group."""
     (tmp_path / "dir").mkdir()
     mixed(tmp_path / "dir", 10, 10)
     (b,) = mixed(tmp_path, 5)
@@ -209,7 +205,7 @@ def test_a_directory_has_one_weight(tmp_path):
     assert data.Sampler(dataset.n_inputs, epochs=1, seed=1, batch_size=5, mix=dataset.mix()).quotas == [20, 5]
 
 
-@pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "give each part a weight"),
+@pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "give every source a weight above 0"),
                                            ("{a}:0,{b}:1", "above 0"),
                                            ("{a}:0.001,{b}:1", "source 1 would get none")])
 def test_bad_weights_are_one_line(spec, message, tmp_path):

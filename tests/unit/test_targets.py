@@ -1,4 +1,4 @@
-"""Which tokens are targets: literal ids, ChatML by hand, and mask() alone."""
+"""Which tokens are targets: literal ids, an independent reading of ChatML, and make_loss_mask() alone."""
 
 import json
 import os
@@ -140,13 +140,13 @@ def test_targets_are_these_tokens(name, row, expected):
     assert mask_spans(data.load(os.path.join(ROOT, "data", name), tiny, 2048), row) == expected
 
 
-# ---- mask(), alone --------------------------------------------------------------------------------------
+# ---- make_loss_mask(), alone ----------------------------------------------------------------------------
 
 STOP = 9
 
 
 class Handmade:
-    """As tokenizers.Encoding, of pieces of text: (id, piece) is a token, a piece alone is of no token."""
+    """Like tokenizers.Encoding, made of (id, text) for a token, or of a text that belongs to no token."""
 
     def __init__(self, *pieces):
         self.text, self.ids, self.places = "", [], []
@@ -172,10 +172,10 @@ TWO = Handmade((3, "bot:"), (4, "a"), (STOP, "<end>"), (2, "hi\n"), (3, "bot:"),
 
 
 def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_id=STOP):
-    """(the mask as text, turns, turns with a stop token); spans are given by what they begin and end with."""
+    """(loss mask as text, turns, turns whose stop token is a target)."""
     kept = len(encoding) if kept is None else kept
-    loss_mask, turns, stopped = data.make_loss_mask(encoding, spans, encoding.text, kept=kept, stop_token_id=stop_token_id,
-                                          train_on_prompt=train_on_prompt)
+    loss_mask, turns, stopped = data.make_loss_mask(
+        encoding, spans, encoding.text, kept=kept, stop_token_id=stop_token_id, train_on_prompt=train_on_prompt)
     assert loss_mask.dtype == bool and loss_mask.shape == (kept,)
     assert type(turns) is type(stopped) is int
     return "".join(".x"[target] for target in loss_mask.tolist()), turns, stopped
@@ -187,28 +187,28 @@ def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_id=STOP
     (dict(stop_token_id=7), ("...xxx.", 1, 0)),
     (dict(train_on_prompt=True), (".xxxxxx", 1, 1)),
     (dict(kept=6), ("...xxx", 1, 1)),
-    (dict(kept=5), ("...xx", 0, 0)),  # a truncated turn is trained, but it is not one that has to stop
+    (dict(kept=5), ("...xx", 0, 0)),  # a truncated turn is trained, but does not count as a turn that has to stop
     (dict(kept=3), ("...", 0, 0)),
     (dict(kept=2, train_on_prompt=True), (".x", 0, 0)),
 ], ids=str)
 def test_mask_of_one_turn(how, expected):
-    """The turn from the end of its header to its stop token, and how it counts; text: user:hi_bot:oh
-    yes<end>_"""
+    """The turn from the end of its header to its stop token, and how it counts. The text is
+    user:hi_bot:oh yes<end>_"""
     assert ONE.text[12:23] == "oh yes<end>"
     assert masked(ONE, [(12, 23, True, True)], **how) == expected
 
 
 @pytest.mark.parametrize("span, expected", [
     ((12, 23, True, False), (".......", 0, 0)),
-    ((12, 18, False, True), ("...xx..", 1, 0)),  # a turn without its end
-    ((12, 18, True, True), ("...xx..", 1, 0)),  # the token of its end is outside
+    ((12, 18, False, True), ("...xx..", 1, 0)),  # a turn without its stop token
+    ((12, 18, True, True), ("...xx..", 1, 0)),  # its stop token is outside
     ((12, 23, False, True), ("...xxx.", 1, 0)),
     ((13, 23, True, True), ("....xx.", 1, 1)),  # the first token begins before the span
-    ((12, 17, False, True), ("...xx..", 1, 0)),  # the last token ends behind it
-    ((24, 24, False, True), (".......", 1, 0)),  # no token of its own
+    ((12, 17, False, True), ("...xx..", 1, 0)),  # the last token ends after the span
+    ((24, 24, False, True), (".......", 1, 0)),  # an empty span
 ], ids=str)
 def test_mask_of_another_span(span, expected):
-    """Only tokens that begin inside a span are targets, and only of a span that is trained."""
+    """Only tokens inside a span are targets, and only if the span is trained."""
     assert masked(ONE, [span]) == expected
 
 
@@ -221,28 +221,28 @@ def test_mask_of_another_span(span, expected):
     ((False, True), dict(train_on_prompt=True), (".xxxxxx", 1, 1)),
 ], ids=str)
 def test_mask_of_two_turns(trained, how, expected):
-    """Each turn is trained or not by itself; what is truncated is not counted."""
+    """Each turn is trained or not by itself. Truncated turns do not count."""
     assert TWO.text[4:10] == "a<end>" and TWO.text[17:23] == "b<end>"
     assert masked(TWO, [(4, 10, True, trained[0]), (17, 23, True, trained[1])], **how) == expected
 
 
-def test_mask_passes_characters_that_are_of_no_token():
-    """A normalizer may drop characters: the span's tokens are those after them."""
+def test_mask_skips_characters_without_a_token():
+    """A normaliser may drop characters. The tokens of the span begin after them."""
     encoding = Handmade((3, "bot:"), "  ", (4, "a"), " ", (STOP, "<end>"), " ")
     assert encoding.text[4:13] == "  a <end>"
     assert masked(encoding, [(4, 13, True, True)]) == (".xx", 1, 1)
 
 
 def test_mask_of_nothing():
-    """A text of no tokens has no target."""
+    """A text without tokens has no target."""
     assert masked(Handmade("text"), [(0, 4, False, True)]) == ("", 1, 0)
 
 
-# ---- ChatML by hand -------------------------------------------------------------------------------------
+# ---- an independent reading of ChatML -------------------------------------------------------------------
 
 
 def as_messages(row):
-    """The messages of an example row, for the oracle: each shape read the long way."""
+    """The messages of an example row, for the oracle: each format read separately."""
     if "prompt" in row:
         return chat(row["prompt"], row["response"])
     if "instruction" in row:
@@ -257,7 +257,7 @@ def as_messages(row):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=map(os.path.basename, EXAMPLES))
 def test_every_example_row_equals_chatml_by_hand(path):
-    """All rows of all example files have the ids and the mask of an independent reading of the template."""
+    """All rows of all example files have the ids and the loss mask of an independent reading of the template."""
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f] if path.endswith("l") else json.load(f)
     dataset = data.load(path, tiny, 2048)
@@ -267,8 +267,7 @@ def test_every_example_row_equals_chatml_by_hand(path):
 
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory):
-    """models/tiny with a token for two newlines, which the header's newline and an answer's first one
-    become."""
+    """models/tiny with a token for two newlines: that of the header merges with the first one of an answer."""
     directory = tmp_path_factory.mktemp("merging")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         with open(os.path.join(TINY, name), encoding="utf-8") as f:
@@ -282,8 +281,8 @@ def merging(tmp_path_factory):
 
 @pytest.mark.parametrize("merges", [False, True], ids=["tiny", "newlines merge"])
 def test_any_conversation_equals_chatml_by_hand(merges, merging, tmp_path):
-    """Whatever is said, ids and mask are those of the independent reading, where answers begin with newlines
-    too."""
+    """For any messages, ids and loss mask equal those of the independent reading, also if answers begin with
+    newlines."""
     tokenizer = ChatTokenizer(merging) if merges else tiny
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json")) if merges else RAW
 
@@ -299,8 +298,7 @@ def test_any_conversation_equals_chatml_by_hand(merges, merging, tmp_path):
 
 
 def test_a_token_that_begins_in_the_header_is_not_a_target(merging, tmp_path):
-    """A newline that merged with the header's own is in the prompt already, so the model never has to say
-    it."""
+    """A newline that merged with that of the header is in the prompt, so the model never generates it."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "\nHi"},
                                           {"prompt": "q", "response": "Hi"}])
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json"))
@@ -311,8 +309,8 @@ def test_a_token_that_begins_in_the_header_is_not_a_target(merging, tmp_path):
     assert target_texts(unmerged) == ["\nHi<|im_end|>"]
 
 
-def test_characters_that_the_product_uses_as_marks_are_text(tmp_path):
-    """The noncharacters U+FDD0 and U+FDD1 in a message change no mask: {% generation %} alone makes marks."""
+def test_characters_used_as_marks_are_ordinary_text(tmp_path):
+    """U+FDD0 and U+FDD1 in a message change no loss mask: only {% generation %} makes marks."""
     messages = chat("a \ufdd0 b \ufdd1", "Hi.")
     assert_is(data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tiny, 2048),
               [by_hand(messages)])
@@ -323,7 +321,7 @@ def test_characters_that_the_product_uses_as_marks_are_text(tmp_path):
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"weight": False}])
 def test_a_turn_marked_not_to_train_has_no_target(mark, tmp_path):
-    """"train": false, or weight 0, keeps a turn as context: neither its words nor its end are targets."""
+    """A turn with "train": false or weight 0 is context: neither its text nor its stop token is a target."""
     first, second = chat("q", "One."), chat("r", "Two.")
     for conversation, expected in (([first[0], {**first[1], **mark}, *second], ["Two.<|im_end|>"]),
                                    ([*second, first[0], {**first[1], **mark}], ["Two.<|im_end|>"]),
@@ -333,8 +331,8 @@ def test_a_turn_marked_not_to_train_has_no_target(mark, tmp_path):
 
 
 @pytest.mark.parametrize("mark", [{"train": True}, {"weight": 1}, {"weight": 1.0}])
-def test_a_turn_marked_to_train_is_as_one_without_a_mark(mark, tmp_path):
-    """"train": true and weight 1 are the default, and no template ever sees the mark."""
+def test_a_turn_marked_to_train_equals_one_without_a_mark(mark, tmp_path):
+    """"train": true and weight 1 are the default, and templates do not see these keys."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "One.", **mark}]
     watching = chatml("(m.content + (' marked' if 'train' in m or 'weight' in m else ''))")
     path = write(tmp_path / "rows.json", [{"messages": messages}])
@@ -343,8 +341,7 @@ def test_a_turn_marked_to_train_is_as_one_without_a_mark(mark, tmp_path):
 
 
 def test_train_on_last(tmp_path):
-    """The last assistant turn of each conversation only; a last turn that says train: false trains nothing
-    instead."""
+    """Only the last assistant turn of each conversation is trained; if that has "train": false, none is."""
     rows = [{"messages": [*chat("q", "first"), *chat("q2", "second")]},
             {"messages": [*chat("q", "first"), {"role": "user", "content": "q2"},
                           {"role": "assistant", "content": "second", "train": False}]}]
@@ -355,8 +352,7 @@ def test_train_on_last(tmp_path):
 
 
 def test_train_on_prompt_trains_all_but_the_first_token(tmp_path):
-    """With train_on_prompt every token is a target except the first, which nothing predicts; "train" is
-    overruled."""
+    """Every token is a target but the first, which nothing predicts. "train": false has no effect then."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": messages}]), tiny, 100,
                         train_on_prompt=True)

