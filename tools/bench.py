@@ -21,7 +21,7 @@ step    non-pad tokens per second and peak memory of sft.py, and seconds from it
         conversations with TRL's SFTTrainer, padded and packed; with --vs transformers with a plain loop
         around its model (padded batches, AdamW). flops_use is the rate of the operations that the loss of
         sft.py needs (head on targets, attention per document), divided by product_gflops, the rate of a
-        product of 2,048 × 2,048. The faster a machine's products are, the larger is the fraction of a step
+        product of 2,048 × 2,048. The faster a machine multiplies matrices, the larger the fraction of a step
         that is limited by memory bandwidth
 start   seconds from the launch of sft.py to the end of its first optimizer step on the embedded model, with
         nothing cached and with cached tokens; with --vs also of the other trainer, as in step

@@ -328,7 +328,7 @@ def fragmentation(run, kept, one, block):
     one    activations of one block
     block  the gathered parameters of a block
     """
-    # the largest tensors are the MLP's, of which a block keeps four
+    # the largest tensors are the MLP's; a block keeps four of them
     wide = run.tokens * (run.config.intermediate_size // run.tp) * run.itemsize
     in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[run.is_lora])
     of_blocks = BLOCK_FRAGMENTATION * (one + block) * run.config.num_hidden_layers
@@ -361,7 +361,7 @@ def collectives(run):
     """{name: (calls, bytes of the full tensors, bytes that a rank sends)} per step, for dp and tp.
 
     A rank sends (n - 1) / n of a tensor in a ring all-gather or reduce-scatter, twice that in an all-reduce.
-    Not counted are single numbers: the loss of a step, the norm of the gradient.
+    Single numbers (loss and gradient norm) are not counted.
     """
     c, n, dp, tp = run.config, run.micro_batches, run.dp, run.tp
     n_blocks, reduce_itemsize = c.num_hidden_layers, 4 if run.bf16 else None

@@ -127,8 +127,8 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
             bad = batch.ids[~ranks.all_reduce(losses).isfinite().cpu().numpy()[batch.ids]]
             suspects = bad if len(bad) else batch.ids  # only the gradient is bad: it may be any of them
             rank = dp_rank * ranks.world_size // ranks.dp_size
-            return f"Found in rank {rank}, micro-batch {number}; conversations: {dataset.sources(suspects)}"
-    return f"Each micro-batch by itself is finite; conversations: {dataset.sources(ids)}"
+            return f"rank {rank}, micro-batch {number}; conversations: {dataset.sources(suspects)}"
+    return f"each micro-batch by itself is finite; conversations: {dataset.sources(ids)}"
 
 
 if __name__ == "__main__":  # starts sft.py as a new program: importing it here would be circular

@@ -1,4 +1,4 @@
-"""Many ranks: the same losses, weights and checkpoints on any layout; what is communicated; where tensors lie.
+"""Many ranks: the same losses, weights and checkpoints in any layout; collectives; where tensors are; failing ranks.
 
 Ranks are gloo processes on the CPU, one thread each.
 """
@@ -29,7 +29,7 @@ RUN = ("--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "4", "--max_len
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """tied: qwen2 with biases, bf16 on the disk. untied: qwen3, whose heads tp 4 can split, with q/k norm, in fp32."""
+    """tied: qwen2 with biases, stored in bf16. untied: qwen3 with q/k norm, stored in fp32; tp 4 splits its heads."""
     return {"tied": two_layers(tmp_path_factory.mktemp("tied")), "untied": two_layers(
         tmp_path_factory.mktemp("untied"), model_type="qwen3", num_key_value_heads=4, head_dim=32,
         tie_word_embeddings=False)}
@@ -37,23 +37,26 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, models, pytestconfig):
-    """Every axis of the law, each layout once and, with --full, all pairs: name -> output directory."""
+    """{"model layout offload shape": output directory} of runs over all axes of the gradient law.
+
+    A third of the pairs of layout and offload; with --full all of them.
+    """
     root = tmp_path_factory.mktemp("runs")
     offloads = {"": (), "param": ("--param_offload",), "opt": ("--optimizer_offload",)}
     shapes = {"": (), "unpacked": ("--no-packing", "--no-gradient_checkpointing"),
               "plain": ("--no-gradient_checkpointing",)}
-    plan = {f"{model} one  ": (1, ("--model", models[model])) for model in models}
+    commands = {f"{model} one  ": (1, ("--model", models[model])) for model in models}
     for (i, layout), (j, offload) in itertools.product(enumerate(LAYOUTS), enumerate(offloads)):
         if (i + j) % 3 and not pytestconfig.getoption("--full"):
             continue
         ranks, flags = LAYOUTS[layout]
-        model = "untied" if ((i + 1) // 2 + j) % 2 or layout == "tp4" else "tied"  # tied: two key/value heads
+        model = "untied" if ((i + 1) // 2 + j) % 2 or layout == "tp4" else "tied"  # tied has two key/value heads
         shape = list(shapes)[(2 * i + j) % 3]
-        plan[f"{model} {layout} {offload} {shape}"] = ranks, ("--model", models[model], *flags, *offloads[offload],
-                                                              *shapes[shape])
-    found = {name: root / name.replace(" ", "_") for name in plan}
-    run_all([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
-    return found
+        flags = ("--model", models[model], *flags, *offloads[offload], *shapes[shape])
+        commands[f"{model} {layout} {offload} {shape}"] = ranks, flags
+    outputs = {name: root / name.replace(" ", "_") for name in commands}
+    run_all([(ranks, (*RUN, *flags, "--output_dir", outputs[name])) for name, (ranks, flags) in commands.items()], root)
+    return outputs
 
 
 def test_losses_do_not_depend_on_the_layout(runs):
@@ -65,46 +68,51 @@ def test_losses_do_not_depend_on_the_layout(runs):
             worst = max(worst, abs(a["loss"] / b["loss"] - 1))
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (name, a, b)
             assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (name, a, b)
-            assert a["tokens"] == b["tokens"] and a["target_tokens"] == b["target_tokens"]
-    assert len(runs) >= 7 and worst > 0  # a third of the 18 pairs of layout and offload, or all; and the bases
+            assert a["tokens"] == b["tokens"]
+            assert a["target_tokens"] == b["target_tokens"]
+    assert len(runs) >= 7 and worst > 0  # at least the two base runs and some layouts, which do differ in rounding
 
 
 def test_checkpoints_do_not_depend_on_the_layout(runs):
-    """The last step's directory holds the same tensors, under the same names, with the same moments."""
+    """The last step's directory has the same weights and moments under the same names."""
     for name, directory in runs.items():
         base = runs[f"{name.split()[0]} one  "] / "checkpoints" / "step_6"
         other = directory / "checkpoints" / "step_6"
-        for part in ("", "training_state"):
-            a, b = tensors_of(base / part), tensors_of(other / part)
+        for folder in ("", "training_state"):
+            a, b = tensors_of(base / folder), tensors_of(other / folder)
             assert set(a) == set(b), name
             for key in a:
-                if not key.startswith("rng."):  # Adam divides by what may be near zero, so not element by element
-                    off = (a[key].float() - b[key].float()).norm() / a[key].float().norm()
-                    assert off < 2e-3, (name, key, off)
+                if not key.startswith("rng."):  # by norm: Adam may divide single elements by almost zero
+                    difference = (a[key].float() - b[key].float()).norm() / a[key].float().norm()
+                    assert difference < 2e-3, (name, key, difference)
 
 
-def test_every_rank_writes_its_share(runs):
-    """Four ranks: four files of about equal size, an index that names them, and transformers loads it."""
+def test_every_rank_writes_a_file(runs):
+    """Four ranks write four files and an index that names them; transformers loads the same tensors."""
     from transformers import AutoModelForCausalLM
 
     step = next(runs[name] for name in runs if " dp4 " in name) / "checkpoints" / "step_6"
     names = sorted(f for f in os.listdir(step) if f.endswith(".safetensors"))
-    assert len(names) == 4 and names[0] == "model-00001-of-00004.safetensors"
+    assert len(names) == 4
+    assert names[0] == "model-00001-of-00004.safetensors"
     index = files.read_json(step / "model.safetensors.index.json")["weight_map"]
-    assert set(index.values()) == set(names) and set(index) == set(pretrained.weight_entries(step))
-    theirs = AutoModelForCausalLM.from_pretrained(step, dtype=torch.float32)
+    assert set(index.values()) == set(names)
+    assert set(index) == set(pretrained.weight_entries(step))
+    reference = AutoModelForCausalLM.from_pretrained(step, dtype=torch.float32)
     for name, tensor in tensors_of(step).items():
-        assert torch.equal(theirs.state_dict()[name], tensor.float()), name
+        assert torch.equal(reference.state_dict()[name], tensor.float()), name
 
 
 @pytest.mark.full
-def test_a_run_goes_on_with_another_layout(models, tmp_path, train):
-    """Saved by 4 ranks at step 2, resumed by 1, 2 (offloaded) and tp 2: the same conversations, losses to 1e-5."""
+def test_a_run_resumes_in_another_layout(models, tmp_path, train):
+    """Saved by 4 ranks at step 2; resumed by 1, by 2 with offload, and by tp 2: the same conversations, losses to 1e-5.
+    Resumed by 4 ranks, losses are bitwise the same."""
     common = [*RUN, "--model", models["tied"], "--save_steps", 2]
     resume = ["--resume_from", tmp_path / "four" / "checkpoints" / "step_2"]
-    run_all([(4, (*common, "--output_dir", tmp_path / "four")), (4, (*common, *resume, "--output_dir", tmp_path / "same")),
-           (2, (*common, *resume, "--param_offload", "--output_dir", tmp_path / "two")),
-           (2, (*common, *resume, *LAYOUTS["tp2"][1], "--output_dir", tmp_path / "tp"))], tmp_path)
+    run_all([(4, (*common, "--output_dir", tmp_path / "four")),
+             (4, (*common, *resume, "--output_dir", tmp_path / "same")),
+             (2, (*common, *resume, "--param_offload", "--output_dir", tmp_path / "two")),
+             (2, (*common, *resume, *LAYOUTS["tp2"][1], "--output_dir", tmp_path / "tp"))], tmp_path)
     train(*common, *resume, out="one", model=models["tied"])
     train(*common, *resume, "--optimizer_offload", out="host", model=models["tied"])
     base = metrics(tmp_path / "four")
@@ -112,12 +120,14 @@ def test_a_run_goes_on_with_another_layout(models, tmp_path, train):
         lines = metrics(tmp_path / name)
         assert [line["step"] for line in lines] == list(range(3, 7))
         for a, b in zip(base[2:], lines, strict=True):
-            assert a["tokens"] == b["tokens"] and math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (name, a, b)
-            assert name != "same" or (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+            assert a["tokens"] == b["tokens"], (name, a, b)
+            assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (name, a, b)
+            if name == "same":
+                assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
 
 
 def test_few_conversations_for_many_ranks(models, tmp_path, train):
-    """One conversation a step for four ranks, and a short last step: no hang, the losses and val_loss of one rank."""
+    """Four ranks with one conversation per step, or a short last step: no hang, losses and val_loss of one rank."""
     with open(EXAMPLES, encoding="utf-8") as f:
         rows = json.load(f)[:5]
     (tmp_path / "five.json").write_text(json.dumps(rows))
@@ -129,213 +139,236 @@ def test_few_conversations_for_many_ranks(models, tmp_path, train):
         one = train(*common, "--batch_size", n, out=f"one{n}", model=models["untied"])
         for a, b in zip(one, metrics(tmp_path / f"four{n}"), strict=True):
             if "val_loss" in a:
-                assert a["val_tokens"] == b["val_tokens"] and math.isclose(a["val_loss"], b["val_loss"], rel_tol=1e-6)
+                assert a["val_tokens"] == b["val_tokens"]
+                assert math.isclose(a["val_loss"], b["val_loss"], rel_tol=1e-6)
             else:
                 assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def collectives(models, pytestconfig, tmp_path_factory):
-    """(tp, "full" or "lora") -> (collectives of a micro-batch and of a step's last, elements held, elements in all),
-    on two ranks; see tests/programs/count_collectives.py."""
-    cases = [(1, "full"), (2, "full"), *([(2, "lora")] if pytestconfig.getoption("--full") else [])]
-    words = "count_collectives", models["tied"], *(f"{tp}:{how}" for tp, how in cases)
-    printed = run_all([(2, words)], tmp_path_factory.mktemp("count"))
+    """{(tp, "full" or "lora"): (collectives, elements that rank 0 holds, elements of the model)} on two ranks.
+
+    The collectives are those of forward and backward, of a micro-batch that is not the last of its step and of the last
+    one; see tests/programs/count_collectives.py.
+    """
+    cases = [(1, "full"), (2, "full")]
+    if pytestconfig.getoption("--full"):
+        cases.append((2, "lora"))
+    arguments = "count_collectives", models["tied"], *(f"{tp}:{how}" for tp, how in cases)
+    printed = run_all([(2, arguments)], tmp_path_factory.mktemp("count"))
     return dict(zip(cases, json.loads(re.search(r"RESULT (.*)", printed)[1]), strict=True))
 
 
-def total(counts, word):
-    return sum(n for op, n in counts.items() if word in op.replace("allreduce", "all_reduce"))
+def calls(counts, kind):
+    """The number of calls of a kind of collective."""
+    return sum(n for op, n in counts.items() if kind in op.replace("allreduce", "all_reduce"))
 
 
-def test_gradients_are_reduced_once_a_step(collectives):
-    """FSDP2 on two ranks: a micro-batch that is not the last reduces nothing, the last one each group once."""
-    ((_, first), (_, last)), held, whole = collectives[1, "full"]
-    assert total(first, "reduce_scatter") == 0 and total(last, "reduce_scatter") == 3  # two blocks and the root
-    assert held == whole // 2
+def test_gradients_are_reduced_once_per_step(collectives):
+    """FSDP2 on two ranks: only the last micro-batch of a step reduces gradients, once per group."""
+    ((_, not_last), (_, last)), n_held, n_parameters = collectives[1, "full"]
+    assert calls(not_last, "reduce_scatter") == 0
+    assert calls(last, "reduce_scatter") == 3  # two blocks and the root
+    assert n_held == n_parameters // 2
 
 
-def test_two_all_reduces_a_block_and_direction(collectives):
-    """tp 2, two blocks: Megatron's two all-reduces for each forward and backward; embedding one, the loss its own."""
-    ((forward, backward), _), held, whole = collectives[2, "full"]
-    # forward: 2 a block, embedding 1, loss: max and sum of one chunk, the hidden gradient
-    assert total(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
-    assert total(backward, "all_reduce") == 2 * 2, backward
-    assert held < 0.52 * whole
+def test_two_all_reduces_per_block_and_direction(collectives):
+    """tp 2, two blocks: Megatron's two all-reduces per block in forward and in backward, plus embedding and loss."""
+    ((forward, backward), _), n_held, n_parameters = collectives[2, "full"]
+    # forward: 2 per block, 1 for the embedding, 3 for the loss (max and sum of a chunk, gradient of hidden states)
+    assert calls(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
+    assert calls(backward, "all_reduce") == 2 * 2, backward
+    assert n_held < 0.52 * n_parameters
 
 
 @pytest.mark.full
 def test_adapters_add_no_all_reduce_to_a_micro_batch(collectives):
-    """tp 2 with LoRA: the same two all-reduces a block and direction. What each adapter's unsplit matrix needs, one
-    sum of its gradient, happens once a step. The first block's input needs no gradient: its first sum is not made."""
-    ((forward, backward), (_, last)), held, whole = collectives[2, "lora"]
-    assert total(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
-    assert total(backward, "all_reduce") == 2 * 2 - 1, backward
-    assert total(last, "all_reduce") == 2 * 2 - 1 + 2 * 7, last  # seven adapted layers a block
-    assert held < 0.55 * whole
+    """tp 2 with LoRA: the same two all-reduces per block and direction; the first block has one less in backward, as
+    its input needs no gradient. Once per step, the gradient of each adapter's unsplit matrix is all-reduced."""
+    ((forward, backward), (_, last)), n_held, n_parameters = collectives[2, "lora"]
+    assert calls(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
+    assert calls(backward, "all_reduce") == 2 * 2 - 1, backward
+    assert calls(last, "all_reduce") == 2 * 2 - 1 + 2 * 7, last  # seven adapted layers per block
+    assert n_held < 0.55 * n_parameters
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("flags, message", [
     (("--strategy", "megatron"), "type --strategy megatron --tp 2"), (("--tp", "2"), "type --strategy megatron --tp 2"),
     (("--strategy", "megatron", "--tp", "2"), "does not divide the 1 processes"),
 ])
-def test_a_layout_that_does_not_fit_is_an_error(train, words, message):
-    """The error says what to type."""
+def test_an_impossible_tp_is_an_error(train, flags, message):
+    """The error names flags that work."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        train("--max_steps", 1, *words)
+        train("--max_steps", 1, *flags)
 
 
 @pytest.mark.full
 def test_tp_must_divide_the_heads(tmp_path):
-    """models/tiny has two key/value heads: tp 4 can't be, and the error lists what can."""
+    """models/tiny has two key/value heads: tp 4 is an error that lists the valid numbers."""
     result = torchrun(4, f"{ROOT}/sft.py", *RUN, "--model", TINY, "--strategy", "megatron", "--tp", 4,
                       "--output_dir", tmp_path)
-    assert result.returncode and "these do: [1, 2]" in result.stderr
+    assert result.returncode
+    assert "these do: [1, 2]" in result.stderr
 
 
-def test_adamw_is_torchs_behind_its_clipping():
-    """Five steps on a matrix, a vector and one that has no gradient, with a rate and a decay for each group."""
+def test_adamw_with_clipping_equals_torchs():
+    """Five steps on a matrix, a vector and a vector without gradient, each group with its own lr and weight decay."""
     start = [torch.randn(40, 30), torch.randn(30), torch.randn(7)]
-    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
-    settings = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8)
+    parameters, reference = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    hyperparameters = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8)
     groups = [[dict(params=[p[0]], weight_decay=0.1), dict(params=p[1:], weight_decay=0.0, lr=0.01)]
-              for p in (ours, theirs)]
-    optimizers = optim.AdamW(groups[0], **settings), torch.optim.AdamW(groups[1], **settings)
+              for p in (parameters, reference)]
+    optimizer = optim.AdamW(groups[0], **hyperparameters)
+    reference_optimizer = torch.optim.AdamW(groups[1], **hyperparameters)
     for step, limit in enumerate((1.0, 0.1, 1e9, 1e9, 3.0)):
-        for mine, other in zip(ours[:2], theirs[:2]):
-            mine.grad = torch.randn_like(mine) * 3**step
-            other.grad = mine.grad.clone()
-        norm = fsdp.grad_norm(torch.nn.ParameterList(ours[:2])).item()
-        assert math.isclose(norm, torch.nn.utils.clip_grad_norm_(theirs[:2], limit).item(), rel_tol=1e-6)
-        optimizers[0].step(clip_divisor=max(1.0, (norm + 1e-6) / limit))
-        optimizers[1].step()
-    for mine, other in zip(ours, theirs):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-    assert torch.equal(ours[2], start[2]) and not torch.equal(ours[0], start[0])
-    optimizers[0].zero_grad()
-    assert all(p.grad is None for p in ours)
+        for p, expected in zip(parameters[:2], reference[:2]):
+            p.grad = torch.randn_like(p) * 3**step
+            expected.grad = p.grad.clone()
+        norm = fsdp.grad_norm(torch.nn.ParameterList(parameters[:2])).item()
+        assert math.isclose(norm, torch.nn.utils.clip_grad_norm_(reference[:2], limit).item(), rel_tol=1e-6)
+        optimizer.step(clip_divisor=max(1.0, (norm + 1e-6) / limit))
+        reference_optimizer.step()
+    for p, expected in zip(parameters, reference):
+        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(parameters[2], start[2])
+    assert not torch.equal(parameters[0], start[0])
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in parameters)
 
 
 def test_the_norm_of_a_large_gradient_is_exact():
-    """Sixteen million numbers: added up one after another in fp32, they are 6e-4 off."""
+    """Sixteen million numbers: a sequential sum in fp32 would be off by 6e-4."""
     p = torch.nn.Parameter(torch.empty(2**15, 512))
     p.grad = torch.randn(2**15, 512, generator=torch.Generator().manual_seed(0))
     assert math.isclose(fsdp.grad_norm(torch.nn.ParameterList([p])).item(), p.grad.double().norm().item(), rel_tol=1e-6)
 
 
 def test_a_run_imports_only_what_it_uses(tmp_path):
-    """A second before the first step: torch's compiler, and on one rank FSDP2 and DTensor."""
+    """A plain run on one rank imports neither torch's compiler nor FSDP2 and DTensor, which saves a second."""
     result = program("what_is_imported", "--model", TINY, "--train_data", EXAMPLES, "--max_steps", 1,
                      "--no-gradient_checkpointing", cwd=tmp_path)
     assert "RESULT []" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("offload", ["", "param", "optimizer"])
-def test_where_tensors_lie(offload, models, monkeypatch, train):
-    """param_offload puts parameters and moments on the host (all is host here: FSDP2 gets the policy); with
-    optimizer_offload the optimizer steps masters of its own and the parameters follow."""
-    seen = {}
-    monkeypatch.setattr(checkpoint, "save", lambda root, step, **parts: seen.update(parts))
-    policies = []
-    shard = fsdp2.fully_shard
-    monkeypatch.setattr(fsdp2, "fully_shard", lambda module, **settings: (policies.append(settings["offload_policy"]),
-                                                                          shard(module, **settings))[1])
+def test_where_tensors_are(offload, models, monkeypatch, train):
+    """With param_offload, FSDP2 gets the policy that puts parameters and moments on the host (here everything is on the
+    host). With optimizer_offload, the optimizer updates its own fp32 masters, which are copied to the parameters."""
+    saved, policies, shard = {}, [], fsdp2.fully_shard
+    monkeypatch.setattr(checkpoint, "save", lambda root, step, **contents: saved.update(contents))
+
+    def recorded(module, **options):
+        policies.append(options["offload_policy"])
+        return shard(module, **options)
+
+    monkeypatch.setattr(fsdp2, "fully_shard", recorded)
     train("--max_steps", 2, "--batch_size", 2, *([f"--{offload}_offload"] if offload else []), model=models["untied"])
-    stepped = [p for group in seen["optimizer"].param_groups for p in group["params"]]
-    parameters = list(seen["model"].parameters())
+    optimizer, parameters = saved["optimizer"], list(saved["model"].parameters())
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
     if offload == "param":
-        assert len(policies) == 3 and all(isinstance(p, fsdp2.CPUOffloadPolicy) for p in policies)
+        assert len(policies) == 3
+        assert all(isinstance(p, fsdp2.CPUOffloadPolicy) for p in policies)
     else:
-        assert not policies  # one rank, fp32: FSDP2 would only copy
+        assert not policies  # one rank in fp32: FSDP2 would only copy
     if offload == "optimizer":
-        host = seen["optimizer"].masters
-        assert set(host) == set(parameters) and {id(p) for p in stepped} == {id(p) for p in host.values()}
-        assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in host.values())
-        assert all(torch.equal(p, master) and p.data_ptr() != master.data_ptr() for p, master in host.items())
+        masters = optimizer.masters
+        assert set(masters) == set(parameters)
+        assert {id(p) for p in updated} == {id(master) for master in masters.values()}
+        assert all(master.device.type == "cpu" and master.dtype == torch.float32 for master in masters.values())
+        assert all(torch.equal(p, master) and p.data_ptr() != master.data_ptr() for p, master in masters.items())
     else:
-        assert {id(p) for p in stepped} == {id(p) for p in parameters}
-    assert all(state["exp_avg"].device.type == "cpu" for state in seen["optimizer"].state.values())
+        assert {id(p) for p in updated} == {id(p) for p in parameters}
+    assert all(state["exp_avg"].device.type == "cpu" for state in optimizer.state.values())
 
 
 PHASES = ("start", "tokenise", "load", "step 2", "evaluation after step 2", "save of step 2")
-USUAL = (("raise", "step 2", 1), ("kill", "evaluation after step 2", 0), ("stop", "save of step 2", 1))
+BY_DEFAULT = (("raise", "step 2", 1), ("kill", "evaluation after step 2", 0), ("stop", "save of step 2", 1))
 
 
 @pytest.mark.parametrize("how, phase, rank", [
-    pytest.param(*cell, marks=() if cell in USUAL else pytest.mark.full)
-    for cell in itertools.product(("raise", "kill", "stop"), PHASES, (0, 1))])
+    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.full)
+    for case in itertools.product(("raise", "kill", "stop"), PHASES, (0, 1))])
 def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
-    """Raise, SIGKILL or SIGSTOP of one rank: the run ends, non-zero, and the screen names rank, phase and cause. With
-    --full in every phase and on both ranks; -rA shows how long each took to end."""
+    """One rank raises, gets SIGKILL or gets SIGSTOP: the run ends with a non-zero exit code, and the screen names rank,
+    phase and cause. With --full in every phase and on both ranks; -rA shows how long each run took to end."""
     result = program("failing_rank", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2, "--val_data",
                      EXAMPLES, "--eval_steps", 2, "--no-gradient_checkpointing", "--timeout", 5, "--output_dir", "out",
                      ranks=2, cwd=tmp_path)
     seconds = time.time() - float((tmp_path / "planted").read_text())
-    print(f"{how:5} on rank {rank} in {phase:24} all had ended {seconds:4.1f} s later")
-    assert result.returncode != 0 and seconds < 30  # without a SIGKILL torchrun waits 30 s more for one that is stopped
-    end = result.stderr.rsplit("Root Cause", 1)[1]  # torchrun's own last words
+    print(f"{how:5} on rank {rank} in {phase:24} all ranks ended within {seconds:4.1f} s")
+    assert result.returncode != 0
+    assert seconds < 30  # torchrun would wait 30 s for a stopped process, but the other rank kills it
+    end = result.stderr.rsplit("Root Cause", 1)[1]  # torchrun's report
     if how == "raise":
         assert f"rank {rank} failed in {phase}: KeyError: 'planted'" in result.stderr
         assert f"rank      : {rank} (local_rank: {rank})" in end
     else:
         message = rf"rank {1 - rank} waited in .* for rank {rank}, which is gone, or stalled in {phase}"
         assert f"rank      : {rank} (local_rank: {rank})" in end or re.search(message, end)
-        if how == "stop":  # torchrun ends the survivor of a kill sooner than that can speak, now and then
+        if how == "stop":  # after a kill, torchrun may end the other rank before it prints this
             assert re.search(message, result.stderr)
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_stalls_when_all_is_done_is_given_up(rank, models, tmp_path):
-    """The ranks wait for each other before they hang up: no longer than --timeout either."""
-    result = program("failing_rank", "stop", "end", rank, *RUN, "--model", models["tied"], "--timeout", 5, "--output_dir",
-                     "out", ranks=2, cwd=tmp_path)
+def test_a_rank_that_stalls_after_training_ends_the_run(rank, models, tmp_path):
+    """At the end the ranks wait for each other, for at most --timeout."""
+    result = program("failing_rank", "stop", "end", rank, *RUN, "--model", models["tied"], "--timeout", 5,
+                     "--output_dir", "out", ranks=2, cwd=tmp_path)
     seconds = time.time() - float((tmp_path / "planted").read_text())
-    print(f"stop  on rank {rank} in {'end':24} all had ended {seconds:4.1f} s later")
-    assert result.returncode != 0 and seconds < 25
+    print(f"stop  on rank {rank} in {'end':24} all ranks ended within {seconds:4.1f} s")
+    assert result.returncode != 0
+    assert seconds < 25
     assert f"rank {1 - rank} waited in end for rank {rank}, which is gone, or stalled in save of step" in result.stderr
-    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints")[-1] == 6  # and nothing is lost
+    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints")[-1] == 6  # the last step is saved
 
 
 @pytest.mark.full
-def test_a_rank_that_stalls_while_it_tokenises_is_given_up(models, tmp_path):
-    """The others wait for the token cache's lock: not for ever, and they say for whom. A lock that another program
-    holds is not blamed on a rank."""
-    words = [*RUN, "--model", models["tied"], "--timeout", 4, "--cache_dir", tmp_path / "cache", "--output_dir",
+def test_a_rank_that_stalls_while_it_tokenises_ends_the_run(models, tmp_path):
+    """The other ranks wait for the lock of the token cache, for at most --timeout, and name the rank that holds it. If
+    another program holds the lock, no rank is blamed."""
+    flags = [*RUN, "--model", models["tied"], "--timeout", 4, "--cache_dir", tmp_path / "cache", "--output_dir",
              tmp_path / "out"]
-    result = program("failing_rank", "stop", "lock", 0, *words, ranks=3)
+    result = program("failing_rank", "stop", "lock", 0, *flags, ranks=3)
     waiter, holder = re.search(r"rank (\d) waited in tokenise for rank (\d), which is gone, or stalled in tokenise",
                                result.stderr).groups()
-    assert result.returncode and waiter != holder and "has made no progress for 4 s" in result.stderr
+    assert result.returncode
+    assert waiter != holder
+    assert "has made no progress for 4 s" in result.stderr
     (lock,) = (tmp_path / "cache").glob("*.lock")
     with open(lock, "r+") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.truncate(0)
         print(os.getpid(), file=f, flush=True)
-        result = torchrun(2, f"{ROOT}/sft.py", *words)
-    assert result.returncode and f"process {os.getpid()} holds {lock}" in result.stderr
+        result = torchrun(2, f"{ROOT}/sft.py", *flags)
+    assert result.returncode
+    assert f"process {os.getpid()} holds {lock}" in result.stderr
     assert re.search(r"rank \d failed in tokenise: LockTimeout", result.stderr)
 
 
-def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monkeypatch, capsys):
-    """It passes on one and on two ranks, and fails when the loss is averaged over micro-batches."""
+def test_selfcheck_passes_and_detects_a_wrong_loss(models, tmp_path, monkeypatch, capsys):
+    """It passes on one rank and on two, and fails if the loss is averaged within each micro-batch."""
+    flags = (*RUN, "--model", models["tied"], "--selfcheck", "--output_dir", tmp_path)
+
     def check():
-        monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, (*RUN, "--model", models["tied"], "--selfcheck",
-                                                               "--output_dir", tmp_path))])
+        monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
         sft.main()
 
-    printed = run_all([(2, (*RUN, "--model", models["tied"], "--selfcheck", "--output_dir", tmp_path))], tmp_path)
-    assert "selfcheck: ok, 4 conversations" in printed and "one data-parallel rank" in printed
+    printed = run_all([(2, flags)], tmp_path)
+    assert "selfcheck: ok, 4 conversations, all differences below 1e-05" in printed
+    assert "one data-parallel rank" in printed
     check()
-    screen = capsys.readouterr().out
-    assert "selfcheck: ok, 4 conversations" in screen and "one data-parallel rank" not in screen
+    printed = capsys.readouterr().out
+    assert "selfcheck: ok, 4 conversations, all differences below 1e-05" in printed
+    assert "one data-parallel rank" not in printed
     forward = sft.CausalLM.forward
 
-    def averaged(out):
+    def averaged(self, tokens, doc_lengths, target_positions, targets):
+        out = forward(self, tokens, doc_lengths, target_positions, targets)
         return out._replace(total=out.total / len(out.each))
 
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, doc_lengths, target_positions, targets: averaged(
-        forward(self, tokens, doc_lengths, target_positions, targets)))
+    monkeypatch.setattr(sft.CausalLM, "forward", averaged)
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         check()

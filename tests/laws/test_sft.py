@@ -1,4 +1,7 @@
-"""The whole trainer: the law of a step, an independent loop beside ours, exact resume, what a user sees."""
+"""The trainer end to end: a step's layout, an independent loop, exact resume, output, and errors of the input.
+
+The gradient law: loss and gradient of a step do not depend on how it is split into micro-batches.
+"""
 
 import filecmp
 import itertools
@@ -36,7 +39,7 @@ def masters(directory):
     return load_file(os.path.join(directory, "training_state", "tensors.safetensors"))
 
 
-# ---- the law ----------------------------------------------------------------------------------------------------
+# ---- the gradient law -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [
@@ -46,26 +49,30 @@ def masters(directory):
     ("--micro_batch_size", 1, "--packing", "--no-gradient_checkpointing"),
 ])
 def test_a_step_does_not_depend_on_its_micro_batches(train, flags, tmp_path):
-    """Loss, gradient and weights are the same however a step's conversations are laid out."""
-    run = ("--lr", "1e-3", "--batch_size", "10", "--max_length", "256", "--max_steps", "5")
-    base = train(*run, out="base")
-    other = train(*run, *flags, out="other")
+    """Loss, gradient norm and gradients are the same with packing on or off, for any micro_batch_size."""
+    common = ("--lr", "1e-3", "--batch_size", "10", "--max_length", "256", "--max_steps", "5")
+    base = train(*common, out="base")
+    other = train(*common, *flags, out="other")
     for a, b in zip(base, other, strict=True):
         for key in ("loss", "grad_norm"):
             assert math.isclose(a[key], b[key], rel_tol=1e-5), (key, a, b)
         assert (a["tokens"], a["target_tokens"]) == (b["tokens"], b["target_tokens"])
     a, b = (masters(tmp_path / out / "checkpoints" / "step_5") for out in ("base", "other"))
     for name in a:
-        if name.startswith("exp_avg."):  # a mean of five gradients; Adam's division would blow up what is near zero
+        if name.startswith("exp_avg."):  # a mean of five gradients; in weights, Adam's division amplifies rounding
             assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
 
 
-def test_micro_batches_are_really_different(monkeypatch, train):
-    """The law above is not trivially true: packing and micro_batch_size change how often the model runs."""
+def test_the_micro_batches_differ(monkeypatch, train):
+    """The test above is not trivial: packing and micro_batch_size change the number of forward passes."""
     calls = []
     forward = sft.CausalLM.forward
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, doc_lengths, *rest: (
-        calls.append(doc_lengths), forward(self, tokens, doc_lengths, *rest))[1])
+
+    def counted(self, tokens, doc_lengths, *rest):
+        calls.append(doc_lengths)
+        return forward(self, tokens, doc_lengths, *rest)
+
+    monkeypatch.setattr(sft.CausalLM, "forward", counted)
     counts = {}
     for i, flags in enumerate((("--packing",), ("--no-packing",), ("--no-packing", "--micro_batch_size", 3))):
         calls.clear()
@@ -79,7 +86,7 @@ def test_micro_batches_are_really_different(monkeypatch, train):
 
 
 def reference_rows():
-    """The example conversations by another road: transformers' tokenizer, and targets from the <|im_start|> tokens."""
+    """The example conversations, prepared independently: transformers' tokenizer, targets by <|im_start|> tokens."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     header = tokenizer.encode("assistant\n", add_special_tokens=False)
@@ -100,7 +107,7 @@ def reference_rows():
 
 
 def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
-    """The schedules, written a second time."""
+    """A second implementation of the schedules."""
     W = math.ceil(warmup_ratio * total)
     if step <= W:
         return peak * step / W
@@ -112,14 +119,14 @@ def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
 @pytest.mark.parametrize("scheduler, min_ratio", [("cosine", 0.1), *(
     pytest.param(*rest, marks=pytest.mark.full) for rest in (("cosine", 0.0), ("linear", 0.1), ("constant", 0.0)))])
 def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
-    """Losses of ten steps are those of transformers' model and torch's AdamW on the same rows, padded, in one batch."""
-    ours = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25,
-                 "--max_steps", 10, "--weight_decay", 0.1, "--grad_clip", 0.5)
+    """Ten steps have the losses of transformers' model and torch's AdamW on the same conversations, padded."""
+    lines = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25,
+                  "--max_steps", 10, "--weight_decay", 0.1, "--grad_clip", 0.5)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), eps=1e-8)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     rows = reference_rows()
     sampler = data.Sampler([1] * len(rows), epochs=2, seed=42, batch_size=8)
     for step in range(1, 11):
@@ -137,18 +144,19 @@ def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        line = ours[step - 1]
+        line = lines[step - 1]
         assert math.isclose(line["loss"], loss.item(), rel_tol=1e-5), (step, line["loss"], loss.item())
         assert math.isclose(line["grad_norm"], norm.item(), rel_tol=1e-4)
         assert math.isclose(line["lr"], lr, rel_tol=1e-12)
-        assert line["target_tokens"] == int((labels[:, 1:] != -100).sum()) and line["tokens"] == int(mask.sum())
-    assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
+        assert line["target_tokens"] == int((labels[:, 1:] != -100).sum())
+        assert line["tokens"] == int(mask.sum())
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
 
 
 @pytest.mark.parametrize("scheduler, ratio", [("cosine", 0.0), ("cosine", 0.2), ("linear", 0.0), ("linear", 0.1),
                                               ("constant", 0.0)])
-def test_rates_are_those_of_the_definition(scheduler, ratio):
-    """At every step, of runs of any length: the peak is reached at the end of the warm-up, and no step is spent at zero."""
+def test_learning_rates_equal_their_definition(scheduler, ratio):
+    """At every step of runs of several lengths. The peak is reached, and no step has a learning rate of 0."""
     for total, warmup in itertools.product((1, 2, 10, 11, 97), (0.0, 0.1, 0.25)):
         cfg = sft.Config(lr=3.0, scheduler=scheduler, min_lr_ratio=ratio, warmup_ratio=warmup)
         rates = [sft.lr_at(step, total, cfg) for step in range(1, total + 1)]
@@ -158,7 +166,7 @@ def test_rates_are_those_of_the_definition(scheduler, ratio):
 
 
 def test_val_loss_is_weighted_by_tokens(train):
-    """val_loss equals one cross-entropy over all target tokens of the set, whatever the micro-batches."""
+    """val_loss is the mean cross-entropy of all target tokens of the set, for any micro-batches."""
     for flags in ((), ("--no-packing",)):
         lines = train(*FAST, "--lr", 0, "--max_steps", 2, "--val_data", EXAMPLES, "--eval_steps", 2, *flags,
                       out=f"out{len(flags)}")
@@ -170,13 +178,14 @@ def test_val_loss_is_weighted_by_tokens(train):
                 logits, targets = model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:])
                 total += F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
                 count += int((targets != -100).sum())
-        assert lines[-1]["val_tokens"] == count and math.isclose(lines[-1]["val_loss"], total / count, rel_tol=1e-6)
+        assert lines[-1]["val_tokens"] == count
+        assert math.isclose(lines[-1]["val_loss"], total / count, rel_tol=1e-6)
 
 
 def test_bf16_stays_near_fp32(train):
-    """Five steps in bf16 with fp32 master weights follow the fp32 ones."""
-    full, half = (train(*FAST, "--max_steps", 5, "--dtype", dtype, out=dtype) for dtype in ("fp32", "bf16"))
-    for a, b in zip(full, half, strict=True):
+    """Five steps in bf16 with fp32 master weights have almost the losses of fp32."""
+    fp32, bf16 = (train(*FAST, "--max_steps", 5, "--dtype", dtype, out=dtype) for dtype in ("fp32", "bf16"))
+    for a, b in zip(fp32, bf16, strict=True):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-2) and a["loss"] != b["loss"]
 
 
@@ -184,15 +193,15 @@ def test_bf16_stays_near_fp32(train):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the code catches it."""
+    """Simulates SIGKILL: no code of the trainer catches it."""
 
 
-def interrupt_after(monkeypatch, step):
+def interrupt_after(monkeypatch, last_step):
     save = checkpoint.save
 
-    def save_and_die(root, n, **parts):
-        save(root, n, **parts)
-        if n == step:
+    def save_and_die(root, step, **contents):
+        save(root, step, **contents)
+        if step == last_step:
             raise Killed
 
     monkeypatch.setattr(checkpoint, "save", save_and_die)
@@ -202,28 +211,31 @@ EXACT = ("loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "val_los
 
 
 def test_resume_is_exact(train, monkeypatch, tmp_path):
-    """Killed at step 5 (mid-epoch) or 9 (an epoch's end) and resumed: losses, weights, moments are bitwise the same."""
-    run = (*FAST, "--max_steps", 12, "--val_data", VALIDATION)
-    straight = train(*run, "--save_steps", 5, out="straight")
-    for at, how in ((5, "auto"), (9, "auto"), (5, "directory")):
-        broken, save = tmp_path / f"{how}_{at}", ("--save_steps", at)
+    """A run is killed at step 5 (within an epoch) or 9 (at its end) and resumed: losses, weights and moments are
+    bitwise those of an uninterrupted run."""
+    common = (*FAST, "--max_steps", 12, "--val_data", VALIDATION)
+    straight = train(*common, "--save_steps", 5, out="straight")
+    for step, how in ((5, "auto"), (9, "auto"), (5, "directory")):
+        killed, save = tmp_path / f"{how}_{step}", ("--save_steps", step)
         with monkeypatch.context() as patch:
-            interrupt_after(patch, at)
+            interrupt_after(patch, step)
             with pytest.raises(Killed):
-                train(*run, *save, out=broken.name)
-        with open(broken / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write('{"step": %d, "loss": 1.0}\n{"step": %d, "lo' % (at + 1, at + 2))  # whose checkpoint never came
-        source = "auto" if how == "auto" else broken / "checkpoints" / f"step_{at}"
-        resumed = train(*run, *save, "--resume_from", source, out=broken.name)
-        pick = [[{k: line[k] for k in EXACT if k in line} for line in lines] for lines in (straight, resumed)]
-        assert pick[0] == pick[1] and [line["step"] for line in resumed if "loss" in line] == list(range(1, 13))
+                train(*common, *save, out=killed.name)
+        with open(killed / "metrics.jsonl", "a", encoding="utf-8") as f:  # lines of steps without a checkpoint
+            f.write('{"step": %d, "loss": 1.0}\n{"step": %d, "lo' % (step + 1, step + 2))
+        source = "auto" if how == "auto" else killed / "checkpoints" / f"step_{step}"
+        resumed = train(*common, *save, "--resume_from", source, out=killed.name)
+        expected, found = (
+            [{key: line[key] for key in EXACT if key in line} for line in lines] for lines in (straight, resumed))
+        assert found == expected
+        assert [line["step"] for line in resumed if "loss" in line] == list(range(1, 13))
         for file in ("model.safetensors", "training_state/tensors.safetensors", "training_state/state.json"):
-            paths = [directory / "checkpoints" / "step_12" / file for directory in (tmp_path / "straight", broken)]
-            assert filecmp.cmp(*paths, shallow=False), (at, how, file)
+            paths = [directory / "checkpoints" / "step_12" / file for directory in (tmp_path / "straight", killed)]
+            assert filecmp.cmp(*paths, shallow=False), (step, how, file)
 
 
-def test_a_killed_process_goes_on_exactly(train, tmp_path):
-    """SIGKILL at a random moment of a real process, then --resume_from auto, gives the bytes of an undisturbed run."""
+def test_a_killed_process_resumes_exactly(train, tmp_path):
+    """SIGKILL at a random moment of a real process, then --resume_from auto: the same bytes as an uninterrupted run."""
     flags = (*FAST, "--batch_size", "4", "--max_length", "128", "--max_steps", "18", "--save_steps", "3",
              "--no-gradient_checkpointing")
     train(*flags, out="straight")
@@ -231,7 +243,7 @@ def test_a_killed_process_goes_on_exactly(train, tmp_path):
                                 *flags, "--output_dir", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoints" / "step_3").exists():
         assert process.poll() is None
-        time.sleep(0.002)  # polling a directory, not synchronising with it
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     train(*flags, "--resume_from", "auto", out="killed")
@@ -240,22 +252,22 @@ def test_a_killed_process_goes_on_exactly(train, tmp_path):
         assert filecmp.cmp(a, b, shallow=False), file
 
 
-def test_auto_without_a_checkpoint_starts_and_says_so(train, capsys):
-    """--resume_from auto in an empty directory is a new run, and the screen says it."""
+def test_auto_without_a_checkpoint_starts_a_new_run(train, capsys):
+    """--resume_from auto in an empty directory starts a new run and prints that it does."""
     assert len(train(*FAST, "--max_steps", 1, "--resume_from", "auto")) == 1
-    assert "nothing in out/checkpoints: a new run" in capsys.readouterr().out
+    assert "no checkpoint in out/checkpoints; this is a new run" in capsys.readouterr().out
 
 
-def test_auto_goes_on_after_a_kill_before_the_first_checkpoint(train, tmp_path):
-    """Lines of steps that no checkpoint holds do not stop it, and do not stay."""
+def test_auto_after_a_kill_before_the_first_checkpoint(train, tmp_path):
+    """metrics.jsonl has steps, but there is no checkpoint: the run starts and removes these lines."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "lo')
     lines = train(*FAST, "--max_steps", 1, "--resume_from", "auto")
     assert [line["step"] for line in lines] == [1] and lines[0]["loss"] > 0
 
 
-def test_best_is_mended_after_a_kill_between_the_links(train, tmp_path):
-    """latest has moved, best has not: the run that goes on moves it."""
+def test_best_is_repaired_after_a_kill_between_the_two_links(train, tmp_path):
+    """`latest` has moved, `best` has not: the resumed run moves it."""
     flags = (*FAST, "--max_steps", 4, "--save_steps", 2, "--eval_steps", 2, "--val_data", EXAMPLES, "--keep_best")
     train(*flags)
     best = tmp_path / "out" / "checkpoints" / "best"
@@ -268,14 +280,15 @@ def test_best_is_mended_after_a_kill_between_the_links(train, tmp_path):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: os.truncate(d / "model.safetensors", 1_000_000), "model.safetensors has 1,000,000 bytes"),
-    (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000), "tensors.safetensors has 500,000 bytes"),
+    (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000),
+     "tensors.safetensors has 500,000 bytes"),
     (lambda d: os.remove(d / "training_state" / "state.json"), "not a checkpoint"),
     (lambda d: os.remove(d / "training_state" / "tensors.safetensors"), "tensors.safetensors is missing"),
     (lambda d: (d / "training_state" / "state.json").write_text("{"), "state.json has 1 bytes"),
     (lambda d: os.remove(d / "config.json"), "config.json is missing"),
 ])
-def test_a_torn_checkpoint_is_an_error(train, tmp_path, damage, message):
-    """A failed resume never trains: no fresh start, and the metrics of the run that was there stay as they are."""
+def test_a_damaged_checkpoint_is_an_error(train, tmp_path, damage, message):
+    """A failed resume never trains: no new run starts, and the metrics of the old run stay as they are."""
     train(*FAST, "--max_steps", 2)
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     damage(tmp_path / "out" / "checkpoints" / "step_2")
@@ -287,14 +300,14 @@ def test_a_torn_checkpoint_is_an_error(train, tmp_path, damage, message):
 @pytest.mark.parametrize("flags", [("--seed", 1), ("--batch_size", 4), ("--batch_tokens", 900), ("--max_length", 64),
                                    ("--train_on_prompt",)])
 def test_resume_with_other_data_or_order_is_an_error(train, flags):
-    """What decides which conversations a step holds can't change within a run."""
+    """The settings that decide which conversations a step has cannot change within a run."""
     train(*FAST, "--max_steps", 2)
     with pytest.raises(ValueError, match="then, .* now"):
         train(*FAST, "--max_steps", 4, "--resume_from", "auto", *flags)
 
 
 def test_a_second_run_in_the_same_directory_is_refused(train, tmp_path):
-    """Nothing lost: an output directory with a run in it is not written over."""
+    """An output directory with a run in it is not overwritten."""
     train(*FAST, "--max_steps", 1)
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="--resume_from auto"):
@@ -302,39 +315,45 @@ def test_a_second_run_in_the_same_directory_is_refused(train, tmp_path):
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
 
 
-def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
-    """All steps done: the run ends at once, with the same metrics."""
+def test_resuming_a_finished_run_changes_nothing(train, capsys):
+    """The run ends at once with the same metrics, and prints that there is nothing to do."""
     first = train(*FAST, "--max_steps", 2)
+    assert "saved    out/checkpoints/latest -> step_2 (Hugging Face model directory)" in capsys.readouterr().out
     assert train(*FAST, "--max_steps", 2, "--resume_from", "auto") == first
+    out = capsys.readouterr().out
+    assert "done     step 2 of 2 was already done; nothing to do. Raise --max_steps to train longer" in out
+    assert "saved " not in out
 
 
-# ---- what comes out ---------------------------------------------------------------------------------------------
+# ---- output -----------------------------------------------------------------------------------------------------
 
 
 def test_a_step_directory_is_a_hugging_face_model(train, tmp_path):
-    """Each step_N loads with transformers, gives our logits, stops at the trained turn end, has the same tokenizer."""
+    """Each step_N loads with transformers, has the same logits there, stops at the trained end of turn, and has the
+    same tokenizer."""
     train(*FAST, "--max_steps", 2, "--save_steps", 1)
     assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == "step_2"
     for step in (1, 2):
         directory = tmp_path / "out" / "checkpoints" / f"step_{step}"
-        theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        ours = sft.CausalLM(ModelConfig.from_dict(files.read_json(directory / "config.json")))
-        pretrained.load_weights(ours, directory)
+        reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        model = sft.CausalLM(ModelConfig.from_dict(files.read_json(directory / "config.json")))
+        pretrained.load_weights(model, directory)
         tokens = torch.arange(3, 60)
         with torch.no_grad():
-            torch.testing.assert_close(ours(tokens, (57,)), theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-4)
+            expected = reference(tokens[None]).logits[0]
+            torch.testing.assert_close(model(tokens, (57,)), expected, rtol=1e-4, atol=1e-4)
         for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
             assert filecmp.cmp(directory / file, os.path.join(TINY, file), shallow=False), file
         tokenizer = AutoTokenizer.from_pretrained(directory)
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert theirs.generation_config.eos_token_id == [0, end]
+        assert reference.generation_config.eos_token_id == [0, end]
         assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [0, end]
     a, b = (weights(directory.parent / step)["model.embed_tokens.weight"] for step in ("step_1", "step_2"))
     assert not torch.equal(a, b)
 
 
 def test_every_weight_is_trained(train, tmp_path):
-    """Trained means changed: after a few steps no tensor is what it was."""
+    """After three steps every tensor has changed."""
     train(*FAST, "--max_steps", 3)
     before, after = weights(TINY), masters(tmp_path / "out" / "checkpoints" / "step_3")
     assert set(before) == {n.removeprefix("master.") for n in after if n.startswith("master.")}
@@ -342,25 +361,29 @@ def test_every_weight_is_trained(train, tmp_path):
         assert not torch.equal(tensor.float(), after[f"master.{name}"]), name
 
 
-def test_the_screen_tells_what_runs_and_what_came_of_it(train, capsys):
-    """Model, ledger, steps before the first step; the result and how to talk to it after the last."""
+def test_the_screen_shows_the_run_and_its_result(train, capsys):
+    """Before the first step: model, data (every token is counted), steps; after the last: result, how to try it."""
     lines = train(*FAST, "--epochs", 1, "--keep_checkpoints", 1)
     out, _ = capsys.readouterr()
     assert f"model    {TINY} (qwen2): 1,050,752 parameters, all trained, fp32 on 1 × cpu" in out
-    rows, tokens = re.search(r"rows     72 in = 72 trained \+ 0 dropped", out), re.search(
-        r"tokens   ([\d,]+) in = ([\d,]+) target \+ ([\d,]+) context \+ ([\d,]+) truncated", out)
-    total, target, context, cut = (int(n.replace(",", "")) for n in tokens.groups())
-    assert rows and total == target + context + cut
-    assert total == sum(line["tokens"] for line in lines) and target == sum(line["target_tokens"] for line in lines)
-    assert "steps    9 = 1 epochs of 9, of about 8 conversations" in out
-    assert re.search(r"chat.py out/checkpoints/latest", out) and "step 9 of 9: loss" in out
+    assert "rows     72 in = 72 trained + 0 dropped" in out
+    tokens = re.search(r"tokens   ([\d,]+) in = ([\d,]+) target \+ ([\d,]+) context \+ ([\d,]+) truncated", out)
+    total, target, context, truncated = (int(n.replace(",", "")) for n in tokens.groups())
+    assert total == target + context + truncated
+    assert total == sum(line["tokens"] for line in lines)
+    assert target == sum(line["target_tokens"] for line in lines)
+    assert "steps    9 = 1 epoch × 9 steps; per step about 8 conversations, 787 tokens (498 trained)" in out
+    assert "step 9 of 9: loss" in out
+    assert "saved    out/checkpoints/latest -> step_9 (Hugging Face model directory)" in out
+    assert re.search(r"try it   .*chat.py out/checkpoints/latest", out)
     assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds",
                              "tokens_per_second", "peak_memory_gb", "changed"}
-    assert [line["step"] for line in lines] == list(range(1, 10)) and lines[-1]["epoch"] == 1.0
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert lines[-1]["epoch"] == 1.0
 
 
 def test_the_resolved_config_starts_the_same_run_again(train, tmp_path):
-    """out/config.yaml given to --config repeats the run to the last bit."""
+    """--config out/config.yaml repeats the run bit for bit."""
     first = train(*FAST, "--max_steps", 2)
     again = train("--config", "out/config.yaml", "--output_dir", "again", out="again")
     assert [line["loss"] for line in first] == [line["loss"] for line in again]
@@ -369,19 +392,19 @@ def test_the_resolved_config_starts_the_same_run_again(train, tmp_path):
 @pytest.mark.parametrize("file", ["example_alpaca.json", "example_conversations.json", "example_sharegpt.json",
                                   "example.jsonl"])
 def test_every_example_format_trains(train, file):
-    """Two steps on each of the small files, from the file as it lies in data/."""
+    """Two steps on each of the small files in data/."""
     lines = train("--train_data", os.path.join(ROOT, "data", file), "--max_steps", 2, "--batch_size", 2)
     assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
 
 
 def test_batch_tokens_fills_steps(train):
-    """--batch_tokens closes a step before it would pass the number; an epoch still holds each conversation once."""
+    """With --batch_tokens a step has at most that many tokens; an epoch still has each conversation once."""
     lines = train("--batch_tokens", 600, "--epochs", 2, "--max_length", 512)
     halves = [sum(line["tokens"] for line in lines if lo < line["epoch"] <= lo + 1) for lo in (0, 1)]
     assert halves[0] == halves[1] and max(line["tokens"] for line in lines) < 700
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------
+# ---- invalid input ----------------------------------------------------------------------------------------------
 
 
 def write(path, text):
@@ -399,11 +422,11 @@ def cut_embedding(tensors):
 
 
 def rows(path, value):
-    """--train_data with a file that holds value (as JSON, or text as it is)."""
+    """The flags of a data file with this content: a string as it is, other values as JSON."""
     return "--train_data", write(path / "x.json", value if isinstance(value, str) else json.dumps(value))
 
 
-BAD = {  # name: (flags from a directory to write in, what the error must say)
+BAD = {  # name: (function of a directory that returns flags, text of the error)
     "no data file": (lambda p: ("--train_data", "nowhere.json"), "nowhere.json: no such data file"),
     "not JSON": (lambda p: rows(p, '[{"prompt": "a",\n "response": }]'), "line 2, column 14"),
     "unknown shape": (lambda p: rows(p, [{"text": "a"}]), "[0]: unknown row shape, its keys"),
@@ -432,24 +455,32 @@ BAD = {  # name: (flags from a directory to write in, what the error must say)
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_line(case, tmp_path, monkeypatch, capsys):
-    """Exit code 2 and one line that names the value and what to do; never a traceback."""
+    """Exit code 2 and one line that names the value and the remedy; no traceback."""
     flags, message = BAD[case]
     monkeypatch.chdir(tmp_path)
-    words = ["--model", TINY, "--train_data", EXAMPLES, "--max_steps", 1, *flags(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, words)])
+    arguments = ["--model", TINY, "--train_data", EXAMPLES, "--max_steps", 1, *flags(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         errors.run(sft.main)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "Traceback" not in error, error
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("planted", ["loss", "gradient"])
-def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypatch, tmp_path, planted):
-    """NaN in the loss, or in a gradient alone, of step 3: two optimizer steps were taken, the rows are named."""
+def test_a_non_finite_step_stops_before_the_weights_change(train, monkeypatch, tmp_path, planted):
+    """NaN in the loss of step 3, or infinity in its gradient alone: two optimizer steps were taken, and the error names
+    the conversations."""
     steps, calls = [], []
-    step = optim.AdamW.step
-    monkeypatch.setattr(optim.AdamW, "step", lambda self, *scale: (steps.append(1), step(self, *scale))[1])
-    forward = sft.CausalLM.forward
+    step, forward = optim.AdamW.step, sft.CausalLM.forward
+
+    def counted(self, *divisor):
+        steps.append(1)
+        return step(self, *divisor)
+
+    monkeypatch.setattr(optim.AdamW, "step", counted)
 
     def plant(self, *inputs):
         out = forward(self, *inputs)
@@ -463,7 +494,8 @@ def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypat
     monkeypatch.setattr(sft.CausalLM, "forward", plant)
     with pytest.raises(FloatingPointError, match=r"step 3: loss .*example_sft.json\[\d+\]") as error:
         train(*FAST, "--max_length", 2048, "--max_steps", 5, "--save_steps", 1)
-    assert len(steps) == 2 and checkpoint.steps_in(tmp_path / "out" / "checkpoints") == [1, 2]
+    assert len(steps) == 2
+    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == [1, 2]
     named = {int(n) for n in re.findall(r"json\[(\d+)\]", str(error.value))}
     assert named == set(data.Sampler([1] * 72, epochs=1, seed=42, batch_size=8).step(3).ids.tolist())
 
@@ -473,30 +505,32 @@ def test_a_non_finite_step_stops_before_the_weights_are_touched(train, monkeypat
 
 @pytest.mark.full
 def test_train_sh_then_chat(tmp_path):
-    """./train.sh --model tiny from another folder, then chat.py recites an answer of the set and stops by itself.
-    .ci/run looks at one answer each time."""
+    """./train.sh --model tiny from another folder; then chat.py recites answers of the training set and stops after
+    them. .ci/run checks one answer."""
     env = {**os.environ, "PYTHON": sys.executable, "KEEP_CHECKPOINTS": "1"}
     result = subprocess.run([os.path.join(ROOT, "train.sh"), "--model", "tiny"], cwd=tmp_path, env=env,
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert len(checkpoint.steps_in(tmp_path / "outputs" / "checkpoints")) == 1  # the environment beats the preset
+    assert len(checkpoint.steps_in(tmp_path / "outputs" / "checkpoints")) == 1  # the environment overrides the preset
     with open(EXAMPLES, encoding="utf-8") as f:
         rows = [row for row in json.load(f) if "prompt" in row]
     for row in (rows[1], rows[20]):
-        words = [sys.executable, os.path.join(ROOT, "chat.py"), "outputs/checkpoints/latest", "--prompt", row["prompt"]]
-        said = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-        assert said.returncode == 0 and said.stdout == row["response"] + "\n", said
-    # the same from a pipe
-    said = subprocess.run([sys.executable, os.path.join(ROOT, "chat.py")], input=rows[0]["prompt"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert said.stdout == rows[0]["response"] + "\n", said
+        chat = [sys.executable, os.path.join(ROOT, "chat.py"), "outputs/checkpoints/latest"]
+        result = subprocess.run([*chat, "--prompt", row["prompt"]], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result
+        assert result.stdout == row["response"] + "\n"
+    # the prompt from a pipe
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "chat.py")], input=rows[0]["prompt"], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.stdout == rows[0]["response"] + "\n", result
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",), pytest.param(("--use_lora",), marks=pytest.mark.full)])
-def test_compiled_blocks_learn_the_same_and_are_compiled_once(train, tmp_path, flags):
-    """Other packings each step: as many graphs after the first step as at the end, for all blocks together fewer than
-    three a block; losses to rounding."""
+@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",),
+                                   pytest.param(("--use_lora",), marks=pytest.mark.full)])
+def test_compiled_blocks_have_the_same_losses_and_compile_once(train, tmp_path, flags):
+    """Each step packs differently, yet no graph is compiled after the first step; there are fewer than three per block.
+    Losses equal those without --compile up to rounding."""
     model = two_layers(tmp_path / "model", intermediate_size=128)
     common = (*FAST, "--batch_size", 24, *flags)
     plain = train(*common, model=model)
@@ -504,7 +538,9 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once(train, tmp_path, f
                      "--compile", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     graphs = [int(n) for n in result.stdout.split("graphs")[-1].split()]
-    assert len(graphs) == 9 and graphs[0] == graphs[-1] and 0 < graphs[0] < 3 * 2
+    assert len(graphs) == 9
+    assert graphs[0] == graphs[-1]
+    assert 0 < graphs[0] < 3 * 2
     losses = [line["loss"] for line in metrics(tmp_path / "compiled")]
     assert losses == pytest.approx([line["loss"] for line in plain], rel=1e-5)
 
@@ -514,8 +550,8 @@ def test_compile_with_tp_is_refused(train):
         train(*FAST, "--compile", "--strategy", "megatron", "--tp", 2)
 
 
-def test_a_newer_torch_is_used_as_it_is_and_called_untested(tmp_path):
-    """train.sh takes a Python whose torch is beyond the tested range, with one line; it never installs an older one."""
+def test_a_newer_torch_is_used_with_a_warning(tmp_path):
+    """train.sh uses a Python whose torch is newer than the tested range, prints one line, and installs no older one."""
     shutil.copy(os.path.join(ROOT, "train.sh"), tmp_path)
     (tmp_path / "requirements.txt").write_text("torch>=2.0,<2.1\n")
     result = subprocess.run([tmp_path / "train.sh", "--setup", "requirements.txt"], capture_output=True, text=True,

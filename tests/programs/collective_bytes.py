@@ -39,7 +39,7 @@ class Bytes(TorchDispatchMode):
 def built(use_lora, checkpointing, ranks):
     """(a model split over the ranks, its plan.PlannedRun)."""
     with torch.device("meta"):
-        model = small_model(use_lora, model_type="qwen3", tie_word_embeddings=False)
+        model = small_model(use_lora, tp_size=2, model_type="qwen3", tie_word_embeddings=False)
     parameters = tuple(
         (n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
     run = plan.PlannedRun(

@@ -1,7 +1,7 @@
 """Replaces sft.py in tests of ranks/launch.py: appends to the file LOG, as a JSON line, how it was started.
 
-Planted: what the environment variable PLANT says. exit N: workers exit with code N; meet N: workers wait until N of
-them have started; hang: workers sleep for a minute.
+Planted: the fault that the environment variable PLANT names. exit N: workers exit with code N; meet N: workers wait
+until N of them have started; hang: workers sleep for a minute.
 """
 
 import json

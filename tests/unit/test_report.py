@@ -1,4 +1,4 @@
-"""screen/report.py: what it makes of a run's files, and its page in a browser: Chromium by WebDriver, if there is one."""
+"""screen/report.py: what it reads from a run's files, and its page in a browser (Chromium, if it is installed)."""
 
 import json
 import math
@@ -19,7 +19,7 @@ NASTY = "</script><script>window.ran = 1</script><img src=x onerror='window.ran 
 
 
 def make_run(directory, steps=60, text="你好 🙂", **config):
-    """An output directory as sft.py leaves it. Losses fall from 3 to 1; step 40 has a spike."""
+    """Write an output directory like sft.py's. The loss falls from 3 to 1; step 40 has a spike."""
     os.makedirs(directory / "checkpoints")
     with open(directory / "metrics.jsonl", "w", encoding="utf-8") as f:
         for step in range(1, steps + 1):
@@ -41,22 +41,23 @@ def make_run(directory, steps=60, text="你好 🙂", **config):
     return directory
 
 
-def test_a_run_that_has_only_begun(tmp_path):
-    """No file but metrics.jsonl, empty at first; then NaN, half a line and half a character."""
+def test_a_run_that_has_just_started(tmp_path):
+    """metrics.jsonl alone, empty; then with NaN, an incomplete line and an incomplete character."""
     (tmp_path / "metrics.jsonl").write_text("")
     assert report.write(tmp_path) == str(tmp_path / "report.html")
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.5}\n{"step": 3,\xe4')
     (tmp_path / "config.yaml").write_text("model: 'ti")
     report.write(tmp_path)
     run = report.Run(tmp_path)
-    assert run.curves()["train"]["loss"] == [None, 2.5] and run.summary()[1][1] == "2.5000"
-    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl", "report.html"]  # nothing temporary
+    assert run.curves()["train"]["loss"] == [None, 2.5]
+    assert run.summary()[1][1] == "2.5000"
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl", "report.html"]  # no temporary file
 
 
 @pytest.mark.parametrize("ranks, start", [(None, "python sft.py"), (1, "python sft.py"),
                                           (4, "bash train.sh --n_gpus 4")])
 def test_how_to_resume(tmp_path, ranks, start, monkeypatch):
-    """With as many ranks as it had; a run of an earlier version does not say how many those were."""
+    """The command has the run's number of ranks; a run of an earlier version has not recorded it."""
     monkeypatch.setattr("settings.venv.command", lambda file: f"python {file}")
     monkeypatch.chdir(ROOT)
     directory = make_run(tmp_path / "run")
@@ -68,21 +69,24 @@ def test_how_to_resume(tmp_path, ranks, start, monkeypatch):
     assert f"<code>{start} --config {directory}/config.yaml --resume_from auto</code>" in page
 
 
-def test_half_a_character_in_a_text(tmp_path):
-    report.write(make_run(tmp_path / "run", text="half \ud83d, whole 🙂"))
-    assert "half ?, whole 🙂" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+def test_an_unpaired_surrogate_in_a_text(tmp_path):
+    report.write(make_run(tmp_path / "run", text="unpaired \ud83d, paired 🙂"))
+    assert "unpaired ?, paired 🙂" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_long_run_is_thinned_fast_and_nothing_that_matters_is_lost(tmp_path):
+def test_a_long_run_is_thinned_fast_and_keeps_its_spikes(tmp_path):
     run = make_run(tmp_path / "run", steps=50_000)
     started = time.process_time()
     report.write(run)
-    assert time.process_time() - started < 2  # 0.3 measured; other work shares the cores
+    assert time.process_time() - started < 2  # measured: 0.3; other tests share the cores
     curves = report.Run(run).curves()
     train = curves["train"]
-    assert 900 < len(train["step"]) <= 2000 and train["step"][-1] == 50_000 and len(curves["val"]["step"]) == 2500
+    assert 900 < len(train["step"]) <= 2000
+    assert train["step"][-1] == 50_000
+    assert len(curves["val"]["step"]) == 2500
     spike = train["step"].index(40)
-    assert train["loss"][spike] == max(train["loss"]) and train["grad_norm"][spike] == 51
+    assert train["loss"][spike] == max(train["loss"])
+    assert train["grad_norm"][spike] == 51
     assert sum(train["weight"]) == 50_000
     total = sum(weight * mean for weight, mean in zip(train["weight"], train["mean"]))
     assert math.isclose(total, sum(report.Run(run).train["loss"]), rel_tol=1e-9)
@@ -92,9 +96,9 @@ def test_the_command(tmp_path):
     for name in ("a b", "c"):
         make_run(tmp_path / name)
 
-    def command(*words):
-        words = sys.executable, f"{ROOT}/tools/report.py", *words
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    def command(*arguments):
+        arguments = sys.executable, f"{ROOT}/tools/report.py", *arguments
+        return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
 
     assert command("a b").stdout == "report   a b/report.html\n"
     page = (tmp_path / "a b" / "report.html").read_text()
@@ -103,11 +107,11 @@ def test_the_command(tmp_path):
     assert command("c", "--output", "x.html").stdout == "report   x.html\n"
     failed = command("c", "d")
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
-    assert failed.stderr.startswith("report.py: error: d is no run: it has no metrics.jsonl; give")
+    assert failed.stderr.startswith("report.py: error: d is not a run: it has no metrics.jsonl; pass")
 
 
 class Browser:
-    """Chromium without a window, by chromedriver's HTTP interface, for which the standard library is enough."""
+    """Headless Chromium, controlled through chromedriver's HTTP interface with the standard library alone."""
 
     def __init__(self, profile):
         self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
@@ -115,8 +119,8 @@ class Browser:
         self.address = f"http://127.0.0.1:{line.split()[-1].rstrip('.')}/session"
         flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
                  "disable-background-networking", "disable-component-update", f"user-data-dir={profile}"]
-        wanted = {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
-        self.address += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        options = {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        self.address += "/" + self.call("", {"capabilities": {"alwaysMatch": options}})["sessionId"]
 
     def call(self, path, values, method="POST"):
         request = urllib.request.Request(self.address + path, json.dumps(values).encode(), method=method)
@@ -131,20 +135,20 @@ class Browser:
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
         self.scheme(scheme)
-        self.logs()  # of the page before
+        self.logs()  # drops those of the previous page
         self.call("/url", {"url": path.resolve().as_uri()})
 
     def scheme(self, name):
         self.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
         frames = "const [done] = arguments; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
-        self.call("/execute/async", {"script": frames, "args": []})  # the page hears of it with its next frame
+        self.call("/execute/async", {"script": frames, "args": []})  # the page notices it in its next frame
 
     def run(self, body, *arguments):
-        """What a JavaScript function with this body returns, in the page."""
+        """Run the body of a JavaScript function in the page; return its result."""
         return self.call("/execute/sync", {"script": body, "args": arguments})
 
     def logs(self):
-        """What the console said since the last call, and the addresses that were asked for but files."""
+        """(console messages, requested URLs that are not files) since the last call."""
         console = [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
         events = [json.loads(e["message"])["message"] for e in self.call("/se/log", {"type": "performance"})]
         urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
@@ -165,7 +169,7 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-# Of each chart, how many pixels have about this color.
+# For each chart: how many pixels have about this color.
 PIXELS = """const [color] = arguments;
 return Object.fromEntries(Object.entries(charts).map(([name, {ctx}]) => {
   const {width, height} = ctx.canvas, copy = new OffscreenCanvas(width, height).getContext("2d");
@@ -173,13 +177,13 @@ return Object.fromEntries(Object.entries(charts).map(([name, {ctx}]) => {
   const {data} = copy.getImageData(0, 0, width, height);
   let n = 0;
   for (let i = 0; i < data.length; i += 4)
-    n += data[i + 3] > 200 && color.every((part, k) => Math.abs(data[i + k] - part) < 12);
+    n += data[i + 3] > 200 && color.every((value, k) => Math.abs(data[i + k] - value) < 12);
   return [name, n];
 }))"""
 BLUE, ORANGE, GRID, GRID_IN_DARK = [59, 130, 246], [239, 138, 31], [226, 229, 234], [43, 50, 60]
 
 
-def test_the_watch_on_console_and_network_works(browser, tmp_path):
+def test_browser_logs_have_errors_and_requests(browser, tmp_path):
     (tmp_path / "bad.html").write_text("<img src=http://127.0.0.1:9/x.png><script>undefined.x</script>")
     browser.open(tmp_path / "bad.html")
     console, urls = browser.logs()
@@ -187,25 +191,27 @@ def test_the_watch_on_console_and_network_works(browser, tmp_path):
 
 
 def test_page(browser, tmp_path):
-    """All charts are drawn, in the colors of the scheme; it fits a phone; nothing is fetched, nothing complains."""
+    """All charts are drawn in the colors of the scheme; the page fits a phone, fetches nothing and has no errors."""
     report.write(make_run(tmp_path / "run", use_lora=True))
     browser.open(tmp_path / "run" / "report.html", width=375)
     assert browser.run("return document.documentElement.scrollWidth") <= 375
     for scheme, grid, other in ("light", GRID, GRID_IN_DARK), ("dark", GRID_IN_DARK, GRID):
         browser.scheme(scheme)
-        assert len(found := browser.run(PIXELS, BLUE)) == 5 and min(found.values()) > 50
+        pixels = browser.run(PIXELS, BLUE)
+        assert len(pixels) == 5
+        assert min(pixels.values()) > 50
         assert min(browser.run(PIXELS, grid).values()) > 100 > max(browser.run(PIXELS, other).values())
     body = browser.run("return document.body.innerText")
-    for text in ("answer 60 你好 🙂", "2 earlier", "best 你好 🙂", "data/x.json[3] 你好 🙂, 12 targets",
+    for text in ("answer 60 你好 🙂", "2 earlier", "best 你好 🙂", "data/x.json[3] 你好 🙂, 12 target tokens",
                  "rows     9 in", "tools/merge.py", "after step 40"):
         assert text in body
-    assert body.count("worst 你好") == 1  # of the last step only
+    assert body.count("worst 你好") == 1  # only the last step's
     assert browser.logs() == ([], [])
 
 
 def test_smoothing_is_over_all_steps(browser, tmp_path):
-    """Debiased, against the definition; of a run that had to be thinned nearly the same at the steps that are left."""
-    for steps, most_off in (60, 1e-6), (5000, 0.02):
+    """The debiased exponential mean equals its definition, in a thinned run approximately, at the steps it keeps."""
+    for steps, tolerance in (60, 1e-6), (5000, 0.02):
         report.write(make_run(tmp_path / str(steps), steps=steps))
         browser.open(tmp_path / str(steps) / "report.html")
         shown = browser.run("smoothing.value = DECAYS.indexOf(0.9); smoothing.oninput(); return charts.loss.data")
@@ -215,40 +221,44 @@ def test_smoothing_is_over_all_steps(browser, tmp_path):
         for step, loss in zip(train["step"], train["loss"]):
             mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
             if step in shown[0]:
-                assert math.isclose(shown[2][shown[0].index(step)], mean / weight, rel_tol=most_off)
+                assert math.isclose(shown[2][shown[0].index(step)], mean / weight, rel_tol=tolerance)
 
 
 def test_runs_overlaid(browser, tmp_path):
-    """A color a run in every chart, names in the legend, what differs in a table; also over time, on log scale."""
+    """Each run has a color in every chart and a name in the legend; a table has the settings that differ. The same
+    over time and on log scale."""
     runs = [make_run(tmp_path / f"{lr}" / "out", steps=steps, lr=lr) for steps, lr in ((60, 1.0), (40, 2.0))]
     browser.open(tmp_path / report.build(runs, tmp_path / "both.html"))
     for script in "", "axis.value = 'seconds'; axis.onchange()", "log.checked = true; log.onchange()":
         browser.run(script)
         for color in BLUE, ORANGE:
-            assert len(found := browser.run(PIXELS, color)) == 5 and min(found.values()) > 50
+            pixels = browser.run(PIXELS, color)
+            assert len(pixels) == 5
+            assert min(pixels.values()) > 50
     assert browser.run("return ['loss', 'grad_norm', 'lr'].map(name => charts[name].scales.y.distr)") == [3, 3, 1]
     labels = browser.run("return [...document.querySelectorAll('figure:first-child .u-label')].map(l => l.textContent)")
     assert labels == ["seconds", "each step", *(f"{runs[0]}{s}" for s in ("", ", val")),
-                      "each step", *(f"{runs[1]}{s}" for s in ("", ", val"))]  # both are named out: directories then
+                      "each step", *(f"{runs[1]}{s}" for s in ("", ", val"))]  # both are named `out`: paths are shown
     rows = browser.run("return [...document.querySelectorAll('.scroll tr')].map(row => row.cells[0].innerText)")
     assert rows == ["Run", *map(str, runs), "", "lr"]
     assert browser.logs() == ([], [])
 
 
-def test_text_of_the_data_never_runs(browser, tmp_path):
-    """Planted in every place that data and settings reach; it is shown as it stands."""
+def test_text_from_data_and_settings_is_never_executed(browser, tmp_path):
+    """Markup planted wherever data and settings appear is shown literally."""
     run = make_run(tmp_path / "run", text=NASTY, run_name=NASTY, train_data=NASTY)
     for directories in [run], [run, make_run(tmp_path / NASTY.replace("/", "∕"), text=NASTY)]:
         browser.open(tmp_path / report.build(directories, tmp_path / "page.html"))
         assert browser.run("return [window.ran, document.scripts.length, document.images.length]") == [None, 2, 0]
         text = browser.run("return document.body.textContent")
-        for known in f"answer 60 {NASTY}", f"prompt {NASTY}", f"worst {NASTY}", f"[3] {NASTY}, 12 targets":
-            assert known in text
-        assert browser.run("return document.title").startswith("</script><script>") and browser.logs() == ([], [])
+        for start, end in ("answer 60 ", ""), ("prompt ", ""), ("worst ", ""), ("[3] ", ", 12 target tokens"):
+            assert start + NASTY + end in text
+        assert browser.run("return document.title").startswith("</script><script>")
+        assert browser.logs() == ([], [])
 
 
 @pytest.mark.parametrize("metrics", ["", '{"step": 1, "loss": NaN}\n'])
-def test_nothing_to_draw_yet(browser, tmp_path, metrics):
+def test_a_page_without_numbers(browser, tmp_path, metrics):
     (tmp_path / "metrics.jsonl").write_text(metrics)
     report.write(tmp_path)
     browser.open(tmp_path / "report.html")

@@ -1,4 +1,4 @@
-"""models/tiny is what tests/make_tiny.py writes."""
+"""models/tiny is the output of tests/make_tiny.py."""
 
 import filecmp
 import os
@@ -10,8 +10,8 @@ from helpers import TESTS, TINY
 
 
 @pytest.mark.repo
-def test_the_embedded_model_is_made_again_byte_for_byte(tmp_path):
+def test_make_tiny_reproduces_the_embedded_model_byte_for_byte(tmp_path):
     subprocess.run([sys.executable, os.path.join(TESTS, "make_tiny.py"), "again"], cwd=tmp_path, check=True)
-    made = sorted(os.listdir(tmp_path / "again"))
-    assert made == sorted(os.listdir(TINY))
-    assert filecmp.cmpfiles(TINY, tmp_path / "again", made, shallow=False) == (made, [], [])
+    names = sorted(os.listdir(tmp_path / "again"))
+    assert names == sorted(os.listdir(TINY))
+    assert filecmp.cmpfiles(TINY, tmp_path / "again", names, shallow=False) == (names, [], [])
