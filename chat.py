@@ -1,8 +1,8 @@
 """Talk to a model: python chat.py outputs/checkpoints/latest [--prompt "..."]
 
-Any model directory, hub id, adapter directory or `tiny`; a step directory is one. Without --prompt: a
-conversation on the terminal (/reset forgets it, Ctrl-D ends it), or one answer to what is piped in. An answer
-ends at the token that ended a turn in training.
+The model is a directory (a step directory too), an adapter directory, a hub id or `tiny`. Without --prompt it
+is a conversation on the terminal (/reset starts a new one, Ctrl-D exits), or one answer to the text on stdin.
+An answer ends with the token that ended a turn in training.
 """
 
 if __name__ == "__main__":
@@ -23,12 +23,12 @@ import torch
 
 import sft
 from disk import peft, pretrained
-from disk.run import Source
+from disk.run import ModelPaths
 from model import generate
 from ranks import processes
 from settings import errors
 from settings.errors import UserError
-from settings.parser import check, knob, parse
+from settings.parser import check, parse, setting
 from text.template import ChatTokenizer
 
 
@@ -36,70 +36,70 @@ from text.template import ChatTokenizer
 class Config:
     """Talk to a model: python chat.py DIR [flags]"""
 
-    model: str = knob("./outputs/checkpoints/latest", "model or adapter directory, hub id or tiny",
-                      group="chat")
-    base: str | None = knob(None, "model of an adapter, if not the one that its adapter_config.json names")
-    prompt: str | None = knob(None, "answer this and end")
-    system: str | None = knob(None, "system message")
-    temperature: float = knob(0.0, "0 takes the likeliest token; 1 samples as the model predicts",
-                              low=0, high=100)
-    top_p: float = knob(1.0, "sample only from the likeliest tokens that together have this probability",
-                        low=1e-6, high=1, needs="temperature")
-    max_new_tokens: int = knob(1024, "longest answer", low=1)
-    seed: int = knob(42, "of sampling", low=0)
+    model: str = setting("./outputs/checkpoints/latest", "model or adapter directory, hub id, or tiny",
+                         group="chat")
+    base: str | None = setting(None, "base model of an adapter; none: the one in its adapter_config.json")
+    prompt: str | None = setting(None, "answer this prompt, then exit")
+    system: str | None = setting(None, "system message")
+    temperature: float = setting(0.0, "0: the most likely token; 1: sample from the model's distribution",
+                                 low=0, high=100)
+    top_p: float = setting(1.0, "sample from the most likely tokens with this total probability",
+                           low=1e-6, high=1, needs="temperature")
+    max_new_tokens: int = setting(1024, "longest answer, in tokens", low=1)
+    seed: int = setting(42, "seed of the sampling", low=0)
 
     def __post_init__(self):
         check(self)
 
 
 def sampler(temperature, top_p):
-    """A function from logits (V,) to a token id."""
+    """Return a function from logits (V,) to a token id."""
 
     def sample(logits):
         if temperature == 0:
             return int(logits.argmax())
         probabilities, ids = torch.softmax(logits.float() / temperature, dim=0).sort(descending=True)
-        kept = probabilities.cumsum(0) - probabilities < top_p  # the one that passes top_p is in
+        kept = probabilities.cumsum(0) - probabilities < top_p  # includes the token that reaches top_p
         return int(ids[torch.multinomial(probabilities * kept, 1)])
 
     return sample
 
 
 def load(name, base=None):
-    """(model, tokenizer, ids that end an answer) of a model directory, or an adapter directory and its base.
+    """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter and its base model.
 
-    Raises UserError where --base is given for a whole model, or an adapter has no base.
+    Raises UserError if `base` is given for a full model, or if an adapter has no base model.
     """
     directory, adapter = pretrained.model_directory(name), None
     if base and not pretrained.is_adapter(directory):
-        raise UserError(f"--base {base} does nothing here: {name} is a whole model, not an adapter")
+        raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove --base")
     if pretrained.is_adapter(directory):
         adapter = directory
         base = base or peft.read_config(adapter).get("base_model_name_or_path")
         if not base:
-            raise UserError(f"{adapter}: its adapter_config.json names no base model; "
-                            "give it with --base DIR")
+            raise UserError(f"{adapter}: adapter_config.json does not name the base model; pass --base DIR")
         directory = pretrained.model_directory(base)
-    source = Source.find(directory, adapter)
-    tokenizer = ChatTokenizer(source.tokenizer)
+    paths = ModelPaths.find(directory, adapter)
+    tokenizer = ChatTokenizer(paths.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = sft.Config(dtype="fp32", use_lora=adapter is not None, gradient_checkpointing=False)
-    model, _ = sft.build(cfg, source, processes.alone(device), trains=False)
-    generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
+    model, _ = sft.build(cfg, paths, processes.single_process(device), trains=False)
+    generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
     return model.eval(), tokenizer, set(np.atleast_1d(generation["eos_token_id"]).tolist())
 
 
-def answer(model, tokenizer, stops, messages, cfg):
-    """Yield the answer's text piece by piece; a piece never ends inside a character."""
+def answer(model, tokenizer, eos_ids, messages, cfg):
+    """Yield the answer's text piece by piece. No piece ends inside a multi-byte character."""
     try:
         prompt = tokenizer.render(messages, add_generation_prompt=True)
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
-    tokens, ids, shown = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids, [], ""
-    for token in generate(model, tokens, cfg.max_new_tokens, stops, sampler(cfg.temperature, cfg.top_p)):
+    tokens = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids, shown = [], ""
+    for token in generate(model, tokens, cfg.max_new_tokens, eos_ids, sampler(cfg.temperature, cfg.top_p)):
         ids.append(token)
         text = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # the first bytes of a character decode to this
+        if not text.endswith("\ufffd"):  # an incomplete character decodes to this
             yield text[len(shown) :]
             shown = text
 
@@ -107,28 +107,31 @@ def answer(model, tokenizer, stops, messages, cfg):
 def main():
     cfg, _ = parse(Config, sys.argv[1:], positional=["model"])
     torch.manual_seed(cfg.seed)
-    model, tokenizer, stops = load(cfg.model, cfg.base)
+    model, tokenizer, eos_ids = load(cfg.model, cfg.base)
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    messages, talking = list(start), cfg.prompt is None and sys.stdin.isatty()
+    messages = list(start)
+    is_interactive = cfg.prompt is None and sys.stdin.isatty()
     while True:
         try:
-            line = cfg.prompt or (input("> ") if talking else sys.stdin.read())
+            line = cfg.prompt or (input("> ") if is_interactive else sys.stdin.read())
         except (EOFError, KeyboardInterrupt):
-            return print()
-        if talking and line.strip() in ("", "/reset"):
-            messages = list(start) if line.strip() else messages
+            print()
+            return
+        if is_interactive and line.strip() == "/reset":
+            messages = list(start)
+        if is_interactive and line.strip() in ("", "/reset"):
             continue
         messages.append({"role": "user", "content": line.strip()})
         reply = ""
         try:
-            for piece in answer(model, tokenizer, stops, messages, cfg):
+            for piece in answer(model, tokenizer, eos_ids, messages, cfg):
                 print(piece, end="", flush=True)
                 reply += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation
-            if not talking:
+            if not is_interactive:
                 raise
         print()
-        if not talking:
+        if not is_interactive:
             return
         messages.append({"role": "assistant", "content": reply})
 

@@ -1,8 +1,8 @@
 """Conversations -> masked tokens -> steps -> micro-batches, with every token accounted for.
 
-load() reads conversations, renders each once with the model's chat template, tokenises it once and masks it
-by the character offsets of its answers. Sampler says which conversations a step holds. micro_batches() lays
-them out for one rank; ranks are two integers here.
+load() reads the conversations, renders each one with the model's chat template, tokenises it and makes its
+loss mask from character offsets. Sampler decides which conversations each step holds. micro_batches() packs a
+step's conversations for one data-parallel rank. This file knows ranks only as two integers.
 """
 
 import functools
@@ -21,15 +21,16 @@ from text.formats import KEYS, data_files, read_file, to_messages
 from text.ledger import Ledger
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
-ARRAYS = {"tokens": np.int32, "is_target": np.bool_, "sizes": np.int32, "lengths": np.int32,
-          "n_targets": np.int32, "file": np.int32, "row": np.int32}  # of a Dataset, as they are on the disk
+# The arrays of a Dataset, with their dtypes in the cache
+ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "n_tokens": np.int32, "n_inputs": np.int32,
+          "n_targets": np.int32, "file": np.int32, "row": np.int32}
 
 # ---- conversations -> masked tokens -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Options:
-    """How conversations become masked tokens; see load. A part of the cache's key."""
+    """How conversations become masked tokens; see load. The token cache's key includes them."""
     max_length: int
     too_long: str
     train_on: str
@@ -40,81 +41,83 @@ class Options:
 
 @dataclass
 class Dataset:
-    """n conversations as flat arrays, mapped from the disk; the i-th is tokens[starts[i]:starts[i + 1]]."""
+    """n conversations as flat arrays, memory-mapped. Conversation i is tokens[starts[i]:starts[i + 1]]."""
 
-    tokens: np.ndarray  # (T,) of all conversations, one after another
-    is_target: np.ndarray  # (T,) bool, the loss mask: whether the model has to predict this token
-    sizes: np.ndarray  # (n,) tokens of each, after truncation; the metric `tokens` counts these
-    lengths: np.ndarray  # (n,) inputs of each: what precedes its last target; later tokens don't matter
-    n_targets: np.ndarray  # (n,)
-    file: np.ndarray  # (n,) where each came from: an index of files
-    row: np.ndarray  # (n,) and the row in that file
-    files: list
-    weights: list  # of each file: the number of its group and the group's weight, see data_files
+    tokens: np.ndarray  # (T,) the tokens of all conversations, one after another
+    loss_mask: np.ndarray  # (T,) bool: whether this token is a target, which the model learns to predict
+    n_tokens: np.ndarray  # (n,) tokens of each conversation, after truncation
+    n_inputs: np.ndarray  # (n,) tokens before its last target: the model computes no others
+    n_targets: np.ndarray  # (n,) targets of each conversation
+    file: np.ndarray  # (n,) the file that it comes from, an index of `files`
+    row: np.ndarray  # (n,) its row in that file
+    files: list  # paths
+    weights: list  # per file: (number of its group, the group's mixing weight or None), see data_files
     ledger: Ledger
-    digest: str  # a hash of tokens, targets, order and weights; a run resumes with the same data only
+    digest: str  # hash of tokens, loss mask, order and weights; a resumed run must have the same
 
     def __post_init__(self):
-        self.starts = np.concatenate(([0], np.cumsum(self.sizes, dtype=np.int64)))
+        self.starts = np.concatenate(([0], np.cumsum(self.n_tokens, dtype=np.int64)))
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.n_inputs)
 
     def mix(self):
-        """(group of each conversation, weight of each group), or None where no weights were given."""
+        """(group of each conversation, weight of each group), or None if no weights were given."""
         if self.weights[0][1] is None:
             return None
         groups = np.array([group for group, _ in self.weights])
         return groups[self.file], [weight for _, weight in sorted(dict(self.weights).items())]
 
     def source(self, i):
-        """Where a conversation came from: "file[row]"."""
+        """Where conversation i comes from: "file[row]"."""
         return f"{self.files[self.file[i]]}[{self.row[i]}]"
 
     def sources(self, ids, count=20):
-        """Where several came from, of which the first `count` are named."""
+        """Where several conversations come from, as text; only the first `count` are listed."""
         more = f" and {len(ids) - count} more" if len(ids) > count else ""
         return ", ".join(map(self.source, ids[:count])) + more
 
 
 def load(spec, tokenizer, max_length, *, too_long="truncate", train_on="all", train_on_prompt=False,
          keys=KEYS, cache_dir=None, timeout=600, limit=None):
-    """Read, render, tokenise and mask everything that `spec` names; return a checked Dataset.
+    """Read, render, tokenise and mask the conversations of `spec` (--train_data). Returns a Dataset.
 
-    too_long   for conversations of more than max_length tokens: truncate (from the right), drop or error
-    train_on   all: every assistant turn; last: the last one of each conversation
+    max_length       tokens per conversation
+    too_long         what happens to longer ones: truncate (from the right), drop or error
+    train_on         all: every assistant turn is trained; last: the last turn of each conversation
     train_on_prompt  every token is a target
-    keys       see formats.to_messages
-    cache_dir  keep the result there and map it into memory from there, see token_cache.cached
-    timeout    seconds that another process may hold the cache's lock without progress
-    limit      read so many rows
-    Raises UserError, with file and row, for data that can't be trained.
+    keys             column names, see formats.to_messages
+    cache_dir        keep the arrays there and memory-map them, see token_cache.cached
+    timeout          seconds to wait for another process that holds the cache's lock and makes no progress
+    limit            read at most this many rows
+
+    Raises UserError, with file and row, for data that cannot be trained on.
     """
     options = Options(max_length, too_long, train_on, train_on_prompt, tuple(keys), limit)
     write = functools.partial(tokenise, spec, tokenizer, options)
     if cache_dir is not None:
         key = cache_key(data_files(spec), tokenizer, options, program=[__file__])
         return open_dataset(cached(cache_dir, key, timeout, write))
-    with tempfile.TemporaryDirectory() as directory:  # a mapped file stays readable when its name is gone
+    with tempfile.TemporaryDirectory() as directory:  # a mapped file stays readable after it is deleted
         write(directory)
         return open_dataset(directory)
 
 
 def open_dataset(directory):
-    """The Dataset that tokenise wrote."""
-    arrays, facts = read_arrays(directory, ARRAYS)
-    return Dataset(**arrays, **{**facts, "ledger": Ledger(**facts["ledger"])})
+    """The Dataset that tokenise() wrote into a directory."""
+    arrays, metadata = read_arrays(directory, ARRAYS)
+    return Dataset(**arrays, **{**metadata, "ledger": Ledger(**metadata["ledger"])})
 
 
 def tokenise(spec, tokenizer, options, directory, progress=None):
-    """Write the arrays and facts of a Dataset into a directory; call progress() after every thousand rows."""
+    """Write a Dataset's arrays and metadata into a directory; call progress() after every thousand rows."""
     groups = data_files(spec)
     files = [file for _, names in groups for file in names]
     weights = [[group, weight] for group, (weight, names) in enumerate(groups) for _ in names]
-    ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, hashed=("tokens", "is_target", "sizes"))
+    ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, hashed=("tokens", "loss_mask", "n_tokens"))
     for batch, encodings in tokenizer.encode_ahead(conversations(files, tokenizer, options)):
         for conversation, encoding in zip(batch, encodings, strict=True):
-            append(conversation, encoding, options, tokenizer.stop_id, ledger, writer)
+            append(conversation, encoding, options, tokenizer.stop_token_id, ledger, writer)
         writer.flush()
         if progress:
             progress()
@@ -126,13 +129,13 @@ def tokenise(spec, tokenizer, options, directory, progress=None):
 class Conversation(NamedTuple):
     file: int
     row: int
-    where: str  # "file[row]"
-    text: str
-    spans: list  # of text, see ChatTokenizer.render_spans
+    where: str  # "file[row]", for messages
+    text: str  # rendered with the chat template
+    spans: list  # the assistant's turns in text, see ChatTokenizer.render_spans
 
 
 def conversations(files, tokenizer, options):
-    """Yield lists of a thousand Conversations."""
+    """Yield lists of up to a thousand Conversations."""
     rows = ((file, *row) for file, path in enumerate(files) for row in enumerate(read_file(path)))
     rows = itertools.islice(rows, options.limit)
     while batch := list(itertools.islice(rows, 1000)):
@@ -150,12 +153,13 @@ def render(file, number, row, where, tokenizer, options):
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half a character (a lone surrogate): {error}") from error
+        raise UserError(f"{where}: the text contains half a character (a lone surrogate): {error}; "
+                        "correct the row") from error
     return Conversation(file, number, where, text, spans)
 
 
-def append(conversation, encoding, options, stop_id, ledger, writer):
-    """Mask one conversation, account for all of its tokens, and write it if it has a target."""
+def append(conversation, encoding, options, stop_token_id, ledger, writer):
+    """Mask one conversation, account for its tokens, and write it if it has a target."""
     length, kept = len(encoding), min(len(encoding), options.max_length)
     ledger.rows, ledger.tokens = ledger.rows + 1, ledger.tokens + length
     if length > kept and options.too_long == "error":
@@ -164,46 +168,54 @@ def append(conversation, encoding, options, stop_id, ledger, writer):
     if length > kept and options.too_long == "drop":
         ledger.drop("too long", length)
         return
-    is_target, turns, stopped = mask(encoding, conversation.spans, conversation.text, kept=kept,
-                                     train_on_prompt=options.train_on_prompt, stop_id=stop_id)
+    loss_mask, turns, stopped = make_loss_mask(
+        encoding, conversation.spans, conversation.text, kept=kept, train_on_prompt=options.train_on_prompt,
+        stop_token_id=stop_token_id)
     ledger.turns += turns
     ledger.turns_stopped += stopped
-    places = np.flatnonzero(is_target)
-    if not len(places):
+    targets = np.flatnonzero(loss_mask)
+    if not len(targets):
         ledger.drop("without targets" + (" after truncation" if length > kept else ""), length)
         return
-    ledger.keep(len(places), kept, length)
-    writer.add(tokens=encoding.ids[:kept], is_target=is_target, sizes=[kept], lengths=places[-1:],
-               n_targets=[len(places)], file=[conversation.file], row=[conversation.row])
+    ledger.keep(len(targets), kept, length)
+    writer.add(tokens=encoding.ids[:kept], loss_mask=loss_mask, n_tokens=[kept], n_inputs=targets[-1:],
+               n_targets=[len(targets)], file=[conversation.file], row=[conversation.row])
 
 
-def mask(encoding, spans, text, *, kept, train_on_prompt, stop_id):
-    """The loss mask of one conversation: a token is a target if it lies wholly inside a trained span.
+def make_loss_mask(encoding, spans, text, *, kept, train_on_prompt, stop_token_id):
+    """The loss mask of one conversation. A token is a target if it lies entirely inside a trained span.
 
-    encoding  of `text`, by the tokenizers library: n tokens
-    spans     [(start, stop, whole, trained), ...] of the assistant's turns, in order: the characters from the
-              end of the turn's header to the end of the token that ends it, and whether that token is there
-    kept      n, or fewer if the tokens after that are truncated
-    train_on_prompt  every token is a target; not the first, as nothing predicts it
-    stop_id   the token that ends a turn, or None
-    returns   (kept,) bool; int, trained turns that are not truncated; int, those whose stop token is a target
+    encoding         of `text`, by the tokenizers library: n tokens
+    spans            [(start, end, has_stop_token, is_trained), ...], the assistant's turns in order: the
+                     characters from the end of the turn's header to the end of its stop token; whether the
+                     template rendered that token; whether the turn is trained
+    kept             n, or fewer if the conversation is truncated
+    train_on_prompt  every token is a target, except the first, which nothing predicts
+    stop_token_id    the token that ends a turn, or None
+
+    Returns (kept,) bool, the number of trained turns that are not truncated, and how many of these have their
+    stop token among the targets.
     """
-    ids, is_target, turns, stopped = encoding.ids, np.full(len(encoding), train_on_prompt), 0, 0
-    for start, stop, whole, trained in spans:
-        first, end = token_range(encoding, start, stop, len(text))
+    ids, loss_mask = encoding.ids, np.full(len(encoding), train_on_prompt)
+    turns = stopped = 0
+    for start, end, has_stop_token, is_trained in spans:
+        first, after = token_range(encoding, start, end, len(text))
         if kept < len(ids) and first >= kept:
-            break  # truncated, as later turns are: each search for the tokens of a span takes long
-        is_target[first:end] = trained or train_on_prompt
-        if trained and end <= kept:
+            break  # this turn and all later ones are truncated; searching for their tokens would take long
+        loss_mask[first:after] = is_trained or train_on_prompt
+        if is_trained and after <= kept:
             turns += 1
-            stopped += int(whole and stop_id in ids[first:end])
-    is_target[:1] = False
-    return is_target[:kept], turns, stopped
+            stopped += int(has_stop_token and stop_token_id in ids[first:after])
+    loss_mask[:1] = False
+    return loss_mask[:kept], turns, stopped
 
 
-def token_range(encoding, start, stop, text_length):
-    """(first, end) of the tokens that lie wholly inside the characters [start, stop). One that a merge made
-    of characters on both sides does not: the model can't generate it, as its first half is in the prompt."""
+def token_range(encoding, start, end, text_length):
+    """(first, after): the tokens first ... after - 1 lie entirely inside the characters [start, end).
+
+    A token that a merge built across `start` is excluded. The model cannot generate it, as its first
+    characters are in the prompt.
+    """
     def first_from(char):
         while char < text_length:
             token = encoding.char_to_token(char)
@@ -215,40 +227,42 @@ def token_range(encoding, start, stop, text_length):
     first = first_from(start)
     if first < len(encoding) and encoding.token_to_chars(first)[0] < start:
         first += 1
-    end = first_from(stop)
-    if end < len(encoding) and encoding.token_to_chars(end)[0] < stop:
-        end += 1  # the turn's last token includes white space that follows it
-    return first, max(first, end)
+    after = first_from(end)
+    if after < len(encoding) and encoding.token_to_chars(after)[0] < end:
+        after += 1  # the turn's last token includes the white space that follows the turn
+    return first, max(first, after)
 
 
 # ---- masked tokens -> steps --------------------------------------------------------------------------------
 
 
 class Step(NamedTuple):
-    epoch: float  # epochs that are done after it
-    ids: np.ndarray  # (k,) int64, the conversations that it holds
+    epoch: float  # epochs completed after this step
+    ids: np.ndarray  # (k,) int64, the conversations of the step
 
 
 class Sampler:
-    """Which conversations step 1, 2, ... holds: a pure function of (seed, epoch), so resume needs no state.
+    """The conversations of steps 1, 2, ...: a pure function of (seed, epoch), so resume needs no state.
 
-    A step has batch_size conversations, or as many as fit into batch_tokens; the last of an epoch has what
-    is left. len(sampler) is max_steps where given, else the steps of all epochs.
+    A step holds batch_size conversations, or as many as fit into batch_tokens. The last step of an epoch
+    holds the remaining ones. len(sampler) is max_steps if given, otherwise the steps of all epochs.
 
-    lengths    (n,) Dataset.lengths, which batch_tokens limits: not sizes, which the metric `tokens` counts
-    mix        Dataset.mix(), see mixed_quotas
+    n_inputs   (n,) Dataset.n_inputs, which batch_tokens limits
+    mix        Dataset.mix(): each epoch draws a quota from each group, see mixed_quotas
     per_epoch  list, the steps of each epoch
-    quotas     list, how many conversations of each group an epoch holds
+    quotas     list, the conversations that an epoch draws from each group
     """
 
-    def __init__(self, lengths, *, epochs, seed, batch_size, batch_tokens=None, max_steps=None, mix=None):
-        self.lengths, self.seed, self.batch_size, self.batch_tokens = lengths, seed, batch_size, batch_tokens
-        self.groups, self.quotas = None, [len(lengths)]
+    def __init__(self, n_inputs, *, epochs, seed, batch_size, batch_tokens=None, max_steps=None, mix=None):
+        self.n_inputs, self.seed = n_inputs, seed
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.groups, self.quotas = None, [len(n_inputs)]
         if mix:
             self.groups, weights = mix
             self.quotas = mixed_quotas(np.bincount(self.groups, minlength=len(weights)), weights)
-        if batch_tokens and np.max(lengths) > batch_tokens:
-            raise UserError(f"--batch_tokens {batch_tokens}: a conversation has {np.max(lengths)} tokens")
+        if batch_tokens and np.max(n_inputs) > batch_tokens:
+            raise UserError(f"--batch_tokens {batch_tokens}: the longest conversation has {np.max(n_inputs)} "
+                            "tokens; raise it to at least that, or lower --max_length")
         self.per_epoch, self.total, n = [], 0, sum(self.quotas)
         for epoch in itertools.count() if max_steps else range(epochs):
             steps = len(self.epoch_order(epoch)[1]) - 1 if batch_tokens else ceil_div(n, batch_size)
@@ -258,31 +272,32 @@ class Sampler:
                 self.total = max_steps
                 break
         self.ends = np.cumsum(self.per_epoch)  # the last step of each epoch
-        self.epoch, self.order, self.cuts = None, None, None  # the epoch that was last asked for
+        self.epoch, self.order, self.cuts = None, None, None  # of the epoch that was used last
 
     def __len__(self):
         return self.total
 
     def epoch_order(self, epoch):
-        """(order, cuts) of an epoch's conversations: its steps hold order[cuts[0]:cuts[1]] and so on."""
-        # Philox's raw stream is the same on every machine and NumPy version; a Generator's shuffle may vary.
-        keys = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self.lengths))
+        """(order, cuts) of an epoch: its steps are order[cuts[0]:cuts[1]], order[cuts[1]:cuts[2]], ..."""
+        # Philox's raw stream is the same in all NumPy versions; the shuffle of a Generator may change.
+        keys = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self.n_inputs))
         order = np.argsort(keys, kind="stable")
-        if self.groups is not None:  # the first ones of each group, then all of these in order of their keys
+        if self.groups is not None:  # draw each group's quota, then sort all that was drawn by key
             drawn = [order[self.groups[order] == group][:quota] for group, quota in enumerate(self.quotas)]
             order = np.concatenate(drawn)
             order = order[np.argsort(keys[order], kind="stable")]
         if not self.batch_tokens:
             return order, np.append(np.arange(0, len(order), self.batch_size), len(order))
-        lengths, cuts = self.lengths[order], [0]
-        ends = np.cumsum(lengths, dtype=np.int64)
-        stops = np.searchsorted(ends, ends - lengths + self.batch_tokens, "right")  # of a step from each on
+        n_inputs, cuts = self.n_inputs[order], [0]
+        ends = np.cumsum(n_inputs, dtype=np.int64)
+        # next_cuts[i]: the cut after a step that starts at conversation i
+        next_cuts = np.searchsorted(ends, ends - n_inputs + self.batch_tokens, "right")
         while cuts[-1] < len(order):
-            cuts.append(int(stops[cuts[-1]]))
+            cuts.append(int(next_cuts[cuts[-1]]))
         return order, np.array(cuts)
 
     def step(self, step):
-        """The Step of a number, counted from 1."""
+        """The Step with this number, counted from 1."""
         epoch = int(np.searchsorted(self.ends, step))
         if epoch != self.epoch:
             self.epoch, (self.order, self.cuts) = epoch, self.epoch_order(epoch)
@@ -291,22 +306,29 @@ class Sampler:
         return Step(epoch + (index + 1) / self.per_epoch[epoch], ids)
 
     def is_due(self, step, every):
-        """Whether what happens every so many steps (None: once per epoch) happens after this one."""
-        return step % every == 0 if every else step in self.ends or step == self.total
+        """Whether an action that is due every `every` steps (None: once per epoch) is due after this step."""
+        if every:
+            return step % every == 0
+        return step in self.ends or step == self.total
 
 
 def mixed_quotas(counts, weights):
-    """How many conversations of each group an epoch holds: as many as the weights allow without one of them
-    twice. The group that is smallest for its weight is in it whole, of others another part each epoch."""
+    """How many conversations an epoch draws from each group, in proportion to the weights.
+
+    No conversation is drawn twice in an epoch, so the group with the fewest conversations for its weight
+    decides how long the epoch is: all of it is drawn. The other groups are drawn anew in each epoch.
+    Raises UserError if a group has no conversation, or if its quota is zero.
+    """
     if not counts.all():
-        raise UserError(f"part {counts.argmin() + 1} of the mixed data has no conversation to train on")
-    # exact fractions of the decimals as they were written: the same number on every machine
-    shares = [Fraction(str(weight)) for weight in weights]
-    most = min(int(count) / share for count, share in zip(counts, shares))
-    quotas = [int(most * share) for share in shares]
+        raise UserError(f"source {counts.argmin() + 1} of the mixed data has no conversation to train on; "
+                        "remove it from --train_data")
+    # exact fractions of the decimals as they were typed: the same result on every machine
+    fractions = [Fraction(str(weight)) for weight in weights]
+    most = min(int(count) / fraction for count, fraction in zip(counts, fractions))
+    quotas = [int(most * fraction) for fraction in fractions]
     if not all(quotas):
-        raise UserError(f"weights {weights} of {counts.tolist()} conversations leave a part without any; "
-                        "give it a larger weight, or leave it out")
+        raise UserError(f"weights {weights} of {counts.tolist()} conversations: source {quotas.index(0) + 1} "
+                        "would get none; raise its weight, or remove it from --train_data")
     return quotas
 
 
@@ -315,35 +337,44 @@ def mixed_quotas(counts, weights):
 
 @dataclass
 class MicroBatch:
-    """Conversations one after another, without padding: N tokens, of which R are followed by a target."""
+    """Conversations one after another, without padding: N tokens, R of which are followed by a target."""
 
     tokens: torch.Tensor  # (N,) int64
-    lengths: tuple  # ints, the tokens of each conversation; their sum is N
-    rows: torch.Tensor  # (R,) int64, ascending: the positions whose next token is a target
-    targets: torch.Tensor  # (R,) int64: that next token
-    ids: np.ndarray  # (conversations,) int64: which ones they are
+    doc_lengths: tuple  # ints, the tokens of each conversation; their sum is N
+    target_positions: torch.Tensor  # (R,) int64, ascending: the positions whose next token is a target
+    targets: torch.Tensor  # (R,) int64: those next tokens
+    ids: np.ndarray  # (conversations,) int64: their indices in the Dataset
 
     def inputs(self, device):
-        """The arguments of the model's forward, on its device."""
-        return self.tokens.to(device), self.lengths, self.rows.to(device), self.targets.to(device)
+        """The arguments of CausalLM.forward, on its device."""
+        return (self.tokens.to(device), self.doc_lengths, self.target_positions.to(device),
+                self.targets.to(device))
 
-    def owners(self):
-        """(R,) int64: the conversation of each target, an index of the Dataset."""
-        document = np.searchsorted(np.cumsum(self.lengths), self.rows.numpy(), "right")
+    def conversation_of_target(self):
+        """(R,) int64: the conversation of each target, as an index of the Dataset."""
+        document = np.searchsorted(np.cumsum(self.doc_lengths), self.target_positions.numpy(), "right")
         return torch.from_numpy(self.ids[document])
 
 
-def micro_batches(dataset, ids, capacity, max_rows=None, dp_rank=0, dp_size=1):
-    """Yield the MicroBatches of a step's conversations `ids` for one of dp_size ranks; see packing.pack."""
+def collate(dataset, ids):
+    """The MicroBatch of these conversations, in this order. Each ends before its last target."""
+    spans = [(int(dataset.starts[i]), int(dataset.n_inputs[i])) for i in ids]
+    tokens = np.concatenate([dataset.tokens[s : s + n] for s, n in spans])
+    next_tokens = np.concatenate([dataset.tokens[s + 1 : s + n + 1] for s, n in spans])
+    loss_mask = np.concatenate([dataset.loss_mask[s + 1 : s + n + 1] for s, n in spans])
+    positions = np.flatnonzero(loss_mask)
+    return MicroBatch(torch.from_numpy(tokens).long(), tuple(n for _, n in spans),
+                      torch.from_numpy(positions), torch.from_numpy(next_tokens[positions]).long(), ids)
+
+
+def micro_batches(dataset, ids, capacity, max_conversations=None, dp_rank=0, dp_size=1):
+    """Yield one data-parallel rank's MicroBatches of a step's conversations `ids`; see packing.pack."""
     ids = np.asarray(ids)
-    for group in pack(dataset.lengths[ids], capacity, max_rows, dp_rank=dp_rank, dp_size=dp_size):
-        if not group:  # fewer conversations than ranks: one token without a target, as all ranks take part
-            none = torch.zeros(0, dtype=torch.long)
-            yield MicroBatch(torch.zeros(1, dtype=torch.long), (1,), none, none, ids[:1])
-            continue
-        spans = [(int(dataset.starts[i]), int(dataset.lengths[i])) for i in ids[group]]
-        tokens = np.concatenate([dataset.tokens[s : s + n] for s, n in spans])
-        next_tokens = np.concatenate([dataset.tokens[s + 1 : s + n + 1] for s, n in spans])
-        rows = np.flatnonzero(np.concatenate([dataset.is_target[s + 1 : s + n + 1] for s, n in spans]))
-        yield MicroBatch(torch.from_numpy(tokens).long(), tuple(n for _, n in spans), torch.from_numpy(rows),
-                         torch.from_numpy(next_tokens[rows]).long(), ids[group])
+    for group in pack(dataset.n_inputs[ids], capacity, max_conversations, dp_rank=dp_rank, dp_size=dp_size):
+        if group:
+            yield collate(dataset, ids[group])
+        else:
+            # There are fewer conversations than ranks, but every rank must take part in the collectives of a
+            # micro-batch: this one has one token and no target.
+            empty = torch.zeros(0, dtype=torch.long)
+            yield MicroBatch(torch.zeros(1, dtype=torch.long), (1,), empty, empty, ids[:1])

@@ -1,7 +1,7 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the ranks that read different conversations
-(dp), offload to host memory, the reduction of gradients and their norm.
+"""FSDP2: shard parameters, gradients and optimizer state over the data-parallel ranks (dp).
 
-What ranks/tp.py has split is sharded once more.
+Also offload to host memory, gradient synchronisation and the gradient norm. Parameters that ranks/tp.py has
+split are sharded again, over dp.
 """
 
 import torch
@@ -11,14 +11,14 @@ from ops.memory import is_split, local
 
 
 def shard(model, ranks, *, bf16, param_offload):
-    """Shard the model, which is on meta, over dp: in place, each block and the root.
+    """Apply fully_shard to each block and to the model, in place. The model is on meta.
 
-    bf16           gather and compute in bf16, from fp32 parameters
+    bf16           all-gather and compute in bf16, from fp32 parameters
     param_offload  keep parameters and gradients in host memory
     """
-    if ranks.size == 1 and not bf16 and not param_offload:
-        return  # there is nothing to shard, cast or move: FSDP2 would only copy
-    from torch.distributed.fsdp import (  # half a second, which other runs save
+    if ranks.world_size == 1 and not bf16 and not param_offload:
+        return  # nothing to shard, cast or move: FSDP2 would only add copies
+    from torch.distributed.fsdp import (  # takes half a second, so only where it is used
         CPUOffloadPolicy,
         FSDPModule,
         MixedPrecisionPolicy,
@@ -36,43 +36,46 @@ def shard(model, ranks, *, bf16, param_offload):
         fully_shard(module, mesh=ranks.mesh["dp"], mp_policy=precision, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Summed, not averaged: the loss is divided by the targets of the step already.
+            # Sum the gradients, as backward() already divides the loss by the target tokens of the step.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
 
 
-def reduce_gradients(model, now):
-    """Whether the next backward reduces gradients over dp: once a step, with its last micro-batch."""
+def set_gradient_sync(model, enabled):
+    """Set whether the next backward reduces gradients over dp. Once per step, with its last micro-batch."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(enabled)
 
 
 def reshard(model):
-    """Shard the root's parameters again, which FSDP2 leaves gathered after a forward without a backward."""
+    """Reshard the root's parameters. After a forward without backward, FSDP2 leaves them unsharded."""
     if hasattr(model, "reshard"):
         model.reshard()
 
 
 def grad_norm(model):
-    """Norm of the whole gradient of what is trained, (), on its device.
+    """Global norm of all gradients, a scalar tensor on their device.
 
-    torch.nn.utils.clip_grad_norm_ refuses gradients of several meshes (torch 2.13): a matrix's is on
-    (dp, tp), a norm's on (dp). So gradients that are split alike form a group, which gives a sum of squares.
+    torch.nn.utils.clip_grad_norm_ refuses gradients on several meshes (torch 2.13): with tp, a matrix's
+    gradient is on (dp, tp), an RMSNorm's on (dp). So the gradients are grouped by mesh and sharding; the
+    squares of each group are summed locally, then over the ranks that hold its other shards.
     """
-    groups = {}  # (mesh, axes that split the gradient) -> this rank's parts
-    for p in (p for p in model.parameters() if p.requires_grad):
+    groups = {}  # (mesh, mesh axes that shard the gradient) -> local shards
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
         key = (None,)
         if is_split(p.grad):
             axes = [i for i, place in enumerate(p.grad.placements) if not place.is_replicate()]
             key = (p.grad.device_mesh if axes else None, *axes)
-        part = local(p.grad)
-        if part.device.type == "cpu" and part.ndim > 1:
-            # By rows first: a whole matrix in one fp32 sum is slower, and 6e-4 off at 16 M elements.
-            part = torch.linalg.vector_norm(part, dim=-1)
-        groups.setdefault(key, []).append(part)
+        grad = local(p.grad)
+        if grad.device.type == "cpu" and grad.ndim > 1:
+            # Row norms first: one fp32 sum over a 16 M-element matrix is slower and has an error of 6e-4.
+            grad = torch.linalg.vector_norm(grad, dim=-1)
+        groups.setdefault(key, []).append(grad)
     squares = []
-    for (mesh, *axes), parts in groups.items():
-        square = torch.nn.utils.get_total_norm(parts).square()
+    for (mesh, *axes), grads in groups.items():
+        square = torch.nn.utils.get_total_norm(grads).square()
         for axis in axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
@@ -80,7 +83,7 @@ def grad_norm(model):
 
 
 def all_reduce_max(values, ranks):
-    """Each element's largest value over all ranks, as floats."""
+    """Element-wise maximum over all ranks, as a list of floats."""
     values = values.to(ranks.device, torch.float32)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()

@@ -1,7 +1,7 @@
-"""LoRA: low-rank adapters beside frozen linear layers.
+"""LoRA: trainable low-rank adapters next to frozen linear layers.
 
-Owns the adapted layer, which modules of a model get one, and its first values. Settings are those of PEFT's
-adapter_config.json (disk/peft.py). Tensors have PEFT's names without the prefix `base_model.model.`.
+The adapted layer, its injection into a model, and its initial values. The configuration is PEFT's
+adapter_config.json (disk/peft.py); tensors have PEFT's names without the prefix `base_model.model.`.
 Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), QLoRA (2305.14314), peft 0.21.
 """
 
@@ -19,10 +19,10 @@ from settings.errors import UserError
 
 
 class LoRALinear(nn.Module):
-    """y = x W' + b + scaling · dropout(x) A' B', with W and b frozen; with DoRA each output is also rescaled.
+    """y = x W' + b + scaling · dropout(x) A' B', where W and b are frozen. DoRA also rescales each output.
 
     weight (out, in) and bias keep the names that they have without an adapter. lora_A (rank, in) starts
-    random, lora_B (out, rank) zero, both fp32. lora_magnitude_vector (out,) is DoRA's.
+    random and lora_B (out, rank) zero, both in fp32. lora_magnitude_vector (out,) exists with DoRA only.
     """
 
     def __init__(self, linear, rank, *, scaling, dropout=0.0, dora=False):
@@ -40,24 +40,24 @@ class LoRALinear(nn.Module):
         return self.compute(x, self.weight, self.bias, A, B, self.lora_magnitude_vector)
 
     def compute(self, x, weight, bias, A, B, magnitude):
-        """x (N, in) -> (N, out). The frozen weight gets no gradient, so autograd keeps no x for it."""
+        """x (N, in) -> (N, out). The weight is frozen, so autograd does not keep x for its gradient."""
         h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (N, rank)
         y = self.product(x, weight, bias if magnitude is None else None)
-        y.addmm_(h, B.T, alpha=self.scaling)  # in place: y, the largest tensor here, is never copied
+        y.addmm_(h, B.T, alpha=self.scaling)  # in place: y is the largest tensor here
         if magnitude is None:
             return y
         y = y * (magnitude / self.row_norms(weight, A, B))
         return y if bias is None else y + bias
 
     def product(self, x, weight, bias):
-        """x W' + b of the weight as it is stored."""
+        """x W' + b. Subclasses store the weight in another form."""
         return F.linear(x, weight, bias)
 
     @torch.no_grad()
     def row_norms(self, weight, A, B):
-        """Norm of each row of W + scaling · B A, (out,): a constant in backward (DoRA, section 4.3).
+        """Norm of each row of W + scaling · B A, (out,). A constant in backward (DoRA, section 4.3).
 
-        From ||w||² + 2 s b·(A w) + s² b·(A A')b, so that no second (out, in) matrix is made.
+        Computed as ||w||² + 2 s b·(A w) + s² b·(A A')b, so that no second (out, in) matrix is allocated.
         """
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
         mixed = 2 * (weight @ A.T) + self.scaling * (B @ (A @ A.T))  # (out, rank)
@@ -65,45 +65,52 @@ class LoRALinear(nn.Module):
         return self.sum_over_columns(squares).sqrt().to(weight.dtype)
 
     def sum_over_columns(self, squares):
-        """Sum over the ranks that hold other columns of the weight: here none."""
+        """Sum over the ranks that hold other columns of the weight. Here every column is local."""
         return squares
 
 
 class NF4LoRALinear(NF4Weight, LoRALinear):
-    """QLoRA: the frozen weight in 4 bits."""
+    """QLoRA: the frozen weight is stored in 4 bits."""
 
 
 class ColumnParallelLoRALinear(tp.ColumnParallelAdapter, LoRALinear):
-    """The weight's rows and B are split over tp."""
+    """Tensor parallel: the weight's output rows and B are split over tp."""
 
 
 class RowParallelLoRALinear(tp.RowParallelAdapter, LoRALinear):
-    """The weight's columns and A are split over tp."""
+    """Tensor parallel: the weight's input columns and A are split over tp."""
 
 
-def inject(model, config, lora_ranks, tp_size=1):
-    """Freeze the model, put an adapter on each module of lora_ranks {name: rank}, and unfreeze what
-    modules_to_save of config, PEFT's settings, names; in place.
+def inject(model, peft_config, lora_ranks, tp_size=1):
+    """Freeze the model and add the adapters, in place.
 
-    Raises UserError for a module that the model does not have: the adapter is another model's.
+    peft_config  PEFT's adapter_config.json; the modules in its modules_to_save are trained fully
+    lora_ranks   {module name: LoRA rank} of the linear layers that get an adapter
+
+    Raises UserError for a module that the model does not have: the adapter is for another model.
     """
     model.requires_grad_(False)
-    model.peft_config = config
+    model.peft_config = peft_config
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     for name, rank in lora_ranks.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or name == "lm_head":
-            raise UserError(f"the adapter has a part for {name}, which is no layer of this model that can "
-                            f"have one; is it for another? Its base: {config.get('base_model_name_or_path')}")
-        layer_class = NF4LoRALinear if isinstance(linear, NF4Weight) else LoRALinear
-        if tp_size > 1:
-            by_columns = name.endswith(tp.COLUMNS_SPLIT)
-            layer_class = RowParallelLoRALinear if by_columns else ColumnParallelLoRALinear
-        scaling, dropout = peft.scaling_of(name, rank, config), config.get("lora_dropout", 0.0)
+            base = peft_config.get("base_model_name_or_path")
+            raise UserError(f"the adapter has tensors for {name}, but this model has no such linear layer; "
+                            f"the adapter was trained on {base}, use that model")
+        if isinstance(linear, NF4Weight):
+            layer_class = NF4LoRALinear
+        elif tp_size == 1:
+            layer_class = LoRALinear
+        elif name.endswith(tp.COLUMNS_SPLIT):
+            layer_class = RowParallelLoRALinear
+        else:
+            layer_class = ColumnParallelLoRALinear
         model.set_submodule(name, layer_class(
-            linear, rank, scaling=scaling, dropout=dropout, dora=config.get("use_dora", False)))
-    saved = tuple(f".{name}" for name in config.get("modules_to_save") or ())
+            linear, rank, scaling=peft.scaling_of(name, rank, peft_config),
+            dropout=peft_config.get("lora_dropout", 0.0), dora=peft_config.get("use_dora", False)))
+    saved = tuple(f".{name}" for name in peft_config.get("modules_to_save") or ())
     for name, p in parameters.items():
         if f".{name.rpartition('.')[0]}".endswith(saved):
             p.requires_grad_(True)
@@ -112,14 +119,17 @@ def inject(model, config, lora_ranks, tp_size=1):
 
 @torch.no_grad()
 def initialize(model, weights, seed):
-    """Fill {name: tensor}, which may be split, with the first values of a new adapter: A as PEFT draws it, B
-    zero, DoRA's magnitudes the norms of the frozen rows. The same on any number of ranks."""
+    """Write the initial values of a new adapter into `weights`, {name: tensor, possibly sharded}.
+
+    A is drawn as in PEFT, B is zero, DoRA's magnitudes are the norms of the frozen rows. The values do not
+    depend on the number of ranks.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if ".lora_A." in name:
-            bound = 1 / math.sqrt(p.shape[1])  # Kaiming's for a = sqrt(5)
-            whole = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
-            pretrained.copy_slice(weights[name], whole)
+            bound = 1 / math.sqrt(p.shape[1])  # kaiming_uniform_ with a = sqrt(5)
+            values = torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
+            pretrained.copy_slice(weights[name], values)
         elif ".lora_B." in name:
             local(weights[name]).zero_()
         elif name.endswith(".lora_magnitude_vector"):

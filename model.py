@@ -1,12 +1,12 @@
-"""A decoder-only transformer with Hugging Face's own parameter names.
+"""A decoder-only transformer whose parameters have Hugging Face's names.
 
-Owns the architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (SmolLM2 is one) and Mistral. It does not know where
-weights come from, how many processes there are, or what a chat is.
+The architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (also SmolLM2) and Mistral. This file knows nothing about
+weight files, processes or chat templates.
 
-A micro-batch is one flat row of documents, one after another and without padding; each attends to itself
-alone, with positions from 0.
+A micro-batch is one flat sequence of documents, one after another, without padding. Each document attends
+only to itself, with positions from 0.
 
-Shapes: N tokens of the row, C hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
+Shapes: N tokens of a micro-batch, C hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
 import math
@@ -21,16 +21,17 @@ from ops.loss import Head, loss
 
 
 def rope_cos_sin(positions, config):
-    """Cosine and sine of the rotary angles, (N, 1, D/2) each, fp32. Source: RoFormer; Llama 3.1's scaling.
+    """Cosine and sine of the rotary angles, (N, 1, D/2) each, fp32.
 
-    Computed again for each micro-batch (a few thousand numbers): there is no buffer to place, save or cast.
+    Sources: RoFormer (arXiv 2104.09864); the scaling of Llama 3.1. Computed for each micro-batch (a few
+    thousand numbers), so that there is no buffer to move, save or cast.
     """
     D, scaling = config.head_dim, config.rope_scaling
     exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
     frequency = config.rope_theta ** -exponent
     if scaling.get("rope_type") == "linear":
         frequency = frequency / scaling["factor"]
-    elif scaling.get("rope_type") == "llama3":  # slow long waves by `factor`, keep short ones, blend between
+    elif scaling.get("rope_type") == "llama3":  # divides low frequencies only, with a smooth transition
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -40,7 +41,7 @@ def rope_cos_sin(positions, config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (i, i + D/2) of x (N, H, D) by its angle; in fp32, back in x's dtype."""
+    """Rotate each pair (i, i + D/2) of x (N, H, D) by its angle, in fp32; returns x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
@@ -60,13 +61,13 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
 
     def forward(self, x, cos, sin, documents, attend, past=None):
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the tensor has the head count
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the tensor's size gives H
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:  # earlier keys and values of the one document that is being generated
+        if past is not None:  # generation: keys and values of the earlier tokens of one document
             k = past["k"] = torch.cat((past["k"], k)) if "k" in past else k
             v = past["v"] = torch.cat((past["v"], v)) if "v" in past else v
         return self.o_proj(attend(q, k, v, documents, self.window).flatten(1))
@@ -101,26 +102,26 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.compiled = config, compiled
         self.gradient_checkpointing = gradient_checkpointing
-        # nn.Embedding's own first values import torch's compiler when they are made on meta: a second
-        first = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
-        self.embed_tokens = nn.Embedding.from_pretrained(first, freeze=False)
+        # nn.Embedding's default initialisation on meta imports torch's compiler, which takes a second
+        values = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
+        self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if compiled:  # once for all blocks and all row lengths
+        if compiled:  # dynamic: one compilation for all blocks and all lengths
             for block in self.layers:
                 block.compile(dynamic=True)
 
-    def forward(self, tokens, lengths, past=None):
+    def forward(self, tokens, doc_lengths, past=None):
         start = past[0]["k"].shape[0] if past and past[0] else 0
-        positions = torch.cat([torch.arange(start, start + n) for n in lengths])
+        positions = torch.cat([torch.arange(start, start + n) for n in doc_lengths])
         cos, sin = rope_cos_sin(positions.to(tokens.device, non_blocking=True), self.config)
-        documents = Documents(lengths)
+        documents = Documents(doc_lengths)
         attention = opaque_attend() if self.compiled else attend
         x = self.embed_tokens(tokens)  # (N, C)
         for i, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Keeps the block's input only and runs the block again in backward: 1/3 more work. Never
-                # re-entrant: that gives no gradient where a block's input needs none (LoRA).
+                # Keep the block's input only and run the block again in backward: 1/3 more compute. Not
+                # re-entrant: with LoRA a block's input may need no gradient, and its adapters would get none.
                 x = checkpoint(block, x, cos, sin, documents, attention, use_reentrant=False)
             else:
                 x = block(x, cos, sin, documents, attention, past[i] if past else None)
@@ -128,10 +129,11 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The whole model; parameters carry the checkpoint's names (model.layers.0.self_attn.q_proj.weight, ...).
+    """The model. Parameters have the checkpoint's names (model.layers.0.self_attn.q_proj.weight, ...).
 
+    config                  families.config.ModelConfig
     gradient_checkpointing  keep block inputs only and recompute activations in backward
-    compiled                let torch.compile fuse what surrounds attention
+    compiled                torch.compile the blocks, except attention
     """
 
     def __init__(self, config, gradient_checkpointing=False, compiled=False):
@@ -141,41 +143,42 @@ class CausalLM(nn.Module):
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.n_parameters = sum(p.numel() for p in self.parameters())  # without adapters
-        self.peft_config = None  # PEFT's settings of the adapter that lora.inject has put on
+        self.peft_config = None  # PEFT's adapter_config.json, after lora.inject
 
     def tie_weights(self):
-        """Make head and embedding one tensor where config.json says so; again when parameters were moved."""
+        """Make head and embedding one tensor if config.json says so. Repeat it after moving parameters."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, lengths, rows=None, targets=None, past=None):
-        """Logits, or the loss where targets are given.
+    def forward(self, tokens, doc_lengths, target_positions=None, targets=None, past=None):
+        """Logits, or the loss if targets are given.
 
-        tokens   (N,)  int64; documents one after another
-        lengths        tuple of ints with sum N: the tokens of each document
-        rows     (R,)  int64; the positions that have a target
-        targets  (R,)  int64; the token that each of them has to predict
-        past           a dict for each layer, for keys and values of earlier calls: logits of the last token
-        returns  (N, V) logits, or a LossOut: nats summed over the targets; the caller divides
+        tokens            (N,) int64, documents one after another
+        doc_lengths       tuple of ints with sum N, the tokens of each document
+        target_positions  (R,) int64, the positions whose next token is a target
+        targets           (R,) int64, those next tokens
+        past              list of one dict per layer: the key/value cache of generation, updated in place
+        returns           (N, V) logits; (1, V), of the last token, with `past`; or, with targets, a LossOut:
+                          nats summed over the targets, which the caller divides
         """
-        hidden = self.model(tokens, lengths, past)
+        hidden = self.model(tokens, doc_lengths, past)
         if targets is not None:
-            return loss(hidden, self.lm_head, rows, targets)
+            return loss(hidden, self.lm_head, target_positions, targets)
         return self.lm_head(hidden if past is None else hidden[-1:])
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, stop_ids, sample=lambda logits: int(logits.argmax())):
-    """Yield new token ids one by one, with a key/value cache; stop after one of `stop_ids`, yielded too.
+def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(logits.argmax())):
+    """Yield new token ids one by one, with a key/value cache. Stop after yielding one of eos_ids.
 
     tokens  list of ids, the rendered prompt
-    sample  maps (V,) logits to an id, greedy by default
+    sample  function from logits (V,) to an id; greedy by default
     """
     past = [{} for _ in model.model.layers]
     device = model.lm_head.weight.device
     for _ in range(max_new_tokens):
         token = sample(model(torch.tensor(tokens, device=device), (len(tokens),), past=past)[0])
         yield token
-        if token in stop_ids:
+        if token in eos_ids:
             return
         tokens = [token]

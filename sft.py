@@ -4,16 +4,16 @@
     python sft.py --model Qwen/Qwen2.5-0.5B --train_data my.json     # one GPU, or the CPU
     python chat.py outputs/checkpoints/latest                        # talk to the result
 
-Read train() from top to bottom: it runs in that order. Beside this file are data.py (conversations to
-micro-batches), model.py (the transformer), lora.py (adapters) and fsdp.py (sharding); folders by subject hold
-what these stand on. There is no preference tuning, no pre-training from raw text, and there are no images.
+Read train() from top to bottom: it runs in that order. Next to this file are data.py (conversations to
+micro-batches), model.py (the transformer), lora.py (adapters) and fsdp.py (sharding); the folders hold the
+code that these five use. Not supported: preference tuning, pre-training on raw text, images.
 """
 
 if __name__ == "__main__":
     import os
     import sys
 
-    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P does not add it
     from settings import venv
 
     venv.enter()  # where torch is missing, continue in the .venv that train.sh made
@@ -40,97 +40,105 @@ from screen import samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
 from settings.errors import NonFiniteError, UserError
-from settings.parser import check, knob, parse
+from settings.parser import check, parse, setting
 from text.template import ChatTokenizer
 
-lora_knob = functools.partial(knob, needs="use_lora", unless="resume_adapter")  # an adapter has its own
+# unless: a resumed adapter brings these settings with it
+lora_setting = functools.partial(setting, needs="use_lora", unless="resume_adapter")
 
 
 @dataclass
 class Config:
     """Supervised fine-tuning: ./train.sh [--n_gpus N] [flags], or python sft.py [flags] [name=value ...]
 
-    train.sh reads the variables in CAPITALS as well, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+    train.sh also reads the variables in CAPITALS, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
     """
 
-    model: str = knob("Qwen/Qwen2.5-0.5B", "hub id, directory, or tiny: the embedded one", env="MODEL_PATH",
-                      presets=("tiny",), group="model and data")
-    tokenizer: str | None = knob(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
-    train_data: str = knob("./data/example_sft.json", env="TRAIN_DATA",
-                           help="file, directory, hub dataset id; several with commas, :WEIGHT")
-    val_data: str | None = knob(None, "the same, for validation", env="VAL_DATA")
-    max_length: int = knob(2048, "tokens of a conversation that are kept", env="MAX_LENGTH", low=2)
-    too_long: str = knob("truncate", "a longer conversation", ("truncate", "drop", "error"))
-    train_on: str = knob("all", "all of the assistant's turns, or the last one only", ("all", "last"),
-                         unless="train_on_prompt")
-    train_on_prompt: bool = knob(False, "train all tokens, not the assistant's only")
-    prompt_key: str = knob("prompt", "column with the question; a.b for nested columns")
-    response_key: str = knob("response", "column with the answer")
-    messages_key: str = knob("messages", "column with the list of messages; conversations is read as well")
-    cache_dir: str | None = knob("~/.cache/sft", "where tokenised data is kept; none keeps it nowhere")
+    model: str = setting("Qwen/Qwen2.5-0.5B", "hub id or directory; tiny: the embedded test model",
+                         env="MODEL_PATH", presets=("tiny",), group="model and data")
+    tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
+    train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
+                              help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
+    val_data: str | None = setting(None, "validation data, like train_data without weights", env="VAL_DATA")
+    max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
+    too_long: str = setting("truncate", "what to do with longer conversations", ("truncate", "drop", "error"))
+    train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
+                            unless="train_on_prompt")
+    train_on_prompt: bool = setting(False, "all tokens contribute to the loss, not only the assistant's")
+    prompt_key: str = setting("prompt", "column with the question; a.b for nested columns")
+    response_key: str = setting("response", "column with the answer")
+    messages_key: str = setting("messages", "column with the list of messages; conversations also works")
+    cache_dir: str | None = setting("~/.cache/sft", "directory that caches tokenised data; none: no cache")
 
-    batch_size: int = knob(4, "conversations per step, all ranks", env="BATCH_SIZE", low=1, group="steps")
-    batch_tokens: int | None = knob(None, "instead of batch_size: tokens that fill a step", low=1)
-    micro_batch_size: int = knob(1, env="MICRO_BATCH_SIZE", low=1,
-                                 help="a micro-batch holds at most micro_batch_size × max_length tokens")
-    packing: bool = knob(True, "off: a micro-batch holds micro_batch_size conversations", env="PACKING")
-    epochs: int = knob(3, "passes over the data", env="NUM_EPOCHS", low=1)
-    max_steps: int | None = knob(None, "optimizer steps; overrides epochs", env="MAX_STEPS", low=1)
-    seed: int = knob(42, "of the order of the data and of dropout", env="SEED", low=0)
+    batch_size: int = setting(4, "conversations per optimizer step, over all ranks (the global batch)",
+                              env="BATCH_SIZE", low=1, group="steps")
+    batch_tokens: int | None = setting(None, "fill each step to this many tokens; replaces batch_size", low=1)
+    micro_batch_size: int = setting(1, env="MICRO_BATCH_SIZE", low=1,
+                                    help="a micro-batch holds at most micro_batch_size × max_length tokens")
+    packing: bool = setting(True, "pack conversations by tokens; off: micro_batch_size of them each",
+                            env="PACKING")
+    epochs: int = setting(3, "passes over the training data", env="NUM_EPOCHS", low=1)
+    max_steps: int | None = setting(None, "stop after N steps; overrides epochs", env="MAX_STEPS", low=1)
+    seed: int = setting(42, "seed of data order, dropout and new adapters", env="SEED", low=0)
 
-    lr: float = knob(2e-5, "peak learning rate", env="LEARNING_RATE", low=0, group="optimizer (AdamW)")
-    scheduler: str = knob("cosine", "after the warm-up", ("cosine", "linear", "constant"), env="SCHEDULER")
-    warmup_ratio: float = knob(0.1, "share of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
-    min_lr_ratio: float = knob(0.0, "final lr / peak lr of cosine and linear", low=0, high=1,
-                               unless="scheduler=constant")
-    weight_decay: float = knob(0.01, "of matrices; norms and biases have none", env="WEIGHT_DECAY", low=0)
-    grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: no limit", env="GRAD_CLIP", low=0)
-    max_grad_norm_factor: float | None = knob(
+    lr: float = setting(2e-5, "peak learning rate; about 10 times more for LoRA", env="LEARNING_RATE", low=0,
+                        group="optimizer (AdamW)")
+    scheduler: str = setting("cosine", "shape of the learning rate after warm-up",
+                             ("cosine", "linear", "constant"), env="SCHEDULER")
+    warmup_ratio: float = setting(0.1, "fraction of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
+    min_lr_ratio: float = setting(0.0, "final lr / peak lr", low=0, high=1, unless="scheduler=constant")
+    weight_decay: float = setting(0.01, "applied to matrices only", env="WEIGHT_DECAY", low=0)
+    grad_clip: float = setting(1.0, "maximum norm of the gradient; 0: no clipping", env="GRAD_CLIP", low=0)
+    max_grad_norm_factor: float | None = setting(
         None, "skip a step whose gradient norm exceeds this × the median of the last 64 steps", low=1)
-    beta1: float = knob(0.9, "decay of the first moment", low=0, high=0.9999999)
-    beta2: float = knob(0.95, "decay of the second moment", low=0, high=0.9999999)
+    beta1: float = setting(0.9, "decay rate of the first moment", low=0, high=0.9999999)
+    beta2: float = setting(0.95, "decay rate of the second moment", low=0, high=0.9999999)
 
-    use_lora: bool = knob(False, "train adapters beside the frozen model", env="USE_LORA", group="LoRA")
-    lora_rank: int = lora_knob(8, "inner width of an adapter", env="LORA_RANK", low=1)
-    lora_alpha: int = lora_knob(16, "adapters are scaled by alpha / rank", env="LORA_ALPHA", low=1)
-    lora_dropout: float = lora_knob(0.0, "dropout probability on adapter inputs", low=0, high=0.9999999)
-    lora_targets: str = lora_knob("all-linear", "all-linear, names with commas, or a regular expression")
-    lora_rs: bool = lora_knob(False, "scale by alpha / sqrt(rank): rsLoRA")
-    lora_dora: bool = lora_knob(False, "learn the norm of each weight row separately: DoRA")
-    lora_modules_to_save: str | None = lora_knob(None, "train fully too: embed_tokens, lm_head, or both")
-    lora_plus_ratio: float = knob(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
-    quantize: str | None = knob(None, "QLoRA: store frozen matrices in 4 bits", ("nf4",), needs="use_lora",
-                                unless="tp or lora_dora")
-    resume_adapter: str | None = knob(None, "start from this adapter, made here or by PEFT", needs="use_lora")
+    use_lora: bool = setting(False, "freeze the model, train LoRA adapters", env="USE_LORA", group="LoRA")
+    lora_rank: int = lora_setting(8, "adapter rank: higher learns more, costs more", env="LORA_RANK", low=1)
+    lora_alpha: int = lora_setting(16, "scale adapter outputs by alpha / rank", env="LORA_ALPHA", low=1)
+    lora_dropout: float = lora_setting(0.0, "dropout probability on adapter inputs", low=0, high=0.9999999)
+    lora_targets: str = lora_setting("all-linear", "all-linear, names with commas, or a regular expression")
+    lora_rs: bool = lora_setting(False, "rsLoRA: scale by alpha / sqrt(rank), for high ranks")
+    lora_dora: bool = lora_setting(False, "DoRA: also learn the norm of each weight row")
+    lora_modules_to_save: str | None = lora_setting(None, "also train fully: embed_tokens, lm_head or both")
+    lora_plus_ratio: float = setting(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
+    quantize: str | None = setting(None, "QLoRA: store the frozen matrices in 4 bits", ("nf4",),
+                                   needs="use_lora", unless="tp or lora_dora")
+    resume_adapter: str | None = setting(None, "start from this adapter (PEFT's too)", needs="use_lora")
 
-    strategy: str = knob("fsdp", "fsdp, fsdp2: FSDP2; megatron: matrices are split over tp ranks too",
-                         ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
-    tp: int = knob(1, "ranks that share each matrix, with --strategy megatron", env="TP", low=1)
-    timeout: int = knob(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
-    param_offload: bool = knob(False, "parameters, gradients, optimizer in host memory", env="PARAM_OFFLOAD")
-    optimizer_offload: bool = knob(False, "moments, fp32 masters in host memory", env="OPTIMIZER_OFFLOAD")
-    gradient_checkpointing: bool = knob(True, "recompute activations in backward: less memory, 1/3 more work",
-                                        env="GRADIENT_CHECKPOINTING")
-    dtype: str | None = knob(None, "of the computation; none: bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
-                             env="DTYPE")
-    compile: bool = knob(False, "torch.compile the blocks; needs g++", env="COMPILE", unless="tp")
-    deterministic: bool = knob(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
-    selfcheck: bool = knob(False, "compare the gradient of one step over all layouts, then exit")
+    strategy: str = setting("fsdp", "fsdp and fsdp2: FSDP2; megatron: tensor parallel × FSDP2",
+                            ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
+    tp: int = setting(1, "tensor-parallel ranks, which share each matrix", env="TP", low=1)
+    timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
+    param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
+                                  env="PARAM_OFFLOAD")
+    optimizer_offload: bool = setting(False, "keep moments and fp32 master weights in host memory",
+                                      env="OPTIMIZER_OFFLOAD")
+    gradient_checkpointing: bool = setting(True, env="GRADIENT_CHECKPOINTING",
+                                           help="recompute activations: less memory, 1/3 more compute")
+    dtype: str | None = setting(None, "compute precision; none: bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
+                                env="DTYPE")
+    compile: bool = setting(False, "torch.compile the blocks; needs g++", env="COMPILE", unless="tp")
+    deterministic: bool = setting(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
+    selfcheck: bool = setting(False, "compare one step's gradient over several layouts, then exit")
 
-    output_dir: str = knob("./outputs", "where everything goes", env="OUTPUT_DIR", group="output")
-    resume_from: str | None = knob(None, "step directory, or auto: output_dir's latest", env="RESUME_FROM")
-    save_steps: int | None = knob(None, "save every N steps; none: once per epoch", env="SAVE_STEPS", low=1)
-    keep_checkpoints: int | None = knob(None, "newest N are kept; none: all", env="KEEP_CHECKPOINTS", low=1)
-    eval_steps: int | None = knob(None, "validate every N steps; none: once per epoch", low=1,
-                                  env="EVAL_STEPS", needs="val_data or sample_prompts")
-    keep_best: bool = knob(False, "keep the checkpoint of the lowest val_loss as well", needs="val_data")
-    early_stopping: int | None = knob(None, "stop after N validations without gain", low=1, needs="val_data")
+    output_dir: str = setting("./outputs", "directory for checkpoints, metrics and the report",
+                              env="OUTPUT_DIR", group="output")
+    resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
+    save_steps: int | None = setting(None, "save every N steps; none: per epoch", env="SAVE_STEPS", low=1)
+    keep_checkpoints: int | None = setting(None, "keep newest N; none: all", env="KEEP_CHECKPOINTS", low=1)
+    eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
+                                     env="EVAL_STEPS", needs="val_data or sample_prompts")
+    keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
+    early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
+                                         low=1, needs="val_data")
 
-    logger: str = knob("console", "with commas: console, wandb, tensorboard, trackio", env="LOGGER",
-                       group="what is seen")
-    project: str | None = knob(None, "project of the run in wandb and trackio", env="WANDB_PROJECT")
-    run_name: str | None = knob(None, "name of the run in wandb, trackio and the report")
-    sample_prompts: str | None = knob(None, "file of prompts, answered at validations: one per line, or rows")
+    logger: str = setting("console", "console, wandb, tensorboard, trackio; several with commas",
+                          env="LOGGER", group="logging")
+    project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
+    run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
+    sample_prompts: str | None = setting(None, "file of prompts to answer when validating: lines or rows")
 
     def __post_init__(self):
         check(self)
@@ -138,16 +146,16 @@ class Config:
         if "WORLD_SIZE" in os.environ:
             processes.check_tp(self.tp, int(os.environ["WORLD_SIZE"]))
         if (self.tp > 1) != (self.strategy == "megatron"):
-            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron is for tp above 1, "
-                            "fsdp for 1; type --strategy megatron --tp 2, or leave both out")
+            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron needs --tp 2 or more, "
+                            "fsdp needs --tp 1; use --strategy megatron --tp 2, or neither")
 
     def dtype_on(self, device):
-        """Precision of the computation."""
+        """Compute precision on a device, "bf16" or "fp32"."""
         return self.dtype or ("bf16" if device.type == "cuda" else "fp32")
 
 
 def lr_at(step, total_steps, cfg):
-    """Learning rate of step 1 ... total_steps. A pure function: resume needs the step and nothing else."""
+    """Learning rate of a step, 1 ... total_steps. A pure function: resume needs no scheduler state."""
     warmup = math.ceil(cfg.warmup_ratio * total_steps)
     if step <= warmup:
         return cfg.lr * step / warmup
@@ -162,33 +170,35 @@ def lr_at(step, total_steps, cfg):
 
 def micro_batches(dataset, ids, cfg, ranks):
     """This rank's micro-batches of the conversations `ids`."""
-    max_rows = None if cfg.packing else cfg.micro_batch_size
-    return data.micro_batches(dataset, ids, cfg.micro_batch_size * cfg.max_length, max_rows=max_rows,
+    capacity = cfg.micro_batch_size * cfg.max_length  # tokens
+    max_conversations = None if cfg.packing else cfg.micro_batch_size
+    return data.micro_batches(dataset, ids, capacity, max_conversations=max_conversations,
                               dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
 
 
 def backward(model, batches, n_targets, ranks, losses=None):
-    """Accumulate the gradient of a step; return this rank's part of its loss, (), in nats per target token.
+    """Accumulate the gradient of a step over its micro-batches.
 
-    n_targets  of the step, over all ranks: the loss of each micro-batch is divided by it, so the gradient
-               does not depend on how the step is split into micro-batches
-    losses     (conversations of the data,): the loss of each one computed here is added to its element
+    n_targets  target tokens of the whole step, over all ranks. Each micro-batch's summed loss is divided by
+               it, so the gradient does not depend on how the step is split into micro-batches
+    losses     (conversations in the data,) fp32: the loss of each conversation is added to its element
+    returns    () this rank's share of the step's loss, in nats per target token
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches, 1):
-        fsdp.reduce_gradients(model, now=i == len(batches))
+        fsdp.set_gradient_sync(model, enabled=i == len(batches))
         out = model(*batch.inputs(ranks.device))
         loss = out.total / n_targets
         loss.backward()
         total += loss.detach()
         if losses is not None:
-            losses.index_add_(0, batch.owners().to(ranks.device), out.each)
+            losses.index_add_(0, batch.conversation_of_target().to(ranks.device), out.each)
     return total
 
 
 @torch.no_grad()
 def evaluate(model, dataset, cfg, ranks):
-    """Nats per target token over the whole dataset; meaningless if a signal (ranks.stop) ended it early."""
+    """Loss over the whole dataset, in nats per target token; not valid if a signal ended it early."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in micro_batches(dataset, range(len(dataset)), cfg, ranks):
@@ -197,7 +207,7 @@ def evaluate(model, dataset, cfg, ranks):
         total += model(*batch.inputs(ranks.device)).total
     fsdp.reshard(model)
     model.train()
-    return ranks.sum(total).item() / int(dataset.n_targets.sum())
+    return ranks.all_reduce(total).item() / int(dataset.n_targets.sum())
 
 
 def load_data(cfg, tokenizer):
@@ -208,34 +218,38 @@ def load_data(cfg, tokenizer):
     train_set = data.load(cfg.train_data, tokenizer, **options)
     val_set = data.load(cfg.val_data, tokenizer, **options) if cfg.val_data else None
     if val_set and val_set.mix():
-        raise UserError(f"--val_data {cfg.val_data}: all of it is evaluated, so its parts take no weights")
+        raise UserError(f"--val_data {cfg.val_data}: validation reads every conversation, so weights have no "
+                        "effect; remove them")
     return train_set, val_set
 
 
-def build(cfg, source, ranks, trains=True):
-    """The model of a Source (disk/run.py) and its optimizer: created on meta, split over the ranks, then
-    allocated and filled from the disk tensor by tensor. The order below is the only one that works.
+def build(cfg, paths, ranks, trains=True):
+    """Create the model on meta, split it over the ranks, allocate it, and load it from the disk.
 
-    On the device "meta" nothing is split, allocated or read (tools/plan.py). Without `trains` there is no
-    optimizer (chat.py).
+    paths    ModelPaths (disk/run.py): where the model, its adapter and its tokenizer are
+    trains   False: for inference, without an optimizer (chat.py)
+    returns  (model, optimizer or None). If the device is "meta", the model is neither split, nor allocated,
+             nor loaded (tools/plan.py)
+
+    The order of the steps matters: each one needs the one before.
     """
-    bf16, is_planned = cfg.dtype_on(ranks.device) == "bf16", ranks.device.type == "meta"
+    bf16, is_meta = cfg.dtype_on(ranks.device) == "bf16", ranks.device.type == "meta"
     with torch.device("meta"):
-        model = CausalLM(source.config, cfg.gradient_checkpointing, cfg.compile)
-    if not is_planned:
-        pretrained.fitting_entries(model, source.model)  # raises before memory is taken
+        model = CausalLM(paths.config, cfg.gradient_checkpointing, cfg.compile)
+    if not is_meta:
+        pretrained.match_weights(model, paths.model)  # raises before memory is allocated
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):
-        model.to(torch.bfloat16)  # the fp32 masters are the optimizer's, on the host; or the model is frozen
+        model.to(torch.bfloat16)  # the fp32 masters are in host memory, or the model is frozen
     if cfg.quantize:
         nf4.quantize_linears(model)
     if cfg.use_lora:
-        config, lora_ranks = peft.read(source.adapter) if source.adapter else peft.new(model, cfg)
-        lora.inject(model, config, lora_ranks, cfg.tp)
-    if is_planned:
+        peft_config, lora_ranks = peft.read(paths.adapter) if paths.adapter else peft.new(model, cfg)
+        lora.inject(model, peft_config, lora_ranks, cfg.tp)
+    if is_meta:
         return model, None
 
     if trains and ranks.device.type == "cpu":
-        memory.settle_heap(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
+        memory.tune_malloc(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
     if cfg.tp > 1:
         tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
@@ -245,27 +259,27 @@ def build(cfg, source, ranks, trains=True):
     if trains:
         optimizer = optim.build(optim.AdamW, groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
                                 offload=cfg.optimizer_offload)
-    pretrained.load_weights(model, source.model, optimizer)
-    if source.adapter:
-        pretrained.load_weights(model, source.adapter, optimizer)
+    pretrained.load_weights(model, paths.model, optimizer)
+    if paths.adapter:
+        pretrained.load_weights(model, paths.adapter, optimizer)
     elif cfg.use_lora:
         lora.initialize(model, pretrained.master_weights(model, optimizer), cfg.seed)
     return model, optimizer
 
 
 def train(cfg, ranks):
-    """A run from beginning to end; every rank calls it."""
-    from tools import selfcheck  # the one tool that a run starts: --selfcheck, and where a step went wrong
+    """One run from start to end. Every rank calls it."""
+    from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
-    run = RunState(cfg, ranks)  # a new run, or a verified checkpoint
-    tokenizer = ChatTokenizer(run.source.tokenizer, run.source.config.vocab_size)
-    ranks.at("tokenise")
+    run = RunState(cfg, ranks)  # a new run, or one that resumes from a verified checkpoint
+    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size)
+    ranks.set_phase("tokenise")
     train_set, val_set = load_data(cfg, tokenizer)
     run.identify(train_set)
-    sampler = data.Sampler(train_set.lengths, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
+    sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
-    ranks.at("load")
-    model, optimizer = build(cfg, run.source, ranks)
+    ranks.set_phase("load")
+    model, optimizer = build(cfg, run.paths, ranks)
     run.restore(model, optimizer, tokenizer)
     if cfg.selfcheck:
         return selfcheck.compare(backward, model, train_set, sampler.step(1).ids, cfg, ranks)
@@ -279,7 +293,7 @@ def train(cfg, ranks):
         """Evaluate if due, save if due."""
         is_best = False
         if sampler.is_due(step, cfg.eval_steps):
-            ranks.at(f"evaluation after step {step}")
+            ranks.set_phase(f"evaluation after step {step}")
             val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
             answers = prompts.answer(model, ranks)
             run.owes_evaluation = bool((val_set or prompts.texts) and ranks.poll_signals())
@@ -288,35 +302,35 @@ def train(cfg, ranks):
                 log.validation(step, val_loss, val_set, answers)
         is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
         if is_last or sampler.is_due(step, cfg.save_steps) or (is_best and cfg.keep_best):
-            ranks.at(f"save of step {step}")
+            ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
-            log.sync()  # a checkpoint never outlives the lines that lead to it
+            log.sync()  # the log reaches the disk before the checkpoint does
             run.save(model, optimizer, is_best)
             log.report()
             ranks.poll_signals()
 
-    ranks.poll_signals()  # from here on a signal lets the step finish and be saved
-    if run.owes_evaluation and not ranks.stop:
+    ranks.poll_signals()  # from now on, a signal lets the current step finish and be saved
+    if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)
     first_step = run.step + 1
     for step in range(first_step, len(sampler) + 1):
-        if ranks.stop or run.stops_early:
+        if ranks.stop_signal or run.stops_early:
             break
         started = time.perf_counter()
-        ranks.at(f"step {step}")
-        torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # of dropout: no generator is restored
+        ranks.set_phase(f"step {step}")
+        torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # for dropout; resume needs no RNG state
         epoch, ids = sampler.step(step)
         batches = list(micro_batches(train_set, ids, cfg, ranks))
-        n_targets, n_tokens = int(train_set.n_targets[ids].sum()), int(train_set.sizes[ids].sum())
+        n_targets, n_tokens = int(train_set.n_targets[ids].sum()), int(train_set.n_tokens[ids].sum())
         loss = backward(model, batches, n_targets, ranks, losses.restart(ids))
         if cfg.use_lora and step == first_step:
             selfcheck.check_adapters(model, ranks)
         norm = fsdp.grad_norm(model).to(ranks.device)
-        loss, grad_norm = torch.stack((ranks.sum(loss), norm)).tolist()  # a device sync
+        loss, grad_norm = torch.stack((ranks.all_reduce(loss), norm)).tolist()  # a device sync
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             where = selfcheck.find_non_finite(backward, model, train_set, ids, cfg, ranks)
             raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the "
-                                 f"weights were touched. {where}")
+                                 f"weights were updated. {where}")
         lr = lr_at(step, len(sampler), cfg)
         is_spike = run.is_spike(grad_norm)  # --max_grad_norm_factor
         if is_spike:
@@ -335,16 +349,16 @@ def train(cfg, ranks):
                  peak_memory_gb=memory.peak_memory_gb(ranks.device), changed=meter.changed(),
                  skipped=is_spike or None)
         after_step(step)
-    log.finish(run, ranks.stop)
+    log.finish(run, ranks.stop_signal)
 
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     with processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks:
         train(cfg, ranks)
-    if ranks.stop:
-        sys.exit(processes.EXIT_CODES[ranks.stop])
+    if ranks.stop_signal:
+        sys.exit(processes.EXIT_CODES[ranks.stop_signal])
 
 
 if __name__ == "__main__":
-    errors.run(record(main))  # torchrun repeats the first rank's error at the end of its own report
+    errors.run(record(main))  # record: torchrun's report shows the error of the rank that failed first

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Finds a Python with the packages (makes .venv on first use) and starts sft.py with it, from any folder.
+# Start sft.py from any folder, with a Python that has the packages. Creates .venv on first use.
 #   ./train.sh --model tiny     ./train.sh --help     MODEL_PATH=DIR LEARNING_RATE=1e-5 ./train.sh --epochs 1
-#   ./train.sh --setup FILE     only makes sure that FILE's packages are there, and prints a Python with them
-# The environment variables that sft.py reads then (see --help): MODEL_PATH TOKENIZER_PATH TRAIN_DATA VAL_DATA
+#   ./train.sh --setup FILE     only install the packages of FILE, if missing, and print the Python to use
+# sft.py then reads these environment variables (see --help): MODEL_PATH TOKENIZER_PATH TRAIN_DATA VAL_DATA
 # MAX_LENGTH BATCH_SIZE MICRO_BATCH_SIZE PACKING NUM_EPOCHS MAX_STEPS SEED LEARNING_RATE SCHEDULER
 # WARMUP_RATIO WEIGHT_DECAY GRAD_CLIP USE_LORA LORA_RANK LORA_ALPHA STRATEGY TP PARAM_OFFLOAD
 # OPTIMIZER_OFFLOAD GRADIENT_CHECKPOINTING DTYPE COMPILE OUTPUT_DIR RESUME_FROM SAVE_STEPS KEEP_CHECKPOINTS
 # EVAL_STEPS LOGGER WANDB_PROJECT CONFIG
-# For several processes, read by ranks/launch.py: N_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+# ranks/launch.py reads these, for several processes: N_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# Does this Python have what a requirements file asks for? One newer than tested passes, with a line about it.
+# Does this Python have the packages of a requirements file? Versions newer than tested pass, with a note.
 has_packages() {
     "$1" - "$2" 2>/dev/null <<'PY'
 import os, re, sys
@@ -41,14 +41,14 @@ setup() { # requirements file -> $python
             return
         fi
     done
-    echo "train.sh: installing $(basename "$1") into $here/.venv, once" >&2
+    echo "train.sh: installing $(basename "$1") into $here/.venv (first run only)" >&2
     [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$here/.venv"
     "$python" -m pip install --quiet --disable-pip-version-check -r "$1" >&2
 }
 
 if [ "${1:-}" = --setup ]; then
     if [ ! -f "$here/${2:-}" ]; then
-        echo "train.sh: error: --setup needs a file, such as requirements.txt" >&2
+        echo "train.sh: error: --setup needs a requirements file, such as requirements.txt" >&2
         exit 2
     fi
     setup "$here/$2"

@@ -1,8 +1,8 @@
-"""Step directories: a model directory with the training state beside it, complete or absent; resume, pruning.
+"""Checkpoints: step directories are saved atomically, verified before resume, and pruned.
 
-A step directory is written under a temporary name, flushed to the disk and renamed; `latest` moves after
-that. Its manifest has the size and the checksum of every file, and a run resumes only from files that are
-unchanged to the bit. Everything is safetensors or JSON: nothing read here can run code.
+A step directory is a model directory plus training_state/. It is written under a temporary name, flushed to
+the disk and renamed; then `latest` moves. Its manifest lists the size and the checksum of every file, and a
+run resumes only if all of them still match. Everything is safetensors or JSON: no file can run code.
 """
 
 import os
@@ -15,31 +15,32 @@ import torch.distributed as dist
 from disk import files, pretrained
 from settings.errors import UserError
 
-INNER = "training_state"  # of a step directory: what resume needs beside the weights
-MANIFEST, STATE = os.path.join(INNER, "manifest.json"), os.path.join(INNER, "state.json")
-READ = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all files that are ever read
+STATE_DIRECTORY = "training_state"  # in a step directory: what resume needs beside the weights
+MANIFEST = os.path.join(STATE_DIRECTORY, "manifest.json")
+STATE = os.path.join(STATE_DIRECTORY, "state.json")
+CHECKED = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all files that we ever read
 
 
-def save(root, step, *, model, optimizer, layout, exported, state, links=("latest",)):
-    """Write root/step_N, then move root/latest, or what `links` names; return its path. Every rank calls it.
+def save(root, step, *, model, optimizer, shard_map, exported, state, links=("latest",)):
+    """Write root/step_N, then point the `links` in root at it; return its path. Every rank calls it.
 
-    optimizer  as ops.optim.build makes it: the tensors of its state_of are saved, by their names
-    layout     what pretrained.load_weights returned
-    exported   file name -> bytes or JSON value: the model directory's other files (pretrained.export_files)
-    state      JSON object: what the run needs to resume; load_state returns it
+    optimizer  from ops.optim.build; the tensors that its state_of returns are saved by name
+    shard_map  {file: {tensor: dtype code}}, from pretrained.shard_map or adapter_shard_map
+    exported   {file: bytes or JSON value}, the model directory's other files (pretrained.export_files)
+    state      JSON object that resume needs; load_state returns it
 
-    Weights are written in the dtype of the model that was read. Where that is narrower than the master
-    weights (bf16 on the disk, fp32 in memory), training_state/ holds the masters too: resume is exact.
+    Weights are written in the dtype of the model that was read. If that is narrower than the master weights
+    (bf16 on the disk, fp32 in memory), training_state/ contains the masters too, so that resume is exact.
     """
     temporary = start_directory(root, step)
-    writers = write_model(temporary, model, optimizer, layout, exported)
-    writers.update(write_training_state(temporary, step, model, optimizer, layout, state))
+    writers = write_model(temporary, model, optimizer, shard_map, exported)
+    writers.update(write_training_state(temporary, step, model, optimizer, shard_map, state))
     write_manifest(temporary, step, writers)
     return move_into_place(temporary, root, step, links)
 
 
 def start_directory(root, step):
-    """Remove what a killed or failed save left behind; make a new temporary directory and return its path."""
+    """Remove what a killed or failed save left behind; create a temporary directory and return its path."""
     temporary = os.path.join(root, f"tmp_step_{step}")
     if is_rank_0():
         os.makedirs(root, exist_ok=True)
@@ -48,56 +49,59 @@ def start_directory(root, step):
                 files.remove(os.path.join(root, name))
             elif re.fullmatch(r"tmp_(latest|best)", name):
                 os.remove(os.path.join(root, name))
-        os.makedirs(os.path.join(temporary, INNER))
+        os.makedirs(os.path.join(temporary, STATE_DIRECTORY))
     barrier()
     return temporary
 
 
-def write_model(directory, model, optimizer, layout, exported):
-    """Write the model's or the adapter's own files; return {file: the rank that wrote it}.
+def write_model(directory, model, optimizer, shard_map, exported):
+    """Write the files of a model or adapter directory; return {file: the rank that wrote it}.
 
-    The weight files are those that were read or, where ranks outnumber them, one of equal size for each rank.
-    An adapter, which is small, stays one file.
+    The weight files are the same as those that were read. If there are more ranks than files, each rank
+    writes one file of about equal size instead. An adapter is small and stays one file.
     """
-    masters, dtypes = pretrained.master_weights(model, optimizer), dtypes_of(layout)
-    shards, size = {file: list(codes) for file, codes in layout.items()}, pretrained.rank_and_size()[1]
-    is_adapter = pretrained.ADAPTER_FILE in layout
-    if len(shards) < size and not is_adapter:
-        shards = pretrained.numbered({name: masters[name] for name in dtypes}, "model", size)
+    masters, dtypes = pretrained.master_weights(model, optimizer), dtypes_of(shard_map)
+    names_by_file = {file: list(codes) for file, codes in shard_map.items()}
+    is_adapter = pretrained.ADAPTER_FILE in shard_map
+    world_size = pretrained.rank_and_world_size()[1]
+    if len(names_by_file) < world_size and not is_adapter:
+        tensors = {name: masters[name] for name in dtypes}
+        names_by_file = pretrained.assign_to_files(tensors, "model", world_size)
     prefix = pretrained.ADAPTER_PREFIX if is_adapter else ""
-    writers = pretrained.write_shared(directory, shards, masters, dtypes, prefix)
+    writers = pretrained.write_tensor_files(directory, names_by_file, masters, dtypes, prefix)
     by_rank_0 = list(exported)
     if is_rank_0():
         for name, content in exported.items():
             files.write_file(os.path.join(directory, name), content)
-    if len(shards) > 1:
+    if len(names_by_file) > 1:
         by_rank_0.append(pretrained.INDEX_FILE)
         if is_rank_0():
             n_bytes = sum(masters[name].numel() * dtype.itemsize for name, dtype in dtypes.items())
-            pretrained.write_index(directory, shards, n_bytes)
+            pretrained.write_index(directory, names_by_file, n_bytes)
     return {**writers, **dict.fromkeys(by_rank_0, 0)}
 
 
-def write_training_state(directory, step, model, optimizer, layout, state):
-    """Write training_state/ but for the manifest; return {file: the rank that wrote it}."""
+def write_training_state(directory, step, model, optimizer, shard_map, state):
+    """Write training_state/ without its manifest; return {file: the rank that wrote it}."""
     trained = trained_weights(model, optimizer)
     states = {name: optimizer.state_of(p) for name, p in trained.items()}
-    tensors = training_tensors(trained, states, dtypes_of(layout))
-    shards = pretrained.numbered(tensors, "tensors", pretrained.rank_and_size()[1])
-    writers = pretrained.write_shared(os.path.join(directory, INNER), shards, tensors,
-                                      {name: tensor.dtype for name, tensor in tensors.items()})
+    tensors = training_tensors(trained, states, dtypes_of(shard_map))
+    names_by_file = pretrained.assign_to_files(tensors, "tensors", pretrained.rank_and_world_size()[1])
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    writers = pretrained.write_tensor_files(
+        os.path.join(directory, STATE_DIRECTORY), names_by_file, tensors, dtypes)
     if is_rank_0():
         content = {"step": step, "updates": optimizer.updates, **state}
         files.write_file(os.path.join(directory, STATE), content)
-    return {**{os.path.join(INNER, file): rank for file, rank in writers.items()}, STATE: 0}
+    return {**{os.path.join(STATE_DIRECTORY, file): rank for file, rank in writers.items()}, STATE: 0}
 
 
 def write_manifest(directory, step, writers):
-    """Write the checksums of all files; after this the directory is complete, and flushed to the disk."""
-    sums = checksums(directory, writers)  # each rank reads what it wrote, still in its machine's memory
+    """Write the checksums of all files. After this the directory is complete and flushed to the disk."""
+    sums = checksums(directory, writers)  # each rank reads the files that it wrote: the page cache has them
     if is_rank_0():
         files.write_file(os.path.join(directory, MANIFEST), manifest(step, sums))
-        files.sync(os.path.join(directory, INNER))
+        files.sync(os.path.join(directory, STATE_DIRECTORY))
         files.sync(directory)
 
 
@@ -105,8 +109,8 @@ def move_into_place(temporary, root, step, links):
     """Rename the complete directory to root/step_N, then move the links to it; return its path."""
     final = os.path.join(root, f"step_{step}")
     if is_rank_0():
-        # A run that was resumed from an earlier step saves the same steps again.
-        old = take_name(final) if os.path.exists(final) else None
+        # After a resume from an earlier step, a run saves the same steps again.
+        old = rename_for_removal(final) if os.path.exists(final) else None
         try:
             os.replace(temporary, final)
         except OSError:
@@ -121,37 +125,38 @@ def move_into_place(temporary, root, step, links):
     return final
 
 
-def dtypes_of(layout):
-    """name -> dtype of each tensor in the model's files."""
-    return {name: pretrained.DTYPES[code] for codes in layout.values() for name, code in codes.items()}
+def dtypes_of(shard_map):
+    """{name: dtype} of the tensors in the model's files."""
+    return {name: pretrained.DTYPES[code] for codes in shard_map.values() for name, code in codes.items()}
 
 
 def trained_weights(model, optimizer):
-    """{name: tensor that the optimizer steps} of each trained parameter; a tied one by its first name."""
+    """{name: tensor that the optimizer updates} of the trained parameters; tied ones under the first name."""
     masters = pretrained.master_weights(model, optimizer)
     return {name: masters[name] for name, p in model.named_parameters() if p.requires_grad}
 
 
 def training_tensors(trained, states, dtypes):
-    """name -> tensor of all that the files in training_state/ hold, for saving and loading alike.
+    """{name: tensor} of everything in the files of training_state/, both for saving and for loading.
 
-    trained  name -> the tensor that is stepped; as master.NAME, unless the model's files have its dtype
-    states   name -> {key: tensor of the same shape}, the optimizer's; as KEY.NAME
-    dtypes   name -> dtype in the model's files
+    trained  {name: tensor that the optimizer updates}. Called master.NAME; not stored if the model's files
+             have the same dtype
+    states   {name: {key: tensor of the same shape}}, the optimizer's state. Called KEY.NAME
+    dtypes   {name: dtype in the model's files}
     """
     tensors = {}
     for key in dict.fromkeys(key for state in states.values() for key in state):
-        assert key != "master", "an optimizer's state must not be named master: that is the weights' name"
+        assert key != "master", "an optimizer's state must not be named master: the weights have that name"
         for name, state in states.items():
             if key in state:
-                assert state[key].shape == trained[name].shape, f"{key} of {name} is not shaped like it"
+                assert state[key].shape == trained[name].shape, f"{key} of {name} does not have its shape"
                 tensors[f"{key}.{name}"] = state[key]
     tensors.update({f"master.{name}": p for name, p in trained.items() if p.dtype != dtypes.get(name)})
     return tensors
 
 
 def set_link(root, step, name="latest"):
-    """Point root/latest (or another name) at step_N, in one move: there is no moment without it."""
+    """Point the link root/`name` at step_N. Atomic: the link exists at every moment."""
     link = os.path.join(root, f"tmp_{name}")
     if os.path.lexists(link):
         os.remove(link)
@@ -161,138 +166,150 @@ def set_link(root, step, name="latest"):
 
 
 def steps_in(root):
-    """The step numbers of the complete checkpoints below root, in order; others have temporary names."""
+    """The step numbers of the checkpoints in root, ascending. Incomplete ones have temporary names."""
     names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(int(m[1]) for m in (re.fullmatch(r"step_(\d+)", name) for name in names) if m)
+    matches = [re.fullmatch(r"step_(\d+)", name) for name in names]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def prune(root, keep, step, keep_best_step=None):
-    """Remove checkpoints up to `step`, but for the newest `keep` (None: all) and step keep_best_step.
+    """Remove old checkpoints; keep the newest `keep` (None: all) and the one of keep_best_step.
 
-    Later ones stay: they are of the run that was left when this one was resumed from an earlier step.
+    Checkpoints later than `step` stay. They belong to a run that was abandoned when this one resumed from an
+    earlier step.
     """
-    for old in [s for s in steps_in(root) if s <= step][:-keep] if keep else ():
+    if not keep:
+        return
+    steps = [s for s in steps_in(root) if s <= step]
+    for old in steps[:-keep]:
         if old != keep_best_step:
-            files.remove(take_name(os.path.join(root, f"step_{old}")))
+            files.remove(rename_for_removal(os.path.join(root, f"step_{old}")))
 
 
-def take_name(directory):
-    """Rename a step directory before it is removed, so that none is seen incomplete; return its new name."""
+def rename_for_removal(directory):
+    """Give a step directory a temporary name, so that nobody sees it half removed; return the new path."""
     doomed = os.path.join(os.path.dirname(directory), f"tmp_old_{os.path.basename(directory)}")
     os.replace(directory, doomed)
     return doomed
 
 
 def resume_directory(resume_from, root):
-    """The step directory that --resume_from means, or None where `auto` finds no checkpoint.
+    """The step directory that --resume_from names; None if `auto` finds no checkpoint.
 
-    Raises UserError for a directory that is not a checkpoint: it is never a fresh start instead.
+    Raises UserError for a directory that is not a checkpoint, instead of starting from the beginning.
     """
     directory = resume_from
     if resume_from == "auto":
         steps, latest = steps_in(root), os.path.join(root, "latest")
         if not steps and not os.path.lexists(latest):
             return None
-        # A kill between a first checkpoint's rename and its link leaves it without one.
+        # A kill between the rename of a run's first checkpoint and its link leaves no link.
         directory = latest if os.path.lexists(latest) else os.path.join(root, f"step_{steps[-1]}")
     if not os.path.isdir(directory):
-        raise UserError(f"--resume_from {resume_from}: there is no directory {directory}; give a step "
-                        "directory such as outputs/checkpoints/step_100, or auto")
+        raise UserError(f"--resume_from {resume_from}: {directory} is not a directory; use a step directory "
+                        "such as outputs/checkpoints/step_100, or auto")
     if not os.path.exists(os.path.join(directory, STATE)):
-        raise UserError(f"--resume_from {resume_from}: {directory} has no {STATE}, so it is not a "
-                        "checkpoint to go on from; give another step directory, or start anew with --model")
+        raise UserError(f"--resume_from {resume_from}: {directory} has no {STATE}, so no run can resume from "
+                        "it; use another step directory, or start a new run from these weights with --model")
     return os.path.realpath(directory)
 
 
 def verify(directory):
-    """Raise UserError, on every rank, unless the files of a step directory are bit for bit what `save` wrote.
+    """Raise UserError, on every rank, unless a step directory is exactly as `save` wrote it.
 
-    A directory without a manifest is refused too: it may have lost it.
+    A missing, changed or additional file is refused, and so is a directory without a manifest: what else is
+    missing could not be seen.
     """
-    path, rest = os.path.join(directory, MANIFEST), (
-        "; give --resume_from another step directory, or start a new run from these weights with --model and "
-        "another --output_dir")
+    path = os.path.join(directory, MANIFEST)
+    remedy = ("; use --resume_from with another step directory, or start a new run from these weights with "
+              "--model and another --output_dir")
     if not os.path.exists(path):
-        raise UserError(f"{directory} has no {MANIFEST}, so nobody knows whether it is whole{rest}")
+        raise UserError(f"{directory} has no {MANIFEST}, so it cannot be verified{remedy}")
     try:
-        found = files.read_json(path)
+        content = files.read_json(path)
     except UserError as error:
-        raise UserError(f"{error}{rest}") from error
-    step, listed = (found.get("step"), found.get("files")) if isinstance(found, dict) else (None, None)
+        raise UserError(f"{error}{remedy}") from error
+    step, listed = (content.get("step"), content.get("files")) if isinstance(content, dict) else (None, None)
     with open(path, "rb") as f:
         if type(step) is not int or not is_list_of_files(listed) or f.read() != manifest(step, listed):
-            raise UserError(f"{path} is not as it was saved{rest}")
-    numbered_as = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
-    if numbered_as and int(numbered_as[1]) != step:
-        raise UserError(f"{path} is of step {step}, not of {numbered_as[0]}{rest}")
-    size, wrong = pretrained.rank_and_size()[1], []
-    readers = {name: i % size for i, name in enumerate(sorted(listed))}
+            raise UserError(f"{path} is not as it was saved{remedy}")
+    name_of_step = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
+    if name_of_step and int(name_of_step[1]) != step:
+        raise UserError(f"{path} is of step {step}, not of {name_of_step[0]}{remedy}")
+    world_size, faults = pretrained.rank_and_world_size()[1], []
+    readers = {name: i % world_size for i, name in enumerate(sorted(listed))}
     for name, (length, crc) in checksums(directory, readers).items():
         if length < 0:
-            wrong.append(f"{name} is missing")
+            faults.append(f"{name} is missing")
         elif length != listed[name][0]:
-            wrong.append(f"{name} has {length:,} bytes, not {listed[name][0]:,}")
+            faults.append(f"{name} has {length:,} bytes, not {listed[name][0]:,}")
         elif crc != listed[name][1]:
-            wrong.append(f"{name} has other bytes")
-    there = os.listdir(directory)
-    there += [os.path.join(INNER, name) for name in os.listdir(os.path.join(directory, INNER))]
-    strange = {name for name in there if name.endswith(READ)} - {*listed, MANIFEST}
-    wrong += [f"{name} was not there" for name in sorted(strange)]
-    if wrong:
-        raise UserError(f"{directory} is not as it was saved: {'; '.join(wrong[:8])} ({len(wrong)} in all)"
-                        + rest)
+            faults.append(f"{name} has changed")
+    present = os.listdir(directory)
+    present += [os.path.join(STATE_DIRECTORY, name)
+                for name in os.listdir(os.path.join(directory, STATE_DIRECTORY))]
+    unexpected = {name for name in present if name.endswith(CHECKED)} - {*listed, MANIFEST}
+    faults += [f"{name} was added" for name in sorted(unexpected)]
+    if faults:
+        count = f" ({len(faults)} in all)"
+        raise UserError(f"{directory} is not as it was saved: {'; '.join(faults[:8])}{count}{remedy}")
 
 
 def load_state(directory):
-    """The JSON state that `save` was given, with its step and the optimizer's number of updates.
+    """The JSON state that was passed to `save`, plus "step" and "updates" (of the optimizer).
 
-    An older version did not save the updates: then they are as many as the steps. Raises UserError where one
-    of the two is not a valid number.
+    An older version did not save "updates"; it then equals "step". Raises UserError if one of the two is not
+    a valid number.
     """
     path = os.path.join(directory, STATE)
     state = files.read_json(path)
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 1:  # True is an int
-        raise UserError(f"{path}: step must be a whole number of at least 1, it is {step!r:.60}; give "
-                        "--resume_from another step directory")
+        raise UserError(f"{path}: step must be a whole number of at least 1, it is {step!r:.60}; use "
+                        "--resume_from with another step directory")
     updates = state.setdefault("updates", step)
     if type(updates) is not int or updates < 0:
-        raise UserError(f"{path}: updates must be a whole number of at least 0, it is {updates!r:.60}; give "
-                        "--resume_from another step directory")
+        raise UserError(f"{path}: updates must be a whole number of at least 0, it is {updates!r:.60}; use "
+                        "--resume_from with another step directory")
     return state
 
 
 def load_training_tensors(directory, model, optimizer):
     """Restore the optimizer's state, its count of updates and the master weights, exactly.
 
-    Every rank calls it. Raises UserError, with nothing restored, where the tensors are not those that this
+    Every rank calls it. Raises UserError, before anything is restored, if the tensors are not those that this
     model and optimizer save.
     """
-    inner, entries, updates = os.path.join(directory, INNER), {}, load_state(directory)["updates"]
-    for file in sorted(os.listdir(inner)):
+    state_directory, entries = os.path.join(directory, STATE_DIRECTORY), {}
+    updates = load_state(directory)["updates"]
+    for file in sorted(os.listdir(state_directory)):
         if file.endswith(".safetensors"):
-            entries.update(pretrained.read_header(os.path.join(inner, file)))
+            entries.update(pretrained.read_header(os.path.join(state_directory, file)))
     trained = trained_weights(model, optimizer)
     states = {name: optimizer.new_state(p) for name, p in trained.items()}
-    saved = {name: pretrained.DTYPES.get(e.dtype) for name, e in pretrained.weight_entries(directory).items()}
-    wanted = training_tensors(trained, states, saved)
-    if set(entries) != set(wanted) or any(entries[name].shape != t.shape for name, t in wanted.items()):
-        differ = sorted(set(entries) ^ set(wanted)) or "a shape"
-        raise UserError(f"{inner} does not belong to this model and optimizer: {differ[:5]} differ")
-    for name, tensor in wanted.items():
+    weights = pretrained.weight_entries(directory)
+    dtypes = {name: pretrained.DTYPES.get(entry.dtype) for name, entry in weights.items()}
+    tensors = training_tensors(trained, states, dtypes)
+    differences = sorted(set(entries) ^ set(tensors))
+    if not differences:
+        differences = [name for name, tensor in tensors.items() if entries[name].shape != tensor.shape]
+    if differences:
+        raise UserError(f"{state_directory} does not belong to this model and optimizer: "
+                        f"{differences[:5]} differ")
+    for name, tensor in tensors.items():
         pretrained.read_into(entries[name], tensor)
     optimizer.state.update({trained[name]: state for name, state in states.items()})
     optimizer.updates = updates
 
 
 def manifest(step, listed):
-    """The bytes of a step's manifest, {"step", "files": {name: [size, CRC-32]}, "crc32": of the rest}."""
+    """The bytes of manifest.json: {"step", "files": {name: [size, CRC-32]}, "crc32": of the two before}."""
     content = {"step": step, "files": dict(sorted(listed.items()))}
     return files.encoded({**content, "crc32": zlib.crc32(files.encoded(content))})
 
 
 def is_list_of_files(listed):
-    """Whether what a manifest lists are names inside its directory, each with two numbers."""
+    """Whether the "files" of a manifest is {name inside its directory: [integer, integer]}."""
     return isinstance(listed, dict) and all(
         name.isprintable() and os.path.normpath(name) == name and not name.startswith(("/", ".."))
         and isinstance(entry, list) and [type(number) for number in entry] == [int, int]
@@ -300,8 +317,10 @@ def is_list_of_files(listed):
 
 
 def checksum(path):
-    """(size, CRC-32) of a file, (-1, 0) where there is none. A truncated file, a flipped bit and another
-    step's file all differ."""
+    """(size, CRC-32) of a file; (-1, 0) if it does not exist.
+
+    They differ for a truncated file, a flipped bit, and the same file of another step.
+    """
     if not os.path.isfile(path):
         return -1, 0
     buffer, size, crc = memoryview(bytearray(2**20)), 0, 0
@@ -312,9 +331,11 @@ def checksum(path):
 
 
 def checksums(directory, readers):
-    """name -> [size, CRC-32] of files, given name -> the rank that reads it. Every rank calls it, and all
-    have read when it returns."""
-    rank, sums = pretrained.rank_and_size()[0], torch.zeros(len(readers), 2, dtype=torch.int64)
+    """{name: [size, CRC-32]} of the files in readers, {name: the rank that reads it}.
+
+    Every rank calls it. All ranks have read their files when it returns.
+    """
+    rank, sums = pretrained.rank_and_world_size()[0], torch.zeros(len(readers), 2, dtype=torch.int64)
     for (name, reader), row in zip(readers.items(), sums):
         if reader == rank:
             row.copy_(torch.tensor(checksum(os.path.join(directory, name))))
@@ -324,7 +345,7 @@ def checksums(directory, readers):
 
 
 def is_rank_0():
-    return pretrained.rank_and_size()[0] == 0
+    return pretrained.rank_and_world_size()[0] == 0
 
 
 def barrier():

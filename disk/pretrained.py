@@ -1,7 +1,9 @@
-"""A model directory in Hugging Face's layout, or a PEFT adapter's: found, read and written tensor by tensor.
+"""Model directories in Hugging Face's format and PEFT adapters: find, read and write them tensor by tensor.
 
-Owns where a tensor's bytes lie in which safetensors file, which of them are this rank's, and which other
-files such a directory needs. Nothing read here can run code.
+This file knows where the bytes of each tensor are in the safetensors files, which of them belong to this
+rank's shard, and which other files such a directory needs. No file that is read here can run code.
+
+An entry (TensorEntry) is what a safetensors file's header says about one tensor.
 """
 
 import hashlib
@@ -25,27 +27,30 @@ from settings.venv import PROJECT
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 INDEX_FILE = "model.safetensors.index.json"
-ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's file, and its prefix of every tensor's name
+ADAPTER_PREFIX = "base_model.model."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
                    "tokenizer.model")
-CHUNK = 2**20  # elements converted at a time from the disk's dtype to memory's: 2 MB stay in a core's cache
+CHUNK = 2**20  # elements that are read and converted at a time: 2 MB of bf16 stay in a core's cache
 
 
 def model_directory(name, patterns=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
-    """The local directory of a model: `tiny`, a path, or a hub id, whose files of `patterns` are downloaded,
-    or found in the hub's cache.
+    """The local directory of a model.
 
-    Raises UserError when there is no such directory, or the hub cannot be reached or does not have it.
+    name      tiny, a path, or a hub id
+    patterns  which files of a hub id are downloaded, unless the hub's cache has them
+
+    Raises UserError if there is no such directory, if the hub can't be reached, or if it has no such model.
     """
     if name == "tiny":
         return os.path.join(PROJECT, "models", "tiny")
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"--model {name}: no such directory; give a directory, a hub id such as "
+        raise UserError(f"--model {name}: no such directory; use a directory, a hub id such as "
                         "Qwen/Qwen2.5-0.5B, or tiny")
-    from huggingface_hub import snapshot_download  # imported here: most runs read a directory
+    from huggingface_hub import snapshot_download  # slow import, and most runs read a directory
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -63,23 +68,25 @@ def is_adapter(directory):
 
 
 @dataclass
-class Entry:
+class TensorEntry:
     """One tensor of a safetensors file: where its bytes are."""
 
     file: str
-    dtype: str
+    dtype: str  # safetensors' code, a key of DTYPES
     shape: tuple
-    start: int  # of its bytes, counted from the beginning of the file
+    start: int  # position of its first byte in the file
 
 
 def read_header(path):
-    """name -> Entry of a safetensors file, in its order. Raises UserError when it is torn or not safetensors.
+    """{name: TensorEntry} of a safetensors file, in the order of the file.
 
-    The package checks the header against the file; the bytes are then read by position instead of through its
-    memory map, whose pages would count as this process's: loading bf16 into fp32 would peak at 1.5 times the
-    size of the model.
+    The safetensors package checks the header against the file. Tensors are then read by position (read_into),
+    not through the package's memory map: its pages count as memory of this process, and loading bf16 into
+    fp32 would peak at 1.5 times the size of the model.
+
+    Raises UserError if the file is truncated or not safetensors, and for a dtype that is not in DTYPES.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe waits for its writer
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would block until somebody writes
         raise UserError(f"{path} is not a file")
     with open(path, "rb") as f:
         position = 8 + int.from_bytes(f.read(8), "little")
@@ -90,9 +97,9 @@ def read_header(path):
                 tensor = f.get_slice(name)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if dtype not in DTYPES:
-                    raise UserError(f"{path}: {name:.200} is of dtype {dtype}; these can be read: "
+                    raise UserError(f"{path}: {name:.200} has dtype {dtype}; supported are "
                                     f"{', '.join(DTYPES)}")
-                entries[name] = Entry(path, dtype, shape, position)
+                entries[name] = TensorEntry(path, dtype, shape, position)
                 position += math.prod(shape) * DTYPES[dtype].itemsize
     except SafetensorError as error:
         raise UserError(f"{path} is torn or not safetensors: {error!s:.300}") from error
@@ -100,7 +107,10 @@ def read_header(path):
 
 
 def weight_entries(directory):
-    """name -> Entry of a model directory, one file or sharded with an index, or of a PEFT adapter's."""
+    """{name: TensorEntry} of a model directory (one file, or several with an index) or a PEFT adapter.
+
+    Raises UserError as read_header does, and for an index that is malformed or does not match its files.
+    """
     if is_adapter(directory):
         entries = read_header(os.path.join(directory, ADAPTER_FILE))
         return {name.removeprefix(ADAPTER_PREFIX): entry for name, entry in entries.items()}
@@ -110,26 +120,30 @@ def weight_entries(directory):
     weight_map = files.read_json(index)
     weight_map = weight_map.get("weight_map", {}) if isinstance(weight_map, dict) else {}
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index}: weight_map must be an object of file names by tensor, it is "
+        raise UserError(f"{index}: weight_map must be an object that maps tensor names to file names, it is "
                         f"{weight_map!r:.60}")
-    named = sorted(set(weight_map.values()))
-    # no separator, no NUL
-    if not named or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", file) for file in named):
+    listed = sorted(set(weight_map.values()))
+    # The pattern excludes separators and NUL, so an untrusted index can't name files elsewhere.
+    if not listed or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", file) for file in listed):
         raise UserError(f"{index}: weight_map must name files of the same directory, such as "
-                        f"model-00001-of-00002.safetensors, it names {ascii(named[:3]):.200}")
+                        f"model-00001-of-00002.safetensors, it names {ascii(listed[:3]):.200}")
     entries = {}
-    for file in named:
+    for file in listed:
         entries.update(read_header(os.path.join(directory, file)))
-    found = {name: os.path.basename(entry.file) for name, entry in entries.items()}
-    if found != weight_map:
-        differ = sorted(name for name in {**found, **weight_map} if found.get(name) != weight_map.get(name))
-        raise UserError(f"{index} and the files it names do not hold the same tensors: "
+    actual = {name: os.path.basename(entry.file) for name, entry in entries.items()}
+    if actual != weight_map:
+        names = actual.keys() | weight_map.keys()
+        differ = sorted(name for name in names if actual.get(name) != weight_map.get(name))
+        raise UserError(f"{index} and the files that it names do not have the same tensors: "
                         f"{', '.join(differ[:5]):.300}")
     return entries
 
 
 def fingerprint(directory):
-    """A short hash of the first bytes of a model directory's tensors: tells one base from another."""
+    """A short hash of a model directory that tells base models apart.
+
+    It covers the name, dtype, shape and first 256 bytes of each tensor.
+    """
     state = hashlib.blake2b(digest_size=16)
     for name, entry in sorted(weight_entries(directory).items()):
         with open(entry.file, "rb") as f:
@@ -139,86 +153,94 @@ def fingerprint(directory):
     return state.hexdigest()
 
 
-def fitting_entries(model, directory):
-    """({name: Entry} of a directory's weights, {name: parameter to fill}, {name: module that packs it}).
+def match_weights(model, directory):
+    """Match the tensors of a model or adapter directory with the parameters of `model`.
 
-    `model` may be on the meta device, so that a config.json that does not fit its weights is refused before
-    it costs memory. Raises UserError naming the missing, unexpected or wrongly shaped tensors.
+    Returns ({name: TensorEntry}, {name: parameter}, {name: 4-bit module that stores it}). The parameters do
+    not contain a tied head, the entries may.
+
+    `model` may be on the meta device: weights that do not fit config.json are then refused before they cost
+    memory. Raises UserError that names the missing, unexpected or wrongly shaped tensors.
     """
     entries, adapter = weight_entries(directory), is_adapter(directory)
     for name, entry in entries.items():
         if entry.dtype not in ("F32", "BF16", "F16"):
-            raise UserError(f"weights must be F32, BF16 or F16, not {name} ({entry.dtype}, {entry.file}): "
-                            "quantised models can't be trained")
-    entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}  # it is computed
-    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_stored(n, p, adapter)}
-    # A tied head is filled with the embedding, and a file need not have it.
-    owned = {n: p for n, p in model.named_parameters() if n in parameters}
-    fits = f"{directory} does not fit " + ("this model" if adapter else "its config.json")
-    missing = sorted(set(owned) - set(entries))
-    unexpected = sorted(set(entries) - set(parameters))
+            raise UserError(f"{entry.file}: {name} has dtype {entry.dtype}, but weights must be F32, BF16 or "
+                            "F16: a quantised model can't be trained")
+    # Old checkpoints store inv_freq, which the model computes.
+    entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
+    allowed = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_stored(n, p, adapter)}
+    # Without duplicates: a tied head gets the embedding's values, so a file need not contain it.
+    required = {n: p for n, p in model.named_parameters() if n in allowed}
+    does_not_fit = f"{directory} does not fit " + ("this model" if adapter else "its config.json")
+    missing = sorted(set(required) - set(entries))
+    unexpected = sorted(set(entries) - set(allowed))
     if missing or unexpected:
         counts = f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""
-        raise UserError(f"{fits}: missing {missing[:8] or 'nothing'}, unexpected "
+        raise UserError(f"{does_not_fit}: missing {missing[:8] or 'nothing'}, unexpected "
                         f"{unexpected[:8] or 'nothing'}{counts}")
-    packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Weight)}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    shapes.update({name: (m.out_features, m.in_features) for name, m in packed.items()})
+    nf4_modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Weight)}
+    shapes = {name: tuple(p.shape) for name, p in allowed.items()}
+    shapes.update({name: (m.out_features, m.in_features) for name, m in nf4_modules.items()})
     wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
     if wrong:
-        raise UserError(f"{fits}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
-    return entries, owned, packed
+        raise UserError(f"{does_not_fit}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
+    return entries, required, nf4_modules
 
 
 def is_stored(name, p, adapter):
-    """Whether a directory holds a parameter: an adapter's what is trained, a model's all but adapters."""
+    """Whether a directory stores a parameter. Adapters: trained parameters. Models: all except adapters'."""
     return p.requires_grad if adapter else ".lora_" not in name
 
 
 def load_weights(model, directory, optimizer=None):
-    """Fill the parameters of `model` (materialised, any float dtype), or the tensors that `optimizer` steps
-    for them, from a model directory, or those that an adapter has from an adapter's directory.
+    """Load the weights of a model or adapter directory into `model`.
 
-    Raises UserError as fitting_entries does.
+    model      materialised, any float dtype
+    optimizer  if given, the tensors that it updates are loaded instead of the parameters
+
+    Raises UserError as match_weights does, and if two copies of a tied weight differ.
     """
-    entries, owned, packed = fitting_entries(model, directory)
+    entries, parameters, nf4_modules = match_weights(model, directory)
     masters = master_weights(model, optimizer)
-    for name in packed.keys() & owned.keys():
-        read_packed(name, entries[name], masters[name], packed[name])
-    # The system clears new memory at its first write, which takes as long as reading does: on all cores.
+    for name in nf4_modules.keys() & parameters.keys():
+        read_quantized(name, entries[name], masters[name], nf4_modules[name])
+    # On all cores: the system clears new memory at the first write, which takes as long as reading.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        plain = [name for name in owned if name not in packed]
-        # list() raises what a thread raised
-        list(pool.map(lambda name: read_into(entries[name], masters[name]), plain))
-    for name in set(entries) - set(owned):  # the file holds a tied weight twice: both copies must be equal
+        names = [name for name in parameters if name not in nf4_modules]
+        # list() re-raises an exception of a thread
+        list(pool.map(lambda name: read_into(entries[name], masters[name]), names))
+    for name in set(entries) - set(parameters):  # the file has a tied weight twice
         copy = torch.empty_like(masters[name])
         read_into(entries[name], copy)
-        if not torch.equal(local_part(copy)[0], local_part(masters[name])[0]):
+        if not torch.equal(local_shard(copy)[0], local_shard(masters[name])[0]):
             raise UserError(f"{entries[name].file}: config.json ties {name} to the embedding, but they "
                             "differ; set tie_word_embeddings to false")
 
 
-def layout(model, directory):
-    """What saving needs to write a model's weight files again: {file name: {tensor name: dtype code}}."""
-    entries, owned, _ = fitting_entries(model, directory)
-    found = {}
+def shard_map(model, directory):
+    """Which weight file has which tensors, {file name: {tensor name: dtype code}}: saving repeats it."""
+    entries, parameters, _ = match_weights(model, directory)
+    tensors_by_file = {}
     for name, entry in entries.items():
-        if name in owned:
-            found.setdefault(os.path.basename(entry.file), {})[name] = entry.dtype
-    return found
+        if name in parameters:
+            tensors_by_file.setdefault(os.path.basename(entry.file), {})[name] = entry.dtype
+    return tensors_by_file
 
 
 def master_weights(model, optimizer):
-    """{name: tensor that the optimizer steps, or the parameter without an optimizer}; a tied one twice."""
+    """{name: tensor that the optimizer updates}; without an optimizer, the parameter. Tied ones appear twice.
+    """
     named = model.named_parameters(remove_duplicate=False)
     return {name: p if optimizer is None else optimizer.master(p) for name, p in named}
 
 
-def local_part(tensor):
-    """(this rank's storage of a tensor, [(start, stop) of it in each dimension]). A plain tensor is all here.
+def local_shard(tensor):
+    """(this rank's shard of a tensor, [(start, stop) of the shard in each dimension]).
 
-    A DTensor is split along tp first and then, each part again, along dp, as fsdp.shard does it, though its
-    mesh lists dp first. torch's own function for these offsets is private.
+    The shard of a plain tensor is the tensor. A DTensor is split along tp first, and each slice again along
+    dp, in the order of tp.split and fsdp.shard; its mesh lists dp first. torch has a function for these
+    offsets, but it is private.
     """
     spans = [(0, n) for n in tensor.shape]
     if not is_split(tensor):
@@ -234,45 +256,53 @@ def local_part(tensor):
 
 
 def read_into(entry, tensor, spans=None):
-    """Fill `tensor` (any device and dtype) from the disk: only this rank's part of it, or that of `spans`.
+    """Read a tensor, or a slice of it, from the disk into `tensor` (any device and dtype).
 
-    spans  [(start, stop) in each dimension]
+    spans  [(start, stop) in each dimension], the slice to read; by default this rank's shard of `tensor`
 
-    At most one chunk of CHUNK elements is in memory beside it.
+    Beside `tensor` it needs memory for CHUNK elements, or none if the dtypes are equal on the CPU.
     """
-    local, own = local_part(tensor)
-    dtype, flat = DTYPES[entry.dtype], local.view(-1)
+    local, local_spans = local_shard(tensor)
+    dtype, rest = DTYPES[entry.dtype], local.view(-1)
     direct = dtype == local.dtype and local.device.type == "cpu"
-    buffer = None if direct else torch.empty(min(CHUNK, flat.numel()), dtype=dtype)
+    buffer = None if direct else torch.empty(min(CHUNK, rest.numel()), dtype=dtype)
     with open(entry.file, "rb", buffering=0) as f:
-        for first, count in runs(entry.shape, spans or own):
+        for first, count in contiguous_runs(entry.shape, spans or local_spans):
             f.seek(entry.start + first * dtype.itemsize)
-            here, flat = flat[:count], flat[count:]
-            for part in here.split(CHUNK):
-                target = part if direct else buffer[: part.numel()]
-                raw = memoryview(target.view(torch.uint8).numpy())
-                while raw:
-                    n = f.readinto(raw)
+            run, rest = rest[:count], rest[count:]
+            for chunk in run.split(CHUNK):
+                target = chunk if direct else buffer[: chunk.numel()]
+                unread = memoryview(target.view(torch.uint8).numpy())
+                while unread:
+                    n = f.readinto(unread)
                     if not n:
                         raise UserError(f"{entry.file} ended while it was read")
-                    raw = raw[n:]
+                    unread = unread[n:]
                 if not direct:
-                    part.copy_(target)
+                    chunk.copy_(target)
 
 
-def runs(shape, spans):
-    """[(first element, count)] of a tensor's part that lie side by side in its file: one run for rows, or one
-    a row where columns are split too."""
-    width, (start, stop) = math.prod(shape[1:]), spans[0] if spans else (0, 1)
+def contiguous_runs(shape, spans):
+    """[(first element, count)] of the runs of adjacent elements in a file that make up a slice of a tensor.
+
+    shape, spans  of the tensor; [(start, stop) of the slice in each dimension]
+
+    Full rows are one run. If columns are split too, there is one run per row.
+    """
+    width = math.prod(shape[1:])
+    start, stop = spans[0] if spans else (0, 1)
     if not spans[1:] or spans[1] == (0, shape[1]):
         return [(start * width, (stop - start) * width)]
     first, last = spans[1]
     return [(row * width + first, last - first) for row in range(start, stop)]
 
 
-def read_packed(name, entry, tensor, module):
-    """Fill a weight that `module` stores in 4 bits, reading about CHUNK elements of the matrix at a time."""
-    local, spans = local_part(tensor)
+def read_quantized(name, entry, tensor, module):
+    """Read a weight and quantise it into `tensor`, which `module` stores in 4 bits: CHUNK elements at a time.
+
+    Raises UserError with the file and the tensor's name for a value that is not finite.
+    """
+    local, spans = local_shard(tensor)
     (first, last), columns = spans[0], module.in_features
     rows = max(1, CHUNK // columns)
     for start in range(first, last, rows):
@@ -284,73 +314,79 @@ def read_packed(name, entry, tensor, module):
             raise UserError(f"{entry.file}: {name}, counted from row {start}: {error}") from error
 
 
-def copy_slice(tensor, whole):
-    """Copy this rank's part of a whole tensor into `tensor`, which may be split."""
-    part, spans = local_part(tensor)
-    part.copy_(whole[tuple(slice(*span) for span in spans)])
+def copy_slice(tensor, full):
+    """Copy this rank's slice of the unsharded tensor `full` into `tensor`, which may be sharded."""
+    local, spans = local_shard(tensor)
+    local.copy_(full[tuple(slice(*span) for span in spans)])
 
 
-def adapter_layout(model):
-    """The layout of an adapter: one fp32 file of all that is trained; a tied head and embedding both."""
+def adapter_shard_map(model):
+    """The shard_map of an adapter: one file with all trained parameters in fp32, tied ones twice."""
     named = model.named_parameters(remove_duplicate=False)
     return {ADAPTER_FILE: {name: "F32" for name, p in named if p.requires_grad}}
 
 
-def numbered(tensors, stem, count):
-    """Spread {name: tensor} over `count` files of about equal size, in order: file name -> names."""
+def assign_to_files(tensors, stem, n_files):
+    """Assign {name: tensor}, in order, to n_files files of about equal size; returns {file: names}."""
     groups, position, total = {}, 0, sum(t.numel() for t in tensors.values())
     for name, tensor in tensors.items():
-        groups.setdefault(position * count // total, []).append(name)
+        groups.setdefault(position * n_files // total, []).append(name)
         position += tensor.numel()
-    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
+    stems = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
     if len(groups) == 1:
-        names = [stem]
-    return {f"{file}.safetensors": group for file, group in zip(names, groups.values())}
+        stems = [stem]
+    return {f"{file}.safetensors": names for file, names in zip(stems, groups.values())}
 
 
-def write_index(directory, shards, total_size):
-    """The index of a model in several files, {file: names}, of total_size bytes."""
-    weight_map = dict(sorted((name, file) for file, group in shards.items() for name in group))
+def write_index(directory, names_by_file, total_size):
+    """Write the index of a model with several weight files, {file: names}, of total_size bytes."""
+    weight_map = dict(sorted((name, file) for file, names in names_by_file.items() for name in names))
     files.write_file(os.path.join(directory, INDEX_FILE),
                      {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def write_shared(directory, shards, tensors, dtypes, prefix=""):
-    """Write {file: names} of tensors that may be split over the ranks, with `prefix` before each name; every
-    rank calls it. Return {file: the rank that wrote it}. A writer gathers its tensors one by one: no rank
-    holds more of the model at a time than its files."""
-    rank, size = rank_and_size()
-    writers = {file: i % size for i, file in enumerate(shards)}
-    for file, names in shards.items():
-        mine = {}
+def write_tensor_files(directory, names_by_file, tensors, dtypes, prefix=""):
+    """Write the files {file: names} of tensors that may be sharded; return {file: the rank that wrote it}.
+
+    tensors, dtypes  {name: tensor} and {name: dtype in the file}
+    prefix           put before each name in the files
+
+    Every rank calls it. The files are distributed over the ranks, and tensors are gathered one by one: no
+    rank has more of the full model in memory than one of its files.
+    """
+    rank, world_size = rank_and_world_size()
+    writers = {file: i % world_size for i, file in enumerate(names_by_file)}
+    for file, names in names_by_file.items():
+        to_write = {}
         for name in names:
-            tensor = gathered(tensors[name].detach())
+            tensor = gather(tensors[name].detach())
             if writers[file] == rank:
                 tensor = tensor.to("cpu", dtypes[name])
-                is_tied = any(tensor.data_ptr() == other.data_ptr() for other in mine.values())
-                mine[prefix + name] = tensor.clone() if is_tied else tensor  # save_file refuses shared memory
-        if mine:
-            write_safetensors(os.path.join(directory, file), mine)
+                is_tied = any(tensor.data_ptr() == other.data_ptr() for other in to_write.values())
+                # save_file refuses tensors that share memory
+                to_write[prefix + name] = tensor.clone() if is_tied else tensor
+        if to_write:
+            write_safetensors(os.path.join(directory, file), to_write)
     return writers
 
 
-def gathered(tensor):
-    """The whole of a tensor. Where it is split, every rank calls this, and parts go through the device."""
+def gather(tensor):
+    """The full tensor. If it is sharded, every rank calls this, and the shards travel through the device."""
     if not is_split(tensor):
         return tensor
     tensor = tensor.to(tensor.device_mesh.device_type)
-    if tensor.device_mesh.ndim > 1:  # dp, then tp: full_tensor does it in that order too, but warns about it
-        from torch.distributed.tensor import Replicate  # takes half a second; such a mesh has loaded it
+    if tensor.device_mesh.ndim > 1:  # dp first, then tp: full_tensor uses this order too, but with a warning
+        from torch.distributed.tensor import Replicate  # takes half a second, but tp has imported it
 
         tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
     return tensor.full_tensor()
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} and flush it to the disk. Byte for byte what an untouched model was read from.
+    """Write {name: tensor} and flush it to the disk. Unchanged tensors give a byte-identical file.
 
-    save_file renames a file over `path` that only its owner can read. It gets the mode that open() gives a
-    new file here: that needs no os.umask, which can only be read by setting it, for all threads.
+    save_file renames a file to `path` that only its owner can read. We set the mode that open() gives to new
+    files, which needs no os.umask: that can only be read by setting it, for all threads.
     """
     with files.naming(path):
         with open(path, "wb") as f:
@@ -361,24 +397,25 @@ def write_safetensors(path, tensors):
     files.sync(path)
 
 
-def rank_and_size():
+def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def export_files(source, config_json, tokenizer_source, tokenizer, adapter_config=None):
-    """file name -> bytes or a JSON value: all that a saved model or adapter directory needs but the weights.
+def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter_config=None):
+    """{file name: bytes or JSON value} of all that a saved model or adapter directory needs but the weights.
 
-    source, config_json  the base model's directory and its parsed config.json
-    tokenizer_source     the directory whose tokenizer files are copied
-    tokenizer            the ChatTokenizer of that directory
-    adapter_config       the adapter's settings, by PEFT's names, where an adapter is saved and not a model
+    directory, config_json  the base model's directory and its parsed config.json
+    tokenizer_directory     the directory whose tokenizer files are copied
+    tokenizer               the ChatTokenizer of that directory
+    adapter_config          the content of adapter_config.json, if an adapter is saved and not a model
 
-    Read once, at the start of a run: the directories may be gone at its last save.
+    A run calls it once, at its start: the directories may be gone at the last save.
     """
-    exported = files.read_bytes(tokenizer_source, TOKENIZER_FILES)
+    exported = files.read_bytes(tokenizer_directory, TOKENIZER_FILES)
     if adapter_config is None:
-        exported.update(files.read_bytes(source, ["config.json"]))
-        exported["generation_config.json"] = generation_config(source, config_json, tokenizer.stop_id)
+        exported.update(files.read_bytes(directory, ["config.json"]))
+        exported["generation_config.json"] = generation_config(
+            directory, config_json, tokenizer.stop_token_id)
     else:
         exported["adapter_config.json"] = adapter_config
     if tokenizer.is_fallback:
@@ -386,24 +423,31 @@ def export_files(source, config_json, tokenizer_source, tokenizer, adapter_confi
     return exported
 
 
-def generation_config(directory, config, stop_id):
-    """generation_config.json with the trained turn-ending token among its eos ids.
+def generation_config(directory, config, stop_token_id):
+    """The directory's generation_config.json, with stop_token_id, which ends a turn, added to eos_token_id.
 
-    A base Qwen2.5 lists <|endoftext|> only: trained on ChatML, it would not stop at the end of its answer.
+    A base Qwen2.5 lists only <|endoftext|>. After training with ChatML it would not stop at the end of its
+    answer.
+
+    config  the parsed config.json, whose ids are used if there is no generation_config.json
+
+    Raises UserError for a malformed file.
     """
     path = os.path.join(directory, "generation_config.json")
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     if os.path.exists(path):
-        found = files.read_json(path)
+        generation = files.read_json(path)
     else:
-        found = {key: config[key] for key in keys if config.get(key) is not None}
-    eos = found.get("eos_token_id") if isinstance(found, dict) else "nothing: the file is no object"
-    if eos is None:
-        eos = []
-    elif not isinstance(eos, list):
-        eos = [eos]
-    if any(type(i) is not int for i in eos):
-        raise UserError(f"{path}: eos_token_id must be a token's id or a list of them, it is {eos!r:.60}")
-    if stop_id not in eos:
-        eos.append(stop_id)
-    return {**found, "eos_token_id": eos if len(eos) > 1 else eos[0]}
+        generation = {key: config[key] for key in keys if config.get(key) is not None}
+    if not isinstance(generation, dict):
+        raise UserError(f"{path} must be a JSON object, it is {generation!r:.60}")
+    eos_ids = generation.get("eos_token_id")
+    if eos_ids is None:
+        eos_ids = []
+    elif not isinstance(eos_ids, list):
+        eos_ids = [eos_ids]
+    if any(type(i) is not int for i in eos_ids):
+        raise UserError(f"{path}: eos_token_id must be a token id or a list of them, it is {eos_ids!r:.60}")
+    if stop_token_id not in eos_ids:
+        eos_ids.append(stop_token_id)
+    return {**generation, "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}

@@ -1,7 +1,7 @@
-"""RunState: the directory of a run, what it continues from, and what it has to remember from step to step.
+"""RunState: the directory of a run, what it continues from, and what it remembers from step to step.
 
 All of resume is here: which checkpoint is resumed, whether it is complete, whether it belongs to this run,
-what is restored, and what a checkpoint keeps for the next resume.
+what is restored, and what a checkpoint stores for the next resume.
 """
 
 import collections
@@ -16,14 +16,14 @@ from disk import checkpoint, files, peft, pretrained
 from families.config import ModelConfig
 from settings.errors import UserError
 
-# Settings that decide what an adapter is: resume refuses others.
+# Settings that decide what an adapter is. Resume refuses to change them.
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
                     "lora_modules_to_save", "quantize")
 
 
 @dataclass
-class Source:
-    """The directories of a model, its adapter (if any) and its tokenizer; the values of config.json."""
+class ModelPaths:
+    """The directories of a model, its adapter (if any) and its tokenizer; the content of config.json."""
 
     model: str
     adapter: str | None
@@ -32,10 +32,13 @@ class Source:
 
     @classmethod
     def find(cls, model, adapter=None, tokenizer=None):
-        """The Source of these directories; `tokenizer` is by default the adapter's or the model's."""
+        """The ModelPaths of these directories.
+
+        `tokenizer` is by default the adapter's directory if it has a tokenizer, otherwise the model's.
+        """
         if tokenizer is None:
-            has_own = adapter and os.path.exists(os.path.join(adapter, "tokenizer.json"))
-            tokenizer = adapter if has_own else model
+            has_tokenizer = adapter and os.path.exists(os.path.join(adapter, "tokenizer.json"))
+            tokenizer = adapter if has_tokenizer else model
         return cls(model, adapter, tokenizer, files.read_json(os.path.join(model, "config.json")))
 
     @property
@@ -48,84 +51,88 @@ class RunState:
 
     step             the last optimizer step that was taken
     best             {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, and the number of
-                     validations since without a lower one
+                     validations after it
     norms            the last 64 gradient norms, before clipping
-    owes_evaluation  a signal ended the evaluation after `step` early: it is done again before the next step
-    source           where the weights come from: a checkpoint is a model directory too
+    owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
+    paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
+
+    state.json of a checkpoint stores them as "step", "best", "norms" and, for owes_evaluation, "is_cut".
     """
 
     def __init__(self, cfg, ranks):
-        """A new run, or the checkpoint that --resume_from names, verified.
+        """Start a new run, or open and verify the checkpoint that --resume_from names.
 
-        Raises UserError where the output directory already holds a run, or the checkpoint is incomplete or
-        not of the kind of run (full or LoRA) that cfg asks for. A failed resume never trains.
+        Raises UserError where the output directory already contains a run, or the checkpoint is incomplete or
+        of the other kind (full or LoRA) than cfg asks for. A failed resume never trains.
         """
         self.cfg, self.is_writer = cfg, ranks.rank == 0
         self.root = os.path.join(cfg.output_dir, "checkpoints")
         os.makedirs(self.root, exist_ok=True)
         self.resumed = checkpoint.resume_directory(cfg.resume_from, self.root) if cfg.resume_from else None
         self.saved = {"step": 0}
+        has_run = os.path.exists(os.path.join(cfg.output_dir, "metrics.jsonl"))
         if self.resumed:
             checkpoint.verify(self.resumed)
             self.saved = checkpoint.load_state(self.resumed)
-        elif (not cfg.resume_from and not cfg.selfcheck
-              and os.path.exists(os.path.join(cfg.output_dir, "metrics.jsonl"))):
-            raise UserError(f"{cfg.output_dir} holds a run already: --resume_from auto goes on with it, "
-                            "--output_dir DIR starts another elsewhere")
+        elif has_run and not cfg.resume_from and not cfg.selfcheck:
+            raise UserError(f"{cfg.output_dir} already contains a run; use --resume_from auto to continue "
+                            "it, or another --output_dir for a new run")
         self.step = self.saved["step"]
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
-        self.source = self.find_source()
+        self.paths = self.find_paths()
 
-    def find_source(self):
+    def find_paths(self):
+        """The ModelPaths of this run. Raises UserError for an adapter without --use_lora, and the reverse."""
         cfg = self.cfg
         adapter = (self.resumed or cfg.resume_adapter) if cfg.use_lora else None
         directory = adapter or self.resumed
         if directory and pretrained.is_adapter(directory) != cfg.use_lora:
-            kind, how = ("a whole model", "without") if cfg.use_lora else ("an adapter", "with")
-            raise UserError(f"{directory} is {kind}: go on with it {how} --use_lora")
-        if adapter and not self.resumed:  # a checkpoint's base is compared by its fingerprint
+            if cfg.use_lora:
+                raise UserError(f"{directory} is a full model, not a LoRA adapter; drop --use_lora")
+            raise UserError(f"{directory} is a LoRA adapter, not a full model; add --use_lora")
+        if adapter and not self.resumed:  # on resume, identify() compares the base model's fingerprint
             peft.check_base(peft.read_config(adapter), cfg.model)
-        is_whole = self.resumed and not adapter
-        model = self.resumed if is_whole else pretrained.model_directory(cfg.model)
+        is_full_checkpoint = self.resumed and not adapter
+        model = self.resumed if is_full_checkpoint else pretrained.model_directory(cfg.model)
         tokenizer = pretrained.model_directory(cfg.tokenizer) if cfg.tokenizer else None
-        return Source.find(model, adapter, tokenizer)
+        return ModelPaths.find(model, adapter, tokenizer)
 
     def identify(self, train_set):
-        """Note what decides which conversations a step holds, and what an adapter is for.
+        """Record what a resume must not change: the data, the order of steps and the adapter's settings.
 
-        Raises UserError where the checkpoint that is resumed was made with others.
+        Raises UserError where the resumed checkpoint was made with other values.
         """
         cfg = self.cfg
         self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
                              batch_tokens=cfg.batch_tokens)
         if cfg.use_lora:
             self.identity.update({name: getattr(cfg, name) for name in ADAPTER_SETTINGS})
-            self.identity["base"] = pretrained.fingerprint(self.source.model)
+            self.identity["base"] = pretrained.fingerprint(self.paths.model)
         if not self.resumed:
             return
-        differ = [f"{key} {self.saved.get(key)} then, {now} now" for key, now in self.identity.items()
-                  if self.saved.get(key) != now]
-        if differ:
-            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} is of another run "
-                            f"({'; '.join(differ)}); give what it was started with, or start a new run with "
-                            "another --output_dir")
+        changes = [f"{key} {self.saved.get(key)} then, {now} now" for key, now in self.identity.items()
+                   if self.saved.get(key) != now]
+        if changes:
+            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} was made with other data or "
+                            f"settings ({'; '.join(changes)}); repeat the original settings, or start a new "
+                            "run with another --output_dir")
 
     def restore(self, model, optimizer, tokenizer):
-        """Load the optimizer's state and the fp32 masters if a checkpoint is resumed.
+        """If a checkpoint is resumed, load the optimizer's state and the fp32 master weights.
 
-        Also keep what each checkpoint of this run will hold beside them.
+        In any run, read what every later checkpoint will contain beside the weights.
         """
-        source = self.source
-        generation = pretrained.generation_config(source.model, source.config_json, tokenizer.stop_id)
+        paths = self.paths
+        generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
         if self.cfg.use_lora:
-            self.layout = pretrained.adapter_layout(model)
+            self.shard_map = pretrained.adapter_shard_map(model)
         else:
-            self.layout = pretrained.layout(model, source.model)
+            self.shard_map = pretrained.shard_map(model, paths.model)
         self.exported = pretrained.export_files(
-            source.model, source.config_json, source.tokenizer, tokenizer, model.peft_config)
+            paths.model, paths.config_json, paths.tokenizer, tokenizer, model.peft_config)
         if self.resumed:
             checkpoint.load_training_tensors(self.resumed, model, optimizer)
             if self.is_writer and os.path.dirname(self.resumed) == os.path.realpath(self.root):
@@ -136,7 +143,7 @@ class RunState:
     def restore_links(self):
         """Point latest and best at the resumed run: later steps in this directory are of an abandoned run.
 
-        A kill between the two links also leaves the second one out of date.
+        A kill between the moves of the two links also leaves the second one out of date.
         """
         checkpoint.set_link(self.root, self.step)
         if self.cfg.keep_best and os.path.isdir(os.path.join(self.root, f"step_{self.best['step']}")):
@@ -144,7 +151,7 @@ class RunState:
 
     @property
     def stops_early(self):
-        """--early_stopping: that many validations in a row without a lower val_loss."""
+        """--early_stopping N: whether the last N validations brought no lower val_loss."""
         return bool(self.cfg.early_stopping) and self.best["behind"] >= self.cfg.early_stopping
 
     def judge(self, step, val_loss):
@@ -156,9 +163,9 @@ class RunState:
         return is_best
 
     def is_spike(self, grad_norm):
-        """--max_grad_norm_factor: whether the norm is above `norm_limit`, and remember the norm.
+        """--max_grad_norm_factor: whether the norm is above `norm_limit`. Remembers the norm.
 
-        The limit is that factor times the median of the last 64 norms; there is none before 16.
+        The limit is the factor times the median of the last 64 norms. There is none until 16 norms are known.
         """
         factor = self.cfg.max_grad_norm_factor
         self.norm_limit = math.inf
@@ -168,7 +175,10 @@ class RunState:
         return grad_norm > self.norm_limit
 
     def save(self, model, optimizer, is_best):
-        """Write the checkpoint of the last step; every rank calls it. Then delete those that are not kept."""
+        """Write the checkpoint of the last step, then delete older ones as --keep_checkpoints says.
+
+        Every rank calls it.
+        """
         links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
         state = {
             **self.identity,
@@ -176,7 +186,7 @@ class RunState:
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
         }
-        checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, layout=self.layout,
+        checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
                         exported=self.exported, state=state, links=links)
         if self.is_writer:
             best = self.best["step"] if self.cfg.keep_best else None

@@ -1,6 +1,7 @@
-"""The next-token loss without the logits of a whole micro-batch: only target rows reach the head, in chunks.
+"""The next-token loss. Logits exist only for positions with a target, and only for CHUNK of them at a time.
 
-Shapes: N tokens of the row, R with a target, C hidden size, V rows of the head (its part of the vocabulary).
+Shapes: N tokens of a micro-batch, R targets, C hidden size, V tokens of the vocabulary that this rank's head
+holds (all, without tensor parallelism).
 """
 
 from typing import NamedTuple
@@ -8,57 +9,58 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-CHUNK = 256  # target rows whose logits exist at a time
+CHUNK = 256  # targets whose logits exist at a time
 
 
 class LossOut(NamedTuple):
-    """What the loss of a micro-batch gives."""
+    """The loss of a micro-batch."""
 
     total: torch.Tensor  # () fp32, nats summed over the targets; the caller divides
-    each: torch.Tensor  # (R,) fp32, the loss of each target; without a gradient
-    correct: torch.Tensor | None  # (R,) bool, whether the likeliest token is the target; None until asked for
+    each: torch.Tensor  # (R,) fp32, the loss of each target; no gradient flows through it
+    correct: torch.Tensor | None  # (R,) bool, is the likeliest token the target? None: not computed
 
 
 class Head(nn.Linear):
     """lm_head: hidden states (N, C) -> logits (N, V).
 
-    The loss reads its weight and the three names below. A head that holds only a part of the vocabulary
+    The loss uses its weight and the three members below. A head that holds only a shard of the vocabulary
     overrides them (ranks/tp.py).
     """
 
-    first_id = 0  # token id of the weight's first row
+    first_id = 0  # token id of the first row of the weight
 
     def local_weight(self):
-        """(V, C): the rows that this process holds."""
+        """(V, C): the rows of the weight that this rank holds."""
         return self.weight
 
     def all_reduce(self, tensor, op):
-        """Combine a tensor over all parts of the vocabulary, in place; op is "sum" or "max"."""
+        """All-reduce a tensor over the shards of the vocabulary, in place; op is "sum" or "max"."""
 
 
-def loss(hidden, head, rows, targets, weights=None):
+def loss(hidden, head, target_positions, targets, weights=None):
     """Next-token cross-entropy, summed over the targets. Returns a LossOut.
 
-    hidden   (N, C)  after the final norm
+    hidden           (N, C)  after the final norm
     head             a Head
-    rows     (R,)    int64; positions in hidden whose next token is a target. They come from the data: finding
-                     them on the device would make the host wait for it
-    targets  (R,)    int64; that next token
-    weights  (R,)    must be None: a float weight for each target is not supported yet
+    target_positions (R,)    int64; positions in hidden whose next token is a target. They come from the data:
+                             to find them on the device would make the host wait for it
+    targets          (R,)    int64; that next token
+    weights          (R,)    must be None: a float weight per target is not supported yet
+
+    Raises NotImplementedError if weights are passed.
     """
     if weights is not None:
-        raise NotImplementedError("the loss takes no weights yet")
+        raise NotImplementedError("the loss does not support weights yet")
     total, each = ChunkedCrossEntropy.apply(
-        hidden[rows], head.local_weight(), targets, head, torch.is_grad_enabled())
+        hidden[target_positions], head.local_weight(), targets, head, torch.is_grad_enabled())
     return LossOut(total, each, None)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradient of each chunk in forward, while its logits exist.
 
-    Nothing is computed twice, and one (CHUNK, V) buffer is alive instead of the three (N, V) ones of plain
-    cross-entropy. The cost: the gradients of hidden and weight, which backward would make anyway, live from
-    forward on.
+    Nothing is computed twice. One (CHUNK, V) buffer is alive instead of the three (N, V) buffers of plain
+    cross-entropy. The cost: the gradients of hidden and weight exist from forward on, not only in backward.
     """
 
     @staticmethod
@@ -68,20 +70,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if grad_enabled and ctx.needs_input_grad[0]:
             hidden_grad = torch.empty_like(hidden)
         if grad_enabled and ctx.needs_input_grad[1]:
-            weight_grad = torch.empty_like(weight, dtype=torch.float32)  # fp32 always, as it sums over chunks
+            weight_grad = torch.empty_like(weight, dtype=torch.float32)  # a sum over chunks needs fp32
             if not len(targets) or hidden.dtype != torch.float32:
-                weight_grad.zero_()  # otherwise the first chunk's product overwrites it
-        # one buffer, as new memory for each chunk costs time
+                weight_grad.zero_()  # otherwise the first chunk's product overwrites it (beta=0 below)
+        # One buffer for all chunks: to allocate one per chunk costs time.
         buffer = hidden.new_empty(min(CHUNK, len(targets)), weight.shape[0])
         for start in range(0, len(targets), CHUNK):
             h = hidden[start : start + CHUNK]
             t = targets[start : start + CHUNK, None] - head.first_id
-            # (CHUNK, V); changed in place from here on
+            # (CHUNK, V). Everything below changes it in place, so that no second buffer is needed.
             logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()
             largest = logits.amax(dim=1, keepdim=True)
             head.all_reduce(largest, "max")
             logits -= largest
-            # 1 where this part of the vocabulary has the target
+            # 1.0 where this rank's shard of the vocabulary has the target
             is_here = ((t >= 0) & (t < weight.shape[0])).float()
             t = t.clamp(0, weight.shape[0] - 1)
             picked = logits.gather(1, t) * is_here
@@ -90,13 +92,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             torch.sub(sums[:, 0].log(), sums[:, 1], out=each[start : start + CHUNK])
             if hidden_grad is None and weight_grad is None:
                 continue
-            # probabilities; minus the one-hot target they are the gradient of the logits
+            # The gradient of the logits: probabilities minus the one-hot target.
             logits /= sums[:, :1]
             logits.scatter_add_(1, t, -is_here)
             if hidden_grad is not None:
                 torch.mm(logits.to(h.dtype), weight, out=hidden_grad[start : start + CHUNK])
             if weight_grad is not None and h.dtype == torch.float32:
-                weight_grad.addmm_(logits.T, h, beta=min(start, 1))  # without a second (V, C) buffer
+                weight_grad.addmm_(logits.T, h, beta=min(start, 1))  # no second (V, C) buffer
             elif weight_grad is not None:
                 weight_grad += logits.to(h.dtype).T @ h
         if hidden_grad is not None:
@@ -110,8 +112,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         if ctx.grads is None:
-            raise RuntimeError("the loss has been differentiated once already, and its gradients were scaled "
-                               "in place; compute the loss anew")
+            raise RuntimeError("backward was already called on this loss, and its gradients were scaled in "
+                               "place; compute the loss again")
         hidden_grad, weight_grad = ctx.grads
         ctx.grads = None
         for g in (hidden_grad, weight_grad):

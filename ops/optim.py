@@ -1,7 +1,7 @@
-"""Which parameters decay, AdamW on this rank's parts of them, and any optimizer with its memory on the host.
+"""Parameter groups, AdamW on this rank's shards, and offload of any optimizer's state to host memory.
 
-Another optimizer is a class with AdamW's methods that sft.py gives to `build` in AdamW's place. Checkpoints
-then hold the state that its `new_state` names, and --optimizer_offload works with it.
+To use another optimizer, write a class with AdamW's methods and pass it to `build` in sft.py. Checkpoints
+then contain the state that its `new_state` names, and --optimizer_offload works with it.
 """
 
 import torch
@@ -11,11 +11,10 @@ from ops.memory import local
 
 
 def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
-    """The trained parameters in three groups, each a dict with params, weight_decay and lr_ratio, which
-    multiplies lr.
+    """The trained parameters in three groups, dicts with params, weight_decay and lr_ratio (a factor of lr).
 
-    Vectors (norms, biases, DoRA's magnitudes) do not decay, matrices do. LoRA's B matrices have a group of
-    their own, for LoRA+ (arXiv 2402.12354): its lr_ratio is lora_plus_ratio. A group may be empty.
+    Matrices decay; vectors (norms, biases, DoRA's magnitudes) do not. LoRA's B matrices form their own group,
+    with lora_plus_ratio as its lr_ratio (LoRA+, arXiv 2402.12354). A group may be empty.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = [p for _, p in trained if p.ndim < 2]
@@ -27,9 +26,11 @@ def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
 
 
 def build(optimizer_class, groups, *, lr, betas, eps, offload=False):
-    """The optimizer of a run: an optimizer_class over `groups` or, with offload, over fp32 copies of their
-    parameters in host memory. Any class with AdamW's methods can be offloaded: it is built on the copies and
-    sees nothing else."""
+    """The optimizer of a run: an optimizer_class over `groups`.
+
+    offload  build it on fp32 copies of the parameters in host memory. Any class with AdamW's methods can be
+             offloaded, because it sees nothing but the copies
+    """
     if not offload:
         return optimizer_class(groups, lr=lr, betas=betas, eps=eps)
     masters = {p: torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
@@ -39,48 +40,48 @@ def build(optimizer_class, groups, *, lr, betas, eps, offload=False):
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov, Hutter 2019): torch's fused kernel on this rank's parts.
+    """Adam with decoupled weight decay (Loshchilov, Hutter 2019): torch's fused kernel on this rank's shards.
 
-    Not a torch.optim.Optimizer: that is the same arithmetic, but importing it loads torch's compiler, 0.7 s
-    before the first step, and clipping gradients for it takes a pass of its own over their memory.
+    Not a torch.optim.Optimizer. That computes the same, but importing it loads torch's compiler, which takes
+    0.7 s, and clipping the gradients for it takes one more pass over their memory.
 
     param_groups  dicts with params, lr, weight_decay; other keys are kept
-    state         parameter -> its tensors, as new_state names them; empty before the first step
-    updates       how many updates were taken, for bias correction: fewer than the run's steps where some were
+    state         parameter -> {name: tensor} as new_state makes it; empty before the first step
+    updates       number of updates so far, for bias correction. Fewer than the run's steps if some were
                   skipped. A checkpoint restores it.
     """
 
     def __init__(self, groups, lr, betas, eps):
-        self.param_groups, self.state, self.updates = [{"lr": lr, **group} for group in groups], {}, 0
+        self.param_groups = [{"lr": lr, **group} for group in groups]
+        self.state, self.updates = {}, 0
         self.betas, self.eps = betas, eps
 
     def new_state(self, p):
-        """{name: tensor, shaped and split like p}: what this optimizer keeps for p, before the first update.
+        """The state of p before its first update, {name: tensor that is shaped and sharded like p}.
 
-        A checkpoint saves and restores these by their names; "master" is reserved (disk/checkpoint.py).
+        Checkpoints save and restore these tensors by name. "master" is reserved (disk/checkpoint.py).
         """
         return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def state_of(self, p):
-        """The tensors kept for p, made on first use."""
+        """The state of p, created on first use."""
         if p not in self.state:
             self.state[p] = self.new_state(p)
         return self.state[p]
 
     def master(self, p):
-        """The tensor that is stepped for a parameter of the model: itself."""
+        """The tensor that is updated for a parameter of the model: the parameter itself."""
         return p
 
     @torch.no_grad()
     def step(self, clip_divisor=1.0):
-        """Update each parameter that has a gradient, which the kernel divides by clip_divisor first."""
+        """Update each parameter that has a gradient. The kernel divides gradients by clip_divisor first."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             states, device = [self.state_of(p) for p in params], params[0].device
-            # One allocation for the counters of all parameters; the kernel adds 1 to each before it uses
-            # them.
+            # The kernel wants a counter per parameter, and adds 1 to it before use. One allocation for all.
             steps = torch.full((len(params),), float(self.updates), device=device).unbind()
             divisor = None if clip_divisor == 1 else torch.full((), clip_divisor, device=device)
             adamw([local(p) for p in params], [local(p.grad) for p in params],
@@ -97,13 +98,13 @@ class AdamW:
 
 
 class Offloaded:
-    """An optimizer whose state and fp32 master weights lie in host memory; the model's parameters and
-    gradients stay on the device. Made by `build`; same methods as AdamW.
+    """An optimizer with its state and fp32 master weights in host memory; same methods as AdamW.
 
-    With AdamW it saves 12 bytes a parameter of device memory, and costs a copy of the gradients to the host
-    and of the weights back, each step.
+    The model's parameters and gradients stay on the device. With AdamW this saves 12 bytes per parameter of
+    device memory. It costs, in each step, a copy of the gradients to the host and of the weights back.
 
-    optimizer  built on the masters;  masters  parameter of the model -> the fp32 copy that is stepped for it
+    optimizer  built on the masters
+    masters    parameter of the model -> its fp32 copy, which the optimizer updates
     """
 
     def __init__(self, optimizer, masters):
@@ -125,7 +126,7 @@ class Offloaded:
         return self.optimizer.state_of(p)
 
     def master(self, p):
-        """The fp32 copy of a trained parameter; a frozen one has none and is returned as it is."""
+        """The fp32 copy of a trained parameter; a frozen parameter has no copy and is returned itself."""
         return self.masters.get(p, p)
 
     @torch.no_grad()
@@ -148,16 +149,16 @@ class Offloaded:
 
 
 def set_lr(optimizer, lr):
-    """Give each group its learning rate: lr times the group's lr_ratio."""
+    """Set each group's learning rate to lr times its lr_ratio."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
 
 
 class ChangeMeter:
-    """The share of the weights that an update changes: what is below their precision changes none.
+    """Measures which fraction of the weights an update changes: an update below their precision changes none.
 
-    Measured every tenth step, as it waits for the device, on about 64 k elements spread over all weights that
-    this rank updates.
+    It compares about 65,536 elements, spread over all weights that this rank updates. Only every tenth step,
+    because it waits for the device.
     """
 
     def __init__(self, optimizer):
@@ -165,11 +166,11 @@ class ChangeMeter:
         self.before = None
 
     def start(self, step):
-        """Before the update of a step."""
+        """Call it before the update of a step."""
         self.before = self.sample() if step % 10 == 1 else None
 
     def changed(self):
-        """After it: a share, or None where it was not measured."""
+        """Call it after the update. Returns the fraction, or None in a step that is not measured."""
         if self.before is None:
             return None
         return (self.sample() != self.before).float().mean().item()

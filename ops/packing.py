@@ -1,6 +1,6 @@
-"""Packing: how many micro-batches a step takes, and which conversations each of a rank's micro-batches holds.
+"""Packing: which of a step's conversations go to which rank, and into which of its micro-batches.
 
-All ranks compute the same result, in integers, so none has to ask another.
+Every rank computes the same result, in integers, so no rank has to ask another.
 """
 
 import heapq
@@ -12,102 +12,125 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
-def pack(lengths, capacity, max_rows=None, dp_rank=0, dp_size=1):
-    """Lay conversations into micro-batches; return those of one rank, as lists of indices into lengths.
+def pack(lengths, capacity, max_conversations=None, dp_rank=0, dp_size=1):
+    """Distribute a step's conversations over micro-batches; return those of one rank.
 
-    lengths   tokens of each conversation
-    capacity  a micro-batch holds at most so many tokens, and max_rows conversations where that is given
+    lengths            (conversations,) tokens of each
+    capacity           tokens that a micro-batch may hold
+    max_conversations  conversations that a micro-batch may hold; None: no limit
+    returns            list of micro-batches, each a list of indices of `lengths`
 
-    Every rank gets equally many micro-batches, some of them empty if there are too few conversations. The
-    longest conversation comes first, and each goes into the micro-batch that has the fewest tokens so far.
+    Every rank gets the same number of micro-batches. Some are empty if there are too few conversations.
+    Within a rank, the longest conversation comes first, and each goes into the micro-batch that has the
+    fewest tokens so far.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")  # longest first
-    n, longest = lengths[order], int(lengths.max(initial=1))
+    lengths = lengths[order]
+    longest = int(lengths.max(initial=1))
     assert longest <= capacity, (lengths, capacity)
-    if max_rows:
-        # Ranks 0 1 2 2 1 0 0 1 2 ...: as many conversations on each, and about as long ones at the same time.
-        turn = np.arange(len(n)) % (2 * dp_size)
-        ranks = np.minimum(turn, 2 * dp_size - 1 - turn)
-        room = min(max_rows, capacity // longest)  # so many conversations fit, whichever they are
-        count = max(1, ceil_div(len(n), room * dp_size))
+    if max_conversations:
+        # Ranks 0 1 2 2 1 0 0 1 2 ...: each rank gets the same number of conversations, and at any time all
+        # ranks have conversations of about the same length.
+        turns = np.arange(len(lengths)) % (2 * dp_size)
+        ranks = np.minimum(turns, 2 * dp_size - 1 - turns)
+        # Count conversations instead of tokens: this many fit into a micro-batch, whichever they are.
+        sizes, limit = np.ones_like(lengths), min(max_conversations, capacity // longest)
+        n_batches = max(1, ceil_div(len(lengths), limit * dp_size))
     else:
-        ranks, room = split_over_ranks(n, dp_size), capacity
-        count = micro_batches_needed(n, ranks, capacity, dp_size)
-    mine, n = order[ranks == dp_rank], n[ranks == dp_rank]
-    bins, batches = [], [[] for _ in range(count)]
-    assign_least_loaded(bins, np.ones_like(n) if max_rows else n, costs=n, room=[room] * count)
-    for i, b in zip(mine.tolist(), bins, strict=True):
-        batches[b].append(i)
+        ranks = split_over_ranks(lengths, dp_size)
+        sizes, limit = lengths, capacity
+        n_batches = micro_batches_needed(lengths, ranks, capacity, dp_size)
+    is_mine = ranks == dp_rank
+    order, lengths, sizes = order[is_mine], lengths[is_mine], sizes[is_mine]
+    assigned, batches = [], [[] for _ in range(n_batches)]
+    assign_least_loaded(assigned, sizes, costs=lengths, capacity_left=[limit] * n_batches)
+    for conversation, batch in zip(order.tolist(), assigned, strict=True):
+        batches[batch].append(conversation)
     return batches
 
 
-def micro_batches_needed(n, ranks, capacity, dp_size):
-    """How many micro-batches of `capacity` tokens each rank gets, so that each conversation fits at its turn.
+def micro_batches_needed(lengths, ranks, capacity, dp_size):
+    """The number of micro-batches per rank with which the greedy assignment of `pack` never gets stuck.
 
-    n      (conversations,) int64, tokens of each, longest first
-    ranks  (conversations,) int64, the rank of each
+    lengths   (conversations,) int64, tokens of each, longest first
+    ranks     (conversations,) int64, the rank of each
+    capacity  tokens that a micro-batch may hold
 
-    If k micro-batches hold `before` tokens together, the emptiest holds at most before // k. A conversation
-    of m tokens fits there if before // k <= capacity - m, that is, k > before // (capacity - m + 1). It also
-    fits if k is larger than the number of conversations before it, as one micro-batch is still empty then.
+    A conversation fits if the emptiest micro-batch still has `length` tokens free. Let the rank's earlier
+    conversations have `tokens_before` tokens together. With k micro-batches, the emptiest one holds at most
+    the average, tokens_before // k. So k is enough if
+
+        tokens_before // k <= capacity - length,   that is,   k > tokens_before // (capacity - length + 1)
+
+    k is also enough if it is larger than the number of earlier conversations: one micro-batch is still empty.
+    The smaller of the two is what this conversation needs; the result is the largest need of all.
     """
-    borders = np.cumsum(np.bincount(ranks, minlength=dp_size))[:-1]
-    count = 1
-    for m in np.split(n[np.argsort(ranks, kind="stable")], borders):  # of each rank, longest first
-        before = np.cumsum(m) - m
-        enough = np.minimum(before // (capacity - m + 1), np.arange(len(m))) + 1
-        count = max(count, int(enough.max(initial=1)))
-    return count
+    by_rank = lengths[np.argsort(ranks, kind="stable")]  # sorted by rank, within a rank longest first
+    boundaries = np.cumsum(np.bincount(ranks, minlength=dp_size))[:-1]
+    n_batches = 1
+    for lengths_of_rank in np.split(by_rank, boundaries):
+        tokens_before = np.cumsum(lengths_of_rank) - lengths_of_rank
+        conversations_before = np.arange(len(lengths_of_rank))
+        needed = 1 + np.minimum(tokens_before // (capacity - lengths_of_rank + 1), conversations_before)
+        n_batches = max(n_batches, int(needed.max(initial=1)))
+    return n_batches
 
 
-def split_over_ranks(n, dp_size):
+def split_over_ranks(lengths, dp_size):
     """The rank of each conversation: even in tokens and in squared length, which is attention's cost.
 
-    n        (conversations,) int64, tokens of each, longest first
+    lengths  (conversations,) int64, tokens of each, longest first
     returns  (conversations,) int64
 
-    First the longest ones, down to where the shorter ones hold 1/4 of all tokens: each goes to the rank of
-    least squared length so far. A rank that is short of tokens will get more of the shorter ones later on, so
-    the squared length that those have per token is subtracted beforehand. Then the same down to 1/8, and to
-    1/16. No rank takes more than an even share of the tokens here. The last 16th levels the tokens.
+    Long conversations decide the squared lengths, short ones can still level the tokens. So:
+
+    1. Three passes assign the long conversations: down to where the shorter ones hold 1/4 of all tokens, then
+       down to 1/8, then to 1/16. Each conversation goes to the rank with the least squared length so far.
+       No rank takes more than an even share of the tokens.
+    2. In these passes a conversation costs its squared length minus what its tokens would cost in short
+       conversations. A rank that gets fewer tokens now gets more short conversations later, and the squared
+       length of those is thus counted in advance. Each pass estimates it anew from what is left.
+    3. The last pass assigns the rest, each to the rank with the fewest tokens so far.
     """
-    if dp_size == 1 or len(n) <= dp_size:
-        return np.arange(len(n)) % dp_size
-    squares = n * n
-    # sums over each conversation and all shorter ones
-    tokens_left, squares_left = (np.append(np.cumsum(x[::-1])[::-1], 0) for x in (n, squares))
+    if dp_size == 1 or len(lengths) <= dp_size:
+        return np.arange(len(lengths)) % dp_size
+    squares = lengths * lengths
+    # [i]: sum over conversation i and all shorter ones
+    tokens_left = np.append(np.cumsum(lengths[::-1])[::-1], 0)
+    squares_left = np.append(np.cumsum(squares[::-1])[::-1], 0)
     total, ranks = int(tokens_left[0]), []
-    room = [ceil_div(total, dp_size)] * dp_size
-    for part in 4, 8, 16:
-        stop = int((tokens_left > total // part).sum())
-        per_token = squares_left[stop] // max(1, tokens_left[stop])
-        assign_least_loaded(ranks, n[:stop], costs=squares - n * per_token, room=room)
-    assign_least_loaded(ranks, n, costs=n, room=[total] * dp_size)
+    capacity_left = [ceil_div(total, dp_size)] * dp_size
+    for divisor in 4, 8, 16:
+        stop = int((tokens_left > total // divisor).sum())
+        square_per_token = squares_left[stop] // max(1, tokens_left[stop])
+        costs = squares - lengths * square_per_token
+        assign_least_loaded(ranks, lengths[:stop], costs=costs, capacity_left=capacity_left)
+    assign_least_loaded(ranks, lengths, costs=lengths, capacity_left=[total] * dp_size)
     return np.array(ranks)
 
 
-def assign_least_loaded(bins, sizes, *, costs, room):
-    """Append to `bins` the bin of each further item: that of least cost so far, of several the first.
+def assign_least_loaded(bins, sizes, *, costs, capacity_left):
+    """Assign items to bins, each to the bin of least cost so far (of equals the first); extends `bins`.
 
-    bins   list, the bins of the first items
-    sizes  (items,) int64, the room that each item takes
-    costs  (at least items,) int64, what each item adds to the cost of its bin, the first items included
-    room   list, what is left in each bin; what is taken here is subtracted
+    bins           list, the bin of each item that is already assigned; the bins of further items are appended
+    sizes          (items,) int64, how much of a bin's capacity each item takes
+    costs          (at least items,) int64, what each item adds to its bin's cost, assigned ones included
+    capacity_left  list, of each bin; reduced by the items that are assigned here
 
-    A bin that lacks room for an item when its turn comes gets none of the later ones. Where all bins are
-    closed like that, the remaining items get none.
+    If an item does not fit into the bin of least cost, that bin is closed for the rest of the call. If all
+    bins are closed, the remaining items are not assigned.
     """
-    sizes, costs, loads = sizes.tolist(), costs.tolist(), [0] * len(room)
+    sizes, costs, loads = sizes.tolist(), costs.tolist(), [0] * len(capacity_left)
     for b, cost in zip(bins, costs):
         loads[b] += cost
     heap = sorted((load, b) for b, load in enumerate(loads))
     for size, cost in zip(sizes[len(bins) :], costs[len(bins) :]):
-        while heap and room[heap[0][1]] < size:
+        while heap and capacity_left[heap[0][1]] < size:
             heapq.heappop(heap)
         if not heap:
             break
         load, b = heap[0]
         bins.append(b)
-        room[b] -= size
+        capacity_left[b] -= size
         heapq.heapreplace(heap, (load + cost, b))

@@ -2,8 +2,8 @@
 
     python ranks/launch.py [--n_gpus N] [flags of sft.py]
 
-Environment: N_GPUS (as --n_gpus), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT. It imports the standard
-library only: one process starts as fast as by `python sft.py`.
+Environment: N_GPUS (as --n_gpus), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT. This file imports only the
+standard library, so that one process starts as fast as with `python sft.py`.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import subprocess
 import sys
 
 SFT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "sft.py")
-# What ends a run early, and its exit code then: Ctrl-C, Slurm's warning before a requeue, a shutdown.
+# Signals that end a run early, and its exit code: Ctrl-C, Slurm's warning before a requeue, a shutdown.
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143}
 
 
 def fail(message):
-    """End with one line and the exit code of an error of the input."""
+    """Exit with one error line and code 2, the code of an error in the input."""
     print(f"train.sh: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -28,64 +28,64 @@ def variable(name, default):
     return os.environ.get(name) or default
 
 
-def count(name, text):
-    """A number of processes or nodes; ends the program if the text is not a whole number above 0."""
+def positive(name, text):
+    """The number of processes or nodes in a text. Exits if it is not a whole number above 0."""
     if not (text.isascii() and text.isdigit() and int(text)):
         fail(f"{name} {text}: it must be a number, at least 1")
     return int(text)
 
 
-def whole(name, text, low, high):
-    """End the program if the text is not a whole number from low to high."""
+def check_range(name, text, low, high):
+    """Exit if a text is not a whole number from low to high."""
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
         fail(f"{name} {text}: it must be a number from {low} to {high}")
 
 
-def take_n_gpus(words):
-    """(processes on this node, the other words): the last --n_gpus counts; without one, N_GPUS."""
-    words, others, n_gpus = list(words), [], variable("N_GPUS", "1")
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
+def split_n_gpus(arguments):
+    """(processes on this node, the other arguments). The last --n_gpus counts; without one, N_GPUS does."""
+    arguments, others, n_gpus = list(arguments), [], variable("N_GPUS", "1")
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, value = argument.partition("=")
         if name not in ("--n_gpus", "--n-gpus"):
-            others.append(word)
-        elif not equals and not words:
+            others.append(argument)
+        elif not equals and not arguments:
             fail("--n_gpus needs a number")
         else:
-            n_gpus = value if equals else words.pop(0)
-    return count("--n_gpus", n_gpus), others
+            n_gpus = value if equals else arguments.pop(0)
+    return positive("--n_gpus", n_gpus), others
 
 
-def check_settings(words):
-    """Let sft.py check its settings once, and end as it does if one is wrong: with one line and exit code 2.
+def check_settings(arguments):
+    """Let sft.py check its settings once, before torchrun starts. Exits like sft.py if one is wrong.
 
-    Found by the workers, each would print that line, and torchrun its report of 70 lines behind them.
+    If the workers found the error, each would print its line, followed by torchrun's report of 70 lines.
     """
-    command = [sys.executable, SFT, "--explain", "--environment", *words]
-    checked = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, check=False)
-    if checked.returncode:
-        os.write(2, checked.stderr)
-        sys.exit(shell_code(checked.returncode))
+    command = [sys.executable, SFT, "--explain", "--environment", *arguments]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, check=False)
+    if result.returncode:
+        os.write(2, result.stderr)
+        sys.exit(shell_code(result.returncode))
 
 
-def torchrun(words, n_gpus, n_nodes):
-    """Run sft.py under torchrun, in this process, until all workers have ended; return the exit code.
+def torchrun(arguments, n_gpus, n_nodes):
+    """Run sft.py under torchrun, in this process, until all workers have ended. Returns the exit code.
 
-    It is 2 if the first worker to fail has that code: it has printed what is wrong with the input. Any other
-    failure raises torchrun's ChildFailedError, whose text is its report.
+    The code is 2 if the first worker to fail has that code: the worker has printed what is wrong with the
+    input. Any other failure raises torchrun's ChildFailedError, whose text is its report.
     """
-    from torch.distributed import run  # here, as the process that waits for this one does not need torch
+    from torch.distributed import run  # imported here: the process that supervises this one needs no torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     port, node_rank = variable("MASTER_PORT", ""), variable("NODE_RANK", "0")
-    rendezvous = ["--standalone", "--local_addr", "127.0.0.1"]  # at a free port
+    rendezvous = ["--standalone", "--local_addr", "127.0.0.1"]  # torchrun picks a free port
     if n_nodes > 1 or port:
         rendezvous = ["--nnodes", str(n_nodes), "--node_rank", node_rank,
                       "--master_addr", variable("MASTER_ADDR", "127.0.0.1"), "--master_port", port or "29500"]
     options = ["--nproc_per_node", str(n_gpus), *rendezvous, "--signals_to_handle", "SIGHUP,SIGQUIT"]
     try:
-        run.run(run.parse_args([*options, SFT, "--environment", *words]))
+        run.run(run.parse_args([*options, SFT, "--environment", *arguments]))
     except ChildFailedError as error:
         if error.get_first_failure()[1].exitcode != 2:
             raise
@@ -93,27 +93,28 @@ def torchrun(words, n_gpus, n_nodes):
     return 0
 
 
-def fork_torchrun(words, n_gpus, n_nodes):
-    """Start torchrun in a process that ignores the signals of EXIT_CODES; return its id.
+def fork_torchrun(arguments, n_gpus, n_nodes):
+    """Start torchrun in a child process that ignores the signals of EXIT_CODES. Returns the child's id.
 
-    Its workers inherit that: they ignore a signal while Python starts, until sft.py installs its handlers.
+    The workers inherit this: they ignore signals until sft.py has installed its handlers.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)  # a signal waits until supervise() has its handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)  # until supervise() has installed its handlers
     child = os.fork()
     if child == 0:
         for number in EXIT_CODES:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
-        sys.exit(torchrun(words, n_gpus, n_nodes))
+        sys.exit(torchrun(arguments, n_gpus, n_nodes))
     return child
 
 
 def supervise(child):
-    """Wait for torchrun, the process `child`, and pass signals on to its workers; return the exit code.
+    """Wait for torchrun, the process `child`, and forward signals to its workers. Returns the exit code.
 
-    torchrun itself would kill a worker 30 s after a signal, in the middle of a step or a checkpoint, and end
-    with code 1 and a traceback. So it ignores the signals of EXIT_CODES. After one, each worker gets SIGUSR1
-    every second, and the exit code is that of sft.py alone after this signal. Ctrl-C again kills all of them.
+    torchrun itself would kill a worker 30 s after a signal, in the middle of a step or a checkpoint, and exit
+    with code 1 and a traceback. So torchrun ignores the signals of EXIT_CODES. After one of them, each worker
+    gets SIGUSR1 every second, and the exit code is the one that sft.py alone would have. A second Ctrl-C
+    kills all processes.
     """
     code, has_workers = None, False
 
@@ -129,7 +130,7 @@ def supervise(child):
         nonlocal has_workers
         workers = children(child)
         has_workers = has_workers or bool(workers)
-        if not has_workers:  # it still waits for the other nodes: there is nothing to save
+        if not has_workers:  # torchrun still waits for other nodes: there is nothing to save
             send(signal.SIGKILL, [child])
         send(signal.SIGUSR1, workers)
 
@@ -145,7 +146,7 @@ def supervise(child):
 
 
 def shell_code(result):
-    """The exit code as a shell gives it: 128 + N for a process that signal N ended, which Python calls -N."""
+    """The exit code as a shell reports it: 128 + N if signal N ended the process (in Python: -N)."""
     return result if result >= 0 else 128 - result
 
 
@@ -153,12 +154,12 @@ def children(process):
     """Ids of the children of a process."""
     try:
         command = ["pgrep", "-P", str(process)]
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
-    except FileNotFoundError:  # a container without procps
-        found = ""
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    except FileNotFoundError:  # no pgrep: a container without procps
+        output = ""
         with contextlib.suppress(FileNotFoundError), open(f"/proc/{process}/task/{process}/children") as file:
-            found = file.read()
-    return [int(word) for word in found.split()]
+            output = file.read()
+    return [int(pid) for pid in output.split()]
 
 
 def send(number, processes):
@@ -169,26 +170,26 @@ def send(number, processes):
 
 
 def main():
-    n_gpus, words = take_n_gpus(sys.argv[1:])
-    n_nodes = count("NNODES", variable("NNODES", "1"))
+    n_gpus, arguments = split_n_gpus(sys.argv[1:])
+    n_nodes = positive("NNODES", variable("NNODES", "1"))
     n_ranks = n_gpus * n_nodes
     if n_ranks > 1:
-        whole("NODE_RANK", variable("NODE_RANK", "0"), 0, n_nodes - 1)
-        whole("MASTER_PORT", variable("MASTER_PORT", "29500"), 1, 2**16 - 1)
-    if n_ranks > 1:  # as torchrun says it to the workers
+        check_range("NODE_RANK", variable("NODE_RANK", "0"), 0, n_nodes - 1)
+        check_range("MASTER_PORT", variable("MASTER_PORT", "29500"), 1, 2**16 - 1)
+        # as torchrun sets them for the workers: sft.py --explain checks settings against them
         os.environ["WORLD_SIZE"] = str(n_ranks)
         os.environ["LOCAL_WORLD_SIZE"] = str(n_gpus)
         os.environ["GROUP_WORLD_SIZE"] = str(n_nodes)
-    if n_ranks == 1 or {"--help", "-h", "--explain"} & set(words):
-        os.execv(sys.executable, [sys.executable, SFT, "--environment", *words])
-    check_settings(words)
-    # without a GPU each process would take all cores
+    if n_ranks == 1 or {"--help", "-h", "--explain"} & set(arguments):
+        os.execv(sys.executable, [sys.executable, SFT, "--environment", *arguments])
+    check_settings(arguments)
+    # otherwise, without a GPU, each process would use all cores
     os.environ["OMP_NUM_THREADS"] = variable("OMP_NUM_THREADS", "1")
-    sys.exit(supervise(fork_torchrun(words, n_gpus, n_nodes)))
+    sys.exit(supervise(fork_torchrun(arguments, n_gpus, n_nodes)))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before there are workers
+    except KeyboardInterrupt:  # before torchrun has started
         sys.exit(EXIT_CODES[signal.SIGINT])

@@ -1,8 +1,8 @@
-"""The processes of a run: where each stands, what it is doing, and how all of them end.
+"""The processes of a run: their place in the mesh, the phase that each is in, and how all end together.
 
-Ranks are laid out as (dp, tp): ranks of one tp group read the same conversations and hold slices of each
-matrix, ranks along dp read different ones. A failure on one rank ends all, and the rank that caused it is
-named. A signal to one ends all in good order.
+The mesh is (dp, tp). Ranks of one tp group read the same conversations and hold slices of each matrix; ranks
+along dp read different conversations. If one rank fails, all end, and the error names the rank that caused
+it. If one rank receives a signal, all finish the step, save and exit.
 """
 
 import datetime
@@ -24,120 +24,124 @@ from settings.errors import UserError
 
 
 class Whereabouts(NamedTuple):
-    """What a rank last wrote down for the others: its phase, since when (Unix time), and its process."""
+    """What a rank last wrote to the store for the others."""
 
     rank: int
     phase: str
-    since: float
+    since: float  # Unix time at which the phase began
     host: str
     pid: int
 
 
 @dataclass
 class Ranks:
-    """Where this process stands. dp_rank indexes data; mesh has the axes dp and tp, None for a process alone.
+    """This process among the others: its ranks, its device, and what all processes do together.
 
-    Used as `with start(...) as ranks`: a failure inside is reported with its rank and phase, and a signal of
-    EXIT_CODES ends the run in good order: at once before the first poll_signals(), as nothing is to be saved.
+    Used as `with start(...) as ranks`. A failure inside is reported with its rank and phase. A signal of
+    EXIT_CODES ends the run: at once before the first poll_signals(), as there is nothing to save yet; later
+    the training loop sees it through poll_signals().
     """
 
     rank: int
-    size: int
-    dp_rank: int
+    world_size: int
+    dp_rank: int  # decides which conversations this process reads
     dp_size: int
-    mesh: DeviceMesh | None
+    mesh: DeviceMesh | None  # with the axes dp and tp; None without a process group
     device: torch.device
     store: dist.Store
     phase: str = "start"
-    received: int = 0  # the signal that this rank has received
-    stop: int = 0  # the one that all ranks know of
-    is_polled: bool = False
-    handlers: dict = field(default_factory=dict)  # those that were there before
+    received_signal: int = 0  # number of the signal that this rank has received, or 0
+    stop_signal: int = 0  # number of the signal that all ranks have agreed on, or 0
+    has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
+    previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
 
-    def at(self, phase):
-        """Write down what this rank is doing, for the others to see should it not come back."""
+    def set_phase(self, phase):
+        """Write to the store what this rank is doing, for the others to report if it stops responding."""
         self.phase = phase
         self.store.set(f"rank {self.rank}", f"{phase}|{time.time()}|{socket.gethostname()}|{os.getpid()}")
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """Sum a tensor over the data-parallel ranks, in place: one all-reduce."""
         if self.dp_size > 1:
             dist.all_reduce(tensor, group=self.mesh["dp"].get_group())
         return tensor
 
     def broadcast(self, number):
-        """Rank 0's whole number, on every rank."""
-        if self.size == 1:
+        """The integer that rank 0 passes, on every rank."""
+        if self.world_size == 1:
             return number
         number = torch.tensor(number, device=self.device)
         dist.broadcast(number, 0)
         return int(number)
 
     def on_signal(self, number, _):
-        """The handler of EXIT_CODES. It writes without a buffer: it may interrupt a print."""
-        if number == self.received == signal.SIGINT:
+        """Signal handler. os.write has no buffer, as the handler may interrupt a print."""
+        if number == self.received_signal == signal.SIGINT:
             os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
             os._exit(EXIT_CODES[number])
-        if self.rank == 0 and not self.received:
-            what = "finishing this step and saving" if self.is_polled else "stopped before the first step"
-            is_again = self.is_polled and number == signal.SIGINT
-            again = "; press Ctrl-C again to quit without saving" if is_again else ""
-            os.write(2, f"\n{signal.Signals(number).name}: {what}{again}\n".encode())
-        self.received = max(self.received, number)
-        if not self.is_polled:
-            sys.exit(EXIT_CODES[self.received])
+        if self.rank == 0 and not self.received_signal:
+            message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
+            if self.has_polled and number == signal.SIGINT:
+                message += "; press Ctrl-C again to quit without saving"
+            os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+        self.received_signal = max(self.received_signal, number)
+        if not self.has_polled:
+            sys.exit(EXIT_CODES[self.received_signal])
 
     def poll_signals(self):
-        """The signal that any rank has received, or 0. All ranks call it, get the same, and stop together."""
-        self.is_polled = True
-        number = torch.tensor(self.received)  # of gloo, on the CPU: the device is not waited for
-        if self.size > 1:
+        """The signal that any rank has received, or 0. A collective: all ranks get the same."""
+        self.has_polled = True
+        number = torch.tensor(self.received_signal)  # on the CPU, by gloo: no device sync
+        if self.world_size > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.stop = int(number)
-        return self.stop
+        self.stop_signal = int(number)
+        return self.stop_signal
 
     def __enter__(self):
-        self.at("start")
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in EXIT_CODES}
+        self.set_phase("start")
+        self.previous_handlers = {number: signal.signal(number, self.on_signal) for number in EXIT_CODES}
         return self
 
     def __exit__(self, kind, error, _):
-        """End together with the other ranks. Where a signal has ended one, all end with its exit code."""
-        for number, handler in self.handlers.items():
+        """End together with the other ranks. If a signal has ended one of them, all exit with its code."""
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        if kind is SystemExit and self.received:
-            self.store.set("stopped", str(self.received))
+        if kind is SystemExit and self.received_signal:
+            self.store.set("stopped", str(self.received_signal))
         elif error is None:
-            self.leave()
-        elif self.size == 1:
+            self.wait_for_all()
+        elif self.world_size == 1:
             dist.destroy_process_group()
         elif self.store.check(["stopped"]):
             sys.exit(EXIT_CODES[int(self.store.get("stopped"))])
         else:
-            self.blame(error)
+            self.report_failure(error)
 
-    def leave(self):
-        """Wait until all ranks are done: none closes its connections while another is still in the last
-        collective, and rank 0, which has the store, leaves last."""
-        self.phase = "end"  # others read what this rank wrote last: since then it is waited for
+    def wait_for_all(self):
+        """Wait until all ranks are done, then close the process group.
+
+        No rank closes its connections while another is still in the last collective. Rank 0, which serves the
+        store, waits until the others have passed their wait.
+        """
+        self.phase = "end"  # not written to the store: there the last phase shows since when others may wait
         try:
             for word in ("done", "left"):
                 self.store.set(f"{word} {self.rank}", "")
                 if word == "done" or self.rank == 0:
-                    self.store.wait([f"{word} {rank}" for rank in range(self.size)])
+                    self.store.wait([f"{word} {rank}" for rank in range(self.world_size)])
         except dist.DistStoreError as error:
-            self.blame(error)
+            self.report_failure(error)
             raise
         dist.destroy_process_group()
 
-    def blame(self, error):
-        """Say which rank failed, where, and why; torchrun then ends the others.
+    def report_failure(self, error):
+        """Print which rank failed, in which phase, and why; torchrun then ends the others.
 
-        It is this rank, unless it waited in vain for another. Then RuntimeError names the other; torchrun
-        repeats it in its report if it takes this rank for the first to fail. After a time-out the other is
-        killed as well: it may be stopped (SIGSTOP), and then could not end by itself.
+        If this rank has waited in vain for another, it raises RuntimeError with that rank's name instead;
+        torchrun repeats the message in its report if this rank is the first to fail. After a time-out the
+        other rank is also killed: it may be stopped (SIGSTOP), and then it could not end by itself.
         """
-        culprit, now = self.waited_for(error), time.time()
+        culprit, now = self.find_culprit(error), time.time()
         if culprit is None:
             print(f"sft.py: rank {self.rank} failed in {self.phase}: {type(error).__name__}: {error}",
                   file=sys.stderr)
@@ -145,22 +149,23 @@ class Ranks:
         if culprit.host == socket.gethostname() and is_timeout(error):
             os.kill(culprit.pid, signal.SIGKILL)
         raise RuntimeError(
-            f"rank {self.rank} waited in {self.phase} for rank {culprit.rank}, which is gone, or stalled in "
-            f"{culprit.phase} since {now - culprit.since:.0f} s: {str(error).splitlines()[0]}") from error
+            f"rank {culprit.rank} did not respond in {culprit.phase} (it exited or hung), "
+            f"{now - culprit.since:.0f} s after that began; rank {self.rank} waited for it in {self.phase}: "
+            f"{str(error).splitlines()[0]}") from error
 
-    def waited_for(self, error):
-        """The Whereabouts of the rank that this one waited for in vain; None where the error is its own.
+    def find_culprit(self, error):
+        """The Whereabouts of the rank that this one waited for in vain; None if the error is this rank's own.
 
-        For a lock it is the holder, if that is a rank. For a collective it is the rank that has been in its
-        phase for the longest: the others got further.
+        For a lock it is the rank that holds it, if a rank does. For a collective it is the rank that has been
+        in its phase for the longest: the others got further.
         """
         if not isinstance(error, (RuntimeError, LockTimeout)):
             return None
-        keys = {rank: f"rank {rank}" for rank in range(self.size)}
-        if not self.store.check(list(keys.values())):
+        keys = [f"rank {rank}" for rank in range(self.world_size)]
+        if not self.store.check(keys):
             return None
         others = []
-        for rank, key in keys.items():
+        for rank, key in enumerate(keys):
             phase, since, host, pid = self.store.get(key).decode().split("|")
             others.append(Whereabouts(rank, phase, float(since), host, int(pid)))
         others.pop(self.rank)
@@ -171,51 +176,56 @@ class Ranks:
 
 
 def is_timeout(error):
-    """Whether an error says that another process did not answer in time: gloo, NCCL and the store have no
-    class for it. Otherwise its connection was closed: it has ended."""
+    """Whether an error means that another process did not respond in time. If not, the connection was closed,
+    so that process has ended. gloo, NCCL and the store have no class for it, so this reads the message."""
     return isinstance(error, LockTimeout) or "imed out" in str(error) or "timeout" in str(error)
 
 
-def check_tp(tp, size):
-    """Raise UserError when tp, the ranks that share each matrix, does not divide the number of processes."""
-    if size % tp:
-        fit = [n for n in range(1, size + 1) if size % n == 0]
-        raise UserError(f"--tp {tp} does not divide the {size} processes; these do: {fit}")
+def check_tp(tp, world_size):
+    """Raise UserError if tp, the number of ranks that share each matrix, does not divide the world size."""
+    if world_size % tp:
+        divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        raise UserError(f"--tp {tp} does not divide the {world_size} processes; use one of "
+                        f"{', '.join(divisors)}")
 
 
 def start(tp, timeout, deterministic=False):
-    """Join the process group that torchrun describes (one process alone makes its own) and lay out the mesh.
+    """Join the process group that torchrun describes, or make one of this process alone. Returns its Ranks.
 
-    tp             ranks that share each matrix
-    timeout        seconds after which a rank that the others wait for is given up
-    deterministic  the same bits on CUDA each time
+    tp             number of ranks that share each matrix
+    timeout        seconds until a rank that does not respond counts as failed
+    deterministic  make results on CUDA bit-identical from run to run
 
-    Raises UserError when tp does not divide the number of processes.
+    Raises UserError if tp does not divide the number of processes.
     """
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-    check_tp(tp, size)
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    check_tp(tp, world_size)
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-        # for debugging only; it would cost a pass over all new memory
+        # fills new memory, which helps debugging only and costs a pass over that memory
         torch.utils.deterministic.fill_uninitialized_memory = False
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
         torch.cuda.set_device(device)
-    store = next(dist.rendezvous("env://", rank, size))[0] if "WORLD_SIZE" in os.environ else dist.HashStore()
+    store = dist.HashStore()
+    if "WORLD_SIZE" in os.environ:
+        store = next(dist.rendezvous("env://", rank, world_size))[0]
     timeout = datetime.timedelta(seconds=timeout)
-    store.set_timeout(timeout)  # its own is 30 minutes, which leave() would wait
+    store.set_timeout(timeout)  # wait_for_all() would otherwise wait for the store's default, 30 minutes
     if not dist.is_initialized():
-        # Offloaded gradients are CPU tensors, so their collectives need gloo beside nccl.
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    mesh = init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
-    return Ranks(rank=rank, size=size, dp_rank=rank // tp, dp_size=size // tp, mesh=mesh, device=device,
-                 store=store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dp_size = world_size // tp
+    mesh = init_device_mesh(device.type, (dp_size, tp), mesh_dim_names=("dp", "tp"))
+    return Ranks(rank=rank, world_size=world_size, dp_rank=rank // tp, dp_size=dp_size, mesh=mesh,
+                 device=device, store=store)
 
 
-def alone(device):
-    """The Ranks of one process without group and mesh, for what trains nothing. device may be meta."""
-    return Ranks(rank=0, size=1, dp_rank=0, dp_size=1, mesh=None, device=device, store=dist.HashStore())
+def single_process(device):
+    """The Ranks of one process without process group and mesh, for programs that do not train. device may be
+    meta."""
+    return Ranks(rank=0, world_size=1, dp_rank=0, dp_size=1, mesh=None, device=device, store=dist.HashStore())

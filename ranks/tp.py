@@ -1,10 +1,11 @@
-"""Tensor parallelism as in Megatron (Shoeybi et al. 2019), by PyTorch's DTensor: --strategy megatron --tp N.
+"""Tensor parallelism as in Megatron (Shoeybi et al. 2019), in PyTorch's DTensor: --strategy megatron --tp N.
 
-The matrices of each block are split over the ranks of a tp group: first by output rows, then by input
-columns, so that a block has two all-reduces in each direction. Embedding, head and loss are split by the
-vocabulary. Of the model, this file knows only Hugging Face's module names.
+The matrices of each block are sharded over the ranks of a tp group: first by output rows, then by input
+columns, so that a block needs two all-reduces in forward and two in backward. Embedding, head and loss are
+sharded by the vocabulary. This file knows nothing of the model but Hugging Face's module names.
 
-torch.distributed.tensor is imported where it is used: it takes half a second, and most runs have no tp.
+torch.distributed.tensor is imported inside functions: the import takes half a second, and most runs have no
+tp.
 """
 
 import torch
@@ -14,48 +15,49 @@ from torch import nn
 from ops.loss import Head
 from settings.errors import UserError
 
-# their weights are split by input columns; the other layers' by output rows
+# Layers whose weights are sharded by input columns; the others are sharded by output rows.
 COLUMNS_SPLIT = ("o_proj", "down_proj")
 
 
 def split(model, mesh):
-    """Split the model, which is on meta, over `mesh` of one dimension, in place.
+    """Shard a model, which is on meta, over a mesh of one dimension, in place.
 
-    FSDP2 comes after it and shards the slices that it finds.
+    Call it before fsdp.shard: FSDP2 then shards the tp shards.
 
-    Raises UserError when the mesh's size does not divide what is split.
+    Raises UserError if the mesh's size does not divide the heads, the MLP's width or the vocabulary.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     config, size = model.config, mesh.size()
-    divided = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size,
-               config.vocab_size)
-    if any(n % size for n in divided):
-        fit = [n for n in range(1, config.num_key_value_heads + 1) if not any(m % n for m in divided)]
+    sharded_sizes = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size,
+                     config.vocab_size)
+    if any(n % size for n in sharded_sizes):
+        divisors = [n for n in range(1, config.num_key_value_heads + 1)
+                    if not any(m % n for m in sharded_sizes)]
         raise UserError(f"--tp {size} must divide the attention heads, key/value heads, intermediate_size "
-                        f"and vocab_size, here {divided}; these do: {fit}")
+                        f"and vocab_size, here {sharded_sizes}; these do: {divisors}")
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     for block in model.model.layers:
-        plan = block_plan(config)
+        styles = parallel_styles(config)
         for name, module in block.named_modules():
             if isinstance(module, ParallelAdapter):
                 module.distribute(mesh)
-                del plan[name]
-        parallelize_module(block, mesh, plan)
+                del styles[name]
+        parallelize_module(block, mesh, styles)
     parallelize_module(model.model, mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
     model.lm_head = VocabParallelHead(model.lm_head, mesh)
     model.tie_weights()
-    # parallelize_module makes new parameters, some of which would be trained (torch 2.13)
+    # parallelize_module creates new parameters, and some of them require gradients (torch 2.13)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
 
 
-def block_plan(config):
-    """Module name in a block -> how it is split.
+def parallel_styles(config):
+    """{module name in a block: how it is sharded}
 
-    The inputs of attention and MLP are declared as replicated, so that backward has one all-reduce for all
-    layers that read them, not one for each (five instead of two in a block).
+    The inputs of attention and MLP are declared as replicated. Backward then has one all-reduce for all
+    layers that read an input: two per block. Without the declaration each layer has its own: five per block.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
@@ -69,8 +71,8 @@ def block_plan(config):
         layouts = (Replicate(), *[None] * n_other_inputs)
         return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
-    plan = {
-        "self_attn": replicated_input(n_other_inputs=5),  # the further positional inputs stay as they are
+    styles = {
+        "self_attn": replicated_input(n_other_inputs=5),  # the other positional inputs are left alone
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
@@ -81,17 +83,18 @@ def block_plan(config):
         "mlp.down_proj": RowwiseParallel(),
     }
     if config.qk_norm:
-        # each rank normalises its own heads (dim 1 of N, H, D) with the same weight; its gradient is summed
+        # Each rank normalises its own heads, dim 1 of (N, H, D), with the same weight. The weight's gradient
+        # is summed over the ranks.
         for name in ("self_attn.q_norm", "self_attn.k_norm"):
-            plan[name] = SequenceParallel(sequence_dim=1, use_local_output=True)
-    return plan
+            styles[name] = SequenceParallel(sequence_dim=1, use_local_output=True)
+    return styles
 
 
 class VocabParallelHead(Head):
-    """lm_head of which this rank holds the rows of its part of the vocabulary.
+    """lm_head with the vocabulary sharded over tp: this rank holds V / tp rows of the weight.
 
-    The loss works on that part: no rank ever holds the whole logits of a chunk. forward, with which text is
-    generated, gathers the whole logits.
+    The loss works on the shard, so no rank ever holds the full logits of a chunk. forward(), which is for
+    generation, all-gathers the full logits.
     """
 
     def __init__(self, head, mesh):
@@ -111,21 +114,21 @@ class VocabParallelHead(Head):
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
 
     def forward(self, hidden):
-        part = nn.functional.linear(hidden, self.local_weight()).contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.tp_size)]
-        dist.all_gather(parts, part, group=self.group)
-        return torch.cat(parts, dim=-1)
+        logits = nn.functional.linear(hidden, self.local_weight()).contiguous()  # (N, V / tp)
+        shards = [torch.empty_like(logits) for _ in range(self.tp_size)]
+        dist.all_gather(shards, logits, group=self.group)
+        return torch.cat(shards, dim=-1)
 
 
 class ParallelAdapter:
-    """Mixin for lora.LoRALinear: this rank has a slice of the weight, and of A or of B.
+    """Mixin for lora.LoRALinear: the weight, and either A or B, are sharded over tp.
 
-    The layer computes with plain tensors, this rank's parts. An adapter adds no communication to the layer:
-    the base's and the adapter's part of the output are summed in one all-reduce. The small matrix that is not
-    split gets a part of its gradient on each rank, and FSDP2 sums those once a step.
+    The layer computes with plain tensors, this rank's shards. An adapter adds no communication: one
+    all-reduce sums the outputs of the weight and of the adapter together. The small matrix that is replicated
+    gets a partial gradient on each rank, and FSDP2 sums these once per step.
     """
 
-    split_dims = {}  # parameter name -> dimension that is split; the others are whole on each rank
+    shard_dims = {}  # parameter name -> dimension that is sharded; other parameters are replicated
 
     def distribute(self, mesh):
         """Replace the parameters by DTensors over the tp mesh."""
@@ -133,47 +136,49 @@ class ParallelAdapter:
 
         self.mesh, self.partial = mesh, Partial()
         for name, p in list(self.named_parameters()):
-            dim = self.split_dims.get(name)
+            dim = self.shard_dims.get(name)
             placement = Replicate() if dim is None else Shard(dim)
-            part = nn.Parameter(distribute_tensor(p, mesh, [placement]), requires_grad=p.requires_grad)
-            owner, _, last = name.rpartition(".")
-            setattr(self.get_submodule(owner), last, part)
+            distributed = distribute_tensor(p, mesh, [placement])
+            module, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(module), attribute, nn.Parameter(distributed, p.requires_grad))
 
-    def local_part(self, p):
-        """This rank's part of a parameter; the gradient of one that is whole here is a part of a sum."""
+    def local_shard(self, p):
+        """This rank's shard of a parameter. For a replicated one, backward treats the gradient as partial."""
         if p is None:
             return None
         placement = self.partial if p.placements[0].is_replicate() else p.placements[0]
         return p.to_local(grad_placements=[placement])
 
-    def local_parts(self):
-        return [self.local_part(p) for p in (self.weight, self.bias, self.lora_A.weight, self.lora_B.weight,
-                                             self.lora_magnitude_vector)]
+    def local_shards(self):
+        """Shards of the weight, bias, A, B and DoRA's magnitudes, the arguments of compute()."""
+        parameters = (self.weight, self.bias, self.lora_A.weight, self.lora_B.weight,
+                      self.lora_magnitude_vector)
+        return [self.local_shard(p) for p in parameters]
 
 
 class ColumnParallelAdapter(ParallelAdapter):
-    """Column parallel in Megatron's words: the weight is split by output rows, and B with it."""
+    """Column parallel (Megatron's term): the weight is sharded by output rows, and so is B."""
 
-    split_dims = {"weight": 0, "bias": 0, "lora_B.weight": 0, "lora_magnitude_vector": 0}
+    shard_dims = {"weight": 0, "bias": 0, "lora_B.weight": 0, "lora_magnitude_vector": 0}
 
     def forward(self, x):
-        return self.compute(x.to_local(grad_placements=[self.partial]), *self.local_parts())
+        return self.compute(x.to_local(grad_placements=[self.partial]), *self.local_shards())
 
 
 class RowParallelAdapter(ParallelAdapter):
-    """Row parallel in Megatron's words: the weight is split by input columns, and A with it."""
+    """Row parallel (Megatron's term): the weight is sharded by input columns, and so is A."""
 
-    split_dims = {"weight": 1, "lora_A.weight": 1}
+    shard_dims = {"weight": 1, "lora_A.weight": 1}
 
     def forward(self, x):
         from torch.distributed.tensor import DTensor, Replicate
 
-        weight, bias, *adapter = self.local_parts()
+        weight, bias, *adapter = self.local_shards()
         if self.mesh.get_local_rank():
-            bias = None  # added once
-        y = DTensor.from_local(
-            self.compute(x, weight, bias, *adapter), self.mesh, [self.partial], run_check=False)
-        return y.redistribute(placements=[Replicate()]).to_local()
+            bias = None  # the outputs are summed, so only one rank adds the bias
+        partial_output = self.compute(x, weight, bias, *adapter)
+        y = DTensor.from_local(partial_output, self.mesh, [self.partial], run_check=False)
+        return y.redistribute(placements=[Replicate()]).to_local()  # an all-reduce
 
     def sum_over_columns(self, squares):
         dist.all_reduce(squares, group=self.mesh.get_group())

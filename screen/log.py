@@ -51,7 +51,7 @@ class Warnings(logging.Handler):
     @classmethod
     def install(cls, ranks):
         """Take over the warnings of Python and torch where there are several ranks; otherwise return None."""
-        if ranks.size == 1:
+        if ranks.world_size == 1:
             return None
         self = cls(ranks.store, ranks.rank)
         logging.captureWarnings(True)
@@ -224,14 +224,14 @@ class Log:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trained = f"{n_trained:,} trained with LoRA" if cfg.use_lora else "all trained"
-        strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.size > 1 else ""
+        strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.world_size > 1 else ""
         facts = {
             "model": f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
-                     f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.size} × {ranks.device.type}"
+                     f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
                      f"{strategy}",
             "train": train_set.ledger.lines(),
             "validation": [f"{line} (validation)" for line in val_set.ledger.lines()] if val_set else [],
-            "ranks": ranks.size,
+            "ranks": ranks.world_size,
         }
         path = os.path.join(self.directory, "config.yaml")
         with files.naming(path):
@@ -249,7 +249,7 @@ class Log:
         share = sum(sampler.quotas) / len(train_set) / per_epoch  # of the data, in a step
         print(f"steps    {self.total:,} = {self.total / per_epoch:.4g} epochs of {per_epoch:,}, of about "
               f"{len(train_set) * share:.3g} conversations, "
-              f"{int(train_set.sizes.sum()) * share:,.0f} tokens, "
+              f"{int(train_set.n_tokens.sum()) * share:,.0f} tokens, "
               f"{train_set.ledger.target * share:,.0f} targets")
         if run.resumed:
             print(f"resume   {run.resumed}, after step {run.step}")

@@ -81,7 +81,7 @@ class ConversationLosses:
 
         Returns a list of dicts. All ranks call it.
         """
-        dataset, sums = self.dataset, self.ranks.sum(self.sums.clone()).cpu()
+        dataset, sums = self.dataset, self.ranks.all_reduce(self.sums.clone()).cpu()
         mean = sums / torch.from_numpy(np.array(dataset.n_targets))
         mean[sums < 0] = math.nan  # sorted to the end
         order = mean.argsort()[: int((sums >= 0).sum())]

@@ -5,43 +5,44 @@ import os
 import select
 import sys
 
-# What helps against an error of the disk, by its number.
+# What to do about an OSError, by its number.
 ADVICE = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room in the quota",
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of the disk quota",
     errno.EFBIG: "raise ulimit -f",
-    errno.EROFS: "make it writable, or give a directory that is",
-    errno.EACCES: "ask for the right to it, or give a directory that is yours",
+    errno.EROFS: "make it writable, or set another directory",
+    errno.EACCES: "get permission for it, or set a directory of your own",
     errno.EIO: "the disk or its connection is failing: see dmesg",
-    errno.ESTALE: "the network file system has gone: mount it again",
-    errno.ENOTCONN: "the network file system has gone: mount it again",
+    errno.ESTALE: "the network file system is gone: mount it again",
+    errno.ENOTCONN: "the network file system is gone: mount it again",
 }
 
 
 class UserError(ValueError):
-    """A setting, a file or a model is at fault. Says the value given, the rule, and what to type instead."""
+    """A setting, file or model is wrong. The message has the value, the rule, and what to type instead."""
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the gradient of a step is NaN or infinite; the weights were not touched."""
+    """The loss or the gradient of a step is NaN or infinite. Weights and optimizer are unchanged."""
 
 
 def is_stdout_closed():
-    """Whether what reads standard output has closed it. Then nothing more is written there."""
+    """Whether the reader of standard output (`| head`) has closed it. If so, later output is discarded."""
     poll = select.poll()
     poll.register(1, 0)
     is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
     if is_closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python prints an error when it exits
     return is_closed
 
 
 def run(main):
-    """Call main() and turn what is not a bug into one line on standard error and an exit code.
+    """Call main(). Turn errors that are not bugs into one line on standard error and an exit code.
 
+    0    the reader of standard output closed it (`| head`), except during a training run
+    1    a NonFiniteError, or a training run whose standard output was closed
     2    a UserError, or an OSError that names its file
-    1    a NonFiniteError
-    130  Ctrl-C before the run listens for signals
+    130  Ctrl-C before the run handles signals
 
     Other exceptions, plain ValueErrors included, are bugs of this code or a fork and keep their tracebacks.
     """
@@ -52,7 +53,7 @@ def run(main):
         if not is_stdout_closed():
             raise
         if program != "sft.py" or {"--help", "-h", "--explain"} & set(sys.argv):
-            sys.exit(0)  # `| head` has read enough
+            sys.exit(0)
         print("sft.py: error: its output was closed (by | head?), which ended the run; write it to a file",
               file=sys.stderr)
         sys.exit(1)
@@ -67,8 +68,10 @@ def run(main):
     except OSError as error:
         if error.filename is None:
             raise
-        advice = ADVICE.get(error.errno, "")
-        if advice and program == "sft.py":
-            advice += "; then --resume_from auto goes on from the newest whole checkpoint"
-        print(f"{program}: error: {error}" + (f"; {advice}" if advice else ""), file=sys.stderr)
+        message, advice = f"{program}: error: {error}", ADVICE.get(error.errno)
+        if advice:
+            message += f"; {advice}"
+            if program == "sft.py":
+                message += "; then --resume_from auto continues from the newest complete checkpoint"
+        print(message, file=sys.stderr)
         sys.exit(2)

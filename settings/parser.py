@@ -1,11 +1,11 @@
 """Flags, YAML files, environment variables and a.b=c overrides -> one flat dataclass, which sft.py declares.
 
-Owns spelling: every way to write a setting ends here, is checked against the dataclass's types, choices and
-ranges, and remembers where it came from. Precedence: flag or override > environment > --config file > preset
-> default; of two flags the later wins. An unknown name is an error that names the nearest one. verl.py knows
-the names of other trainers.
+Every way to write a setting is read here, checked against the type, choices and range in the dataclass, and
+kept with its origin. Precedence: flag or override > environment > --config file > preset > default. If a
+flag appears twice, the last one counts. An unknown name is an error that suggests the nearest one.
+settings/verl.py knows the names of other trainers.
 
-The environment is read where the word --environment is given, as train.sh does.
+The environment is read only if the argument --environment is there; train.sh adds it.
 """
 
 import collections
@@ -28,21 +28,25 @@ from settings.venv import PROJECT
 LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
-FILE_FLAGS = ("config", "config-path", "config-name")
-# Settings of tools/plan.py that sft.py had once: config.yaml of an older run has them, switched off.
-MOVED = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb_per_second")
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty text"}
+CONFIG_FLAGS = ("config", "config-path", "config-name")
+# Settings of tools/plan.py that sft.py once had: the config.yaml of an older run has them, switched off.
+PLAN_SETTINGS = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb_per_second")
 
 
-def knob(default, help, choices=(), *, group=None, env=None, low=-1e18, high=1e18, needs="", unless="",
-         presets=()):
+def setting(default, help, choices=(), *, group=None, env=None, low=-1e18, high=1e18, needs="", unless="",
+            presets=()):
     """A field of the flat dataclass.
 
-    group      begins a section of --help, at the first knob of that section
+    default    its value if nothing sets it; None is shown as "none"
+    help       one line for --help and config.yaml: what it does, and its unit
+    choices    the values that are allowed, all if empty
+    group      title of a section of --help; the section begins at this field
     env        the environment variable that sets it
-    low, high  least and largest value of a number, which is finite at any rate
-    needs      the knobs without which it has no effect: "val_data or sample_prompts", "n_gpus and tp"
-    unless     the knobs with which it does not work: "tp or lora_dora", "scheduler=constant"
-    presets    values for which configs/VALUE.yaml is applied; only the defaults are weaker
+    low, high  smallest and largest value of a number; nan and infinity are always errors
+    needs      settings without which it has no effect: "val_data or sample_prompts", "n_gpus and tp"
+    unless     settings that it does not work with: "tp or lora_dora", "scheduler=constant"
+    presets    values for which configs/VALUE.yaml is applied; only defaults have lower precedence
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, group=group, env=env, low=low, high=high, needs=needs, unless=unless,
@@ -56,46 +60,51 @@ def knob(default, help, choices=(), *, group=None, env=None, low=-1e18, high=1e1
 def check(config):
     """Check the values of a config; its __post_init__ calls this. parse() checks flags and variables as well.
 
-    Raises UserError for a value outside its knob's range, or one without effect as another knob is (not) set.
+    Raises UserError for a value outside its range, and for one that has no effect because of other settings.
     """
     fields = {f.name: f for f in dataclasses.fields(config)}
     check_values(fields, {name: getattr(config, name) for name in fields})
 
 
-def check_values(fields, values, given=(), origins=None):
-    """As check(), of {field: value}.
+def check_values(fields, values, explicit=(), origins=None):
+    """Like check(), for {field: value}.
 
-    given    fields that count as set though they may have their default: a flag or the environment sets them
-    origins  {field: where its value came from}, so that an error about a variable names it
+    explicit  names of fields that a flag or the environment sets: they must have an effect, even if the value
+              is the default
+    origins   {field: where its value came from}, so that an error names the variable, not the flag
     """
     changed = {name for name, f in fields.items() if values[name] != f.default}
     for name, field in fields.items():
         value, variable = values[name], field.metadata["env"]
         from_environment = origins is not None and origins[name] == f"environment {variable}"
-        said = f"--{name} {'none' if value is None else value}"
-        if value in (True, False) and field.type is bool:
-            said = f"--{name}" if value else f"--no-{name}"
-        if from_environment:
-            said = f"{variable}={value}"
-        check_range(said, value, field)
-        if name not in changed and not (name in given and value):  # off, and said to be off
-            continue
+        written = f"{variable}={value}" if from_environment else flag_of(field, value)
+        check_range(written, value, field)
+        if name not in changed and not (name in explicit and value):
+            continue  # at its default, or switched off explicitly
         if need := unmet_need(field, changed):
-            raise UserError(f"{said} has no effect without {need}; unset it or add {need}" if from_environment
-                            else f"{said} does nothing without {need}")
+            if from_environment:
+                raise UserError(f"{written} has no effect without {need}; unset it or add {need}")
+            raise UserError(f"{written} does nothing without {need}")
         if other := excluded_by(field, values, changed):
-            raise UserError(f"{said} does not work with {other}; leave one of them out")
+            raise UserError(f"{written} does not work with {other}; remove one of them")
 
 
-def check_range(said, value, field):
+def flag_of(field, value):
+    """How a value is written on the command line: "--lr 0.1", "--no-packing"."""
+    if field.type is bool and value in (True, False):
+        return f"--{field.name}" if value else f"--no-{field.name}"
+    return f"--{field.name} {'none' if value is None else value}"
+
+
+def check_range(written, value, field):
     low, high = field.metadata["low"], field.metadata["high"]
-    if isinstance(value, (int, float)) and not low <= value <= high:  # neither holds for nan
-        most = f" and at most {high}" if high < 1e18 or value > high else ""
-        raise UserError(f"{said}: it must be at least {low}{most}")
+    if isinstance(value, (int, float)) and not low <= value <= high:  # also true for nan
+        at_most = f" and at most {high}" if high < 1e18 or value > high else ""
+        raise UserError(f"{written}: it must be at least {low}{at_most}")
 
 
 def unmet_need(field, changed):
-    """What a setting needs and does not have, as flags: "--a or --b"; "" if it has all."""
+    """The settings that a field needs and that are not set, as flags: "--a or --b"; "" if none is missing."""
     for need in filter(None, field.metadata["needs"].split(" and ")):
         if not changed & set(need.split(" or ")):
             return "--" + need.replace(" or ", " or --")
@@ -103,7 +112,7 @@ def unmet_need(field, changed):
 
 
 def excluded_by(field, values, changed):
-    """The first setting that a setting does not work with, as a flag; "" if none is set."""
+    """The first setting that is set and that a field does not work with, as a flag; "" if there is none."""
     for name in filter(None, field.metadata["unless"].split(" or ")):
         name, has_value, value = name.partition("=")
         if has_value and values[name] == value:
@@ -118,30 +127,30 @@ def excluded_by(field, values, changed):
 
 
 def parse(cls, argv, positional=()):
-    """Build cls from command-line words; return it with a dict field name -> where its value came from.
+    """Build cls from command-line arguments. Returns it and a dict: field name -> where its value came from.
 
-    positional  fields that the first words without a flag set, in this order
+    positional  fields that the arguments without a flag set, in this order
 
     Accepts --x v, --x=v, --x and --no-x for booleans, a.b=c (also with a leading +, ++ or --, and c a list
-    [x,y]), --config FILE and --config-path DIR --config-name NAME, --environment. Handles --help and
-    --explain, which print and exit. Prints verl's names that change nothing, on rank 0.
+    [x,y]), --config FILE and --config-path DIR --config-name NAME, --environment. --help and --explain print
+    and exit. Rank 0 prints a warning for each key of verl that changes nothing.
 
-    Raises UserError for an unknown name, a value of the wrong type, one that is none of the choices or
-    outside its range, and a setting that has no effect beside the others.
+    Raises UserError for an unknown name, a value of the wrong type, outside its range or not among the
+    choices, and a setting that has no effect because of others.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if "--help" in argv or "-h" in argv:
         show(help_text(cls, fields))
         sys.exit(0)
-    line = read_words(argv, fields, positional)
+    line = read_arguments(argv, fields, positional)
     path = config_path(line.files)
     from_file = read_yaml(path, fields) if path else []
-    settings, warnings = translated([*from_file, *line.environment, *line.flags], fields)
-    values, origins, given = resolve(settings, fields)
+    assignments, warnings = translate_verl([*from_file, *line.environment, *line.flags], fields)
+    values, origins, explicit = resolve(assignments, fields)
     apply_presets(values, origins, fields)
     values = {name: values.get(name, field.default) for name, field in fields.items()}
     origins = {name: origins.get(name, "default") for name in fields}
-    check_values(fields, values, given, origins)
+    check_values(fields, values, explicit, origins)
     config = cls(**values)
     for warning in warnings:
         show(f"warning: {warning}", file=sys.stderr)
@@ -154,198 +163,216 @@ def parse(cls, argv, positional=()):
 
 
 def show(text, file=None):
-    """Print, in one process of torchrun's."""
+    """Print on rank 0 only: torchrun starts several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=file)
 
 
-class Setting(typing.NamedTuple):
-    """A setting as it is written somewhere."""
+class Assignment(typing.NamedTuple):
+    """One `name = value` as it was written."""
 
-    name: str  # a field or, until translated(), a key of verl's
+    name: str  # a field; before translate_verl(), possibly a key of verl
     text: str
     source: str  # "file", "environment" or "flag"
     origin: str  # as --explain shows it
-    is_verls: bool = False  # translated from a key of verl's
+    from_verl: bool = False  # translated from a key of verl
 
 
 @dataclasses.dataclass
 class CommandLine:
-    flags: list = dataclasses.field(default_factory=list)  # a later one wins
-    environment: list = dataclasses.field(default_factory=list)
-    files: dict = dataclasses.field(default_factory=dict)  # {one of FILE_FLAGS, or CONFIG: its value}
+    """What the arguments say, before values are checked."""
+
+    flags: list = dataclasses.field(default_factory=list)  # Assignments; a later one wins
+    environment: list = dataclasses.field(default_factory=list)  # Assignments
+    files: dict = dataclasses.field(default_factory=dict)  # {one of CONFIG_FLAGS, or CONFIG: its value}
     explain: bool = False
 
 
-def read_words(argv, fields, positional):
-    line, words, positional = CommandLine(), list(argv), list(positional)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.lstrip("+-").partition("=")
-        if word == "--explain":
+def read_arguments(argv, fields, positional):
+    line, arguments, positional = CommandLine(), list(argv), list(positional)
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, value = argument.lstrip("+-").partition("=")
+        if argument == "--explain":
             line.explain = True
-        elif word == "--environment":
-            line.environment = environment(fields)
+        elif argument == "--environment":
+            line.environment = read_environment(fields)
             line.files["CONFIG"] = os.environ.get("CONFIG")
-        elif positional and not word.startswith("-") and not equals:
-            line.flags.append(Setting(positional.pop(0), word, "flag", f"word {word}"))
-        elif not word.startswith("--") and not equals:
-            raise UserError(f"{word!r:.200} is neither a flag (--name value) nor an override (name=value)")
-        elif name in FILE_FLAGS:
-            line.files[name] = value if equals else take_value(words, name)
+        elif positional and not argument.startswith("-") and not equals:
+            line.flags.append(Assignment(positional.pop(0), argument, "flag", f"argument {argument}"))
+        elif not argument.startswith("--") and not equals:
+            known = name.replace("-", "_") in fields
+            raise UserError(f"unknown argument {argument!r:.200}; " + (
+                f"did you mean --{name}?" if known else "write --name value or name=value"))
+        elif name in CONFIG_FLAGS:
+            line.files[name] = value if equals else next_value(arguments, name)
         else:
-            line.flags.append(Setting(*read_setting(word, words, fields), "flag", f"flag {word}"))
+            field, text = read_setting(argument, arguments, fields)
+            line.flags.append(Assignment(field, text, "flag", f"flag {argument}"))
     return line
 
 
-def read_setting(word, words, fields):
-    """(name, text) of the setting in this word; where its value is the next word, it is taken off words."""
-    name, equals, value = word.lstrip("+-").partition("=")
+def read_setting(argument, arguments, fields):
+    """(name, text) of the setting in an argument.
+
+    If its value is the next argument, that is removed from arguments.
+    """
+    name, equals, value = argument.lstrip("+-").partition("=")
     if name.startswith("no-") and not equals:
         field = field_name(name[3:], fields)
         if field not in fields or fields[field].type is not bool:
-            raise UserError(f"{word}: {field} can't be negated, it isn't true or false; give a value")
+            raise UserError(f"{argument}: {field} can't be negated, it isn't true or false; set a value")
         return field, "false"
     field = field_name(name, fields)
     is_bool = field in fields and fields[field].type is bool
-    if not equals and is_bool and (not words or words[0].lower() not in BOOLEANS):
-        value = "true"  # it stands alone: the next word is its value only if it reads as one
+    if not equals and is_bool and (not arguments or arguments[0].lower() not in BOOLEANS):
+        value = "true"  # a flag without a value: the next argument is something else
     elif not equals:
-        value = take_value(words, name)
-    if field not in fields or not word.startswith("--"):
+        value = next_value(arguments, name)
+    if field not in fields or not argument.startswith("--"):
         value = without_brackets(value)
     return field, value
 
 
-def take_value(words, name):
-    if not words or (words[0].startswith("--") and len(words[0]) > 2):
+def next_value(arguments, name):
+    if not arguments or (arguments[0].startswith("--") and len(arguments[0]) > 2):
         raise UserError(f"--{name} needs a value")
-    return words.pop(0)
+    return arguments.pop(0)
 
 
 def without_brackets(value):
-    """[a,'b'] of an override as a,b: a list as a file's is read."""
+    """[a,'b'] of an override -> a,b, as lists of a file are joined."""
     match = re.fullmatch(r"\[([^\[\]]*)\]", value)
     return ",".join(item.strip().strip("'\"") for item in match[1].split(",")) if match else value
 
 
-def environment(fields):
-    """What the environment sets. An empty variable is none."""
+def read_environment(fields):
+    """The Assignments of the environment. An empty variable counts as not set."""
     variables = [(f.metadata["env"], name) for name, f in fields.items()]
-    return [Setting(name, os.environ[variable], "environment", f"environment {variable}")
+    return [Assignment(name, os.environ[variable], "environment", f"environment {variable}")
             for variable, name in variables if variable and os.environ.get(variable)]
 
 
 def config_path(files):
-    """The YAML file to read, or None. A flag's takes the place of the environment's."""
+    """The YAML file to read, or None. A file that a flag names replaces that of the environment."""
     if "config" in files and ("config-path" in files or "config-name" in files):
-        raise UserError("--config and --config-path or --config-name name two files; give one")
+        raise UserError("--config does not work with --config-path or --config-name; remove one of them")
     if "config-path" in files or "config-name" in files:
         path = os.path.join(files.get("config-path", "."), files.get("config-name", "config"))
         return path if os.path.exists(path) or path.endswith(".yaml") else path + ".yaml"
     return files.get("config") or files.get("CONFIG")
 
 
-def translated(settings, fields):
-    """Settings with verl's keys translated into ours, and the warnings about what of them changes nothing."""
-    foreign = {s.name: (s.text, s.origin, i) for i, s in enumerate(settings) if s.name not in fields}
-    if not foreign:
-        return settings, []
-    ours, warnings = verl.translate(foreign)
-    found = [[setting] if setting.name in fields else [] for setting in settings]
-    for i, name, text in ours:
-        # null of a setting that can't be empty asks for what there is without it
-        if text != "none" or types.NoneType in typing.get_args(fields[name].type):
-            found[i].append(settings[i]._replace(name=name, text=text, is_verls=True))
-    return [setting for group in found for setting in group], warnings
+def translate_verl(assignments, fields):
+    """Replace verl's keys by settings of sft.py.
 
-
-def resolve(settings, fields):
-    """Settings, the weakest first -> {field: value}, {field: origin}, and the set of fields given explicitly.
-
-    A flag or the environment gives a setting explicitly, but not by a name of verl's, whose commands repeat
-    defaults, and not by taking back what a file says.
+    Returns the assignments, and warnings about keys that change nothing.
     """
-    values, origins, given, last = {}, {}, set(), {}
-    for setting in settings:
-        name, default = setting.name, fields[setting.name].default
-        value = convert(fields[name], setting.text, setting.origin)
-        if name in last and last[name].source == setting.source == "file" and values[name] != value:
-            raise UserError(f"{setting.origin}: {name} is {value} here, and {values[name]} at {origins[name]}"
-                            "; leave one out")
+    verl_keys = {a.name: (a.text, a.origin, i) for i, a in enumerate(assignments) if a.name not in fields}
+    if not verl_keys:
+        return assignments, []
+    translations, warnings = verl.translate(verl_keys)
+    groups = [[a] if a.name in fields else [] for a in assignments]
+    for i, name, text in translations:
+        # null for a setting that can't be empty means its default
+        if text != "none" or types.NoneType in typing.get_args(fields[name].type):
+            groups[i].append(assignments[i]._replace(name=name, text=text, from_verl=True))
+    return [assignment for group in groups for assignment in group], warnings
+
+
+def resolve(assignments, fields):
+    """Assignments in order of precedence, lowest first -> {field: value}, {field: origin}, explicit fields.
+
+    A field is explicit if a flag or the environment sets it. Exceptions: names of verl, as verl's commands
+    repeat defaults, and a value that only takes back what a file says. Raises UserError if one file sets a
+    field to two values.
+    """
+    values, origins, explicit, previous = {}, {}, set(), {}
+    for assignment in assignments:
+        name, default = assignment.name, fields[assignment.name].default
+        value = convert(fields[name], assignment.text, assignment.origin)
+        in_same_file = name in previous and previous[name].source == assignment.source == "file"
+        if in_same_file and values[name] != value:
+            raise UserError(f"{assignment.origin}: {name} is {value} here, and {values[name]} at "
+                            f"{origins[name]}; remove one of them")
         resets = value == default != values.get(name, default)
-        given.discard(name)
-        if setting.source in ("flag", "environment") and not setting.is_verls and not resets:
-            given.add(name)
-        values[name], origins[name], last[name] = value, setting.origin, setting
-        if setting.origin == "environment WANDB_PROJECT":
+        explicit.discard(name)
+        if assignment.source in ("flag", "environment") and not assignment.from_verl and not resets:
+            explicit.add(name)
+        values[name], origins[name], previous[name] = value, assignment.origin, assignment
+        if assignment.origin == "environment WANDB_PROJECT":
             add_wandb(values, origins, fields)
-    return values, origins, given
+    return values, origins, explicit
 
 
 def add_wandb(values, origins, fields):
-    """WANDB_PROJECT asks for wandb as well; a flag that names the loggers comes later."""
+    """WANDB_PROJECT switches on wandb too. A flag --logger comes later and replaces this."""
     loggers = values.get("logger", fields["logger"].default)
     if "wandb" not in loggers.split(","):
         values["logger"], origins["logger"] = f"{loggers},wandb", "environment WANDB_PROJECT"
 
 
 def apply_presets(values, origins, fields):
-    """Where a field's value NAME is a preset, add to values what only configs/NAME.yaml says.
+    """Add to values the settings of configs/VALUE.yaml for each field whose value has a preset.
 
-    What would have no effect is skipped, such as a setting of LoRA without LoRA.
+    A setting of the preset is skipped if values has it already, or if it would have no effect, such as a
+    setting of LoRA without --use_lora.
     """
     for field in fields.values():
-        name = values.get(field.name, field.default)
-        if name not in field.metadata["presets"]:
+        preset = values.get(field.name, field.default)
+        if preset not in field.metadata["presets"]:
             continue
-        for setting in read_yaml(os.path.join(PROJECT, "configs", f"{name}.yaml"), fields):
-            target = fields[setting.name]
+        for assignment in read_yaml(os.path.join(PROJECT, "configs", f"{preset}.yaml"), fields):
+            name, target = assignment.name, fields[assignment.name]
             resolved = {n: values.get(n, f.default) for n, f in fields.items()}
             changed = {n for n, value in resolved.items() if value != fields[n].default}
             has_effect = not unmet_need(target, changed) and not excluded_by(target, resolved, changed)
-            if target.name not in values and has_effect:
-                values[target.name] = convert(target, setting.text, setting.origin)
-                origins[target.name] = f"preset configs/{name}.yaml"
+            if name not in values and has_effect:
+                values[name] = convert(target, assignment.text, assignment.origin)
+                origins[name] = f"preset configs/{preset}.yaml"
 
 
 def field_name(name, fields):
-    """The field that a name means or, if it is one of verl's, the key of verl.py's tables."""
-    known = name.replace("-", "_")
-    if known in fields:
-        return known
-    if known in MOVED:
-        raise UserError(f"{name} is no setting here: tools/plan.py plans; see python tools/plan.py --help")
+    """The field that a name means; for a key of verl, the key as in the tables of settings/verl.py.
+
+    Raises UserError for an unknown name, with the nearest known one.
+    """
+    candidate = name.replace("-", "_")
+    if candidate in fields:
+        return candidate
+    if candidate in PLAN_SETTINGS:
+        raise UserError(f"{name} is a setting of tools/plan.py; see python tools/plan.py --help")
     key = verl.key_of(name)
-    knows_verl = verl.fields_set() <= fields.keys()  # chat.py has no settings of training
-    if knows_verl and verl.row_name(key):
+    accepts_verl = verl.fields_set() <= fields.keys()  # chat.py lacks the settings of training
+    if accepts_verl and verl.entry_name(key):
         return key
-    others = verl.elsewhere()
-    near = difflib.get_close_matches(known, [*fields, *others], n=1, cutoff=0.6)
-    if knows_verl and ("." in name or not near):
-        near = difflib.get_close_matches(key, verl.rows(), n=1, cutoff=0.6) or near
-    near = [others.get(n, n) for n in near if n not in others or others[n] in fields]
+    other_names = verl.other_trainers()
+    near = difflib.get_close_matches(candidate, [*fields, *other_names], n=1, cutoff=0.6)
+    if accepts_verl and ("." in name or not near):
+        near = difflib.get_close_matches(key, verl.entries(), n=1, cutoff=0.6) or near
+    near = [other_names.get(n, n) for n in near if n not in other_names or other_names[n] in fields]
     raise UserError(f"unknown setting {name!r:.200}" + (f"; the nearest is {near[0]!r}" if near else "")
                     + "; --help lists them all")
 
 
 def convert(field, text, origin):
-    """Turn the text of a value into the field's type."""
-    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    """Turn the text of a value into the field's type. Raises UserError if it does not fit."""
+    kinds = typing.get_args(field.type) or (field.type,)  # of int | None: int and NoneType
+    kind = kinds[0]
     rule = f"{origin}: {field.name} can't be {text!r:.200}; it must be "
     if text.lower() in ("none", "null", "~", "", "{}"):
         if types.NoneType in kinds:
             return None
-        raise UserError(rule + f"{kinds[0].__name__}, not empty")
-    if kinds[0] is bool:
+        raise UserError(rule + TYPE_NAMES[kind])
+    if kind is bool:
         if text.lower() not in BOOLEANS:
-            raise UserError(rule + "true or false")
+            raise UserError(rule + TYPE_NAMES[kind])
         return BOOLEANS[text.lower()]
-    if kinds[0] in (int, float):
+    if kind in (int, float):
         try:
-            return kinds[0](text)
+            return kind(text)
         except ValueError:
-            raise UserError(rule + ("a whole number" if kinds[0] is int else "a number")) from None
+            raise UserError(rule + TYPE_NAMES[kind]) from None
     choices = field.metadata["choices"]
     if choices and text not in choices:
         near = difflib.get_close_matches(text, choices, n=1)
@@ -358,15 +385,17 @@ def convert(field, text, origin):
 
 
 def read_yaml(path, fields):
-    """Settings of a YAML file. Nested keys read as a.b; lists join with commas.
+    """The Assignments of a YAML file. Nested keys become a.b; lists are joined with commas.
 
-    Only scalars' text is taken and then converted as a flag's would be: no tag is ever constructed, and an
-    alias, by which a short file can mean billions of values, is refused.
+    Only the text of scalars is used and converted like that of a flag, so no tag constructs an object.
+    Aliases are errors: with them a short file can mean billions of values.
+
+    Raises UserError, with the file and line, for what is not YAML or not a setting.
     """
     with open(path, "rb") as f:
         content = f.read(LARGEST_YAML + 1)
     if len(content) > LARGEST_YAML:
-        raise UserError(f"{path} has more than {LARGEST_YAML:,} bytes, so it is no file of settings")
+        raise UserError(f"{path} has more than {LARGEST_YAML:,} bytes; a file of settings can't be so large")
     try:
         root = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -378,55 +407,57 @@ def read_yaml(path, fields):
         return []
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: the file must be `name: value` lines")
-    settings = []
-    for name, text, where in list(yaml_values(root, "", path, set())):  # the file's form is checked first
-        if name in MOVED and name not in fields and text in ("false", "null"):
+    assignments = []
+    for name, text, place in list(yaml_values(root, "", path, set())):  # a list: checks the whole file first
+        if name in PLAN_SETTINGS and name not in fields and text in ("false", "null"):
             continue
         try:
             field = field_name(name, fields)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        settings.append(Setting(field, text, "file", where if field in fields else f"{where} {name}"))
-    return settings
+            raise UserError(f"{place}: {error}") from error
+        origin = place if field in fields else f"{place} {name}"
+        assignments.append(Assignment(field, text, "file", origin))
+    return assignments
 
 
 def yaml_values(node, name, path, seen):
-    """Yield (name with dots, text, file:line) of what is below a node of a YAML file.
+    """Yield (dotted name, text, "file:line") for every value below a node of a YAML file.
 
-    seen  ids of the nodes before it: one that comes again is an alias
+    seen  ids of the nodes visited so far: a node that comes again is an alias
     """
-    where = f"{path}:{node.start_mark.line + 1}"
+    place = f"{path}:{node.start_mark.line + 1}"
     if id(node) in seen:
-        raise UserError(f"{where}: anchors and aliases are not supported; write the value out")
+        raise UserError(f"{place}: anchors and aliases are not supported; write the value out")
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         if name and not node.value:
-            yield name, "{}", where
+            yield name, "{}", place
         for key, times in collections.Counter(str(key.value) for key, _ in node.value).items():
             if times > 1:
-                raise UserError(f"{where}: {key:.200} is there twice")
+                raise UserError(f"{place}: the key {key:.200} appears twice")
         for key, value in node.value:
             yield from yaml_values(value, f"{name}.{key.value}".lstrip("."), path, seen)
     elif isinstance(node, yaml.ScalarNode):
-        yield name, node.value, where
+        yield name, node.value, place
     elif name == "defaults":  # Hydra's list of other files
-        yield name, "a list", where
+        yield name, "a list", place
     elif any(not isinstance(item, yaml.ScalarNode) for item in node.value):
-        raise UserError(f"{where}: {name} must be a plain value or a list of plain values")
+        raise UserError(f"{place}: {name} must be a plain value or a list of plain values")
     else:
-        yield name, ",".join(item.value for item in node.value), where
+        yield name, ",".join(item.value for item in node.value), place
 
 
 def write_yaml(config, path):
     """Save a resolved configuration; --config PATH starts the same run again."""
     values = dataclasses.asdict(config)
-    # a line break of Unicode would be folded, not escaped
-    readable = "".join(map(str, values.values())).isprintable()
+    # With other characters allow_unicode would fold a Unicode line break instead of escaping it.
+    is_printable = "".join(map(str, values.values())).isprintable()
     with open(path, "w", encoding="utf-8") as f:
-        yaml.safe_dump(values, f, sort_keys=False, allow_unicode=readable)
+        yaml.safe_dump(values, f, sort_keys=False, allow_unicode=is_printable)
 
 
 def help_text(cls, fields):
+    """The text of --help: the docstring of cls, and a line for each field and each way to write one."""
     lines = [inspect.cleandoc(cls.__doc__)]
     for f in fields.values():
         if f.metadata["group"]:
@@ -438,16 +469,17 @@ def help_text(cls, fields):
             lines.append(f"  {flag}")
             flag = ""
         lines += textwrap.wrap(text, 110, initial_indent=f"  {flag:24}", subsequent_indent=" " * 26)
-    lines += ["", "configuration:", "  --config FILE           read a YAML file, name: value a line",
+    lines += ["", "configuration:", "  --config FILE           read a YAML file with lines of name: value",
               "  --config-path DIR --config-name NAME",
-              "                          the same, in Hydra's words",
-              "  name=value              as --name value"]
+              "                          the same, with Hydra's flags",
+              "  name=value              same as --name value"]
     if any(f.metadata["env"] for f in fields.values()):
-        lines += ["  a.b=value, +a.b=[x,y]   the same in verl's words, as its files are (docs/verl.md)",
-                  "  --environment           read the variables in CAPITALS above, and CONFIG; train.sh does"]
+        lines += ["  a.b=value, +a.b=[x,y]   a key of verl, here and in files (docs/verl.md)",
+                  "  --environment           read variables in CAPITALS, and CONFIG; train.sh adds this"]
     for field, value in [(f.name, preset) for f in fields.values() for preset in f.metadata["presets"]]:
-        lines.append(f"  {f'{field}={value}':22}  applies configs/{value}.yaml; only the defaults are weaker")
-    lines.append("  --explain               print every value and where it came from, start nothing")
+        example = f"{field}={value}"
+        lines.append(f"  {example:22}  applies configs/{value}.yaml; only defaults have lower precedence")
+    lines.append("  --explain               print every value and where it came from, then exit")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
-"""Programs start with any Python: where it lacks torch, they continue in the .venv that train.sh made.
+"""Start a program with any Python: if that lacks torch, the program continues in the .venv of train.sh.
 
-It imports the standard library only, as nothing else can be there yet.
+This module imports only the standard library: torch and other packages may be missing.
 """
 
 import importlib.util
@@ -14,11 +14,11 @@ PYTHON = os.path.join(PROJECT, ".venv", "bin", "python")
 
 
 def enter():
-    """Execute this program again with .venv's Python if this one has no torch, or end with one line.
+    """If this Python has no torch, execute the program again with that of .venv, or exit with an error line.
 
-    Called by entry points only, under `if __name__ == "__main__":`, before torch is imported. They have put
-    the project first on sys.path, as `python -P` leaves a program's directory out. tools/ is taken off it
-    here: files in it may have the name of a package, such as evaluate.
+    Entry points call it under `if __name__ == "__main__":`, before they import torch. They have put the
+    project first on sys.path, because `python -P` does not add a program's directory. enter() removes tools/
+    from the path: a file in it may have the name of a package, such as evaluate.
     """
     tools = os.path.join(os.path.realpath(PROJECT), "tools")
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != tools]
@@ -29,17 +29,17 @@ def enter():
         print(f"{program}: error: {sys.executable} has no torch; {remedy} makes a .venv that has it",
               file=sys.stderr)
         sys.exit(2)
-    os.execv(PYTHON, [PYTHON, *sys.orig_argv[1:]])  # with the interpreter's own flags, such as -u
+    os.execv(PYTHON, [PYTHON, *sys.orig_argv[1:]])  # orig_argv keeps the interpreter's flags, such as -u
 
 
 def command(file):
-    """How to start a program of the project with this Python from the current directory: "python chat.py"."""
+    """How to start a program of the project from the current directory with this Python: "python chat.py"."""
     python = "python" if shutil.which("python") == sys.executable else quoted(sys.executable)
     return f"{python} {quoted(file)}"
 
 
 def quoted(file):
-    """A file's path for a shell: full, unless the project is the current directory and the file is in it."""
+    """The path of a file, quoted for a shell: relative if the project is the current directory."""
     path = os.path.join(PROJECT, file)
     if os.path.realpath(os.curdir) == os.path.realpath(PROJECT) and path.startswith(PROJECT + os.sep):
         path = os.path.relpath(path, PROJECT)

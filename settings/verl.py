@@ -1,9 +1,10 @@
-"""verl's settings for SFT -> ours, by verl.yaml's tables. parser.py asks here for names that are not ours.
+"""Translate verl's SFT keys into settings of sft.py, by the tables of verl.yaml.
 
     python -m settings.verl > docs/verl.md      # the tables as a page; a test compares the two
 
-A key that is `taken` sets ours. One that is `warned` changes no number here: one line. One that is `refused`
-would change what is trained: an error. Neither happens where the value asks for what happens anyway.
+parser.py calls translate() for names that are not settings. A `mapped` key sets one or more settings. A
+`warned` key changes no result here: one line of warning. A `refused` key would change what is trained: an
+error. A warned or refused key passes silently if its value asks for what happens anyway.
 """
 
 import fnmatch
@@ -19,15 +20,15 @@ from settings.errors import UserError
 
 @functools.cache
 def tables():
-    """verl.yaml, all of it as text. Read on first use: most runs have no name of verl's."""
+    """verl.yaml, every value as text. Read on first use: most runs have no key of verl."""
     with open(os.path.join(os.path.dirname(__file__), "verl.yaml"), encoding="utf-8") as file:
         return yaml.load(file, yaml.BaseLoader)
 
 
 @functools.cache
-def rows():
-    """{key: its row: "kind" (taken, warned or refused), "note", and the columns that verl.yaml explains}"""
-    found = {key: {"kind": "taken", "note": "", **row} for key, row in tables()["taken"].items()}
+def entries():
+    """{key: its entry: "kind" (mapped, warned or refused), "note", and the columns of verl.yaml}"""
+    found = {key: {"kind": "mapped", "note": "", **entry} for key, entry in tables()["mapped"].items()}
     for kind in "warned", "refused":
         for reason, keys in tables()[kind].items():
             found |= {key: {"kind": kind, "note": reason, "same": same} for key, same in keys.items()}
@@ -35,99 +36,109 @@ def rows():
 
 
 @functools.cache
-def elsewhere():
-    """{name in TRL, torchtune or LLaMA-Factory: ours}"""
-    return {theirs: ours for ours, names in tables()["elsewhere"].items() for theirs in names.split()}
+def other_trainers():
+    """{name in TRL, torchtune or LLaMA-Factory: the setting of sft.py}"""
+    return {other: field for field, names in tables()["other_trainers"].items() for other in names.split()}
 
 
 def fields_set():
-    """The settings of ours that keys of verl's set."""
-    return {field for row in rows().values() for field in row.get("sets", "").split()}
+    """The settings that keys of verl can set."""
+    return {field for entry in entries().values() for field in entry.get("sets", "").split()}
 
 
 def key_of(name):
-    """The key of the tables that a name means: verl has several places for the same one."""
-    for prefix, instead in tables()["prefixes"].items():
+    """The key of the tables that a name means: verl has the same key in several places."""
+    for prefix, replacement in tables()["prefixes"].items():
         if name.startswith(prefix):
-            name = instead + name.removeprefix(prefix)
+            name = replacement + name.removeprefix(prefix)
     return name
 
 
-def row_name(key):
-    """The name of a key's own row, or of the row for all keys below one of its parents; None without one."""
+def entry_name(key):
+    """The name of the key's own entry, or of the entry for all keys below a parent; None if there is none."""
     parents = [key[:i] + ".*" for i, char in enumerate(key + ".") if char == "."]
     names = ["*._target_"] if key.endswith("._target_") else [key, *parents[::-1]]
-    return next((name for name in names if name in rows()), None)
+    return next((name for name in names if name in entries()), None)
 
 
 def translate(given):
-    """([(index, our field, text of its value), ...], [warning, ...]) of all that is given in verl's words.
+    """Translate all of verl's keys of a run together: one may decide what another means, and ${a.b} refers to
+    another's value.
 
-    given  {key: (text of its value, where it was given, index)}
+    given    {key: (text of its value, its origin, index)}
+    returns  [(index, field, text of its value), ...] and [warning, ...]
 
-    Keys are read together: one may decide what another means, and ${a.b} is the value of another.
     Raises UserError for a value that would change what is trained, or that can't be read.
     """
     values = {key: interpolated(key, given) for key in given}
     values = {key: value for key, value in values.items() if value.lower() not in verl_values.EMPTY}
-    settings, warnings = [], []
+    translations, warnings = [], []
     for key in values:
         _, origin, index = given[key]
         try:
-            texts, said = row_applied(key, values)
+            texts, key_warnings = apply_entry(key, values)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
-        settings += [(index, field, text) for field, text in texts.items() if text is not None]
-        warnings += [f"{origin}: {line}" for line in said]
-    # null is what a field is without the key, unless another key says it
-    sets = {field for _, field, _ in settings}
-    settings += [(given[key][2], field, "none") for key in given if key in rows() and key not in values
-                 for field in rows()[key].get("sets", "").split() if field not in sets]
-    return settings, warnings
+        translations += [(index, field, text) for field, text in texts.items() if text is not None]
+        warnings += [f"{origin}: {warning}" for warning in key_warnings]
+    # null resets the fields of a key, unless another key sets them
+    fields_seen = {field for _, field, _ in translations}
+    for key, (_, _, index) in given.items():
+        if key in entries() and key not in values:
+            fields = entries()[key].get("sets", "").split()
+            translations += [(index, field, "none") for field in fields if field not in fields_seen]
+    return translations, warnings
 
 
-def interpolated(key, given, inside=()):
-    """The text of a key's value, with ${a.b} replaced by the value of a.b."""
+def interpolated(key, given, parents=()):
+    """The text of a key's value, with ${a.b} replaced by the value of a.b.
+
+    parents  keys that are being replaced: one of these again would never end
+    """
     text, origin, _ = given[key]
 
     def value_of(match):
         other = key_of(match[1])
-        if other not in given or other in (key, *inside):
+        if other not in given or other in (key, *parents):
             raise UserError(f"{origin}: {match[0]} has no value; write it out")
-        return interpolated(other, given, (key, *inside))
+        return interpolated(other, given, (key, *parents))
 
     return re.sub(r"\$\{([^${}]*)\}", value_of, text)
 
 
-def row_applied(key, values):
-    """({our field: text, None to leave it as it is}, [warning, ...]) of a key; values holds those of all."""
-    row, value, warnings = rows()[row_name(key)], values[key], []
-    if row["kind"] != "taken":
-        passes = happens_anyway(value, row["same"])
-        if row["kind"] == "refused" and not passes:
-            raise UserError(f"{value} is refused: {row['note']}")
-        return {}, [] if passes else [f"{value} is not applicable: {row['note']}"]
-    if value.lower() in row.get("refuses", ()):
-        raise UserError(f"{value} is refused: {row['refuses'][value.lower()]}")
-    if value in row.get("warns", ()):
-        warnings.append(f"{value} is not applicable: {row['warns'][value]}")
-    texts = row.get("values", {}).get(value, value)
-    if "by" in row:
-        texts = getattr(verl_values, row["by"])(key, values, warnings)
-    texts = [texts] if isinstance(texts, str | None) else texts
-    return dict(zip(row["sets"].split(), texts, strict=True)), warnings
+def apply_entry(key, values):
+    """({field: text, or None to leave the field alone}, [warning, ...]) of a key.
+
+    values  {key: text} of all keys
+    """
+    entry, value, warnings = entries()[entry_name(key)], values[key], []
+    if entry["kind"] != "mapped":
+        passes = happens_anyway(value, entry["same"])
+        if entry["kind"] == "refused" and not passes:
+            raise UserError(f"{value} is refused: {entry['note']}")
+        return {}, [] if passes else [f"{value} is not applicable: {entry['note']}"]
+    if value.lower() in entry.get("refuses", ()):
+        raise UserError(f"{value} is refused: {entry['refuses'][value.lower()]}")
+    if value in entry.get("warns", ()):
+        warnings.append(f"{value} is not applicable: {entry['warns'][value]}")
+    texts = entry.get("values", {}).get(value, value)
+    if "by" in entry:
+        texts = getattr(verl_values, entry["by"])(key, values, warnings)
+    if isinstance(texts, str | None):
+        texts = [texts]
+    return dict(zip(entry["sets"].split(), texts, strict=True)), warnings
 
 
 def happens_anyway(value, same):
-    """Is the value one of those that ask for what happens anyway? verl.yaml says how these are written."""
-    if same == "everything":  # what a checkpoint holds
+    """Whether a value asks for what happens anyway. verl.yaml explains how `same` is written."""
+    if same == "everything":  # the contents of a checkpoint
         return {"model", "optimizer", "extra"} <= set(value.split(","))
-    same = [os.environ.get(word[1:], "1") if word.startswith("$") else word for word in same.split()]
-    return any(fnmatch.fnmatchcase(plain(value), plain(word)) for word in same)
+    patterns = [os.environ.get(word[1:], "1") if word.startswith("$") else word for word in same.split()]
+    return any(fnmatch.fnmatchcase(plain(value), plain(pattern)) for pattern in patterns)
 
 
 def plain(text):
-    """A number as Python writes it, other text in lower case."""
+    """A number as Python writes it; other text in lower case."""
     try:
         return str(float(text))
     except ValueError:
@@ -137,12 +148,14 @@ def plain(text):
 def page():
     """The tables as Markdown."""
     lines = {}
-    for key, row in rows().items():
-        settings = " ".join(f"`--{field}`" for field in row.get("sets", "").split())
-        same = row.get("same", "").replace("everything", "model,optimizer,extra")
-        but = ", but for " + ", ".join(f"`{value}`" for value in same.split()) if same else ""
-        lines[key] = f"| `{key}` | {settings or row['kind'] + but} | {row['note']} |"
-    places = ", ".join(f"`{prefix}…` as `{instead}…`" for prefix, instead in tables()["prefixes"].items())
+    for key, entry in entries().items():
+        effect = " ".join(f"`--{field}`" for field in entry.get("sets", "").split()) or entry["kind"]
+        same = entry.get("same", "").replace("everything", "model,optimizer,extra")
+        if same:
+            effect += ", except for " + ", ".join(f"`{value}`" for value in same.split())
+        lines[key] = f"| `{key}` | {effect} | {entry['note']} |"
+    places = ", ".join(f"`{prefix}…` is read as `{replacement}…`"
+                       for prefix, replacement in tables()["prefixes"].items())
     return tables()["page"].format(places=places) + "\n".join(lines[key] for key in sorted(lines))
 
 

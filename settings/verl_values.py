@@ -1,8 +1,8 @@
-"""Values of verl's that a table can't translate: the functions that column `by` of verl.yaml names.
+"""Translations that need more than a table: the functions that column `by` of verl.yaml names.
 
-Each is called as (key, values, warnings): values is {key: text} of all keys that are given and not empty,
-warnings a list to add to. It returns the text of our setting, or a text for each where the row sets several;
-None leaves a setting as it is. Raises UserError for a value that can't be read.
+Each is called as (key, values, warnings). values is {key: text} of all keys that are set and not empty;
+warnings is a list to append to. It returns the text of the setting, or one text for each setting if the entry
+sets several; None leaves a setting as it is. Raises UserError for a value that can't be read.
 """
 
 import importlib.util
@@ -10,25 +10,25 @@ import os
 
 from settings.errors import UserError
 
-EMPTY = ("", "null", "none", "~", "{}")  # nothing is asked for
-EXAMPLE = "~/data/gsm8k/test.parquet"  # what verl's own file validates on
+EMPTY = ("", "null", "none", "~", "{}")  # texts that set nothing
+EXAMPLE = "~/data/gsm8k/test.parquet"  # the validation file in verl's own configuration
 OFFLOADS = ("engine.param_offload", "engine.offload_policy", "engine.cpu_offload", "engine.offload_params")
-USUAL = {"model.lora_alpha": "16", "model.target_modules": "all-linear"}  # in verl's file, wanted or not
+VERL_DEFAULTS = {"model.lora_alpha": "16", "model.target_modules": "all-linear"}  # set even without LoRA
 TP = "engine.tensor_model_parallel_size"
 
 
 def path(key, values, warnings):
-    return ",".join(os.path.expanduser(part) for part in values[key].split(","))
+    return ",".join(os.path.expanduser(file) for file in values[key].split(","))
 
 
 def val_files(key, values, warnings):
     if values[key] == EXAMPLE and not os.path.exists(os.path.expanduser(EXAMPLE)):
-        warnings.append(f"{EXAMPLE} is verl's example and not on this machine: nothing is validated")
+        warnings.append(f"{EXAMPLE} is verl's example and not on this machine: there is no validation")
         return "none"
     return path(key, values, warnings)
 
 
-def whole(key, values):
+def integer(key, values):
     try:
         return int(values[key])
     except ValueError:
@@ -40,35 +40,35 @@ def micro_batch(key, values, warnings):
     if values.get("data.use_dynamic_bsz", str(by_tokens)).lower() != "true":
         return values.get("data.micro_batch_size_per_gpu")
     if not {"data.max_token_len_per_gpu", "data.max_length"} <= values.keys():
-        raise UserError("a micro-batch by tokens needs data.max_token_len_per_gpu and data.max_length; or "
-                        "type data.use_dynamic_bsz=false")
-    tokens, length = whole("data.max_token_len_per_gpu", values), whole("data.max_length", values)
-    return str(max(1, tokens // max(1, length)))  # a length of 0 is refused as our max_length
+        raise UserError("a micro-batch by tokens needs data.max_token_len_per_gpu and data.max_length; set "
+                        "them, or data.use_dynamic_bsz=false")
+    tokens, length = integer("data.max_token_len_per_gpu", values), integer("data.max_length", values)
+    return str(max(1, tokens // max(1, length)))  # a length of 0 is an error later, as --max_length
 
 
 def column(key, values, warnings):
-    """Of the prompt or the response: its column and the keys inside that, with points between them."""
+    """The column of the prompt or the response, with the keys inside it appended: "extra_info.question"."""
     side = key.removeprefix("data.").partition("_")[0]
-    parts = [values.get(f"data.{side}_key", side), *values.get(f"data.{side}_dict_keys", "").split(",")]
-    return ".".join(part for part in parts if part.lower() not in EMPTY)
+    names = [values.get(f"data.{side}_key", side), *values.get(f"data.{side}_dict_keys", "").split(",")]
+    return ".".join(name for name in names if name.lower() not in EMPTY)
 
 
 def lora_rank(key, values, warnings):
-    rank = whole(key, values)
+    rank = integer(key, values)
     if "model.lora_adapter_path" in values:
-        return "true", None  # the adapter has its own
+        return "true", None  # the adapter has its own rank
     return ("true", values[key]) if rank > 0 else ("false", None)
 
 
 def lora_detail(key, values, warnings):
-    """Of LoRA's alpha and targets: nothing where there is no LoRA, or an adapter that has its own."""
+    """LoRA's alpha or targets: None without LoRA, and for an adapter, which has its own."""
     if "model.lora_adapter_path" in values:
         reason = "the adapter has its own"
-    elif "model.lora_rank" in values and whole("model.lora_rank", values) <= 0:
+    elif "model.lora_rank" in values and integer("model.lora_rank", values) <= 0:
         reason = "model.lora_rank is 0"
     else:
         return values[key]
-    if values[key] != USUAL[key]:
+    if values[key] != VERL_DEFAULTS[key]:
         warnings.append(f"{values[key]} is not applicable: {reason}")
     return None
 
@@ -88,27 +88,27 @@ def offload(key, values, warnings):
 
 
 def tensor_parallel(key, values, warnings):
-    return values[key], "megatron" if whole(key, values) > 1 else None
+    return values[key], "megatron" if integer(key, values) > 1 else None
 
 
 def strategy(key, values, warnings):
-    if values[key] == "megatron" and (TP not in values or whole(TP, values) == 1):
-        warnings.append(f"megatron is not applicable: without {TP} above 1 it is what fsdp does")
+    if values[key] == "megatron" and (TP not in values or integer(TP, values) == 1):
+        warnings.append(f"megatron is not applicable: it does the same as fsdp unless {TP} is above 1")
         return "fsdp"
     return values[key]
 
 
 def loggers(key, values, warnings):
-    kept = []
+    supported = []
     for name in filter(None, map(str.strip, values[key].split(","))):
         if name in ("mlflow", "swanlab", "clearml", "vemlp_wandb"):
             warnings.append(f"{name} is not applicable: metrics.jsonl has every number; console, wandb, "
                             "tensorboard and trackio show them")
         elif name in ("wandb", "tensorboard", "trackio") and importlib.util.find_spec(name) is None:
             warnings.append(f"{name} is not installed (pip install {name}); metrics.jsonl has every number")
-        elif name != "file":  # metrics.jsonl is
-            kept.append(name)
-    return ",".join(kept) or "console"
+        elif name != "file":  # metrics.jsonl is always written
+            supported.append(name)
+    return ",".join(supported) or "console"
 
 
 def resume(key, values, warnings):

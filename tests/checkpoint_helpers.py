@@ -42,10 +42,10 @@ def created(directory):
 
 
 def loaded(directory):
-    """(our model of a directory, the layout of its files), as sft.py makes them."""
+    """(our model of a directory, the shard_map of its files), as sft.py makes them."""
     model = created(directory)
     pretrained.load_weights(model, directory)
-    return model, pretrained.layout(model, directory)
+    return model, pretrained.shard_map(model, directory)
 
 
 def adamw(model, optimizer_class=optim.AdamW, offload=False):
@@ -64,7 +64,7 @@ class Run:
     """A run in root over a model directory: what sft.py holds between two checkpoints."""
 
     def __init__(self, source, root):
-        self.root, (self.model, self.layout) = root, loaded(source)
+        self.root, (self.model, self.shard_map) = root, loaded(source)
         self.optimizer = adamw(self.model)
         self.files = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
         root.mkdir()
@@ -73,7 +73,7 @@ class Run:
         """Train a step, so that no two checkpoints are equal, and save; return the step directory."""
         train_step(self.model, self.optimizer, step)
         return checkpoint.save(self.root, step, model=self.model, optimizer=self.optimizer,
-                               layout=self.layout, exported=self.files, state={"seed": 7})
+                               shard_map=self.shard_map, exported=self.files, state={"seed": 7})
 
 
 def listing(directory):

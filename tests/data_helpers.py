@@ -28,8 +28,8 @@ def assert_is(dataset, expected):
     for i, (ids, mask) in enumerate(expected):
         here = slice(dataset.starts[i], dataset.starts[i + 1])
         assert dataset.tokens[here].tolist() == ids
-        assert dataset.is_target[here].tolist() == mask
-        assert dataset.lengths[i] == max(place for place, target in enumerate(mask) if target)
+        assert dataset.loss_mask[here].tolist() == mask
+        assert dataset.n_inputs[i] == max(place for place, target in enumerate(mask) if target)
 
 
 def mixed(tmp_path, *sizes):

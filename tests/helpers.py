@@ -201,7 +201,7 @@ def chat(*contents, system=None):
 def runs(dataset, i=0, tokenizer=RAW):
     """Conversation i as (is a target, decoded text, token ids), one for each run of equal mask."""
     here = slice(dataset.starts[i], dataset.starts[i + 1])
-    pairs = zip(dataset.is_target[here].tolist(), dataset.tokens[here].tolist(), strict=True)
+    pairs = zip(dataset.loss_mask[here].tolist(), dataset.tokens[here].tolist(), strict=True)
     grouped = [(target, [token for _, token in group]) for target, group in groupby(pairs, key=lambda pair: pair[0])]
     return [(target, tokenizer.decode(ids, skip_special_tokens=False), ids) for target, ids in grouped]
 
@@ -262,7 +262,7 @@ def attempt(function, *words, naming="", seconds=20, **named):
             signal.setitimer(clock, 0)
 
 
-def model_loss(model, tokens, lengths, targets):
+def model_loss(model, tokens, doc_lengths, targets):
     """The loss (), of targets (N,) int64 with -100 where there is none; what else there is of a LossOut is left out."""
-    rows = (targets != -100).nonzero()[:, 0]
-    return model(tokens, lengths, rows, targets[rows]).total
+    positions = (targets != -100).nonzero()[:, 0]
+    return model(tokens, doc_lengths, positions, targets[positions]).total

@@ -1,4 +1,4 @@
-"""The ledger of a dataset: where every row and token went."""
+"""The ledger of a dataset: an account of every row and token, trained or not."""
 
 from dataclasses import dataclass, field
 
@@ -7,27 +7,31 @@ from settings.errors import UserError
 
 @dataclass
 class Ledger:
-    """Counts of rows, tokens and assistant turns. Two sums have to be right, see check."""
+    """Counts of rows, tokens and assistant turns.
 
-    rows: int = 0  # trained + dropped
-    trained: int = 0
+    Two sums must balance, see check(): rows = trained + dropped, and tokens = target + context + truncated +
+    in_dropped_rows.
+    """
+
+    rows: int = 0
+    trained: int = 0  # rows
     dropped: dict = field(default_factory=dict)  # reason -> rows
-    tokens: int = 0  # target + context + truncated + in_dropped_rows
-    target: int = 0
-    context: int = 0
-    truncated: int = 0
-    in_dropped_rows: int = 0
+    tokens: int = 0
+    target: int = 0  # tokens that the loss predicts
+    context: int = 0  # tokens that are input only
+    truncated: int = 0  # tokens beyond max_length, in rows that are trained
+    in_dropped_rows: int = 0  # tokens
     rows_truncated: int = 0
     turns: int = 0  # assistant turns that are trained and not truncated
-    turns_stopped: int = 0  # those among them whose stop token is a target
+    turns_stopped: int = 0  # turns among these whose stop token is a target
 
-    def drop(self, reason, tokens):
-        """A row of so many tokens is not trained."""
+    def drop(self, reason, length):
+        """Count a row of `length` tokens that is not trained."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.in_dropped_rows += tokens
+        self.in_dropped_rows += length
 
     def keep(self, n_targets, kept, length):
-        """A row is trained: `kept` of its `length` tokens, among them n_targets targets."""
+        """Count a row that is trained: `kept` of its `length` tokens, n_targets of them targets."""
         self.trained += 1
         self.target += n_targets
         self.context += kept - n_targets
@@ -35,7 +39,7 @@ class Ledger:
         self.rows_truncated += int(length > kept)
 
     def lines(self):
-        """Two lines for the screen."""
+        """The two lines on the screen, for rows and for tokens."""
         n_dropped = sum(self.dropped.values())
         dropped = "".join(f", {count} {reason}" for reason, count in self.dropped.items())
         cut = f" (of {self.rows_truncated} rows)" if self.rows_truncated else ""
@@ -45,7 +49,10 @@ class Ledger:
                 f"{self.truncated:,} truncated{cut}{extra}")
 
     def check(self, spec, max_length):
-        """Raise UserError if nothing is left to train on, or if the model would not learn to stop."""
+        """Raise UserError if no row is trained, or if the model would not learn to end its turn.
+
+        The latter is so if less than 99 % of the trained turns have their stop token as a target.
+        """
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self
         if not self.trained:
@@ -53,5 +60,5 @@ class Ledger:
                             f"--max_length {max_length} may be too small for any answer")
         if self.turns_stopped < 0.99 * self.turns:
             raise UserError(f"{spec}: only {self.turns_stopped} of {self.turns} assistant turns train a "
-                            "token that ends them: the model would never stop; use a chat template "
-                            "(--tokenizer) that ends each turn with a special token")
+                            "token that ends them: the model would never stop; use a tokenizer directory "
+                            "(--tokenizer) whose chat template ends each turn with a special token")

@@ -1,8 +1,8 @@
-"""Rendering an untrusted chat template: no Python for it to touch, and bounds to what it makes.
+"""Render an untrusted chat template: no access to Python, and limits on the time and memory that it takes.
 
-jinja's sandbox keeps a template from Python's attributes. It does not keep it from doubling a text fifty
-times, padding one to a billion characters, or loops in loops; here the cost of each operation that makes
-something larger is counted before it is done. text/template.py alone uses it.
+jinja's sandbox keeps a template from Python's attributes. It does not stop one that doubles a text fifty
+times, pads one to a billion characters, or nests loops. Here an operation that makes a larger value adds its
+cost to a total before it runs, and too high a total is an error. Only text/template.py uses this module.
 """
 
 import contextlib
@@ -18,12 +18,14 @@ import jinja2
 import jinja2.sandbox
 import jinja2.visitor
 
-SECONDS, COST = 10, 2**28  # of one conversation: time to render it, and the characters of all values made
-ITEM = 32  # characters that an item of a list counts as: so much memory it takes
-OUTPUT = 2**18  # characters of its text, beyond 16 times those of the conversation
+# Limits for one conversation.
+SECONDS = 10  # time to render it
+COST = 2**28  # characters of all values that the template makes, plus 64 times those of the conversation
+OUTPUT = 2**18  # characters of the rendered text, plus 16 times those of the conversation
+ITEM = 32  # cost of an item of a list, in characters: about the memory that it takes
 
 
-# what a template can make Python raise; jinja leaves a break outside a loop to Python's compiler
+# What a template can make Python raise. SyntaxError: jinja compiles a break outside a loop to Python.
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError, RecursionError)
 
 
@@ -33,7 +35,7 @@ def refuse(message):
 
 @contextlib.contextmanager
 def template_errors():
-    """Around calls of jinja only: whatever fails in a template is a jinja2.TemplateError."""
+    """Turn any failure of a template into jinja2.TemplateError. Put only calls of jinja inside."""
     try:
         yield
     except jinja2.TemplateError:
@@ -43,114 +45,124 @@ def template_errors():
 
 
 class Counted(jinja2.visitor.NodeTransformer):
-    """Rewrites a template so that Sandbox's filters see each turn of a loop, each list written, and a ~ b."""
+    """Adds filters to a template's syntax tree, so that Sandbox counts what is no filter or call already.
+
+    These are iterations of a loop, list, dict and tuple literals, and a ~ b.
+    """
 
     def filtered(self, node, name):
         return jinja2.nodes.Filter(self.generic_visit(node), name, [], [], None, None, lineno=node.lineno)
 
     def visit_For(self, node):
-        turn = jinja2.nodes.Filter(jinja2.nodes.Const(None), "turn", [], [], None, None, lineno=node.lineno)
-        self.generic_visit(node).body.insert(0, jinja2.nodes.ExprStmt(turn, lineno=node.lineno))
+        count = jinja2.nodes.Filter(jinja2.nodes.Const(None), "iteration", [], [], None, None,
+                                    lineno=node.lineno)
+        self.generic_visit(node).body.insert(0, jinja2.nodes.ExprStmt(count, lineno=node.lineno))
         return node
 
     def visit_List(self, node):
-        return self.filtered(node, "made")
+        return self.filtered(node, "literal")
 
     visit_Dict = visit_List
 
     def visit_Tuple(self, node):
-        return self.filtered(node, "made") if node.ctx == "load" else node  # else it is names to assign to
+        return self.filtered(node, "literal") if node.ctx == "load" else node  # others are names to assign to
 
     def visit_Concat(self, node):
-        parts = jinja2.nodes.List(self.generic_visit(node).nodes, lineno=node.lineno)
-        return jinja2.nodes.Filter(parts, "join", [], [], None, None, lineno=node.lineno)
+        operands = jinja2.nodes.List(self.generic_visit(node).nodes, lineno=node.lineno)
+        return jinja2.nodes.Filter(operands, "join", [], [], None, None, lineno=node.lineno)
 
 
 def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """transformers' filter: jinja's own escapes what is special in HTML."""
+    """The filter of transformers; jinja's own escapes characters that are special in HTML."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """As transformers sets it up: a template can't touch Python. And bounded, which transformers' isn't: what
-    makes a value larger than those it is made of counts its cost before it is done; too much is an error."""
+    """jinja's sandbox as transformers sets it up, plus limits, which transformers does not have.
+
+    An operation that makes a value larger than its operands calls spend() before it runs.
+    """
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-    passing = frozenset(  # filters that make no text of the items of a list
-        "attr batch count d default dictsort first groupby items last length list made map max min reject "
+    list_filters = frozenset(  # filters that do not make text from the items of a list
+        "attr batch count d default dictsort first groupby items last length list literal map max min reject "
         "rejectattr reverse select selectattr slice sort unique".split())
 
     def __init__(self, extensions):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.shown)
         self.filters["tojson"] = tojson
-        for name in ("wordwrap", "urlize"):  # no chat template has them, and each puts a text in many times
+        for name in ("wordwrap", "urlize"):  # no chat template uses them, and they can repeat a text
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters["made"] = lambda value: value
+        self.filters["literal"] = lambda value: value
         self.filters = {name: self.counted(name, function) for name, function in self.filters.items()}
-        self.filters["turn"] = jinja2.pass_context(lambda context, value: self.spend(1))
+        self.filters["iteration"] = jinja2.pass_context(lambda context, value: self.spend(1))
         self.globals["raise_exception"] = refuse
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.start(0)
 
     def load(self, source):
-        """The template of a source text. Raises jinja2.TemplateError."""
+        """The template of a source text. Raises jinja2.TemplateError if it is wrong."""
         with template_errors():
             return self.from_string(source)
 
     def render(self, template, **values):
         """The text that a template makes of a conversation.
 
-        Raises jinja2.TemplateError where it fails, makes too much or takes too long.
+        Raises jinja2.TemplateError if the template fails or exceeds a limit.
         """
-        with template_errors():
-            size = sum(len(repr(value)) for value in values.values())  # may be nested too deep
+        with template_errors():  # repr fails on values that are nested too deep
+            size = sum(len(repr(value)) for value in values.values())
         self.start(size)
         with template_errors():
             text = template.render(**values)
         if len(text) > OUTPUT + 16 * size:
-            refuse(f"it makes {len(text):,} characters of a conversation of {size:,}")
+            refuse(f"it makes {len(text):,} characters from a conversation of {size:,}")
         return text
 
     def start(self, size):
-        """Before a conversation of so many characters."""
-        self.left, self.until = COST + 64 * size, time.monotonic() + SECONDS
+        """Reset the limits, for a conversation of `size` characters."""
+        self.budget, self.deadline = COST + 64 * size, time.monotonic() + SECONDS
 
     def spend(self, cost):
-        self.left -= cost
-        if self.left < 0:
-            refuse(f"it makes more than {COST // 10**6} million characters of one conversation")
-        if time.monotonic() > self.until:
+        """Subtract a cost, in characters, from the budget. Raises jinja2.TemplateError at a limit."""
+        self.budget -= cost
+        if self.budget < 0:
+            refuse(f"it makes more than {COST // 10**6} million characters from one conversation")
+        if time.monotonic() > self.deadline:
             refuse(f"it takes more than {SECONDS} s for one conversation")
 
     def size(self, value, as_text=True):
-        """The cost of a value with all inside it; a text in it costs an item, and its length if as_text."""
+        """The cost of a value and all values inside it, in characters.
+
+        as_text  texts inside lists count with their length, not only as an item
+        """
         if isinstance(value, str):
             return len(value)
-        size, inside = 1, [value]
-        while inside:  # one list may be in a value a billion times
-            value = inside.pop()
+        size, pending = 1, [value]
+        while pending:
+            value = pending.pop()
             if isinstance(value, jinja2.utils.Namespace):
                 value = value._Namespace__attrs
             if isinstance(value, dict):
-                inside += value.keys() if as_text else ()
+                pending += value.keys() if as_text else ()
                 value = value.values()
             if isinstance(value, (list, tuple, MappingView)):
-                inside += value
+                pending += value
                 size += ITEM * len(value)
             elif as_text and isinstance(value, str):
                 size += len(value)
-            if size > self.left:
-                break
+            if size > self.budget:
+                break  # a small value may hold the same list a billion times
         return size
 
     def cost(self, name, value, arguments):
-        """What a filter or a method of a value may make, at most: of texts in them, their product."""
-        cost = self.size(value, name not in self.passing)
+        """An upper bound of the characters that a filter, or a method of a value, makes."""
+        cost = self.size(value, name not in self.list_filters)
         sizes = [self.size(argument) for argument in arguments]
         if name == "replace" and isinstance(value, str) and len(arguments) > 1:
             cost += value.count(str(arguments[0])) * sizes[1]
-        elif name == "join":  # of a method the separator comes first
+        elif name == "join":  # as a method: value is the separator
             cost = sum(sizes, cost)
             lists = [x for x in (value, *arguments) if isinstance(x, (list, tuple))]
             cost += max([len(x) * (cost - self.size(x)) for x in lists], default=0)
@@ -167,17 +179,20 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return cost
 
     def counted(self, name, function):
-        @functools.wraps(function)  # with the mark by which jinja hands a context over
-        def filter_(*values, **named):
-            first = getattr(function, "jinja_pass_arg", None) is not None
-            if name == "join" and isinstance(values[first], types.GeneratorType):
-                values = (*values[:first], list(values[first]), *values[first + 1 :])
-            self.spend(self.cost(name, values[first], [*values[first + 1 :], *named.values()]))
+        """A filter that spends its cost before it runs."""
+
+        @functools.wraps(function)  # copies jinja_pass_arg, with which jinja passes a context
+        def counted_filter(*values, **named):
+            at = int(getattr(function, "jinja_pass_arg", None) is not None)  # where the filtered value is
+            if name == "join" and isinstance(values[at], types.GeneratorType):
+                values = (*values[:at], list(values[at]), *values[at + 1 :])
+            self.spend(self.cost(name, values[at], [*values[at + 1 :], *named.values()]))
             return function(*values, **named)
 
-        return filter_
+        return counted_filter
 
     def call(self, context, function, /, *values, **named):
+        """Every call in a template. Methods of texts and numbers spend their cost(), others their inputs."""
         method = getattr(function, "__wrapped__", function)  # jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, (str, int)):
@@ -188,6 +203,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(context, function, *values, **named)
 
     def call_binop(self, context, operator, left, right):
+        """Every operator of intercepted_binops in a template."""
         if operator == "%" and isinstance(left, str):
             argument = right if isinstance(right, (str, tuple, dict)) else str(right)
             self.spend(self.cost("format", left, [argument]))
@@ -196,7 +212,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif operator == "*":
             for times, value in ((left, right), (right, left)):
                 if isinstance(times, int):
-                    self.spend(max(1, times) * (self.size(value, False) if not isinstance(value, int) else 0))
+                    size = 0 if isinstance(value, int) else self.size(value, False)
+                    self.spend(max(1, times) * size)
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length(), right.bit_length()
             if (sum(bits) if operator == "*" else bits[0] * abs(right)) > 4096:
@@ -204,17 +221,18 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def shown(self, value):
-        """Each value that is printed. Only text is cheap: a list in a list in a list may be a billion."""
+        """Every value that is printed. A text adds no cost; a list may hold another list a billion times."""
         if not isinstance(value, str):
             self.spend(self.size(value))
         return value
 
     def concat(self, pieces):
-        made = []
+        """Every block of output that a template puts together."""
+        counted = []
         for piece in pieces:
             self.spend(len(piece) + 1)
-            made.append(piece)
-        return "".join(made)
+            counted.append(piece)
+        return "".join(counted)
 
     def _parse(self, source, name, filename):
         return Counted().visit(super()._parse(source, name, filename))

@@ -1,13 +1,14 @@
-"""A model's tokenizer and chat template: the text of a conversation, and where the answers are in it.
+"""A model's tokenizer and chat template: the text of a conversation, and where its answers are.
 
-Owns rendering as transformers does it, sandboxed, and finding each answer by character offsets in the one
-text that was rendered: nothing is rendered message by message, nothing is derived from the id of a token.
+A conversation is rendered once, as one text, in a sandbox and with the same result as transformers. Answers
+are found by character offsets in that text, not by rendering message by message and not by token ids.
 """
 
 import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -19,14 +20,27 @@ from text.sandbox import Sandbox
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LARGEST = 2**20  # characters of a template; the longest known have 30,000
+MAX_TEMPLATE = 2**20  # characters; the longest known templates have 30,000
+
+
+class Span(NamedTuple):
+    """Characters text[start:stop] of an assistant's turn.
+
+    A span begins after the turn's header and ends after the token that ends the turn. Reasoning that the
+    template puts there is inside. The newline after the turn, and a header after the last turn, are not.
+    """
+
+    start: int
+    stop: int
+    has_stop_token: bool  # the text of the token that ends the turn is in the span
+    is_trained: bool
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %}, by which a template marks what the assistant generates."""
+    """{% generation %}...{% endgeneration %}: templates mark with it what the assistant generates."""
 
     tags = {"generation"}
-    MARKS = "\ufdd0", "\ufdd1"  # Unicode noncharacters: never in text, taken out again after rendering
+    MARKS = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which text never has; removed after rendering
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -38,7 +52,7 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 def read(path):
-    """The text of a file, for error messages to name it."""
+    """The text of a file. Raises UserError, which names it, if it is not UTF-8."""
     content = read_file(path)
     try:
         return content.decode().replace("\r\n", "\n").replace("\r", "\n")
@@ -47,6 +61,7 @@ def read(path):
 
 
 def parse(text, path):
+    """The JSON object in the text of a file. Raises UserError, which names it."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -57,19 +72,22 @@ def parse(text, path):
 
 
 class ChatTokenizer:
-    """A model's tokenizer and chat template, as its directory has them.
+    """The tokenizer and chat template of a model's directory.
 
-    turn_end     text of the token that ends an assistant turn, e.g. <|im_end|>; None if the template has none
-    stop_id      its id
-    size         one more than the highest id
-    header       what the generation prompt ends with, e.g. "assistant\\n": an answer's targets begin after it
-    is_closing   it is what closes each user turn, e.g. [/INST], so it stands between two of them as well
-    is_fallback  the model has no template and gets ChatML
+    turn_end        text of the token that ends an assistant turn, e.g. <|im_end|>; None if there is none
+    stop_token_id   id of that token
+    header          what an assistant turn begins with, e.g. "assistant\\n"; targets begin after it
+    is_closing      the header also closes every user turn, e.g. [/INST], so it is between two user turns too
+    is_fallback     the model has no template; ChatML is used instead
+    marks_answers   the template marks answers with {% generation %}
+    size            number of ids: the highest id + 1
+    source, text    source of the template; text of tokenizer.json
+    special, added  special tokens by name (bos_token, ...); added tokens by id
     """
 
     def __init__(self, directory, vocab_size=None):
-        """Raises UserError where the tokenizer or its template can't be used, or it has more ids than
-        vocab_size, the rows of the model's embedding."""
+        """Raises UserError if the tokenizer or its template can't be used, or if the tokenizer has more ids
+        than vocab_size, the number of rows of the model's embedding."""
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
             raise UserError(f"{directory} has no tokenizer.json; --tokenizer may name another directory")
@@ -77,7 +95,7 @@ class ChatTokenizer:
         parse(self.text, path)
         try:
             self.tokenizer = Tokenizer.from_str(self.text)
-        except BaseException as error:  # the package has none of its own; a panic of its Rust is no Exception
+        except BaseException as error:  # the package has no error class, and a Rust panic is not an Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise UserError(f"{path} is not a tokenizer: {error!s:.300}") from error
@@ -87,8 +105,8 @@ class ChatTokenizer:
         self.size = max(self.tokenizer.get_vocab_size(), *(i + 1 for i in self.added), 0)
         if vocab_size is not None and self.size > vocab_size:
             raise UserError(f"{directory}: the tokenizer has ids up to {self.size - 1}, the model's "
-                            f"embedding has {vocab_size} rows; --tokenizer must be the one it was trained "
-                            "with")
+                            f"embedding has {vocab_size} rows; --tokenizer must be the tokenizer that "
+                            "the model was trained with")
         config = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if os.path.exists(path := os.path.join(directory, name)):
@@ -98,26 +116,26 @@ class ChatTokenizer:
         self.special = {k: v for k, v in named.items() if isinstance(v, str)}  # bos_token, eos_token, ...
 
         source = config.get("chat_template")
-        if isinstance(source, list):  # several by name
+        if isinstance(source, list):  # several templates by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
         if os.path.exists(path := os.path.join(directory, "chat_template.jinja")):
             source = read(path)
         self.is_fallback = source is None
         if self.is_fallback:
-            known = self.tokenizer.token_to_id("<|im_end|>") is not None
-            end = "<|im_end|>" if known else self.special.get("eos_token")
+            has_chatml_end = self.tokenizer.token_to_id("<|im_end|>") is not None
+            end = "<|im_end|>" if has_chatml_end else self.special.get("eos_token")
             if end is None:
-                raise UserError(f"{directory}: no chat template, no <|im_end|> and no eos_token to end turns "
-                                "with")
+                raise UserError(f"{directory}: no chat template, and neither <|im_end|> nor an eos_token to "
+                                "end turns with; set --tokenizer to a directory with a template")
             source = CHATML.replace("<|im_end|>", end)
         if not isinstance(source, str):
             raise UserError(f"{directory}: its chat template must be a text, it is {source!r:.60}")
-        self.source, self.marks_answers = source, re.search(r"\{%[-+]?\s*generation\b", source) is not None
-
-        if len(source) > LARGEST:
-            raise UserError(f"{directory}: its chat template has {len(source):,} characters; it may have "
-                            f"{LARGEST:,}")
+        self.source = source
+        self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
+        if len(source) > MAX_TEMPLATE:
+            raise UserError(f"{directory}: its chat template has {len(source):,} characters; at most "
+                            f"{MAX_TEMPLATE:,} are allowed")
         self.sandbox = Sandbox([GenerationBlock, jinja2.ext.loopcontrols])
         try:
             self.template = self.sandbox.load(source)
@@ -126,9 +144,9 @@ class ChatTokenizer:
             raise UserError(f"{directory}: its chat template can't be used: {error!s:.300}") from error
 
     def learn_turns(self):
-        """Find header and turn end by rendering short probes, with and without an answer.
+        """Find header and turn_end by rendering short conversations, with and without an answer.
 
-        Raises jinja2.TemplateError where the template can't render them or leaves a message out.
+        Raises jinja2.TemplateError if the template can't render them or omits a message.
         """
         ask = {"role": "user", "content": "probe question"}
         reply = {"role": "assistant", "content": "probe answer"}
@@ -136,30 +154,35 @@ class ChatTokenizer:
         prompt = self.render([ask], add_generation_prompt=True)
         one, two = self.render([ask, reply]), self.render([ask, reply, again])
         question_end = end_of(ask["content"], one)
-        tail, gap = (text[end_of(reply["content"], text) :] for text in (one, two))
-        joint = one[question_end : len(os.path.commonprefix([prompt, one]))]
-        # What closes the user's turn closes the assistant's too; the rest of the joint is the header.
-        added = [t.content for t in self.added.values()]
-        ends = [(tail.index(token), -len(token), token) for token in added if token in tail]
+        # The text after an answer: at the end of a conversation, and before another question.
+        after_last = one[end_of(reply["content"], one) :]
+        after_reply = two[end_of(reply["content"], two) :]
+        # turn_end is the first added token after the answer, the longest one if several begin there.
+        added = [token.content for token in self.added.values()]
+        ends = [(after_last.index(token), -len(token), token) for token in added if token in after_last]
         self.turn_end = min(ends)[2] if ends else None
-        self.stop_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
-        for joint in (joint, one[question_end : one.index(reply["content"])]):
-            shared = os.path.commonprefix([joint, gap])
-            opening = shared.rpartition(self.turn_end)[2].lstrip() if ends else ""
-            self.header = opening + joint[len(shared) :]
+        self.stop_token_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
+        # The text between question and answer closes the user's turn and then has the header. The beginning
+        # that it shares with the text after an answer is what closes a turn.
+        by_prompt = one[question_end : len(os.path.commonprefix([prompt, one]))]
+        by_answer = one[question_end : one.index(reply["content"])]  # if there is no generation prompt
+        for between in (by_prompt, by_answer):
+            closing = os.path.commonprefix([between, after_reply])
+            opening = closing.rpartition(self.turn_end)[2].lstrip() if ends else ""
+            self.header = opening + between[len(closing) :]
             if self.header.strip():
-                break  # else there is no generation prompt, and all that precedes an answer is its header
+                break
         try:
-            asked = self.render([ask, again])
-        except jinja2.TemplateError:  # most refuse two questions
-            asked = ""
-        self.is_closing = bool(self.header.strip()) and self.header in asked.partition(again["content"])[0]
+            questions = self.render([ask, again])
+        except jinja2.TemplateError:  # many templates refuse two questions in a row
+            questions = ""
+        before_second = questions.partition(again["content"])[0]
+        self.is_closing = bool(self.header.strip()) and self.header in before_second
 
     def encode_ahead(self, batches):
-        """Yield (batch, encodings of it) for lists of objects that have a .text.
+        """Yield (batch, its encodings). A batch is a list of objects that have a .text.
 
-        The tokenizer encodes in a thread, on all cores and without Python's lock, while the caller makes the
-        next batch.
+        A thread encodes one batch, on all cores and without Python's lock, while the caller makes the next.
         """
         def encode(batch):
             return self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
@@ -174,133 +197,152 @@ class ChatTokenizer:
                 yield waiting, encodings.result()
 
     def render(self, messages, add_generation_prompt=False, tools=None):
-        """The text of a conversation, as transformers' apply_chat_template gives it."""
+        """The text of a conversation, identical to that of transformers' apply_chat_template."""
         text = self.render_marked(messages, add_generation_prompt, tools)
         return re.sub(f"[{''.join(GenerationBlock.MARKS)}]", "", text) if self.marks_answers else text
 
     def render_marked(self, messages, add_generation_prompt=False, tools=None):
-        # As in transformers, a key whose value is None isn't there: rows of a parquet file have all keys.
+        """As render(), with the marks of GenerationBlock left in the text."""
+        # Keys whose value is None are dropped, as in transformers: rows of a parquet file have all keys.
         messages = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
         return self.sandbox.render(self.template, messages=messages, tools=tools, documents=None,
                                    add_generation_prompt=add_generation_prompt, **self.special)
 
     def render_spans(self, messages, where, tools=None):
-        """Render once and find each assistant turn: text, [(start, stop, whole, trained), ...] in characters.
+        """Render a conversation once and find its assistant turns. Returns the text and a list of Spans.
 
-        A span runs from the end of the turn's header to the end of the token that ends it: reasoning that the
-        template puts there is inside, the newline after the turn and a header behind the last turn are not.
-        `whole` says that the turn's end is in it.
-
-        Raises UserError when the template refuses the conversation or an answer can't be found in the text.
+        Raises UserError if the template refuses the conversation or an answer can't be found in the text.
         """
-        def rendered(messages):
-            try:
-                return self.render_marked(messages, tools=tools)
-            except jinja2.TemplateError as error:
-                raise UserError(f"{where}: the model's chat template refuses this conversation: "
-                                f"{error!s:.300}") from error
-
-        marked = rendered(messages)
+        rendered = self.render_or_refuse(messages, where, tools)
         answers = [m for m in messages if m["role"] == "assistant"]
-        opens, closes = GenerationBlock.MARKS
         if self.marks_answers:
-            text, spans = "", []
-            for i, piece in enumerate(re.split(f"[{opens}{closes}]", marked)):
-                if i % 2:  # inside a block
-                    has_end = bool(self.turn_end and self.turn_end in piece)
-                    spans.append((len(text), len(text) + len(piece), has_end))
-                text += piece
-            if len(spans) != len(answers):
-                raise UserError(f"{where}: the chat template marks {len(spans)} answers as generated, there "
-                                f"are {len(answers)}")
-            spans = [(*span, m["train"]) for span, m in zip(spans, answers)]
+            text, spans = self.split_marked(rendered, answers, where)
         else:
-            text, shown, prompts = marked, marked, [m for m in messages if m["role"] != "assistant"]
-            if self.header.strip() and any(self.header in m["content"] for m in prompts):
-                # a header that a prompt quotes opens no answer: look where such quotes are written over
-                cover = re.sub(r"\S", "\ufdd2", self.header)
-                messages = [m if m["role"] == "assistant" else
-                            {**m, "content": m["content"].replace(self.header, cover)} for m in messages]
-                shown = rendered(messages)
-                if len(shown) != len(text):
-                    raise UserError(f"{where}: a prompt quotes {self.header!r}, and the chat template makes "
-                                    "too much of it to tell where answers begin")
-            spans = self.find_answers(shown, messages, where)
-        for (start, stop, *_), message in zip(spans, answers):
+            text = rendered
+            searched, messages = self.cover_quoted_headers(text, messages, where, tools)
+            spans = self.find_answers(searched, messages, where)
+        for span, message in zip(spans, answers):
             for call in message.get("tool_calls") or ():
                 name = str((call.get("function") or call).get("name"))
-                if name not in text[start:stop]:
+                if name not in text[span.start : span.stop]:
                     raise UserError(f"{where}: the call of {name:.60} can't be found in what the chat "
-                                    f"template made of its turn: {text[start:stop]!r:.200}")
+                                    f"template made of its turn: {text[span.start : span.stop]!r:.200}")
         return text, spans
 
+    def render_or_refuse(self, messages, where, tools):
+        """render_marked(). Raises UserError, which names the row, if the template fails."""
+        try:
+            return self.render_marked(messages, tools=tools)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where}: the model's chat template refuses this conversation: "
+                            f"{error!s:.300}") from error
+
+    def split_marked(self, marked, answers, where):
+        """(text without marks, Spans) of a text in which a template has marked the answers."""
+        text, spans = "", []
+        for i, piece in enumerate(re.split(f"[{''.join(GenerationBlock.MARKS)}]", marked)):
+            if i % 2:  # inside a {% generation %} block
+                has_end = bool(self.turn_end and self.turn_end in piece)
+                spans.append((len(text), len(text) + len(piece), has_end))
+            text += piece
+        if len(spans) != len(answers):
+            raise UserError(f"{where}: the chat template marks {len(spans)} answers as generated, but the "
+                            f"conversation has {len(answers)}")
+        return text, [Span(*span, message["train"]) for span, message in zip(spans, answers)]
+
+    def cover_quoted_headers(self, text, messages, where, tools):
+        """(text, messages) with other characters for the headers that prompts quote: these begin no answer.
+
+        The text keeps its length, so that offsets in it are right for the original too.
+        """
+        prompts = [m for m in messages if m["role"] != "assistant"]
+        if not self.header.strip() or not any(self.header in m["content"] for m in prompts):
+            return text, messages
+        cover = re.sub(r"\S", "\ufdd2", self.header)
+        covered = [m if m["role"] == "assistant" else
+                   {**m, "content": m["content"].replace(self.header, cover)} for m in messages]
+        covered_text = self.render_or_refuse(covered, where, tools)
+        if len(covered_text) != len(text):
+            raise UserError(f"{where}: a prompt quotes {self.header!r}, and the chat template changes the "
+                            "quote, so where answers begin is ambiguous")
+        return covered_text, covered
+
     def find_answers(self, text, messages, where):
-        """The spans of render_spans, for a template that does not mark them."""
-        spans, cursor, asked = [], 0, 0  # asked: where the last prompt that was found ends
+        """The Spans of a text whose template does not mark its answers."""
+        spans, cursor, prompt_end = [], 0, 0  # prompt_end: where the last prompt that was found ends
         for message, after in zip(messages, [*messages[1:], {"role": "assistant"}]):
             content, calls = message["content"].strip(), message.get("tool_calls")
             if message["role"] != "assistant":
-                found = locate(text, content, cursor, self.header)
-                if not found and content and content in text[asked:cursor]:
+                place = locate(text, content, cursor, self.header)
+                if not place and content and content in text[prompt_end:cursor]:
                     raise UserError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be "
-                                    "told from an answer in what the chat template made of it: "
-                                    f"{text[asked:]!r:.200}")
-                cursor = asked = found[1] if found else cursor
+                                    "told apart from an answer in what the chat template made of it: "
+                                    f"{text[prompt_end:]!r:.200}")
+                cursor = prompt_end = place[1] if place else cursor
                 header = text.find(self.header, cursor)
                 if self.is_closing and message["role"] == after["role"] == "user" and header >= 0:
-                    cursor = asked = header + len(self.header)
+                    cursor = prompt_end = header + len(self.header)
                 continue
             header = text.find(self.header, cursor)
-            begin = header + len(self.header)
-            found = locate(text, content, begin, self.turn_end) if header >= 0 else None
-            end, whole = self.find_end(text, found, calls)
-            if header >= 0 and (not found or text[begin : found[0]].strip() or not whole or calls):
-                thought, _, words = content.rpartition("</think>")
-                aside = json.dumps([thought, message.get("reasoning_content"), calls], ensure_ascii=False,
-                                   default=str)
-                if self.turn_end and self.turn_end in aside:
-                    raise UserError(f"{where}: {self.turn_end} stands in the reasoning or the calls of the "
-                                    f"answer {content!r:.60}, so where its turn ends can't be told")
-                # templates move or drop the reasoning before the answer, or put a block of their own there
-                limit = text.find(self.turn_end, begin) if self.turn_end else -1
-                thought = text.rfind("</think>", begin, limit if limit >= 0 else len(text))
-                after_thought = begin if thought < 0 else thought + len("</think>")
-                rest = locate(text, words.strip(), after_thought, self.turn_end)
-                # an answer of no words is found anywhere: its end has to follow
-                if rest and (words.strip() or self.find_end(text, rest, calls)[1]):
-                    found = rest
-                end, whole = self.find_end(text, found, calls)
-            if not found:
+            header_end = header + len(self.header)
+            place = locate(text, content, header_end, self.turn_end) if header >= 0 else None
+            end, has_end = self.find_end(text, place, calls)
+            is_plain = place and not text[header_end : place[0]].strip() and has_end and not calls
+            if header >= 0 and not is_plain:
+                place = self.find_after_reasoning(text, message, header_end, place, where)
+                end, has_end = self.find_end(text, place, calls)
+            if not place:
                 raise UserError(f"{where}: the answer {content!r:.60} can't be found in what the chat "
                                 f"template made of it: {text[cursor:]!r:.200}")
-            start, cursor = begin if self.header else found[0], end if whole else found[1]
-            spans.append((start, cursor, whole, message["train"]))
+            start = header_end if self.header else place[0]
+            cursor = end if has_end else place[1]
+            spans.append(Span(start, cursor, has_end, message["train"]))
         return spans
 
-    def find_end(self, text, found, calls):
-        """(where a turn whose words are `found` ends, whether only its calls stand between)."""
-        end = text.find(self.turn_end, found[1]) if self.turn_end and found else -1
-        return end + len(self.turn_end or ""), end >= 0 and bool(calls or not text[found[1] : end].strip())
+    def find_after_reasoning(self, text, message, header_end, place, where):
+        """(start, stop) of an answer that may come after reasoning; `place` if it is not found there.
+
+        Templates move or drop the reasoning before an answer, or put a block of their own there.
+        """
+        content, calls = message["content"].strip(), message.get("tool_calls")
+        reasoning, _, visible = content.rpartition("</think>")
+        other_content = [reasoning, message.get("reasoning_content"), calls]
+        other_text = json.dumps(other_content, ensure_ascii=False, default=str)
+        if self.turn_end and self.turn_end in other_text:
+            raise UserError(f"{where}: the reasoning or the calls of the answer {content!r:.60} contain "
+                            f"{self.turn_end}, so where its turn ends is ambiguous")
+        limit = text.find(self.turn_end, header_end) if self.turn_end else -1
+        think_end = text.rfind("</think>", header_end, limit if limit >= 0 else len(text))
+        start = header_end if think_end < 0 else think_end + len("</think>")
+        after_reasoning = locate(text, visible.strip(), start, self.turn_end)
+        # An empty text is found anywhere, so then the end of the turn has to follow.
+        is_certain = visible.strip() or self.find_end(text, after_reasoning, calls)[1]
+        return after_reasoning if after_reasoning and is_certain else place
+
+    def find_end(self, text, place, calls):
+        """(where the turn of an answer at `place` ends, whether nothing but its calls is before that end)."""
+        end = text.find(self.turn_end, place[1]) if self.turn_end and place else -1
+        return end + len(self.turn_end or ""), end >= 0 and bool(calls or not text[place[1] : end].strip())
 
 
 def end_of(content, text):
-    """Where a probe's content ends in the text that a template made of it."""
+    """Where the content of a probe ends in the text that a template made of it."""
     if content not in text:
-        raise jinja2.TemplateError(f"it leaves out the message {content!r}")
+        raise jinja2.TemplateError(f"it omits the message {content!r}")
     return text.index(content) + len(content)
 
 
 def locate(text, content, start, barrier):
     """(start, stop) of content in text, from `start` on; white space may differ, as some templates re-indent.
 
-    None where the barrier, if there is one, stands before it: what is found behind it is of another message.
+    None if it is not found, or if the barrier comes before it: then it belongs to another message.
     """
 
-    def barred(at):
-        return bool(barrier and barrier.strip()) and text.find(barrier, start, at) >= 0
+    def is_barred(position):
+        return bool(barrier and barrier.strip()) and text.find(barrier, start, position) >= 0
 
-    at = text.find(content, start)
-    if at < 0 or barred(at):
-        found = re.compile(r"\s+".join(map(re.escape, content.split()))).search(text, start)
-        return found.span() if found and not barred(found.start()) else None
-    return at, at + len(content)
+    position = text.find(content, start)
+    if position >= 0 and not is_barred(position):
+        return position, position + len(content)
+    match = re.compile(r"\s+".join(map(re.escape, content.split()))).search(text, start)
+    return match.span() if match and not is_barred(match.start()) else None

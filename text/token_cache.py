@@ -1,4 +1,4 @@
-"""Tokenised data on the disk: arrays in a directory, and a cache of such directories by key, under a lock."""
+"""Tokenised data on disk: a directory of arrays, and a cache of such directories by key, under a lock."""
 
 import functools
 import hashlib
@@ -13,45 +13,45 @@ import numpy as np
 from disk.files import take_lock
 from text import formats, ledger, sandbox, template
 
-FACTS = "facts.json"  # what is not an array
+METADATA = "facts.json"  # everything but the arrays
 
 
 def cache_key(groups, tokenizer, options, program):
-    """A hash of all that tokenised data depends on, as a hexadecimal string.
+    """A hash of everything that the tokenised data depends on, as a hexadecimal string.
 
-    groups     formats.data_files(spec): paths and weights of the data files, whose content counts too
+    groups     formats.data_files(spec): paths and weights of the data files; their content is hashed too
     tokenizer  a template.ChatTokenizer
-    options    an object whose repr says how conversations are tokenised and masked
-    program    paths of the source files that do so; those of text/ are always included
+    options    an object whose repr determines how conversations are tokenised and masked
+    program    paths of source files that do so; those of text/ are always included
     """
     versions = version("tokenizers"), version("jinja2")
-    parts = [repr((groups, tokenizer.source, tokenizer.special, options, versions)), tokenizer.text]
+    texts = [repr((groups, tokenizer.source, tokenizer.special, options, versions)), tokenizer.text]
     if "strftime_now" in tokenizer.source:
-        parts.append(datetime.now().strftime("%Y-%m-%d"))  # the template prints the date
+        texts.append(datetime.now().strftime("%Y-%m-%d"))  # the template may print the date
     key = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        key.update(b"%d:" % len(part) + part.encode())
+    for text in texts:
+        key.update(b"%d:" % len(text) + text.encode())
     modules = [module.__file__ for module in (formats, ledger, sandbox, template)]
     for path in (*program, __file__, *modules, *(file for _, files in groups for file in files)):
         with open(path, "rb") as f:
             while chunk := f.read(2**24):
                 key.update(chunk)
-            key.update(b":%d" % f.tell())  # so a row that moves from one file to the next changes the key
+            key.update(b":%d" % f.tell())  # the size: the key changes if a row moves to the next file
     return key.hexdigest()
 
 
 def cached(cache_dir, key, timeout, write):
-    """The directory of a key. Where there is none, write(directory, progress) fills it, under a lock.
+    """The cache's directory for a key. If it is missing, write(directory, progress) writes it, under a lock.
 
-    Other processes of the node wait for the lock, before any collective, as long as the process that writes
-    calls progress() at least once in `timeout` seconds; then take_lock raises.
+    Other processes of the node wait for the lock. The process that writes must call progress() at least once
+    in `timeout` seconds; otherwise take_lock raises in those that wait. Call this before any collective.
     """
     path = os.path.join(os.path.expanduser(cache_dir), key)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".lock", "a+") as lock:
         take_lock(lock, timeout)
         if not os.path.isdir(path):
-            shutil.rmtree(path + ".tmp", ignore_errors=True)  # of a process that was killed while it wrote
+            shutil.rmtree(path + ".tmp", ignore_errors=True)  # left by a process that was killed
             os.makedirs(path + ".tmp")
             write(path + ".tmp", functools.partial(os.utime, lock.fileno()))
             os.replace(path + ".tmp", path)
@@ -59,9 +59,10 @@ def cached(cache_dir, key, timeout, write):
 
 
 class ArrayWriter:
-    """Appends to arrays, one file each in a directory, and hashes some of them.
+    """Appends to arrays, each a file in a directory, and hashes some of them.
 
-    dtypes  name -> dtype of each array;  hashed  names of those that go into self.hash
+    dtypes  {name of an array: its dtype}
+    hashed  names of the arrays that are hashed into self.hash
     """
 
     def __init__(self, directory, dtypes, hashed):
@@ -70,29 +71,29 @@ class ArrayWriter:
         self.pending = {name: [] for name in dtypes}
 
     def add(self, **values):
-        """Append a sequence of values to each array; they are in memory until flush()."""
+        """Append a sequence of values to each array. They stay in memory until flush()."""
         for name, value in values.items():
             self.pending[name].append(np.asarray(value, dtype=self.dtypes[name]))
 
     def flush(self):
-        for name, parts in self.pending.items():
-            content = b"".join(part.tobytes() for part in parts)
-            parts.clear()
+        for name, pieces in self.pending.items():
+            content = b"".join(piece.tobytes() for piece in pieces)
+            pieces.clear()
             if name in self.hashed:
                 self.hash.update(content)
             with open(os.path.join(self.directory, name), "ab") as f:
                 f.write(content)
 
-    def close(self, facts):
-        """Write a JSON object beside the arrays."""
+    def close(self, metadata):
+        """Write the remaining values, and a JSON object beside the arrays."""
         self.flush()
-        with open(os.path.join(self.directory, FACTS), "w", encoding="utf-8") as f:
-            json.dump(facts, f)
+        with open(os.path.join(self.directory, METADATA), "w", encoding="utf-8") as f:
+            json.dump(metadata, f)
 
 
 def read_arrays(directory, dtypes):
-    """(name -> array, mapped from the disk; the facts) of what an ArrayWriter wrote."""
-    with open(os.path.join(directory, FACTS), encoding="utf-8") as f:
-        facts = json.load(f)
+    """({name: array, memory-mapped}, metadata) that an ArrayWriter has written."""
+    with open(os.path.join(directory, METADATA), encoding="utf-8") as f:
+        metadata = json.load(f)
     arrays = {name: np.memmap(os.path.join(directory, name), dtype, "r") for name, dtype in dtypes.items()}
-    return arrays, facts
+    return arrays, metadata

@@ -66,7 +66,7 @@ from disk import pretrained
 from families.config import ModelConfig
 from model import CausalLM
 from settings.errors import UserError, run
-from settings.parser import check, knob, parse
+from settings.parser import check, parse, setting
 from settings.venv import PROJECT
 from text import formats
 from text.template import ChatTokenizer
@@ -103,28 +103,28 @@ UNSTEADY = 5  # first steps of a run, which are left out: caches are filled, buf
 class Config:
     """Measure a part of the trainer: python tools/bench.py [--part NAME] [flags]"""
 
-    part: str | None = knob(None, f"what to measure; none is {', '.join(DEFAULT)}, one after another",
+    part: str | None = setting(None, f"what to measure; none is {', '.join(DEFAULT)}, one after another",
                             ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start",
                              "plan"), group="bench")
-    repeats: int = knob(3, "timed runs, or steps of memory; but for ranks, after a warm-up", low=1)
-    tokens: int = knob(4096, "loss: rows of the hidden state", low=1)
-    hidden: int = knob(896, "loss: their width", low=1)
-    vocab: int = knob(151936, "loss: words", low=1)
-    targets: float = knob(0.5, "loss: share of the tokens that are targets; the others are prompt",
+    repeats: int = setting(3, "timed runs, or steps of memory; but for ranks, after a warm-up", low=1)
+    tokens: int = setting(4096, "loss: rows of the hidden state", low=1)
+    hidden: int = setting(896, "loss: their width", low=1)
+    vocab: int = setting(151936, "loss: words", low=1)
+    targets: float = setting(0.5, "loss: share of the tokens that are targets; the others are prompt",
                           low=0, high=1)
-    ranks: int = knob(1, "load: processes that share the model", low=1)
-    steps: int = knob(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted",
+    ranks: int = setting(1, "load: processes that share the model", low=1)
+    steps: int = setting(20, f"ranks: optimizer steps of a run; the first {UNSTEADY} are not counted",
                       low=UNSTEADY + 1)
-    rows: int | None = knob(None, "data, step, start: conversations; none is 20,000, 48 and 48", low=1)
-    shape: str = knob("mid", "step: of the model", ("small", "mid"))
-    new_tokens: int = knob(64, "chat: length of the answer", low=1)
-    model: str = knob("tiny", "data: whose tokenizer and template")
-    peer_checkpointing: bool = knob(True, "memory: gradient checkpointing of the peer, which is its default",
+    rows: int | None = setting(None, "data, step, start: conversations; none is 20,000, 48 and 48", low=1)
+    shape: str = setting("mid", "step: of the model", ("small", "mid"))
+    new_tokens: int = setting(64, "chat: length of the answer", low=1)
+    model: str = setting("tiny", "data: whose tokenizer and template")
+    peer_checkpointing: bool = setting(True, "memory: gradient checkpointing of the peer, which is its default",
                                     needs="vs")
-    side: str | None = knob(None, "do this step only, in this process",
+    side: str | None = setting(None, "do this step only, in this process",
                             tuple(SIDES))
-    directory: str | None = knob(None, "load, memory, chat: where the model is, for --side")
-    vs: str | None = knob(None, "memory, data, step, start: another trainer, on the same",
+    directory: str | None = setting(None, "load, memory, chat: where the model is, for --side")
+    vs: str | None = setting(None, "memory, data, step, start: another trainer, on the same",
                           ("trl", "transformers"))
 
     def __post_init__(self):
@@ -302,10 +302,10 @@ def useful_flops(config, directory):
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     heads = config["num_hidden_layers"] * model.config.num_attention_heads * model.config.head_dim
     rows = data.load(os.path.join(directory, "rows.json"), ChatTokenizer(directory), LENGTH)
-    sampler, flops = data.Sampler(rows.lengths, epochs=1, seed=42, batch_size=BATCH), []
+    sampler, flops = data.Sampler(rows.n_inputs, epochs=1, seed=42, batch_size=BATCH), []
     for step in range(1, len(sampler) + 1):
         ids = sampler.step(step).ids
-        lengths = rows.lengths[ids].astype(int)
+        lengths = rows.n_inputs[ids].astype(int)
         head = config["vocab_size"] * config["hidden_size"] * rows.n_targets[ids].sum()
         flops.append(6 * int(blocks * lengths.sum() + head + heads * (lengths * (lengths + 1)).sum()))
     return flops

@@ -64,8 +64,8 @@ def side_loss(cfg):
     hidden = torch.randn(cfg.tokens, cfg.hidden, requires_grad=True)
     weight = torch.randn(cfg.vocab, cfg.hidden).mul_(0.02)
     targets = torch.randint(0, cfg.vocab, (cfg.tokens,))
-    is_target = torch.rand(cfg.tokens) < cfg.targets
-    rows, labels = is_target.nonzero()[:, 0], targets.masked_fill(~is_target, -100)
+    loss_mask = torch.rand(cfg.tokens) < cfg.targets
+    positions, labels = loss_mask.nonzero()[:, 0], targets.masked_fill(~loss_mask, -100)
     with torch.device("meta"):
         head = Head(cfg.hidden, cfg.vocab, bias=False)
     head.weight = torch.nn.Parameter(weight)
@@ -74,7 +74,7 @@ def side_loss(cfg):
         F.cross_entropy(hidden @ head.weight.T, labels, reduction="sum").backward()
 
     def chunked():
-        loss(hidden, head, rows, targets[rows]).total.backward()
+        loss(hidden, head, positions, targets[positions]).total.backward()
 
     def action():
         hidden.grad = head.weight.grad = None
@@ -115,7 +115,7 @@ def side_save(cfg):
     model.to_empty(device="cpu")
     model.tie_weights()
     pretrained.load_weights(model, cfg.directory)
-    layout = pretrained.layout(model, cfg.directory)
+    shard_map = pretrained.shard_map(model, cfg.directory)
     optimizer = optim.AdamW(optim.parameter_groups(model, 0.0), lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     for p in model.parameters():
         optimizer.state[p] = {name: torch.rand_like(p) for name in optimizer.new_state(p)}
@@ -123,7 +123,7 @@ def side_save(cfg):
     for i in range(cfg.repeats + 1):
         start = time.perf_counter()
         step = checkpoint.save(
-            os.path.join(cfg.directory, "checkpoints"), i, model=model, optimizer=optimizer, layout=layout,
+            os.path.join(cfg.directory, "checkpoints"), i, model=model, optimizer=optimizer, shard_map=shard_map,
             exported={}, state={})
         between = time.perf_counter()
         copy(step, os.path.join(cfg.directory, "copy"), flush=True)
@@ -186,7 +186,7 @@ def side_step(cfg):
         for ids in torch.arange(len(rows)).split(BATCH):
             parts = [
                 torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
-            masks = [torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
+            masks = [torch.from_numpy(rows.loss_mask[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
             batch = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
             labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(-100))
             seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
@@ -268,7 +268,7 @@ def side_chat(cfg):
         model = chat.load(cfg.directory)[0]
 
         def answer():
-            return list(generate(model, prompt, cfg.new_tokens, stop_ids=()))
+            return list(generate(model, prompt, cfg.new_tokens, eos_ids=()))
     else:
         import transformers
 

@@ -21,7 +21,7 @@ import torch
 from disk import files, peft, pretrained
 from settings import venv
 from settings.errors import UserError, run
-from settings.parser import knob, parse
+from settings.parser import parse, setting
 from text import template
 
 FILE_BYTES = 2**30  # of each file that is written, and so held in memory, unless one tensor is larger
@@ -31,10 +31,10 @@ FILE_BYTES = 2**30  # of each file that is written, and so held in memory, unles
 class Config:
     """Merge an adapter into its base: python tools/merge.py ADAPTER OUT [flags]"""
 
-    adapter: str = knob("./outputs/checkpoints/latest", "adapter directory", group="merge")
-    out: str = knob("./merged", "directory to write, which does not exist yet")
-    base: str | None = knob(None, "model directory or hub id, if not the one that adapter_config.json names")
-    dtype: str = knob("fp32", "of the result: bf16 is half as large, and rounds", ("fp32", "bf16"))
+    adapter: str = setting("./outputs/checkpoints/latest", "adapter directory", group="merge")
+    out: str = setting("./merged", "directory to write, which does not exist yet")
+    base: str | None = setting(None, "model directory or hub id, if not the one that adapter_config.json names")
+    dtype: str = setting("fp32", "of the result: bf16 is half as large, and rounds", ("fp32", "bf16"))
 
 
 def merge(cfg):
@@ -101,12 +101,12 @@ def merge(cfg):
     tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
     exported = {**files.read_bytes(base, pretrained.TOKENIZER_FILES),
                 **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
-                "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_id)}
+                "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_token_id)}
     for name, content in exported.items():
         files.write_file(os.path.join(temporary, name), content)
     sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
     n_bytes = sum(t.nbytes for t in sizes.values())
-    groups = pretrained.numbered(sizes, "model", math.ceil(n_bytes / FILE_BYTES))
+    groups = pretrained.assign_to_files(sizes, "model", math.ceil(n_bytes / FILE_BYTES))
     for file, names in groups.items():
         tensors = {name: value(name).to(dtype) for name in names}
         pretrained.write_safetensors(os.path.join(temporary, file), tensors)

@@ -29,11 +29,11 @@ import torch
 
 import sft
 from disk import files, pretrained
-from disk.run import Source
+from disk.run import ModelPaths
 from ranks import processes
 from settings import errors
 from settings.errors import UserError
-from settings.parser import knob, parse
+from settings.parser import parse, setting
 
 GB = 2**30
 CHUNK = 256  # rows of logits that the loss has at a time
@@ -43,7 +43,7 @@ BY_COLUMNS = "o_proj", "down_proj"
 # Of the CPU, fitted to bench.py --part plan with glibc 2.36, whose heap does not fill the holes of freed
 # tensors with others. The holes are a share of what is kept, and a share of what all blocks allocate in turn.
 # Tensors above the limit leave none, as the system gets them back at once; LoRA runs lower the limit
-# (memory.settle_heap).
+# (memory.tune_malloc).
 KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)  # without and with LoRA
 
 
@@ -51,14 +51,14 @@ KEPT_HOLES, BLOCK_HOLES, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)  # without
 class Config(sft.Config):
     """Print what a run of these settings will need: python tools/plan.py [flags of sft.py] [flags]"""
 
-    memory_gb: float | None = knob(None, "of a rank, in GiB: says which micro_batch_size fits", low=1e-3,
+    memory_gb: float | None = setting(None, "of a rank, in GiB: says which micro_batch_size fits", low=1e-3,
                                    group="planning")
-    n_gpus: int | None = knob(None, "GPUs of a cluster that is not there; none: what is here", low=1)
-    tflops: float = knob(400.0, "what a GPU achieves, in TFLOP/s; 400 is about an H100 in bf16", low=1e-3,
+    n_gpus: int | None = setting(None, "GPUs of a cluster that is not there; none: what is here", low=1)
+    tflops: float = setting(400.0, "what a GPU achieves, in TFLOP/s; 400 is about an H100 in bf16", low=1e-3,
                          needs="n_gpus")
-    gb_per_second: float = knob(50.0, "what a rank sends, sharding, in GB/s; 50: between nodes", low=1e-3,
+    gb_per_second: float = setting(50.0, "what a rank sends, sharding, in GB/s; 50: between nodes", low=1e-3,
                                 needs="n_gpus")
-    tp_gb_per_second: float = knob(300.0, "what a rank sends for tp, in GB/s; 300: inside a node", low=1e-3,
+    tp_gb_per_second: float = setting(300.0, "what a rank sends for tp, in GB/s; 300: inside a node", low=1e-3,
                                    needs="n_gpus and tp")
 
     def __post_init__(self):
@@ -401,10 +401,10 @@ def plan(cfg):
     """Print what a run would need. Loads, tokenises and writes nothing, and waits for no other process."""
     directory = pretrained.model_directory(cfg.model, ["config.json"])
     config_json = files.read_json(os.path.join(directory, "config.json"))
-    source = Source(model=directory, adapter=cfg.resume_adapter, tokenizer=directory, config_json=config_json)
+    paths = ModelPaths(model=directory, adapter=cfg.resume_adapter, tokenizer=directory, config_json=config_json)
     cuda = bool(cfg.n_gpus) or torch.cuda.is_available()  # a cluster that is not there has GPUs
     dtype = cfg.dtype or ("bf16" if cuda else "fp32")
-    model, _ = sft.build(dataclasses.replace(cfg, dtype=dtype), source, processes.alone(torch.device("meta")))
+    model, _ = sft.build(dataclasses.replace(cfg, dtype=dtype), paths, processes.single_process(torch.device("meta")))
     batch = math.ceil(cfg.batch_tokens / cfg.max_length) if cfg.batch_tokens else cfg.batch_size
     shapes = tuple(
         (n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 from screen import report
 from settings.errors import run
-from settings.parser import knob, parse
+from settings.parser import parse, setting
 
 
 @dataclass
 class Config:
     """Write a page about a run, or overlay several: python tools/report.py RUN [RUN2 ...] [flags]"""
 
-    output: str | None = knob(None, "page to write; none is RUN/report.html, of several runs "
+    output: str | None = setting(None, "page to write; none is RUN/report.html, of several runs "
                                     "./comparison.html", group="report")
 
 

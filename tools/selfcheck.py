@@ -41,8 +41,8 @@ def compare(backward, model, dataset, ids, cfg, ranks):
         LIMITS[cfg.dtype_on(ranks.device)], cfg.max_length, cfg.gradient_checkpointing)
     ways = {
         "as configured": dict(capacity=cfg.micro_batch_size * max_length,
-                              max_rows=None if cfg.packing else cfg.micro_batch_size),
-        "one conversation at a time": dict(capacity=max_length, max_rows=1),
+                              max_conversations=None if cfg.packing else cfg.micro_batch_size),
+        "one conversation at a time": dict(capacity=max_length, max_conversations=1),
         "all in one micro-batch": dict(capacity=len(ids) * max_length),
         "checkpointing the other way": dict(capacity=max_length, checkpointing=not checkpointing),
     }
@@ -66,21 +66,21 @@ def compare(backward, model, dataset, ids, cfg, ranks):
         print(f"selfcheck: ok, {len(ids)} conversations, nothing above {limit}")
 
 
-def gradient(backward, model, dataset, ids, ranks, *, capacity, max_rows=None, on_one_rank=False):
+def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversations=None, on_one_rank=False):
     """(loss, this rank's parts of every gradient) of a step in one layout."""
     n_targets = int(dataset.n_targets[ids].sum())
     if on_one_rank:
-        batches = list(data.micro_batches(dataset, ids, capacity, max_rows))
+        batches = list(data.micro_batches(dataset, ids, capacity, max_conversations))
         if ranks.dp_rank:  # idle, but in step: a collective waits for all
             batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
     else:
-        batches = list(data.micro_batches(dataset, ids, capacity, max_rows, ranks.dp_rank, ranks.dp_size))
+        batches = list(data.micro_batches(dataset, ids, capacity, max_conversations, ranks.dp_rank, ranks.dp_size))
     loss = backward(model, batches, n_targets, ranks)
     parameters = trained(model)
     gradients = [local(p.grad).clone() for p in parameters]
     for p in parameters:
         p.grad = None
-    return ranks.sum(loss), gradients
+    return ranks.all_reduce(loss), gradients
 
 
 def trained(model):
@@ -103,22 +103,22 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     Each of its micro-batches is computed alone, one after another over the ranks. This takes as long as
     dp_size steps, once, at the end of a run.
     """
-    capacity, max_rows = cfg.micro_batch_size * cfg.max_length, None if cfg.packing else cfg.micro_batch_size
+    capacity, max_conversations = cfg.micro_batch_size * cfg.max_length, None if cfg.packing else cfg.micro_batch_size
     n_targets, parameters = int(dataset.n_targets[ids].sum()), trained(model)
     (idle,) = data.micro_batches(dataset, ids[:0], capacity)
     for dp_rank in range(ranks.dp_size):
-        batches = data.micro_batches(dataset, ids, capacity, max_rows, dp_rank, ranks.dp_size)
+        batches = data.micro_batches(dataset, ids, capacity, max_conversations, dp_rank, ranks.dp_size)
         for number, batch in enumerate(batches, 1):
             losses, is_mine = torch.zeros(len(dataset), device=ranks.device), dp_rank == ranks.dp_rank
             for p in parameters:
                 p.grad = None
             loss = backward(
                 model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None)
-            if math.isfinite(ranks.sum(loss).item()) and fsdp.grad_norm(model).isfinite():
+            if math.isfinite(ranks.all_reduce(loss).item()) and fsdp.grad_norm(model).isfinite():
                 continue
-            bad = batch.ids[~ranks.sum(losses).isfinite().cpu().numpy()[batch.ids]]
+            bad = batch.ids[~ranks.all_reduce(losses).isfinite().cpu().numpy()[batch.ids]]
             named = bad if len(bad) else batch.ids  # a gradient is of the whole micro-batch
-            rank = dp_rank * ranks.size // ranks.dp_size
+            rank = dp_rank * ranks.world_size // ranks.dp_size
             return f"rank {rank}, its micro-batch {number}; conversations: {dataset.sources(named)}"
     return f"no micro-batch alone shows it; conversations: {dataset.sources(ids)}"
 

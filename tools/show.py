@@ -20,7 +20,7 @@ import data
 from disk import pretrained
 from settings import venv
 from settings.errors import UserError, run
-from settings.parser import check, knob, parse
+from settings.parser import check, parse, setting
 from text import template
 from text.formats import KEYS
 
@@ -29,17 +29,17 @@ from text.formats import KEYS
 class Config:
     """Look at data before training: python tools/show.py show|stats FILE [flags]"""
 
-    do: str | None = knob(None, "what to do", ("show", "stats"), group="data")
-    data: str = knob("./data/example_sft.json", "as --train_data of sft.py")
-    model: str = knob("tiny", "model whose tokenizer and chat template are used: directory, hub id or tiny")
-    n: int = knob(3, "show: conversations", low=1)
-    ids: bool = knob(False, "show: token ids instead of text")
-    max_length: int = knob(2048, "show: tokens kept; stats: tokens of a micro-batch", low=2)
-    batch_size: int = knob(64, "stats: conversations a step", low=1)
-    train_on: str = knob("all", "which of the assistant's turns", ("all", "last"))
-    prompt_key: str = knob(KEYS[0], "as of sft.py")
-    response_key: str = knob(KEYS[1], "as of sft.py")
-    messages_key: str = knob(KEYS[2], "as of sft.py")
+    do: str | None = setting(None, "what to do", ("show", "stats"), group="data")
+    data: str = setting("./data/example_sft.json", "as --train_data of sft.py")
+    model: str = setting("tiny", "model whose tokenizer and chat template are used: directory, hub id or tiny")
+    n: int = setting(3, "show: conversations", low=1)
+    ids: bool = setting(False, "show: token ids instead of text")
+    max_length: int = setting(2048, "show: tokens kept; stats: tokens of a micro-batch", low=2)
+    batch_size: int = setting(64, "stats: conversations a step", low=1)
+    train_on: str = setting("all", "which of the assistant's turns", ("all", "last"))
+    prompt_key: str = setting(KEYS[0], "as of sft.py")
+    response_key: str = setting(KEYS[1], "as of sft.py")
+    messages_key: str = setting(KEYS[2], "as of sft.py")
 
     def __post_init__(self):
         check(self)
@@ -50,7 +50,7 @@ def show(dataset, tokenizer, count, ids, color):
     marks, decode = ("\033[32m", "\033[0m") if color else ("«", "»"), tokenizer.tokenizer.decode
     for i in range(min(count, len(dataset))):
         here = slice(dataset.starts[i], dataset.starts[i + 1])
-        tokens, targets = dataset.tokens[here], dataset.is_target[here]
+        tokens, targets = dataset.tokens[here], dataset.loss_mask[here]
         print(f"--- {dataset.source(i)}: {len(tokens)} tokens, {dataset.n_targets[i]} targets")
         borders = [0, *(np.flatnonzero(np.diff(targets)) + 1), len(tokens)]
         for start, stop in itertools.pairwise(borders):
@@ -62,7 +62,7 @@ def show(dataset, tokenizer, count, ids, color):
 
 def stats(dataset, capacity, batch_size):
     """Print lengths, what some max_length would cut, and how full packed micro-batches are."""
-    sizes, n_targets = dataset.sizes, int(dataset.n_targets.sum())
+    sizes, n_targets = dataset.n_tokens, int(dataset.n_targets.sum())
     shares = (0, 25, 50, 75, 90, 95, 99, 100)
     print("tokens   " + "   ".join(f"{q}%: {n:,.0f}" for q, n in zip(shares, np.percentile(sizes, shares))))
     edges = [0, *(2**k for k in range(4, int(sizes.max()).bit_length() + 1))]
@@ -72,10 +72,10 @@ def stats(dataset, capacity, batch_size):
     for length in (512, 1024, 2048, 4096):
         long = np.flatnonzero(sizes > length)
         spans = (slice(dataset.starts[i] + length, dataset.starts[i + 1]) for i in long)
-        lost = sum(int(dataset.is_target[span].sum()) for span in spans)
+        lost = sum(int(dataset.loss_mask[span].sum()) for span in spans)
         print(f"--max_length {length:<5,} cuts {len(long):,} rows ({len(long) / len(sizes):.2%}) and "
               f"{lost:,} target tokens ({lost / n_targets:.2%})")
-    lengths, used, made = np.minimum(dataset.lengths, capacity), 0, 0
+    lengths, used, made = np.minimum(dataset.n_inputs, capacity), 0, 0
     order, cuts = data.Sampler(lengths, epochs=1, seed=42, batch_size=batch_size).epoch_order(0)
     for ids in np.split(order, cuts[1:-1]):
         made += len(data.pack(lengths[ids], capacity))

@@ -222,10 +222,10 @@ def assert_counts(dataset, path, kept, says):
     for i, (row, ids, mask) in enumerate(kept):
         here = slice(dataset.starts[i], dataset.starts[i + 1])
         assert dataset.tokens[here].tolist() == ids
-        assert dataset.is_target[here].tolist() == mask
+        assert dataset.loss_mask[here].tolist() == mask
         assert dataset.source(i) == f"{path}[{row}]"
         assert dataset.n_targets[i] == sum(mask) > 0
-        assert dataset.lengths[i] == max(place for place, target in enumerate(mask) if target)
+        assert dataset.n_inputs[i] == max(place for place, target in enumerate(mask) if target)
     assert dataset.starts[-1] == len(dataset.tokens) == ledger["target"] + ledger["context"]
     assert dataset.n_targets.sum() == ledger["target"]
 

@@ -4,7 +4,7 @@
     python tests/hostile/soak.py -- --use_lora --lora_dropout 0.1    # the same of a run with these flags as well
 
 Runs of the tiny model, on one rank and on two, are killed (SIGKILL: all ranks, or one alone) and started again with
---resume_from auto. A kill waits for a phase of sft.py to begin (Ranks.at tells), then for a random part of the time
+--resume_from auto. A kill waits for a phase of sft.py to begin (Ranks.set_phase tells), then for a random part of the time
 that the phase takes; or it waits for one of the moves that make a checkpoint (os.replace, os.symlink), before which the
 rank stops to be killed. There is no torchrun, which would end the ranks that are left: they have to do it by
 themselves.
@@ -72,7 +72,7 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-    at, replace, symlink = processes.Ranks.at, os.replace, os.symlink
+    at, replace, symlink = processes.Ranks.set_phase, os.replace, os.symlink
     phase = ""
 
     def tell(word):
@@ -104,7 +104,7 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
         stop_before(source, "=>", target)
         symlink(source, target)
 
-    processes.Ranks.at, os.replace, os.symlink = tell_phase, told_replace, told_symlink
+    processes.Ranks.set_phase, os.replace, os.symlink = tell_phase, told_replace, told_symlink
     sys.argv = ["sft.py", *map(str, flags)]
     errors.run(sft.main)
 

@@ -116,7 +116,7 @@ def test_pad_equals_eos(model, ledger, tmp_path):
                         context=tokens - targets, truncated=0, cut=0, lost=0)
     assert len(steps) == 2
     dataset = data.load(str(tmp_path / "rows.json"), ChatTokenizer(directory), 2048)
-    trained = dataset.tokens[dataset.is_target].tolist()
+    trained = dataset.tokens[dataset.loss_mask].tolist()
     assert trained.count(END) == 1 + 3 + 1  # one of each trained turn, and one that an answer writes out
 
 
@@ -179,7 +179,7 @@ def test_a_template_that_adds_the_bos_itself(model, ledger, tmp_path):
         ids, mask = by_pieces(messages)
         here = slice(dataset.starts[i], dataset.starts[i + 1])
         assert dataset.tokens[here].tolist() == [BOS, *ids]
-        assert dataset.is_target[here].tolist() == [False, *mask]
+        assert dataset.loss_mask[here].tolist() == [False, *mask]
 
 
 USERS_END = chatml("m.content").replace("'<|im_end|>\\n'",
@@ -320,7 +320,7 @@ def test_a_trap(name, lines, tmp_path):
         assert say in refusal
     else:
         ids, mask = by_pieces(chat("q", "a"))
-        assert dataset.tokens.tolist() == ids and dataset.is_target.tolist() == mask
+        assert dataset.tokens.tolist() == ids and dataset.loss_mask.tolist() == mask
 
 
 def test_turns_that_are_cut_off_cost_nothing(tmp_path, monkeypatch):
@@ -331,5 +331,5 @@ def test_turns_that_are_cut_off_cost_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "token_range", lambda *words: (looked.append(1), token_range(*words))[1])
     (tmp_path / "rows.json").write_text(json.dumps([{"messages": messages}]))
     dataset, (ids, mask) = data.load(str(tmp_path / "rows.json"), tiny, 64), by_pieces(messages)
-    assert dataset.tokens.tolist() == ids[:64] and dataset.is_target.tolist() == mask[:64]
+    assert dataset.tokens.tolist() == ids[:64] and dataset.loss_mask.tolist() == mask[:64]
     assert dataset.ledger.turns == dataset.ledger.turns_stopped == 3 and len(looked) < 6

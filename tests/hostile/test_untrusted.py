@@ -63,8 +63,8 @@ def read_model(directory):
     tokenizer = ChatTokenizer(directory)
     with torch.device("meta"):
         net = CausalLM(built)
-    pretrained.fitting_entries(net, directory)
-    pretrained.generation_config(directory, settings, tokenizer.stop_id)
+    pretrained.match_weights(net, directory)
+    pretrained.generation_config(directory, settings, tokenizer.stop_token_id)
     return files.read_bytes(directory, pretrained.TOKENIZER_FILES)
 
 
@@ -223,7 +223,7 @@ def grows(first, step):
 
 
 LOOP = "{% for i in many %}"
-LARGE, REFUSES = "million characters of one conversation", "chat template can't be used"
+LARGE, REFUSES = "million characters from one conversation", "chat template can't be used"
 
 CASES = {
     # a model directory
@@ -233,7 +233,7 @@ CASES = {
     "index names a NUL": (model, index("a\0.safetensors"), "weight_map must name files of the same directory"),
     "index names a 1 MB name": (model, index("a/" * 500_000), "weight_map must name files of the same directory"),
     "index is a list": (model, put("model.safetensors.index.json", "[]"), "weight_map must name files"),
-    "index of numbers": (model, index(7), "weight_map must be an object of file names by tensor"),
+    "index of numbers": (model, index(7), "weight_map must be an object that maps tensor names to file names"),
     "index of a file that is not there": (model, index("b.safetensors"), "No such file or directory"),
     "index nested 100,000 deep": (model, put("model.safetensors.index.json", "[" * 100_000), "is not JSON"),
     "index is a link out": (model, link("model.safetensors.index.json", "../secret"), "is a link to"),
@@ -276,7 +276,8 @@ CASES = {
     "config.json: a number of 100,000 digits": (model, put("config.json", '{"a":' + "9" * 10**5 + "}"), "is not JSON"),
     "config.json is a pipe": (model, pipe("config.json"), "is not a file"),
     "config.json is a link to /dev/zero": (model, link("config.json", "/dev/zero"), "is a link to"),
-    "generation_config.json is a list": (model, put("generation_config.json", "[]"), "eos_token_id must be"),
+    "generation_config.json is a list": (model, put("generation_config.json", "[]"),
+                                         "generation_config.json must be a JSON object"),
     "generation_config.json: eos is a text": (model, put("generation_config.json", '{"eos_token_id": "x"}'),
                                               "eos_token_id must be"),
     "tokenizer.json is a link to a secret": (model, link("tokenizer.json", "../secret"), "is a link to"),
@@ -300,7 +301,7 @@ CASES = {
     "another kind of adapter": (adapter, peft(peft_type="x" * 10**6), "only plain LoRA, rsLoRA and DoRA"),
     "lora_alpha is a text": (adapter, peft(lora_alpha="4"), "must be numbers"),
     "alpha_pattern that would never end": (adapter, peft(alpha_pattern={r"([\w.]+)+x": 1}), "repeats too much"),
-    "alpha_pattern that is not a pattern": (adapter, peft(alpha_pattern={"(": 1}), "is no regular expression"),
+    "alpha_pattern that is not a pattern": (adapter, peft(alpha_pattern={"(": 1}), "is not a regular expression"),
     "modules_to_save is a number": (adapter, peft(modules_to_save=7), "modules_to_save must be a list"),
     "a rank of 10^12, without columns": (adapter, ranked([10**12, 0]), "it may be from 1 to"),
     "a rank of 0": (adapter, ranked([0, 64]), "it may be from 1 to"),
@@ -350,7 +351,7 @@ CASES = {
     "bytes of a number": (template, "{{ (1).to_bytes(1000000000, 'big') }}", LARGE),
     "a batch of 10^9": (template, "{{ [1]|batch(1000000000, 'x')|list }}", LARGE),
     "lorem ipsum": (template, "{{ lipsum(1000000) }}", "'lipsum' is undefined"),
-    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}", "characters of a conversation"),
+    "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}", "characters from a conversation"),
     "is 2 MB long": (template, "x" * 2**21, "its chat template has"),
     "nested 10,000 deep": (template, "{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "recursion"),
     # a file of settings
@@ -373,10 +374,10 @@ CASES = {
     "YAML: NaN": (yaml, "lr: .nan", "it must be a number"),
     "YAML: a number of 5,000 digits": (yaml, "seed: " + "9" * 5000, "it must be a whole number"),
     # a data file
-    "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row has at most"),
-    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row has at most"),
-    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]', "a row has at most"),
-    "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row has at most"),
+    "a line without an end": (rows, b'{"prompt": "' + b"a" * 20_000, "a row may have at most"),
+    "an array's element without an end": (rows, b'[{"prompt": "' + b"a" * 20_000, "a row may have at most"),
+    "an element of the array that is too long": (rows, b'[{"prompt": "' + b"a" * 20_000 + b'"}]', "a row may have at most"),
+    "gzip of a line without an end": (rows, gzip.compress(b"a" * 10**7, 9), "a row may have at most"),
     "a row nested 100,000 deep": (rows, b"[" * 100_000, "is not JSON"),
     "a line nested 1,500 deep": (rows, b'{"a":' * 1500 + b"1" + b"}" * 1500, "recursion"),
     "half a character in a content": (rows, row(content="\ud800"), "half a character"),
@@ -388,10 +389,10 @@ CASES = {
     "NaN in an unused key": (rows, (PAIR % ', "id": NaN').encode(), USED + "the key is not read"),
     "a number of 5,000 digits": (rows, (PAIR % (', "id": ' + "9" * 5000)).encode(), "is not JSON"),
     "a weight of 10^400": (rows, row(weight=10**400), "must be true or false"),
-    "not UTF-8": (rows, b'{"prompt": "\xff"}', "can't be read as UTF-8 text"),
-    "gzip that is truncated": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be read as UTF-8 text"),
+    "not UTF-8": (rows, b'{"prompt": "\xff"}', "is not UTF-8"),
+    "gzip that is truncated": (rows, gzip.compress(b"[]" * 1000)[:30], "can't be decompressed"),
     "parquet that is truncated": (rows, b"PAR1" + bytes(100), "parquet"),
-    "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "can't be read as UTF-8 text"),
+    "a pickle": (rows, b"\x80\x04cos\nmkdir\n(S'mark'\ntR.", "is not UTF-8"),
     # a directory to resume from
     "state.json is a link to a secret": (resume, link("training_state/state.json", "../../secret"),
                                          "is a link to"),
@@ -412,7 +413,7 @@ CASES = {
 def test_an_untrusted_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(formats, "LONGEST", 10_000)  # of the same rule, in less time
+    monkeypatch.setattr(formats, "MAX_ROW", 10_000)  # of the same rule, in less time
     monkeypatch.setattr("text.sandbox.COST", 2**24)
     if "10 s" in expected:
         monkeypatch.setattr("text.sandbox.SECONDS", 0.5)

@@ -335,7 +335,7 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
     def averaged(out):
         return out._replace(total=out.total / len(out.each))
 
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, rows, targets: averaged(
-        forward(self, tokens, lengths, rows, targets)))
+    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, doc_lengths, target_positions, targets: averaged(
+        forward(self, tokens, doc_lengths, target_positions, targets)))
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         check()

@@ -31,8 +31,8 @@ def rows():
 
 def conversation(rows, step, index):
     """(source, first tokens) of one conversation of a step: by its tokens a planted fault finds it again."""
-    i = data.Sampler(rows.lengths, epochs=3, seed=42, batch_size=8).step(step).ids[index]
-    return rows.source(i), rows.tokens[rows.starts[i] : rows.starts[i] + rows.lengths[i]].tolist()
+    i = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=8).step(step).ids[index]
+    return rows.source(i), rows.tokens[rows.starts[i] : rows.starts[i] + rows.n_inputs[i]].tolist()
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_fault_in_one_micro_batch_stops_before_the_update(train, plant, rows, 
     with pytest.raises(FloatingPointError, match=r"step 3: loss .* before the weights were touched. rank 0, ") as info:
         train(*FAST, "--micro_batch_size", 4, "--max_steps", 5, "--save_steps", 1, *(["--use_lora"] if lora else []))
     found = re.search(r"its micro-batch (\d+); conversations: (.*)", str(info.value))
-    ids = data.Sampler(rows.lengths, epochs=3, seed=42, batch_size=8).step(3).ids
+    ids = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=8).step(3).ids
     batch = list(data.micro_batches(rows, ids, 4 * 128))[int(found[1]) - 1]
     assert found[2].split(", ") == ([source] if how == "loss" else [rows.source(i) for i in batch.ids])
     assert source in found[2] and 1 < len(batch.ids) < len(ids)
@@ -62,10 +62,10 @@ def test_a_fault_in_one_micro_batch_stops_before_the_update(train, plant, rows, 
 @pytest.mark.parametrize("how", [pytest.param("loss", marks=pytest.mark.full), "gradient"])
 def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
     """Each says which rank it was."""
-    ids = data.Sampler(rows.lengths, epochs=3, seed=42, batch_size=8).step(2).ids
+    ids = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=8).step(2).ids
     batch = list(data.micro_batches(rows, ids, 128, None, 1, 2))[0]
     i = batch.ids[0]
-    tokens = rows.tokens[rows.starts[i] : rows.starts[i] + rows.lengths[i]].tolist()
+    tokens = rows.tokens[rows.starts[i] : rows.starts[i] + rows.n_inputs[i]].tolist()
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))
     words = "non_finite", "tokens.json", how, "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3
     result = share([(2, (*words, "--output_dir", "out"))], tmp_path)

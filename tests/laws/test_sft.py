@@ -64,8 +64,8 @@ def test_micro_batches_are_really_different(monkeypatch, train):
     """The law above is not trivially true: packing and micro_batch_size change how often the model runs."""
     calls = []
     forward = sft.CausalLM.forward
-    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, lengths, *rest: (
-        calls.append(lengths), forward(self, tokens, lengths, *rest))[1])
+    monkeypatch.setattr(sft.CausalLM, "forward", lambda self, tokens, doc_lengths, *rest: (
+        calls.append(doc_lengths), forward(self, tokens, doc_lengths, *rest))[1])
     counts = {}
     for i, flags in enumerate((("--packing",), ("--no-packing",), ("--no-packing", "--micro_batch_size", 3))):
         calls.clear()

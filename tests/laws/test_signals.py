@@ -54,10 +54,10 @@ def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypat
     """Six times over, by each of the signals; the exit code tells which, a line tells what."""
     before = [signal.getsignal(number) for number in processes.EXIT_CODES]
     train(*RUN, out="whole")
-    at = processes.Ranks.at  # the phases are noted as ever, with a signal behind the one
+    at = processes.Ranks.set_phase  # the phases are noted as ever, with a signal behind the one
     for i, phase in enumerate(PHASES):
         number, code = list(processes.EXIT_CODES.items())[i % 3]
-        monkeypatch.setattr(processes.Ranks, "at", lambda self, name, due=phase, number=number:
+        monkeypatch.setattr(processes.Ranks, "set_phase", lambda self, name, due=phase, number=number:
                             (at(self, name), os.kill(os.getpid(), number) if name == due else None))
         with pytest.raises(SystemExit) as info:
             train(*RUN, "--resume_from", "auto")
@@ -68,7 +68,7 @@ def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypat
         assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == f"step_{step}"
         # stopped in its evaluation, even the last step is not all there is
         assert (f"stopped  after step {step} of 6: --resume_from auto" in out) == (phase != PHASES[-1])
-    monkeypatch.setattr(processes.Ranks, "at", at)
+    monkeypatch.setattr(processes.Ranks, "set_phase", at)
     train(*RUN, "--resume_from", "auto")
     assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
     assert [signal.getsignal(number) for number in processes.EXIT_CODES] == before
@@ -85,7 +85,7 @@ def test_stopped_before_the_first_step_nothing_is_written(phase, train, tmp_path
         if name == phase:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(processes.Ranks, "at", at)
+    monkeypatch.setattr(processes.Ranks, "set_phase", at)
     with pytest.raises(SystemExit) as info:
         train(*RUN[2:], "--max_steps", 2, "--resume_from", "auto")
     assert info.value.code == 143 and "SIGTERM: stopped before the first step" in capfd.readouterr().err

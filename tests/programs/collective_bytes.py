@@ -59,7 +59,7 @@ def counted(model):
         p.grad = None
     with Bytes() as mode:
         for last in (False, True):
-            fsdp.reduce_gradients(model, now=last)
+            fsdp.set_gradient_sync(model, enabled=last)
             model_loss(model, tokens, (300,), tokens).backward()
     return mode.found
 

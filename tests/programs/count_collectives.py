@@ -44,7 +44,7 @@ def count(model):
     model_loss(model, *batch).backward()  # the first call sets up
     counts = []
     for last in (False, True):
-        fsdp.reduce_gradients(model, now=last)
+        fsdp.set_gradient_sync(model, enabled=last)
         with CommDebugMode() as forward:
             loss = model_loss(model, *batch)
         with CommDebugMode() as backward:

@@ -17,7 +17,7 @@ from settings import errors
 
 how, phase, rank = sys.argv[1:4]
 sys.argv = ["sft.py", *sys.argv[4:]]
-at, train = processes.Ranks.at, sft.train
+at, train = processes.Ranks.set_phase, sft.train
 
 
 def fail():
@@ -46,7 +46,7 @@ def stop(*words, **options):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-processes.Ranks.at, sft.train = at_and_fail, fail_and_train
+processes.Ranks.set_phase, sft.train = at_and_fail, fail_and_train
 if phase == "lock":
     data.tokenise = stop
 errors.run(sft.record(sft.main))

@@ -17,11 +17,11 @@ from settings import errors
 def plant(tokens, how):
     forward, wanted = sft.CausalLM.forward, torch.tensor(tokens)
 
-    def faulty(self, tokens, lengths, rows, targets):
-        out, ends = forward(self, tokens, lengths, rows, targets), torch.tensor(lengths).cumsum(0)
-        hit = [i for i, part in enumerate(tokens.split(lengths)) if torch.equal(part, wanted)]
+    def faulty(self, tokens, doc_lengths, target_positions, targets):
+        out, ends = forward(self, tokens, doc_lengths, target_positions, targets), torch.tensor(doc_lengths).cumsum(0)
+        hit = [i for i, part in enumerate(tokens.split(doc_lengths)) if torch.equal(part, wanted)]
         if hit and how == "loss":
-            each = out.each.masked_fill(torch.searchsorted(ends, rows, right=True) == hit[0], math.nan)
+            each = out.each.masked_fill(torch.searchsorted(ends, target_positions, right=True) == hit[0], math.nan)
             return out._replace(total=out.total * math.nan, each=each)
         if hit:
             out.total.register_hook(lambda grad: grad * math.inf)

@@ -13,7 +13,7 @@ from ranks import processes
 
 victim, phase, number = sys.argv[1:4]
 sys.argv = ["sft.py", *sys.argv[4:]]
-at, code = processes.Ranks.at, None
+at, code = processes.Ranks.set_phase, None
 
 
 def at_and_signal(self, name):
@@ -22,7 +22,7 @@ def at_and_signal(self, name):
         os.kill(os.getpid(), int(number))
 
 
-processes.Ranks.at = at_and_signal
+processes.Ranks.set_phase = at_and_signal
 try:
     sft.main()
 except SystemExit as stop:

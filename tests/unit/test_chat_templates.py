@@ -56,7 +56,7 @@ def test_text_and_ids_are_those_of_transformers(name, tmp_path):
                                              return_assistant_tokens_mask="gen" in name)
         assert ids == encoded["input_ids"] == theirs(text, add_special_tokens=False)["input_ids"]
         if "gen" in name:
-            mask = dataset.is_target[dataset.starts[i] : dataset.starts[i + 1]]
+            mask = dataset.loss_mask[dataset.starts[i] : dataset.starts[i + 1]]
             assert mask.astype(int).tolist() == encoded["assistant_masks"]
         if ours.special.get("bos_token"):
             assert ids.count(ours.tokenizer.token_to_id(ours.special["bos_token"])) == 1 and ids[0] != ids[1]
@@ -302,7 +302,7 @@ def test_without_a_template_there_is_chatml(tmp_path):
     """A tokenizer without a template gets ChatML, says so, and trains the tokens that ChatML by hand has."""
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None))
     assert tokenizer.is_fallback and not tiny.is_fallback
-    assert tokenizer.stop_id == RAW.token_to_id("<|im_end|>")
+    assert tokenizer.stop_token_id == RAW.token_to_id("<|im_end|>")
     batch = [*PLAIN, chat(" q", "\na ", system="s")]
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": m} for m in batch]), tokenizer, 2048)
     assert_is(dataset, [by_hand(messages) for messages in batch])
@@ -320,7 +320,7 @@ def test_chatml_without_its_tokens_ends_turns_with_the_eos(tmp_path):
     raw = without_chatml_tokens()
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", None, raw=raw))
     assert tokenizer.is_fallback and tokenizer.turn_end == "<|endoftext|>"
-    assert tokenizer.stop_id == raw.token_to_id("<|endoftext|>") == 0
+    assert tokenizer.stop_token_id == raw.token_to_id("<|endoftext|>") == 0
     dataset = data.load(write(tmp_path / "rows.json", [{"messages": m} for m in PLAIN]), tokenizer, 2048)
     assert target_texts(dataset, 1, raw) == ["Hi there.<|endoftext|>", "你好，world 🙂<|endoftext|>"]
     text = "<|im_start|>user\nHello?<|endoftext|>\n<|im_start|>assistant\nHi there.<|endoftext|>\n"

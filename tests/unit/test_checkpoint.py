@@ -58,10 +58,10 @@ def test_an_untrained_model_is_saved_byte_for_byte(tmp_path, config, dtype, savi
     source = published(tmp_path / "base", config, dtype, **saving)
     odd = {**json.loads((source / "config.json").read_text()), "unknown_key": ["é", 1e-05]}
     (source / "config.json").write_text(json.dumps(odd, indent=3), encoding="utf-8")
-    model, layout = loaded(source)
+    model, shard_map = loaded(source)
     model.requires_grad_(False)  # nothing is trained, so there are no moments to save
     exported = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
-    saved = checkpoint.save(tmp_path / "out", 1, model=model, optimizer=adamw(model), layout=layout,
+    saved = checkpoint.save(tmp_path / "out", 1, model=model, optimizer=adamw(model), shard_map=shard_map,
                             exported=exported, state={})
     weights = [path.name for path in source.glob("*.safetensors")]
     assert len(weights) > 3 if saving else weights == ["model.safetensors"]
@@ -355,7 +355,7 @@ def test_exported_files_of_a_model_and_of_an_adapter(tmp_path):
     tokenizer_source.mkdir()
     (tokenizer_source / "tokenizer.json").write_bytes(b"{}")
     config = files.read_json(base / "config.json")
-    tokenizer = SimpleNamespace(stop_id=9, is_fallback=False, source="{{ own }}")
+    tokenizer = SimpleNamespace(stop_token_id=9, is_fallback=False, source="{{ own }}")
     assert pretrained.export_files(base, config, base, tokenizer) == {
         **TOKENIZER, "config.json": (base / "config.json").read_bytes(),
         "generation_config.json": pretrained.generation_config(base, config, 9)}

@@ -376,7 +376,7 @@ def test_a_number_has_a_range(name):
     bounds."""
     field = NUMBERS[name]
     low, high = field.metadata["low"], field.metadata["high"]
-    assert low > -1e18, f"say in sft.py which values make sense: {name} ... = knob(..., low=0)"
+    assert low > -1e18, f"say in sft.py which values make sense: {name} ... = setting(..., low=0)"
     refused = [(just_outside(field, low, -math.inf), f"at least {low}")]
     if high < 1e18:
         refused.append((just_outside(field, high, math.inf), f"at least {low} and at most {high}"))

@@ -43,7 +43,7 @@ def test_the_ledger_has_these_numbers(max_length, too_long, on_prompt, expected,
     assert ledger["rows"] == 4
     assert ledger["trained"] == len(dataset) == len(sources(dataset))
     assert len(dataset.tokens) == ledger["target"] + ledger["context"]
-    assert dataset.is_target.sum() == ledger["target"]
+    assert dataset.loss_mask.sum() == ledger["target"]
 
 
 def test_the_ledger_is_printed_as_it_balances(tmp_path):

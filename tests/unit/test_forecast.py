@@ -119,7 +119,7 @@ def test_peak_is_the_allocators(train, tmp_path, monkeypatch, flags):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = ("--train_data", tmp_path / "rows.json", "--max_length", length, *(flags if "--batch_size" in flags else (
         "--batch_size", 1, *flags)))
-    monkeypatch.setattr(memory, "settle_heap", lambda **how: None)
+    monkeypatch.setattr(memory, "tune_malloc", lambda **how: None)
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         steps = train(*words, "--max_steps", 3, model=model)

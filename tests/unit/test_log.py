@@ -187,11 +187,11 @@ def test_samples_are_what_chat_answers(train, tmp_path, capsys, monkeypatch):
     assert [(line["step"], line["prompt"]) for line in found] == [
         (step, prompt) for step in (9, 18) for prompt in ("What is supervised fine-tuning?", "你好")]
     assert max(len(line["answer"]) for line in found[2:]) > 20  # something to compare
-    model, tokenizer, stops = chat.load("out/checkpoints/latest")
+    model, tokenizer, eos_ids = chat.load("out/checkpoints/latest")
     cfg = chat.Config(max_new_tokens=60)
     for line in found[2:]:
         messages = [{"role": "user", "content": line["prompt"]}]
-        assert line["answer"] == "".join(chat.answer(model, tokenizer, stops, messages, cfg)).rstrip("\ufffd")
+        assert line["answer"] == "".join(chat.answer(model, tokenizer, eos_ids, messages, cfg)).rstrip("\ufffd")
     assert "step 18: 'What is supervised fine-tuning?' -> " in capsys.readouterr().out
 
 

@@ -141,13 +141,13 @@ def test_training_goes_the_way_of_peft(models, train, tmp_path):
         optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0)],
                                       lr=1e-3, betas=(0.9, 0.95))
         rows = data.load(EXAMPLES, ChatTokenizer(models["untied"]), 2048)
-        sampler = data.Sampler(rows.lengths, epochs=3, seed=42, batch_size=4, max_steps=4)
+        sampler = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=4, max_steps=4)
         for line in lines:
             _, ids = sampler.step(line["step"])
             total, n = 0, int(rows.n_targets[ids].sum())
             for i in ids:
                 tokens = torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]]).long()
-                kept = torch.from_numpy(rows.is_target[rows.starts[i] : rows.starts[i + 1]])
+                kept = torch.from_numpy(rows.loss_mask[rows.starts[i] : rows.starts[i + 1]])
                 logits = model(tokens[None]).logits[0, :-1]
                 nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")[kept[1:]].sum() / n
                 nll.backward()
@@ -207,12 +207,12 @@ def test_resume_refuses_what_differs(models, train, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="of another run .*base"):
+    with pytest.raises(ValueError, match="was made with other data or settings .*base"):
         train(*common, *resume, out="b", model=other)
-    with pytest.raises(ValueError, match="is an adapter: go on with it with --use_lora"):
+    with pytest.raises(ValueError, match="is a LoRA adapter, not a full model; add --use_lora"):
         train("--max_steps", 2, *resume, out="b", model=models["tied"])
     train("--max_steps", 1, out="full", model=models["tied"])
-    with pytest.raises(ValueError, match="is a whole model: go on with it without --use_lora"):
+    with pytest.raises(ValueError, match="is a full model, not a LoRA adapter; drop --use_lora"):
         train(*common, "--resume_from", tmp_path / "full" / "checkpoints" / "step_1", out="b", model=models["tied"])
 
 
@@ -322,16 +322,16 @@ def test_a_dead_adapter_stops_the_run(models, train, monkeypatch, tmp_path):
     (("--use_lora", "--lora_rank", 0), "--lora_rank 0: it must be at least 1"),
     (("--use_lora", "--lora_alpha", 0), "--lora_alpha 0: it must be at least 1"),
     (("--use_lora", "--lora_dropout", 1), "--lora_dropout 1.0: it must be at least 0"),
-    (("--use_lora", "--lora_rank", 4000), "--lora_rank 4000 is above the smaller side of model.layers.0"),
-    (("--use_lora", "--lora_targets", "q_proj,query"), "'query' matches no layer. The last parts of their names are"),
-    (("--use_lora", "--lora_targets", "lm_head"), "train it whole with --lora_modules_to_save"),
+    (("--use_lora", "--lora_rank", 4000), "--lora_rank 4000 is larger than a side of model.layers.0"),
+    (("--use_lora", "--lora_targets", "q_proj,query"), "'query' matches no layer; use one of down_proj, "),
+    (("--use_lora", "--lora_targets", "lm_head"), "train it fully with --lora_modules_to_save"),
     (("--use_lora", "--lora_targets", ".*("), "not a regular expression"),
     (("--use_lora", "--lora_targets", ".*nothing.*"), "matches no layer"),
     (("--quantize", "nf4"), "--quantize nf4 does nothing without --use_lora"),
     (("--use_lora", "--quantize", "int8"), "must be one of nf4"),
     (("--use_lora", "--quantize", "nf4", "--lora_dora"), "--quantize nf4 does not work with --lora_dora"),
     (("--use_lora", "--quantize", "nf4", "--strategy", "megatron", "--tp", 2), "--quantize nf4 does not work with --tp"),
-    (("--use_lora", "--lora_modules_to_save", "norm"), "'norm' can't be trained whole"),
+    (("--use_lora", "--lora_modules_to_save", "norm"), "'norm' can't be fully trained"),
     (("--use_lora", "--resume_adapter", "a", "--lora_rank", 4), "--lora_rank 4 does not work with --resume_adapter"),
 ])
 def test_bad_settings_are_one_line(words, message, train):
@@ -361,9 +361,9 @@ def test_adapters_that_do_not_fit_are_one_line(models, train, tmp_path):
     one = next(iter(tensors))
     save_file({**tensors, one.replace("layers.0", "layers.7"): tensors[one].clone()},
               adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="layers.7.* which is no layer of this model"):
+    with pytest.raises(ValueError, match="layers.7.* no such linear layer"):
         chat.load(str(adapter), str(models["untied"]))
-    with pytest.raises(ValueError, match="is a whole model, not an adapter"):
+    with pytest.raises(ValueError, match="is a full model, not an adapter"):
         chat.load(str(models["untied"]), TINY)
     with open(adapter / "adapter_model.safetensors", "r+b") as f:
         f.truncate(1000)
@@ -421,7 +421,7 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     assert merge(step, tmp_path / "merged") == (0, "")
     torch.testing.assert_close(our_logits(tmp_path / "merged"), our_logits(step), atol=1e-5, rtol=1e-5)
     generation = files.read_json(tmp_path / "merged" / "generation_config.json")
-    assert ChatTokenizer(step).stop_id in generation["eos_token_id"]
+    assert ChatTokenizer(step).stop_token_id in generation["eos_token_id"]
     assert merge(step, tmp_path / "small", "--dtype", "bf16") == (0, "")
     small, whole = (pretrained.weight_entries(tmp_path / name) for name in ("small", "merged"))
     assert {e.dtype for e in small.values()} == {"BF16"} and {e.dtype for e in whole.values()} == {"F32"}
@@ -432,8 +432,8 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     config = files.read_json(step / "adapter_config.json")
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     code, said = merge(step, tmp_path / "nameless")
-    assert code == 2 and "names no base model; give it with --base" in said
-    with pytest.raises(ValueError, match="names no base model"):
+    assert code == 2 and "does not name the base model; pass --base" in said
+    with pytest.raises(ValueError, match="does not name the base model"):
         chat.load(str(step))
     tensors = load_file(step / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")

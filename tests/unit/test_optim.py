@@ -149,7 +149,7 @@ class Run:
     """A run of the tied model with an optimizer of some kind; bf16 on the disk."""
 
     def __init__(self, directory, kind, offload):
-        self.model, self.layout = loaded(directory)
+        self.model, self.shard_map = loaded(directory)
         self.kind, self.optimizer = kind, adamw(self.model, kind, offload)
 
     def train(self, steps):
@@ -157,7 +157,7 @@ class Run:
             train_step(self.model, self.optimizer, step)
 
     def save(self, root, step):
-        return checkpoint.save(root, step, model=self.model, optimizer=self.optimizer, layout=self.layout,
+        return checkpoint.save(root, step, model=self.model, optimizer=self.optimizer, shard_map=self.shard_map,
                                exported={"config.json": b"{}"}, state={})
 
     def resume(self, saved):

@@ -24,14 +24,14 @@ def packings(draw):
 def test_packing_is_a_partition_within_its_limits(packing):
     """All ranks together hold every conversation once, none too much, each equally many micro-batches, always
     alike."""
-    lengths, capacity, max_rows, dp_size = packing
-    ranks = [pack(lengths, capacity, max_rows, rank, dp_size) for rank in range(dp_size)]
+    lengths, capacity, max_conversations, dp_size = packing
+    ranks = [pack(lengths, capacity, max_conversations, rank, dp_size) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in batch) <= capacity for batch in batches)
-    assert all(len(batch) <= (max_rows or len(lengths)) for batch in batches)
-    assert ranks == [pack(np.array(lengths), capacity, max_rows, rank, dp_size) for rank in range(dp_size)]
+    assert all(len(batch) <= (max_conversations or len(lengths)) for batch in batches)
+    assert ranks == [pack(np.array(lengths), capacity, max_conversations, rank, dp_size) for rank in range(dp_size)]
     if dp_size == 1:
         assert all(batches)
 
@@ -55,18 +55,18 @@ def test_packing_lays_these_out():
     assert pack([1, 4, 2, 3], 5) == [[1, 0], [3, 2]]
     assert pack([5, 4, 3, 3, 3], 9) == [[0], [1, 4], [2, 3]]
     assert pack([5, 4, 3, 3, 3], 18) == [[0, 1, 2, 3, 4]]
-    assert pack([5, 4, 3, 3, 3], 18, max_rows=2) == [[0], [1, 4], [2, 3]]
+    assert pack([5, 4, 3, 3, 3], 18, max_conversations=2) == [[0], [1, 4], [2, 3]]
     assert [pack([1, 4, 2, 3], 5, None, rank, 2) for rank in (0, 1)] == [[[1, 0]], [[3, 2]]]
 
 
 def test_items_go_to_the_least_loaded_bin_that_is_open():
     """By hand: bin 1 is the least loaded, then closed by an item that it lacks room for; bin 0 takes the
     rest."""
-    bins, room = [0], [10, 3]
-    assign_least_loaded(bins, np.array([1, 2, 2, 1]), costs=np.array([5, 1, 1, 1]), room=room)
-    assert (bins, room) == ([0, 1, 0, 0], [7, 1])
-    assign_least_loaded(bins, np.array([1, 2, 2, 1, 9]), costs=np.array([5, 1, 1, 1, 1]), room=room)
-    assert (bins, room) == ([0, 1, 0, 0], [7, 1])  # no bin has room for 9
+    bins, capacity_left = [0], [10, 3]
+    assign_least_loaded(bins, np.array([1, 2, 2, 1]), costs=np.array([5, 1, 1, 1]), capacity_left=capacity_left)
+    assert (bins, capacity_left) == ([0, 1, 0, 0], [7, 1])
+    assign_least_loaded(bins, np.array([1, 2, 2, 1, 9]), costs=np.array([5, 1, 1, 1, 1]), capacity_left=capacity_left)
+    assert (bins, capacity_left) == ([0, 1, 0, 0], [7, 1])  # no bin has room for 9
 
 
 # ---- ranks are even -------------------------------------------------------------------------------------
@@ -168,20 +168,20 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("max_rows", [None, 1, 4])
+@pytest.mark.parametrize("max_conversations", [None, 1, 4])
 @pytest.mark.parametrize("dp_size", [1, 2, 7])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_every_conversation_is_in_one_micro_batch_of_one_rank(name, dp_size, max_rows):
+def test_every_conversation_is_in_one_micro_batch_of_one_rank(name, dp_size, max_conversations):
     """No more tokens or conversations than fit, equally many micro-batches on each rank, and none is without
     cause."""
     lengths = LENGTHS[name]
-    ranks = [pack(lengths, 2048, max_rows, rank, dp_size) for rank in range(dp_size)]
+    ranks = [pack(lengths, 2048, max_conversations, rank, dp_size) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert all(lengths[batch].sum() <= 2048 and len(batch) <= (max_rows or len(lengths)) for batch in batches)
-    if max_rows:
-        rows = dp_size * min(max_rows, 2048 // max(lengths, default=1))
+    assert all(lengths[batch].sum() <= 2048 and len(batch) <= (max_conversations or len(lengths)) for batch in batches)
+    if max_conversations:
+        rows = dp_size * min(max_conversations, 2048 // max(lengths, default=1))
         assert len(ranks[0]) == max(1, ceil_div(len(lengths), rows))
     else:  # no two half-empty ones, and of those longer than half a micro-batch one in each
         assert len(ranks[0]) <= max(1, (lengths > 1024).sum(), ceil_div(2 * lengths.sum(), 2048 * dp_size))
@@ -218,8 +218,8 @@ def dataset_of(batch, path, **how):
 def taken_apart(batch):
     """The conversations of a micro-batch: [(inputs, [(position, the target that follows it), ...]), ...]."""
     found, start = [], 0
-    for length in batch.lengths:
-        pairs = [(row - start, target) for row, target in zip(batch.rows.tolist(), batch.targets.tolist())
+    for length in batch.doc_lengths:
+        pairs = [(row - start, target) for row, target in zip(batch.target_positions.tolist(), batch.targets.tolist())
                  if start <= row < start + length]
         found.append((batch.tokens[start : start + length].tolist(), pairs))
         start += length
@@ -233,7 +233,7 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
     @repeatable
     @given(st.lists(conversations(), min_size=1, max_size=5), st.integers(0, 80),
            st.sampled_from([None, 1, 2]), st.booleans())
-    def check(conversations_, slack, max_rows, on_prompt):
+    def check(conversations_, slack, max_conversations, on_prompt):
         conversations_ = [chat("always", "one"), *conversations_]
         dataset = dataset_of(conversations_, tmp_path / "rows.json", train_on_prompt=on_prompt)
         expected = []
@@ -242,12 +242,12 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
             if any(mask):
                 places = [place for place, target in enumerate(mask) if target]
                 expected.append((ids[: places[-1]], [(place - 1, ids[place]) for place in places]))
-        got, capacity = [], int(dataset.lengths.max()) + slack
-        for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_rows):
-            assert batch.tokens.dtype == batch.rows.dtype == batch.targets.dtype == torch.int64
-            assert batch.tokens.shape == (sum(batch.lengths),) and batch.rows.shape == batch.targets.shape
-            assert batch.rows.tolist() == sorted(set(batch.rows.tolist()))
-            assert sum(batch.lengths) <= capacity and len(batch.lengths) <= (max_rows or 99)
+        got, capacity = [], int(dataset.n_inputs.max()) + slack
+        for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_conversations):
+            assert batch.tokens.dtype == batch.target_positions.dtype == batch.targets.dtype == torch.int64
+            assert batch.tokens.shape == (sum(batch.doc_lengths),) and batch.target_positions.shape == batch.targets.shape
+            assert batch.target_positions.tolist() == sorted(set(batch.target_positions.tolist()))
+            assert sum(batch.doc_lengths) <= capacity and len(batch.doc_lengths) <= (max_conversations or 99)
             got += taken_apart(batch)
         assert sorted(got) == sorted(expected)
         assert all(pairs[-1][0] == len(inputs) - 1 for inputs, pairs in got)
@@ -267,7 +267,7 @@ def test_owners_are_the_conversations_of_the_targets(on_prompt, tmp_path):
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
         owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), taken_apart(batch), strict=True)
                   for _ in pairs]
-        assert batch.owners().dtype == torch.int64 and batch.owners().tolist() == owners
+        assert batch.conversation_of_target().dtype == torch.int64 and batch.conversation_of_target().tolist() == owners
         assert np.bincount(owners, minlength=7)[batch.ids].tolist() == dataset.n_targets[batch.ids].tolist()
 
 
@@ -276,8 +276,8 @@ def test_a_rank_without_conversations_gets_one_token_and_no_target(ids, tmp_path
     """All ranks take part in each micro-batch, as a collective waits for all of them."""
     dataset = dataset_of([chat(f"q{i}", "answer") for i in range(4)], tmp_path / "rows.json")
     (idle,) = data.micro_batches(dataset, np.array(ids, dtype=int), 60, dp_rank=1, dp_size=2)
-    assert idle.tokens.tolist() == [0] and idle.lengths == (1,) and idle.ids.tolist() == ids
-    for part in (idle.rows, idle.targets, idle.owners()):
+    assert idle.tokens.tolist() == [0] and idle.doc_lengths == (1,) and idle.ids.tolist() == ids
+    for part in (idle.target_positions, idle.targets, idle.conversation_of_target()):
         assert part.shape == (0,) and part.dtype == torch.int64
 
 
@@ -287,7 +287,7 @@ def test_micro_batches_hold_the_conversations_of_the_step_only(tmp_path):
     dataset = dataset_of(batch, tmp_path / "rows.json")
     batches = data.micro_batches(dataset, np.array([4, 1, 5]), 60)
     got = [inputs for micro_batch in batches for inputs, _ in taken_apart(micro_batch)]
-    expected = [by_hand(batch[i])[0][: dataset.lengths[i]] for i in (4, 1, 5)]
+    expected = [by_hand(batch[i])[0][: dataset.n_inputs[i]] for i in (4, 1, 5)]
     assert sorted(got) == sorted(expected)
 
 

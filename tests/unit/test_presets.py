@@ -11,7 +11,7 @@ from helpers import ROOT
 import chat
 import sft
 from settings import parser
-from settings.parser import check, knob
+from settings.parser import check, setting
 
 DEFAULTS = dataclasses.asdict(sft.Config())
 TINY = {"lr": 4e-3, "epochs": 60, "batch_size": 8, "gradient_checkpointing": False, "keep_checkpoints": 2}
@@ -100,10 +100,10 @@ def test_a_file_of_configs_says_only_what_it_changes(name):
     """Each key is a setting and differs from the default: a reader sees what a kind of run needs."""
     path = os.path.join(ROOT, "configs", name)
     fields = {field.name: field for field in dataclasses.fields(sft.Config)}
-    for setting in parser.read_yaml(path, fields):
-        assert setting.name in fields
-        value = parser.convert(fields[setting.name], setting.text, setting.origin)
-        assert value != DEFAULTS[setting.name], setting
+    for line in parser.read_yaml(path, fields):
+        assert line.name in fields
+        value = parser.convert(fields[line.name], line.text, line.origin)
+        assert value != DEFAULTS[line.name], line
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -123,11 +123,11 @@ def test_a_file_of_configs_trains(name, train):
 class Toy:
     """A program."""
 
-    adapter: bool = knob(False, "", env="ADAPTER")
-    rank: int = knob(8, "", env="RANK_OF_IT", low=1, needs="adapter", unless="resume")
-    scaled: bool = knob(False, "", needs="adapter", unless="resume")
-    resume: str | None = knob(None, "")
-    width: int = knob(1, "", needs="scaled or resume")
+    adapter: bool = setting(False, "", env="ADAPTER")
+    rank: int = setting(8, "", env="RANK_OF_IT", low=1, needs="adapter", unless="resume")
+    scaled: bool = setting(False, "", needs="adapter", unless="resume")
+    resume: str | None = setting(None, "")
+    width: int = setting(1, "", needs="scaled or resume")
 
     def __post_init__(self):
         check(self)

@@ -17,11 +17,11 @@ from settings.errors import UserError
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_process_alone_has_all_that_a_rank_has(device):
-    ranks = processes.alone(torch.device(device))
-    ranks.at("load")
+    ranks = processes.single_process(torch.device(device))
+    ranks.set_phase("load")
     tensor = torch.ones(2, device=device)
-    assert ranks.sum(tensor) is tensor and ranks.broadcast(7) == 7 and ranks.poll_signals() == 0
-    assert (ranks.rank, ranks.size, ranks.dp_rank, ranks.dp_size, ranks.mesh) == (0, 1, 0, 1, None)
+    assert ranks.all_reduce(tensor) is tensor and ranks.broadcast(7) == 7 and ranks.poll_signals() == 0
+    assert (ranks.rank, ranks.world_size, ranks.dp_rank, ranks.dp_size, ranks.mesh) == (0, 1, 0, 1, None)
     assert not dist.is_initialized()
 
 
@@ -36,7 +36,7 @@ def test_tp_divides_the_processes():
 def ranks(monkeypatch):
     """Rank 1 of three in step 8. Rank 0 is in step 8 too, and rank 2 in step 7, since before the others,
     elsewhere."""
-    ranks = processes.Ranks(rank=1, size=3, dp_rank=1, dp_size=3, mesh=None, device=torch.device("cpu"),
+    ranks = processes.Ranks(rank=1, world_size=3, dp_rank=1, dp_size=3, mesh=None, device=torch.device("cpu"),
                             store=dist.HashStore())
     host = socket.gethostname()
     texts = f"step 8|1000.5|{host}|111", f"step 8|1000.25|{host}|222", "step 7|990|far|333"

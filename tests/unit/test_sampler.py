@@ -83,7 +83,7 @@ def test_batch_tokens_fill_each_step():
 
 def test_batch_tokens_below_the_longest_conversation_are_refused():
     """No step could hold it: the error gives both numbers."""
-    with pytest.raises(ValueError, match="--batch_tokens 29: a conversation has 30 tokens"):
+    with pytest.raises(ValueError, match="--batch_tokens 29: the longest conversation has 30 tokens"):
         data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=29)
     assert len(data.Sampler(np.array([3, 30, 4]), epochs=1, seed=42, batch_size=4, batch_tokens=30)) >= 2
 
@@ -186,14 +186,14 @@ def test_files_are_mixed_by_weight(tmp_path):
     epoch."""
     a, b = mixed(tmp_path, 100, 20)
     dataset = data.load(f"{a}:0.7,{b}:0.3", tiny, 100)
-    sampler = data.Sampler(dataset.lengths, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
+    sampler = data.Sampler(dataset.n_inputs, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
     assert len(sampler) == 22  # 66 conversations an epoch
     epochs = [np.concatenate([sampler.step(s).ids for s in range(first, first + 11)]) for first in (1, 12)]
     for ids in epochs:
         assert len(set(ids)) == 66 and np.bincount(dataset.file[ids]).tolist() == [46, 20]
         assert 0 < np.count_nonzero(dataset.file[ids[:33]]) < 20  # in no order of files
     assert set(epochs[0]) != set(epochs[1])
-    again = data.Sampler(dataset.lengths, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
+    again = data.Sampler(dataset.n_inputs, epochs=2, seed=42, batch_size=6, mix=dataset.mix())
     assert all(np.array_equal(sampler.step(s).ids, again.step(s).ids) for s in range(1, 23))
     others = [data.load(spec, tiny, 100).digest for spec in (f"{a}:0.6,{b}:0.4", f"{a},{b}")]
     assert len({dataset.digest, *others}) == 3
@@ -206,14 +206,14 @@ def test_a_directory_has_one_weight(tmp_path):
     mixed(tmp_path / "dir", 10, 10)
     (b,) = mixed(tmp_path, 5)
     dataset = data.load(f"{tmp_path / 'dir'}:4,{b}:1", tiny, 100)
-    assert data.Sampler(dataset.lengths, epochs=1, seed=1, batch_size=5, mix=dataset.mix()).quotas == [20, 5]
+    assert data.Sampler(dataset.n_inputs, epochs=1, seed=1, batch_size=5, mix=dataset.mix()).quotas == [20, 5]
 
 
 @pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "give each part a weight"),
                                            ("{a}:0,{b}:1", "above 0"),
-                                           ("{a}:0.001,{b}:1", "leave a part without any")])
+                                           ("{a}:0.001,{b}:1", "source 1 would get none")])
 def test_bad_weights_are_one_line(spec, message, tmp_path):
     a, b = mixed(tmp_path, 5, 5)
     with pytest.raises(ValueError, match=message):
         dataset = data.load(spec.format(a=a, b=b), tiny, 100)
-        data.Sampler(dataset.lengths, epochs=1, seed=1, batch_size=5, mix=dataset.mix())
+        data.Sampler(dataset.n_inputs, epochs=1, seed=1, batch_size=5, mix=dataset.mix())

@@ -27,7 +27,7 @@ def test_show_prints_what_the_model_sees(tmp_path, capsys):
     ids = look("show", path, "-n", 1, "--ids").stdout
     dataset = data.load(path, tiny, 100, limit=3)
     first = slice(0, dataset.starts[1])
-    assert "«" + " ".join(map(str, dataset.tokens[first][dataset.is_target[first]])) in ids
+    assert "«" + " ".join(map(str, dataset.tokens[first][dataset.loss_mask[first]])) in ids
     show.show(dataset, tiny, 1, False, True)
     assert "\x1b[32mé answer<|im_end|>\x1b[0m" in capsys.readouterr().out
 

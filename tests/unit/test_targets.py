@@ -171,20 +171,20 @@ ONE = Handmade((1, "user:"), (2, "hi\n"), (3, "bot:"), (4, "oh "), (5, "yes"), (
 TWO = Handmade((3, "bot:"), (4, "a"), (STOP, "<end>"), (2, "hi\n"), (3, "bot:"), (5, "b"), (STOP, "<end>"))
 
 
-def masked(encoding, spans, kept=None, train_on_prompt=False, stop_id=STOP):
+def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_id=STOP):
     """(the mask as text, turns, turns with a stop token); spans are given by what they begin and end with."""
     kept = len(encoding) if kept is None else kept
-    is_target, turns, stopped = data.mask(encoding, spans, encoding.text, kept=kept, stop_id=stop_id,
+    loss_mask, turns, stopped = data.make_loss_mask(encoding, spans, encoding.text, kept=kept, stop_token_id=stop_token_id,
                                           train_on_prompt=train_on_prompt)
-    assert is_target.dtype == bool and is_target.shape == (kept,)
+    assert loss_mask.dtype == bool and loss_mask.shape == (kept,)
     assert type(turns) is type(stopped) is int
-    return "".join(".x"[target] for target in is_target.tolist()), turns, stopped
+    return "".join(".x"[target] for target in loss_mask.tolist()), turns, stopped
 
 
 @pytest.mark.parametrize("how, expected", [
     ({}, ("...xxx.", 1, 1)),
-    (dict(stop_id=None), ("...xxx.", 1, 0)),
-    (dict(stop_id=7), ("...xxx.", 1, 0)),
+    (dict(stop_token_id=None), ("...xxx.", 1, 0)),
+    (dict(stop_token_id=7), ("...xxx.", 1, 0)),
     (dict(train_on_prompt=True), (".xxxxxx", 1, 1)),
     (dict(kept=6), ("...xxx", 1, 1)),
     (dict(kept=5), ("...xx", 0, 0)),  # a truncated turn is trained, but it is not one that has to stop

@@ -161,7 +161,7 @@ def test_families_have_the_traits_they_are_here_for(family):
     special, turn = family.ours.special, chat("q", "a")
     assert not family.ours.marks_answers and not family.ours.is_fallback
     assert (family.ours.turn_end, family.ours.header) == (family.end, family.head)
-    assert family.ours.stop_id == family.theirs.convert_tokens_to_ids(family.end)
+    assert family.ours.stop_token_id == family.theirs.convert_tokens_to_ids(family.end)
     longer = family.ours.render([*turn, *chat("r", "b")])
     assert longer.startswith(family.ours.render(turn).removesuffix(family.head)) == (family.name != "qwen3")
     assert family.ours.render(turn).endswith(family.head) == (family.name == "llama3")
@@ -208,7 +208,7 @@ def test_any_conversation_equals_transformers_and_the_walk_over_ids(family, tmp_
     dataset = load_all(tmp_path / "rows.json", family.ours, batch)
     for i, messages in enumerate(batch):
         ids = assert_as_transformers(family, dataset, i, messages)
-        mask = dataset.is_target[dataset.starts[i] : dataset.starts[i + 1]].tolist()
+        mask = dataset.loss_mask[dataset.starts[i] : dataset.starts[i + 1]].tolist()
         assert mask == by_ids(family, ids, messages), messages
 
 
@@ -252,7 +252,7 @@ def test_calls_and_reasoning_are_targets_and_results_are_not(family, tmp_path):
     dataset = loaded(tmp_path / "rows.json", family.ours, USE, tools=TOOLS)
     ids = assert_as_transformers(family, dataset, 0, USE, tools=TOOLS)
     assert target_texts(dataset, 0, family.ours.tokenizer) == expected
-    assert dataset.is_target[: len(ids)].tolist() == by_ids(family, ids, USE)
+    assert dataset.loss_mask[: len(ids)].tolist() == by_ids(family, ids, USE)
     text = family.ours.tokenizer.decode(ids, skip_special_tokens=False)
     assert '"name": "sky", "parameters"' in text and text.count("<tool_response>\n") == 2
     later = [*USE, *chat("And then?", "Rain.")]  # thinking of earlier questions is dropped, calls are not
@@ -395,7 +395,7 @@ def test_a_template_that(name, tmp_path):
                                              return_assistant_tokens_mask=tokenizer.marks_answers)
         assert dataset.tokens[: dataset.starts[1]].tolist() == encoded["input_ids"]
         if tokenizer.marks_answers and all(map(is_trained, messages)):
-            assert dataset.is_target[: dataset.starts[1]].astype(int).tolist() == encoded["assistant_masks"]
+            assert dataset.loss_mask[: dataset.starts[1]].astype(int).tolist() == encoded["assistant_masks"]
 
 
 REFUSED = {  # name: (template, conversation, what the error says behind the name of the row)
