@@ -75,10 +75,7 @@ def load(name, base=None):
         raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove --base")
     if pretrained.is_adapter(directory):
         adapter = directory
-        base = base or peft.read_config(adapter).get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{adapter}: adapter_config.json does not name the base model; pass --base DIR")
-        directory = pretrained.model_directory(base)
+        directory = peft.base_directory(adapter, base)
     paths = ModelPaths.find(directory, adapter)
     tokenizer = ChatTokenizer(paths.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

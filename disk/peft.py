@@ -148,6 +148,17 @@ def read(directory):
     return read_config(directory), lora_ranks(pretrained.weight_entries(directory))
 
 
+def base_directory(directory, base=None):
+    """The directory of an adapter's base model: `base`, or the one that its adapter_config.json names.
+
+    Raises UserError if neither does.
+    """
+    base = base or read_config(directory).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{directory}: adapter_config.json does not name the base model; pass --base DIR")
+    return pretrained.model_directory(base)
+
+
 def check_base(config, model):
     """Raise UserError if the adapter's config names another base model than `model`.
 

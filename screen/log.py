@@ -1,7 +1,7 @@
-"""Where a run's numbers go: JSON Lines files, the screen, and the loggers that --logger names.
+"""What a run prints and records: the screen, JSON Lines files, and the loggers that --logger names.
 
-Only rank 0 writes. A logger of another package (wandb, tensorboard, trackio) works in a thread of its own: if
-it fails or hangs, its numbers are lost, not the run. metrics.jsonl has them all.
+Only rank 0 writes. A logger of another package (wandb, tensorboard, trackio) runs in its own thread: if it
+fails or hangs, the run continues without it. metrics.jsonl has every number in any case.
 """
 
 import dataclasses
@@ -28,66 +28,70 @@ LOGGERS = ("console", "wandb", "tensorboard", "trackio")
 
 
 def check_loggers(names):
-    """Raise UserError for a logger that is unknown or not installed, before anything is loaded."""
+    """Raise UserError if --logger names an unknown or missing package; called before anything is loaded."""
     for name in filter(None, map(str.strip, names.split(","))):
         if name not in LOGGERS:
-            raise UserError(f"--logger {names}: {name!r} is none of {', '.join(LOGGERS)}")
+            raise UserError(f"--logger {names}: unknown logger {name!r}; use {', '.join(LOGGERS)}")
         if name != "console" and importlib.util.find_spec(name) is None:
             raise UserError(f"--logger {names}: {name} is not installed; "
-                            f"type: {sys.executable} -m pip install {name}")
+                            f"run {sys.executable} -m pip install {name}")
 
 
 class Warnings(logging.Handler):
-    """The warnings of Python and torch on all ranks, each shown once.
+    """Prints each warning of Python and torch once, whichever ranks raise it.
 
-    Rank 0 prints its own at once. The other ranks send theirs through the store, and rank 0 prints those that
-    it has not printed yet.
+    Rank 0 prints its own warnings at once. The other ranks send theirs through the store; collect() prints
+    those that rank 0 has not printed yet.
     """
 
     def __init__(self, store, rank):
         super().__init__(logging.WARNING)
-        self.store, self.rank, self.said = store, rank, set()
+        self.store, self.rank, self.seen = store, rank, set()
 
     @classmethod
     def install(cls, ranks):
-        """Take over the warnings of Python and torch where there are several ranks; otherwise return None."""
+        """Take over the warnings of Python and torch; do nothing and return None on a single rank."""
         if ranks.world_size == 1:
             return None
         self = cls(ranks.store, ranks.rank)
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").handlers = [self]
-        # torch has handlers at several of its loggers
+        # several of torch's loggers have a handler of their own
         for name, logger in logging.root.manager.loggerDict.items():
             if name.startswith("torch") and getattr(logger, "handlers", None):
                 logger.handlers = [self]
         return self
 
     def emit(self, record):
-        text = record.getMessage().strip().partition("\n  ")[0]  # without the line of code
-        if text not in self.said and self.rank == 0:
+        text = record.getMessage().strip().partition("\n  ")[0]  # the rest is the source line
+        if text not in self.seen and self.rank == 0:
             print(f"warning: {text}", file=sys.stderr)
-        elif text not in self.said:
+        elif text not in self.seen:
             self.store.append("warnings", json.dumps([self.rank, text]) + "\n")
-        self.said.add(text)
+        self.seen.add(text)
 
     def collect(self):
-        """On rank 0: print what the others have sent."""
+        """Print the warnings that other ranks have sent; rank 0 calls it."""
         if not self.store.check(["warnings"]):
             return
         ranks = {}
         for rank, text in map(json.loads, self.store.get("warnings").decode().splitlines()):
             ranks.setdefault(text, []).append(rank)
-        for text in ranks.keys() - self.said:
+        for text in ranks.keys() - self.seen:
             print(f"warning, rank {', '.join(map(str, sorted(ranks[text])))}: {text}", file=sys.stderr)
-            self.said.add(text)
+            self.seen.add(text)
 
 
 class Lines:
-    """A file of JSON lines with a step each. write hands a line to the system, sync flushes it to disk."""
+    """A JSON Lines file whose objects have a step. write() hands a line to the system; sync() flushes it.
+
+    Opening removes lines after last_step: an interrupted run may have written steps that its checkpoint does
+    not hold. Raises UserError for a complete line without a step.
+    """
 
     def __init__(self, path, last_step):
         kept = []
-        if os.path.exists(path):  # what an interrupted run wrote beyond its checkpoint is taken out
+        if os.path.exists(path):
             with open(path, "rb") as f:
                 for number, line in enumerate(f, 1):
                     if line.endswith(b"\n") and step_of(line, f"{path}, line {number}") <= last_step:
@@ -95,37 +99,37 @@ class Lines:
         with files.naming(path), open(path + ".tmp", "wb") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)
-        # a buffer would be written once more at the end
+        # unbuffered: after a failed write, a buffer would be written again when the file is closed
         self.path, self.file = path, open(path, "ab", buffering=0)
 
     def write(self, **values):
         line = (json.dumps(values) + "\n").encode()
         with files.naming(self.path):
-            while line:  # a disk that is full takes a part, and the next time raises
+            while line:  # a full disk accepts the beginning of a line and raises at the next write
                 line = line[self.file.write(line):]
 
     def sync(self):
-        # raises where the file has lost its name: it was deleted, or its file system is gone
+        # raises if the file was deleted or its file system is gone, which fsync would not notice
         os.stat(self.path)
         with files.naming(self.path):
             os.fsync(self.file.fileno())
 
 
 def step_of(line, where):
-    """The step of a line of JSON. Raises UserError, which says `where` the line is, if it has none."""
+    """Return the step of a line of JSON. Raises UserError, naming `where` the line is, if it has no step."""
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}; take the line out") from error
+        raise UserError(f"{where} is not JSON: {error}; remove the line") from error
     if not isinstance(values, dict) or type(values.get("step")) is not int:
-        raise UserError(f"{where} has no step: {line!r:.60}; take the line out")
+        raise UserError(f"{where} has no step: {line!r:.60}; remove the line")
     return values["step"]
 
 
 def open_wandb(settings, directory, last_step):
     import wandb
 
-    path = os.path.join(directory, "wandb_id")  # a resumed run goes on under its name there
+    path = os.path.join(directory, "wandb_id")  # a resumed run keeps its id
     if not os.path.exists(path) or not last_step:
         with open(path, "w", encoding="utf-8") as f:
             f.write(uuid.uuid4().hex)
@@ -135,7 +139,8 @@ def open_wandb(settings, directory, last_step):
         run = wandb.init(project=settings["project"], name=settings["run_name"], dir=directory,
                          config=settings, id=run_id, resume="allow")
     except wandb.errors.Error as error:
-        raise UserError(f"--logger wandb: {error} Or set WANDB_MODE=offline, or leave wandb out.") from error
+        raise UserError(f"--logger wandb: {error} Or set WANDB_MODE=offline, "
+                        "or remove wandb from --logger.") from error
     return run.log, run.finish
 
 
@@ -164,53 +169,56 @@ OPEN = {"wandb": open_wandb, "trackio": open_trackio, "tensorboard": open_tensor
 
 
 class Logger(threading.Thread):
-    """Hands numbers to a package, in order, in a thread whose end is not the run's."""
+    """Passes numbers to a package, in order, in a thread of its own: an error there does not end the run."""
 
     def __init__(self, name, settings, directory, last_step):
         super().__init__(name=name, daemon=True)
-        # fails here, before the first step
+        # in the main thread: an error here stops the run before its first step
         self.log, self.finish = OPEN[name](settings, directory, last_step)
-        self.waiting, self.was_lost = queue.SimpleQueue(), False
+        self.queue, self.has_failed = queue.SimpleQueue(), False
         self.start()
 
     def run(self):
-        while (item := self.waiting.get()) is not None:
-            self.log(*item)  # what it raises is printed by the threading module and ends this thread
+        while (item := self.queue.get()) is not None:
+            self.log(*item)  # an exception ends this thread; the threading module prints it
         self.finish()
 
     def put(self, item):
-        self.waiting.put(item)
-        if not self.is_alive() and not self.was_lost:
-            self.was_lost = True
-            print(f"warning: --logger {self.name} has failed; the run goes on without it", file=sys.stderr)
+        self.queue.put(item)
+        if not self.is_alive() and not self.has_failed:
+            self.has_failed = True
+            print(f"warning: --logger {self.name} has failed; the run continues without it", file=sys.stderr)
 
     def close(self, seconds=60):
         self.put(None)
         self.join(seconds)
         if self.is_alive():
-            print(f"warning: --logger {self.name} has not finished in {seconds} s; left alone",
+            print(f"warning: --logger {self.name} did not finish within {seconds} s; not waiting any longer",
                   file=sys.stderr)
 
 
 class Log:
     """The screen, metrics.jsonl, samples.jsonl and the loggers of one run. Only rank 0 writes.
 
-    last_step  of the checkpoint that is resumed: later lines are removed from the files
-    warnings   of all ranks, if there are several
+    last_step    the step of the resumed checkpoint, or 0; later lines are removed from the files
+    total_steps  the last step of the run
+    warnings     Warnings, or None on a single rank
     """
 
     def __init__(self, cfg, last_step, total_steps, ranks, warnings=None):
-        self.directory, self.last_step, self.total = cfg.output_dir, last_step, total_steps
-        self.writes, self.warnings = ranks.rank == 0, warnings
+        self.directory, self.last_step, self.total_steps = cfg.output_dir, last_step, total_steps
+        self.is_writer, self.warnings = ranks.rank == 0, warnings
         names = [name.strip() for name in cfg.logger.split(",")]
-        self.on_console = self.writes and "console" in names
-        self.peak_lr, self.was_warned = cfg.lr, False
-        self.val_loss, self.printed, self.started = None, -1e9, time.perf_counter()
+        self.on_console = self.is_writer and "console" in names
+        self.peak_lr, self.val_loss = cfg.lr, None
+        self.has_warned = False  # by warn_if_unchanged
+        self.is_already_done = False  # a resumed run has no step left
+        self.last_printed, self.started = -1e9, time.perf_counter()
         self.loggers, self.bar = [], tqdm(disable=True)
-        if self.writes:
-            # a missing file of the page stops the run here, not at its first checkpoint
+        if self.is_writer:
+            # if a file of the report is missing, stop here and not at the first checkpoint
             report.assets()
-            # loggers first: one that can't start leaves no files behind that look like a run's
+            # loggers first: if one cannot start, there is no metrics.jsonl that looks like a run
             settings = dataclasses.asdict(cfg)
             self.loggers = [
                 Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
@@ -219,55 +227,62 @@ class Log:
                 for name in ("metrics", "samples"))
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
-        """Print what is trained, on what, how long; write ledger.json and config.yaml; start the bar."""
-        if not self.writes:
+        """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
+        if not self.is_writer:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trained = f"{n_trained:,} trained with LoRA" if cfg.use_lora else "all trained"
         strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.world_size > 1 else ""
-        facts = {
-            "model": f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
-                     f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
-                     f"{strategy}",
-            "train": train_set.ledger.lines(),
-            "validation": [f"{line} (validation)" for line in val_set.ledger.lines()] if val_set else [],
-            "ranks": ranks.world_size,
-        }
+        model_line = (f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
+                      f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
+                      f"{strategy}")
+        train_lines, val_lines = train_set.ledger.lines(), []
+        if val_set:
+            val_lines = [f"{line} (validation)" for line in val_set.ledger.lines()]
         path = os.path.join(self.directory, "config.yaml")
         with files.naming(path):
             write_yaml(cfg, path)
-        files.write_file(os.path.join(self.directory, "ledger.json"), facts)
+        files.write_file(os.path.join(self.directory, "ledger.json"), {
+            "model": model_line, "train": train_lines, "validation": val_lines, "ranks": ranks.world_size})
 
-        print(facts["model"])
+        print(model_line)
         if tokenizer.is_fallback:
-            print("         it has no chat template: ChatML is used, and saved with it")
-        print(*facts["train"], *facts["validation"], sep="\n")
+            print("         it has no chat template; ChatML is used and saved with the model")
+        print(*train_lines, *val_lines, sep="\n")
         if train_set.mix():
             quotas = " + ".join(f"{n:,}" for n in sampler.quotas)
-            print(f"mix      {quotas} of {len(train_set):,} conversations an epoch")
-        per_epoch = sampler.per_epoch[0]
-        share = sum(sampler.quotas) / len(train_set) / per_epoch  # of the data, in a step
-        print(f"steps    {self.total:,} = {self.total / per_epoch:.4g} epochs of {per_epoch:,}, of about "
-              f"{len(train_set) * share:.3g} conversations, "
-              f"{int(train_set.n_tokens.sum()) * share:,.0f} tokens, "
-              f"{train_set.ledger.target * share:,.0f} targets")
+            print(f"mix      {quotas} of {len(train_set):,} conversations per epoch")
+        self.print_steps(train_set, sampler)
         if run.resumed:
             print(f"resume   {run.resumed}, after step {run.step}")
         elif cfg.resume_from:
-            print(f"resume   nothing in {run.root}: a new run")
+            print(f"resume   no checkpoint in {run.root}; this is a new run")
+        self.is_already_done = run.step >= self.total_steps and not run.owes_evaluation
         if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
-            # a terminal that does not know its size would get an empty bar
-            self.bar = tqdm(total=self.total, initial=self.last_step, dynamic_ncols=True, mininterval=0.5)
+            # a terminal that reports a size of 0 × 0 would show an empty bar
+            self.bar = tqdm(
+                total=self.total_steps, initial=self.last_step, dynamic_ncols=True, mininterval=0.5)
         self.started = time.perf_counter()
 
+    def print_steps(self, train_set, sampler):
+        """Print the number of steps, and what a step of the first epoch holds on average."""
+        steps_per_epoch = sampler.per_epoch[0]
+        epochs = counted(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
+        steps = counted(f"{steps_per_epoch:,}", "step")
+        fraction = sum(sampler.quotas) / len(train_set) / steps_per_epoch  # of the data, per step
+        print(f"steps    {self.total_steps:,} = {epochs} × {steps}; per step about "
+              f"{len(train_set) * fraction:.3g} conversations, "
+              f"{int(train_set.n_tokens.sum()) * fraction:,.0f} tokens "
+              f"({train_set.ledger.target * fraction:,.0f} trained)")
+
     def step(self, step, **values):
-        """A training step's numbers; those that are None have no place in the line."""
-        if not self.writes:
+        """Record the numbers of a training step; a value of None is omitted from the line."""
+        if not self.is_writer:
             return
         if self.warnings:
             self.warnings.collect()
         values = {name: value for name, value in values.items() if value is not None}
-        self.warn_if_still(step, values)
+        self.warn_if_unchanged(step, values)
         self.metrics.write(step=step, **values)
         self.send("train", step, values)
         val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""
@@ -276,32 +291,34 @@ class Log:
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
         now = time.perf_counter()
-        # without a bar, as in a log file
-        if self.on_console and self.bar.disable and (now - self.printed > 10 or step == self.total):
-            self.printed = now
-            left = (now - self.started) / (step - self.last_step) * (self.total - step)
-            print(f"step {step:,} of {self.total:,}: {shown}, {tqdm.format_interval(left)} left", flush=True)
+        is_due = now - self.last_printed > 10 or step == self.total_steps
+        if self.on_console and self.bar.disable and is_due:  # no bar: output goes to a file
+            self.last_printed = now
+            remaining = (now - self.started) / (step - self.last_step) * (self.total_steps - step)
+            print(f"step {step:,} of {self.total_steps:,}: {shown}, {tqdm.format_interval(remaining)} left",
+                  flush=True)
 
-    def warn_if_still(self, step, values):
-        """Warn once of a step that changed almost no weight.
+    def warn_if_unchanged(self, step, values):
+        """Warn, once per run, about a step that changed less than 1 % of the weights.
 
-        Steps at a small learning rate, while it rises or falls, do not count, nor do skipped steps.
+        Ignores skipped steps, and steps whose learning rate is below half of its peak.
         """
         changed = values.get("changed", 1)
-        if self.was_warned or changed >= 0.01 or values["lr"] < self.peak_lr / 2 or "skipped" in values:
+        if self.has_warned or changed >= 0.01 or values["lr"] < self.peak_lr / 2 or "skipped" in values:
             return
-        self.was_warned = True
-        self.say(f"warning: step {step} changed {changed:.2%} of the weights, at a learning rate of "
-                 f"{values['lr']:.2g}: too little for their precision, or there is no gradient")
+        self.has_warned = True
+        self.say(
+            f"warning: step {step} changed {changed:.2%} of the weights at lr {values['lr']:.2g}: "
+            "the learning rate is too small for this precision, or the gradients are zero; check --lr")
 
     def skipped(self, step, grad_norm, limit, sources):
-        """A step whose gradient norm is a spike (--max_grad_norm_factor)."""
-        self.say(f"step {step}: left out, as its gradient norm {grad_norm:.3g} is above {limit:.3g}; "
+        """Report a step that was skipped because of its gradient norm (--max_grad_norm_factor)."""
+        self.say(f"step {step}: skipped, gradient norm {grad_norm:.3g} exceeds the limit {limit:.3g}; "
                  f"conversations: {sources}")
 
     def validation(self, step, val_loss, val_set, answers):
-        """A validation's loss, if there is a validation set, and the answers to --sample_prompts."""
-        if not self.writes:
+        """Record the loss on the validation set, if there is one, and the answers to --sample_prompts."""
+        if not self.is_writer:
             return
         if val_set:
             n_targets = int(val_set.n_targets.sum())
@@ -314,8 +331,8 @@ class Log:
             self.say(f"step {step}: {prompt!r:.60} -> {answer!r:.100}")
 
     def extremes(self, step, texts):
-        """The conversations of highest and lowest loss, see samples.ConversationLosses."""
-        if self.writes:
+        """Record the conversations of highest and lowest loss (samples.ConversationLosses.extremes)."""
+        if self.is_writer:
             for text in texts:
                 self.samples.write(step=step, **text)
 
@@ -328,18 +345,21 @@ class Log:
             logger.put(({f"{kind}/{name}": value for name, value in values.items()}, step))
 
     def sync(self):
-        if self.writes:
+        if self.is_writer:
             self.metrics.sync()
             self.samples.sync()
 
     def report(self):
-        if self.writes:
+        if self.is_writer:
             report.write(self.directory)
 
-    def finish(self, run, stop):
-        """Close everything, and say what came out; `stop` is the signal that ended the run, or 0."""
+    def finish(self, run, stop_signal):
+        """Close the files and loggers; print how the run ended, where the checkpoint is, and how to try it.
+
+        stop_signal  the signal that ended the run, or 0
+        """
         self.bar.close()
-        if not self.writes:
+        if not self.is_writer:
             return
         if self.warnings:
             self.warnings.collect()
@@ -347,12 +367,22 @@ class Log:
             logger.close()
         self.metrics.file.close()
         self.samples.file.close()
-        if stop and (run.owes_evaluation or run.step < self.total):
-            print(f"stopped  after step {run.step} of {self.total}: --resume_from auto goes on")
+        if stop_signal and (run.owes_evaluation or run.step < self.total_steps):
+            print(f"stopped  after step {run.step} of {self.total_steps}; continue with --resume_from auto")
         if run.stops_early:
             print(f"stopped  after step {run.step}: {run.best['behind']} validations without a lower "
                   f"val_loss than {run.best['val_loss']:.4f} of step {run.best['step']}")
         latest = os.path.join(run.root, "latest")
         kind = "PEFT adapter" if run.cfg.use_lora else "Hugging Face model"
-        print(f"saved    {latest} -> step_{run.step}, a {kind} directory")
-        print(f"talk     {venv.command('chat.py')} {shlex.quote(latest)}")
+        if self.is_already_done:
+            limit = "--max_steps" if run.cfg.max_steps else "--epochs"
+            print(f"done     step {run.step} of {self.total_steps} was already done; nothing to do. "
+                  f"Raise {limit} to train longer")
+        else:
+            print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
+        print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
+
+
+def counted(number, noun):
+    """A number, as text, and its noun: "1 epoch", "1.5 epochs"."""
+    return f"{number} {noun}" if number == "1" else f"{number} {noun}s"

@@ -1,6 +1,6 @@
-"""Texts that show what a run has learned: answers to --sample_prompts, its easiest and hardest conversations.
+"""Texts that show what a run has learned: answers to --sample_prompts, the easiest and hardest conversations.
 
-They go into samples.jsonl and the report. This file only makes them; log.py writes them down.
+log.py writes them to samples.jsonl, which the report reads.
 """
 
 import math
@@ -13,14 +13,14 @@ from model import generate
 from settings.errors import UserError
 from text import formats
 
-SAMPLE_TOKENS = 256  # of the longest answer to --sample_prompts
+SAMPLE_TOKENS = 256  # an answer to --sample_prompts has at most this many
 
 
 def read_prompts(path, tokenizer, keys=formats.KEYS):
-    """[(last message, token ids), ...] of a .txt file with a prompt a line, or of a data file.
+    """Return the prompts of a .txt file (one per line) or of a data file: [(last message, token ids), ...].
 
-    In a data file the prompts are its conversations up to their last answers. Raises UserError if a prompt is
-    empty or there is none.
+    A prompt from a data file is a conversation without its last answer. Raises UserError if the file has no
+    prompts, or an empty one.
     """
     if path.endswith(".txt"):
         with open(path, encoding="utf-8") as f:
@@ -30,15 +30,15 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
         conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
                          for messages in conversations]
     if not conversations or not all(conversations):
-        raise UserError(f"--sample_prompts {path}: it must have prompts, one a line, or rows as "
-                        "--train_data's, each with something before its last answer")
+        raise UserError(f"--sample_prompts {path}: expected prompts, one per line, or rows like those of "
+                        "--train_data, each with a message before its last answer")
     texts = [tokenizer.render(messages, add_generation_prompt=True) for messages in conversations]
     ids = [tokenizer.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     return [(messages[-1]["content"], tokens) for messages, tokens in zip(conversations, ids)]
 
 
 class Prompts:
-    """The prompts of --sample_prompts, answered at validations; without that setting there are none."""
+    """The prompts of --sample_prompts, which the model answers at each validation; empty if it is not set."""
 
     def __init__(self, cfg, tokenizer, eos_ids):
         self.tokenizer, self.eos_ids, self.texts = tokenizer, eos_ids, []
@@ -47,51 +47,54 @@ class Prompts:
             self.texts = read_prompts(cfg.sample_prompts, tokenizer, keys)
 
     def answer(self, model, ranks):
-        """[(prompt, answer), ...], greedy; fewer if a signal comes.
+        """Answer with greedy decoding; return [(prompt, answer), ...], fewer if a signal arrives.
 
-        All ranks compute each token together, and gather each block for each token.
+        All ranks call it: they compute each token together, and gather each block once per token.
         """
-        found = []
+        answers = []
         model.eval()
         for prompt, tokens in self.texts:
             if ranks.poll_signals():
                 break
             new = generate(model, tokens, SAMPLE_TOKENS, self.eos_ids,
                            lambda logits: ranks.broadcast(int(logits.argmax())))
-            found.append((prompt, self.tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)))
+            answers.append((prompt, self.tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)))
         fsdp.reshard(model)
         model.train()
-        return found
+        return answers
 
 
 class ConversationLosses:
-    """The loss of each conversation as last trained, in nats; -1 where it has not been trained."""
+    """The loss of each conversation when last trained: a sum over its targets, in nats; -1 if never trained.
+
+    Each rank holds the sums that it computed; extremes() adds them up.
+    """
 
     def __init__(self, dataset, ranks):
         self.dataset, self.ranks = dataset, ranks
         self.sums = torch.full((len(dataset),), -1.0, device=ranks.device)
 
     def restart(self, ids):
-        """Set the conversations of a step to 0, on every rank; return the tensor that backward adds to."""
+        """Set the conversations of a step to 0 on every rank; return the tensor that backward adds to."""
         self.sums[torch.from_numpy(ids)] = 0.0
         return self.sums
 
     def extremes(self, tokenizer, count=10):
-        """What samples.jsonl keeps of the conversations with the highest and the lowest loss per target.
+        """Return the conversations of lowest and highest loss per target, as dicts for samples.jsonl.
 
-        Returns a list of dicts. All ranks call it.
+        Texts above 200 tokens keep their first and last 100. All ranks call it: one all-reduce.
         """
         dataset, sums = self.dataset, self.ranks.all_reduce(self.sums.clone()).cpu()
         mean = sums / torch.from_numpy(np.array(dataset.n_targets))
         mean[sums < 0] = math.nan  # sorted to the end
         order = mean.argsort()[: int((sums >= 0).sum())]
-        found = []
+        lines = []
         for kind, ids in ("best", order[:count]), ("worst", order.flip(0)[:count]):
             for i in ids.tolist():
                 tokens = dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tolist()
-                parts = [tokens] if len(tokens) <= 200 else [tokens[:100], tokens[-100:]]
+                excerpts = [tokens] if len(tokens) <= 200 else [tokens[:100], tokens[-100:]]
                 text = " … ".join(
-                    tokenizer.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
-                found.append(dict(kind=kind, loss=mean[i].item(), target_tokens=int(dataset.n_targets[i]),
+                    tokenizer.tokenizer.decode(excerpt, skip_special_tokens=False) for excerpt in excerpts)
+                lines.append(dict(kind=kind, loss=mean[i].item(), target_tokens=int(dataset.n_targets[i]),
                                   source=dataset.source(i), text=text))
-        return found
+        return lines

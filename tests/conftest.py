@@ -14,22 +14,27 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gai
 pytest.register_assert_rewrite("helpers")
 from helpers import EXAMPLES, TINY, metrics  # noqa: E402
 
+# each option is a marker too: tests with that marker are skipped without the option
+OPTIONS = {"full": "all layouts of the laws and all slow tests: three times as long",
+           "repo": "tests of this repository's own prose, sizes and diffs, which a fork need not pass"}
+
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all layouts of the laws and all slow tests; three times as long")
+    for name, text in OPTIONS.items():
+        parser.addoption(f"--{name}", action="store_true", help=f"also run {text}")
 
 
 def pytest_collection_modifyitems(config, items):
-    skip = pytest.mark.skip(reason="only with --full")
-    for item in items:
-        if item.get_closest_marker("full") and not config.getoption("--full"):
-            item.add_marker(skip)
+    for name in OPTIONS:
+        skip = pytest.mark.skip(reason=f"only with --{name}")
+        for item in items:
+            if item.get_closest_marker(name) and not config.getoption(f"--{name}"):
+                item.add_marker(skip)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "full: only with --full")
-    config.addinivalue_line("markers", "repo: of this repository's own sizes and prose; a fork deselects it with "
-                                       "-m 'not repo'")
+    for name, text in OPTIONS.items():
+        config.addinivalue_line("markers", f"{name}: {text}; skipped unless --{name} is given")
 
 
 @pytest.fixture

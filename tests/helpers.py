@@ -1,4 +1,4 @@
-"""What several test files share: paths, small models, conversations and templates, runs on many ranks, programs."""
+"""Helpers of several test files: paths, small models, conversations, templates, runs on many ranks, programs."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from settings.errors import UserError
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
-TINY = os.path.join(ROOT, "models", "tiny")  # by its path: the name `tiny` brings settings of its own with it
+TINY = os.path.join(ROOT, "models", "tiny")  # the path; the name `tiny` would apply configs/tiny.yaml
 EXAMPLES, VALIDATION = (os.path.join(ROOT, "data", name) for name in ("example_sft.json", "example.jsonl"))
 FAST = ("--lr", "1e-3", "--batch_size", "8", "--max_length", "512")
 RAW = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
@@ -36,62 +36,68 @@ LAYOUTS = {  # name: (ranks, flags)
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-def torchrun(ranks, *words, **options):
-    """Run a program on this many ranks, on a free port; returns the CompletedProcess."""
+def torchrun(ranks, *arguments, **options):
+    """Run a program on this many ranks, on a free port; return the CompletedProcess."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *map(str, words)]
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-def path_of(name):
+def program_path(name):
     return os.path.join(TESTS, "programs", f"{name}.py")
 
 
 def environment(project=ROOT):
-    """What a program under tests/programs/ needs to import helpers.py, and the code of `project`."""
+    """The environment of a program under tests/programs/: it imports helpers.py and the code of `project`."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join((str(project), TESTS))}
 
 
-def program(name, *words, project=ROOT, ranks=None, **options):
-    """Run tests/programs/NAME.py, by torchrun if `ranks` is given; returns the CompletedProcess.
+def program(name, *arguments, project=ROOT, ranks=None, **options):
+    """Run tests/programs/NAME.py, with torchrun if `ranks` is given; return the CompletedProcess.
 
-    project  the directory whose sft.py, model.py, ... it imports
+    project  the directory whose sft.py, model.py, ... the program imports
     """
     if ranks:
-        return torchrun(ranks, path_of(name), *words, env=environment(project), **options)
-    command = [sys.executable, path_of(name), *map(str, words)]
+        return torchrun(ranks, program_path(name), *arguments, env=environment(project), **options)
+    command = [sys.executable, program_path(name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(project), **options)
 
 
-def started(name, *words, **options):
-    """Start tests/programs/NAME.py; returns the Popen, whose standard output is a pipe of text."""
-    command = [sys.executable, path_of(name), *map(str, words)]
+def started(name, *arguments, **options):
+    """Start tests/programs/NAME.py; return the Popen, whose standard output is a text pipe."""
+    command = [sys.executable, program_path(name), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), **options)
 
 
-def share(runs, directory):
-    """Run (ranks, words) of `runs` one after another from one process, in `directory`: sft.py with these flags, or, where
-    the first of them is no flag, tests/programs/NAME.py. Returns the CompletedProcess."""
-    plan = []
-    for ranks, words in runs:
-        name = os.path.join(ROOT, "sft.py")
-        if not str(words[0]).startswith("--"):
-            name, words = path_of(words[0]), words[1:]
-        plan.append([ranks, [name, *map(str, words)]])
-    (directory / "runs.json").write_text(json.dumps(plan))
+def launch_all(runs, directory):
+    """Run several programs on many ranks, one after another; tests/programs/ranks_of.py forks all their ranks.
+
+    runs       [(number of ranks, arguments), ...]: flags of sft.py; or, if the first argument is not a flag, the name
+               of a program under tests/programs/ and its arguments
+    directory  the current directory of the runs
+
+    Returns the CompletedProcess of ranks_of.py.
+    """
+    commands = []
+    for ranks, arguments in runs:
+        path = os.path.join(ROOT, "sft.py")
+        if not str(arguments[0]).startswith("--"):
+            path, arguments = program_path(arguments[0]), arguments[1:]
+        commands.append([ranks, [path, *map(str, arguments)]])
+    (directory / "runs.json").write_text(json.dumps(commands))
     result = program("ranks_of", "runs.json", cwd=directory)
-    print(*re.findall(r"^RUN .*", result.stdout, re.M), sep="\n")  # how long each took
+    print(*re.findall(r"^RUN .*", result.stdout, re.M), sep="\n")  # the duration of each run
     return result
 
 
-def shared(runs, directory):
-    """As share(), of runs that must end well; returns what they printed."""
-    result = share(runs, directory)
+def run_all(runs, directory):
+    """launch_all() of runs that must succeed; return what they printed."""
+    result = launch_all(runs, directory)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     return result.stdout
 
 
-# ---- what a run leaves --------------------------------------------------------------------------------------------
+# ---- the output of a run ------------------------------------------------------------------------------------------
 
 
 def metrics(directory):
@@ -102,39 +108,41 @@ def metrics(directory):
 
 def sft_main(*flags):
     """Call sft.main() with these flags, in this process."""
-    import sft  # here: it imports all there is
-
     sys.argv = ["sft.py", *map(str, flags)]
     sft.main()
 
 
 def tensors_of(directory):
-    """All tensors of a model directory or training_state, whatever files they are in."""
-    found = {}
+    """The tensors in all safetensors files of a directory, by name."""
+    tensors = {}
     for file in sorted(os.listdir(directory)):
         if file.endswith(".safetensors"):
-            found.update(load_file(os.path.join(directory, file)))
-    return found
+            tensors.update(load_file(os.path.join(directory, file)))
+    return tensors
 
 
 # ---- models -------------------------------------------------------------------------------------------------------
 
 
-def model_directory(path, change=None, tensors=None):
-    """A copy of models/tiny with keys of config.json changed, and a function applied to its tensors by name."""
+def model_directory(path, config_changes=None, change_tensors=None):
+    """Copy models/tiny to `path`; change keys of its config.json, and call a function on its {name: tensor}."""
     shutil.copytree(TINY, path)
-    if change:
-        found = {**files.read_json(path / "config.json"), **change}
-        (path / "config.json").write_text(json.dumps(found))
-    if tensors:
-        found = load_file(path / "model.safetensors")
-        tensors(found)
-        save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    if config_changes:
+        config = {**files.read_json(path / "config.json"), **config_changes}
+        (path / "config.json").write_text(json.dumps(config))
+    if change_tensors:
+        tensors = load_file(path / "model.safetensors")
+        change_tensors(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
 def two_layers(directory, std=0.02, **changes):
-    """A model of two layers in the manner of models/tiny, with its tokenizer; matrices are random with `std`."""
+    """Write a two-layer variant of models/tiny with random weights and the same tokenizer; return its directory.
+
+    std      standard deviation of the matrices
+    changes  keys of config.json
+    """
     directory.mkdir(exist_ok=True)
     for file in os.listdir(TINY):
         if file.startswith("tokenizer"):
@@ -152,8 +160,8 @@ def two_layers(directory, std=0.02, **changes):
 
 
 def published(directory, config, dtype=torch.float32, **saving):
-    """Write a model directory as transformers does and return its model; norms and biases are random too."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # here: no program under tests/programs/ needs them
+    """Let transformers write a model directory, all weights random, norms and biases too; return its model."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # slow, and no program under tests/programs/ needs it
 
     torch.manual_seed(0)
     oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
@@ -165,8 +173,11 @@ def published(directory, config, dtype=torch.float32, **saving):
 
 
 def small_model(use_lora=False, quantize=False, tp_size=1, adapter=None, **changes):
-    """Our model of two small layers, with or without adapters (of settings `adapter`), from `changes` of its
-    config.json."""
+    """A CausalLM of two small layers.
+
+    adapter  settings of sft.Config for its adapters, with use_lora
+    changes  keys of config.json
+    """
     config = dict(model_type="qwen2", vocab_size=512, hidden_size=96, intermediate_size=192, num_hidden_layers=2,
                   num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
     built = model.CausalLM(ModelConfig.from_dict({**config, **changes}))
@@ -178,7 +189,7 @@ def small_model(use_lora=False, quantize=False, tp_size=1, adapter=None, **chang
 
 
 def header(shape, end, length=None):
-    """The bytes of a safetensors file of one tensor, whose header may claim what is not there."""
+    """The bytes of a safetensors file with one tensor; its header may claim bytes that the file does not have."""
     text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(16)
 
@@ -187,38 +198,38 @@ def header(shape, end, length=None):
 
 
 def write(path, rows):
-    """A JSON file of rows; its path as text."""
+    """Write rows to a JSON file; return its path as a string."""
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return str(path)
 
 
 def chat(*contents, system=None):
-    """Messages: user, assistant, user, ..."""
+    """Messages of user, assistant, user, ... with these contents."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return ([{"role": "system", "content": system}] if system else []) + turns
 
 
-def runs(dataset, i=0, tokenizer=RAW):
-    """Conversation i as (is a target, decoded text, token ids), one for each run of equal mask."""
-    here = slice(dataset.starts[i], dataset.starts[i + 1])
-    pairs = zip(dataset.loss_mask[here].tolist(), dataset.tokens[here].tolist(), strict=True)
-    grouped = [(target, [token for _, token in group]) for target, group in groupby(pairs, key=lambda pair: pair[0])]
-    return [(target, tokenizer.decode(ids, skip_special_tokens=False), ids) for target, ids in grouped]
+def mask_spans(dataset, i=0, tokenizer=RAW):
+    """Conversation i as spans of equal loss mask: [(is a target, decoded text, token ids), ...]."""
+    conversation = slice(dataset.starts[i], dataset.starts[i + 1])
+    pairs = zip(dataset.loss_mask[conversation].tolist(), dataset.tokens[conversation].tolist(), strict=True)
+    spans = [(target, [token for _, token in group]) for target, group in groupby(pairs, key=lambda pair: pair[0])]
+    return [(target, tokenizer.decode(ids, skip_special_tokens=False), ids) for target, ids in spans]
 
 
 def target_texts(dataset, i=0, tokenizer=RAW):
-    """The decoded targets of conversation i, one for each run of them."""
-    return [text for target, text, _ in runs(dataset, i, tokenizer) if target]
+    """The decoded targets of conversation i, one text per span of targets."""
+    return [text for target, text, _ in mask_spans(dataset, i, tokenizer) if target]
 
 
 def chatml(content, role="m.role", more=""):
-    """A ChatML template whose messages have this content."""
+    """A ChatML template. `content` and `role` are Jinja expressions of a message m; `more` follows the messages."""
     return ("{%- for m in messages %}{{- '<|im_start|>' + " + role + " + '\\n' + " + content + " + '<|im_end|>\\n' }}"
             "{%- endfor %}" + more + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
 def make_directory(path, template, special=(), raw=None, **config):
-    """A model directory's tokenizer half: models/tiny's tokenizer, more special tokens, this template."""
+    """Write the tokenizer files of a model directory: models/tiny's tokenizer, more special tokens, a template."""
     path.mkdir(exist_ok=True)
     raw = raw or Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
     raw.add_special_tokens([AddedToken(token, special=True, normalized=False) if isinstance(token, str) else token
@@ -230,32 +241,34 @@ def make_directory(path, template, special=(), raw=None, **config):
     return str(path)
 
 
-# ---- input that is at fault ---------------------------------------------------------------------------------------
+# ---- invalid input ------------------------------------------------------------------------------------------------
 
 
 class Hang(Exception):
     """A call took longer than attempt() allows."""
 
 
-def attempt(function, *words, naming="", seconds=20, **named):
-    """(what it returns, None), or (None, the error's text) where settings.errors.run would print that as one line.
+def attempt(function, *arguments, naming="", seconds=20, **keywords):
+    """Call a function; return (its result, None), or (None, the error's text) for an error of the user's input.
 
-    naming   a text that the error must have, to be of some use. Any other exception goes through.
-    seconds  of the processor's time that it may take; fifteen times that of the clock's, for what only waits
+    Such an error is one that settings.errors.run prints as one line. All other exceptions are raised.
+
+    naming   a text that the error must contain
+    seconds  limit in CPU time; the limit in wall-clock time is 15 times that, for a call that only waits
     """
     def hang(*_):
-        raise Hang(f"no end after {seconds} s")
+        raise Hang(f"still running after {seconds} s")
 
     clocks = (signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 15 * seconds)
     for number, clock, limit in clocks:
         signal.signal(number, hang)
         signal.setitimer(clock, limit)
     try:
-        return function(*words, **named), None
+        return function(*arguments, **keywords), None
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None or naming not in str(error):
             raise
-        assert not naming or len(str(error)) < 2000, "an error of more than a few lines"
+        assert not naming or len(str(error)) < 2000, "an error message of more than a few lines"
         return None, str(error)
     finally:
         for _, clock, _ in clocks:
@@ -263,6 +276,6 @@ def attempt(function, *words, naming="", seconds=20, **named):
 
 
 def model_loss(model, tokens, doc_lengths, targets):
-    """The loss (), of targets (N,) int64 with -100 where there is none; what else there is of a LossOut is left out."""
+    """The summed loss, (), of targets (N,) int64, which are -100 where a token has none."""
     positions = (targets != -100).nonzero()[:, 0]
     return model(tokens, doc_lengths, positions, targets[positions]).total

@@ -1,4 +1,4 @@
-"""Writes config.yaml: every setting of sft.py with its default and its help.
+"""Write config.yaml: every setting of sft.py with its default and its help text.
 
     python tests/make_config.py
 """
@@ -18,7 +18,7 @@ HEAD = """\
 
 
 def text(config):
-    """The file for a dataclass of knobs."""
+    """The content of config.yaml for a dataclass of settings."""
     lines = [HEAD]
     for field in dataclasses.fields(config):
         value = "null" if field.default is None else str(field.default)
@@ -26,9 +26,9 @@ def text(config):
         choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         if field.metadata["group"]:
             lines.append(f"\n# {field.metadata['group']}\n")
-        first = f"{field.name}: {value}".ljust(36) + "# "
+        assignment = f"{field.name}: {value}".ljust(36) + "# "
         comment = textwrap.wrap(field.metadata["help"] + choices, 72)
-        lines.append(first + f"\n{'#':>37} ".join(comment) + "\n")
+        lines.append(assignment + f"\n{'#':>37} ".join(comment) + "\n")
     return "".join(lines)
 
 

@@ -1,9 +1,7 @@
-"""Builds models/tiny, or a copy elsewhere: python tests/make_tiny.py [DIRECTORY].
+"""Write models/tiny, or a copy elsewhere: python tests/make_tiny.py [DIRECTORY]
 
-Its output is committed; this says how it came to be.
-
-A qwen2 of a million random weights in bf16, a byte-level BPE tokenizer trained on data/example_sft.json, and a ChatML
-template. Everything is seeded: a second run writes the same bytes.
+The model is a qwen2 with a million random weights in bf16, a byte-level BPE tokenizer trained on data/example_sft.json,
+and a ChatML template. Everything is seeded: each run writes the same bytes, which are committed.
 """
 
 import json
@@ -47,12 +45,13 @@ def write_json(path, value):
 
 
 def train_tokenizer(texts):
-    """Qwen2's recipe: its split expression, byte-level BPE, no normalisation."""
+    """Train a tokenizer of Qwen2's kind: its regular expression for splitting, byte-level BPE, no normalisation."""
     split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
              r"|\s+(?!\S)|\s+")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(split), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(

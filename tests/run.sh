@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests: sets up what they need (transformers and peft as oracles), then runs pytest with the arguments.
 #   tests/run.sh      tests/run.sh -k signal      tests/run.sh tests/unit/test_model.py
-# --full: every layout of the laws and what else takes long.
+# --full also runs every layout of the laws and all slow tests.
+# --repo also runs the tests of this repository's own prose, sizes and diffs, which a fork need not pass.
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$("$here/../train.sh" --setup requirements-dev.txt)

@@ -1,7 +1,7 @@
-"""What one process of tools/bench.py measures: a side of a comparison, ours or another trainer's, alone.
+"""The sides of tools/bench.py's comparisons: each function measures this trainer or another one by itself.
 
-python tools/bench.py --side NAME starts one, with the flags of the command that compares them, and reads its
-one JSON line.
+bench.py runs `python tools/bench.py --side NAME`, with its own flags, in a new process and reads the JSON
+line that it prints.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import chat
 import data
@@ -29,25 +30,28 @@ from text.template import ChatTokenizer
 QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                 vocab_size=151936, num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6,
                 tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
-RANK, ALPHA = 8, 16  # of LoRA, on all linear layers
-LENGTH, BATCH = 1024, 4  # memory: tokens of a step; step: of a conversation, and conversations a step
+RANK, ALPHA = 8, 16  # LoRA on all linear layers
+LENGTH, BATCH = 1024, 4  # max_length; conversations per step of bench_step
 
 
 def spread(values):
+    """[median, minimum, maximum]"""
     return [statistics.median(values), min(values), max(values)]
 
 
 def proc_gb(file, name):
-    """A figure of this process in GiB, from /proc/self: VmRSS (now) and VmHWM (at most so far) of status,
-    rchar (read) of io. Unlike getrusage's peak, VmHWM does not begin with that of the process which started
-    this one."""
+    """Return a figure of this process in GiB, from /proc/self/FILE.
+
+    status has VmRSS (memory now) and VmHWM (its peak), io has rchar (bytes read). Unlike getrusage's peak,
+    VmHWM does not start at the peak of the parent process.
+    """
     with open(f"/proc/self/{file}", encoding="utf-8") as f:
         number, *unit = dict(line.split(":", 1) for line in f)[name].split()
     return int(number) / (2**20 if unit == ["kB"] else 2**30)
 
 
 def timed(action, repeats):
-    """Seconds of action(), the memory of the process before it, and what the first call adds at its peak."""
+    """Measure seconds of action(), memory in GiB before it, and how far the first call raises the peak."""
     base = proc_gb("status", "VmRSS")
     action()
     added = proc_gb("status", "VmHWM") - base
@@ -84,15 +88,15 @@ def side_loss(cfg):
 
 
 def side_product(cfg):
-    """What this machine's processor can do, in the units of useful_flops."""
+    """Floating-point operations per second of a matrix product on this machine."""
     a, b = torch.randn(2, 2048, 2048)
     seconds = timed(lambda: a @ b, 10)["seconds"]
     return {"flops": 2 * 2048**3 / seconds[0]}
 
 
 def side_load(cfg):
-    """What sft.py does between the data and the first step, without an optimizer; every rank calls it."""
-    read = []
+    """Create, shard and load the model as sft.py does, without an optimizer; every rank calls it."""
+    read_gb = []
 
     def load():
         with torch.device("meta"):
@@ -102,14 +106,14 @@ def side_load(cfg):
         model.tie_weights()
         before = proc_gb("io", "rchar")
         pretrained.load_weights(model, cfg.directory)
-        read.append(proc_gb("io", "rchar") - before)
+        read_gb.append(proc_gb("io", "rchar") - before)
 
     with processes.start(1, 600) as ranks:
-        return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read[0]}
+        return {"rank": ranks.rank, **timed(load, cfg.repeats), "read_gb": read_gb[0]}
 
 
 def side_save(cfg):
-    """Seconds of checkpoint.save, and of a copy of what it wrote, in turn."""
+    """Seconds of checkpoint.save, and of copying what it wrote."""
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(QWEN_05B))
     model.to_empty(device="cpu")
@@ -122,19 +126,19 @@ def side_save(cfg):
     seconds = {"save": [], "copy": []}
     for i in range(cfg.repeats + 1):
         start = time.perf_counter()
-        step = checkpoint.save(
-            os.path.join(cfg.directory, "checkpoints"), i, model=model, optimizer=optimizer, shard_map=shard_map,
-            exported={}, state={})
-        between = time.perf_counter()
-        copy(step, os.path.join(cfg.directory, "copy"), flush=True)
-        for name, figure in ("save", between - start), ("copy", time.perf_counter() - between):
-            seconds[name].append(figure)
-        shutil.rmtree(step)
+        step_directory = checkpoint.save(
+            os.path.join(cfg.directory, "checkpoints"), i, model=model, optimizer=optimizer,
+            shard_map=shard_map, exported={}, state={})
+        saved = time.perf_counter()
+        copy(step_directory, os.path.join(cfg.directory, "copy"), flush=True)
+        seconds["save"].append(saved - start)
+        seconds["copy"].append(time.perf_counter() - saved)
+        shutil.rmtree(step_directory)
     return {name: spread(values[1:]) for name, values in seconds.items()}
 
 
 def copy(source, target, flush):
-    """Copy a directory; to the disk if it is flushed. Returns the seconds it took."""
+    """Copy a directory, with `flush` to the disk; delete the copy. Returns the seconds that copying took."""
     start = time.perf_counter()
     shutil.copytree(source, target)
     if flush:
@@ -147,7 +151,7 @@ def copy(source, target, flush):
 
 
 def side_trl(cfg):
-    """The run of bench_memory by TRL: its defaults, except where they make other work; no checkpoint."""
+    """The run of bench_memory with TRL: its defaults, except where the work would differ; no checkpoint."""
     import datasets
     import peft
     import transformers
@@ -164,7 +168,7 @@ def side_trl(cfg):
                            bf16=False, use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1,
                            max_steps=cfg.repeats + 1, save_strategy="no", report_to="none", disable_tqdm=True,
                            gradient_checkpointing=cfg.peer_checkpointing)
-    with contextlib.redirect_stdout(sys.stderr):  # what it reports is not JSON
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON line
         rows = datasets.Dataset.from_list(files.read_json(os.path.join(cfg.directory, "rows.json")))
         trl.SFTTrainer(cfg.directory, config, train_dataset=rows, callbacks=[Clock()],
                        peft_config=lora if cfg.side == "trl_lora" else None).train()
@@ -172,30 +176,32 @@ def side_trl(cfg):
 
 
 def side_step(cfg):
-    """The conversations of bench_step once, by TRL or a plain loop; [(seconds, non-pad tokens) of each step]
-    and when the first had ended."""
+    """One epoch of bench_step's conversations with TRL or a plain loop.
+
+    Returns [(seconds, non-pad tokens) per step] and the Unix time at which the first step ended.
+    """
     import transformers
 
     path, ends, tokens = os.path.join(cfg.directory, "rows.json"), [time.perf_counter()], []
     if cfg.side == "plain_loop":
         model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
         tokenizer = ChatTokenizer(cfg.directory)
-        rows = data.load(path, tokenizer, LENGTH)
+        dataset = data.load(path, tokenizer, LENGTH)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         ends[0] = time.perf_counter()
-        for ids in torch.arange(len(rows)).split(BATCH):
-            parts = [
-                torch.from_numpy(rows.tokens[rows.starts[i] : rows.starts[i + 1]].astype(int)) for i in ids]
-            masks = [torch.from_numpy(rows.loss_mask[rows.starts[i] : rows.starts[i + 1]]) for i in ids]
-            batch = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-            labels = batch.where(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True), torch.tensor(-100))
-            seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
-            model(input_ids=batch, attention_mask=seen, labels=labels).loss.backward()
+        for ids in torch.arange(len(dataset)).split(BATCH):
+            spans = [slice(dataset.starts[i], dataset.starts[i + 1]) for i in ids]
+            sequences = [torch.from_numpy(dataset.tokens[span].astype(int)) for span in spans]
+            loss_masks = [torch.from_numpy(dataset.loss_mask[span]) for span in spans]
+            batch = pad_sequence(sequences, batch_first=True)
+            labels = batch.where(pad_sequence(loss_masks, batch_first=True), torch.tensor(-100))
+            attention_mask = pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True)
+            model(input_ids=batch, attention_mask=attention_mask, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             ends.append(time.perf_counter())
-            tokens.append(int(seen.sum()))
+            tokens.append(int(attention_mask.sum()))
     else:
         import datasets
         import trl
@@ -210,7 +216,7 @@ def side_step(cfg):
                 tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
                 return super().training_step(model, inputs, *args, **kwargs)
 
-        packed = cfg.side == "trl_packed"  # rows of LENGTH tokens, of whole conversations
+        packed = cfg.side == "trl_packed"  # complete conversations, in rows of LENGTH tokens
         config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
                                bf16=False, use_cpu=True, max_length=LENGTH, packing=packed,
                                per_device_train_batch_size=BATCH, num_train_epochs=1, report_to="none",
@@ -227,13 +233,13 @@ def side_step(cfg):
 
 
 def prompts_and_completions(path):
-    """The conversations in the form of which TRL masks the prompt, as we do: of "messages" it trains all."""
+    """The conversations in the form whose prompt TRL masks, as sft.py does; in "messages" it trains all."""
     return [{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
             for row in files.read_json(path)]
 
 
 def side_data(cfg):
-    """Seconds that cfg.rows conversations take, by us, by the tokenizer alone, or by TRL."""
+    """Seconds to prepare cfg.rows conversations: with data.load, with the tokenizer alone, or with TRL."""
     model, path = pretrained.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
     tokenizer = ChatTokenizer(model)
     if cfg.side == "encode":
@@ -251,17 +257,17 @@ def side_data(cfg):
             rows = datasets.Dataset.from_list(prompts_and_completions(path))
             config = trl.SFTConfig(os.path.join(cfg.directory, "trl"), bf16=False, use_cpu=True,
                                    max_length=LENGTH, report_to="none", dataset_num_proc=2)
-            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # what it costs without data
+            trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))  # warm-up
             before = time.perf_counter()
             trl.SFTTrainer(model, config, train_dataset=rows.select(range(100)))
             start = time.perf_counter()
             trl.SFTTrainer(model, config, train_dataset=rows)
-            start += start - before
+            start += start - before  # subtracts what a trainer costs with hardly any data
     return {"seconds": time.perf_counter() - start}
 
 
 def side_chat(cfg):
-    """Seconds of an answer of cfg.new_tokens tokens, after a warm-up, and its ids: the same on both sides."""
+    """Seconds to generate cfg.new_tokens tokens, after a warm-up, and their ids: equal on both sides."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, QWEN_05B["vocab_size"], (64,), generator=generator).tolist()
     if cfg.side == "chat":

@@ -1,4 +1,4 @@
-"""An adapter and its base -> a full model directory: python tools/merge.py ADAPTER OUT"""
+"""Merge an adapter into its base model: python tools/merge.py ADAPTER OUT"""
 
 if __name__ == "__main__":
     import os
@@ -24,76 +24,72 @@ from settings.errors import UserError, run
 from settings.parser import parse, setting
 from text import template
 
-FILE_BYTES = 2**30  # of each file that is written, and so held in memory, unless one tensor is larger
+FILE_BYTES = 2**30  # size of each output file, which is also the memory needed, unless one tensor is larger
 
 
 @dataclass
 class Config:
-    """Merge an adapter into its base: python tools/merge.py ADAPTER OUT [flags]"""
+    """Merge an adapter into its base model: python tools/merge.py ADAPTER OUT [flags]"""
 
     adapter: str = setting("./outputs/checkpoints/latest", "adapter directory", group="merge")
-    out: str = setting("./merged", "directory to write, which does not exist yet")
-    base: str | None = setting(None, "model directory or hub id, if not the one that adapter_config.json names")
-    dtype: str = setting("fp32", "of the result: bf16 is half as large, and rounds", ("fp32", "bf16"))
+    out: str = setting("./merged", "model directory to write; it must not exist")
+    base: str | None = setting(None, "base model, directory or hub id; none: named by adapter_config.json")
+    dtype: str = setting("fp32", "precision of the merged weights; bf16 is half as large but rounds",
+                         ("fp32", "bf16"))
 
 
 def merge(cfg):
-    """Write a full model directory, tensor by tensor.
+    """Write the merged model directory, tensor by tensor.
 
-    Memory holds one file of about FILE_BYTES, or one larger tensor.
+    Memory holds one output file of about FILE_BYTES, or one larger tensor.
 
-    Raises UserError for an adapter that does not fit the base, and if cfg.out exists already.
+    Raises UserError if the adapter does not fit the base, a merged tensor is not finite, or cfg.out exists.
     """
     if os.path.exists(cfg.out):
-        raise UserError(f"{cfg.out} exists already; give a new directory")
-    config = peft.read_config(cfg.adapter)
-    if not (cfg.base or config.get("base_model_name_or_path")):
-        raise UserError(f"{cfg.adapter}: its adapter_config.json names no base model; "
-                        "give it with --base DIR")
-    base = pretrained.model_directory(cfg.base or config["base_model_name_or_path"])
+        raise UserError(f"{cfg.out} exists already; choose a new directory")
+    peft_config = peft.read_config(cfg.adapter)
+    base = peft.base_directory(cfg.adapter, cfg.base)
     model_config = files.read_json(os.path.join(base, "config.json"))
-    entries, parts = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)
+    base_entries, adapter_entries = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)
+    lora_ranks = peft.lora_ranks(adapter_entries)
 
     def read(entry):
         tensor = torch.empty(entry.shape)
         pretrained.read_into(entry, tensor)
         return tensor
 
-    def value(name):
-        """The merged tensor, fp32."""
-        weight, module = read(parts.get(name, entries[name])), name.removesuffix(".weight")
+    def merged(name):
+        """The merged tensor in fp32."""
+        weight = read(adapter_entries.get(name, base_entries[name]))
+        module = name.removesuffix(".weight")
         if module in lora_ranks:
-            A, B = (read(parts[f"{module}.lora_{side}.weight"]) for side in "AB")
+            A, B = (read(adapter_entries[f"{module}.lora_{side}.weight"]) for side in "AB")
             if (B.shape[0], A.shape[1]) != weight.shape:
-                raise UserError(f"{cfg.adapter} does not fit {base}: its part for {module} is {B.shape[0]} × "
-                                f"{A.shape[1]}, the base has {tuple(weight.shape)}")
-            weight.addmm_(B, A, alpha=peft.scaling_of(module, lora_ranks[module], config))
-            if config.get("use_dora"):
-                magnitude = read(parts[f"{module}.lora_magnitude_vector"])
+                raise UserError(f"{cfg.adapter} does not fit {base}: for {module} it has {B.shape[0]} × "
+                                f"{A.shape[1]}, the base has {tuple(weight.shape)}; pass another --base")
+            weight.addmm_(B, A, alpha=peft.scaling_of(module, lora_ranks[module], peft_config))
+            if peft_config.get("use_dora"):
+                magnitude = read(adapter_entries[f"{module}.lora_magnitude_vector"])
                 weight *= (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
         if not weight.isfinite().all():
-            raise UserError(f"{name} would not be finite; is {cfg.adapter} from a run that went wrong?")
+            raise UserError(f"merged, {name} would not be finite; did the run of {cfg.adapter} diverge?")
         return weight
 
-    lora_ranks, embedding, head = peft.lora_ranks(parts), "model.embed_tokens.weight", "lm_head.weight"
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if model_config.get("tie_word_embeddings"):
-        entries.pop(head, None)
-        # Where the adapter trained one of the two, or each by itself, tied they could not both be right.
-        other = parts.get(head, entries[embedding])
-        if {head, embedding} & set(parts) and not torch.equal(value(embedding), read(other)):
-            model_config["tie_word_embeddings"], entries[head] = False, entries[embedding]
+        base_entries.pop(head, None)
+        # If the adapter trained one of the two, or both separately, they may differ now: then untie them.
+        head_entry = adapter_entries.get(head, base_entries[embedding])
+        is_trained = head in adapter_entries or embedding in adapter_entries
+        if is_trained and not torch.equal(merged(embedding), read(head_entry)):
+            model_config["tie_word_embeddings"] = False
+            base_entries[head] = base_entries[embedding]
         else:
-            parts.pop(head, None)
-    known = {
-        f"{m}.{part}" for m in lora_ranks
-        for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
-    strange = set(parts) - set(entries) - known | {f"{m}.weight" for m in lora_ranks} - set(entries)
-    if strange:
-        raise UserError(f"{cfg.adapter} does not fit {base}, which has no {min(strange)}; "
-                        "--base names another")
+            adapter_entries.pop(head, None)
+    check_names(cfg.adapter, base, adapter_entries, base_entries, lora_ranks)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
     temporary = cfg.out.rstrip("/") + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was ended
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted merge
     os.makedirs(temporary)
     for key in {"dtype", "torch_dtype"} & set(model_config):
         model_config[key] = str(dtype).removeprefix("torch.")
@@ -101,20 +97,33 @@ def merge(cfg):
     tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
     exported = {**files.read_bytes(base, pretrained.TOKENIZER_FILES),
                 **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
-                "generation_config.json": pretrained.generation_config(base, model_config, tokenizer.stop_token_id)}
+                "generation_config.json": pretrained.generation_config(
+                    base, model_config, tokenizer.stop_token_id)}
     for name, content in exported.items():
         files.write_file(os.path.join(temporary, name), content)
-    sizes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
-    n_bytes = sum(t.nbytes for t in sizes.values())
-    groups = pretrained.assign_to_files(sizes, "model", math.ceil(n_bytes / FILE_BYTES))
-    for file, names in groups.items():
-        tensors = {name: value(name).to(dtype) for name in names}
+    outputs = {
+        name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in base_entries.items()}
+    n_bytes = sum(t.nbytes for t in outputs.values())
+    shard_map = pretrained.assign_to_files(outputs, "model", math.ceil(n_bytes / FILE_BYTES))
+    for file, names in shard_map.items():
+        tensors = {name: merged(name).to(dtype) for name in names}
         pretrained.write_safetensors(os.path.join(temporary, file), tensors)
-    if len(groups) > 1:
-        pretrained.write_index(temporary, groups, n_bytes)
+    if len(shard_map) > 1:
+        pretrained.write_index(temporary, shard_map, n_bytes)
     os.replace(temporary, cfg.out)
-    print(f"merged   {cfg.out}: {base} with {cfg.adapter}, {len(lora_ranks)} layers, {cfg.dtype}")
-    print(f"talk     {venv.command('chat.py')} {shlex.quote(cfg.out)}")
+    print(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}")
+    print(f"saved    {cfg.out} (Hugging Face model directory)")
+    print(f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}")
+
+
+def check_names(adapter, base, adapter_entries, base_entries, lora_ranks):
+    """Raise UserError if the adapter has tensors for which the base has no counterpart."""
+    expected = {f"{module}.{suffix}" for module in lora_ranks
+                for suffix in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    unexpected = set(adapter_entries) - set(base_entries) - expected
+    unexpected |= {f"{module}.weight" for module in lora_ranks} - set(base_entries)
+    if unexpected:
+        raise UserError(f"{adapter} does not fit {base}, which has no {min(unexpected)}; pass another --base")
 
 
 def main():

@@ -1,6 +1,6 @@
-"""Write a page about a run, or overlay several: python tools/report.py RUN [RUN2 ...] [--output FILE]
+"""Write the HTML report of a run, or of several runs overlaid: python tools/report.py RUN [RUN2 ...]
 
-RUN is an output directory of sft.py, which writes this page itself at every checkpoint.
+RUN is an output directory of sft.py. sft.py writes the report of its own run at every checkpoint.
 """
 
 if __name__ == "__main__":
@@ -23,19 +23,19 @@ from settings.parser import parse, setting
 
 @dataclass
 class Config:
-    """Write a page about a run, or overlay several: python tools/report.py RUN [RUN2 ...] [flags]"""
+    """Write the report of a run, or of several overlaid: python tools/report.py RUN [RUN2 ...] [flags]"""
 
-    output: str | None = setting(None, "page to write; none is RUN/report.html, of several runs "
-                                    "./comparison.html", group="report")
+    output: str | None = setting(
+        None, "file to write; none: RUN/report.html, or ./comparison.html for several runs", group="report")
 
 
 def main():
-    words = sys.argv[1:]
-    n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    cfg, _ = parse(Config, words[n_runs:])
-    runs = words[:n_runs] or ["./outputs"]
-    path = cfg.output or (os.path.join(runs[0], "report.html") if len(runs) == 1 else "comparison.html")
-    print(f"report   {report.build(runs, path)}")
+    arguments = sys.argv[1:]
+    n_runs = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    cfg, _ = parse(Config, arguments[n_runs:])
+    runs = arguments[:n_runs] or ["./outputs"]
+    default = os.path.join(runs[0], "report.html") if len(runs) == 1 else "comparison.html"
+    print(f"report   {report.build(runs, cfg.output or default)}")
 
 
 if __name__ == "__main__":

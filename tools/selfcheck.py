@@ -1,10 +1,10 @@
-"""Checks of a step outside the training loop: does its gradient depend on the layout, do adapters learn, and
-where did a step that is not finite go wrong.
+"""Checks of a single step: is its gradient the same in every layout, do adapters learn, where does NaN begin.
 
-    python tools/selfcheck.py --model tiny   # sft.py --selfcheck: compares layouts of a step, then exits
+    python tools/selfcheck.py --model tiny   # same as sft.py --selfcheck: compare layouts, then exit
 
-They need what the loop never has: the gradient of each micro-batch, or of another layout, by itself.
-`backward` is sft.py's.
+A layout is one way to split a step over micro-batches and ranks. The checks compute gradients that the
+training loop never computes: of one micro-batch, or of another layout. The argument `backward` is
+sft.backward, which this file cannot import: sft.py imports this file.
 """
 
 if __name__ == "__main__":
@@ -25,87 +25,95 @@ import fsdp
 from ops.memory import local
 from settings.errors import UserError
 
-# relative differences that rounding explains, by the dtype of the computation
+# relative differences up to these are rounding, by the dtype of the computation
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
 
 
 def compare(backward, model, dataset, ids, cfg, ranks):
-    """Compare loss and every gradient of one step over ways to lay it out; raise UserError where they differ.
+    """Compare loss and gradients of one step in several layouts; print their largest relative difference.
 
-    The step's conversations are cut into micro-batches in several ways, with and without checkpointing, and,
-    with several data-parallel ranks, all put on one of them. Prints the largest relative difference of each.
+    The layouts cut the step's conversations into micro-batches in different ways, with and without
+    checkpointing; with several data-parallel ranks, one layout computes everything on one of them.
 
     ids  the step's conversations
+
+    Raises UserError if a difference is larger than rounding explains.
     """
-    limit, max_length, checkpointing = (
-        LIMITS[cfg.dtype_on(ranks.device)], cfg.max_length, cfg.gradient_checkpointing)
-    ways = {
+    limit = LIMITS[cfg.dtype_on(ranks.device)]
+    max_length, checkpointing = cfg.max_length, cfg.gradient_checkpointing
+    layouts = {
         "as configured": dict(capacity=cfg.micro_batch_size * max_length,
                               max_conversations=None if cfg.packing else cfg.micro_batch_size),
-        "one conversation at a time": dict(capacity=max_length, max_conversations=1),
-        "all in one micro-batch": dict(capacity=len(ids) * max_length),
-        "checkpointing the other way": dict(capacity=max_length, checkpointing=not checkpointing),
+        "one conversation per micro-batch": dict(capacity=max_length, max_conversations=1),
+        "one micro-batch": dict(capacity=len(ids) * max_length),
+        f"checkpointing {'off' if checkpointing else 'on'}": dict(
+            capacity=max_length, checkpointing=not checkpointing),
     }
     if ranks.dp_size > 1:
-        ways["all on one data-parallel rank"] = dict(capacity=max_length, on_one_rank=True)
-    model.eval()  # no dropout, whose masks depend on the layout
+        layouts["one data-parallel rank"] = dict(capacity=max_length, on_one_rank=True)
+    model.eval()  # no dropout: its masks depend on the layout
     base, worst = None, 0.0
-    for name, way in ways.items():
-        model.model.gradient_checkpointing = way.pop("checkpointing", checkpointing)
-        loss, gradients = gradient(backward, model, dataset, ids, ranks, **way)
+    for name, layout in layouts.items():
+        model.model.gradient_checkpointing = layout.pop("checkpointing", checkpointing)
+        loss, gradients = gradient(backward, model, dataset, ids, ranks, **layout)
         base = base or (loss, gradients)
-        off = torch.stack([
+        differences = torch.stack([
             (a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(gradients, base[1]) if b.numel()])
-        off = max(*fsdp.all_reduce_max(off.max()[None], ranks), abs(loss / base[0] - 1).item())
-        worst = max(worst, off)
+        largest = fsdp.all_reduce_max(differences.max()[None], ranks)
+        difference = max(*largest, abs(loss / base[0] - 1).item())
+        worst = max(worst, difference)
         if ranks.rank == 0:
-            print(f"{name:32} loss {loss.item():.8f}   largest relative difference {off:.1e}")
+            print(f"{name:32} loss {loss.item():.8f}   relative difference {difference:.1e}")
     if not worst <= limit:
-        raise UserError(f"selfcheck: the gradient depends on the layout, {worst:.1e} is above {limit}")
+        raise UserError(f"selfcheck: the gradient depends on the layout: relative difference {worst:.1e}, "
+                        f"above {limit}")
     if ranks.rank == 0:
-        print(f"selfcheck: ok, {len(ids)} conversations, nothing above {limit}")
+        print(f"selfcheck: ok, {len(ids)} conversations, all differences below {limit}")
 
 
 def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversations=None, on_one_rank=False):
-    """(loss, this rank's parts of every gradient) of a step in one layout."""
+    """(loss, this rank's shard of every gradient) of a step in one layout."""
     n_targets = int(dataset.n_targets[ids].sum())
     if on_one_rank:
         batches = list(data.micro_batches(dataset, ids, capacity, max_conversations))
-        if ranks.dp_rank:  # idle, but in step: a collective waits for all
+        if ranks.dp_rank:  # as many empty micro-batches: every rank takes part in the collectives
             batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
     else:
-        batches = list(data.micro_batches(dataset, ids, capacity, max_conversations, ranks.dp_rank, ranks.dp_size))
+        batches = list(data.micro_batches(
+            dataset, ids, capacity, max_conversations, ranks.dp_rank, ranks.dp_size))
     loss = backward(model, batches, n_targets, ranks)
-    parameters = trained(model)
+    parameters = trained_parameters(model)
     gradients = [local(p.grad).clone() for p in parameters]
     for p in parameters:
         p.grad = None
     return ranks.all_reduce(loss), gradients
 
 
-def trained(model):
+def trained_parameters(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def check_adapters(model, ranks):
-    """Raise UserError if adapters do not learn: in the first step each B matrix must have a gradient."""
-    found = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
-    alive = torch.tensor([g is not None and bool(local(g).any()) for g in found.values()])
-    dead = [name for name, lives in zip(found, fsdp.all_reduce_max(alive, ranks)) if not lives]
+    """Raise UserError if an adapter cannot learn: in the first step each lora_B must have a gradient."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
+    is_nonzero = torch.tensor([g is not None and bool(local(g).any()) for g in gradients.values()])
+    is_nonzero = fsdp.all_reduce_max(is_nonzero, ranks)
+    dead = [name for name, nonzero in zip(gradients, is_nonzero) if not nonzero]
     if dead:
-        raise UserError(f"{len(dead)} of {len(found)} adapters have no gradient and would never learn: "
+        raise UserError(f"{len(dead)} of {len(gradients)} adapters have no gradient and would never learn: "
                         f"{', '.join(dead[:5])}")
 
 
 def find_non_finite(backward, model, dataset, ids, cfg, ranks):
-    """Say where a step that is not finite went wrong.
+    """Return a text that names the first micro-batch of a step whose loss or gradient is not finite.
 
-    Each of its micro-batches is computed alone, one after another over the ranks. This takes as long as
-    dp_size steps, once, at the end of a run.
+    Computes each micro-batch alone, one rank after another. This takes as long as dp_size steps, but happens
+    only once, when a run has to stop.
     """
-    capacity, max_conversations = cfg.micro_batch_size * cfg.max_length, None if cfg.packing else cfg.micro_batch_size
-    n_targets, parameters = int(dataset.n_targets[ids].sum()), trained(model)
-    (idle,) = data.micro_batches(dataset, ids[:0], capacity)
+    capacity = cfg.micro_batch_size * cfg.max_length
+    max_conversations = None if cfg.packing else cfg.micro_batch_size
+    n_targets, parameters = int(dataset.n_targets[ids].sum()), trained_parameters(model)
+    (empty,) = data.micro_batches(dataset, ids[:0], capacity)
     for dp_rank in range(ranks.dp_size):
         batches = data.micro_batches(dataset, ids, capacity, max_conversations, dp_rank, ranks.dp_size)
         for number, batch in enumerate(batches, 1):
@@ -113,17 +121,17 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
             for p in parameters:
                 p.grad = None
             loss = backward(
-                model, [batch if is_mine else idle], n_targets, ranks, losses if is_mine else None)
+                model, [batch if is_mine else empty], n_targets, ranks, losses if is_mine else None)
             if math.isfinite(ranks.all_reduce(loss).item()) and fsdp.grad_norm(model).isfinite():
                 continue
             bad = batch.ids[~ranks.all_reduce(losses).isfinite().cpu().numpy()[batch.ids]]
-            named = bad if len(bad) else batch.ids  # a gradient is of the whole micro-batch
+            suspects = bad if len(bad) else batch.ids  # only the gradient is bad: it may be any of them
             rank = dp_rank * ranks.world_size // ranks.dp_size
-            return f"rank {rank}, its micro-batch {number}; conversations: {dataset.sources(named)}"
-    return f"no micro-batch alone shows it; conversations: {dataset.sources(ids)}"
+            return f"Found in rank {rank}, micro-batch {number}; conversations: {dataset.sources(suspects)}"
+    return f"Each micro-batch by itself is finite; conversations: {dataset.sources(ids)}"
 
 
-if __name__ == "__main__":  # a program of its own: this file can't import sft.py, which imports it
+if __name__ == "__main__":  # starts sft.py as a new program: importing it here would be circular
     os.execv(
         sys.executable,
         [sys.executable, os.path.join(venv.PROJECT, "sft.py"), "--selfcheck", *sys.argv[1:]])

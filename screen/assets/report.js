@@ -2,9 +2,9 @@
 // Draws the curves of report.html from the columns that Run.curves in screen/report.py made.
 const runs = JSON.parse(document.getElementById("data").textContent);
 const [smoothing, decay, axis, log] = ["smoothing", "decay", "axis", "log"].map(id => document.getElementById(id));
-const COLORS = [ // of the runs, in either theme
+const COLORS = [ // one per run, for both themes
   "#3b82f6", "#ef8a1f", "#12a594", "#d6409f", "#8e6bea", "#a3832f", "#e5484d", "#64923f"];
-const DECAYS = [0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999]; // the places of the slider
+const DECAYS = [0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999]; // positions of the slider
 const BIG = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 2});
 const charts = {};
 
@@ -15,7 +15,7 @@ function text(value) {
   return size && size < 1e-4 ? value.toExponential(2).replace(/\.?0*e/, "e") : String(Number(value.toPrecision(4)));
 }
 
-// Exponential mean over all steps, those a point stands for included, less the weight of what was before the first.
+// Debiased exponential mean over all steps: a point also counts the dropped steps that it represents.
 function smooth({loss, mean, weight}, kept) {
   let sum = 0, total = 0;
   return loss.map((value, i) => {
@@ -27,13 +27,13 @@ function smooth({loss, mean, weight}, kept) {
   });
 }
 
-// What the curves are drawn over: its name, and by what to divide the column that has it.
+// The x-axis: [its name, what its column is divided by].
 function abscissa() {
   const longest = Math.max(0, ...runs.map(run => run.train.seconds.at(-1) ?? 0));
   return axis.value != "seconds" || longest < 300 ? [axis.value, 1] : longest < 2e4 ? ["minutes", 60] : ["hours", 3600];
 }
 
-// What one chart shows: pairs of uPlot's options and the columns [x, y].
+// The curves of a chart: pairs of uPlot's options and the columns [x, y].
 function lines(name) {
   const alone = runs.length == 1, [, length] = abscissa(), over = columns => columns[axis.value].map(x => x / length);
   return runs.flatMap(({name: run, train, val}, i) => {
@@ -72,7 +72,7 @@ function draw() {
 
 function smoothen() {
   decay.value = DECAYS[smoothing.value];
-  charts.loss?.setData(joined(lines("loss")), false); // where one has zoomed to stays
+  charts.loss?.setData(joined(lines("loss")), false); // false: keep the zoom
   charts.loss?.redraw();
 }
 
@@ -81,7 +81,7 @@ document.querySelectorAll("table, .runs").forEach(list => list.querySelectorAll(
 }));
 smoothing.max = DECAYS.length - 1;
 const most = Math.max(...runs.map(run => run.lines));
-// At first so much that noise goes and the shape stays: 0.8 for 200 steps, 0.9 for 1,000, 0.99 for 50,000.
+// Initial smoothing that removes noise but keeps the shape: 0.8 for 200 steps, 0.9 for 1,000, 0.99 for 50,000.
 smoothing.value = Math.max(0, DECAYS.findLastIndex(kept => 2 / (1 - kept) <= Math.sqrt(most)));
 smoothing.oninput = smoothen;
 axis.onchange = log.onchange = draw;

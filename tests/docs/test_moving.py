@@ -1,4 +1,4 @@
-"""docs/moving.md: each command of ours is one that starts, and each flag in it is one that there is."""
+"""docs/moving.md: each command for this trainer is parsed, and each flag on the page exists."""
 
 import dataclasses
 import os
@@ -18,40 +18,43 @@ OURS = [block for block in BLOCKS if re.match(r"\./train\.sh |python sft\.py |to
 FIELDS = {field.name for field in dataclasses.fields(sft.Config)}
 
 
-def words_of(command):
-    """What sft.py gets of a command line: without the launcher's own words."""
-    words = shlex.split(re.sub(r"^(\./train\.sh( --n_gpus \d+)?|python sft\.py|torchrun .* sft\.py) ", "", command))
-    return [word.replace("$HOME", os.environ["HOME"]) for word in words]
+def arguments_of(command):
+    """The arguments of sft.py in a command, without the launcher's."""
+    start = r"^(\./train\.sh( --n_gpus \d+)?|python sft\.py|torchrun .* sft\.py) "
+    return [argument.replace("$HOME", os.environ["HOME"]) for argument in shlex.split(re.sub(start, "", command))]
 
 
 @pytest.mark.repo
 @pytest.mark.parametrize("command", OURS, ids=range(len(OURS)))
-def test_a_command_of_ours_is_parsed(command, tmp_path, monkeypatch, capsys):
-    """It becomes a configuration, and each word of it sets something; nothing is warned of."""
+def test_a_command_is_parsed(command, tmp_path, monkeypatch, capsys):
+    """It becomes a configuration, each flag sets something, and no warning is printed."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("verl/trainer/config")
     with open("verl/trainer/config/sft_trainer.yaml", "w", encoding="utf-8") as file:
         file.write("trainer: {seed: 1}\n")
-    _, origins = parser.parse(sft.Config, words_of(command))
-    flags = {word.lstrip("-").removeprefix("no-") for word in words_of(command) if re.match(r"--\w", word)}
+    arguments = arguments_of(command)
+    _, origins = parser.parse(sft.Config, arguments)
+    flags = {argument.lstrip("-").removeprefix("no-") for argument in arguments if re.match(r"--\w", argument)}
     assert all(origins[flag].startswith("flag") for flag in flags - {"config-path", "config-name"})
     assert origins["model"].startswith("flag") and capsys.readouterr().err == ""
 
 
 @pytest.mark.repo
-def test_all_kinds_of_commands_are_found():
-    """Four trainers, and for each a command of theirs before ours."""
+def test_all_commands_are_found():
+    """Four trainers, and for each its own command before the one here."""
     assert re.findall(r"^## (.*)$", PAGE, re.M)[1:] == ["TRL", "torchtune", "verl", "LLaMA-Factory"]
-    assert len(OURS) == 8 and len(BLOCKS) > 2 * 6 and not any("sft.py" in block for block in set(BLOCKS) - set(OURS))
+    assert len(OURS) == 8 and len(BLOCKS) > 2 * 6
+    assert not any("sft.py" in block for block in set(BLOCKS) - set(OURS))
 
 
 @pytest.mark.repo
-def test_verl_and_we_take_the_same_words():
-    """The command of verl and ours differ in the program alone, and mean what our own words beside them say."""
+def test_the_command_of_verl_is_accepted_as_it_is():
+    """Only the program changes, and the command with this project's own settings means the same."""
     theirs, = [block for block in BLOCKS if "-m verl.trainer" in block]
     as_it_is, in_ours = [block for block in OURS if "extra_info" in block]
     assert theirs.replace("-m verl.trainer.fsdp_sft_trainer", "sft.py") == as_it_is
-    first, second = (dataclasses.asdict(parser.parse(sft.Config, words_of(block))[0]) for block in (as_it_is, in_ours))
+    first, second = (dataclasses.asdict(parser.parse(sft.Config, arguments_of(block))[0])
+                     for block in (as_it_is, in_ours))
     home = os.environ["HOME"] + "/"
     assert {name: (first[name], second[name]) for name in first if first[name] != second[name]} == {
         "train_data": (home + second["train_data"], second["train_data"]), "project": ("gsm8k-sft", None),
@@ -59,8 +62,8 @@ def test_verl_and_we_take_the_same_words():
 
 
 @pytest.mark.repo
-def test_every_flag_that_the_page_names_is_there():
-    """In the text and in the second column of each table; and a command that has no flag of that name says ours."""
+def test_every_flag_on_the_page_exists():
+    """In the text and in the second column of each table."""
     inline = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     named = set()
     for line in inline.splitlines():
@@ -82,6 +85,6 @@ def test_every_flag_that_the_page_names_is_there():
     ("eval_dataset", "val_data"), ("ddp_timeout", "timeout"), ("quantization_bit", "quantize"),
     ("fsdp_cpu_offload", "param_offload"), ("enable_activation_checkpointing", "gradient_checkpointing")])
 def test_a_name_of_theirs_is_answered_with_ours(name, ours):
-    """Typed by habit, it is an error that says what the setting is called here."""
+    """If it is typed by habit, the error names the setting here."""
     with pytest.raises(ValueError, match=f"unknown setting '{name}'; the nearest is '{ours}'"):
         parser.parse(sft.Config, [f"--{name}", "1"])

@@ -52,7 +52,7 @@ def test_an_error_of_the_input_is_one_line(where, what, line, ended):
 
 def test_a_run_stopped_by_a_loss_that_is_not_finite_is_one_line(tmp_path):
     """With exit code 1: neither the input nor the code need be at fault."""
-    model = model_directory(tmp_path / "model", tensors=lambda t: t["model.norm.weight"].fill_(math.nan))
+    model = model_directory(tmp_path / "model", change_tensors=lambda t: t["model.norm.weight"].fill_(math.nan))
     result = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), "--model", str(model), *map(str, FLAGS)],
                             cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith("sft.py: error: step 1: loss nan"), result.stderr

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 import torch.distributed.fsdp as fsdp2
-from helpers import EXAMPLES, LAYOUTS, ROOT, TINY, metrics, program, shared, tensors_of, torchrun, two_layers
+from helpers import EXAMPLES, LAYOUTS, ROOT, TINY, metrics, program, run_all, tensors_of, torchrun, two_layers
 
 
 import fsdp
@@ -52,7 +52,7 @@ def runs(tmp_path_factory, models, pytestconfig):
         plan[f"{model} {layout} {offload} {shape}"] = ranks, ("--model", models[model], *flags, *offloads[offload],
                                                               *shapes[shape])
     found = {name: root / name.replace(" ", "_") for name in plan}
-    shared([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
+    run_all([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
     return found
 
 
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_another_layout(models, tmp_path, train):
     """Saved by 4 ranks at step 2, resumed by 1, 2 (offloaded) and tp 2: the same conversations, losses to 1e-5."""
     common = [*RUN, "--model", models["tied"], "--save_steps", 2]
     resume = ["--resume_from", tmp_path / "four" / "checkpoints" / "step_2"]
-    shared([(4, (*common, "--output_dir", tmp_path / "four")), (4, (*common, *resume, "--output_dir", tmp_path / "same")),
+    run_all([(4, (*common, "--output_dir", tmp_path / "four")), (4, (*common, *resume, "--output_dir", tmp_path / "same")),
            (2, (*common, *resume, "--param_offload", "--output_dir", tmp_path / "two")),
            (2, (*common, *resume, *LAYOUTS["tp2"][1], "--output_dir", tmp_path / "tp"))], tmp_path)
     train(*common, *resume, out="one", model=models["tied"])
@@ -124,7 +124,7 @@ def test_few_conversations_for_many_ranks(models, tmp_path, train):
     (tmp_path / "three.json").write_text(json.dumps(rows[:3]))
     common = ["--model", models["untied"], "--epochs", 1, "--val_data", tmp_path / "three.json", "--timeout", 60,
               "--train_data", tmp_path / "five.json"]
-    shared([(4, (*common, "--batch_size", n, "--output_dir", tmp_path / f"four{n}")) for n in (1, 3)], tmp_path)
+    run_all([(4, (*common, "--batch_size", n, "--output_dir", tmp_path / f"four{n}")) for n in (1, 3)], tmp_path)
     for n in (1, 3):
         one = train(*common, "--batch_size", n, out=f"one{n}", model=models["untied"])
         for a, b in zip(one, metrics(tmp_path / f"four{n}"), strict=True):
@@ -140,7 +140,7 @@ def collectives(models, pytestconfig, tmp_path_factory):
     on two ranks; see tests/programs/count_collectives.py."""
     cases = [(1, "full"), (2, "full"), *([(2, "lora")] if pytestconfig.getoption("--full") else [])]
     words = "count_collectives", models["tied"], *(f"{tp}:{how}" for tp, how in cases)
-    printed = shared([(2, words)], tmp_path_factory.mktemp("count"))
+    printed = run_all([(2, words)], tmp_path_factory.mktemp("count"))
     return dict(zip(cases, json.loads(re.search(r"RESULT (.*)", printed)[1]), strict=True))
 
 
@@ -325,11 +325,11 @@ def test_selfcheck_proves_the_law_and_catches_its_breach(models, tmp_path, monke
                                                                "--output_dir", tmp_path))])
         sft.main()
 
-    printed = shared([(2, (*RUN, "--model", models["tied"], "--selfcheck", "--output_dir", tmp_path))], tmp_path)
-    assert "selfcheck: ok, 4 conversations" in printed and "all on one data-parallel rank" in printed
+    printed = run_all([(2, (*RUN, "--model", models["tied"], "--selfcheck", "--output_dir", tmp_path))], tmp_path)
+    assert "selfcheck: ok, 4 conversations" in printed and "one data-parallel rank" in printed
     check()
     screen = capsys.readouterr().out
-    assert "selfcheck: ok, 4 conversations" in screen and "all on one data-parallel rank" not in screen
+    assert "selfcheck: ok, 4 conversations" in screen and "one data-parallel rank" not in screen
     forward = sft.CausalLM.forward
 
     def averaged(out):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, TINY, metrics, share, shared, tensors_of
+from helpers import EXAMPLES, ROOT, TINY, launch_all, metrics, run_all, tensors_of
 from programs import non_finite
 from safetensors.torch import load_file
 
@@ -50,7 +50,7 @@ def test_a_fault_in_one_micro_batch_stops_before_the_update(train, plant, rows, 
     plant(tokens, how)
     with pytest.raises(FloatingPointError, match=r"step 3: loss .* before the weights were touched. rank 0, ") as info:
         train(*FAST, "--micro_batch_size", 4, "--max_steps", 5, "--save_steps", 1, *(["--use_lora"] if lora else []))
-    found = re.search(r"its micro-batch (\d+); conversations: (.*)", str(info.value))
+    found = re.search(r"micro-batch (\d+); conversations: (.*)", str(info.value))
     ids = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=8).step(3).ids
     batch = list(data.micro_batches(rows, ids, 4 * 128))[int(found[1]) - 1]
     assert found[2].split(", ") == ([source] if how == "loss" else [rows.source(i) for i in batch.ids])
@@ -68,10 +68,10 @@ def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
     tokens = rows.tokens[rows.starts[i] : rows.starts[i] + rows.n_inputs[i]].tolist()
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))
     words = "non_finite", "tokens.json", how, "--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 3
-    result = share([(2, (*words, "--output_dir", "out"))], tmp_path)
+    result = launch_all([(2, (*words, "--output_dir", "out"))], tmp_path)
     assert result.returncode
     named = [rows.source(i)] if how == "loss" else [rows.source(i) for i in batch.ids]
-    message = f"rank 1, its micro-batch 1; conversations: {', '.join(named)}"
+    message = f"rank 1, micro-batch 1; conversations: {', '.join(named)}"
     ours = [line for line in result.stderr.splitlines() if re.search(r"rank \d failed in step 2: NonFinite", line)]
     assert ours and all(line.endswith(message) for line in ours)
     assert not os.listdir(tmp_path / "out" / "checkpoints")
@@ -91,7 +91,7 @@ def test_the_spike_guard_leaves_a_step_out_and_goes_on(train, tmp_path, capsys, 
     norms = [line["grad_norm"] for line in lines]
     expected = [len(norms[:i]) >= 16 and norm > factor * statistics.median(norms[:i]) for i, norm in enumerate(norms)]
     assert [line.get("skipped", False) for line in lines] == expected and expected[19] and sum(expected) == 1
-    assert "step 20: left out, as its gradient norm" in capsys.readouterr().out
+    assert "step 20: skipped, gradient norm" in capsys.readouterr().out
     weights = load_file(tmp_path / LATEST / "model.safetensors")
 
     spiked.__defaults__[0][0] = 18  # step 19 comes next
@@ -196,7 +196,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(train, tmp_path, monkeypatch,
 def test_two_ranks_twice_are_the_same_to_the_bit(tmp_path):
     """Whatever order their messages come in."""
     flags = ("--model", TINY, "--train_data", EXAMPLES, *FAST, "--max_steps", 4, "--output_dir")
-    shared([(2, (*flags, tmp_path / out)) for out in "ab"], tmp_path)
+    run_all([(2, (*flags, tmp_path / out)) for out in "ab"], tmp_path)
     assert torch.equal(*(some(tensors_of(tmp_path / out / "checkpoints" / "latest")) for out in "ab"))
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, TINY, VALIDATION, program, shared
+from helpers import EXAMPLES, ROOT, TINY, VALIDATION, program, run_all
 from safetensors.torch import load_file
 
 from ranks import processes
@@ -67,7 +67,7 @@ def test_stopped_in_every_phase_a_run_goes_on_exactly(train, tmp_path, monkeypat
         step = int(re.search(r"(\d+)$", phase)[1])
         assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == f"step_{step}"
         # stopped in its evaluation, even the last step is not all there is
-        assert (f"stopped  after step {step} of 6: --resume_from auto" in out) == (phase != PHASES[-1])
+        assert (f"stopped  after step {step} of 6; continue with --resume_from auto" in out) == (phase != PHASES[-1])
     monkeypatch.setattr(processes.Ranks, "set_phase", at)
     train(*RUN, "--resume_from", "auto")
     assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
@@ -107,7 +107,7 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
     stops = [(i, phase, list(processes.EXIT_CODES)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
     planted = [("none", "none", 0, *flags, "whole")]
     planted += [(*stop, *flags, "out", "--resume_from", "auto") for stop in (*stops, ("none", "none", 0))]
-    shared([(2, ("signal_in_phase", *map(str, words))) for words in planted], tmp_path)
+    run_all([(2, ("signal_in_phase", *map(str, words))) for words in planted], tmp_path)
     for rank in range(2):
         codes = [json.loads(line) for line in (tmp_path / f"codes {rank}").read_text().splitlines()]
         assert codes == [None, *(processes.EXIT_CODES[number] for _, _, number in stops), None]

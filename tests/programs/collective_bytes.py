@@ -1,6 +1,7 @@
-"""Counts the collectives of four ranks, dp 2 x tp 2, and what tools/plan.py says of them, for three kinds of run.
+"""Counts the collectives of four ranks, dp 2 × tp 2, and compares them with tools/plan.py, for three kinds of run.
 
-Nothing is planted. Prints for each: calls and bytes by kind, the same as planned, elements held, the same as planned.
+No fault is planted. Prints for each run: calls and bytes by kind, counted and planned; then bytes of weights and
+gradients on rank 0, counted and planned.
 """
 
 import json
@@ -18,11 +19,11 @@ KINDS = "allgather", "reducescatter", "allreduce"
 
 
 class Bytes(TorchDispatchMode):
-    """Calls and bytes of each collective, as it is called: the whole tensor that is gathered, scattered or summed."""
+    """Counts calls and bytes of each kind of collective; a call counts the full tensor that it communicates."""
 
     def __init__(self):
         super().__init__()
-        self.found = {}
+        self.counts = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
@@ -30,44 +31,45 @@ class Bytes(TorchDispatchMode):
             kind = next(k for k in KINDS if k in name.replace("_", ""))
             tensor = args[1] if kind == "reducescatter" and name.startswith("c10d::") else args[0]
             tensor = tensor[0] if isinstance(tensor, (list, tuple)) else tensor
-            calls, size = self.found.get(kind, (0, 0))
-            self.found[kind] = calls + 1, size + tensor.numel() * tensor.element_size()
+            calls, size = self.counts.get(kind, (0, 0))
+            self.counts[kind] = calls + 1, size + tensor.numel() * tensor.element_size()
         return func(*args, **(kwargs or {}))
 
 
 def built(use_lora, checkpointing, ranks):
-    """(a model split over the ranks, its plan.Layout)."""
+    """(a model split over the ranks, its plan.PlannedRun)."""
     with torch.device("meta"):
         model = small_model(use_lora, model_type="qwen3", tie_word_embeddings=False)
-    layout = plan.Layout(model.config, tuple((n, tuple(p.shape), p.element_size(), p.requires_grad)
-                                             for n, p in model.named_parameters()),
-                         300, batch=4, ranks=4, tp=2, checkpointing=checkpointing)
+    parameters = tuple(
+        (n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
+    run = plan.PlannedRun(
+        model.config, parameters, 300, batch_size=4, world_size=4, tp=2, checkpointing=checkpointing)
     model.model.gradient_checkpointing = checkpointing
     tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, bf16=False, param_offload=False)
     model.to_empty(device="cpu")
     for p in model.parameters():
         torch.nn.init.normal_(local(p), std=0.02)
-    return model, layout
+    return model, run
 
 
 def counted(model):
-    """Calls and bytes by kind, of two micro-batches."""
+    """{kind: (calls, bytes)} of a step of two micro-batches."""
     tokens = torch.arange(300) + 3
-    model_loss(model, tokens, (300,), tokens).backward()  # the first call sets up
+    model_loss(model, tokens, (300,), tokens).backward()  # FSDP2's first call has extra collectives
     for p in model.parameters():
         p.grad = None
     with Bytes() as mode:
-        for last in (False, True):
-            fsdp.set_gradient_sync(model, enabled=last)
+        for is_last in (False, True):
+            fsdp.set_gradient_sync(model, enabled=is_last)
             model_loss(model, tokens, (300,), tokens).backward()
-    return mode.found
+    return mode.counts
 
 
-def planned(layout):
+def planned(run):
     sums = {}
-    for what, (calls, size, _) in plan.collectives(layout).items():
-        kind = next(k for k in KINDS if k in what.replace("-", ""))
+    for name, (calls, size, _) in plan.collectives(run).items():
+        kind = next(k for k in KINDS if k in name.replace("-", ""))
         sums[kind] = tuple(a + b for a, b in zip(sums.get(kind, (0, 0)), (calls, size)))
     return sums
 
@@ -75,11 +77,11 @@ def planned(layout):
 results = []
 with processes.start(2, 60) as ranks:
     for use_lora, checkpointing in ((False, True), (False, False), (True, True)):
-        model, layout = built(use_lora, checkpointing, ranks)
-        held = sum(local(p).numel() * 4 for p in model.parameters())
-        found = counted(model)
+        model, run = built(use_lora, checkpointing, ranks)
+        weights = sum(local(p).numel() * 4 for p in model.parameters())
+        counts = counted(model)
         gradients = sum(local(p.grad).numel() * 4 for p in model.parameters() if p.requires_grad)
-        states = plan.states(layout)
-        results.append([found, planned(layout), [held, gradients], [states["weights"], states["gradients"]]])
+        states = plan.states(run)
+        results.append([counts, planned(run), [weights, gradients], [states["weights"], states["gradients"]]])
     if ranks.rank == 0:
         print("RESULT " + json.dumps(results))

@@ -1,7 +1,7 @@
-"""Counts what ranks of a group say to each other: count_collectives.py MODEL TP:full|lora ...
+"""Counts the collectives of a micro-batch: count_collectives.py MODEL TP:full|lora ..., under torchrun
 
-Nothing is planted. For each TP, prints the calls of a forward and a backward pass, first of a micro-batch that is not
-a step's last, then of one that is, and how many elements this rank holds of how many.
+No fault is planted. Prints for each TP:full|lora: the collectives of forward and of backward, for a micro-batch that
+is not the last of its step and for the last one; how many elements rank 0 holds; how many the model has.
 """
 
 import json
@@ -21,11 +21,11 @@ from ops.memory import local
 from ranks import processes, tp
 
 
-def built(directory, with_lora, ranks):
-    """The model of a directory, split over the ranks, with random values."""
+def built(directory, use_lora, ranks):
+    """The model of a directory, split over the ranks, with random weights."""
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict(files.read_json(f"{directory}/config.json")))
-    if with_lora:
+    if use_lora:
         config, lora_ranks = peft.new(model, sft.Config(use_lora=True, model="base"))
         lora.inject(model, config, lora_ranks, ranks.mesh["tp"].size())
     if ranks.mesh["tp"].size() > 1:
@@ -41,10 +41,10 @@ def built(directory, with_lora, ranks):
 def count(model):
     targets = torch.arange(40) + 3
     batch = targets, (25, 15), targets
-    model_loss(model, *batch).backward()  # the first call sets up
+    model_loss(model, *batch).backward()  # FSDP2's first call has extra collectives
     counts = []
-    for last in (False, True):
-        fsdp.set_gradient_sync(model, enabled=last)
+    for is_last in (False, True):
+        fsdp.set_gradient_sync(model, enabled=is_last)
         with CommDebugMode() as forward:
             loss = model_loss(model, *batch)
         with CommDebugMode() as backward:
@@ -53,14 +53,14 @@ def count(model):
     return counts
 
 
-found = []
+results = []
 for case in sys.argv[2:]:
-    size, how = case.split(":")
-    ranks = processes.start(int(size), 60)
+    tp_size, how = case.split(":")
+    ranks = processes.start(int(tp_size), 60)
     model = built(sys.argv[1], how == "lora", ranks)
-    held = sum(local(p).numel() for p in model.parameters())
-    found.append([count(model), held, sum(p.numel() for p in model.parameters())])
+    n_held = sum(local(p).numel() for p in model.parameters())
+    results.append([count(model), n_held, sum(p.numel() for p in model.parameters())])
 if ranks.rank == 0:
-    print("RESULT " + json.dumps(found))
-with ranks:  # waits for the others
+    print("RESULT " + json.dumps(results))
+with ranks:  # leaving waits for the other ranks
     pass

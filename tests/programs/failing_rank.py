@@ -1,8 +1,8 @@
-"""One rank fails: failing_rank.py HOW PHASE RANK [flags of sft.py], under torchrun.
+"""One rank of a run fails: failing_rank.py HOW PHASE RANK [flags of sft.py], under torchrun
 
-Planted: rank RANK raises a KeyError (HOW is raise), is killed (kill) or is stopped (stop) when it enters the phase of
-that name; PHASE may also be start (before all), end (when all is done) or lock (whichever rank gets the lock of the
-token cache). The file `planted` then has the time.
+Planted: when rank RANK enters phase PHASE, it raises a KeyError (HOW is raise), gets SIGKILL (kill) or gets SIGSTOP
+(stop). PHASE is the name of a phase, or start (before training), end (after training) or lock (the rank that takes the
+lock of the token cache stops, whichever RANK is). The time of the failure is written to the file `planted`.
 """
 
 import os
@@ -17,7 +17,7 @@ from settings import errors
 
 how, phase, rank = sys.argv[1:4]
 sys.argv = ["sft.py", *sys.argv[4:]]
-at, train = processes.Ranks.set_phase, sft.train
+set_phase, train = processes.Ranks.set_phase, sft.train
 
 
 def fail():
@@ -28,8 +28,8 @@ def fail():
     os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
 
-def at_and_fail(self, name):
-    at(self, name)
+def set_phase_and_fail(self, name):
+    set_phase(self, name)
     if self.rank == int(rank) and name == phase != "start":
         fail()
 
@@ -42,11 +42,11 @@ def fail_and_train(cfg, ranks):
         fail()
 
 
-def stop(*words, **options):
+def stop(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-processes.Ranks.set_phase, sft.train = at_and_fail, fail_and_train
+processes.Ranks.set_phase, sft.train = set_phase_and_fail, fail_and_train
 if phase == "lock":
     data.tokenise = stop
 errors.run(sft.record(sft.main))

@@ -1,5 +1,5 @@
-"""docs/fork.md, another optimizer: with and without --optimizer_offload a killed run resumes exactly and one
-moment is saved; a step is a sign; two ranks do the same. Starts in a copy that has the change."""
+"""docs/fork.md, another optimizer: with --optimizer lion, offloaded or not, a killed run resumes exactly and
+one moment is saved; a step is a sign; two ranks do the same. Starts in a copy that has the change."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ from ranks_of import run
 import sft
 from ops import optim
 
-FLAGS = ("--model", TINY, "--batch_size", "2", "--cache_dir", "none", "--lr", "1e-4", "--grad_clip", "0.5",
-         "--weight_decay", "0.1", "--max_steps", "4")
+FLAGS = ("--model", TINY, "--optimizer", "lion", "--batch_size", "2", "--cache_dir", "none", "--lr", "1e-4",
+         "--grad_clip", "0.5", "--weight_decay", "0.1", "--max_steps", "4")
 OFFLOAD = ((), ("--optimizer_offload",))
 
 

@@ -1,5 +1,7 @@
-"""What loading holds: loading_memory.py MODEL prints its parameters, and the bytes that the process holds at most when
-the embedding is read alone, and when all is loaded. Nothing is planted.
+"""Measures the memory of loading: loading_memory.py MODEL
+
+No fault is planted. Prints the number of parameters, then the peak memory in bytes after reading the embedding alone,
+then after loading the model.
 """
 
 import re
@@ -13,7 +15,7 @@ from model import CausalLM
 
 
 def status(key):
-    """Bytes, from /proc: its VmHWM is of this program alone, ru_maxrss begins with that of the parent."""
+    """A figure of /proc/self/status in bytes. Unlike ru_maxrss, VmHWM does not start at the parent's peak."""
     with open("/proc/self/status", encoding="utf-8") as f:
         return int(re.search(key + r":\s+(\d+) kB", f.read())[1]) * 1024
 

@@ -1,4 +1,7 @@
-"""Takes the lock of a file and holds it for a minute: lock_holder.py FILE. Nothing is planted."""
+"""Takes the lock of a file and holds it for a minute: lock_holder.py FILE
+
+No fault is planted.
+"""
 
 import sys
 import time

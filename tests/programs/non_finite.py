@@ -1,7 +1,7 @@
-"""A step that is not finite: non_finite.py TOKENS.json HOW [flags of sft.py]; plant() is also called inside a test.
+"""A run with a step that is not finite: non_finite.py TOKENS.json HOW [flags of sft.py]. A test also calls plant().
 
-Planted: wherever a micro-batch has the conversation of these tokens, its loss and the conversation's own are NaN (HOW
-is loss), or the gradient of the micro-batch is infinite while the loss is not (gradient).
+Planted: if a micro-batch contains the conversation with these tokens, its loss and that of the conversation are NaN
+(HOW is loss), or its gradient is infinite while its loss is finite (gradient).
 """
 
 import json
@@ -15,15 +15,18 @@ from settings import errors
 
 
 def plant(tokens, how):
-    forward, wanted = sft.CausalLM.forward, torch.tensor(tokens)
+    forward, faulty_conversation = sft.CausalLM.forward, torch.tensor(tokens)
 
     def faulty(self, tokens, doc_lengths, target_positions, targets):
-        out, ends = forward(self, tokens, doc_lengths, target_positions, targets), torch.tensor(doc_lengths).cumsum(0)
-        hit = [i for i, part in enumerate(tokens.split(doc_lengths)) if torch.equal(part, wanted)]
-        if hit and how == "loss":
-            each = out.each.masked_fill(torch.searchsorted(ends, target_positions, right=True) == hit[0], math.nan)
+        out = forward(self, tokens, doc_lengths, target_positions, targets)
+        conversations = enumerate(tokens.split(doc_lengths))
+        hits = [i for i, conversation in conversations if torch.equal(conversation, faulty_conversation)]
+        if hits and how == "loss":
+            ends = torch.tensor(doc_lengths).cumsum(0)
+            owners = torch.searchsorted(ends, target_positions, right=True)
+            each = out.each.masked_fill(owners == hits[0], math.nan)
             return out._replace(total=out.total * math.nan, each=each)
-        if hit:
+        if hits:
             out.total.register_hook(lambda grad: grad * math.inf)
         return out
 

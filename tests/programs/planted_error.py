@@ -1,8 +1,8 @@
-"""Errors in three places: planted_error.py CASES.json [flags of sft.py] runs sft.py's entry for each [where, what].
+"""Runs with an error: planted_error.py CASES.json [flags of sft.py] runs sft.py once per [where, what] of the file.
 
-Planted: an error (a function below, by its name) in the training loop (where is loop), in the reading of the data
-(data) or in writing a checkpoint (checkpoint). Each run is a process of its own, a fork, and ends as sft.py would; its
-standard error goes to WHERE.WHAT.err, its output to WHERE.WHAT, and the exit codes to codes.json.
+Planted: the function `what` of this file fails in the training loop (where is loop), while data is read (data) or while
+a checkpoint is written (checkpoint). Each run is a fork of this process and ends as sft.py would. Its standard output
+goes to the file WHERE.WHAT, its standard error to WHERE.WHAT.err, and all exit codes to codes.json.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import sys
 
 import numpy as np
-import torch.fx.experimental.symbolic_shapes  # noqa: F401  a run imports it, in a second
+import torch.fx.experimental.symbolic_shapes  # noqa: F401  every run imports it; here once, as it takes a second
 
 from disk import checkpoint
 from screen.log import Log
@@ -38,7 +38,7 @@ def missing_file():
     open("nowhere.txt", encoding="utf-8")
 
 
-planted = {}  # where -> the function that is called there
+planted = {}  # where -> the function that fails there
 
 
 def planting(function, where):
@@ -52,7 +52,7 @@ def planting(function, where):
 Log.step = planting(Log.step, "loop")
 formats.to_messages = planting(formats.to_messages, "data")
 checkpoint.save = planting(checkpoint.save, "checkpoint")
-import sft  # noqa: E402  behind these, some of which others import by their names
+import sft  # noqa: E402  after the patches, since some modules import these functions by name
 
 with open(sys.argv[1], encoding="utf-8") as f:
     cases = json.load(f)
@@ -68,7 +68,7 @@ for where, what in cases:
             run(sft.record(sft.main))
         except SystemExit as stop:
             code = stop.code
-        except BaseException:  # what Python does with it, but for cleaning up, which takes a second
+        except BaseException:  # as Python does, without the clean-up at exit, which takes a second
             sys.excepthook(*sys.exc_info())
             code = 1
         sys.stderr.flush()

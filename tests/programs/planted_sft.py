@@ -1,7 +1,7 @@
-"""Stands in for sft.py under ranks/launch.py: notes how it was started in LOG (a JSON line), and ends as
-PLANT says.
+"""Replaces sft.py in tests of ranks/launch.py: appends to the file LOG, as a JSON line, how it was started.
 
-PLANT: exit N (in the workers), meet N (wait until N workers are there), hang (ignore what asks to end)
+Planted: what the environment variable PLANT says. exit N: workers exit with code N; meet N: workers wait until N of
+them have started; hang: workers sleep for a minute.
 """
 
 import json
@@ -14,7 +14,7 @@ KEYS = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_AD
         "OMP_NUM_THREADS")
 
 
-def workers():
+def started_workers():
     with open(os.environ["LOG"], encoding="utf-8") as f:
         return sum("RANK" in json.loads(line)["env"] for line in f)
 
@@ -25,10 +25,10 @@ line = {"words": sys.argv[1:], "pid": os.getpid(),
         "safe_path": bool(getattr(sys.flags, "safe_path", False))}
 with open(os.environ["LOG"], "a", encoding="utf-8") as f:
     f.write(json.dumps(line) + "\n")
-what, _, number = os.environ.get("PLANT", "").partition(" ")
-if "RANK" in os.environ and what == "exit":
+fault, _, number = os.environ.get("PLANT", "").partition(" ")
+if "RANK" in os.environ and fault == "exit":
     sys.exit(int(number))
-while what == "meet" and "RANK" in os.environ and workers() < int(number):
+while fault == "meet" and "RANK" in os.environ and started_workers() < int(number):
     time.sleep(0.05)
-if "RANK" in os.environ and what == "hang":
+if "RANK" in os.environ and fault == "hang":
     time.sleep(60)

@@ -1,7 +1,7 @@
-"""A rank that gets a signal: signal_in_phase.py RANK PHASE NUMBER [flags of sft.py], on many ranks.
+"""A rank of a run gets a signal: signal_in_phase.py RANK PHASE NUMBER [flags of sft.py], on many ranks
 
-Planted: rank RANK sends itself the signal NUMBER when it comes to the phase of that name; RANK may be none. Each rank
-adds its exit code, or null, to the file "codes RANK" as a line, and ends with 0.
+Planted: rank RANK sends itself signal NUMBER when it enters phase PHASE; with RANK none, no rank does. Each rank
+appends its exit code (or null) to the file "codes RANK", its own rank, and exits with 0.
 """
 
 import json
@@ -13,16 +13,16 @@ from ranks import processes
 
 victim, phase, number = sys.argv[1:4]
 sys.argv = ["sft.py", *sys.argv[4:]]
-at, code = processes.Ranks.set_phase, None
+set_phase, code = processes.Ranks.set_phase, None
 
 
-def at_and_signal(self, name):
-    at(self, name)
+def set_phase_and_signal(self, name):
+    set_phase(self, name)
     if (str(self.rank), name) == (victim, phase):
         os.kill(os.getpid(), int(number))
 
 
-processes.Ranks.set_phase = at_and_signal
+processes.Ranks.set_phase = set_phase_and_signal
 try:
     sft.main()
 except SystemExit as stop:

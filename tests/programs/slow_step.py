@@ -1,6 +1,6 @@
-"""A run whose first step gets Ctrl-C twice and would take a minute: slow_step.py [flags of sft.py]
+"""A run that gets Ctrl-C twice during a step: slow_step.py [flags of sft.py]
 
-Planted: backward() sends the process two SIGINT and sleeps.
+Planted: backward() sends the process two SIGINT, then sleeps for a minute.
 """
 
 import os
@@ -11,7 +11,7 @@ import sft
 from settings.errors import run
 
 
-def slow(*words, **options):
+def slow(*args, **kwargs):
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)

@@ -1,6 +1,6 @@
-"""Loads a data file through the token cache: slow_tokenise.py FILE MODEL CACHE prints the digest of the data.
+"""Loads a data file through the token cache and prints the digest of the data: slow_tokenise.py FILE MODEL CACHE
 
-Planted: tokenising takes two seconds more, and prints MADE.
+Planted: tokenising takes two more seconds and prints MADE.
 """
 
 import sys
@@ -12,10 +12,10 @@ from text.template import ChatTokenizer
 tokenise = data.tokenise
 
 
-def slow(*arguments):
+def slow(*args):
     print("MADE")
-    time.sleep(2)  # until the others have started, too
-    tokenise(*arguments)
+    time.sleep(2)  # until the other processes have started
+    tokenise(*args)
 
 
 data.tokenise = slow

@@ -1,7 +1,7 @@
-"""A run that warns: warns.py [flags of sft.py], under torchrun.
+"""A run that warns: warns.py [flags of sft.py], under torchrun
 
-Planted: each step warns on every rank, each step on all ranks but 0 warns of something else, and rank 0 prints "the
-ninth" to standard error in step 9; answers to --sample_prompts have 12 tokens at most.
+Planted: in each step, every rank raises the same warning, and all ranks except 0 raise a second one; in step 9, rank 0
+prints "the ninth" to standard error. Answers to --sample_prompts have at most 12 tokens.
 """
 
 import os

@@ -6,7 +6,7 @@ import re
 import pytest
 import transformers
 from data_helpers import DROPS_THINKING, FAMILIES, PLAIN, QWEN3, assert_is, by_hand, tiny
-from helpers import RAW, TINY, chat, chatml, make_directory, runs, target_texts, write
+from helpers import RAW, TINY, chat, chatml, make_directory, mask_spans, target_texts, write
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
 
@@ -93,7 +93,7 @@ def test_the_tools_of_a_row_reach_its_template(tmp_path):
                                            "{%- if tools %}{{- tools[0].name }}{%- endif %}{%- for", 1)
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("q", "a"), "tools": [{"name": "weather"}]}])
-    assert runs(data.load(path, tokenizer, 2048))[0][1].startswith("weather<|im_start|>user\nq")
+    assert mask_spans(data.load(path, tokenizer, 2048))[0][1].startswith("weather<|im_start|>user\nq")
 
 
 def test_a_call_of_a_tool_is_a_target(tmp_path):
@@ -243,7 +243,7 @@ def test_a_prompt_that_the_template_changes_moves_no_target(tmp_path):
     template = chatml("(m.content.replace('secret', '***') if m.role == 'user' else m.content)")
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     path = write(tmp_path / "rows.json", [{"messages": chat("my secret:\nassistant\nHi.", "Hi.")}])
-    shown = [(target, text) for target, text, _ in runs(data.load(path, tokenizer, 2048))]
+    shown = [(target, text) for target, text, _ in mask_spans(data.load(path, tokenizer, 2048))]
     assert shown == [(False, "<|im_start|>user\nmy ***:\nassistant\nHi.<|im_end|>\n<|im_start|>assistant\n"),
                      (True, "Hi.<|im_end|>"), (False, "\n")]
 

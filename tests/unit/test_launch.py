@@ -61,6 +61,7 @@ def test_nodes_and_ports_are_numbers(env, line, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.sh: error: {line}\n")
 
 
+@pytest.mark.repo
 def test_train_sh_is_short():
     with open(os.path.join(ROOT, "train.sh"), encoding="utf-8") as f:
         lines = f.readlines()

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, shared, two_layers
+from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, run_all, two_layers
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -553,7 +553,7 @@ def runs(tmp_path_factory, models, pytestconfig):
         ranks, flags = LAYOUTS[layout]
         plan[f"biased some {layout}"] = ranks, ("--model", models["biased"], *kinds["some"], *flags)
     found = {name: root / name.replace(" ", "_") for name in plan}
-    shared([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
+    run_all([(ranks, (*RUN, *flags, "--output_dir", found[name])) for name, (ranks, flags) in plan.items()], root)
     return found
 
 

@@ -509,6 +509,7 @@ def test_settings_spelled_out_at_their_only_value_are_accepted():
     assert ModelConfig.from_dict({**config, **spelled}) == ModelConfig.from_dict(config)
 
 
+@pytest.mark.repo
 def test_model_knows_nothing_distributed():
     """How many processes there are is the business of other files."""
     with open(model.__file__, encoding="utf-8") as f:

@@ -49,7 +49,7 @@ def test_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "config.yaml").write_text("model: 'ti")
     report.write(tmp_path)
     run = report.Run(tmp_path)
-    assert run.curves()["train"]["loss"] == [None, 2.5] and run.facts()[1][1] == "2.5000"
+    assert run.curves()["train"]["loss"] == [None, 2.5] and run.summary()[1][1] == "2.5000"
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl", "report.html"]  # nothing temporary
 
 

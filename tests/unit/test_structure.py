@@ -158,6 +158,7 @@ def test_sft_may_import_the_check_of_a_step_where_it_is_needed():
     assert not of_tools({"sft.py": "def f():\n    from tools import selfcheck", "tools/selfcheck.py": ""})
 
 
+@pytest.mark.repo
 def test_levels_name_what_there_is(code):
     """Else a module would stand above all, or a level would be of nothing."""
     modules = {module_of(path) for path in code if path.endswith(".py")}
@@ -194,6 +195,7 @@ FILES = {folders: {"ops/loss.py": ""}, top: {**dict.fromkeys(TOP, ""), "optim.py
          of_others: {"model.py": "x = 1  # of each Rank"}}
 
 
+@pytest.mark.repo
 @pytest.mark.parametrize("rule", FILES, ids=lambda rule: rule.__name__)
 def test_files_are_where_they_belong(rule, code):
     assert rule(code) == []

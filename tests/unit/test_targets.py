@@ -5,7 +5,7 @@ import os
 
 import pytest
 from data_helpers import EXAMPLES, assert_is, by_hand, conversations, repeatable, sources, tiny
-from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, runs, target_texts, write
+from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, mask_spans, target_texts, write
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -137,7 +137,7 @@ LITERAL = [
 def test_targets_are_these_tokens(name, row, expected):
     """Answers and <|im_end|> are targets, token by token; prompts, headers and the newline after a turn are
     not."""
-    assert runs(data.load(os.path.join(ROOT, "data", name), tiny, 2048), row) == expected
+    assert mask_spans(data.load(os.path.join(ROOT, "data", name), tiny, 2048), row) == expected
 
 
 # ---- mask(), alone --------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_a_token_that_begins_in_the_header_is_not_a_target(merging, tmp_path):
                                           {"prompt": "q", "response": "Hi"}])
     raw = Tokenizer.from_file(os.path.join(merging, "tokenizer.json"))
     dataset = data.load(path, ChatTokenizer(merging), 2048)
-    assert [text for _, text, _ in runs(dataset, 0, raw)][0].endswith("assistant\n\n")
+    assert [text for _, text, _ in mask_spans(dataset, 0, raw)][0].endswith("assistant\n\n")
     assert target_texts(dataset, 0, raw) == ["Hi<|im_end|>"] == target_texts(dataset, 1, raw)
     unmerged = data.load(path, tiny, 2048)
     assert target_texts(unmerged) == ["\nHi<|im_end|>"]

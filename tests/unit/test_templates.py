@@ -11,7 +11,7 @@ import tarfile
 import types
 
 import pytest
-from helpers import chat, chatml, make_directory, runs, target_texts, write
+from helpers import chat, chatml, make_directory, mask_spans, target_texts, write
 from transformers import AutoTokenizer
 
 import data
@@ -78,7 +78,7 @@ def assert_exact_or_refused(path, tokenizer, messages, expected=None):
     except ValueError as error:
         assert str(error).startswith(f"{path}[0]: ")
     else:
-        assert [text for _, text, _ in runs(dataset, 0, tokenizer.tokenizer)] == expected
+        assert [text for _, text, _ in mask_spans(dataset, 0, tokenizer.tokenizer)] == expected
 
 
 def is_trained(message):
@@ -143,7 +143,7 @@ LITERAL = {  # context, target, context, target, ...
 
 def test_a_conversation_has_these_targets(family, tmp_path):
     """System prompt, two turns, Chinese, emoji, code: every run of context and of targets, literally."""
-    got = runs(loaded(tmp_path / "rows.json", family.ours, TALK), 0, family.ours.tokenizer)
+    got = mask_spans(loaded(tmp_path / "rows.json", family.ours, TALK), 0, family.ours.tokenizer)
     assert [text for _, text, _ in got] == LITERAL[family.name]
     assert [target for target, _, _ in got] == [bool(i % 2) for i in range(len(got))]
 

@@ -129,6 +129,7 @@ def test_each_of_the_124_keys_has_a_row():
         assert row == verl.key_of(key) and f"| `{row}` |" in page, key
 
 
+@pytest.mark.repo
 def test_the_page_is_what_the_tables_say():
     """docs/verl.md is printed from the tables, and has a line for each row."""
     with open(os.path.join(ROOT, "docs", "verl.md"), encoding="utf-8") as f:
