@@ -72,10 +72,10 @@ class Config:
 
     batch_size: int = setting(4, "conversations per optimizer step, over all ranks (the global batch)",
                               env="BATCH_SIZE", low=1, group="steps")
-    batch_tokens: int | None = setting(None, "fill each step to this many tokens; replaces batch_size", low=1)
+    batch_tokens: int | None = setting(None, "fill each step up to N tokens; replaces batch_size", low=1)
     micro_batch_size: int = setting(1, env="MICRO_BATCH_SIZE", low=1,
                                     help="a micro-batch holds at most micro_batch_size × max_length tokens")
-    packing: bool = setting(True, "pack conversations by tokens; off: micro_batch_size of them each",
+    packing: bool = setting(True, "fill micro-batches by tokens; off: micro_batch_size conversations each",
                             env="PACKING")
     epochs: int = setting(3, "passes over the training data", env="NUM_EPOCHS", low=1)
     max_steps: int | None = setting(None, "stop after N steps; overrides epochs", env="MAX_STEPS", low=1)

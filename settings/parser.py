@@ -14,6 +14,7 @@ import difflib
 import inspect
 import os
 import re
+import shutil
 import sys
 import textwrap
 import types
@@ -457,29 +458,39 @@ def write_yaml(config, path):
 
 
 def help_text(cls, fields):
-    """The text of --help: the docstring of cls, and a line for each field and each way to write one."""
-    lines = [inspect.cleandoc(cls.__doc__)]
+    """The text of --help: the docstring of cls, then its fields and the ways to write them.
+
+    As wide as the terminal, at most 110 columns.
+    """
+    width = min(110, shutil.get_terminal_size((110, 24)).columns)
+    lines = []
+
+    def add(flag, text):
+        if len(flag) > 22:
+            lines.append(f"  {flag}")
+            flag = ""
+        lines.extend(textwrap.wrap(text, width, initial_indent=f"  {flag:24}", subsequent_indent=" " * 26))
+
+    for paragraph in inspect.cleandoc(cls.__doc__).split("\n\n"):
+        lines += [*textwrap.wrap(paragraph, width), ""]
+    lines.pop()
     for f in fields.values():
         if f.metadata["group"]:
             lines += ["", f.metadata["group"] + ":"]
         flag = f"--{f.name}" + (f", --no-{f.name}" if f.type is bool and f.default else "")
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         text = f"{f.metadata['help']}{choices} [{default_text(f)}] {f.metadata['env'] or ''}".rstrip()
-        if len(flag) > 22:
-            lines.append(f"  {flag}")
-            flag = ""
-        lines += textwrap.wrap(text, 110, initial_indent=f"  {flag:24}", subsequent_indent=" " * 26)
-    lines += ["", "configuration:", "  --config FILE           read a YAML file with lines of name: value",
-              "  --config-path DIR --config-name NAME",
-              "                          the same, with Hydra's flags",
-              "  name=value              same as --name value"]
+        add(flag, text)
+    lines += ["", "configuration:"]
+    add("--config FILE", "read a YAML file with lines of name: value")
+    add("--config-path DIR --config-name NAME", "the same, with Hydra's flags")
+    add("name=value", "same as --name value")
     if any(f.metadata["env"] for f in fields.values()):
-        lines += ["  a.b=value, +a.b=[x,y]   a key of verl, here and in files (docs/verl.md)",
-                  "  --environment           read variables in CAPITALS, and CONFIG; train.sh adds this"]
+        add("a.b=value, +a.b=[x,y]", "a key of verl, here and in files (docs/verl.md)")
+        add("--environment", "read variables in CAPITALS, and CONFIG; train.sh adds this")
     for field, value in [(f.name, preset) for f in fields.values() for preset in f.metadata["presets"]]:
-        example = f"{field}={value}"
-        lines.append(f"  {example:22}  applies configs/{value}.yaml; only defaults have lower precedence")
-    lines.append("  --explain               print every value and where it came from, then exit")
+        add(f"{field}={value}", f"applies configs/{value}.yaml; only defaults have lower precedence")
+    add("--explain", "print every value and where it came from, then exit")
     return "\n".join(lines)
 
 

@@ -596,6 +596,15 @@ def test_presets_environment_and_flags_of_train_sh(arguments, env, expected, tmp
 # --help, --explain, and errors on the screen
 
 
+def test_help_is_as_wide_as_the_terminal(monkeypatch, capsys):
+    """On 80 columns no line is broken by the terminal. A word that is longer stays in one piece."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert 70 < max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--lr", "--help"], ["nonsense", "--help"]],
                          ids=" ".join)
 def test_help_lists_every_setting_with_its_default(arguments, capsys):
@@ -604,7 +613,7 @@ def test_help_lists_every_setting_with_its_default(arguments, capsys):
         parse(*arguments)
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 120
+    assert max(map(len, printed.splitlines())) <= 110
     entries = re.split(r"\n  (?=--)", printed)
     for field in FIELDS:
         (entry,) = [e for e in entries if re.match(rf"--{field.name}[ ,\n]", e)]
