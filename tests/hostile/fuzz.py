@@ -602,7 +602,7 @@ def case_resume(directory):
     saved = json.dumps(state).encode()
     states = st.one_of(st.just(saved), broken(saved, 2), damaged(state).map(json.dumps).map(str.encode))
     sums = {"step": 7, "files": {checkpoint.STATE: [len(saved), zlib.crc32(saved)]}}
-    manifest = checkpoint.manifest(**sums)
+    manifest = checkpoint.manifest(sums["step"], sums["files"])
 
     def signed(value):
         """A damaged manifest with a checksum that fits it."""
