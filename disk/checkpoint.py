@@ -57,8 +57,8 @@ def start_directory(root, step):
 def write_model(directory, model, optimizer, shard_map, exported):
     """Write the files of a model or adapter directory; return {file: the rank that wrote it}.
 
-    The weight files are the same as those that were read. If there are more ranks than files, each rank
-    writes one file of about equal size instead. An adapter is small and stays one file.
+    The weight files have the same names and tensors as those that were read. If there are more ranks than
+    files, each rank writes one file of about equal size instead. An adapter is small and stays one file.
     """
     masters, dtypes = pretrained.master_weights(model, optimizer), dtypes_of(shard_map)
     names_by_file = {file: list(codes) for file, codes in shard_map.items()}
@@ -206,8 +206,8 @@ def resume_directory(resume_from, root):
         # A kill between the rename of a run's first checkpoint and its link leaves no link.
         directory = latest if os.path.lexists(latest) else os.path.join(root, f"step_{steps[-1]}")
     if not os.path.isdir(directory):
-        raise UserError(f"--resume_from {resume_from}: {directory} is not a directory; use a step directory "
-                        "such as outputs/checkpoints/step_100, or auto")
+        raise UserError(f"--resume_from {resume_from}: directory {directory} does not exist; use a step "
+                        "directory such as outputs/checkpoints/step_100, or auto")
     if not os.path.exists(os.path.join(directory, STATE)):
         raise UserError(f"--resume_from {resume_from}: {directory} has no {STATE}, so no run can resume from "
                         "it; use another step directory, or start a new run from these weights with --model")

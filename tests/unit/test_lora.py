@@ -444,23 +444,23 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     assert merge(step, tmp_path / "small", "--dtype", "bf16") == (0, "")
     for name, dtype in (("small", "BF16"), ("merged", "F32")):
         assert {entry.dtype for entry in pretrained.weight_entries(tmp_path / name).values()} == {dtype}
-    code, said = merge(step, tmp_path / "merged")
-    assert code == 2 and "exists already" in said and said.count("\n") == 1
-    code, said = merge(step, tmp_path / "wrong", "--base", models["untied"])
-    assert code == 2 and "does not fit" in said and not (tmp_path / "wrong").exists()
+    code, stderr = merge(step, tmp_path / "merged")
+    assert code == 2 and "exists already" in stderr and stderr.count("\n") == 1
+    code, stderr = merge(step, tmp_path / "wrong", "--base", models["untied"])
+    assert code == 2 and "does not fit" in stderr and not (tmp_path / "wrong").exists()
     config = files.read_json(step / "adapter_config.json")
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    code, said = merge(step, tmp_path / "nameless")
-    assert code == 2 and "does not name the base model; pass --base" in said
+    code, stderr = merge(step, tmp_path / "nameless")
+    assert code == 2 and "does not name the base model; pass --base" in stderr
     with pytest.raises(ValueError, match="does not name the base model"):
         chat.load(str(step))
     tensors = load_file(step / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, step / "adapter_model.safetensors", {"format": "pt"})
-    code, said = merge(step, tmp_path / "broken", "--base", models["tied"])
-    assert code == 2 and "would not be finite" in said and not (tmp_path / "broken").exists()
-    code, said = merge(tmp_path / "none", tmp_path / "x")
-    assert code == 2 and said.count("\n") == 1 and "none/adapter_config.json" in said
+    code, stderr = merge(step, tmp_path / "broken", "--base", models["tied"])
+    assert code == 2 and "would not be finite" in stderr and not (tmp_path / "broken").exists()
+    code, stderr = merge(tmp_path / "none", tmp_path / "x")
+    assert code == 2 and stderr.count("\n") == 1 and "none/adapter_config.json" in stderr
 
 
 def test_quantised_training_equals_training_on_the_dequantised_base(models, train, tmp_path):

@@ -70,31 +70,31 @@ def loaded(directory, config=None):
     """The CausalLM of a directory, created and loaded as sft.py does it."""
     config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
     with torch.device("meta"):
-        ours = CausalLM(config)
-    ours.to_empty(device="cpu")
-    ours.tie_weights()
-    pretrained.load_weights(ours, directory)
-    return ours
+        net = CausalLM(config)
+    net.to_empty(device="cpu")
+    net.tie_weights()
+    pretrained.load_weights(net, directory)
+    return net
 
 
 def fresh(**config):
     """A CausalLM with random weights, without a directory."""
     torch.manual_seed(0)
-    ours = CausalLM(ModelConfig.from_dict({**SIZES, **config}))
+    net = CausalLM(ModelConfig.from_dict({**SIZES, **config}))
     with torch.no_grad():
-        for name, p in ours.named_parameters():
+        for name, p in net.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.3)
-    return ours
+    return net
 
 
 def random_ids(*shape, seed=1):
     return torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(ours):
+def gradients(net):
     """Return {name: gradient} of a model and reset its gradients."""
-    result = {name: p.grad for name, p in ours.named_parameters()}
-    ours.zero_grad(set_to_none=True)
+    result = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad(set_to_none=True)
     return result
 
 
@@ -155,9 +155,9 @@ LENGTHS = (1, 9, 30, 1, 2, 5, 1)
 @torch.no_grad()
 def test_packed_logits_equal_those_of_each_document_alone(name):
     """A document sees only itself, from position 0, wherever it is in the micro-batch."""
-    ours, tokens = fresh(**PACKED[name]), random_ids(sum(LENGTHS))
-    alone = torch.cat([ours(document, (len(document),)) for document in tokens.split(LENGTHS)])
-    torch.testing.assert_close(ours(tokens, LENGTHS), alone, atol=1e-4, rtol=1e-4)
+    net, tokens = fresh(**PACKED[name]), random_ids(sum(LENGTHS))
+    alone = torch.cat([net(document, (len(document),)) for document in tokens.split(LENGTHS)])
+    torch.testing.assert_close(net(tokens, LENGTHS), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_positions_of_each_document_start_at_zero(monkeypatch):
@@ -176,17 +176,17 @@ def test_positions_of_each_document_start_at_zero(monkeypatch):
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_gradients_are_the_sum_over_the_documents(name):
     """The loss is a sum, so it does not matter whether documents share a micro-batch."""
-    ours, tokens, targets = fresh(**PACKED[name]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
+    net, tokens, targets = fresh(**PACKED[name]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
     targets[::4] = IGNORE
-    packed = model_loss(ours, tokens, LENGTHS, targets)
+    packed = model_loss(net, tokens, LENGTHS, targets)
     packed.backward()
-    together = gradients(ours)
+    together = gradients(net)
     losses = []
     for document, target in zip(tokens.split(LENGTHS), targets.split(LENGTHS)):
-        losses.append(model_loss(ours, document, (len(document),), target))
+        losses.append(model_loss(net, document, (len(document),), target))
         losses[-1].backward()
     torch.testing.assert_close(packed, sum(losses))
-    for key, gradient in gradients(ours).items():
+    for key, gradient in gradients(net).items():
         scale = gradient.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(together[key], gradient, atol=1e-5 * scale, rtol=1e-4, msg=key)
@@ -196,47 +196,47 @@ def test_packed_gradients_are_the_sum_over_the_documents(name):
 def test_generation_equals_transformers_greedy_one(tmp_path, name):
     """Token by token with the cache, from a prompt longer than the window and from a single token."""
     oracle = published(tmp_path, {**SIZES, **CASES[name][0]})
-    ours = loaded(tmp_path)
+    net = loaded(tmp_path)
     for length in (12, 1):
         prompt = random_ids(length)
         expected = oracle.generate(prompt[None], max_new_tokens=40, do_sample=False, pad_token_id=0,
                                    attention_mask=torch.ones(1, length, dtype=torch.long))[0, length:].tolist()
         assert len(set(expected)) > 4  # not one token repeated
-        assert list(generate(ours, prompt.tolist(), 40, eos_ids=())) == expected
+        assert list(generate(net, prompt.tolist(), 40, eos_ids=())) == expected
 
 
 def test_the_sampling_function_gets_the_logits_and_chooses_the_token():
     """It gets the logits that the full text has without a cache, and generation continues with the token it returns."""
-    ours, prompt, calls = fresh(**PACKED["mixed"]), random_ids(7).tolist(), []
+    net, prompt, calls = fresh(**PACKED["mixed"]), random_ids(7).tolist(), []
 
     def least_likely(logits):
         calls.append(logits.clone())
         return int(logits.argmin())
 
-    new = list(generate(ours, prompt, 20, eos_ids=(), sample=least_likely))
+    new = list(generate(net, prompt, 20, eos_ids=(), sample=least_likely))
     with torch.no_grad():
-        logits = ours(torch.tensor(prompt + new[:-1]), (26,))[6:]
+        logits = net(torch.tensor(prompt + new[:-1]), (26,))[6:]
     torch.testing.assert_close(torch.stack(calls), logits, atol=1e-4, rtol=1e-4)
     assert new == logits.argmin(dim=1).tolist()
 
 
 def test_generation_ends_with_an_eos_id_or_at_the_limit():
     """The eos id is the last token that is yielded; without one, max_new_tokens are."""
-    ours, prompt = fresh(**PACKED["full"]), random_ids(5).tolist()
-    free = list(generate(ours, prompt, 12, eos_ids=()))
+    net, prompt = fresh(**PACKED["full"]), random_ids(5).tolist()
+    free = list(generate(net, prompt, 12, eos_ids=()))
     assert len(free) == 12
     last_new = max(free, key=free.index)  # the token whose first occurrence is latest
     never = next(i for i in range(97) if i not in free)
     n_tokens = free.index(last_new) + 1
     assert n_tokens > 3
-    assert list(generate(ours, prompt, 50, eos_ids=(never, last_new))) == free[:n_tokens]
+    assert list(generate(net, prompt, 50, eos_ids=(never, last_new))) == free[:n_tokens]
 
 
 IGNORE = -100  # F.cross_entropy's default mark of a position without a target
 
 
 class WeightHead(Head):
-    """A head whose weight is a given tensor."""
+    """A head with this tensor as its weight."""
 
     def __init__(self, weight):
         torch.nn.Module.__init__(self)
@@ -280,8 +280,8 @@ def test_chunked_loss_is_plain_cross_entropy(chunk):
     loss = chunked(hidden, weight, targets, *([chunk] if chunk else [])).total
     (loss / 3).backward()
     assert loss.dtype == torch.float32 and loss.shape == ()
-    for ours, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
-        torch.testing.assert_close(ours, expected)
+    for result, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
+        torch.testing.assert_close(result, expected)
 
 
 def test_the_loss_of_each_target_is_returned():
@@ -301,9 +301,9 @@ def test_chunked_loss_is_finite_for_large_logits():
     hidden = (hidden.detach() * 100).requires_grad_()
     loss = chunked(hidden, weight, targets, 7).total
     (loss / 3).backward()
-    for ours, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
+    for result, expected in zip((loss.detach(), hidden.grad, weight.grad), plain_loss(hidden, weight, targets)):
         assert expected.isfinite().all()
-        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(result, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_chunked_loss_without_a_target_is_zero():
@@ -397,9 +397,9 @@ def test_a_second_backward_with_retain_graph_is_refused():
     assert torch.equal(hidden.grad, before[0]) and torch.equal(weight.grad, before[1])
 
 
-def assert_near(ours, expected, limit):
+def assert_near(result, expected, limit):
     """The norm of the difference is below `limit` times the norm of `expected`."""
-    assert (ours.float() - expected).norm() < limit * expected.norm()
+    assert (result.float() - expected).norm() < limit * expected.norm()
 
 
 def test_loss_under_bf16_autocast_is_close_to_fp32():
@@ -411,8 +411,8 @@ def test_loss_under_bf16_autocast_is_close_to_fp32():
     assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
     expected = plain_loss(hidden, weight, targets)
     torch.testing.assert_close(loss.detach(), expected[0], rtol=5e-3, atol=0)
-    for ours, theirs in zip((hidden.grad, weight.grad), expected[1:]):
-        assert_near(ours, theirs, 0.02)
+    for gradient, oracle in zip((hidden.grad, weight.grad), expected[1:]):
+        assert_near(gradient, oracle, 0.02)
 
 
 @pytest.mark.parametrize("chunk", [1, 64])
@@ -424,24 +424,24 @@ def test_loss_in_bf16_is_close_to_fp32_for_any_chunk(chunk):
     assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     expected = plain_loss(hidden, weight, targets)
     torch.testing.assert_close(loss.detach(), expected[0], rtol=5e-3, atol=0)
-    for ours, theirs in zip((hidden.grad, weight.grad), expected[1:]):
-        assert_near(ours, theirs, 0.007)
+    for gradient, oracle in zip((hidden.grad, weight.grad), expected[1:]):
+        assert_near(gradient, oracle, 0.007)
 
 
 @pytest.mark.parametrize("how", ["autocast", "parameters"])
 def test_model_in_bf16_is_close_to_fp32(how):
     """Loss and gradients of a packed micro-batch: fp32 parameters under autocast, and parameters cast to bf16."""
-    ours, tokens, targets = fresh(**PACKED["mixed"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
-    exact = model_loss(ours, tokens, LENGTHS, targets)
+    net, tokens, targets = fresh(**PACKED["mixed"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
+    exact = model_loss(net, tokens, LENGTHS, targets)
     exact.backward()
-    expected = gradients(ours)
+    expected = gradients(net)
     if how == "parameters":
-        ours.bfloat16()
+        net.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        loss = model_loss(ours, tokens, LENGTHS, targets)
+        loss = model_loss(net, tokens, LENGTHS, targets)
     loss.backward()
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
-    for name, gradient in gradients(ours).items():
+    for name, gradient in gradients(net).items():
         assert gradient.dtype == (torch.float32 if how == "autocast" else torch.bfloat16)
         assert F.cosine_similarity(gradient.flatten().float(), expected[name].flatten(), dim=0) > 0.98, name
 
@@ -449,21 +449,21 @@ def test_model_in_bf16_is_close_to_fp32(how):
 @pytest.mark.parametrize("frozen", [(), ("embed_tokens",), ("embed_tokens", "norm", "mlp")])
 def test_gradient_checkpointing_is_bitwise_neutral(frozen):
     """No gradient is lost where the first block's input needs none, and each block does run twice."""
-    ours, tokens, targets = fresh(**PACKED["window"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
-    for name, p in ours.named_parameters():
+    net, tokens, targets = fresh(**PACKED["window"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
+    for name, p in net.named_parameters():
         p.requires_grad_(not any(word in name for word in frozen))
     calls = []
-    for i, block in enumerate(ours.model.layers):
+    for i, block in enumerate(net.model.layers):
         block.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
     results = []
     for on in (False, True):
-        ours.model.gradient_checkpointing = on
-        loss = model_loss(ours, tokens, LENGTHS, targets)
+        net.model.gradient_checkpointing = on
+        loss = model_loss(net, tokens, LENGTHS, targets)
         loss.backward()
-        results.append((loss.detach(), gradients(ours)))
+        results.append((loss.detach(), gradients(net)))
     assert calls == [0, 1, 2] + [0, 1, 2, 2, 1, 0]
     assert torch.equal(results[0][0], results[1][0])
-    for name, p in ours.named_parameters():
+    for name, p in net.named_parameters():
         plain, checkpointed = (gradients_[name] for _, gradients_ in results)
         assert (plain is None) == (checkpointed is None) == (not p.requires_grad)
         assert plain is None or torch.equal(plain, checkpointed), name
