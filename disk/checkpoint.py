@@ -187,7 +187,7 @@ def prune(root, keep, step, keep_best_step=None):
 
 
 def rename_for_removal(directory):
-    """Give a step directory a temporary name, so that nobody sees it half removed; return the new path."""
+    """Give a step directory a temporary name, so that no reader sees it half removed; return the new path."""
     doomed = os.path.join(os.path.dirname(directory), f"tmp_old_{os.path.basename(directory)}")
     os.replace(directory, doomed)
     return doomed
@@ -265,11 +265,11 @@ def load_state(directory):
     state = files.read_json(path)
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 1:  # True is an int
-        raise UserError(f"{path}: step must be a whole number of at least 1, it is {step!r:.60}; use "
+        raise UserError(f"{path}: step must be an integer of at least 1, it is {step!r:.60}; use "
                         "--resume_from with another step directory")
     updates = state.setdefault("updates", step)
     if type(updates) is not int or updates < 0:
-        raise UserError(f"{path}: updates must be a whole number of at least 0, it is {updates!r:.60}; use "
+        raise UserError(f"{path}: updates must be an integer of at least 0, it is {updates!r:.60}; use "
                         "--resume_from with another step directory")
     return state
 

@@ -102,7 +102,7 @@ def read_header(path):
                 entries[name] = TensorEntry(path, dtype, shape, position)
                 position += math.prod(shape) * DTYPES[dtype].itemsize
     except SafetensorError as error:
-        raise UserError(f"{path} is torn or not safetensors: {error!s:.300}") from error
+        raise UserError(f"{path} is truncated or not safetensors: {error!s:.300}") from error
     return entries
 
 

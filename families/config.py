@@ -63,7 +63,7 @@ class ModelConfig:
         for key in LARGEST:
             value = config.get(key)
             if (key in sizes or value) and (type(value) is not int or not 1 <= value <= LARGEST[key]):
-                raise UserError(f"config.json: {key} is {value!r:.60}; it must be a whole number from 1 to "
+                raise UserError(f"config.json: {key} is {value!r:.60}; it must be an integer from 1 to "
                                 f"{LARGEST[key]:,}")
         supported = {
             "hidden_act": "silu",

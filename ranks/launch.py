@@ -29,14 +29,14 @@ def variable(name, default):
 
 
 def positive(name, text):
-    """The number of processes or nodes in a text. Exits if it is not a whole number above 0."""
+    """The number of processes or nodes in a text. Exits if it is not a positive integer."""
     if not (text.isascii() and text.isdigit() and int(text)):
         fail(f"{name} {text}: it must be a number, at least 1")
     return int(text)
 
 
 def check_range(name, text, low, high):
-    """Exit if a text is not a whole number from low to high."""
+    """Exit if a text is not an integer from low to high."""
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
         fail(f"{name} {text}: it must be a number from {low} to {high}")
 

@@ -29,7 +29,7 @@ from settings.venv import PROJECT
 LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
-TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty text"}
+TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty text"}
 CONFIG_FLAGS = ("config", "config-path", "config-name")
 # Settings of tools/plan.py that sft.py once had: the config.yaml of an older run has them, switched off.
 PLAN_SETTINGS = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb_per_second")

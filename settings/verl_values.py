@@ -32,7 +32,7 @@ def integer(key, values):
     try:
         return int(values[key])
     except ValueError:
-        raise UserError(f"{key} can't be {values[key]!r}; it must be a whole number") from None
+        raise UserError(f"{key} can't be {values[key]!r}; it must be an integer") from None
 
 
 def micro_batch(key, values, warnings):

@@ -255,7 +255,7 @@ def test_a_state_with_invalid_updates_is_refused(tmp_path, updates):
     """The number of updates must be an integer of at least 0."""
     (tmp_path / "training_state").mkdir()
     (tmp_path / "training_state" / "state.json").write_text(f'{{"step": 7, "updates": {updates}}}')
-    with pytest.raises(UserError, match="state.json: updates must be a whole number of at least 0"):
+    with pytest.raises(UserError, match="state.json: updates must be an integer of at least 0"):
         checkpoint.load_state(str(tmp_path))
 
 
@@ -278,7 +278,7 @@ def test_an_index_with_an_invalid_file_name_is_refused(tmp_path, file):
 def test_a_header_that_claims_too_much_is_refused(tmp_path, content):
     """Immediately, before memory is allocated."""
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="model.safetensors is torn or not safetensors"):
+    with pytest.raises(UserError, match="model.safetensors is truncated or not safetensors"):
         pretrained.weight_entries(str(tmp_path))
 
 

@@ -385,7 +385,7 @@ def test_adapters_that_do_not_fit_are_errors(models, train, tmp_path):
         chat.load(str(models["untied"]), TINY)
     with open(adapter / "adapter_model.safetensors", "r+b") as f:
         f.truncate(1000)
-    with pytest.raises(ValueError, match="is torn or not safetensors"):
+    with pytest.raises(ValueError, match="is truncated or not safetensors"):
         chat.load(str(adapter), str(models["untied"]))
 
 
