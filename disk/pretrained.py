@@ -229,7 +229,7 @@ def shard_map(model, directory):
 
 
 def master_weights(model, optimizer):
-    """{name: the tensor that the optimizer updates, or the parameter without an optimizer}; tied ones twice."""
+    """{name: tensor that the optimizer updates}, or the parameters without one. Lists tied ones twice."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: p if optimizer is None else optimizer.master(p) for name, p in named}
 
