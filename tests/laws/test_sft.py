@@ -282,7 +282,7 @@ def test_best_is_repaired_after_a_kill_between_the_two_links(train, tmp_path):
     (lambda d: os.truncate(d / "model.safetensors", 1_000_000), "model.safetensors has 1,000,000 bytes"),
     (lambda d: os.truncate(d / "training_state" / "tensors.safetensors", 500_000),
      "tensors.safetensors has 500,000 bytes"),
-    (lambda d: os.remove(d / "training_state" / "state.json"), "not a checkpoint"),
+    (lambda d: os.remove(d / "training_state" / "state.json"), "has no training_state/state.json, so no run can resume from it"),
     (lambda d: os.remove(d / "training_state" / "tensors.safetensors"), "tensors.safetensors is missing"),
     (lambda d: (d / "training_state" / "state.json").write_text("{"), "state.json has 1 bytes"),
     (lambda d: os.remove(d / "config.json"), "config.json is missing"),
@@ -429,7 +429,7 @@ def rows(path, value):
 BAD = {  # name: (function of a directory that returns flags, text of the error)
     "no data file": (lambda p: ("--train_data", "nowhere.json"), "nowhere.json: no such data file"),
     "not JSON": (lambda p: rows(p, '[{"prompt": "a",\n "response": }]'), "line 2, column 14"),
-    "unknown shape": (lambda p: rows(p, [{"text": "a"}]), "[0]: unknown row shape, its keys"),
+    "unknown shape": (lambda p: rows(p, [{"text": "a"}]), "[0]: unrecognised columns 'text'; accepted"),
     "empty answer": (lambda p: rows(p, [{"prompt": "a", "response": " "}]), "an empty answer"),
     "role order": (lambda p: rows(p, SYSTEM_LAST), "a system message can only be the first"),
     "no such model": (lambda p: ("--model", "./nowhere"), "./nowhere: no such directory"),

@@ -253,7 +253,7 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
 
 
 @pytest.mark.parametrize("on_prompt", [False, True])
-def test_owners_are_the_conversations_of_the_targets(on_prompt, tmp_path):
+def test_each_target_has_its_conversation(on_prompt, tmp_path):
     """One index of the dataset for each target, whatever the order and the lengths of the conversations.
 
     With on_prompt the first position of a conversation has a target too.
@@ -263,8 +263,8 @@ def test_owners_are_the_conversations_of_the_targets(on_prompt, tmp_path):
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
         owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), conversations_in(batch), strict=True)
                   for _ in pairs]
-        assert batch.owners().dtype == torch.int64
-        assert batch.owners().tolist() == owners
+        assert batch.conversation_of_target().dtype == torch.int64
+        assert batch.conversation_of_target().tolist() == owners
         assert np.bincount(owners, minlength=7)[batch.ids].tolist() == dataset.n_targets[batch.ids].tolist()
 
 
@@ -274,7 +274,7 @@ def test_a_rank_without_conversations_gets_one_token_and_no_target(ids, tmp_path
     dataset = dataset_of([chat(f"q{i}", "answer") for i in range(4)], tmp_path / "rows.json")
     (idle,) = data.micro_batches(dataset, np.array(ids, dtype=int), 60, dp_rank=1, dp_size=2)
     assert idle.tokens.tolist() == [0] and idle.doc_lengths == (1,) and idle.ids.tolist() == ids
-    for tensor in (idle.target_positions, idle.targets, idle.owners()):
+    for tensor in (idle.target_positions, idle.targets, idle.conversation_of_target()):
         assert tensor.shape == (0,) and tensor.dtype == torch.int64
 
 
