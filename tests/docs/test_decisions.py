@@ -17,7 +17,8 @@ def read(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_test_file_and_program_exists(name):
-    named = set(re.findall(r"\b(?:tests|tools|docs|ops|text|disk|ranks|settings|screen)/[\w/.]*\.\w+", read(name)))
+    text = re.sub(r"^\|.*\| later \|.*$", "", read(name), flags=re.M)  # what is planned need not exist
+    named = set(re.findall(r"\b(?:tests|tools|docs|ops|text|disk|ranks|settings|screen)/[\w/.]*\.\w+", text))
     missing = [path for path in named - {"tools/NAME.py"} if not os.path.exists(os.path.join(ROOT, path))]
     assert len(named) > 10 and missing == []
 
