@@ -96,8 +96,8 @@ def test_an_unknown_or_missing_logger_is_an_error_before_anything_is_loaded(trai
     monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb is not installed; run .* -m pip install wandb"):
         train("--logger", "console,wandb")
-    with pytest.raises(ValueError, match="unknown logger 'mlflow'; use console, wandb, tensorboard, trackio"):
-        train("--logger", "mlflow")
+    with pytest.raises(ValueError, match="unknown logger 'logbook'; use console, wandb, tensorboard, trackio"):
+        train("--logger", "logbook")
     assert not (tmp_path / "out").exists()
 
 
