@@ -139,6 +139,7 @@ class Run:
         best = min(evaluated, key=lambda line: line["val_loss"], default={})
         speeds, memory = ([value for value in self.train[name] if math.isfinite(value)]
                           for name in ("tokens_per_second", "peak_memory_gb"))
+        best_note = f"after step {show(best['step'], ',')}" if best else "no validation"
         minutes = round(last.get("seconds", 0) / 60)
         duration = f"{minutes} min"
         if minutes < 2:
@@ -147,8 +148,7 @@ class Run:
             duration = f"{minutes // 60} h {minutes % 60} min"
         return [("Steps", show(last.get("step"), ","), f"{show(last.get('epoch'), '.3g')} epochs"),
                 ("Last loss", show(last.get("loss"), ".4f"), f"{show(first.get('loss'), '.4f')} at step 1"),
-                ("Best val_loss", show(best.get("val_loss"), ".4f"),
-                 f"after step {show(best.get('step'), ',')}"),
+                ("Best val_loss", show(best.get("val_loss"), ".4f"), best_note),
                 ("Tokens per second", show(statistics.median(speeds) if speeds else None, ",.0f"), "median"),
                 ("Peak memory", show(max(memory, default=None), ".2f"), "GiB"),
                 ("Training time", duration, f"for {show(last.get('tokens'), ',')} tokens")]
