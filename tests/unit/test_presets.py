@@ -160,7 +160,7 @@ def test_a_setting_with_an_effect_is_accepted(arguments):
 
 
 def test_a_file_may_have_every_setting(tmp_path):
-    """A run's own config.yaml has all settings: at its default, a setting without effect is no error."""
+    """A run's own config.yaml has all settings: at its default, a setting without effect is not an error."""
     path = str(tmp_path / "config.yaml")
     for config in Toy(), Toy(adapter=True, rank=9), Toy(adapter=True, resume="a"):
         parser.write_yaml(config, path)
