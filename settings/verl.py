@@ -151,7 +151,9 @@ def page():
     for key, entry in entries().items():
         effect = " ".join(f"`--{field}`" for field in entry.get("sets", "").split()) or entry["kind"]
         same = entry.get("same", "").replace("everything", "model,optimizer,extra")
-        if same:
+        if same == "*":
+            effect = "passes silently"
+        elif same:
             effect += ", except for " + ", ".join(f"`{value}`" for value in same.split())
         lines[key] = f"| `{key}` | {effect} | {entry['note']} |"
     places = ", ".join(f"`{prefix}…` is read as `{replacement}…`"

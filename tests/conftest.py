@@ -10,7 +10,7 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny models gain nothing, and ranks share the cores
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not help tiny models
 pytest.register_assert_rewrite("helpers")
 from helpers import EXAMPLES, TINY, metrics  # noqa: E402
 
@@ -39,7 +39,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """A function: flags of sft.py -> the lines of its metrics.jsonl. Runs in tmp_path, into out/ unless told."""
+    """A function: flags of sft.py -> the lines of its metrics.jsonl. Runs in tmp_path; `out` is --output_dir."""
     import sft
 
     def run(*flags, model=TINY, out="out"):

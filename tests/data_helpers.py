@@ -33,7 +33,7 @@ def assert_is(dataset, expected):
 
 
 def mixed(tmp_path, *sizes):
-    """Paths of files with so many rows each."""
+    """Paths of files with these numbers of rows."""
     return [write(tmp_path / f"{i}.json", [{"prompt": f"q{i}", "response": f"r{i} {j}"} for j in range(n)])
             for i, n in enumerate(sizes)]
 

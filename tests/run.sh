@@ -6,7 +6,7 @@
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$("$here/../train.sh" --setup requirements-dev.txt)
-# without a path among the arguments: all tests. The value of an option is no path, as in -k unit
+# without a path among the arguments: all tests. The value of an option is not a path, as in -k unit
 path=none last=
 for word in "$@"; do
     case $last in -[kmnopWc]) ;; *) [ ! -e "${word%%::*}" ] || path=given ;; esac

@@ -33,6 +33,6 @@ def test_the_index_has_every_topic():
 
 
 def test_a_single_test_of_contributing_exists():
-    """The command for one test names one that is there."""
+    """The command for one test names a test that exists."""
     (path, name), = re.findall(r"tests/run\.sh (tests/\S+\.py)::(\w+)", read("CONTRIBUTING.md"))
     assert f"\ndef {name}(" in read(path)

@@ -90,7 +90,7 @@ def test_the_default_suite_is_green_with_the_change(project, name):
 
 @pytest.mark.full
 def test_all_changes_fit_together(project):
-    """None is in the way of another. After make_config.py the tests of settings ask for nothing more."""
+    """No diff conflicts with another. After make_config.py the tests of settings pass."""
     for diff in sections().values():
         apply(diff, project)
     run([sys.executable, "tests/make_config.py"], project)

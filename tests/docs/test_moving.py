@@ -69,7 +69,7 @@ def test_every_flag_on_the_page_exists():
     for line in inline.splitlines():
         text = line.split("|")[2] if line.startswith("|") else line
         named |= set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
-    theirs = {"use_peft", "lora_r", "learning_rate", "nproc_per_node", "config"}  # quoted from their commands
+    theirs = {"use_peft", "lora_r", "learning_rate", "nproc_per_node", "config"}  # quoted from commands of other trainers
     assert named - theirs - {"n_gpus"} <= FIELDS and len(named) > 40
 
 
@@ -84,7 +84,7 @@ def test_every_flag_on_the_page_exists():
     ("train_on_input", "train_on_prompt"), ("packed", "packing"), ("dataset", "train_data"),
     ("eval_dataset", "val_data"), ("ddp_timeout", "timeout"), ("quantization_bit", "quantize"),
     ("fsdp_cpu_offload", "param_offload"), ("enable_activation_checkpointing", "gradient_checkpointing")])
-def test_a_name_of_theirs_is_answered_with_ours(name, ours):
+def test_a_name_of_another_trainer_is_answered_with_the_setting_here(name, ours):
     """If it is typed by habit, the error names the setting here."""
     with pytest.raises(ValueError, match=f"unknown setting '{name}'; the nearest is '{ours}'"):
         parser.parse(sft.Config, [f"--{name}", "1"])

@@ -1,9 +1,9 @@
 """The READMEs and pages of docs/: every command runs, every figure of a plan is printed, settings are true.
 
-The commands run in the order of the pages, as they stand, in a copy of the project, on a machine where only
-.venv has the packages, as train.sh leaves it. What a machine without a hub, GPUs or a second node needs is
-around them: the hub's model is a directory of that name, my.json exists, MAX_STEPS is in the environment,
-srun is a stand-in.
+The commands run unchanged and in the order of the pages, in a copy of the project, on a machine where only
+.venv has the packages, as train.sh leaves it. The tests replace what the machine lacks (hub, GPUs, second
+node): the hub's model is a directory of that name, my.json exists, MAX_STEPS is in the environment, srun is a
+stub.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import sft
 from tools import plan
 
 READMES = [os.path.join(ROOT, name) for name in ("README.md", "README.zh-CN.md")]
-# whose commands are executed, blocks and sentences
+# pages whose commands are executed, in blocks and in sentences
 PAGES = [READMES[0],
          *(os.path.join(ROOT, "docs", name) for name in ("cluster.md", "data.md", "checkpoints.md"))]
 SCALING = os.path.join(ROOT, "docs", "scaling.md")  # commands in sentences, and a table of plans
@@ -88,7 +88,7 @@ def test_both_readmes_have_the_same_structure():
 
 
 @pytest.mark.parametrize("path", [*READMES, *PAGES[1:], SCALING], ids=os.path.basename)
-def test_what_a_page_links_to_is_there(path):
+def test_the_links_of_a_page_exist(path):
     links = re.findall(r"\]\(([^)#:]+)\)", read(path))
     assert links or path not in READMES
     assert [link for link in links if not os.path.exists(os.path.join(os.path.dirname(path), link))] == []
@@ -211,7 +211,7 @@ def start(command, project):
     env |= {"PATH": f"{machine / 'stubs'}:{machine / 'bare' / 'bin'}:/usr/bin:/bin", "MAX_STEPS": "2",
             "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here"}
     if command.startswith("NNODES="):
-        env["MASTER_PORT"] = "29633"  # two nodes do not look for a free one
+        env["MASTER_PORT"] = "29633"  # with two nodes, train.sh does not look for a free port
     if command.startswith("torchrun "):
         command = f"{ACTIVATE}\n{command}"
     return subprocess.Popen(["bash", "-ec", command], cwd=project, env=env, stdin=subprocess.DEVNULL,
@@ -219,7 +219,7 @@ def start(command, project):
 
 
 def shortened(command):
-    """A command that takes less time, and one node for two."""
+    """A command that takes less time and needs no second node."""
     for long, short in SMALLER.items():
         command = command.replace(long, short)
     if "sft.py" in command and "--selfcheck" not in command:
@@ -241,13 +241,14 @@ def commands_in_order():
         else:
             groups += [[line] for line in block if STARTS.match(line)]
     sentences = dict.fromkeys(command for path in [*PAGES, SCALING] for command in inline(path))
-    groups += [[line] for line in sentences if line != "bash tests/run.sh"]  # which is running
+    groups += [[line] for line in sentences if line != "bash tests/run.sh"]  # this suite is running already
     return groups
 
 
 @pytest.mark.full
 def test_every_command_runs(project):
-    """In all pages; what they show of a screen, but for times and steps, is on it; results load elsewhere."""
+    """All commands of all pages succeed and print what the pages show, except times and steps. The checkpoints
+    load in transformers and PEFT."""
     assert all(ACTIVATE in read(path) for path in READMES)
     screens = {}
     for group in commands_in_order():

@@ -222,7 +222,7 @@ def test_99_percent_of_the_turns_must_train_their_stop_token(model, ledger, refu
 
 
 # ----------------------------------------------------------------------------------------------------------
-# anything at all: fuzz.py
+# random files: fuzz.py
 
 
 @pytest.mark.parametrize("target, cases", [("data", 200), ("json", 200), ("parquet", 60), ("tokenizer", 60)])
@@ -302,7 +302,7 @@ TRAPS = {
 
 @pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.parametrize("lines", [True, False], ids=["lines", "array"])
-def test_a_trap(name, lines, tmp_path):
+def test_a_file_made_to_take_time_or_memory(name, lines, tmp_path):
     """Long, deep, large or repeated: trained, or refused, in seconds and with memory of a few times the size."""
     before, piece, times, after, say = TRAPS[name]
     text = before + piece * times + after

@@ -234,7 +234,7 @@ CASES = {
     "index names a 1 MB name": (model, index("a/" * 500_000), "weight_map must name files of the same directory"),
     "index is a list": (model, put("model.safetensors.index.json", "[]"), "weight_map must name files"),
     "index of numbers": (model, index(7), "weight_map must be an object that maps tensor names to file names"),
-    "index of a file that is not there": (model, index("b.safetensors"), "No such file or directory"),
+    "index names a missing file": (model, index("b.safetensors"), "No such file or directory"),
     "index nested 100,000 deep": (model, put("model.safetensors.index.json", "[" * 100_000), "is not JSON"),
     "index is a link out": (model, link("model.safetensors.index.json", "../secret"), "is a link to"),
     "header of 10^12 elements": (model, big([10**12]), "is truncated or not safetensors"),

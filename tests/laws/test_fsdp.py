@@ -60,7 +60,7 @@ def runs(tmp_path_factory, models, pytestconfig):
 
 
 def test_losses_do_not_depend_on_the_layout(runs):
-    """The gradient law over ranks, tp, offload, packing and checkpointing, tied and untied: six steps, 1e-5."""
+    """The gradient law (test_sft.py) over ranks, tp, offload, packing, checkpointing, tied or not: six steps, 1e-5."""
     worst = 0
     for name, directory in runs.items():
         base = metrics(runs[f"{name.split()[0]} one  "])

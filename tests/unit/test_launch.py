@@ -19,7 +19,8 @@ from settings import venv
 
 TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
 PROGRAMS = ["sft.py", "chat.py", *(f"tools/{path.name}" for path in TOOLS if "__main__" in path.read_text())]
-# Packages that users install beside this project: a module of ours with that name would hide one, or be hidden.
+# Packages that users install beside this project. A module here with such a name would hide the package, or be
+# hidden by it.
 PACKAGES = {"verl", "trl", "peft", "datasets", "transformers", "evaluate", "kernels", "accelerate", "torch",
             "numpy", "wandb", "trackio", "tensorboard", "pyarrow", "jinja2", "yaml", "tokenizers"}
 
@@ -256,9 +257,9 @@ def test_a_printed_command_works_in_the_current_directory(monkeypatch, tmp_path)
     assert venv.command("chat.py").startswith(f"{sys.executable} ")
 
 
-def test_no_module_of_ours_has_the_name_of_a_package():
-    """Otherwise `python -m verl.trainer...` in this directory would start ours, and `import evaluate` in a tool
-    would import ours."""
+def test_no_module_has_the_name_of_a_package():
+    """Otherwise `python -m verl.trainer...` in this directory would start a module of this project, and
+    `import evaluate` in a tool would import one."""
     entries = [entry for entry in os.scandir(ROOT) if entry.name[0] not in "._"]
     names = {entry.name.removesuffix(".py") for entry in entries
              if entry.is_dir() or entry.name.endswith(".py")}

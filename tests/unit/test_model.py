@@ -161,7 +161,7 @@ def test_packed_logits_equal_those_of_each_document_alone(name):
 
 
 def test_positions_of_each_document_start_at_zero(monkeypatch):
-    """Logits can not show it: they depend on differences of positions only, as long as fp32 resolves the angles."""
+    """Logits cannot show it: they depend on differences of positions only, as long as fp32 resolves the angles."""
     calls, rope_cos_sin = [], model.rope_cos_sin
 
     def recording(positions, config):
@@ -519,7 +519,7 @@ def test_values_that_equal_what_is_implemented_are_accepted():
 
 
 @pytest.mark.repo
-def test_model_knows_nothing_distributed():
+def test_model_has_no_distributed_code():
     """Only other files know that there may be several processes."""
     with open(model.__file__, encoding="utf-8") as f:
         assert re.search(r"mesh|dtensor|\brank\b|fsdp|torch\.distributed", f.read(), re.I) is None

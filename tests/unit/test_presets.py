@@ -34,7 +34,7 @@ def changed(*arguments):
     (["--environment"], {"MODEL_PATH": "tiny"}, ""), ([], {}, "model: tiny\n"),
     ([], {}, "model: {partial_pretrain: tiny}\n")], ids=str)
 def test_a_preset_is_applied_however_its_model_is_named(arguments, variables, text, monkeypatch, tmp_path):
-    """By a flag, an override, the environment or a file, with our name or verl's. The origin is the preset."""
+    """By a flag, an override, the environment or a file, with the name here or verl's. The origin is the preset."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "run.yaml").write_text(text)
@@ -44,7 +44,7 @@ def test_a_preset_is_applied_however_its_model_is_named(arguments, variables, te
 
 
 def test_only_the_name_of_a_preset_applies_it():
-    """Another model has no preset, and neither has the same model by its path. chat.py has no presets."""
+    """Another model has no preset; the path of the same model applies none either. chat.py has no presets."""
     assert changed("--model", "other")[0] == {"model": "other"}
     path = os.path.join(ROOT, "models", "tiny")
     assert changed("--model", path)[0] == {"model": path}
@@ -160,7 +160,7 @@ def test_a_setting_with_an_effect_is_accepted(arguments):
 
 
 def test_a_file_may_have_every_setting(tmp_path):
-    """A run's own config.yaml has all settings: at its default, a setting without effect is no error."""
+    """A run's own config.yaml has all settings: at its default, a setting without effect is not an error."""
     path = str(tmp_path / "config.yaml")
     for config in Toy(), Toy(adapter=True, rank=9), Toy(adapter=True, resume="a"):
         parser.write_yaml(config, path)

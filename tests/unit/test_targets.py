@@ -146,7 +146,7 @@ STOP = 9
 
 
 class Handmade:
-    """Like tokenizers.Encoding, made of (id, text) for a token, or of a text that belongs to no token."""
+    """Like tokenizers.Encoding, made of (id, text) for a token, or of a text without a token."""
 
     def __init__(self, *pieces):
         self.text, self.ids, self.places = "", [], []

@@ -131,7 +131,7 @@ def test_the_cache_depends_on_the_keys_of_rows(tmp_path):
         formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
 
 
-def test_a_crash_while_caching_leaves_nothing_half(tmp_path, monkeypatch):
+def test_a_crash_while_caching_leaves_no_entry(tmp_path, monkeypatch):
     """An error while writing leaves no entry, and the next load writes it."""
     tokenizer, spec = ChatTokenizer(TINY), VALIDATION
     with monkeypatch.context() as patch:

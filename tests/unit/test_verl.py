@@ -469,5 +469,5 @@ def test_a_length_of_zero_is_refused_beside_micro_batches_by_tokens(parse):
     ["model.lora_alpha=16"], ["model.target_modules=all-linear"], ["trainer.test_freq=after_each_epoch"],
     ["model.lora_adapter_path=a", "model.lora_rank=8", "model.lora_alpha=16"]], ids=" ".join)
 def test_a_repeated_default_of_verl_is_accepted(arguments, parse):
-    """verl's commands repeat defaults. A value without effect is an error only with our own names."""
+    """verl's commands repeat defaults. A value without effect is an error only under the names of this trainer."""
     assert parse("", *arguments)[1] == []
