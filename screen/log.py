@@ -74,11 +74,12 @@ class Warnings(logging.Handler):
         """Print the warnings that other ranks have sent; rank 0 calls it."""
         if not self.store.check(["warnings"]):
             return
-        ranks = {}
+        ranks_by_text = {}
         for rank, text in map(json.loads, self.store.get("warnings").decode().splitlines()):
-            ranks.setdefault(text, []).append(rank)
-        for text in ranks.keys() - self.seen:
-            print(f"warning, rank {', '.join(map(str, sorted(ranks[text])))}: {text}", file=sys.stderr)
+            ranks_by_text.setdefault(text, []).append(rank)
+        for text in ranks_by_text.keys() - self.seen:
+            ranks = ", ".join(map(str, sorted(ranks_by_text[text])))
+            print(f"warning, rank {ranks}: {text}", file=sys.stderr)
             self.seen.add(text)
 
 
@@ -222,9 +223,8 @@ class Log:
             settings = dataclasses.asdict(cfg)
             self.loggers = [
                 Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
-            self.metrics, self.samples = (
-                Lines(os.path.join(self.directory, f"{name}.jsonl"), last_step)
-                for name in ("metrics", "samples"))
+            self.metrics = Lines(os.path.join(self.directory, "metrics.jsonl"), last_step)
+            self.samples = Lines(os.path.join(self.directory, "samples.jsonl"), last_step)
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
@@ -247,7 +247,7 @@ class Log:
 
         print(model_line)
         if tokenizer.is_fallback:
-            print("         it has no chat template; ChatML is used and saved with the model")
+            print("         no chat template in the model; ChatML is used and saved with it")
         print(*train_lines, *val_lines, sep="\n")
         if train_set.mix():
             quotas = " + ".join(f"{n:,}" for n in sampler.quotas)
