@@ -52,7 +52,7 @@ class Config:
         check(self)
 
 
-def sampler(temperature, top_p):
+def sample_function(temperature, top_p):
     """Return a function from logits (V,) to a token id."""
 
     def sample(logits):
@@ -93,8 +93,9 @@ def answer(model, tokenizer, eos_ids, messages, cfg):
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
     tokens = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
+    sample = sample_function(cfg.temperature, cfg.top_p)
     ids, shown = [], ""
-    for token in generate(model, tokens, cfg.max_new_tokens, eos_ids, sampler(cfg.temperature, cfg.top_p)):
+    for token in generate(model, tokens, cfg.max_new_tokens, eos_ids, sample):
         ids.append(token)
         text = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # an incomplete character decodes to this

@@ -298,7 +298,7 @@ def train(cfg, ranks):
             ranks.set_phase(f"evaluation after step {step}")
             val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
             answers = prompts.answer(model, ranks)
-            run.owes_evaluation = bool((val_set or prompts.texts) and ranks.poll_signals())
+            run.owes_evaluation = bool((val_set or prompts.encoded) and ranks.poll_signals())
             if not run.owes_evaluation:
                 is_best = val_set is not None and run.judge(step, val_loss)
                 log.validation(step, val_loss, val_set, answers)

@@ -187,7 +187,7 @@ def prune(root, keep, step, keep_best_step=None):
 
 
 def rename_for_removal(directory):
-    """Give a step directory a temporary name, so that no reader sees it half removed; return the new path."""
+    """Rename a step directory, so that no reader sees it half removed; return its temporary path."""
     temporary = os.path.join(os.path.dirname(directory), f"tmp_old_{os.path.basename(directory)}")
     os.replace(directory, temporary)
     return temporary
@@ -217,8 +217,8 @@ def resume_directory(resume_from, root):
 def verify(directory):
     """Raise UserError, on every rank, unless a step directory is exactly as `save` wrote it.
 
-    A missing, changed or additional file is refused, and so is a directory without a manifest: nothing else
-    tells which files should be there.
+    A missing, changed or additional file is refused, and so is a directory without a manifest, the only list
+    of the files that should be in it.
     """
     path = os.path.join(directory, MANIFEST)
     remedy = ("; use --resume_from with another step directory, or start a new run from these weights with "

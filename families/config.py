@@ -153,8 +153,9 @@ def sliding_windows(config):
     n_full = config.get("max_window_layers", 28)  # the first layers have full attention, in spite of the name
     layer_types = config.get("layer_types") or [
         "full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
-    if not isinstance(layer_types, list) or len(layer_types) != n_layers or any(
-            layer_type not in ("full_attention", "sliding_attention") for layer_type in layer_types):
+    known = ("full_attention", "sliding_attention")
+    if (not isinstance(layer_types, list) or len(layer_types) != n_layers
+            or any(layer_type not in known for layer_type in layer_types)):
         raise UserError(f"config.json: layer_types {layer_types!r:.200} must have full_attention or "
                         f"sliding_attention for each of the {n_layers} layers")
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)

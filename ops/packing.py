@@ -84,14 +84,14 @@ def split_over_ranks(lengths, dp_size):
     lengths  (conversations,) int64, tokens of each, longest first
     returns  (conversations,) int64
 
-    Long conversations decide the squared lengths, short ones can still level the tokens. So:
+    Long conversations decide the squared lengths; short ones can still even out the tokens. So:
 
-    1. Three passes assign the long conversations: down to where the shorter ones hold 1/4 of all tokens, then
-       down to 1/8, then to 1/16. Each conversation goes to the rank with the least squared length so far.
-       No rank takes more than ceil(all tokens / dp_size).
-    2. In these passes a conversation costs its squared length minus what its tokens would cost in short
-       conversations. A rank that gets fewer tokens now gets more short conversations later, and the squared
-       length of those is thus counted in advance. Each pass estimates it anew from what is left.
+    1. Three passes assign the long conversations: until the shorter ones hold 1/4 of all tokens, then 1/8,
+       then 1/16. Each conversation goes to the rank with the least cost so far. No rank takes more than
+       ceil(all tokens / dp_size).
+    2. The cost of a conversation is its squared length, minus the squared length of as many tokens in shorter
+       conversations: a rank that gets fewer tokens now gets more of those in the last pass. Each of the three
+       passes estimates the subtrahend from the conversations that are shorter than its own.
     3. The last pass assigns the rest, each to the rank with the fewest tokens so far.
     """
     if dp_size == 1 or len(lengths) <= dp_size:

@@ -83,7 +83,7 @@ class Warnings(logging.Handler):
             self.seen.add(text)
 
 
-class Lines:
+class JsonLines:
     """A JSON Lines file whose objects have a step. write() hands a line to the system; sync() flushes it.
 
     Opening removes lines after last_step: an interrupted run may have written steps that its checkpoint does
@@ -223,8 +223,8 @@ class Log:
             settings = dataclasses.asdict(cfg)
             self.loggers = [
                 Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
-            self.metrics = Lines(os.path.join(self.directory, "metrics.jsonl"), last_step)
-            self.samples = Lines(os.path.join(self.directory, "samples.jsonl"), last_step)
+            self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last_step)
+            self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last_step)
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
@@ -267,8 +267,8 @@ class Log:
     def print_steps(self, train_set, sampler):
         """Print the number of steps, and what a step of the first epoch holds on average."""
         steps_per_epoch = sampler.per_epoch[0]
-        epochs = counted(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
-        steps = counted(f"{steps_per_epoch:,}", "step")
+        epochs = with_noun(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
+        steps = with_noun(f"{steps_per_epoch:,}", "step")
         fraction = sum(sampler.quotas) / len(train_set) / steps_per_epoch  # of the data, per step
         print(f"steps    {self.total_steps:,} = {epochs} × {steps}; per step about "
               f"{len(train_set) * fraction:.3g} conversations, "
@@ -383,6 +383,6 @@ class Log:
         print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
 
 
-def counted(number, noun):
+def with_noun(number, noun):
     """A number, as text, and its noun: "1 epoch", "1.5 epochs"."""
     return f"{number} {noun}" if number == "1" else f"{number} {noun}s"

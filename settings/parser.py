@@ -26,7 +26,7 @@ from settings import verl
 from settings.errors import UserError
 from settings.venv import PROJECT
 
-LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
+LARGEST_YAML = 2**18  # bytes: verl's full configuration has 40,000
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty text"}

@@ -164,8 +164,9 @@ class ChatTokenizer:
         ends = [(after_last.index(token), -len(token), token) for token in added if token in after_last]
         self.turn_end = min(ends)[2] if ends else None
         self.stop_token_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
-        # The text between question and answer closes the user's turn and then has the header. The beginning
-        # that it shares with the text after an answer is what closes a turn.
+        # Between question and answer, a template closes the user's turn and writes the header. After an
+        # answer it closes the turn too. So the common beginning of these two texts closes a turn; the rest
+        # is the header.
         by_prompt = one[question_end : len(os.path.commonprefix([prompt, one]))]
         by_answer = one[question_end : one.index(reply["content"])]  # if there is no generation prompt
         for between in (by_prompt, by_answer):

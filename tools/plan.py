@@ -289,7 +289,7 @@ def memory(run):
         shard_sizes(run, n, s)[1] * itemsize * t for n, s, itemsize, t in run.parameters if ".layers." in n)
     of_blocks *= not offloads_to_host
     # the gradients that exist when the first block's backward starts
-    finished = held or of_blocks * (n_blocks - 1) // n_blocks
+    finished = held if held else of_blocks * (n_blocks - 1) // n_blocks
     # the root's gradient: what is reduced (only with several dp ranks), and the result
     root_gradient = unsharded_bytes(run, None, reduce_itemsize, only_trained=True)
     root_gradient = root_gradient * (run.dp > 1) + root_gradient // run.dp
@@ -299,9 +299,9 @@ def memory(run):
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += min(PIECE, c.hidden_size * c.intermediate_size) * (8 if run.bf16 else 6)
     tied_gradient = matrix * w * trains_embedding * tied
-    embedding = (held or reduced) + tied_gradient
+    embedding = (held if held else reduced) + tied_gradient
     if run.is_sharded:
-        embedding = (held or of_blocks) + root + 2 * buffer
+        embedding = (held if held else of_blocks) + root + 2 * buffer
         embedding += unsharded_bytes(run, None, w, only_trained=True) + max(tied_gradient, root_gradient)
     recomputed = one - hidden if run.checkpointing else 0  # in backward, so not during the loss
     block_backward = head_gradient + work + root + gathered + block_gradient
