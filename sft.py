@@ -105,7 +105,7 @@ class Config:
     lora_plus_ratio: float = setting(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
     quantize: str | None = setting(None, "QLoRA: store the frozen matrices in 4 bits", ("nf4",),
                                    needs="use_lora", unless="tp or lora_dora")
-    resume_adapter: str | None = setting(None, "start from this adapter (PEFT's too)", needs="use_lora")
+    resume_adapter: str | None = setting(None, "start from this adapter, also one of PEFT", needs="use_lora")
 
     strategy: str = setting("fsdp", "fsdp and fsdp2: FSDP2; megatron: tensor parallel × FSDP2",
                             ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")

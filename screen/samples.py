@@ -66,9 +66,9 @@ class Prompts:
 
 
 class ConversationLosses:
-    """The loss of each conversation when last trained: a sum over its targets, in nats; -1 if never trained.
+    """The loss of each conversation when it was last trained; extremes() reports the highest and lowest.
 
-    Each rank holds the sums that it computed; extremes() adds them up.
+    sums  (conversations,) fp32: nats summed over the targets that this rank computed; -1 if never trained
     """
 
     def __init__(self, dataset, ranks):
