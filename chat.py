@@ -38,7 +38,7 @@ class Config:
 
     model: str = setting("./outputs/checkpoints/latest", "model or adapter directory, hub id, or tiny",
                          group="chat")
-    base: str | None = setting(None, "base model of an adapter; none: the one in its adapter_config.json")
+    base: str | None = setting(None, "base model of an adapter; none: as adapter_config.json names it")
     prompt: str | None = setting(None, "answer this prompt, then exit")
     system: str | None = setting(None, "system message")
     temperature: float = setting(0.0, "0: the most likely token; 1: sample from the model's distribution",
@@ -52,7 +52,7 @@ class Config:
         check(self)
 
 
-def sampler(temperature, top_p):
+def sample_function(temperature, top_p):
     """Return a function from logits (V,) to a token id."""
 
     def sample(logits):
@@ -70,7 +70,8 @@ def load(name, base=None):
 
     Raises UserError if `base` is given for a full model, or if an adapter has no base model.
     """
-    directory, adapter = pretrained.model_directory(name), None
+    directory = pretrained.model_directory(name)
+    adapter = None
     if base and not pretrained.is_adapter(directory):
         raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove --base")
     if pretrained.is_adapter(directory):
@@ -92,8 +93,9 @@ def answer(model, tokenizer, eos_ids, messages, cfg):
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
     tokens = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
+    sample = sample_function(cfg.temperature, cfg.top_p)
     ids, shown = [], ""
-    for token in generate(model, tokens, cfg.max_new_tokens, eos_ids, sampler(cfg.temperature, cfg.top_p)):
+    for token in generate(model, tokens, cfg.max_new_tokens, eos_ids, sample):
         ids.append(token)
         text = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # an incomplete character decodes to this

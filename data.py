@@ -17,7 +17,7 @@ import torch
 
 from ops.packing import ceil_div, pack
 from settings.errors import UserError
-from text.formats import KEYS, data_files, read_file, to_messages
+from text.formats import KEYS, data_files, read_rows, to_messages
 from text.ledger import Ledger
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
@@ -136,11 +136,10 @@ class Conversation(NamedTuple):
 
 def conversations(files, tokenizer, options):
     """Yield lists of up to a thousand Conversations."""
-    rows = ((file, *row) for file, path in enumerate(files) for row in enumerate(read_file(path)))
+    rows = ((file, n, row) for file, path in enumerate(files) for n, row in enumerate(read_rows(path)))
     rows = itertools.islice(rows, options.limit)
     while batch := list(itertools.islice(rows, 1000)):
-        yield [render(file, number, row, f"{files[file]}[{number}]", tokenizer, options)
-               for file, number, row in batch]
+        yield [render(file, n, row, f"{files[file]}[{n}]", tokenizer, options) for file, n, row in batch]
 
 
 def render(file, number, row, where, tokenizer, options):
@@ -161,7 +160,8 @@ def render(file, number, row, where, tokenizer, options):
 def append(conversation, encoding, options, stop_token_id, ledger, writer):
     """Mask one conversation, account for its tokens, and write it if it has a target."""
     length, kept = len(encoding), min(len(encoding), options.max_length)
-    ledger.rows, ledger.tokens = ledger.rows + 1, ledger.tokens + length
+    ledger.rows += 1
+    ledger.tokens += length
     if length > kept and options.too_long == "error":
         raise UserError(f"{conversation.where} has {length} tokens, more than --max_length {kept}; raise it, "
                         "or set --too_long to truncate or drop")
@@ -213,8 +213,8 @@ def make_loss_mask(encoding, spans, text, *, kept, train_on_prompt, stop_token_i
 def token_range(encoding, start, end, text_length):
     """(first, after): the tokens first ... after - 1 lie entirely inside the characters [start, end).
 
-    A token that a merge built across `start` is excluded. The model cannot generate it, as its first
-    characters are in the prompt.
+    A token that begins before `start` and ends after it is excluded. The model cannot generate it, as its
+    first characters are in the prompt.
     """
     def first_from(char):
         while char < text_length:
@@ -244,8 +244,8 @@ class Step(NamedTuple):
 class Sampler:
     """The conversations of steps 1, 2, ...: a pure function of (seed, epoch), so resume needs no state.
 
-    A step holds batch_size conversations, or as many as fit into batch_tokens. The last step of an epoch
-    holds the remaining ones. len(sampler) is max_steps if given, otherwise the steps of all epochs.
+    A step holds batch_size conversations, or as many as fit into batch_tokens; the last one of an epoch may
+    hold fewer. len(sampler) is max_steps if given, otherwise the steps of all epochs.
 
     n_inputs   (n,) Dataset.n_inputs, which batch_tokens limits
     mix        Dataset.mix(): each epoch draws a quota from each group, see mixed_quotas
@@ -263,7 +263,8 @@ class Sampler:
         if batch_tokens and np.max(n_inputs) > batch_tokens:
             raise UserError(f"--batch_tokens {batch_tokens}: the longest conversation has {np.max(n_inputs)} "
                             "tokens; raise it to at least that, or lower --max_length")
-        self.per_epoch, self.total, n = [], 0, sum(self.quotas)
+        self.per_epoch, self.total = [], 0
+        n = sum(self.quotas)
         for epoch in itertools.count() if max_steps else range(epochs):
             steps = len(self.epoch_order(epoch)[1]) - 1 if batch_tokens else ceil_div(n, batch_size)
             self.per_epoch.append(steps)
@@ -300,7 +301,8 @@ class Sampler:
         """The Step with this number, counted from 1."""
         epoch = int(np.searchsorted(self.ends, step))
         if epoch != self.epoch:
-            self.epoch, (self.order, self.cuts) = epoch, self.epoch_order(epoch)
+            self.epoch = epoch
+            self.order, self.cuts = self.epoch_order(epoch)
         index = step - 1 - (int(self.ends[epoch - 1]) if epoch else 0)
         ids = self.order[self.cuts[index] : self.cuts[index + 1]]
         return Step(epoch + (index + 1) / self.per_epoch[epoch], ids)
@@ -322,7 +324,7 @@ def mixed_quotas(counts, weights):
     if not counts.all():
         raise UserError(f"source {counts.argmin() + 1} of the mixed data has no conversation to train on; "
                         "remove it from --train_data")
-    # exact fractions of the decimals as they were typed: the same result on every machine
+    # exact fractions instead of floats: the same result on every machine
     fractions = [Fraction(str(weight)) for weight in weights]
     most = min(int(count) / fraction for count, fraction in zip(counts, fractions))
     quotas = [int(most * fraction) for fraction in fractions]

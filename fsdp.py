@@ -42,7 +42,7 @@ def shard(model, ranks, *, bf16, param_offload):
 
 
 def set_gradient_sync(model, enabled):
-    """Set whether the next backward reduces gradients over dp. Once per step, with its last micro-batch."""
+    """Set whether backward reduces gradients over dp; enabled only for the last micro-batch of a step."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(enabled)
 

@@ -29,10 +29,10 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.scaling, self.dropout = linear.weight, linear.bias, scaling, dropout
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        new = dict(bias=False, device=linear.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(self.in_features, rank, **new)
-        self.lora_B = nn.Linear(rank, self.out_features, **new)
-        magnitude = torch.empty(self.out_features, device=new["device"])
+        device = linear.weight.device
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
+        magnitude = torch.empty(self.out_features, device=device)
         self.lora_magnitude_vector = nn.Parameter(magnitude) if dora else None
 
     def forward(self, x):

@@ -158,8 +158,8 @@ class CausalLM(nn.Module):
         target_positions  (R,) int64, the positions whose next token is a target
         targets           (R,) int64, those next tokens
         past              list of one dict per layer: the key/value cache of generation, updated in place
-        returns           (N, V) logits; (1, V), of the last token, with `past`; or, with targets, a LossOut:
-                          nats summed over the targets, which the caller divides
+        returns           with targets, a LossOut: nats summed over the targets, which the caller divides.
+                          With `past`, logits of the last token, (1, V). Otherwise logits, (N, V)
         """
         hidden = self.model(tokens, doc_lengths, past)
         if targets is not None:

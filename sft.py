@@ -72,10 +72,10 @@ class Config:
 
     batch_size: int = setting(4, "conversations per optimizer step, over all ranks (the global batch)",
                               env="BATCH_SIZE", low=1, group="steps")
-    batch_tokens: int | None = setting(None, "fill each step up to N tokens; replaces batch_size", low=1)
+    batch_tokens: int | None = setting(None, "at most N tokens per step; replaces batch_size", low=1)
     micro_batch_size: int = setting(1, env="MICRO_BATCH_SIZE", low=1,
                                     help="a micro-batch holds at most micro_batch_size × max_length tokens")
-    packing: bool = setting(True, "fill micro-batches by tokens; off: micro_batch_size conversations each",
+    packing: bool = setting(True, "limit micro-batches by tokens; off: to micro_batch_size conversations",
                             env="PACKING")
     epochs: int = setting(3, "passes over the training data", env="NUM_EPOCHS", low=1)
     max_steps: int | None = setting(None, "stop after N steps; overrides epochs", env="MAX_STEPS", low=1)
@@ -105,11 +105,11 @@ class Config:
     lora_plus_ratio: float = setting(1.0, "LoRA+: lr of the B matrices / lr", low=0, needs="use_lora")
     quantize: str | None = setting(None, "QLoRA: store the frozen matrices in 4 bits", ("nf4",),
                                    needs="use_lora", unless="tp or lora_dora")
-    resume_adapter: str | None = setting(None, "start from this adapter (PEFT's too)", needs="use_lora")
+    resume_adapter: str | None = setting(None, "start from this adapter, also one of PEFT", needs="use_lora")
 
     strategy: str = setting("fsdp", "fsdp and fsdp2: FSDP2; megatron: tensor parallel × FSDP2",
                             ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
-    tp: int = setting(1, "tensor-parallel ranks, which share each matrix", env="TP", low=1)
+    tp: int = setting(1, "split each matrix over N ranks (tensor parallel)", env="TP", low=1)
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
                                   env="PARAM_OFFLOAD")
@@ -126,8 +126,8 @@ class Config:
     output_dir: str = setting("./outputs", "directory for checkpoints, metrics and the report",
                               env="OUTPUT_DIR", group="output")
     resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
-    save_steps: int | None = setting(None, "save every N steps; none: per epoch", env="SAVE_STEPS", low=1)
-    keep_checkpoints: int | None = setting(None, "keep newest N; none: all", env="KEEP_CHECKPOINTS", low=1)
+    save_steps: int | None = setting(None, "save every N steps; none: each epoch", env="SAVE_STEPS", low=1)
+    keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or sample_prompts")
     keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
@@ -138,7 +138,7 @@ class Config:
                           env="LOGGER", group="logging")
     project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
-    sample_prompts: str | None = setting(None, "file of prompts to answer when validating: lines or rows")
+    sample_prompts: str | None = setting(None, "prompts to answer at each validation: .txt or a data file")
 
     def __post_init__(self):
         check(self)
@@ -179,10 +179,10 @@ def micro_batches(dataset, ids, cfg, ranks):
 def backward(model, batches, n_targets, ranks, losses=None):
     """Accumulate the gradient of a step over its micro-batches.
 
-    n_targets  target tokens of the whole step, over all ranks. Each micro-batch's summed loss is divided by
-               it, so the gradient does not depend on how the step is split into micro-batches
+    n_targets  target tokens of the step, over all ranks. Each micro-batch's summed loss is divided by it, so
+               the gradient does not depend on how the step is split into micro-batches
     losses     (conversations in the data,) fp32: the loss of each conversation is added to its element
-    returns    () this rank's share of the step's loss, in nats per target token
+    returns    () summed loss of this rank / n_targets; the sum over dp ranks is the loss of the step, in nats
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches, 1):
@@ -231,9 +231,10 @@ def build(cfg, paths, ranks, trains=True):
     returns  (model, optimizer or None). If the device is "meta", the model is neither split, nor allocated,
              nor loaded (tools/plan.py)
 
-    The order of the steps matters: each one needs the one before.
+    The order of the steps below matters: each one needs the one before.
     """
-    bf16, is_meta = cfg.dtype_on(ranks.device) == "bf16", ranks.device.type == "meta"
+    bf16 = cfg.dtype_on(ranks.device) == "bf16"
+    is_meta = ranks.device.type == "meta"
     with torch.device("meta"):
         model = CausalLM(paths.config, cfg.gradient_checkpointing, cfg.compile)
     if not is_meta:
@@ -255,7 +256,8 @@ def build(cfg, paths, ranks, trains=True):
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else ranks.device)
     model.tie_weights()
-    groups, optimizer = optim.parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio), None
+    groups = optim.parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio)
+    optimizer = None
     if trains:
         optimizer = optim.build(optim.AdamW, groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
                                 offload=cfg.optimizer_offload)
@@ -296,7 +298,7 @@ def train(cfg, ranks):
             ranks.set_phase(f"evaluation after step {step}")
             val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
             answers = prompts.answer(model, ranks)
-            run.owes_evaluation = bool((val_set or prompts.texts) and ranks.poll_signals())
+            run.owes_evaluation = bool((val_set or prompts.encoded) and ranks.poll_signals())
             if not run.owes_evaluation:
                 is_best = val_set is not None and run.judge(step, val_loss)
                 log.validation(step, val_loss, val_set, answers)
@@ -343,7 +345,8 @@ def train(cfg, ranks):
             optimizer.step(clip_divisor)
         optimizer.zero_grad()
 
-        run.step, seconds = step, time.perf_counter() - started
+        run.step = step
+        seconds = time.perf_counter() - started
         log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
                  target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
                  peak_memory_gb=memory.peak_memory_gb(ranks.device), changed=meter.changed(),

@@ -16,16 +16,17 @@ has_packages() {
     "$1" - "$2" 2>/dev/null <<'PY'
 import os, re, sys
 from importlib.metadata import version
+def numbers(text):
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
 def check(path):
     for line in open(path):
         if line.startswith("-r "):
             check(os.path.join(os.path.dirname(path), line[3:].strip()))
         elif match := re.match(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", line):
-            have, low, high = (tuple(map(int, re.findall(r"\d+", v)[:2])) if v else None
-                               for v in (version(match[1]), match[2], match[3]))
-            if have < low:
+            have = numbers(version(match[1]))
+            if have < numbers(match[2]):
                 sys.exit(1)
-            if high and have >= high:
+            if match[3] and have >= numbers(match[3]):
                 note = f"{match[1]} {version(match[1])} is newer than what is tested ({match[0]})"
                 os.write(3, f"train.sh: {note}\n".encode())
 sys.version_info >= (3, 10) or sys.exit(1)

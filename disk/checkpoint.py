@@ -187,10 +187,10 @@ def prune(root, keep, step, keep_best_step=None):
 
 
 def rename_for_removal(directory):
-    """Give a step directory a temporary name, so that no reader sees it half removed; return the new path."""
-    doomed = os.path.join(os.path.dirname(directory), f"tmp_old_{os.path.basename(directory)}")
-    os.replace(directory, doomed)
-    return doomed
+    """Rename a step directory, so that no reader sees it half removed; return its temporary path."""
+    temporary = os.path.join(os.path.dirname(directory), f"tmp_old_{os.path.basename(directory)}")
+    os.replace(directory, temporary)
+    return temporary
 
 
 def resume_directory(resume_from, root):
@@ -217,8 +217,8 @@ def resume_directory(resume_from, root):
 def verify(directory):
     """Raise UserError, on every rank, unless a step directory is exactly as `save` wrote it.
 
-    A missing, changed or additional file is refused, and so is a directory without a manifest: what else is
-    missing could not be seen.
+    A missing, changed or additional file is refused, and so is a directory without a manifest, the only list
+    of the files that should be in it.
     """
     path = os.path.join(directory, MANIFEST)
     remedy = ("; use --resume_from with another step directory, or start a new run from these weights with "
@@ -229,15 +229,18 @@ def verify(directory):
         content = files.read_json(path)
     except UserError as error:
         raise UserError(f"{error}{remedy}") from error
-    step, listed = (content.get("step"), content.get("files")) if isinstance(content, dict) else (None, None)
+    if not isinstance(content, dict):
+        content = {}
+    step, listed = content.get("step"), content.get("files")
     with open(path, "rb") as f:
         if type(step) is not int or not is_list_of_files(listed) or f.read() != manifest(step, listed):
             raise UserError(f"{path} is not as it was saved{remedy}")
     name_of_step = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
     if name_of_step and int(name_of_step[1]) != step:
         raise UserError(f"{path} is of step {step}, not of {name_of_step[0]}{remedy}")
-    world_size, faults = pretrained.rank_and_world_size()[1], []
+    world_size = pretrained.rank_and_world_size()[1]
     readers = {name: i % world_size for i, name in enumerate(sorted(listed))}
+    faults = []
     for name, (length, crc) in checksums(directory, readers).items():
         if length < 0:
             faults.append(f"{name} is missing")
@@ -280,8 +283,9 @@ def load_training_tensors(directory, model, optimizer):
     Every rank calls it. Raises UserError, before anything is restored, if the tensors are not those that this
     model and optimizer save.
     """
-    state_directory, entries = os.path.join(directory, STATE_DIRECTORY), {}
+    state_directory = os.path.join(directory, STATE_DIRECTORY)
     updates = load_state(directory)["updates"]
+    entries = {}
     for file in sorted(os.listdir(state_directory)):
         if file.endswith(".safetensors"):
             entries.update(pretrained.read_header(os.path.join(state_directory, file)))
@@ -323,10 +327,12 @@ def checksum(path):
     """
     if not os.path.isfile(path):
         return -1, 0
-    buffer, size, crc = memoryview(bytearray(2**20)), 0, 0
+    buffer = memoryview(bytearray(2**20))
+    size = crc = 0
     with files.naming(path), open(path, "rb", buffering=0) as f:
         while n := f.readinto(buffer):
-            size, crc = size + n, zlib.crc32(buffer[:n], crc)
+            size += n
+            crc = zlib.crc32(buffer[:n], crc)
     return size, crc
 
 
@@ -335,7 +341,8 @@ def checksums(directory, readers):
 
     Every rank calls it. All ranks have read their files when it returns.
     """
-    rank, sums = pretrained.rank_and_world_size()[0], torch.zeros(len(readers), 2, dtype=torch.int64)
+    rank = pretrained.rank_and_world_size()[0]
+    sums = torch.zeros(len(readers), 2, dtype=torch.int64)
     for (name, reader), row in zip(readers.items(), sums):
         if reader == rank:
             row.copy_(torch.tensor(checksum(os.path.join(directory, name))))

@@ -177,7 +177,7 @@ def lora_ranks(entries):
     Raises UserError for a rank outside 1..LARGEST_RANK: an untrusted file may claim any, as a tensor without
     columns takes no bytes.
     """
-    lora_ranks = {}
+    ranks_by_module = {}
     for name, entry in entries.items():
         if ".lora_A." not in name:
             continue
@@ -185,8 +185,8 @@ def lora_ranks(entries):
         rank = entry.shape[0] if entry.shape else 0
         if not 1 <= rank <= LARGEST_RANK:
             raise UserError(f"the adapter of {module} has rank {rank}; it may be from 1 to {LARGEST_RANK:,}")
-        lora_ranks[module] = rank
-    return lora_ranks
+        ranks_by_module[module] = rank
+    return ranks_by_module
 
 
 def scaling_of(name, rank, config):

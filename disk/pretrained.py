@@ -117,8 +117,8 @@ def weight_entries(directory):
     index = os.path.join(directory, INDEX_FILE)
     if not os.path.exists(index):
         return read_header(os.path.join(directory, "model.safetensors"))
-    weight_map = files.read_json(index)
-    weight_map = weight_map.get("weight_map", {}) if isinstance(weight_map, dict) else {}
+    content = files.read_json(index)
+    weight_map = content.get("weight_map", {}) if isinstance(content, dict) else {}
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: weight_map must be an object that maps tensor names to file names, it is "
                         f"{weight_map!r:.60}")
@@ -219,7 +219,7 @@ def load_weights(model, directory, optimizer=None):
 
 
 def shard_map(model, directory):
-    """Which weight file has which tensors, {file name: {tensor name: dtype code}}: saving repeats it."""
+    """{file name: {tensor name: dtype code}} of a directory's weight files; saving repeats them."""
     entries, parameters, _ = match_weights(model, directory)
     tensors_by_file = {}
     for name, entry in entries.items():
@@ -262,7 +262,8 @@ def read_into(entry, tensor, spans=None):
     Beside `tensor` it needs memory for CHUNK elements, or none if the dtypes are equal on the CPU.
     """
     local, local_spans = local_shard(tensor)
-    dtype, rest = DTYPES[entry.dtype], local.view(-1)
+    dtype = DTYPES[entry.dtype]
+    rest = local.view(-1)
     direct = dtype == local.dtype and local.device.type == "cpu"
     buffer = None if direct else torch.empty(min(CHUNK, rest.numel()), dtype=dtype)
     with open(entry.file, "rb", buffering=0) as f:
@@ -302,10 +303,11 @@ def read_quantized(name, entry, tensor, module):
     Raises UserError with the file and the tensor's name for a value that is not finite.
     """
     local, spans = local_shard(tensor)
-    (first, last), columns = spans[0], module.in_features
-    rows = max(1, CHUNK // columns)
-    for start in range(first, last, rows):
-        weight = torch.empty(min(rows, last - start), columns)
+    first, last = spans[0]
+    columns = module.in_features
+    rows_at_once = max(1, CHUNK // columns)
+    for start in range(first, last, rows_at_once):
+        weight = torch.empty(min(rows_at_once, last - start), columns)
         read_into(entry, weight, [(start, start + len(weight)), (0, columns)])
         try:
             module.quantize_rows(local[start - first :][: len(weight)], weight.to(local.device))
@@ -327,7 +329,8 @@ def adapter_shard_map(model):
 
 def assign_to_files(tensors, stem, n_files):
     """Assign {name: tensor}, in order, to n_files files of about equal size; returns {file: names}."""
-    groups, position, total = {}, 0, sum(t.numel() for t in tensors.values())
+    total = sum(t.numel() for t in tensors.values())
+    groups, position = {}, 0
     for name, tensor in tensors.items():
         groups.setdefault(position * n_files // total, []).append(name)
         position += tensor.numel()
@@ -384,8 +387,9 @@ def gather(tensor):
 def write_safetensors(path, tensors):
     """Write {name: tensor} and flush it to the disk. Unchanged tensors give a byte-identical file.
 
-    save_file renames a file to `path` that only its owner can read. We set the mode that open() gives to new
-    files, which needs no os.umask: that can only be read by setting it, for all threads.
+    save_file writes a file that only its owner can read and renames it to `path`. So open() first creates a
+    file whose mode is then set again. os.umask would tell the mode too, but reading it changes it for all
+    threads.
     """
     with files.naming(path):
         with open(path, "wb") as f:
@@ -401,7 +405,7 @@ def rank_and_world_size():
 
 
 def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter_config=None):
-    """{file name: bytes or JSON value} of all that a saved model or adapter directory needs but the weights.
+    """{file name: bytes or JSON value} of all files of a saved model or adapter directory except weights.
 
     directory, config_json  the base model's directory and its parsed config.json
     tokenizer_directory     the directory whose tokenizer files are copied
@@ -422,13 +426,12 @@ def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter
     return exported
 
 
-def generation_config(directory, config, stop_token_id):
+def generation_config(directory, config_json, stop_token_id):
     """The directory's generation_config.json, with stop_token_id, which ends a turn, added to eos_token_id.
 
-    A base Qwen2.5 lists only <|endoftext|>. After training with ChatML it would not stop at the end of its
-    answer.
+    A base Qwen2.5 lists only <|endoftext|>. After training with ChatML it would not stop after its answer.
 
-    config  the parsed config.json, whose ids are used if there is no generation_config.json
+    config_json  the parsed config.json, whose ids are used if there is no generation_config.json
 
     Raises UserError for a malformed file.
     """
@@ -437,7 +440,7 @@ def generation_config(directory, config, stop_token_id):
     if os.path.exists(path):
         generation = files.read_json(path)
     else:
-        generation = {key: config[key] for key in keys if config.get(key) is not None}
+        generation = {key: config_json[key] for key in keys if config_json.get(key) is not None}
     if not isinstance(generation, dict):
         raise UserError(f"{path} must be a JSON object, it is {generation!r:.60}")
     eos_ids = generation.get("eos_token_id")

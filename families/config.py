@@ -39,7 +39,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: dict  # {} or {"rope_type": "linear" | "llama3", ...}
     tie_word_embeddings: bool
-    sliding_windows: tuple  # per layer: how many tokens back each token sees, itself included; None: all
+    sliding_windows: tuple  # per layer: tokens that a token attends to, itself included; None: no limit
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -62,7 +62,8 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for key in LARGEST:
             value = config.get(key)
-            if (key in sizes or value) and (type(value) is not int or not 1 <= value <= LARGEST[key]):
+            is_checked = key in sizes or value  # the other keys are optional
+            if is_checked and (type(value) is not int or not 1 <= value <= LARGEST[key]):
                 raise UserError(f"config.json: {key} is {value!r:.60}; it must be an integer from 1 to "
                                 f"{LARGEST[key]:,}")
         supported = {
@@ -100,7 +101,7 @@ class ModelConfig:
             qkv_bias=bias if family["qkv_bias"] is None else family["qkv_bias"],
             o_bias=bias if family["o_bias"] is None else family["o_bias"],
             mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
-            **rope_settings(config),
+            **rope_fields(config),
         )
 
 
@@ -111,7 +112,7 @@ def check_number(config, key, low):
         raise UserError(f"config.json: {key} is {value!r:.60}; it must be a number of at least {low}")
 
 
-def rope_settings(config):
+def rope_fields(config):
     """{"rope_theta", "rope_scaling"} of a config.json, from the new key (rope_parameters) or the old ones."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -152,8 +153,9 @@ def sliding_windows(config):
     n_full = config.get("max_window_layers", 28)  # the first layers have full attention, in spite of the name
     layer_types = config.get("layer_types") or [
         "full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
-    if not isinstance(layer_types, list) or len(layer_types) != n_layers or any(
-            layer_type not in ("full_attention", "sliding_attention") for layer_type in layer_types):
+    known = ("full_attention", "sliding_attention")
+    if (not isinstance(layer_types, list) or len(layer_types) != n_layers
+            or any(layer_type not in known for layer_type in layer_types)):
         raise UserError(f"config.json: layer_types {layer_types!r:.200} must have full_attention or "
                         f"sliding_attention for each of the {n_layers} layers")
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)

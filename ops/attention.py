@@ -26,7 +26,7 @@ def attend(q, k, v, documents, window):
     q          (N, H, D)
     k, v       (M, K, D); M is N. For a single document M may be larger: its earlier tokens, from a cache
     documents  Documents whose lengths sum to N
-    window     how many tokens back each token sees, itself included; None: all
+    window     each token attends to itself and the window - 1 tokens before it; None: to all before it
 
     With one call per document no mask is built, and nothing is computed across documents. On the CPU, 1,024
     tokens in six documents take 179 ms, one masked call 304 ms.

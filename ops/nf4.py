@@ -68,7 +68,7 @@ def views(packed, columns):
 def empty(rows, columns, device):
     """Uninitialised storage of a (rows, columns) matrix, (rows, bytes) uint8.
 
-    896 columns take 0.525 bytes per weight. The bytes of a row are a multiple of 4.
+    896 columns take 0.527 bytes per weight. The bytes of a row are a multiple of 4.
     """
     blocks = -(-columns // BLOCK)
     used = 8 * -(-blocks // GROUP) + blocks + -(-columns // 2)

@@ -80,7 +80,8 @@ class AdamW:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            states, device = [self.state_of(p) for p in params], params[0].device
+            states = [self.state_of(p) for p in params]
+            device = params[0].device
             # The kernel wants a counter per parameter, and adds 1 to it before use. One allocation for all.
             steps = torch.full((len(params),), float(self.updates), device=device).unbind()
             divisor = None if clip_divisor == 1 else torch.full((), clip_divisor, device=device)

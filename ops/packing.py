@@ -30,12 +30,13 @@ def pack(lengths, capacity, max_conversations=None, dp_rank=0, dp_size=1):
     longest = int(lengths.max(initial=1))
     assert longest <= capacity, (lengths, capacity)
     if max_conversations:
-        # Ranks 0 1 2 2 1 0 0 1 2 ...: each rank gets the same number of conversations, and at any time all
-        # ranks have conversations of about the same length.
-        turns = np.arange(len(lengths)) % (2 * dp_size)
-        ranks = np.minimum(turns, 2 * dp_size - 1 - turns)
+        # Ranks 0 1 2 2 1 0 0 1 2 ...: the numbers of conversations per rank differ by at most one, and in
+        # each round all ranks get conversations of about the same length.
+        position = np.arange(len(lengths)) % (2 * dp_size)
+        ranks = np.minimum(position, 2 * dp_size - 1 - position)
         # Count conversations instead of tokens: this many fit into a micro-batch, whichever they are.
-        sizes, limit = np.ones_like(lengths), min(max_conversations, capacity // longest)
+        limit = min(max_conversations, capacity // longest)
+        sizes = np.ones_like(lengths)
         n_batches = max(1, ceil_div(len(lengths), limit * dp_size))
     else:
         ranks = split_over_ranks(lengths, dp_size)
@@ -83,14 +84,14 @@ def split_over_ranks(lengths, dp_size):
     lengths  (conversations,) int64, tokens of each, longest first
     returns  (conversations,) int64
 
-    Long conversations decide the squared lengths, short ones can still level the tokens. So:
+    Long conversations decide the squared lengths; short ones can still even out the tokens. So:
 
-    1. Three passes assign the long conversations: down to where the shorter ones hold 1/4 of all tokens, then
-       down to 1/8, then to 1/16. Each conversation goes to the rank with the least squared length so far.
-       No rank takes more than an even share of the tokens.
-    2. In these passes a conversation costs its squared length minus what its tokens would cost in short
-       conversations. A rank that gets fewer tokens now gets more short conversations later, and the squared
-       length of those is thus counted in advance. Each pass estimates it anew from what is left.
+    1. Three passes assign the long conversations: until the shorter ones hold 1/4 of all tokens, then 1/8,
+       then 1/16. Each conversation goes to the rank with the least cost so far. No rank takes more than
+       ceil(all tokens / dp_size).
+    2. The cost of a conversation is its squared length, minus the squared length of as many tokens in shorter
+       conversations: a rank that gets fewer tokens now gets more of those in the last pass. Each of the three
+       passes estimates the subtrahend from the conversations that are shorter than its own.
     3. The last pass assigns the rest, each to the rank with the fewest tokens so far.
     """
     if dp_size == 1 or len(lengths) <= dp_size:
@@ -99,7 +100,8 @@ def split_over_ranks(lengths, dp_size):
     # [i]: sum over conversation i and all shorter ones
     tokens_left = np.append(np.cumsum(lengths[::-1])[::-1], 0)
     squares_left = np.append(np.cumsum(squares[::-1])[::-1], 0)
-    total, ranks = int(tokens_left[0]), []
+    total = int(tokens_left[0])
+    ranks = []
     capacity_left = [ceil_div(total, dp_size)] * dp_size
     for divisor in 4, 8, 16:
         stop = int((tokens_left > total // divisor).sum())

@@ -31,14 +31,14 @@ def variable(name, default):
 def positive(name, text):
     """The number of processes or nodes in a text. Exits if it is not a positive integer."""
     if not (text.isascii() and text.isdigit() and int(text)):
-        fail(f"{name} {text}: it must be a number, at least 1")
+        fail(f"{name} {text}: it must be an integer of at least 1")
     return int(text)
 
 
 def check_range(name, text, low, high):
     """Exit if a text is not an integer from low to high."""
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        fail(f"{name} {text}: it must be a number from {low} to {high}")
+        fail(f"{name} {text}: it must be an integer from {low} to {high}")
 
 
 def split_n_gpus(arguments):
@@ -78,14 +78,14 @@ def torchrun(arguments, n_gpus, n_nodes):
     from torch.distributed import run  # imported here: the process that supervises this one needs no torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    port, node_rank = variable("MASTER_PORT", ""), variable("NODE_RANK", "0")
     rendezvous = ["--standalone", "--local_addr", "127.0.0.1"]  # torchrun picks a free port
-    if n_nodes > 1 or port:
-        rendezvous = ["--nnodes", str(n_nodes), "--node_rank", node_rank,
-                      "--master_addr", variable("MASTER_ADDR", "127.0.0.1"), "--master_port", port or "29500"]
-    options = ["--nproc_per_node", str(n_gpus), *rendezvous, "--signals_to_handle", "SIGHUP,SIGQUIT"]
+    if n_nodes > 1 or variable("MASTER_PORT", ""):
+        rendezvous = ["--nnodes", str(n_nodes), "--node_rank", variable("NODE_RANK", "0"),
+                      "--master_addr", variable("MASTER_ADDR", "127.0.0.1"),
+                      "--master_port", variable("MASTER_PORT", "29500")]
+    flags = ["--nproc_per_node", str(n_gpus), *rendezvous, "--signals_to_handle", "SIGHUP,SIGQUIT"]
     try:
-        run.run(run.parse_args([*options, SFT, "--environment", *arguments]))
+        run.run(run.parse_args([*flags, SFT, "--environment", *arguments]))
     except ChildFailedError as error:
         if error.get_first_failure()[1].exitcode != 2:
             raise

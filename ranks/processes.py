@@ -123,12 +123,12 @@ class Ranks:
         No rank closes its connections while another is still in the last collective. Rank 0, which serves the
         store, waits until the others have passed their wait.
         """
-        self.phase = "end"  # not written to the store: there the last phase shows since when others may wait
+        self.phase = "end"  # for report_failure; the store keeps the last phase and the time when it began
         try:
-            for word in ("done", "left"):
-                self.store.set(f"{word} {self.rank}", "")
-                if word == "done" or self.rank == 0:
-                    self.store.wait([f"{word} {rank}" for rank in range(self.world_size)])
+            for state in ("done", "left"):
+                self.store.set(f"{state} {self.rank}", "")
+                if state == "done" or self.rank == 0:
+                    self.store.wait([f"{state} {rank}" for rank in range(self.world_size)])
         except dist.DistStoreError as error:
             self.report_failure(error)
             raise
@@ -137,8 +137,8 @@ class Ranks:
     def report_failure(self, error):
         """Print which rank failed, in which phase, and why; torchrun then ends the others.
 
-        If this rank has waited in vain for another, it raises RuntimeError with that rank's name instead;
-        torchrun repeats the message in its report if this rank is the first to fail. After a time-out the
+        If this rank has waited in vain for another, it raises RuntimeError, which names the other rank. If
+        this rank is the first to fail, torchrun repeats the message in its report. After a time-out the
         other rank is also killed: it may be stopped (SIGSTOP), and then it could not end by itself.
         """
         culprit, now = self.find_culprit(error), time.time()
@@ -157,7 +157,7 @@ class Ranks:
         """The Whereabouts of the rank that this one waited for in vain; None if the error is this rank's own.
 
         For a lock it is the rank that holds it, if a rank does. For a collective it is the rank that has been
-        in its phase for the longest: the others got further.
+        in its phase for the longest: the others have reached a later phase.
         """
         if not isinstance(error, (RuntimeError, LockTimeout)):
             return None
@@ -176,13 +176,16 @@ class Ranks:
 
 
 def is_timeout(error):
-    """Whether an error means that another process did not respond in time. If not, the connection was closed,
-    so that process has ended. gloo, NCCL and the store have no class for it, so this reads the message."""
+    """Whether an error means that another process did not respond in time.
+
+    If not, the connection was closed: that process has ended. gloo, NCCL and the store have no error class
+    for a time-out, so this reads the message.
+    """
     return isinstance(error, LockTimeout) or "imed out" in str(error) or "timeout" in str(error)
 
 
 def check_tp(tp, world_size):
-    """Raise UserError if tp, the number of ranks that share each matrix, does not divide the world size."""
+    """Raise UserError if tp, the number of ranks that split each matrix, does not divide the world size."""
     if world_size % tp:
         divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(f"--tp {tp} does not divide the {world_size} processes; use one of "
@@ -190,13 +193,13 @@ def check_tp(tp, world_size):
 
 
 def start(tp, timeout, deterministic=False):
-    """Join the process group that torchrun describes, or make one of this process alone. Returns its Ranks.
+    """Join the process group that torchrun describes, or create one for this single process.
 
-    tp             number of ranks that share each matrix
+    tp             number of ranks that split each matrix
     timeout        seconds until a rank that does not respond counts as failed
     deterministic  make results on CUDA bit-identical from run to run
 
-    Raises UserError if tp does not divide the number of processes.
+    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -226,6 +229,8 @@ def start(tp, timeout, deterministic=False):
 
 
 def single_process(device):
-    """The Ranks of one process without process group and mesh, for programs that do not train. device may be
-    meta."""
+    """The Ranks of one process without process group and mesh, for programs that do not train.
+
+    device  may be meta
+    """
     return Ranks(rank=0, world_size=1, dp_rank=0, dp_size=1, mesh=None, device=device, store=dist.HashStore())

@@ -74,15 +74,16 @@ class Warnings(logging.Handler):
         """Print the warnings that other ranks have sent; rank 0 calls it."""
         if not self.store.check(["warnings"]):
             return
-        ranks = {}
+        ranks_by_text = {}
         for rank, text in map(json.loads, self.store.get("warnings").decode().splitlines()):
-            ranks.setdefault(text, []).append(rank)
-        for text in ranks.keys() - self.seen:
-            print(f"warning, rank {', '.join(map(str, sorted(ranks[text])))}: {text}", file=sys.stderr)
+            ranks_by_text.setdefault(text, []).append(rank)
+        for text in ranks_by_text.keys() - self.seen:
+            ranks = ", ".join(map(str, sorted(ranks_by_text[text])))
+            print(f"warning, rank {ranks}: {text}", file=sys.stderr)
             self.seen.add(text)
 
 
-class Lines:
+class JsonLines:
     """A JSON Lines file whose objects have a step. write() hands a line to the system; sync() flushes it.
 
     Opening removes lines after last_step: an interrupted run may have written steps that its checkpoint does
@@ -222,9 +223,8 @@ class Log:
             settings = dataclasses.asdict(cfg)
             self.loggers = [
                 Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
-            self.metrics, self.samples = (
-                Lines(os.path.join(self.directory, f"{name}.jsonl"), last_step)
-                for name in ("metrics", "samples"))
+            self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last_step)
+            self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last_step)
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
@@ -247,7 +247,7 @@ class Log:
 
         print(model_line)
         if tokenizer.is_fallback:
-            print("         it has no chat template; ChatML is used and saved with the model")
+            print("         no chat template in the model; ChatML is used and saved with it")
         print(*train_lines, *val_lines, sep="\n")
         if train_set.mix():
             quotas = " + ".join(f"{n:,}" for n in sampler.quotas)
@@ -267,8 +267,8 @@ class Log:
     def print_steps(self, train_set, sampler):
         """Print the number of steps, and what a step of the first epoch holds on average."""
         steps_per_epoch = sampler.per_epoch[0]
-        epochs = counted(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
-        steps = counted(f"{steps_per_epoch:,}", "step")
+        epochs = with_noun(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
+        steps = with_noun(f"{steps_per_epoch:,}", "step")
         fraction = sum(sampler.quotas) / len(train_set) / steps_per_epoch  # of the data, per step
         print(f"steps    {self.total_steps:,} = {epochs} × {steps}; per step about "
               f"{len(train_set) * fraction:.3g} conversations, "
@@ -383,6 +383,6 @@ class Log:
         print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
 
 
-def counted(number, noun):
+def with_noun(number, noun):
     """A number, as text, and its noun: "1 epoch", "1.5 epochs"."""
     return f"{number} {noun}" if number == "1" else f"{number} {noun}s"

@@ -75,14 +75,15 @@ class Run:
     """The contents of an output directory. Raises UserError without metrics.jsonl, the only required file."""
 
     def __init__(self, directory):
-        metrics, config, ledger, samples = (os.path.join(directory, name) for name in (
-            "metrics.jsonl", "config.yaml", "ledger.json", "samples.jsonl"))
+        metrics = os.path.join(directory, "metrics.jsonl")
         if not os.path.exists(metrics):
             raise UserError(f"{directory} is not a run: it has no metrics.jsonl; pass the --output_dir of an "
                             f"sft.py run: {venv.command('tools/report.py')} ./outputs")
-        self.directory, self.val, tokens, seconds = os.fspath(directory), [], 0, 0.0
+        self.directory = os.fspath(directory)
+        self.val = []  # the lines of validations
         # Columns with NaN for gaps: a dict per step would take a kilobyte each.
         self.train = {name: array("d") for name in ("epoch", *AXES, *CURVES)}
+        tokens, seconds = 0, 0.0
         for line in read_lines(metrics):
             tokens += line.get("tokens") or 0
             seconds += line.get("seconds") or 0
@@ -92,19 +93,22 @@ class Run:
                 continue
             for name, values in self.train.items():
                 values.append(math.nan if line.get(name) is None else line[name])
-        self.config, ledger = read_dict(config, yaml.safe_load), read_dict(ledger, json.load)
+        self.config = read_dict(os.path.join(directory, "config.yaml"), yaml.safe_load)
+        ledger = read_dict(os.path.join(directory, "ledger.json"), json.load)
         self.ranks = ledger.get("ranks", 1)
         self.ledger = [ledger["model"], *ledger["train"], *ledger["validation"]] if ledger else []
         self.name = str(self.config.get("run_name") or os.path.basename(os.path.abspath(directory)))
-        texts, by_prompt = list(read_lines(samples)), {}
+        texts = list(read_lines(os.path.join(directory, "samples.jsonl")))
+        by_prompt = {}
         for text in texts:
             if text["kind"] == "sample":
                 by_prompt.setdefault(text["prompt"], []).append(text)
+        # the newest answers, newest first
         self.answers = {prompt: answers[: -MOST_ANSWERS - 1 : -1] for prompt, answers in by_prompt.items()}
         last_step = max((text["step"] for text in texts if text["kind"] != "sample"), default=0)
-        self.worst, self.best = (
-            [text for text in texts if text["kind"] == kind and text["step"] == last_step]
-            for kind in ("worst", "best"))
+        last_texts = [text for text in texts if text["step"] == last_step]
+        self.worst = [text for text in last_texts if text["kind"] == "worst"]
+        self.best = [text for text in last_texts if text["kind"] == "best"]
 
     def curves(self):
         """Return the columns that report.js draws.
@@ -124,7 +128,9 @@ class Run:
                 finite = (i for i in group if math.isfinite(values[i]))
                 kept.add(pick(finite, key=values.__getitem__, default=group[-1]))
         kept = sorted(kept)
-        spans = [[x for x in loss[a + 1 : b + 1] if math.isfinite(x)] for a, b in zip([-1, *kept], kept)]
+        spans = []
+        for previous, point in zip([-1, *kept], kept):
+            spans.append([x for x in loss[previous + 1 : point + 1] if math.isfinite(x)])
         train = {name: [rounded(self.train[name][i]) for i in kept] for name in (*AXES, *CURVES)}
         train["weight"] = [len(span) for span in spans]
         train["mean"] = [sum(span) / len(span) if span else None for span in spans]
@@ -133,12 +139,16 @@ class Run:
 
     def summary(self):
         """Return the figures at the top of the page: [(label, value, note), ...]."""
-        first, last = ({name: as_number(values[i]) for name, values in self.train.items() if values}
-                       for i in (0, -1))
+        def values_at(i):
+            return {name: as_number(values[i]) for name, values in self.train.items() if values}
+
+        def finite(name):
+            return [value for value in self.train[name] if math.isfinite(value)]
+
+        first, last = values_at(0), values_at(-1)
         evaluated = [line for line in self.val if line.get("val_loss") is not None]
         best = min(evaluated, key=lambda line: line["val_loss"], default={})
-        speeds, memory = ([value for value in self.train[name] if math.isfinite(value)]
-                          for name in ("tokens_per_second", "peak_memory_gb"))
+        speeds, memory = finite("tokens_per_second"), finite("peak_memory_gb")
         best_note = f"after step {show(best['step'], ',')}" if best else "no validation"
         minutes = round(last.get("seconds", 0) / 60)
         duration = f"{minutes} min"
@@ -172,7 +182,7 @@ def show(value, spec):
     return "–" if value is None else format(value, spec)
 
 
-def setting(value):
+def setting_text(value):
     """Write a setting's value as on the command line."""
     if value is None:
         return "none"
@@ -186,12 +196,12 @@ def build(directories, path):
         for run in runs:
             run.name = run.directory
     names = dict.fromkeys(name for run in runs for name in run.config)
-    differ = [name for name in names if len({setting(run.config.get(name)) for run in runs}) > 1]
+    differ = [name for name in names if len({setting_text(run.config.get(name)) for run in runs}) > 1]
     style, script, page = assets()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = page.render(runs=runs, curves=[run.curves() for run in runs], differ=differ, style=style,
-                       script=script, digest=digest, setting=setting, command=venv.command, path=venv.quoted,
-                       shell=shlex.quote)
+                       script=script, digest=digest, setting_text=setting_text, command=venv.command,
+                       path=venv.quoted, shell=shlex.quote)
     # errors="replace": the data may contain an unpaired surrogate
     with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
         f.write(text)

@@ -41,19 +41,20 @@ class Prompts:
     """The prompts of --sample_prompts, which the model answers at each validation; empty if it is not set."""
 
     def __init__(self, cfg, tokenizer, eos_ids):
-        self.tokenizer, self.eos_ids, self.texts = tokenizer, eos_ids, []
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.encoded = []  # see read_prompts
         if cfg.sample_prompts:
             keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
-            self.texts = read_prompts(cfg.sample_prompts, tokenizer, keys)
+            self.encoded = read_prompts(cfg.sample_prompts, tokenizer, keys)
 
     def answer(self, model, ranks):
         """Answer with greedy decoding; return [(prompt, answer), ...], fewer if a signal arrives.
 
-        All ranks call it: they compute each token together, and gather each block once per token.
+        All ranks call it: they compute each token together, and all-gather each block once per token.
         """
         answers = []
         model.eval()
-        for prompt, tokens in self.texts:
+        for prompt, tokens in self.encoded:
             if ranks.poll_signals():
                 break
             new = generate(model, tokens, SAMPLE_TOKENS, self.eos_ids,
@@ -65,9 +66,9 @@ class Prompts:
 
 
 class ConversationLosses:
-    """The loss of each conversation when last trained: a sum over its targets, in nats; -1 if never trained.
+    """The loss of each conversation when it was last trained; extremes() reports the highest and lowest.
 
-    Each rank holds the sums that it computed; extremes() adds them up.
+    sums  (conversations,) fp32: nats summed over the targets that this rank computed; -1 if never trained
     """
 
     def __init__(self, dataset, ranks):

@@ -5,7 +5,7 @@ kept with its origin. Precedence: flag or override > environment > --config file
 flag appears twice, the last one counts. An unknown name is an error that suggests the nearest one.
 settings/verl.py knows the names of other trainers.
 
-The environment is read only if the argument --environment is there; train.sh adds it.
+The environment is read only if the argument --environment is given; ranks/launch.py adds it.
 """
 
 import collections
@@ -26,7 +26,7 @@ from settings import verl
 from settings.errors import UserError
 from settings.venv import PROJECT
 
-LARGEST_YAML = 2**18  # bytes: verl's whole configuration has 40,000
+LARGEST_YAML = 2**18  # bytes: verl's full configuration has 40,000
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty text"}
@@ -202,9 +202,9 @@ def read_arguments(argv, fields, positional):
         elif positional and not argument.startswith("-") and not equals:
             line.flags.append(Assignment(positional.pop(0), argument, "flag", f"argument {argument}"))
         elif not argument.startswith("--") and not equals:
-            known = name.replace("-", "_") in fields
-            raise UserError(f"unknown argument {argument!r:.200}; " + (
-                f"did you mean --{name}?" if known else "write --name value or name=value"))
+            is_known = name.replace("-", "_") in fields
+            remedy = f"did you mean --{name}?" if is_known else "write --name value or name=value"
+            raise UserError(f"unknown argument {argument!r:.200}; {remedy}")
         elif name in CONFIG_FLAGS:
             line.files[name] = value if equals else next_value(arguments, name)
         else:
@@ -267,7 +267,7 @@ def config_path(files):
 def translate_verl(assignments, fields):
     """Replace verl's keys by settings of sft.py.
 
-    Returns the assignments, and warnings about keys that change nothing.
+    Returns the new list of assignments, and warnings about keys that change nothing.
     """
     verl_keys = {a.name: (a.text, a.origin, i) for i, a in enumerate(assignments) if a.name not in fields}
     if not verl_keys:
@@ -284,9 +284,9 @@ def translate_verl(assignments, fields):
 def resolve(assignments, fields):
     """Assignments in order of precedence, lowest first -> {field: value}, {field: origin}, explicit fields.
 
-    A field is explicit if a flag or the environment sets it. Exceptions: names of verl, as verl's commands
-    repeat defaults, and a value that only takes back what a file says. Raises UserError if one file sets a
-    field to two values.
+    A field is explicit if a flag or the environment sets it, with two exceptions: keys of verl, whose
+    commands repeat defaults, and a value that resets to the default what a file has set. Raises UserError if
+    one file sets a field to two values.
     """
     values, origins, explicit, previous = {}, {}, set(), {}
     for assignment in assignments:
@@ -296,9 +296,9 @@ def resolve(assignments, fields):
         if in_same_file and values[name] != value:
             raise UserError(f"{assignment.origin}: {name} is {value} here, and {values[name]} at "
                             f"{origins[name]}; remove one of them")
-        resets = value == default != values.get(name, default)
+        is_reset = value == default and values.get(name, default) != default
         explicit.discard(name)
-        if assignment.source in ("flag", "environment") and not assignment.from_verl and not resets:
+        if assignment.source in ("flag", "environment") and not assignment.from_verl and not is_reset:
             explicit.add(name)
         values[name], origins[name], previous[name] = value, assignment.origin, assignment
         if assignment.origin == "environment WANDB_PROJECT":
@@ -352,8 +352,8 @@ def field_name(name, fields):
     if accepts_verl and ("." in name or not near):
         near = difflib.get_close_matches(key, verl.entries(), n=1, cutoff=0.6) or near
     near = [other_names.get(n, n) for n in near if n not in other_names or other_names[n] in fields]
-    raise UserError(f"unknown setting {name!r:.200}" + (f"; the nearest is {near[0]!r}" if near else "")
-                    + "; --help lists them all")
+    nearest = f"; the nearest is {near[0]!r}" if near else ""
+    raise UserError(f"unknown setting {name!r:.200}{nearest}; --help lists them all")
 
 
 def convert(field, text, origin):
@@ -377,7 +377,8 @@ def convert(field, text, origin):
     choices = field.metadata["choices"]
     if choices and text not in choices:
         near = difflib.get_close_matches(text, choices, n=1)
-        raise UserError(rule + f"one of {', '.join(choices)}" + (f" (nearest: {near[0]})" if near else ""))
+        nearest = f" (nearest: {near[0]})" if near else ""
+        raise UserError(f"{rule}one of {', '.join(choices)}{nearest}")
     return text
 
 
@@ -409,7 +410,7 @@ def read_yaml(path, fields):
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: the file must be `name: value` lines")
     assignments = []
-    for name, text, place in list(yaml_values(root, "", path, set())):  # a list: checks the whole file first
+    for name, text, place in list(yaml_values(root, "", path, set())):  # a list: checks the full file first
         if name in PLAN_SETTINGS and name not in fields and text in ("false", "null"):
             continue
         try:

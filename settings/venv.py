@@ -1,4 +1,4 @@
-"""Start a program with any Python: if that lacks torch, the program continues in the .venv of train.sh.
+"""Start a program with any Python: if it has no torch, the program continues in the .venv of train.sh.
 
 This module imports only the standard library: torch and other packages may be missing.
 """
@@ -25,9 +25,9 @@ def enter():
     if importlib.util.find_spec("torch") is not None:
         return
     if not os.path.exists(PYTHON) or sys.prefix == os.path.dirname(os.path.dirname(PYTHON)):
-        program, remedy = os.path.basename(sys.argv[0]), f"bash {quoted('train.sh')} --setup requirements.txt"
-        print(f"{program}: error: {sys.executable} has no torch; {remedy} makes a .venv that has it",
-              file=sys.stderr)
+        program = os.path.basename(sys.argv[0])
+        print(f"{program}: error: {sys.executable} has no torch; bash {quoted('train.sh')} --setup "
+              "requirements.txt makes a .venv that has it", file=sys.stderr)
         sys.exit(2)
     os.execv(PYTHON, [PYTHON, *sys.orig_argv[1:]])  # orig_argv keeps the interpreter's flags, such as -u
 

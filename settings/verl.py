@@ -55,7 +55,7 @@ def key_of(name):
 
 
 def entry_name(key):
-    """The name of the key's own entry, or of the entry for all keys below a parent; None if there is none."""
+    """The entry of a key: its own name, or "parent.*" for all keys below a parent; None without an entry."""
     parents = [key[:i] + ".*" for i, char in enumerate(key + ".") if char == "."]
     names = ["*._target_"] if key.endswith("._target_") else [key, *parents[::-1]]
     return next((name for name in names if name in entries()), None)
@@ -107,7 +107,7 @@ def interpolated(key, given, parents=()):
 
 
 def apply_entry(key, values):
-    """({field: text, or None to leave the field alone}, [warning, ...]) of a key.
+    """({field: text, or None for no change}, [warning, ...]) of a key.
 
     values  {key: text} of all keys
     """
@@ -133,7 +133,7 @@ def happens_anyway(value, same):
     """Whether a value asks for what happens anyway. verl.yaml explains how `same` is written."""
     if same == "everything":  # the contents of a checkpoint
         return {"model", "optimizer", "extra"} <= set(value.split(","))
-    patterns = [os.environ.get(word[1:], "1") if word.startswith("$") else word for word in same.split()]
+    patterns = [os.environ.get(item[1:], "1") if item.startswith("$") else item for item in same.split()]
     return any(fnmatch.fnmatchcase(plain(value), plain(pattern)) for pattern in patterns)
 
 

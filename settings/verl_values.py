@@ -2,7 +2,7 @@
 
 Each is called as (key, values, warnings). values is {key: text} of all keys that are set and not empty;
 warnings is a list to append to. It returns the text of the setting, or one text for each setting if the entry
-sets several; None leaves a setting as it is. Raises UserError for a value that can't be read.
+sets several; None does not change a setting. Raises UserError for a value that can't be read.
 """
 
 import importlib.util

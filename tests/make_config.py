@@ -13,7 +13,7 @@ sys.path.insert(0, ROOT)
 
 HEAD = """\
 # Every setting with its default. Edit a copy and start with: python sft.py --config my.yaml
-# A flag (--lr 1e-5) or an override (lr=1e-5) beats this file. Written by tests/make_config.py.
+# A flag (--lr 1e-5) or lr=1e-5 on the command line overrides this file. Written by tests/make_config.py.
 """
 
 

@@ -59,8 +59,10 @@ def data_files(spec):
                             "directory, the id of a hub dataset, or several of these separated by commas")
         groups.append((weight, files))
     weights = [weight for weight, _ in groups]
-    if None in weights and any(weights) or 0 in weights:
-        raise UserError(f"{spec}: give every source a weight above 0 (a.json:0.7,b.json:0.3), or none")
+    some_lack_weights = None in weights and any(weights)
+    if some_lack_weights or 0 in weights:
+        raise UserError(f"{spec}: either every source needs a weight above 0 (a.json:0.7,b.json:0.3), or "
+                        "none may have one")
     return groups
 
 
@@ -85,18 +87,19 @@ def read_files(spec):
     """
     for _, files in data_files(spec):
         for file in files:
-            for i, row in enumerate(read_file(file)):
+            for i, row in enumerate(read_rows(file)):
                 yield f"{file}[{i}]", row
 
 
-def read_file(path):
+def read_rows(path):
     """Yield the rows of one file. Only a chunk of the file is in memory at a time."""
     with open(path, "rb") as f:
         magic = f.read(4)
     if magic == b"PAR1":
         yield from parquet_rows(path)
         return
-    with (gzip.open if magic[:2] == b"\x1f\x8b" else open)(path, "rt", encoding="utf-8") as f:
+    open_text = gzip.open if magic[:2] == b"\x1f\x8b" else open
+    with open_text(path, "rt", encoding="utf-8") as f:
         try:
             char = f.read(1)
             has_bom = char == "\ufeff"  # Python's utf-8-sig would also drop an incomplete byte order mark
@@ -126,7 +129,7 @@ def parquet_rows(path):
     try:
         import pyarrow.parquet  # optional package: only parquet files need it
     except ImportError as error:
-        raise UserError(f"{path} is a parquet file and needs pyarrow; type: {sys.executable} -m pip install "
+        raise UserError(f"{path} is a parquet file and needs pyarrow; run {sys.executable} -m pip install "
                         "pyarrow") from error
 
     @contextlib.contextmanager
@@ -252,8 +255,8 @@ def to_messages(row, where, keys=KEYS):
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object, not {type(row).__name__}; accepted are {SHAPES}")
-    named, default = (values_of(row, prompt) + values_of(row, response)
-                      for prompt, response in (keys[:2], KEYS[:2]))
+    named = values_of(row, keys[0]) + values_of(row, keys[1])
+    default = values_of(row, KEYS[0]) + values_of(row, KEYS[1])
     turns = next((row[key] for key in (keys[2], KEYS[2], "conversations") if row.get(key)), None)
     has_named_pair = keys[:2] != KEYS[:2] and len(named) == 2
     if isinstance(turns, list) and not has_named_pair:
@@ -273,7 +276,7 @@ def to_messages(row, where, keys=KEYS):
 
 
 def column_flags(row, keys):
-    """For an error: the flags that name the columns of a row. Those passed, if any, name others."""
+    """For an error: the flags that name the columns of a row, and those passed flags that they replace."""
     prompt, response = "COLUMN", "COLUMN"
     if len(row) == 2 and all(re.fullmatch(r"[\w.-]{1,60}", name) for name in row):
         prompt, response = row
@@ -290,12 +293,14 @@ def exchange(question, answer, where):
 
 def alpaca_messages(row, where):
     """The messages of an Alpaca row: instruction, input, output, and history as LLaMA-Factory has it."""
-    question, history = (row["instruction"], row.get("input") or ""), row.get("history") or []
-    if not all(isinstance(text, str) for text in question):
-        raise UserError(f'{where}: "instruction" and "input" must be strings, they are {question!r:.80}')
+    texts = row["instruction"], row.get("input") or ""
+    history = row.get("history") or []
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f'{where}: "instruction" and "input" must be strings, they are {texts!r:.80}')
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
         raise UserError(f'{where}: "history" must be [["question", "answer"], ...], it is {history!r:.60}')
-    pairs = [*history, ("\n".join(filter(None, question)), row["output"])]
+    question = "\n".join(filter(None, texts))
+    pairs = [*history, (question, row["output"])]
     return [message for pair in pairs for message in exchange(*pair, where)]
 
 
@@ -324,8 +329,7 @@ def to_message(turn, where):
         text = next(iter(reasoning.values()))
         message.update({"thinking": text, **reasoning, "reasoning_content": text})
     calls = message["role"] == "assistant" and message.get("tool_calls")
-    if calls and not (isinstance(calls, list) and all(
-            isinstance(call, dict) and isinstance(call.get("function") or call, dict) for call in calls)):
+    if calls and not is_list_of_calls(calls):
         raise UserError(f'{where}: "tool_calls" must be a list of objects, as templates read them, not '
                         f"{calls!r:.60}")
     content = message.get("content")
@@ -338,3 +342,10 @@ def to_message(turn, where):
     if message["role"] == "assistant" and not calls and not content.strip():
         raise UserError(f"{where}: an empty answer; remove the row or write what the model should say")
     return message
+
+
+def is_list_of_calls(calls):
+    """Whether "tool_calls" is [{"name", ...} or {"function": {"name", ...}}, ...]: a list of objects."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return False
+    return all(isinstance(call.get("function") or call, dict) for call in calls)

@@ -51,7 +51,7 @@ class Ledger:
     def check(self, spec, max_length):
         """Raise UserError if no row is trained, or if the model would not learn to end its turn.
 
-        The latter is so if less than 99 % of the trained turns have their stop token as a target.
+        It would not if less than 99 % of the trained turns have their stop token as a target.
         """
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self

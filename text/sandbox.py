@@ -1,4 +1,4 @@
-"""Render an untrusted chat template: no access to Python, and limits on the time and memory that it takes.
+"""Render an untrusted chat template without access to Python, and with limits on its time and memory.
 
 jinja's sandbox keeps a template from Python's attributes. It does not stop one that doubles a text fifty
 times, pads one to a billion characters, or nests loops. Here an operation that makes a larger value adds its
@@ -45,9 +45,9 @@ def template_errors():
 
 
 class Counted(jinja2.visitor.NodeTransformer):
-    """Adds filters to a template's syntax tree, so that Sandbox counts what is no filter or call already.
+    """Adds filters to a template's syntax tree, because Sandbox counts only filters, calls and operators.
 
-    These are iterations of a loop, list, dict and tuple literals, and a ~ b.
+    They are added to iterations of a loop, to list, dict and tuple literals, and to a ~ b.
     """
 
     def filtered(self, node, name):
@@ -192,7 +192,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return counted_filter
 
     def call(self, context, function, /, *values, **named):
-        """Every call in a template. Methods of texts and numbers spend their cost(), others their inputs."""
+        """Every call in a template: methods of texts and numbers spend cost(), others their inputs' size."""
         method = getattr(function, "__wrapped__", function)  # jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, (str, int)):

@@ -111,14 +111,16 @@ class ChatTokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if os.path.exists(path := os.path.join(directory, name)):
                 config.update(parse(read(path), path))
-        named = {k: v.get("content") if isinstance(v, dict) else v
-                 for k, v in config.items() if k.endswith("_token")}
-        self.special = {k: v for k, v in named.items() if isinstance(v, str)}  # bos_token, eos_token, ...
+        self.special = {}  # bos_token, eos_token, ...
+        for key, value in config.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                self.special[key] = content
 
         source = config.get("chat_template")
         if isinstance(source, list):  # several templates by name
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
+            by_name = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = by_name.get("default")
         if os.path.exists(path := os.path.join(directory, "chat_template.jinja")):
             source = read(path)
         self.is_fallback = source is None
@@ -162,8 +164,9 @@ class ChatTokenizer:
         ends = [(after_last.index(token), -len(token), token) for token in added if token in after_last]
         self.turn_end = min(ends)[2] if ends else None
         self.stop_token_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
-        # The text between question and answer closes the user's turn and then has the header. The beginning
-        # that it shares with the text after an answer is what closes a turn.
+        # Between question and answer, a template closes the user's turn and writes the header. After an
+        # answer it closes the turn too. So the common beginning of these two texts closes a turn; the rest
+        # is the header.
         by_prompt = one[question_end : len(os.path.commonprefix([prompt, one]))]
         by_answer = one[question_end : one.index(reply["content"])]  # if there is no generation prompt
         for between in (by_prompt, by_answer):
@@ -251,9 +254,10 @@ class ChatTokenizer:
         return text, [Span(*span, message["train"]) for span, message in zip(spans, answers)]
 
     def cover_quoted_headers(self, text, messages, where, tools):
-        """(text, messages) with other characters for the headers that prompts quote: these begin no answer.
+        """(text, messages) in which other characters replace the headers that prompts quote.
 
-        The text keeps its length, so that offsets in it are right for the original too.
+        A quoted header does not begin an answer. The text keeps its length, so that offsets in it are right
+        for the original too.
         """
         prompts = [m for m in messages if m["role"] != "assistant"]
         if not self.header.strip() or not any(self.header in m["content"] for m in prompts):
@@ -320,7 +324,7 @@ class ChatTokenizer:
         return after_reasoning if after_reasoning and is_certain else place
 
     def find_end(self, text, place, calls):
-        """(where the turn of an answer at `place` ends, whether nothing but its calls is before that end)."""
+        """(end of the turn of an answer at `place`, whether only its calls are between the two)."""
         end = text.find(self.turn_end, place[1]) if self.turn_end and place else -1
         return end + len(self.turn_end or ""), end >= 0 and bool(calls or not text[place[1] : end].strip())
 
@@ -335,7 +339,7 @@ def end_of(content, text):
 def locate(text, content, start, barrier):
     """(start, stop) of content in text, from `start` on; white space may differ, as some templates re-indent.
 
-    None if it is not found, or if the barrier comes before it: then it belongs to another message.
+    None if it is not found, or if the barrier is before it: then it belongs to another message.
     """
 
     def is_barred(position):

@@ -22,7 +22,7 @@ def cache_key(groups, tokenizer, options, program):
     groups     formats.data_files(spec): paths and weights of the data files; their content is hashed too
     tokenizer  a template.ChatTokenizer
     options    an object whose repr determines how conversations are tokenised and masked
-    program    paths of source files that do so; those of text/ are always included
+    program    paths of source files that determine it too; those of text/ are always included
     """
     versions = version("tokenizers"), version("jinja2")
     texts = [repr((groups, tokenizer.source, tokenizer.special, options, versions)), tokenizer.text]

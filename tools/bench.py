@@ -99,7 +99,7 @@ DEFAULT = ("loss", "data", "step", "load", "save", "start")
 PEERS = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}
 PACKAGES = {"trl": ("trl", "transformers", "peft"), "transformers": ("transformers",), None: ()}
 COMPARED = {"trl": ("memory", "data", "step", "start"), "transformers": ("step", "start")}
-UNSTEADY = 5  # the first steps of a run are not counted: they fill caches and allocate buffers
+UNSTEADY = 5  # the first steps of a run are not counted: caches are empty, and buffers are allocated
 
 
 @dataclass
@@ -143,8 +143,10 @@ def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
 
     question, answer  mean of the logarithm of the number of words
     """
-    vocabulary = [word for _, row in formats.read_files(EXAMPLES)
-             for message in formats.to_messages(row, "") for word in message["content"].split()]
+    vocabulary = []
+    for _, row in formats.read_files(EXAMPLES):
+        for message in formats.to_messages(row, ""):
+            vocabulary += message["content"].split()
     generator = random.Random(0)
 
     def text(mu):
@@ -165,8 +167,12 @@ def write_model(directory, config):
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in CausalLM(ModelConfig.from_dict(config)).named_parameters()}
-    tensors = {n: torch.ones(s, dtype=torch.bfloat16) if "norm" in n
-               else torch.randn(s, dtype=torch.bfloat16).mul_(0.02) for n, s in shapes.items()}
+    tensors = {}
+    for name, shape in shapes.items():
+        if "norm" in name:
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            tensors[name] = torch.randn(shape, dtype=torch.bfloat16).mul_(0.02)
     path = os.path.join(directory, "model.safetensors")
     save_file(tensors, path, metadata={"format": "pt"})
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
@@ -196,7 +202,7 @@ def train(directory, n, steps, *flags):
     The first line gets the key "at": the Unix time at which it was written.
     """
     output = os.path.join(directory, "run")
-    path, lines = os.path.join(output, "metrics.jsonl"), []
+    path = os.path.join(output, "metrics.jsonl")
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(launch, n, SFT, "--model", directory, "--output_dir", output, "--cache_dir", "none",
                           "--max_steps", str(steps), "--save_steps", str(steps), *flags)
@@ -259,16 +265,19 @@ def peer_versions(cfg):
 
 def bench_data(cfg, directory):
     versions = peer_versions(cfg)
-    rows = cfg.rows or 20000
-    write_rows(os.path.join(directory, "rows.json"), rows)
-    names, speeds = ["data", "encode"] + ["trl_data"] * bool(cfg.vs), {}
+    n_rows = cfg.rows or 20000
+    write_rows(os.path.join(directory, "rows.json"), n_rows)
+    names = ["data", "encode"]
+    if cfg.vs:
+        names.append("trl_data")
+    speeds = {}
     for i in range(cfg.repeats):  # in turn, each with an empty cache
         for name in names:
             subdirectory = os.path.join(directory, f"{name}_{i}")
             os.makedirs(subdirectory)
             shutil.copy(os.path.join(directory, "rows.json"), subdirectory)
             seconds = start_sides(1, "--side", name, "--directory", subdirectory)[0]["seconds"]
-            speeds.setdefault(name, []).append(rows / seconds)
+            speeds.setdefault(name, []).append(n_rows / seconds)
             shutil.rmtree(subdirectory)
     ratios = {f"data_to_{name}": spread([a / b for a, b in zip(speeds["data"], speeds[name])])
               for name in names[1:]}
@@ -289,8 +298,8 @@ def bench_chat(cfg, directory):
             "transformers": importlib.metadata.version("transformers")}
 
 
-def one_run(name, directory, rows, *flags):
-    """Run one side; return [(seconds, tokens) per step], peak GiB, and seconds until the first step ends."""
+def one_run(name, directory, n_rows, *flags):
+    """Run one side; return [(seconds, tokens) per step], peak GiB, and seconds until the first step ended."""
     started = time.time()
     if name in ("trl_padded", "trl_packed", "plain_loop"):
         result = start_sides(1, "--side", name, "--directory", directory)[0]
@@ -298,7 +307,7 @@ def one_run(name, directory, rows, *flags):
     flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH),
              "--batch_size", str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing",
              "--epochs", "1", *flags)
-    lines = train(directory, 1, -(-rows // BATCH), *flags)
+    lines = train(directory, 1, -(-n_rows // BATCH), *flags)
     steps = [(line["seconds"], line["tokens"]) for line in lines]
     return steps, lines[-1]["peak_memory_gb"], lines[0]["at"] - started
 
@@ -314,7 +323,8 @@ def useful_flops(config, directory):
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     heads = config["num_hidden_layers"] * model.config.num_attention_heads * model.config.head_dim
     dataset = data.load(os.path.join(directory, "rows.json"), ChatTokenizer(directory), LENGTH)
-    sampler, flops = data.Sampler(dataset.n_inputs, epochs=1, seed=42, batch_size=BATCH), []
+    sampler = data.Sampler(dataset.n_inputs, epochs=1, seed=42, batch_size=BATCH)
+    flops = []
     for step in range(1, len(sampler) + 1):
         ids = sampler.step(step).ids
         lengths = dataset.n_inputs[ids].astype(int)
@@ -327,14 +337,15 @@ def bench_step(cfg, directory):
     versions = peer_versions(cfg)
     config = dict(QWEN_05B, num_attention_heads=8, num_key_value_heads=2, **SHAPES[cfg.shape])
     write_model(directory, config)
-    rows = cfg.rows or 48
-    write_rows(os.path.join(directory, "rows.json"), rows, 2.3, 2.9, 1.1)  # median about 120 tokens
+    n_rows = cfg.rows or 48
+    write_rows(os.path.join(directory, "rows.json"), n_rows, 2.3, 2.9, 1.1)  # median about 120 tokens
     results = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []}
                for name in ("sft", *PEERS[cfg.vs])}
-    uses, rates, needed = [], [], sum(useful_flops(config, directory)[1:])
+    needed = sum(useful_flops(config, directory)[1:])
+    uses, rates = [], []
     for _ in range(cfg.repeats):  # in turn
         for name, figures in results.items():
-            steps, peak, start = one_run(name, directory, rows)
+            steps, peak, start = one_run(name, directory, n_rows)
             seconds, tokens = map(sum, zip(*steps[1:]))
             if name == "sft":
                 rates.append(start_sides(1, "--side", "product")[0]["flops"])
@@ -343,22 +354,26 @@ def bench_step(cfg, directory):
                 figure.append(value)
     ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(results["sft"][key], results[name][key])])
               for name in PEERS[cfg.vs] for key in results["sft"]}
-    return {"shape": cfg.shape, **{name: {key: spread(values) for key, values in figures.items()}
-                                   for name, figures in results.items()}, "flops_use": spread(uses),
+    spreads = {}
+    for name, figures in results.items():
+        spreads[name] = {key: spread(values) for key, values in figures.items()}
+    return {"shape": cfg.shape, **spreads, "flops_use": spread(uses),
             "product_gflops": spread([rate / 1e9 for rate in rates]), **ratios, **versions}
 
 
 def bench_start(cfg, directory):
     versions = peer_versions(cfg)
     shutil.copytree(pretrained.model_directory("tiny"), directory, dirs_exist_ok=True)
-    rows = cfg.rows or 48
-    write_rows(os.path.join(directory, "rows.json"), rows)
+    n_rows = cfg.rows or 48
+    write_rows(os.path.join(directory, "rows.json"), n_rows)
     flags = {"sft": (), "sft_cached": ("--cache_dir", os.path.join(directory, "cache"))}
-    names, seconds = [*flags, *PEERS[cfg.vs][:1]], {}
-    one_run("sft_cached", directory, rows, *flags["sft_cached"])  # fills the cache
+    names = [*flags, *PEERS[cfg.vs][:1]]
+    seconds = {}
+    one_run("sft_cached", directory, n_rows, *flags["sft_cached"])  # writes the cache
     for _ in range(cfg.repeats):  # in turn
         for name in names:
-            seconds.setdefault(name, []).append(one_run(name, directory, rows, *flags.get(name, ()))[2])
+            started = one_run(name, directory, n_rows, *flags.get(name, ()))[2]
+            seconds.setdefault(name, []).append(started)
     ratios = {f"{sft}_to_{name}": spread([a / b for a, b in zip(seconds[sft], seconds[name])])
               for name in PEERS[cfg.vs][:1] for sft in flags}
     return {"start_seconds": {name: spread(values) for name, values in seconds.items()}, **ratios, **versions}
@@ -389,7 +404,8 @@ def bench_plan(cfg, directory):
             batch = () if "batch_size" in kind else ("--batch_size", "1")
             flags = ("--max_length", str(length), *batch, *kind.split())
             printed = launch(1, os.path.join(PROJECT, "tools", "plan.py"), "--model", directory, *flags)
-            planned = float(next(text for text in printed.splitlines() if text.startswith("peak")).split()[1])
+            peak_line = next(text for text in printed.splitlines() if text.startswith("peak"))
+            planned = float(peak_line.split()[1])
             steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
             assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)
             modules = ["sft", "tools.bench"]  # tools.bench takes about as much memory as the tokenizer

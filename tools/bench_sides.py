@@ -80,9 +80,11 @@ def side_loss(cfg):
     def chunked():
         loss(hidden, head, positions, targets[positions]).total.backward()
 
+    compute = plain if cfg.side == "plain" else chunked
+
     def action():
         hidden.grad = head.weight.grad = None
-        (plain if cfg.side == "plain" else chunked)()
+        compute()
 
     return timed(action, cfg.repeats)
 
@@ -138,7 +140,7 @@ def side_save(cfg):
 
 
 def copy(source, target, flush):
-    """Copy a directory, with `flush` to the disk; delete the copy. Returns the seconds that copying took."""
+    """Copy a directory (flush: and flush it to the disk), delete the copy; return the seconds of copying."""
     start = time.perf_counter()
     shutil.copytree(source, target)
     if flush:
@@ -182,7 +184,8 @@ def side_step(cfg):
     """
     import transformers
 
-    path, ends, tokens = os.path.join(cfg.directory, "rows.json"), [time.perf_counter()], []
+    path = os.path.join(cfg.directory, "rows.json")
+    ends, tokens = [time.perf_counter()], []
     if cfg.side == "plain_loop":
         model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
         tokenizer = ChatTokenizer(cfg.directory)
@@ -233,14 +236,15 @@ def side_step(cfg):
 
 
 def prompts_and_completions(path):
-    """The conversations in the form whose prompt TRL masks, as sft.py does; in "messages" it trains all."""
+    """The conversations as prompt and completion: TRL masks the prompt of these, not that of messages."""
     return [{"prompt": row["messages"][:1], "completion": row["messages"][1:]}
             for row in files.read_json(path)]
 
 
 def side_data(cfg):
     """Seconds to prepare cfg.rows conversations: with data.load, with the tokenizer alone, or with TRL."""
-    model, path = pretrained.model_directory(cfg.model), os.path.join(cfg.directory, "rows.json")
+    model = pretrained.model_directory(cfg.model)
+    path = os.path.join(cfg.directory, "rows.json")
     tokenizer = ChatTokenizer(model)
     if cfg.side == "encode":
         texts = [tokenizer.render(formats.to_messages(row, where)) for where, row in formats.read_files(path)]

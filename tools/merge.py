@@ -33,7 +33,7 @@ class Config:
 
     adapter: str = setting("./outputs/checkpoints/latest", "adapter directory", group="merge")
     out: str = setting("./merged", "model directory to write; it must not exist")
-    base: str | None = setting(None, "base model, directory or hub id; none: named by adapter_config.json")
+    base: str | None = setting(None, "base model: directory or hub id; none: as adapter_config.json names it")
     dtype: str = setting("fp32", "precision of the merged weights; bf16 is half as large but rounds",
                          ("fp32", "bf16"))
 
@@ -104,12 +104,12 @@ def merge(cfg):
     outputs = {
         name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in base_entries.items()}
     n_bytes = sum(t.nbytes for t in outputs.values())
-    shard_map = pretrained.assign_to_files(outputs, "model", math.ceil(n_bytes / FILE_BYTES))
-    for file, names in shard_map.items():
+    names_by_file = pretrained.assign_to_files(outputs, "model", math.ceil(n_bytes / FILE_BYTES))
+    for file, names in names_by_file.items():
         tensors = {name: merged(name).to(dtype) for name in names}
         pretrained.write_safetensors(os.path.join(temporary, file), tensors)
-    if len(shard_map) > 1:
-        pretrained.write_index(temporary, shard_map, n_bytes)
+    if len(names_by_file) > 1:
+        pretrained.write_index(temporary, names_by_file, n_bytes)
     os.replace(temporary, cfg.out)
     print(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}")
     print(f"saved    {cfg.out} (Hugging Face model directory)")

@@ -136,7 +136,7 @@ def check(run):
     c, tp, world_size = run.config, run.tp, run.world_size
     sizes = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
     valid = [n for n in range(1, world_size + 1) if not any(size % n for size in (world_size, *sizes))]
-    if world_size % tp or tp > 1 and tp not in valid:
+    if world_size % tp or (tp > 1 and tp not in valid):
         raise UserError(f"--tp {tp} must divide the {world_size} ranks (--n_gpus) and the attention heads, "
                         f"key/value heads, intermediate_size and vocab_size, here {sizes}; "
                         f"use {' or '.join(map(str, valid))}")
@@ -146,7 +146,7 @@ def check(run):
 # parameters
 
 
-def is_split(name, by_columns):
+def is_split_by_tp(name, by_columns):
     """Whether tp splits a parameter; otherwise each tp rank has all of it."""
     if by_columns:
         return name.endswith(("_proj.weight", ".lora_A.weight"))
@@ -156,12 +156,12 @@ def is_split(name, by_columns):
 def shard_sizes(run, name, shape):
     """(elements of a parameter on a tp rank, elements after FSDP2 on rank 0, which has the largest shard)."""
     by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
-    split = run.tp if is_split(name, by_columns) else 1
+    n_slices = run.tp if is_split_by_tp(name, by_columns) else 1
     rows, columns = shape[0], math.prod(shape[1:])
     if by_columns:
-        columns //= split
+        columns //= n_slices
     else:
-        rows //= split
+        rows //= n_slices
     return rows * columns, math.ceil(rows / run.dp) * columns
 
 
@@ -204,12 +204,15 @@ def block_activations(run, is_first=False):
 
     is_first  the first block, whose input needs no gradient if the embedding is frozen
     """
-    c, w, lora_ranks, is_trained = run.config, run.itemsize, {}, {}
+    c, w = run.config, run.itemsize
+    lora_ranks, is_trained = {}, {}
     for name, shape, _, trained in run.parameters:
         if name.startswith("model.layers.0."):
-            layer, kind = name.split(".")[4 if "_proj" in name or "_norm" in name else 3], name.split(".")[-2]
+            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
+            names = name.split(".")
+            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
             is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
-            if kind == "lora_A":
+            if names[-2] == "lora_A":
                 lora_ranks[layer] = shape[0]
     C, D, I = c.hidden_size, c.head_dim, c.intermediate_size // run.tp
     H, K = c.num_attention_heads // run.tp, c.num_key_value_heads // run.tp
@@ -255,19 +258,23 @@ def memory(run):
     """
     c, w, n_blocks = run.config, run.itemsize, run.config.num_hidden_layers
     vocab, intermediate = c.vocab_size // run.tp, c.intermediate_size // run.tp
-    matrix, hidden = vocab * c.hidden_size, run.hidden_bytes  # elements of embedding or head; bytes
+    matrix = vocab * c.hidden_size  # elements of embedding or head
+    hidden = run.hidden_bytes
     reduce_itemsize = 4 if run.bf16 else None  # FSDP2 reduces gradients in fp32
-    state, (kept, one) = states(run), activations(run)
+    state = states(run)
+    kept, one = activations(run)
     offloads_to_host = run.cuda and run.param_offload
     tied, trains_embedding = c.tie_word_embeddings, run.trains_embedding
-    trains_head = tied and trains_embedding or any(t for n, *_, t in run.parameters if n == "lm_head.weight")
+    trains_head = any(trained for name, *_, trained in run.parameters if name == "lm_head.weight")
+    trains_head = trains_head or (tied and trains_embedding)
 
     loss = min(CHUNK, run.tokens) * vocab * (6 if run.bf16 else 4)  # the logits of a chunk
     # the head's gradient; the hidden states, those at target positions, and their gradient
     loss += matrix * (6 if run.bf16 else 4) * trains_head + 3 * hidden
     # FSDP2 gathers a group's parameters while it computes: the root's always, and the next block's in advance
-    root, block = (
-        unsharded_bytes(run, i, 2 if run.bf16 else None) * run.is_sharded for i in (None, 0))
+    gather_itemsize = 2 if run.bf16 else None
+    root = unsharded_bytes(run, None, gather_itemsize) * run.is_sharded
+    block = unsharded_bytes(run, 0, gather_itemsize) * run.is_sharded
     # the buffer of an all-gather, before it is copied into the parameters; two of them in backward
     buffer = block * (run.dp > 1)
     gathered = 2 * block + 2 * buffer
@@ -282,7 +289,7 @@ def memory(run):
         shard_sizes(run, n, s)[1] * itemsize * t for n, s, itemsize, t in run.parameters if ".layers." in n)
     of_blocks *= not offloads_to_host
     # the gradients that exist when the first block's backward starts
-    finished = held or of_blocks * (n_blocks - 1) // n_blocks
+    finished = held if held else of_blocks * (n_blocks - 1) // n_blocks
     # the root's gradient: what is reduced (only with several dp ranks), and the result
     root_gradient = unsharded_bytes(run, None, reduce_itemsize, only_trained=True)
     root_gradient = root_gradient * (run.dp > 1) + root_gradient // run.dp
@@ -292,9 +299,9 @@ def memory(run):
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += min(PIECE, c.hidden_size * c.intermediate_size) * (8 if run.bf16 else 6)
     tied_gradient = matrix * w * trains_embedding * tied
-    embedding = (held or reduced) + tied_gradient
+    embedding = (held if held else reduced) + tied_gradient
     if run.is_sharded:
-        embedding = (held or of_blocks) + root + 2 * buffer
+        embedding = (held if held else of_blocks) + root + 2 * buffer
         embedding += unsharded_bytes(run, None, w, only_trained=True) + max(tied_gradient, root_gradient)
     recomputed = one - hidden if run.checkpointing else 0  # in backward, so not during the loss
     block_backward = head_gradient + work + root + gathered + block_gradient
@@ -363,8 +370,9 @@ def collectives(run):
     A rank sends (n - 1) / n of a tensor in a ring all-gather or reduce-scatter, twice that in an all-reduce.
     Single numbers (loss and gradient norm) are not counted.
     """
-    c, n, dp, tp = run.config, run.micro_batches, run.dp, run.tp
-    n_blocks, reduce_itemsize = c.num_hidden_layers, 4 if run.bf16 else None
+    n, dp, tp = run.micro_batches, run.dp, run.tp
+    n_blocks = run.config.num_hidden_layers
+    reduce_itemsize = 4 if run.bf16 else None
     groups = [*range(n_blocks), None]
     gathered = {i: unsharded_bytes(run, i, 2 if run.bf16 else None) for i in groups}
     reduced = [unsharded_bytes(run, i, reduce_itemsize, only_trained=True) for i in groups]
@@ -433,7 +441,8 @@ def memory_lines(run):
     on_device, on_host = f"on the {device}", "in host memory"
     place = on_host if run.cuda and run.param_offload else on_device
     optimizer_place = on_host if run.cuda and (run.param_offload or run.optimizer_offload) else on_device
-    with_, without = (activations(replace(run, checkpointing=x))[0] / GB for x in (True, False))
+    with_checkpointing = activations(replace(run, checkpointing=True))[0] / GB
+    without = activations(replace(run, checkpointing=False))[0] / GB
     dtype = "bf16" if run.bf16 else "fp32"
     yield (f"plan     {run.world_size} × {device} = dp {run.dp} × tp {run.tp}, {dtype}; micro-batch "
            f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank")
@@ -442,7 +451,8 @@ def memory_lines(run):
     yield f"optimizer     {size['moments']:>14}  {optimizer_place}: moments"
     if sizes["masters"]:
         yield f"masters       {size['masters']:>14}  {optimizer_place}: fp32 weights"
-    yield f"activations   {size['activations']:>14}  {with_:.3f} with checkpointing, {without:.3f} without"
+    yield (f"activations   {size['activations']:>14}  {with_checkpointing:.3f} with checkpointing, "
+           f"{without:.3f} without")
     yield f"loss          {size['loss']:>14}  logits of a chunk, gradients of head and hidden states"
     if run.is_sharded:
         yield f"gathered      {size['gathered']:>14}  unsharded parameters: embedding, head, two blocks"
@@ -460,7 +470,8 @@ def memory_lines(run):
 def fit_line(run, memory_gb):
     """The line about the micro_batch_size that fits into memory_gb."""
     how = "with checkpointing" if run.checkpointing else "without checkpointing"
-    several, single = (largest_micro_batch(run, memory_gb * GB, x) for x in (True, False))
+    several = largest_micro_batch(run, memory_gb * GB)
+    single = largest_micro_batch(run, memory_gb * GB, several=False)
     if not single:
         return f"         {how}: does not fit in {memory_gb:g} GiB, even with --micro_batch_size 1"
     if not several:

@@ -117,7 +117,8 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     for dp_rank in range(ranks.dp_size):
         batches = data.micro_batches(dataset, ids, capacity, max_conversations, dp_rank, ranks.dp_size)
         for number, batch in enumerate(batches, 1):
-            losses, is_mine = torch.zeros(len(dataset), device=ranks.device), dp_rank == ranks.dp_rank
+            losses = torch.zeros(len(dataset), device=ranks.device)
+            is_mine = dp_rank == ranks.dp_rank
             for p in parameters:
                 p.grad = None
             loss = backward(

@@ -88,7 +88,8 @@ def stats(dataset, capacity, batch_size):
         lost = sum(int(dataset.loss_mask[span].sum()) for span in spans)
         print(f"--max_length {max_length:<5,} truncates {len(long):,} rows ({len(long) / len(n_tokens):.2%}) "
               f"and removes {lost:,} targets ({lost / n_targets:.2%})")
-    lengths, n_used, n_batches = np.minimum(dataset.n_inputs, capacity), 0, 0
+    lengths = np.minimum(dataset.n_inputs, capacity)
+    n_used = n_batches = 0
     order, cuts = data.Sampler(lengths, epochs=1, seed=42, batch_size=batch_size).epoch_order(0)
     for ids in np.split(order, cuts[1:-1]):
         n_batches += len(data.pack(lengths[ids], capacity))

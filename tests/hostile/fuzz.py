@@ -360,7 +360,7 @@ def check_bytes(path, content):
     """The rows equal those of Python's parser, and are then trained or refused like other rows."""
     Path(path).write_bytes(content)
     expected = by_python(content)
-    got, refusal = attempt(lambda: list(formats.read_file(path)), naming=path)
+    got, refusal = attempt(lambda: list(formats.read_rows(path)), naming=path)
     if content[:4] != b"PAR1":
         assert (expected is None) == (got is None), refusal
         assert repr(got) == repr(expected)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from checkpoint_helpers import TIED, UNTIED, Run, listing, loaded, published
 
 from disk import checkpoint, files, pretrained
-from screen.log import Lines
+from screen.log import JsonLines
 from settings import errors
 from settings.errors import UserError
 
@@ -136,14 +136,14 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_can_resume(train, file_limi
 def test_a_line_that_does_not_fit_on_the_disk_is_an_error_and_is_removed(tmp_path, file_limit):
     """It leaves half a line in metrics.jsonl, which a resumed run removes. An error names any other damaged line."""
     path = str(tmp_path / "metrics.jsonl")
-    lines = Lines(path, 0)
+    lines = JsonLines(path, 0)
     file_limit(110)  # four lines and a half
     for step in range(1, 5):
         lines.write(step=step, loss=1.5)
     with pytest.raises(OSError, match=re.escape(path)):
         lines.write(step=5, loss=1.5)
     assert os.path.getsize(path) == 110
-    Lines(path, 2)
+    JsonLines(path, 2)
     assert [json.loads(line)["step"] for line in open(path)] == [1, 2]
     os.remove(path)
     with pytest.raises(FileNotFoundError, match=re.escape(path)):
@@ -152,7 +152,7 @@ def test_a_line_that_does_not_fit_on_the_disk_is_an_error_and_is_removed(tmp_pat
         with open(path, "wb") as f:
             f.write(b'{"step": 1}\n' + damaged)
         with pytest.raises(UserError, match=re.escape(f"{path}, line 2")):
-            Lines(path, 2)
+            JsonLines(path, 2)
 
 
 # Files that differ from what was saved

@@ -167,13 +167,13 @@ def test_an_array_is_read_in_chunks(tmp_path):
     rows = [{"prompt": "p", "response": "word " * 1000}] * 2000
     path.write_text(json.dumps(rows, indent=0) + "\n")
     tracemalloc.start()
-    assert sum(1 for _ in formats.read_file(str(path))) == 2000
+    assert sum(1 for _ in formats.read_rows(str(path))) == 2000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 * formats.CHUNK < path.stat().st_size
     path.write_text(path.read_text().rstrip()[:-1] + ",\n{oops}]")
     with pytest.raises(ValueError, match=rf"is not JSON: line {2000 * 4 + 3}, column 2: "):
-        list(formats.read_file(str(path)))
+        list(formats.read_rows(str(path)))
 
 
 # ---- parquet --------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_a_parquet_file_is_its_rows(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": str(i), "response": "a" if i % 2 else None} for i in range(5000)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=700)
-    assert list(formats.read_file(str(tmp_path / "rows.parquet"))) == rows
+    assert list(formats.read_rows(str(tmp_path / "rows.parquet"))) == rows
 
 
 @pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"x" * 99 + b"PAR1", None],
@@ -199,7 +199,7 @@ def test_a_damaged_parquet_file_is_named(content, tmp_path):
         content = content[:4] + bytes(byte ^ 255 for byte in content[4:60]) + content[60:]
     path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(f"{path} can't be read as parquet: ")):
-        list(formats.read_file(str(path)))
+        list(formats.read_rows(str(path)))
 
 
 # ---- datasets of the hub --------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ def test_a_wrong_setting_of_several_ranks_is_one_line(arguments, line, tmp_path)
 
 
 @pytest.mark.parametrize("arguments, line", [
-    (["--n_gpus", "two"], "--n_gpus two: it must be a number, at least 1"),
-    (["--n_gpus=0"], "--n_gpus 0: it must be a number, at least 1"),
+    (["--n_gpus", "two"], "--n_gpus two: it must be an integer of at least 1"),
+    (["--n_gpus=0"], "--n_gpus 0: it must be an integer of at least 1"),
     (["--n_gpus"], "--n_gpus needs a number"),
     (["--setup"], "--setup needs a requirements file, such as requirements.txt"),
     (["--setup", "nothing.txt"], "--setup needs a requirements file, such as requirements.txt")], ids=str)
@@ -54,9 +54,9 @@ def test_train_sh_names_what_is_wrong_with_its_own_flags(arguments, line, tmp_pa
 
 
 @pytest.mark.parametrize("env, line", [
-    ({"NODE_RANK": "7"}, "NODE_RANK 7: it must be a number from 0 to 1"),
-    ({"NODE_RANK": "x"}, "NODE_RANK x: it must be a number from 0 to 1"),
-    ({"MASTER_PORT": "abc"}, "MASTER_PORT abc: it must be a number from 1 to 65535")], ids=str)
+    ({"NODE_RANK": "7"}, "NODE_RANK 7: it must be an integer from 0 to 1"),
+    ({"NODE_RANK": "x"}, "NODE_RANK x: it must be an integer from 0 to 1"),
+    ({"MASTER_PORT": "abc"}, "MASTER_PORT abc: it must be an integer from 1 to 65535")], ids=str)
 def test_nodes_and_ports_are_numbers(env, line, tmp_path):
     done = train_sh("--model", "tiny", cwd=tmp_path, NNODES="2", **env)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.sh: error: {line}\n")

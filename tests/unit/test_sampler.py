@@ -205,7 +205,7 @@ def test_a_directory_has_one_weight(tmp_path):
     assert data.Sampler(dataset.n_inputs, epochs=1, seed=1, batch_size=5, mix=dataset.mix()).quotas == [20, 5]
 
 
-@pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "give every source a weight above 0"),
+@pytest.mark.parametrize("spec, message", [("{a}:0.7,{b}", "every source needs a weight above 0"),
                                            ("{a}:0,{b}:1", "above 0"),
                                            ("{a}:0.001,{b}:1", "source 1 would get none")])
 def test_bad_weights_are_one_line(spec, message, tmp_path):
