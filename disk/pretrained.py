@@ -429,6 +429,8 @@ def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter
 def generation_config(directory, config_json, stop_token_id):
     """The directory's generation_config.json, with stop_token_id, which ends a turn, added to eos_token_id.
 
+    stop_token_id may be None: then the template has no token that ends a turn.
+
     A base Qwen2.5 lists only <|endoftext|>. After training with ChatML it would not stop after its answer.
 
     config_json  the parsed config.json, whose ids are used if there is no generation_config.json
@@ -450,6 +452,8 @@ def generation_config(directory, config_json, stop_token_id):
         eos_ids = [eos_ids]
     if any(type(i) is not int for i in eos_ids):
         raise UserError(f"{path}: eos_token_id must be a token id or a list of them, it is {eos_ids!r:.60}")
-    if stop_token_id not in eos_ids:
+    if stop_token_id is not None and stop_token_id not in eos_ids:
         eos_ids.append(stop_token_id)
-    return {**generation, "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}
+    if len(eos_ids) < 2:
+        return {**generation, "eos_token_id": eos_ids[0] if eos_ids else None}
+    return {**generation, "eos_token_id": eos_ids}

@@ -123,6 +123,10 @@ def supervise(child):
         if number == signal.SIGINT and code == EXIT_CODES[number]:
             send(signal.SIGKILL, [child, *children(child)])
         if code is None:
+            hint = "; press Ctrl-C again to quit without saving" if number == signal.SIGINT else ""
+            message = f"\n{signal.Signals(number).name}: passed to all ranks as SIGUSR1{hint}\n"
+            with contextlib.suppress(OSError):  # stderr may be closed
+                os.write(2, message.encode())
             code = EXIT_CODES[number]
             signal.setitimer(signal.ITIMER_REAL, 0.001, 1)  # at once, then every second
 

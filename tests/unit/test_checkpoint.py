@@ -362,6 +362,14 @@ def test_exported_files_of_a_model_and_of_an_adapter(tmp_path):
         "tokenizer.json": b"{}", "adapter_config.json": {"r": 8}, "chat_template.jinja": b"{{ own }}"}
 
 
+@pytest.mark.parametrize("eos, stop_token_id, expected", [
+    (2, None, 2), ([2, 3], None, [2, 3]), (None, None, None), (2, 2, 2), (2, 9, [2, 9]), (None, 9, 9)])
+def test_the_token_that_ends_a_turn_is_added_to_eos_token_id(eos, stop_token_id, expected, tmp_path):
+    """A template without such a token adds nothing: a null in the list would be no token id."""
+    config = {} if eos is None else {"eos_token_id": eos}
+    assert pretrained.generation_config(tmp_path, config, stop_token_id)["eos_token_id"] == expected
+
+
 def test_weight_files_have_the_mode_of_any_new_file(tmp_path):
     """safetensors creates files that only their owner can read. The umask stays as it is."""
     umask = os.umask(0o027)
