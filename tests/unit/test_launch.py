@@ -180,8 +180,9 @@ def test_a_second_ctrl_c_kills_all(launch, tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)  # they ignore the signal
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)  # the workers share this pipe, so it closes with the last of them
+    err = process.communicate(timeout=10)[1]  # the workers share this pipe, so it closes with the last of them
     assert process.returncode == 130
+    assert "SIGINT: passed to all ranks as SIGUSR1; press Ctrl-C again to quit without saving" in err
 
 
 # ----------------------------------------------------------------------------------------------------
