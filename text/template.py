@@ -280,7 +280,7 @@ class ChatTokenizer:
                 place = locate(text, content, cursor, self.header)
                 if not place and content and content in text[prompt_end:cursor]:
                     raise UserError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be "
-                                    "told apart from an answer in what the chat template made of it: "
+                                    "distinguished from an answer in the chat template's text: "
                                     f"{text[prompt_end:]!r:.200}")
                 cursor = prompt_end = place[1] if place else cursor
                 header = text.find(self.header, cursor)

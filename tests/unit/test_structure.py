@@ -299,6 +299,14 @@ def patches(files):
     return breaches
 
 
+def private_words(files):
+    """Words that this project once used in place of the field's: detected, untrusted, atomic, skip, continue, setting."""
+    pattern = (r"\btold\b|stranger's|whole or absent|made whole|\bleft out\b|\bleave out\b|step in hand|goes on\b"
+               r"|to the last bit|\bknobs?\b|holds a run")
+    return [f"{path}:{i} {word}" for path, text in sorted(files.items())
+            for i, line in enumerate(text.splitlines(), 1) for word in re.findall(pattern, line, re.IGNORECASE)]
+
+
 LONG = "def f():\n" + "    x = 1\n" * LONGEST
 RULES = {  # rule -> sources that break it
     budgets: [{"lora.py": "\n" * 144}, dict.fromkeys(("sft.py", "model.py", "data.py"), "\n" * 1000)],
@@ -310,15 +318,29 @@ RULES = {  # rule -> sources that break it
     patches: [{"a.py": "def f(m):\n    m.forward = lambda x: x"}, {"a.py": "def g():\n    pass\nm.forward = g"},
               {"a.py": "from ops.b import g as h\nself.product = h", "ops/b.py": "def g():\n    pass"},
               {"a.py": "def g():\n    pass\na, m.f = 1, g"}, {"a.py": "setattr(m, 'f', lambda x: x)"}],
+    private_words: [{"a.py": "x = 1  # Left out here"}, {"a.py": "# a knob"}],
 }
 
 
 @pytest.mark.repo
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_this_repository_keeps_its_rules(rule, code):
-    """Limits on sizes and style; a fork deselects them with -m 'not repo'."""
+    """Limits on sizes and style. They run with --repo only, so a fork may break them."""
     breaches = rule(code)
     assert not breaches, "\n".join([rule.__doc__, *breaches])
+
+
+@pytest.mark.repo
+def test_the_documents_have_no_private_words():
+    """All pages but the diary, which stays as it was written."""
+    pages = {}
+    for folder in (ROOT, os.path.join(ROOT, "docs")):
+        for name in os.listdir(folder):
+            if name.endswith((".md", ".yaml")) and name != "diary.md":
+                with open(os.path.join(folder, name), encoding="utf-8") as f:
+                    pages[name] = f.read()
+    assert len(pages) > 10
+    assert private_words(pages) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
