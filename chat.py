@@ -110,12 +110,17 @@ def main():
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages = list(start)
     is_interactive = cfg.prompt is None and sys.stdin.isatty()
+    if is_interactive:
+        print("/reset: new conversation, Ctrl-D: exit")
     while True:
         try:
             line = cfg.prompt or (input("> ") if is_interactive else sys.stdin.read())
+            line.encode()
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeError as error:
+            raise UserError(f"the prompt is not UTF-8 text: {error}") from error
         if is_interactive and line.strip() == "/reset":
             messages = list(start)
         if is_interactive and line.strip() in ("", "/reset"):

@@ -209,8 +209,12 @@ def resume_directory(resume_from, root):
         raise UserError(f"--resume_from {resume_from}: directory {directory} does not exist; use a step "
                         "directory such as outputs/checkpoints/step_100, or auto")
     if not os.path.exists(os.path.join(directory, STATE)):
+        remedy = "use another step directory, or start a new run from these weights with --model"
+        for latest in ("latest", os.path.join("checkpoints", "latest")):
+            if os.path.isdir(os.path.join(directory, latest)):
+                remedy = f"use {os.path.join(directory, latest)}"
         raise UserError(f"--resume_from {resume_from}: {directory} has no {STATE}, so no run can resume from "
-                        "it; use another step directory, or start a new run from these weights with --model")
+                        f"it; {remedy}")
     return os.path.realpath(directory)
 
 

@@ -136,3 +136,10 @@ def take_lock(lock, timeout):
                               "stop that process, or use another --cache_dir",
                               int(holder) if holder.isdigit() else None)
         time.sleep(0.1)  # flock has no timeout, so poll
+
+
+def check_hub_endpoint():
+    """Raise UserError if HF_ENDPOINT, the address of a mirror of the hub, is not a URL."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"HF_ENDPOINT {endpoint}: it must start with https://; set HF_ENDPOINT=https://{endpoint}")

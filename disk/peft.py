@@ -107,6 +107,9 @@ def read_config(directory):
     Raises UserError for a kind of adapter that this trainer does not support, and for malformed values.
     """
     path = os.path.join(directory, "adapter_config.json")
+    if not os.path.exists(path):
+        raise UserError(f"{directory} has no adapter_config.json, so it is not a LoRA adapter; use an adapter "
+                        "directory such as outputs/lora/checkpoints/latest")
     config = files.read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object, it is {config!r:.60}")
@@ -153,10 +156,12 @@ def base_directory(directory, base=None):
 
     Raises UserError if neither does.
     """
-    base = base or read_config(directory).get("base_model_name_or_path")
+    if base:
+        return pretrained.model_directory(base, "--base")
+    base = read_config(directory).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{directory}: adapter_config.json does not name the base model; pass --base DIR")
-    return pretrained.model_directory(base)
+    return pretrained.model_directory(base, f"{directory}: base_model_name_or_path (or pass --base DIR):")
 
 
 def check_base(config, model):

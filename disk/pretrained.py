@@ -35,10 +35,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 CHUNK = 2**20  # elements that are read and converted at a time: 2 MB of bf16 stay in a core's cache
 
 
-def model_directory(name, patterns=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
+def model_directory(name, flag="--model",
+                    patterns=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
     """The local directory of a model.
 
     name      tiny, a path, or a hub id
+    flag      where the name comes from, for errors
     patterns  which files of a hub id are downloaded, unless the hub's cache has them
 
     Raises UserError if there is no such directory, if the hub can't be reached, or if it has no such model.
@@ -48,18 +50,20 @@ def model_directory(name, patterns=("*.json", "*.safetensors", "*.jinja", "*.txt
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"--model {name}: no such directory; use a directory, a hub id such as "
+        raise UserError(f"{flag} {name}: no such directory; use a directory, a hub id such as "
                         "Qwen/Qwen2.5-0.5B, or tiny")
+    files.check_hub_endpoint()
     from huggingface_hub import snapshot_download  # slow import, and most runs read a directory
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return snapshot_download(name, allow_patterns=list(patterns))
     except LocalEntryNotFoundError as error:
-        raise UserError(f"--model {name}: the hub can't be reached and the model is not in its cache; "
-                        "use --model PATH with a local directory, or --model tiny") from error
+        raise UserError(f"{flag} {name}: the hub can't be reached and the model is not in its cache; "
+                        "use --model PATH with a local directory, or --model tiny, or set HF_ENDPOINT to a "
+                        "mirror of the hub") from error
     except HfHubHTTPError as error:
-        raise UserError(f"--model {name}: {str(error).strip().splitlines()[-1]}; use --model PATH with a "
+        raise UserError(f"{flag} {name}: {str(error).strip().splitlines()[-1]}; use --model PATH with a "
                         "local directory, or --model tiny") from error
 
 

@@ -39,7 +39,13 @@ class ModelPaths:
         if tokenizer is None:
             has_tokenizer = adapter and os.path.exists(os.path.join(adapter, "tokenizer.json"))
             tokenizer = adapter if has_tokenizer else model
-        return cls(model, adapter, tokenizer, files.read_json(os.path.join(model, "config.json")))
+        path = os.path.join(model, "config.json")
+        if not os.path.exists(path):
+            remedy = "use a model directory, such as outputs/checkpoints/latest of a run"
+            if pretrained.is_adapter(model):
+                remedy = "it is a LoRA adapter: use --use_lora --resume_adapter DIR, and --model for its base"
+            raise UserError(f"{model} has no config.json, so it is not a model directory; {remedy}")
+        return cls(model, adapter, tokenizer, files.read_json(path))
 
     @property
     def config(self):
@@ -86,17 +92,21 @@ class RunState:
     def find_paths(self):
         """The ModelPaths of this run. Raises UserError for an adapter without --use_lora, and the reverse."""
         cfg = self.cfg
+        if cfg.resume_adapter and not os.path.isdir(cfg.resume_adapter):
+            raise UserError(f"--resume_adapter {cfg.resume_adapter}: no such directory; use an adapter "
+                            "directory such as outputs/lora/checkpoints/latest")
         adapter = (self.resumed or cfg.resume_adapter) if cfg.use_lora else None
         directory = adapter or self.resumed
         if directory and pretrained.is_adapter(directory) != cfg.use_lora:
             if cfg.use_lora:
-                raise UserError(f"{directory} is a full model, not a LoRA adapter; drop --use_lora")
+                raise UserError(f"{directory} has no adapter_config.json: it is a full model, not a LoRA "
+                                "adapter; drop --use_lora")
             raise UserError(f"{directory} is a LoRA adapter, not a full model; add --use_lora")
         if adapter and not self.resumed:  # on resume, identify() compares the base model's fingerprint
             peft.check_base(peft.read_config(adapter), cfg.model)
         is_full_checkpoint = self.resumed and not adapter
         model = self.resumed if is_full_checkpoint else pretrained.model_directory(cfg.model)
-        tokenizer = pretrained.model_directory(cfg.tokenizer) if cfg.tokenizer else None
+        tokenizer = pretrained.model_directory(cfg.tokenizer, "--tokenizer") if cfg.tokenizer else None
         return ModelPaths.find(model, adapter, tokenizer)
 
     def identify(self, train_set):
@@ -112,11 +122,18 @@ class RunState:
             self.identity["base"] = pretrained.fingerprint(self.paths.model)
         if not self.resumed:
             return
-        changes = [f"{key} {self.saved.get(key)} then, {now} now" for key, now in self.identity.items()
-                   if self.saved.get(key) != now]
+        changes = []
+        for key, now in self.identity.items():
+            then = self.saved.get(key)
+            if then != now and key in ("data", "base"):
+                changes.append("another base model" if key == "base" else "other training data, or a setting "
+                               "that changes it: --tokenizer, --max_length, --train_on")
+            elif then != now:
+                then, now = ("none" if value is None else value for value in (then, now))
+                changes.append(f"{key} {then} then, {now} now")
         if changes:
-            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} was made with other data or "
-                            f"settings ({'; '.join(changes)}); repeat the original settings, or start a new "
+            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} was made with other settings "
+                            f"({'; '.join(changes)}); repeat the original settings, or start a new "
                             "run with another --output_dir")
 
     def restore(self, model, optimizer, tokenizer):

@@ -23,8 +23,11 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
     prompts, or an empty one.
     """
     if path.endswith(".txt"):
-        with open(path, encoding="utf-8") as f:
-            conversations = [[{"role": "user", "content": line.strip()}] for line in f if line.strip()]
+        try:
+            with open(path, encoding="utf-8") as f:
+                conversations = [[{"role": "user", "content": line.strip()}] for line in f if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--sample_prompts {path}: not UTF-8 text: {error}") from error
     else:
         conversations = [formats.to_messages(row, where, keys) for where, row in formats.read_files(path)]
         conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]

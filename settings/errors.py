@@ -11,7 +11,7 @@ ADVICE = {
     errno.EDQUOT: "free some of the disk quota",
     errno.EFBIG: "raise ulimit -f",
     errno.EROFS: "make it writable, or set another directory",
-    errno.EACCES: "get permission for it, or set a directory of your own",
+    errno.EACCES: "change its permissions, or use another path",
     errno.EIO: "the disk or its connection is failing: see dmesg",
     errno.ESTALE: "the network file system is gone: mount it again",
     errno.ENOTCONN: "the network file system is gone: mount it again",
@@ -68,10 +68,10 @@ def run(main):
     except OSError as error:
         if error.filename is None:
             raise
-        message, advice = f"{program}: error: {error}", ADVICE.get(error.errno)
+        message, advice = f"{program}: error: {error.filename}: {error.strerror}", ADVICE.get(error.errno)
         if advice:
             message += f"; {advice}"
             if program == "sft.py":
-                message += "; then --resume_from auto continues from the newest complete checkpoint"
+                message += "; --resume_from auto then continues from the newest complete checkpoint, if any"
         print(message, file=sys.stderr)
         sys.exit(2)

@@ -82,10 +82,11 @@ def check_values(fields, values, explicit=(), origins=None):
         check_range(written, value, field)
         if name not in changed and not (name in explicit and value):
             continue  # at its default, or switched off explicitly
-        if need := unmet_need(field, changed):
+        need = unmet_need(field, changed)
+        if need:
             if from_environment:
                 raise UserError(f"{written} has no effect without {need}; unset it or add {need}")
-            raise UserError(f"{written} does nothing without {need}")
+            raise UserError(f"{written} has no effect without {need}; add {need}, or remove it")
         if other := excluded_by(field, values, changed):
             raise UserError(f"{written} does not work with {other}; remove one of them")
 
@@ -343,6 +344,9 @@ def field_name(name, fields):
         return candidate
     if candidate in PLAN_SETTINGS:
         raise UserError(f"{name} is a setting of tools/plan.py; see python tools/plan.py --help")
+    if candidate == "n_gpus":
+        raise UserError("--n_gpus is for train.sh, which starts the processes: use ./train.sh --n_gpus N, or "
+                        "torchrun --nproc_per_node N sft.py")
     key = verl.key_of(name)
     accepts_verl = verl.fields_set() <= fields.keys()  # chat.py lacks the settings of training
     if accepts_verl and verl.entry_name(key):

@@ -12,6 +12,7 @@ import re
 import sys
 import zlib
 
+from disk.files import check_hub_endpoint
 from settings.errors import UserError
 from settings.venv import PROJECT
 
@@ -68,6 +69,7 @@ def data_files(spec):
 
 def hub_dataset(name):
     """Download the files of a hub dataset, or find them in the hub's cache. Returns their directory."""
+    check_hub_endpoint()
     from huggingface_hub import snapshot_download  # imported here: most runs read local files
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -265,8 +267,12 @@ def to_messages(row, where, keys=KEYS):
         messages = exchange(*(named if len(named) == 2 else default), where)
     elif "instruction" in row and "output" in row:
         messages = alpaca_messages(row, where)
+    elif turns is not None or any(key in row for key in (keys[2], KEYS[2])):
+        raise UserError(f'{where}: "{keys[2]}" must be a non-empty list of {{"role", "content"}} objects, it '
+                        f"is {json.dumps(row.get(keys[2], turns), default=str):.60}")
     else:
-        raise UserError(f"{where}: unrecognised columns {str(list(row))[1:-1]:.200}; accepted are {SHAPES}, "
+        columns = ", ".join(map(repr, row)) or "(none)"
+        raise UserError(f"{where}: unrecognised columns {columns:.200}; accepted are {SHAPES}, "
                         f"or {column_flags(row, keys)}")
     if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, to_message({"role": "system", "content": row["system"]}, where))
@@ -337,8 +343,8 @@ def to_message(turn, where):
         content = ""
     message["content"] = content
     if not isinstance(content, str):
-        raise UserError(f"{where}: the content of a {message['role']:.60} message must be a string, it is "
-                        f"{content!r:.60}")
+        raise UserError(f"{where}: the content of the {message['role']:.60} message must be a string, it is "
+                        f"{json.dumps(content, default=str):.60}; remove the row or write the text")
     if message["role"] == "assistant" and not calls and not content.strip():
         raise UserError(f"{where}: an empty answer; remove the row or write what the model should say")
     return message

@@ -55,9 +55,15 @@ class Ledger:
         """
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self
+        if not self.rows:
+            raise UserError(f"{spec}: no rows; pass a file with conversations")
         if not self.trained:
-            raise UserError(f"{spec}: no row is left to train on: {self.rows} in, dropped {self.dropped}; "
-                            f"--max_length {max_length} may be too small for any answer")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            remedy = "mark at least one assistant message as trained"
+            if any("too long" in reason or "truncation" in reason for reason in self.dropped):
+                remedy = f"raise --max_length {max_length}"
+            raise UserError(f"{spec}: no row is left to train on: {self.rows} in, all dropped ({reasons}); "
+                            f"{remedy}")
         if self.turns_stopped < 0.99 * self.turns:
             raise UserError(f"{spec}: only {self.turns_stopped} of {self.turns} assistant turns train a "
                             "token that ends them: the model would never stop; use a tokenizer directory "

@@ -90,7 +90,7 @@ class ChatTokenizer:
         than vocab_size, the number of rows of the model's embedding."""
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
-            raise UserError(f"{directory} has no tokenizer.json; --tokenizer may name another directory")
+            raise UserError(f"{directory} has no tokenizer.json; use a model directory that has one")
         self.text = read(path)
         parse(self.text, path)
         try:

@@ -501,7 +501,7 @@ def time_lines(run, tflops, gb_per_second, tp_gb_per_second):
 
 def plan(cfg):
     """Print what a run would need. Loads, tokenises and writes nothing, and waits for no other process."""
-    directory = pretrained.model_directory(cfg.model, ["config.json"])
+    directory = pretrained.model_directory(cfg.model, patterns=["config.json"])
     config_json = files.read_json(os.path.join(directory, "config.json"))
     paths = ModelPaths(
         model=directory, adapter=cfg.resume_adapter, tokenizer=directory, config_json=config_json)

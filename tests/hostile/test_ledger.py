@@ -141,8 +141,8 @@ def test_over_long_prompts(ledger, refused):
     assert f"rows.json[0] has {sizes[0]} tokens, more than --max_length 60" in error
     for how in ("truncate", "drop"):
         error = refused(rows[:1] * 3, "--max_length", 60, "--too_long", how)
-        assert "no row is left to train on: 3 in, dropped {'" in error
-        assert error.endswith("too small for any answer")
+        assert "no row is left to train on: 3 in, all dropped (3 " in error
+        assert error.endswith("; raise --max_length 60")
 
 
 @pytest.mark.parametrize("reply", ["", " ", "\n\t\u3000"])
@@ -293,7 +293,7 @@ TRAPS = {
     "a number of 100,000 digits": (START, "9", 10**5, "}", "limit"),
     "a fraction of 100,000 digits": (START + "0.", "9", 10**5, "}", None),
     "NaN and infinities": (START, "[NaN, Infinity, -Infinity, 1e999]", 1, "}", None),
-    "NaN as an answer": ('{"prompt": "q", "response": ', "NaN", 1, "}", "must be a string, it is nan"),
+    "NaN as an answer": ('{"prompt": "q", "response": ', "NaN", 1, "}", "must be a string, it is NaN"),
     "NaN as a weight": ('{"messages": [{"role": "user", "content": "q", "weight": ', "NaN", 1, "}]}",
                         "it is nan"),
     "a key again and again": ('{"prompt": "q", "response": ', '5, "response": ', 10**5, '"a"}', None),

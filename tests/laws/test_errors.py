@@ -44,7 +44,7 @@ def test_a_bug_keeps_its_traceback(where, what, ended):
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("what, line", [
     ("user_error", "sft.py: error: --planted 1: it must be 2"),
-    ("missing_file", "sft.py: error: [Errno 2] No such file or directory: 'nowhere.txt'")])
+    ("missing_file", "sft.py: error: nowhere.txt: No such file or directory")])
 def test_an_error_of_the_input_is_one_line(where, what, line, ended):
     """With exit code 2, wherever it is raised."""
     code, screen = ended[where, what]

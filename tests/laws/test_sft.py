@@ -297,12 +297,14 @@ def test_a_damaged_checkpoint_is_an_error(train, tmp_path, damage, message):
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("flags", [("--seed", 1), ("--batch_size", 4), ("--batch_tokens", 900), ("--max_length", 64),
-                                   ("--train_on_prompt",)])
-def test_resume_with_other_data_or_order_is_an_error(train, flags):
+@pytest.mark.parametrize("flags, message", [
+    (("--seed", 1), "seed 42 then, 1 now"), (("--batch_size", 4), "batch_size 8 then, 4 now"),
+    (("--batch_tokens", 900), "batch_tokens none then, 900 now"), (("--max_length", 64), "other training data, or a"),
+    (("--train_on_prompt",), "other training data, or a setting")])
+def test_resume_with_other_data_or_order_is_an_error(train, flags, message):
     """The settings that decide which conversations a step has cannot change within a run."""
     train(*FAST, "--max_steps", 2)
-    with pytest.raises(ValueError, match="then, .* now"):
+    with pytest.raises(ValueError, match=message):
         train(*FAST, "--max_steps", 4, "--resume_from", "auto", *flags)
 
 
@@ -412,6 +414,12 @@ def write(path, text):
     return path
 
 
+def write_bytes(path, content):
+    path.write_bytes(content)
+    return path
+
+
+NOT_TRAINED = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]}]
 SYSTEM_LAST = [{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"},
                              {"role": "assistant", "content": "c"}]}]
 
@@ -430,10 +438,21 @@ BAD = {  # name: (function of a directory that returns flags, text of the error)
     "no data file": (lambda p: ("--train_data", "nowhere.json"), "nowhere.json: no such data file"),
     "not JSON": (lambda p: rows(p, '[{"prompt": "a",\n "response": }]'), "line 2, column 14"),
     "unknown shape": (lambda p: rows(p, [{"text": "a"}]), "[0]: unrecognised columns 'text'; accepted"),
+    "messages is a text": (lambda p: rows(p, [{"messages": "hello"}]), 'non-empty list of {"role", "content"} objects'),
+    "messages is empty": (lambda p: rows(p, [{"messages": []}]), "it is []"),
+    "content is null": (lambda p: rows(p, [{"messages": [{"role": "user", "content": None}]}]), "it is null; remove"),
+    "no rows": (lambda p: rows(p, []), "no rows; pass a file with conversations"),
+    "nothing to train": (lambda p: rows(p, NOT_TRAINED), "all dropped (1 without targets); mark at least one assistant"),
     "empty answer": (lambda p: rows(p, [{"prompt": "a", "response": " "}]), "an empty answer"),
     "role order": (lambda p: rows(p, SYSTEM_LAST), "a system message can only be the first"),
     "no such model": (lambda p: ("--model", "./nowhere"), "./nowhere: no such directory"),
-    "no config.json": (lambda p: ("--model", os.path.join(ROOT, "data")), "config.json"),
+    "no config.json": (lambda p: ("--model", os.path.join(ROOT, "data")), "no config.json, so it is not a model directory"),
+    "no such adapter": (lambda p: ("--use_lora", "--resume_adapter", "./nowhere"), "--resume_adapter ./nowhere: no such"),
+    "no such tokenizer": (lambda p: ("--tokenizer", "./nowhere"), "--tokenizer ./nowhere: no such directory"),
+    "no such file of settings": (lambda p: ("--config", "nowhere.yaml"), "nowhere.yaml: No such file or directory"),
+    "prompts are not UTF-8": (lambda p: ("--sample_prompts", write_bytes(p / "x.txt", b"\xff")), "not UTF-8 text"),
+    "n_gpus": (lambda p: ("--n_gpus", 2), "use ./train.sh --n_gpus N, or torchrun --nproc_per_node N sft.py"),
+    "tp": (lambda p: ("--strategy", "megatron", "--tp", 2), "--tp 2 needs at least 2 processes, and this run has 1"),
     "model type": (lambda p: ("--model", model_directory(p / "m", {"model_type": "gpt2"})), "'gpt2' is not supported"),
     "rope scaling": (lambda p: ("--model", model_directory(p / "m", {"rope_scaling": {"type": "yarn", "factor": 4}})),
                      "yarn"),
@@ -444,7 +463,7 @@ BAD = {  # name: (function of a directory that returns flags, text of the error)
     "wrong shape": (lambda p: ("--model", model_directory(p / "m", {"intermediate_size": 385})), "not (128, 385)"),
     "tokenizer too large": (lambda p: ("--model", model_directory(p / "m", {"vocab_size": 2000}, cut_embedding)),
                             "--tokenizer must be"),
-    "max_length": (lambda p: ("--max_length", 4), "--max_length 4 may be too small"),
+    "max_length": (lambda p: ("--max_length", 4), "raise --max_length 4"),
     "cannot write": (lambda p: ("--output_dir", write(p / "file", "") / "out"), "Not a directory"),
     "unknown flag": (lambda p: ("--learning_rate", "1"), "the nearest is 'lr'"),
     "bad scheduler": (lambda p: ("--scheduler", "cosin"), "nearest: cosine"),
@@ -467,6 +486,22 @@ def test_bad_input_is_one_clear_line(case, tmp_path, monkeypatch, capsys):
     assert message in error
     assert error.count("\n") == 1, error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("flags", [("--model", "some/model"), ("--train_data", "some/dataset")])
+def test_a_mirror_needs_a_url(flags, train, monkeypatch):
+    """HF_ENDPOINT without https:// is named before anything is downloaded."""
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    with pytest.raises(ValueError, match="HF_ENDPOINT mirror.example: .* set HF_ENDPOINT=https://mirror.example"):
+        train(*flags)
+
+
+def test_a_run_directory_is_not_a_checkpoint(train):
+    """The error names the checkpoint inside it."""
+    train("--max_steps", 1)
+    for directory, latest in (("out", "out/checkpoints/latest"), ("out/checkpoints", "out/checkpoints/latest")):
+        with pytest.raises(ValueError, match=f"no run can resume from it; use {latest}"):
+            train("--max_steps", 2, "--resume_from", directory)
 
 
 @pytest.mark.parametrize("planted", ["loss", "gradient"])

@@ -397,7 +397,7 @@ def test_a_number_below_its_range_is_refused(values, message):
 
 
 @pytest.mark.parametrize("values, message", [
-    (dict(top_p=0.5), "--top_p 0.5 does nothing without --temperature"),
+    (dict(top_p=0.5), "--top_p 0.5 has no effect without --temperature"),
     (dict(temperature=-1.0), "--temperature -1.0: it must be at least 0 and at most 100"),
     (dict(temperature=1.0, top_p=1.5), "--top_p 1.5: it must be at least 1e-06 and at most 1"),
     (dict(max_new_tokens=0), "--max_new_tokens 0: it must be at least 1"),
@@ -431,7 +431,7 @@ def test_no_number_may_be_infinite_or_nan(value):
 
 def test_settings_without_effect_are_refused():
     """eval_steps without validation data, and min_lr_ratio with a constant rate, are errors."""
-    with pytest.raises(ValueError, match="--eval_steps 5 does nothing without --val_data"):
+    with pytest.raises(ValueError, match="--eval_steps 5 has no effect without --val_data"):
         parse("--eval_steps", "5")
     assert parse("--eval_steps", "5", "--val_data", "v.json").eval_steps == 5
     with pytest.raises(ValueError, match="--min_lr_ratio 0.1 does not work with --scheduler constant"):

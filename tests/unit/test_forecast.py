@@ -257,9 +257,9 @@ def test_step_time_is_work_over_speed(large):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--tflops", "300"), "--tflops 300.0 does nothing without --n_gpus"),
-    (("--gb_per_second", "60"), "does nothing without --n_gpus"),
-    (("--n_gpus", "8", "--tp_gb_per_second", "60"), "does nothing without --tp"),
+    (("--tflops", "300"), "--tflops 300.0 has no effect without --n_gpus"),
+    (("--gb_per_second", "60"), "has no effect without --n_gpus"),
+    (("--n_gpus", "8", "--tp_gb_per_second", "60"), "has no effect without --tp"),
     (("--n_gpus", "0"), "it must be at least 1"),
     (("--n_gpus", "8", "--strategy", "megatron", "--tp", "4"), "use 1 or 2"),
     (("--n_gpus", "3", "--strategy", "megatron", "--tp", "2"), "use 1"),

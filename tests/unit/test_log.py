@@ -185,6 +185,13 @@ def test_without_console_no_step_is_shown(train, capsys):
     assert "step 1 of" not in capsys.readouterr().out
 
 
+def test_a_prompt_that_is_not_utf_8_is_an_error(monkeypatch, capsys):
+    """A byte outside UTF-8 reaches Python's argv as half a character."""
+    monkeypatch.setattr(sys, "argv", ["chat.py", "tiny", "--prompt", "a\udcff"])
+    with pytest.raises(ValueError, match="the prompt is not UTF-8 text"):
+        chat.main()
+
+
 def test_samples_are_what_chat_answers(train, tmp_path, capsys, monkeypatch):
     """Prompts are answered at each validation, on the screen and in samples.jsonl; the last answers are those that
     chat.py gives with the saved model."""
@@ -309,5 +316,5 @@ def test_early_stopping(train, tmp_path, capsys):
 
 def test_validation_settings_without_validation_are_errors(train):
     for flags in (["--keep_best"], ["--early_stopping", 2], ["--eval_steps", 2]):
-        with pytest.raises(ValueError, match=f"{flags[0]} .*does nothing without --val_data"):
+        with pytest.raises(ValueError, match=f"{flags[0]} .*has no effect without --val_data"):
             train(*FAST, *flags)
