@@ -195,7 +195,7 @@ def test_adapters_add_no_all_reduce_to_a_micro_batch(collectives):
 
 @pytest.mark.parametrize("flags, message", [
     (("--strategy", "megatron"), "use --strategy megatron --tp 2"), (("--tp", "2"), "use --strategy megatron --tp 2"),
-    (("--strategy", "megatron", "--tp", "2"), "does not divide the 1 processes"),
+    (("--strategy", "megatron", "--tp", "2"), "--tp 2 needs at least 2 processes, and this run has 1"),
 ])
 def test_an_impossible_tp_is_an_error(train, flags, message):
     """The error names flags that work."""

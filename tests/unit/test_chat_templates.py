@@ -342,8 +342,8 @@ def test_where_a_template_is_found(tmp_path):
 
 
 def test_a_directory_without_tokenizer_says_so(tmp_path):
-    """Without tokenizer.json a UserError names the directory, the file and the flag."""
-    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + " has no tokenizer.json; --tokenizer"):
+    """Without tokenizer.json a UserError names the directory and the file."""
+    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + " has no tokenizer.json; use a model directory"):
         ChatTokenizer(str(tmp_path))
 
 

@@ -64,7 +64,7 @@ def test_an_error_for_long_conversations_names_the_row_and_both_lengths(tmp_path
 def test_no_row_to_train_is_an_error(rows, max_length, tmp_path):
     """A run without a target does not start, and the error says why rows were dropped."""
     with pytest.raises(ValueError,
-                       match=rf"no row is left to train on: {len(rows)} in, dropped .*'without targets"):
+                       match=rf"no row is left to train on: {len(rows)} in, all dropped .* without targets"):
         data.load(write(tmp_path / "rows.json", rows), tiny, max_length)
 
 

@@ -133,11 +133,11 @@ class Toy:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--rank 9", "--rank 9 has no effect without --adapter"),
-    ("--rank 8", "--rank 8 has no effect without --adapter"),  # the default, but set
-    ("rank=8", "--rank 8 has no effect without --adapter"),
-    ("--adapter --no-adapter --rank 8", "--rank 8 has no effect without --adapter"),
-    ("--width 1", "--width 1 has no effect without --scaled or --resume"),
+    ("--rank 9", "--rank 9 has no effect without --adapter; add --adapter, or remove it"),
+    ("--rank 8", "--rank 8 has no effect without --adapter; add --adapter, or remove it"),  # the default, but set
+    ("rank=8", "--rank 8 has no effect without --adapter; add --adapter, or remove it"),
+    ("--adapter --no-adapter --rank 8", "--rank 8 has no effect without --adapter; add --adapter, or remove it"),
+    ("--width 1", "--width 1 has no effect without --scaled or --resume; add --scaled or --resume, or remove it"),
     ("--adapter --resume a --rank 9", "--rank 9 does not work with --resume; remove one of them"),
     ("--adapter --resume a --rank 8", "--rank 8 does not work with --resume; remove one of them"),
     ("--environment", "RANK_OF_IT=8 has no effect without --adapter; unset it or add --adapter"),
@@ -169,7 +169,7 @@ def test_a_file_may_have_every_setting(tmp_path):
         with pytest.raises(ValueError, match="--rank 9 "):
             Toy(**wrong)
     (tmp_path / "config.yaml").write_text("rank: 9\n")
-    with pytest.raises(ValueError, match="--rank 9 has no effect without --adapter"):
+    with pytest.raises(ValueError, match="--rank 9 has no effect without --adapter; add --adapter, or remove it"):
         parser.parse(Toy, ["--config", path])
 
 
@@ -178,7 +178,7 @@ def test_a_flag_may_reset_a_value_of_a_file(tmp_path):
     path = str(tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_text("adapter: true\nrank: 9\n")
     assert parser.parse(Toy, ["--config", path, "--no-adapter", "--rank", "8"])[0] == Toy()
-    with pytest.raises(ValueError, match="--rank 9 has no effect without --adapter"):
+    with pytest.raises(ValueError, match="--rank 9 has no effect without --adapter; add --adapter, or remove it"):
         parser.parse(Toy, ["--config", path, "--no-adapter"])
 
 

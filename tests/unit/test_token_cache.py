@@ -127,7 +127,7 @@ def test_the_cache_depends_on_the_keys_of_rows(tmp_path):
     with pytest.raises(ValueError,
                        match="unrecognised columns 'a'; .* instead of --prompt_key q --response_key r$"):
         formats.to_messages({"a": 1}, "here", ("q", "r", "messages"))
-    with pytest.raises(ValueError, match="the content of a user message must be a string, it is None"):
+    with pytest.raises(ValueError, match="the content of the user message must be a string, it is null"):
         formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
 
 
