@@ -108,8 +108,8 @@ def read_config(directory):
     """
     path = os.path.join(directory, "adapter_config.json")
     if not os.path.exists(path):
-        raise UserError(f"{directory} has no adapter_config.json, so it is not a LoRA adapter; use an adapter "
-                        "directory such as outputs/lora/checkpoints/latest")
+        raise UserError(f"{directory} has no adapter_config.json, so it is not a LoRA adapter; use an "
+                        "adapter directory such as outputs/lora/checkpoints/latest")
     config = files.read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object, it is {config!r:.60}")
