@@ -24,7 +24,7 @@ import torch
 import sft
 from disk import peft, pretrained
 from disk.run import ModelPaths
-from model import generate
+from model import generate, sample_function
 from ranks import processes
 from settings import errors
 from settings.errors import UserError
@@ -50,19 +50,6 @@ class Config:
 
     def __post_init__(self):
         check(self)
-
-
-def sample_function(temperature, top_p):
-    """Return a function from logits (V,) to a token id."""
-
-    def sample(logits):
-        if temperature == 0:
-            return int(logits.argmax())
-        probabilities, ids = torch.softmax(logits.float() / temperature, dim=0).sort(descending=True)
-        kept = probabilities.cumsum(0) - probabilities < top_p  # includes the token that reaches top_p
-        return int(ids[torch.multinomial(probabilities * kept, 1)])
-
-    return sample
 
 
 def load(name, base=None):

@@ -19,6 +19,7 @@ from ops.packing import ceil_div, pack
 from settings.errors import UserError
 from text.formats import KEYS, data_files, read_rows, to_messages
 from text.ledger import Ledger
+from text.template import token_range
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
 # The arrays of a Dataset, with their dtypes in the cache
@@ -208,29 +209,6 @@ def make_loss_mask(encoding, spans, text, *, kept, train_on_prompt, stop_token_i
             stopped += int(has_stop_token and stop_token_id in ids[first:after])
     loss_mask[:1] = False
     return loss_mask[:kept], turns, stopped
-
-
-def token_range(encoding, start, end, text_length):
-    """(first, after): the tokens first ... after - 1 lie entirely inside the characters [start, end).
-
-    A token that begins before `start` and ends after it is excluded. The model cannot generate it, as its
-    first characters are in the prompt.
-    """
-    def first_from(char):
-        while char < text_length:
-            token = encoding.char_to_token(char)
-            if token is not None:
-                return token
-            char += 1
-        return len(encoding)
-
-    first = first_from(start)
-    if first < len(encoding) and encoding.token_to_chars(first)[0] < start:
-        first += 1
-    after = first_from(end)
-    if after < len(encoding) and encoding.token_to_chars(after)[0] < end:
-        after += 1  # the turn's last token includes the white space that follows the turn
-    return first, max(first, after)
 
 
 # ---- masked tokens -> steps --------------------------------------------------------------------------------

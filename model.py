@@ -182,3 +182,20 @@ def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(l
         if token in eos_ids:
             return
         tokens = [token]
+
+
+def sample_function(temperature, top_p):
+    """Return a function from logits (V,) to a token id.
+
+    temperature  0: greedy; 1: sample from the model's distribution
+    top_p        sample from the most likely tokens that together have this probability
+    """
+
+    def sample(logits):
+        if temperature == 0:
+            return int(logits.argmax())
+        probabilities, ids = torch.softmax(logits.float() / temperature, dim=0).sort(descending=True)
+        kept = probabilities.cumsum(0) - probabilities < top_p  # includes the token that reaches top_p
+        return int(ids[torch.multinomial(probabilities * kept, 1)])
+
+    return sample

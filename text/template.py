@@ -350,3 +350,26 @@ def locate(text, content, start, barrier):
         return position, position + len(content)
     match = re.compile(r"\s+".join(map(re.escape, content.split()))).search(text, start)
     return match.span() if match and not is_barred(match.start()) else None
+
+
+def token_range(encoding, start, end, text_length):
+    """(first, after): the tokens first ... after - 1 lie entirely inside the characters [start, end).
+
+    A token that begins before `start` and ends after it is excluded. The model cannot generate it, as its
+    first characters are in the prompt.
+    """
+    def first_from(char):
+        while char < text_length:
+            token = encoding.char_to_token(char)
+            if token is not None:
+                return token
+            char += 1
+        return len(encoding)
+
+    first = first_from(start)
+    if first < len(encoding) and encoding.token_to_chars(first)[0] < start:
+        first += 1
+    after = first_from(end)
+    if after < len(encoding) and encoding.token_to_chars(after)[0] < end:
+        after += 1  # the turn's last token includes the white space that follows the turn
+    return first, max(first, after)
