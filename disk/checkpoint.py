@@ -206,7 +206,7 @@ def resume_directory(resume_from, root):
         # A kill between the rename of a run's first checkpoint and its link leaves no link.
         directory = latest if os.path.lexists(latest) else os.path.join(root, f"step_{steps[-1]}")
     if not os.path.isdir(directory):
-        raise UserError(f"--resume_from {resume_from}: directory {directory} does not exist; use a step "
+        raise UserError(f"--resume_from {resume_from}: {directory} is not a directory; use a step "
                         "directory such as outputs/checkpoints/step_100, or auto")
     if not os.path.exists(os.path.join(directory, STATE)):
         remedy = "use another step directory, or start a new run from these weights with --model"

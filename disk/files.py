@@ -142,5 +142,5 @@ def check_hub_endpoint():
     """Raise UserError if HF_ENDPOINT, the address of a mirror of the hub, is not a URL."""
     endpoint = os.environ.get("HF_ENDPOINT", "")
     if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise UserError(f"HF_ENDPOINT {endpoint}: it must start with https://; set "
-                        f"HF_ENDPOINT=https://{endpoint}")
+        example = f"https://{endpoint}" if ":" not in endpoint else "https://hf-mirror.com"
+        raise UserError(f"HF_ENDPOINT {endpoint}: it must start with https://; set it to {example}")

@@ -96,12 +96,10 @@ class RunState:
             raise UserError(f"--resume_adapter {cfg.resume_adapter}: no such directory; use an adapter "
                             "directory such as outputs/lora/checkpoints/latest")
         adapter = (self.resumed or cfg.resume_adapter) if cfg.use_lora else None
-        directory = adapter or self.resumed
-        if directory and pretrained.is_adapter(directory) != cfg.use_lora:
+        if self.resumed and pretrained.is_adapter(self.resumed) != cfg.use_lora:
             if cfg.use_lora:
-                raise UserError(f"{directory} has no adapter_config.json: it is a full model, not a LoRA "
-                                "adapter; drop --use_lora")
-            raise UserError(f"{directory} is a LoRA adapter, not a full model; add --use_lora")
+                raise UserError(f"{self.resumed} is a full model, not a LoRA adapter; drop --use_lora")
+            raise UserError(f"{self.resumed} is a LoRA adapter, not a full model; add --use_lora")
         if adapter and not self.resumed:  # on resume, identify() compares the base model's fingerprint
             peft.check_base(peft.read_config(adapter), cfg.model)
         is_full_checkpoint = self.resumed and not adapter

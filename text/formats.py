@@ -259,7 +259,8 @@ def to_messages(row, where, keys=KEYS):
         raise UserError(f"{where}: a row must be an object, not {type(row).__name__}; accepted are {SHAPES}")
     named = values_of(row, keys[0]) + values_of(row, keys[1])
     default = values_of(row, KEYS[0]) + values_of(row, KEYS[1])
-    turns = next((row[key] for key in (keys[2], KEYS[2], "conversations") if row.get(key)), None)
+    turn_keys = [key for key in (keys[2], KEYS[2], "conversations") if key in row]
+    turns = next((row[key] for key in turn_keys if row[key]), None)
     has_named_pair = keys[:2] != KEYS[:2] and len(named) == 2
     if isinstance(turns, list) and not has_named_pair:
         messages = [to_message(turn, where) for turn in turns]
@@ -267,9 +268,10 @@ def to_messages(row, where, keys=KEYS):
         messages = exchange(*(named if len(named) == 2 else default), where)
     elif "instruction" in row and "output" in row:
         messages = alpaca_messages(row, where)
-    elif turns is not None or any(key in row for key in (keys[2], KEYS[2])):
-        raise UserError(f'{where}: "{keys[2]}" must be a non-empty list of {{"role", "content"}} objects, it '
-                        f"is {json.dumps(row.get(keys[2], turns), default=str):.60}")
+    elif turn_keys:
+        key = turn_keys[0]
+        raise UserError(f'{where}: "{key}" must be a non-empty list of {{"role", "content"}} objects, it is '
+                        f"{json.dumps(row[key], default=str):.60}")
     else:
         columns = ", ".join(map(repr, row)) or "(none)"
         raise UserError(f"{where}: unrecognised columns {columns:.200}; accepted are {SHAPES}, "

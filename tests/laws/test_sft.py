@@ -440,6 +440,8 @@ BAD = {  # name: (function of a directory that returns flags, text of the error)
     "unknown shape": (lambda p: rows(p, [{"text": "a"}]), "[0]: unrecognised columns 'text'; accepted"),
     "messages is a text": (lambda p: rows(p, [{"messages": "hello"}]), 'non-empty list of {"role", "content"} objects'),
     "messages is empty": (lambda p: rows(p, [{"messages": []}]), "it is []"),
+    "conversations is a number": (lambda p: rows(p, [{"conversations": 7}]), '"conversations" must be a non-empty list'),
+    "conversations is null": (lambda p: rows(p, [{"conversations": None}]), '"conversations" must be a non-empty list'),
     "content is null": (lambda p: rows(p, [{"messages": [{"role": "user", "content": None}]}]), "it is null; remove"),
     "no rows": (lambda p: rows(p, []), "no rows; pass a file with conversations"),
     "nothing to train": (lambda p: rows(p, NOT_TRAINED), "all dropped (1 without targets); mark at least one assistant"),
@@ -448,6 +450,7 @@ BAD = {  # name: (function of a directory that returns flags, text of the error)
     "no such model": (lambda p: ("--model", "./nowhere"), "./nowhere: no such directory"),
     "no config.json": (lambda p: ("--model", os.path.join(ROOT, "data")), "no config.json, so it is not a model directory"),
     "no such adapter": (lambda p: ("--use_lora", "--resume_adapter", "./nowhere"), "--resume_adapter ./nowhere: no such"),
+    "an empty directory as adapter": (lambda p: ("--use_lora", "--resume_adapter", p), "so it is not a LoRA adapter; use"),
     "no such tokenizer": (lambda p: ("--tokenizer", "./nowhere"), "--tokenizer ./nowhere: no such directory"),
     "no such file of settings": (lambda p: ("--config", "nowhere.yaml"), "nowhere.yaml: No such file or directory"),
     "prompts are not UTF-8": (lambda p: ("--sample_prompts", write_bytes(p / "x.txt", b"\xff")), "not UTF-8 text"),
@@ -488,11 +491,13 @@ def test_bad_input_is_one_clear_line(case, tmp_path, monkeypatch, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("endpoint, example", [("mirror.example", "https://mirror.example"),
+                                               ("ftp://mirror.example", "https://hf-mirror.com")])
 @pytest.mark.parametrize("flags", [("--model", "some/model"), ("--train_data", "some/dataset")])
-def test_a_mirror_needs_a_url(flags, train, monkeypatch):
+def test_a_mirror_needs_a_url(flags, endpoint, example, train, monkeypatch):
     """HF_ENDPOINT without https:// is named before anything is downloaded."""
-    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
-    with pytest.raises(ValueError, match="HF_ENDPOINT mirror.example: .* set HF_ENDPOINT=https://mirror.example"):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(ValueError, match=f"HF_ENDPOINT {endpoint}: it must start with https://; set it to {example}"):
         train(*flags)
 
 
