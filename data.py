@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ops.attention import Documents
 from ops.packing import ceil_div, pack
 from settings.errors import UserError
 from text.formats import KEYS, data_files, read_rows, to_messages
@@ -315,46 +316,61 @@ def mixed_quotas(counts, weights):
 # ---- steps -> micro-batches --------------------------------------------------------------------------------
 
 
-@dataclass
 class MicroBatch:
-    """Conversations one after another, without padding: N tokens, R of which are followed by a target."""
+    """Conversations one after another, without padding: N tokens, R of which are followed by a target.
 
-    tokens: torch.Tensor  # (N,) int64
-    doc_lengths: tuple  # ints, the tokens of each conversation; their sum is N
-    target_positions: torch.Tensor  # (R,) int64, ascending: the positions whose next token is a target
-    targets: torch.Tensor  # (R,) int64: those next tokens
-    ids: np.ndarray  # (conversations,) int64: their indices in the Dataset
+    buffer     (S,) int64. The tensors below are views of it, so that one copy moves all of them to the device
+    lengths    tuple of ints with sum N, the tokens of each conversation
+    n_targets  R
+    ids        (conversations,) int64 array, their indices in the Dataset
 
-    def inputs(self, device):
-        """The arguments of CausalLM.forward, on its device."""
-        return (self.tokens.to(device), self.doc_lengths, self.target_positions.to(device),
-                self.targets.to(device))
+    tokens                  (N,) int64
+    target_positions        (R,) int64, ascending: the positions whose next token is a target
+    targets                 (R,) int64: those next tokens
+    conversation_of_target  (R,) int64: the conversation of each target, as an index of the Dataset
+    documents               ops.attention.Documents
+    """
 
-    def conversation_of_target(self):
-        """(R,) int64: the conversation of each target, as an index of the Dataset."""
-        document = np.searchsorted(np.cumsum(self.doc_lengths), self.target_positions.numpy(), "right")
-        return torch.from_numpy(self.ids[document])
+    def __init__(self, buffer, lengths, n_targets, ids):
+        self.buffer, self.lengths, self.n_targets, self.ids = buffer, lengths, n_targets, ids
+        N, R = sum(lengths), n_targets
+        (self.tokens, positions, self.target_positions, self.targets, self.conversation_of_target,
+         offsets) = buffer.split([N, N, R, R, R, len(buffer) - 2 * N - 3 * R])
+        self.documents = Documents(lengths, positions, offsets.view(torch.int32)[: len(lengths) + 1])
+
+    def to(self, device):
+        """The same MicroBatch on a device. If it is in pinned memory, the host does not wait for the copy."""
+        return MicroBatch(self.buffer.to(device, non_blocking=True), self.lengths, self.n_targets, self.ids)
 
 
-def collate(dataset, ids):
-    """The MicroBatch of these conversations, in this order. Each ends before its last target."""
+def collate(dataset, ids, pin_memory=False):
+    """The MicroBatch of these conversations, in this order, in host memory. Each ends before its last target.
+
+    Without conversations it has one token and no target: a rank that gets none must still take part in the
+    collectives of a micro-batch.
+    """
     spans = [(int(dataset.starts[i]), int(dataset.n_inputs[i])) for i in ids]
-    tokens = np.concatenate([dataset.tokens[s : s + n] for s, n in spans])
-    next_tokens = np.concatenate([dataset.tokens[s + 1 : s + n + 1] for s, n in spans])
-    loss_mask = np.concatenate([dataset.loss_mask[s + 1 : s + n + 1] for s, n in spans])
-    positions = np.flatnonzero(loss_mask)
-    return MicroBatch(torch.from_numpy(tokens).long(), tuple(n for _, n in spans),
-                      torch.from_numpy(positions), torch.from_numpy(next_tokens[positions]).long(), ids)
+
+    def flat(array, shift):
+        """The elements of all conversations, each `shift` after an input."""
+        pieces = [array[s + shift : s + shift + n] for s, n in spans]
+        return np.concatenate(pieces or [np.zeros(1, array.dtype)])
+
+    lengths = tuple(n for _, n in spans) or (1,)
+    ends = np.cumsum(lengths)
+    offsets = np.zeros(len(lengths) + 2 & ~1, dtype=np.int32)  # an even number: they are stored as int64
+    offsets[1 : len(lengths) + 1] = ends
+    target_positions = np.flatnonzero(flat(dataset.loss_mask, 1))
+    parts = [flat(dataset.tokens, 0), np.arange(ends[-1]) - np.repeat(ends - lengths, lengths),
+             target_positions, flat(dataset.tokens, 1)[target_positions],
+             ids[np.searchsorted(ends, target_positions, "right")], offsets.view(np.int64)]
+    buffer = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=pin_memory)
+    np.concatenate(parts, out=buffer.numpy())
+    return MicroBatch(buffer, lengths, len(target_positions), ids)
 
 
-def micro_batches(dataset, ids, capacity, max_conversations=None, dp_rank=0, dp_size=1):
+def micro_batches(dataset, ids, capacity, max_conversations=None, *, dp_rank=0, dp_size=1, pin_memory=False):
     """Yield one data-parallel rank's MicroBatches of a step's conversations `ids`; see packing.pack."""
-    ids = np.asarray(ids)
+    ids = np.asarray(ids, dtype=np.int64)
     for group in pack(dataset.n_inputs[ids], capacity, max_conversations, dp_rank=dp_rank, dp_size=dp_size):
-        if group:
-            yield collate(dataset, ids[group])
-        else:
-            # There are fewer conversations than ranks, but every rank must take part in the collectives of a
-            # micro-batch: this one has one token and no target.
-            empty = torch.zeros(0, dtype=torch.long)
-            yield MicroBatch(torch.zeros(1, dtype=torch.long), (1,), empty, empty, ids[:1])
+        yield collate(dataset, ids[group], pin_memory)

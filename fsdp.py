@@ -10,14 +10,19 @@ import torch.distributed as dist
 from ops.memory import is_split, local
 
 
+def is_used(ranks, param_offload):
+    """Whether FSDP2 is used. On one rank it would only add copies, unless it moves parameters to the host."""
+    return ranks.world_size > 1 or param_offload
+
+
 def shard(model, ranks, *, bf16, param_offload):
     """Apply fully_shard to each block and to the model, in place. The model is on meta.
 
     bf16           all-gather and compute in bf16, from fp32 parameters
     param_offload  keep parameters and gradients in host memory
     """
-    if ranks.world_size == 1 and not bf16 and not param_offload:
-        return  # nothing to shard, cast or move: FSDP2 would only add copies
+    if not is_used(ranks, param_offload):
+        return
     from torch.distributed.fsdp import (  # takes half a second, so only where it is used
         CPUOffloadPolicy,
         FSDPModule,
@@ -35,7 +40,7 @@ def shard(model, ranks, *, bf16, param_offload):
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=ranks.mesh["dp"], mp_policy=precision, offload_policy=offload)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and ranks.dp_size > 1:  # a factor would cost one rank a copy
             # Sum the gradients, as backward() already divides the loss by the target tokens of the step.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
@@ -77,7 +82,8 @@ def grad_norm(model):
     for (mesh, *axes), grads in groups.items():
         square = torch.nn.utils.get_total_norm(grads).square()
         for axis in axes:
-            dist.all_reduce(square, group=mesh.get_group(axis))
+            if mesh.size(axis) > 1:
+                dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
 
@@ -85,5 +91,6 @@ def grad_norm(model):
 def all_reduce_max(values, ranks):
     """Element-wise maximum over all ranks, as a list of floats."""
     values = values.to(ranks.device, torch.float32)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
+    if ranks.world_size > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()

@@ -91,6 +91,7 @@ def inject(model, peft_config, lora_ranks, tp_size=1):
     """
     model.requires_grad_(False)
     model.peft_config = peft_config
+    model.model.has_dropout = peft_config.get("lora_dropout", 0.0) > 0
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     for name, rank in lora_ranks.items():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ops.attention import Documents, attend, opaque_attend
+from ops.attention import Documents, attend_function
 from ops.loss import Head, loss
 
 
@@ -98,10 +98,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config, gradient_checkpointing=False, compiled=False):
+    def __init__(self, config, checkpointed_blocks=0, compiled=False):
         super().__init__()
         self.config, self.compiled = config, compiled
-        self.gradient_checkpointing = gradient_checkpointing
+        self.checkpointed_blocks, self.has_dropout = checkpointed_blocks, False  # lora.inject may set it
         # nn.Embedding's default initialisation on meta imports torch's compiler, which takes a second
         values = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
@@ -111,35 +111,34 @@ class Decoder(nn.Module):
             for block in self.layers:
                 block.compile(dynamic=True)
 
-    def forward(self, tokens, doc_lengths, past=None):
-        start = past[0]["k"].shape[0] if past and past[0] else 0
-        positions = torch.cat([torch.arange(start, start + n) for n in doc_lengths])
-        cos, sin = rope_cos_sin(positions.to(tokens.device, non_blocking=True), self.config)
-        documents = Documents(doc_lengths)
-        attention = opaque_attend() if self.compiled else attend
+    def forward(self, tokens, documents, past=None):
+        cos, sin = rope_cos_sin(documents.positions, self.config)
         x = self.embed_tokens(tokens)  # (N, C)
+        attend = attend_function(x, self.config.head_dim, cached=past is not None, compiled=self.compiled)
         for i, block in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if i < self.checkpointed_blocks and torch.is_grad_enabled():
                 # Keep the block's input only and run the block again in backward: 1/3 more compute. Not
                 # re-entrant: with LoRA a block's input may need no gradient, and its adapters would get none.
-                x = checkpoint(block, x, cos, sin, documents, attention, use_reentrant=False)
+                # To keep the state of the random numbers costs time, and only dropout needs it.
+                x = checkpoint(block, x, cos, sin, documents, attend, use_reentrant=False,
+                               preserve_rng_state=self.has_dropout)
             else:
-                x = block(x, cos, sin, documents, attention, past[i] if past else None)
+                x = block(x, cos, sin, documents, attend, past[i] if past else None)
         return self.norm(x)
 
 
 class CausalLM(nn.Module):
     """The model. Parameters have the checkpoint's names (model.layers.0.self_attn.q_proj.weight, ...).
 
-    config                  families.config.ModelConfig
-    gradient_checkpointing  keep block inputs only and recompute activations in backward
-    compiled                torch.compile the blocks, except attention
+    config               families.config.ModelConfig
+    checkpointed_blocks  the first this many blocks keep their inputs only and run again in backward
+    compiled             torch.compile the blocks
     """
 
-    def __init__(self, config, gradient_checkpointing=False, compiled=False):
+    def __init__(self, config, checkpointed_blocks=0, compiled=False):
         super().__init__()
         self.config = config
-        self.model = Decoder(config, gradient_checkpointing, compiled)
+        self.model = Decoder(config, checkpointed_blocks, compiled)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.n_parameters = sum(p.numel() for p in self.parameters())  # without adapters
@@ -150,18 +149,18 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, doc_lengths, target_positions=None, targets=None, past=None):
+    def forward(self, tokens, documents, target_positions=None, targets=None, past=None):
         """Logits, or the loss if targets are given.
 
         tokens            (N,) int64, documents one after another
-        doc_lengths       tuple of ints with sum N, the tokens of each document
+        documents         ops.attention.Documents of these N tokens, on their device
         target_positions  (R,) int64, the positions whose next token is a target
         targets           (R,) int64, those next tokens
         past              list of one dict per layer: the key/value cache of generation, updated in place
         returns           with targets, a LossOut: nats summed over the targets, which the caller divides.
                           With `past`, logits of the last token, (1, V). Otherwise logits, (N, V)
         """
-        hidden = self.model(tokens, doc_lengths, past)
+        hidden = self.model(tokens, documents, past)
         if targets is not None:
             return loss(hidden, self.lm_head, target_positions, targets)
         return self.lm_head(hidden if past is None else hidden[-1:])
@@ -175,12 +174,14 @@ def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(l
     sample  function from logits (V,) to an id; greedy by default
     """
     past = [{} for _ in model.model.layers]
-    device = model.lm_head.weight.device
+    device, n_past = model.lm_head.weight.device, 0
     for _ in range(max_new_tokens):
-        token = sample(model(torch.tensor(tokens, device=device), (len(tokens),), past=past)[0])
+        documents = Documents.of((len(tokens),), device, first_position=n_past)
+        token = sample(model(torch.tensor(tokens, device=device), documents, past=past)[0])
         yield token
         if token in eos_ids:
             return
+        n_past += len(tokens)
         tokens = [token]
 
 

@@ -22,7 +22,6 @@ import functools
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,7 @@ import lora
 from disk import peft, pretrained
 from disk.run import RunState
 from model import CausalLM
-from ops import memory, nf4, optim
+from ops import memory, nf4, optim, overlap
 from ranks import processes, tp
 from screen import samples
 from screen.log import Log, Warnings, check_loggers
@@ -172,8 +171,8 @@ def micro_batches(dataset, ids, cfg, ranks):
     """This rank's micro-batches of the conversations `ids`."""
     capacity = cfg.micro_batch_size * cfg.max_length  # tokens
     max_conversations = None if cfg.packing else cfg.micro_batch_size
-    return data.micro_batches(dataset, ids, capacity, max_conversations=max_conversations,
-                              dp_rank=ranks.dp_rank, dp_size=ranks.dp_size)
+    return data.micro_batches(dataset, ids, capacity, max_conversations, dp_rank=ranks.dp_rank,
+                              dp_size=ranks.dp_size, pin_memory=ranks.device.type == "cuda")
 
 
 def backward(model, batches, n_targets, ranks, losses=None):
@@ -186,13 +185,16 @@ def backward(model, batches, n_targets, ranks, losses=None):
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches, 1):
+        ranks.micro_batch = batch
         fsdp.set_gradient_sync(model, enabled=i == len(batches))
-        out = model(*batch.inputs(ranks.device))
+        batch = batch.to(ranks.device)
+        out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets)
         loss = out.total / n_targets
         loss.backward()
         total += loss.detach()
         if losses is not None:
-            losses.index_add_(0, batch.conversation_of_target().to(ranks.device), out.each)
+            losses.index_add_(0, batch.conversation_of_target, out.each)
+    ranks.micro_batch = None
     return total
 
 
@@ -201,10 +203,13 @@ def evaluate(model, dataset, cfg, ranks):
     """Loss over the whole dataset, in nats per target token; not valid if a signal ended it early."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
-    for batch in micro_batches(dataset, range(len(dataset)), cfg, ranks):
+    for batch in overlap.ahead(micro_batches(dataset, range(len(dataset)), cfg, ranks), ranks.device):
         if ranks.poll_signals():
             break
-        total += model(*batch.inputs(ranks.device)).total
+        ranks.micro_batch = batch
+        batch = batch.to(ranks.device)
+        total += model(batch.tokens, batch.documents, batch.target_positions, batch.targets).total
+    ranks.micro_batch = None
     fsdp.reshard(model)
     model.train()
     return ranks.all_reduce(total).item() / int(dataset.n_targets.sum())
@@ -236,16 +241,19 @@ def build(cfg, paths, ranks, trains=True):
     bf16 = cfg.dtype_on(ranks.device) == "bf16"
     is_meta = ranks.device.type == "meta"
     with torch.device("meta"):
-        model = CausalLM(paths.config, cfg.gradient_checkpointing, cfg.compile)
+        n_checkpointed = paths.config.num_hidden_layers * cfg.gradient_checkpointing
+        model = CausalLM(paths.config, n_checkpointed, cfg.compile)
     if not is_meta:
         pretrained.match_weights(model, paths.model)  # raises before memory is allocated
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):
-        model.to(torch.bfloat16)  # the fp32 masters are in host memory, or the model is frozen
+        model.to(torch.bfloat16)  # the optimizer has fp32 masters in host memory, or the model is frozen
     if cfg.quantize:
         nf4.quantize_linears(model)
     if cfg.use_lora:
         peft_config, lora_ranks = peft.read(paths.adapter) if paths.adapter else peft.new(model, cfg)
         lora.inject(model, peft_config, lora_ranks, cfg.tp)
+    if bf16 and not fsdp.is_used(ranks, cfg.param_offload):
+        model.to(torch.bfloat16)  # the optimizer has fp32 masters; FSDP2 would cast its fp32 parameters
     if is_meta:
         return model, None
 
@@ -291,10 +299,22 @@ def train(cfg, ranks):
     log = Log(cfg, run.step, len(sampler), ranks, warnings)
     log.banner(cfg, run, model, tokenizer, train_set, val_set, sampler, ranks)
 
+    def read():
+        """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
+        ids, problem = log.read(run.norms)
+        if problem:
+            optimizer.zero_grad()  # the gradient of the next step
+            where = selfcheck.find_non_finite(backward, model, train_set, ids, cfg, ranks)
+            raise NonFiniteError(f"{problem}; stopped before the weights were updated. {where}")
+
     def after_step(step):
         """Evaluate if due, save if due."""
-        is_best = False
-        if sampler.is_due(step, cfg.eval_steps):
+        is_best, is_stopping = False, ranks.poll_signals()
+        evaluates, saves = sampler.is_due(step, cfg.eval_steps), sampler.is_due(step, cfg.save_steps)
+        if not (evaluates or saves or is_stopping or step == len(sampler)):
+            return
+        read()
+        if evaluates:
             ranks.set_phase(f"evaluation after step {step}")
             val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
             answers = prompts.answer(model, ranks)
@@ -303,7 +323,7 @@ def train(cfg, ranks):
                 is_best = val_set is not None and run.judge(step, val_loss)
                 log.validation(step, val_loss, val_set, answers)
         is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
-        if is_last or sampler.is_due(step, cfg.save_steps) or (is_best and cfg.keep_best):
+        if is_last or saves or (is_best and cfg.keep_best):
             ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
             log.sync()  # the log reaches the disk before the checkpoint does
@@ -311,46 +331,35 @@ def train(cfg, ranks):
             log.report()
             ranks.poll_signals()
 
+    def steps():
+        """What each step computes. A thread makes it while the step before is computed."""
+        for step in range(run.step + 1, len(sampler) + 1):
+            epoch, ids = sampler.step(step)
+            yield step, epoch, ids, list(micro_batches(train_set, ids, cfg, ranks))
+
     ranks.poll_signals()  # from now on, a signal lets the current step finish and be saved
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)
     first_step = run.step + 1
-    for step in range(first_step, len(sampler) + 1):
+    for step, epoch, ids, batches in overlap.ahead(steps(), ranks.device):
         if ranks.stop_signal or run.stops_early:
             break
-        started = time.perf_counter()
         ranks.set_phase(f"step {step}")
+        figures = overlap.Figures(ranks.device)
         torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # for dropout; resume needs no RNG state
-        epoch, ids = sampler.step(step)
-        batches = list(micro_batches(train_set, ids, cfg, ranks))
         n_targets, n_tokens = int(train_set.n_targets[ids].sum()), int(train_set.n_tokens[ids].sum())
         loss = backward(model, batches, n_targets, ranks, losses.restart(ids))
         if cfg.use_lora and step == first_step:
             selfcheck.check_adapters(model, ranks)
-        norm = fsdp.grad_norm(model).to(ranks.device)
-        loss, grad_norm = torch.stack((ranks.all_reduce(loss), norm)).tolist()  # a device sync
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            where = selfcheck.find_non_finite(backward, model, train_set, ids, cfg, ranks)
-            raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the "
-                                 f"weights were updated. {where}")
+        read()  # the step before: only now, so that the device had work meanwhile
+        loss, norm = ranks.all_reduce(loss), fsdp.grad_norm(model).to(ranks.device)
         lr = lr_at(step, len(sampler), cfg)
-        is_spike = run.is_spike(grad_norm)  # --max_grad_norm_factor
-        if is_spike:
-            log.skipped(step, grad_norm, run.norm_limit, train_set.sources(ids))
         meter.start(step)
-
-        optim.set_lr(optimizer, lr)
-        clip_divisor = max(1.0, (grad_norm + 1e-6) / cfg.grad_clip) if cfg.grad_clip else 1.0
-        if not is_spike:
-            optimizer.step(clip_divisor)
-        optimizer.zero_grad()
-
+        optim.update(optimizer, loss, norm, lr=lr, grad_clip=cfg.grad_clip, norm_limit=run.norm_limit)
+        figures.queue([loss, norm, *meter.changed()])
+        log.step(step, ids, figures, run.norm_limit, epoch=epoch, lr=lr, tokens=n_tokens,
+                 target_tokens=n_targets)
         run.step = step
-        seconds = time.perf_counter() - started
-        log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
-                 target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
-                 peak_memory_gb=memory.peak_memory_gb(ranks.device), changed=meter.changed(),
-                 skipped=is_spike or None)
         after_step(step)
     log.finish(run, ranks.stop_signal)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from disk import checkpoint, files, peft, pretrained
 from families.config import ModelConfig
+from ops import optim
 from settings.errors import UserError
 
 # Settings that decide what an adapter is. Resume refuses to change them.
@@ -58,7 +59,7 @@ class RunState:
     step             the last optimizer step that was taken
     best             {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, and the number of
                      validations after it
-    norms            the last 64 gradient norms, before clipping
+    norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
 
@@ -152,7 +153,7 @@ class RunState:
             checkpoint.load_training_tensors(self.resumed, model, optimizer)
             if self.is_writer and os.path.dirname(self.resumed) == os.path.realpath(self.root):
                 self.restore_links()
-        if self.cfg.optimizer_offload:
+        if isinstance(optimizer, optim.MasterWeights):
             optimizer.publish()
 
     def restore_links(self):
@@ -177,17 +178,13 @@ class RunState:
             self.best = {"val_loss": val_loss, "step": step, "behind": 0}
         return is_best
 
-    def is_spike(self, grad_norm):
-        """--max_grad_norm_factor: whether the norm is above `norm_limit`. Remembers the norm.
-
-        The limit is the factor times the median of the last 64 norms. There is none until 16 norms are known.
-        """
+    @property
+    def norm_limit(self):
+        """--max_grad_norm_factor: the factor times the median of the last 64 norms, once 16 are known."""
         factor = self.cfg.max_grad_norm_factor
-        self.norm_limit = math.inf
         if factor and len(self.norms) >= 16:
-            self.norm_limit = factor * statistics.median(self.norms)
-        self.norms.append(grad_norm)
-        return grad_norm > self.norm_limit
+            return factor * statistics.median(self.norms)
+        return math.inf
 
     def save(self, model, optimizer, is_best):
         """Write the checkpoint of the last step, then delete older ones as --keep_checkpoints says.

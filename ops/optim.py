@@ -1,13 +1,15 @@
-"""Parameter groups, AdamW on this rank's shards, and offload of any optimizer's state to host memory.
+"""Parameter groups, AdamW on this rank's shards, and fp32 master weights of any optimizer.
 
 To use another optimizer, write a class with AdamW's methods and pass it to `build` in sft.py. Checkpoints
 then contain the state that its `new_state` names, and --optimizer_offload works with it.
 """
 
+import math
+
 import torch
 from torch.optim.adamw import adamw
 
-from ops.memory import local
+from ops.memory import is_split, local
 
 
 def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
@@ -28,15 +30,20 @@ def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
 def build(optimizer_class, groups, *, lr, betas, eps, offload=False):
     """The optimizer of a run: an optimizer_class over `groups`.
 
-    offload  build it on fp32 copies of the parameters in host memory. Any class with AdamW's methods can be
-             offloaded, because it sees nothing but the copies
+    Parameters in bf16 get fp32 masters, and gradients in fp32.
+
+    offload  keep masters and the optimizer's state in host memory, whatever the parameters' dtype. Any class
+             with AdamW's methods can be offloaded, because it sees nothing but the masters
     """
-    if not offload:
+    parameters = [p for group in groups for p in group["params"]]
+    if not offload and all(p.dtype == torch.float32 for p in parameters):
         return optimizer_class(groups, lr=lr, betas=betas, eps=eps)
-    masters = {p: torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
-               for group in groups for p in group["params"]}
+    masters = {}
+    for p in parameters:
+        device = "cpu" if offload else p.device
+        masters[p] = torch.nn.Parameter(p.detach().to(device, torch.float32, copy=True))
     groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in groups]
-    return Offloaded(optimizer_class(groups, lr=lr, betas=betas, eps=eps), masters)
+    return MasterWeights(optimizer_class(groups, lr=lr, betas=betas, eps=eps), masters)
 
 
 class AdamW:
@@ -47,14 +54,27 @@ class AdamW:
 
     param_groups  dicts with params, lr, weight_decay; other keys are kept
     state         parameter -> {name: tensor} as new_state makes it; empty before the first step
-    updates       number of updates so far, for bias correction. Fewer than the run's steps if some were
-                  skipped. A checkpoint restores it.
     """
 
     def __init__(self, groups, lr, betas, eps):
         self.param_groups = [{"lr": lr, **group} for group in groups]
-        self.state, self.updates = {}, 0
-        self.betas, self.eps = betas, eps
+        self.state, self.betas, self.eps = {}, betas, eps
+        # per group, as fp32 on its device: the number of updates, once for each parameter
+        self.counts = [torch.zeros(len(group["params"]), device=group["params"][0].device)
+                       for group in groups if group["params"]]
+
+    @property
+    def updates(self):
+        """Updates so far, for bias correction. Fewer than the run's steps if some were skipped.
+
+        A checkpoint restores it. Reading it waits for the device.
+        """
+        return int(self.counts[0][0]) if self.counts else 0
+
+    @updates.setter
+    def updates(self, count):
+        for counts in self.counts:
+            counts.fill_(count)
 
     def new_state(self, p):
         """The state of p before its first update, {name: tensor that is shaped and sharded like p}.
@@ -74,23 +94,24 @@ class AdamW:
         return p
 
     @torch.no_grad()
-    def step(self, clip_divisor=1.0):
-        """Update each parameter that has a gradient. The kernel divides gradients by clip_divisor first."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
+    def step(self, grad_scale=None, skip=None):
+        """Update each parameter. Every parameter has a gradient. The host waits for nothing.
+
+        grad_scale  () fp32 tensor on the gradients' device; the kernel first divides the gradients by it
+        skip        () fp32 tensor; if it is 1, nothing changes: neither weights nor state nor `updates`
+        """
+        if grad_scale is not None and grad_scale.device.type == "cpu" and grad_scale == 1:
+            grad_scale = None  # saves the kernel from writing the gradients
+        groups = [group for group in self.param_groups if group["params"]]
+        for group, counts in zip(groups, self.counts, strict=True):
+            params = group["params"]
             states = [self.state_of(p) for p in params]
-            device = params[0].device
-            # The kernel wants a counter per parameter, and adds 1 to it before use. One allocation for all.
-            steps = torch.full((len(params),), float(self.updates), device=device).unbind()
-            divisor = None if clip_divisor == 1 else torch.full((), clip_divisor, device=device)
             adamw([local(p) for p in params], [local(p.grad) for p in params],
                   [local(state["exp_avg"]) for state in states],
-                  [local(state["exp_avg_sq"]) for state in states], [], list(steps), grad_scale=divisor,
+                  [local(state["exp_avg_sq"]) for state in states], [], list(counts.unbind()),
+                  grad_scale=grad_scale, found_inf=skip,
                   lr=group["lr"], weight_decay=group["weight_decay"], beta1=self.betas[0],
                   beta2=self.betas[1], eps=self.eps, amsgrad=False, maximize=False, fused=True)
-        self.updates += 1
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -98,11 +119,13 @@ class AdamW:
                 p.grad = None
 
 
-class Offloaded:
-    """An optimizer with its state and fp32 master weights in host memory; same methods as AdamW.
+class MasterWeights:
+    """An optimizer on fp32 copies of the model's parameters, the masters; same methods as AdamW.
 
-    The model's parameters and gradients stay on the device. With AdamW this saves 12 bytes per parameter of
-    device memory. It costs, in each step, a copy of the gradients to the host and of the weights back.
+    The masters are on the device if the model computes in bf16 without FSDP2, which would cast for each
+    micro-batch. With --optimizer_offload they and the optimizer's state are in host memory. With AdamW that
+    saves 12 bytes per parameter of device memory. It costs, in each step, a copy of the gradients to the host
+    and of the weights back.
 
     optimizer  built on the masters
     masters    parameter of the model -> its fp32 copy, which the optimizer updates
@@ -111,6 +134,9 @@ class Offloaded:
     def __init__(self, optimizer, masters):
         self.optimizer, self.masters = optimizer, masters
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        for p in masters:
+            if not is_split(p):
+                p.grad_dtype = torch.float32  # a step's micro-batches are summed in fp32
 
     @property
     def updates(self):
@@ -131,10 +157,12 @@ class Offloaded:
         return self.masters.get(p, p)
 
     @torch.no_grad()
-    def step(self, clip_divisor=1.0):
+    def step(self, grad_scale=None, skip=None):
         for p, master in self.masters.items():
-            master.grad = p.grad.to("cpu", torch.float32)
-        self.optimizer.step(clip_divisor)
+            master.grad = p.grad.to(master.device, torch.float32)
+            device = master.device
+        numbers = [None if number is None else number.to(device) for number in (grad_scale, skip)]
+        self.optimizer.step(*numbers)
         self.optimizer.zero_grad()
         self.publish()
 
@@ -155,11 +183,27 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["lr_ratio"]
 
 
+def update(optimizer, loss, norm, *, lr, grad_clip, norm_limit=math.inf):
+    """Clip the gradient by its norm and update the weights. The host waits for nothing.
+
+    loss, norm  () tensors on the device: of the step, and of its gradient
+    grad_clip   the largest norm; 0: no clipping
+
+    Weights and state stay as they are if loss or norm is not finite, or if the norm exceeds norm_limit.
+    """
+    set_lr(optimizer, lr)
+    norm = norm.double()  # the host compares the same number with the same limit later
+    grad_scale = ((norm + 1e-6) / grad_clip).clamp(min=1).float() if grad_clip else None
+    is_valid = loss.isfinite() & norm.isfinite() & (norm <= norm_limit)
+    optimizer.step(grad_scale, skip=(~is_valid).float())
+    optimizer.zero_grad()
+
+
 class ChangeMeter:
     """Measures which fraction of the weights an update changes: an update below their precision changes none.
 
     It compares about 65,536 elements, spread over all weights that this rank updates. Only every tenth step,
-    because it waits for the device.
+    because the host needs time for it.
     """
 
     def __init__(self, optimizer):
@@ -171,10 +215,10 @@ class ChangeMeter:
         self.before = self.sample() if step % 10 == 1 else None
 
     def changed(self):
-        """Call it after the update. Returns the fraction, or None in a step that is not measured."""
+        """Call it after the update. Returns [() tensor, the fraction], or [] in a step that is not measured."""
         if self.before is None:
-            return None
-        return (self.sample() != self.before).float().mean().item()
+            return []
+        return [(self.sample() != self.before).float().mean()]
 
     def sample(self):
         flat = [local(p).detach().flatten() for p in self.weights]

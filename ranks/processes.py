@@ -52,6 +52,7 @@ class Ranks:
     phase: str = "start"
     received_signal: int = 0  # number of the signal that this rank has received, or 0
     stop_signal: int = 0  # number of the signal that all ranks have agreed on, or 0
+    micro_batch: object = None  # the data.MicroBatch that is being computed; an out-of-memory error names it
     has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
 
@@ -213,11 +214,14 @@ def start(tp, timeout, deterministic=False):
         torch.use_deterministic_algorithms(True)
         # fills new memory, which helps debugging only and costs a pass over that memory
         torch.utils.deterministic.fill_uninitialized_memory = False
+    # With fixed segments, micro-batches of ever other sizes fragment the memory. Read when CUDA starts
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
-        backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
         torch.cuda.set_device(device)
+        if world_size > 1:  # a single process has no collective, and NCCL would take a second and memory
+            backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
     store = dist.HashStore()
     if "WORLD_SIZE" in os.environ:
         store = next(dist.rendezvous("env://", rank, world_size))[0]

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import queue
 import shlex
@@ -19,6 +20,7 @@ import uuid
 from tqdm import tqdm
 
 from disk import files
+from ops import memory
 from screen import report
 from settings import venv
 from settings.errors import UserError
@@ -214,6 +216,8 @@ class Log:
         self.peak_lr, self.val_loss = cfg.lr, None
         self.has_warned = False  # by warn_if_unchanged
         self.is_already_done = False  # a resumed run has no step left
+        self.device, self.train_set = ranks.device, None
+        self.unread = None  # the arguments of step(), until read()
         self.last_printed, self.started = -1e9, time.perf_counter()
         self.loggers, self.bar = [], tqdm(disable=True)
         if self.is_writer:
@@ -228,6 +232,7 @@ class Log:
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
+        self.train_set = train_set
         if not self.is_writer:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -275,13 +280,48 @@ class Log:
               f"{int(train_set.n_tokens.sum()) * fraction:,.0f} tokens "
               f"({train_set.ledger.target * fraction:,.0f} trained)")
 
-    def step(self, step, **values):
-        """Record the numbers of a training step; a value of None is omitted from the line."""
-        if not self.is_writer:
-            return
+    def step(self, step, ids, figures, norm_limit, *, epoch, lr, tokens, target_tokens):
+        """Remember a training step until read() is called.
+
+        ids         the conversations of the step
+        figures     overlap.Figures with loss, gradient norm and, in some steps, the fraction of changed weights
+        norm_limit  a gradient norm above it made the optimizer skip the step
+        the others  keys of its line in metrics.jsonl
+        """
+        values = dict(epoch=epoch, loss=None, lr=lr, grad_norm=None, tokens=tokens, target_tokens=target_tokens)
+        self.unread = step, ids, figures, norm_limit, values
+
+    def read(self, norms):
+        """Record the step that was last passed to step(), once; append its gradient norm to `norms`.
+
+        Returns (its conversations, a text if loss or norm is not finite). A step that is not finite is not
+        recorded. All ranks call it.
+        """
+        if self.unread is None:
+            return None, None
+        (step, ids, figures, norm_limit, values), self.unread = self.unread, None
+        (loss, grad_norm, *changed), seconds = figures.read()
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            return ids, f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        norms.append(grad_norm)
+        if self.is_writer:
+            is_skipped = grad_norm > norm_limit
+            if is_skipped:  # --max_grad_norm_factor
+                self.say(f"step {step}: skipped, gradient norm {grad_norm:.3g} exceeds the limit "
+                         f"{norm_limit:.3g}; conversations: {self.train_set.sources(ids)}")
+            values.update(loss=loss, grad_norm=grad_norm, seconds=seconds,
+                          tokens_per_second=values["tokens"] / seconds,
+                          peak_memory_gb=memory.peak_memory_gb(self.device))
+            values.update({"changed": fraction for fraction in changed})
+            if is_skipped:
+                values["skipped"] = True
+            self.record(step, values)
+        return ids, None
+
+    def record(self, step, values):
+        """Write the line of a training step and show it."""
         if self.warnings:
             self.warnings.collect()
-        values = {name: value for name, value in values.items() if value is not None}
         self.warn_if_unchanged(step, values)
         self.metrics.write(step=step, **values)
         self.send("train", step, values)
@@ -310,11 +350,6 @@ class Log:
         self.say(
             f"warning: step {step} changed {changed:.2%} of the weights at lr {values['lr']:.2g}: "
             "the learning rate is too small for this precision, or the gradients are zero; check --lr")
-
-    def skipped(self, step, grad_norm, limit, sources):
-        """Report a step that was skipped because of its gradient norm (--max_grad_norm_factor)."""
-        self.say(f"step {step}: skipped, gradient norm {grad_norm:.3g} exceeds the limit {limit:.3g}; "
-                 f"conversations: {sources}")
 
     def validation(self, step, val_loss, val_set, answers):
         """Record the loss on the validation set, if there is one, and the answers to --sample_prompts."""

@@ -10,6 +10,7 @@ import torch
 
 import fsdp
 from model import generate
+from ops import overlap
 from settings.errors import UserError
 from text import formats
 
@@ -80,7 +81,7 @@ class ConversationLosses:
 
     def restart(self, ids):
         """Set the conversations of a step to 0 on every rank; return the tensor that backward adds to."""
-        self.sums[torch.from_numpy(ids)] = 0.0
+        self.sums.index_fill_(0, overlap.to_device(ids, self.sums.device), 0.0)
         return self.sums
 
     def extremes(self, tokenizer, count=10):

@@ -40,21 +40,22 @@ def compare(backward, model, dataset, ids, cfg, ranks):
     Raises UserError if a difference is larger than rounding explains.
     """
     limit = LIMITS[cfg.dtype_on(ranks.device)]
-    max_length, checkpointing = cfg.max_length, cfg.gradient_checkpointing
+    max_length, n_blocks = cfg.max_length, len(model.model.layers)
+    checkpointed = model.model.checkpointed_blocks
     layouts = {
         "as configured": dict(capacity=cfg.micro_batch_size * max_length,
                               max_conversations=None if cfg.packing else cfg.micro_batch_size),
         "one conversation per micro-batch": dict(capacity=max_length, max_conversations=1),
         "one micro-batch": dict(capacity=len(ids) * max_length),
-        f"checkpointing {'off' if checkpointing else 'on'}": dict(
-            capacity=max_length, checkpointing=not checkpointing),
+        f"checkpointing {'off' if checkpointed else 'on'}": dict(
+            capacity=max_length, checkpointed=0 if checkpointed else n_blocks),
     }
     if ranks.dp_size > 1:
         layouts["one data-parallel rank"] = dict(capacity=max_length, on_one_rank=True)
     model.eval()  # no dropout: its masks depend on the layout
     base, worst = None, 0.0
     for name, layout in layouts.items():
-        model.model.gradient_checkpointing = layout.pop("checkpointing", checkpointing)
+        model.model.checkpointed_blocks = layout.pop("checkpointed", checkpointed)
         loss, gradients = gradient(backward, model, dataset, ids, ranks, **layout)
         base = base or (loss, gradients)
         differences = torch.stack([
@@ -80,7 +81,7 @@ def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversation
             batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
     else:
         batches = list(data.micro_batches(
-            dataset, ids, capacity, max_conversations, ranks.dp_rank, ranks.dp_size))
+            dataset, ids, capacity, max_conversations, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size))
     loss = backward(model, batches, n_targets, ranks)
     parameters = trained_parameters(model)
     gradients = [local(p.grad).clone() for p in parameters]
@@ -96,7 +97,8 @@ def trained_parameters(model):
 def check_adapters(model, ranks):
     """Raise UserError if an adapter cannot learn: in the first step each lora_B must have a gradient."""
     gradients = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
-    is_nonzero = torch.tensor([g is not None and bool(local(g).any()) for g in gradients.values()])
+    none = torch.zeros((), dtype=torch.bool, device=ranks.device)
+    is_nonzero = torch.stack([none if g is None else local(g).any().to(none) for g in gradients.values()])
     is_nonzero = fsdp.all_reduce_max(is_nonzero, ranks)
     dead = [name for name, nonzero in zip(gradients, is_nonzero) if not nonzero]
     if dead:
@@ -115,7 +117,8 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     n_targets, parameters = int(dataset.n_targets[ids].sum()), trained_parameters(model)
     (empty,) = data.micro_batches(dataset, ids[:0], capacity)
     for dp_rank in range(ranks.dp_size):
-        batches = data.micro_batches(dataset, ids, capacity, max_conversations, dp_rank, ranks.dp_size)
+        batches = data.micro_batches(
+            dataset, ids, capacity, max_conversations, dp_rank=dp_rank, dp_size=ranks.dp_size)
         for number, batch in enumerate(batches, 1):
             losses = torch.zeros(len(dataset), device=ranks.device)
             is_mine = dp_rank == ranks.dp_rank
