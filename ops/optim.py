@@ -95,7 +95,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, grad_scale=None, skip=None):
-        """Update each parameter. Every parameter has a gradient. The host waits for nothing.
+        """Update each parameter that has a gradient. The host waits for nothing.
 
         grad_scale  () fp32 tensor on the gradients' device; the kernel first divides the gradients by it
         skip        () fp32 tensor; if it is 1, nothing changes: neither weights nor state nor `updates`
@@ -104,11 +104,14 @@ class AdamW:
             grad_scale = None  # saves the kernel from writing the gradients
         groups = [group for group in self.param_groups if group["params"]]
         for group, counts in zip(groups, self.counts, strict=True):
-            params = group["params"]
+            updated = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+            if not updated:
+                continue
+            params, counts = [group["params"][i] for i in updated], counts.unbind()
             states = [self.state_of(p) for p in params]
             adamw([local(p) for p in params], [local(p.grad) for p in params],
                   [local(state["exp_avg"]) for state in states],
-                  [local(state["exp_avg_sq"]) for state in states], [], list(counts.unbind()),
+                  [local(state["exp_avg_sq"]) for state in states], [], [counts[i] for i in updated],
                   grad_scale=grad_scale, found_inf=skip,
                   lr=group["lr"], weight_decay=group["weight_decay"], beta1=self.betas[0],
                   beta2=self.betas[1], eps=self.eps, amsgrad=False, maximize=False, fused=True)

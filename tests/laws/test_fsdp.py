@@ -225,9 +225,9 @@ def test_adamw_with_clipping_equals_torchs():
         for p, expected in zip(parameters[:2], reference[:2]):
             p.grad = torch.randn_like(p) * 3**step
             expected.grad = p.grad.clone()
-        norm = fsdp.grad_norm(torch.nn.ParameterList(parameters[:2])).item()
+        norm = fsdp.grad_norm(torch.nn.ParameterList(parameters[:2]))
         assert math.isclose(norm, torch.nn.utils.clip_grad_norm_(reference[:2], limit).item(), rel_tol=1e-6)
-        optimizer.step(clip_divisor=max(1.0, (norm + 1e-6) / limit))
+        optimizer.step(grad_scale=((norm + 1e-6) / limit).clamp(min=1))
         reference_optimizer.step()
     for p, expected in zip(parameters, reference):
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
@@ -367,8 +367,8 @@ def test_selfcheck_passes_and_detects_a_wrong_loss(models, tmp_path, monkeypatch
     assert "one data-parallel rank" not in printed
     forward = sft.CausalLM.forward
 
-    def averaged(self, tokens, doc_lengths, target_positions, targets):
-        out = forward(self, tokens, doc_lengths, target_positions, targets)
+    def averaged(self, tokens, documents, target_positions, targets):
+        out = forward(self, tokens, documents, target_positions, targets)
         return out._replace(total=out.total / len(out.each))
 
     monkeypatch.setattr(sft.CausalLM, "forward", averaged)

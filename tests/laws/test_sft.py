@@ -27,6 +27,7 @@ import sft
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from ops import optim
+from ops.attention import Documents
 from settings import errors
 
 
@@ -68,9 +69,9 @@ def test_the_micro_batches_differ(monkeypatch, train):
     calls = []
     forward = sft.CausalLM.forward
 
-    def counted(self, tokens, doc_lengths, *rest):
-        calls.append(doc_lengths)
-        return forward(self, tokens, doc_lengths, *rest)
+    def counted(self, tokens, documents, *rest):
+        calls.append(documents.lengths)
+        return forward(self, tokens, documents, *rest)
 
     monkeypatch.setattr(sft.CausalLM, "forward", counted)
     counts = {}
@@ -343,7 +344,7 @@ def test_a_step_directory_is_a_hugging_face_model(train, tmp_path):
         tokens = torch.arange(3, 60)
         with torch.no_grad():
             expected = reference(tokens[None]).logits[0]
-            torch.testing.assert_close(model(tokens, (57,)), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(tokens, Documents.of([57])), expected, rtol=1e-4, atol=1e-4)
         for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
             assert filecmp.cmp(directory / file, os.path.join(TINY, file), shallow=False), file
         tokenizer = AutoTokenizer.from_pretrained(directory)

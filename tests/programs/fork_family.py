@@ -14,6 +14,7 @@ import sft
 from disk import files
 from families.config import ModelConfig
 from model import CausalLM
+from ops.attention import Documents
 from settings.errors import UserError
 
 
@@ -26,7 +27,7 @@ def compare(directory):
     tokens = torch.arange(40) % 7
     with torch.no_grad():
         expected = theirs(tokens[None]).logits[0]
-        torch.testing.assert_close(ours(tokens, (40,)), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(tokens, Documents.of([40])), expected, rtol=1e-4, atol=1e-4)
 
 
 torch.manual_seed(0)

@@ -17,12 +17,12 @@ from settings import errors
 def plant(tokens, how):
     forward, faulty_conversation = sft.CausalLM.forward, torch.tensor(tokens)
 
-    def faulty(self, tokens, doc_lengths, target_positions, targets):
-        out = forward(self, tokens, doc_lengths, target_positions, targets)
-        conversations = enumerate(tokens.split(doc_lengths))
+    def faulty(self, tokens, documents, target_positions, targets):
+        out = forward(self, tokens, documents, target_positions, targets)
+        conversations = enumerate(tokens.split(documents.lengths))
         hits = [i for i, conversation in conversations if torch.equal(conversation, faulty_conversation)]
         if hits and how == "loss":
-            ends = torch.tensor(doc_lengths).cumsum(0)
+            ends = torch.tensor(documents.lengths).cumsum(0)
             owners = torch.searchsorted(ends, target_positions, right=True)
             each = out.each.masked_fill(owners == hits[0], math.nan)
             return out._replace(total=out.total * math.nan, each=each)

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from model import CausalLM
+from ops.attention import Documents
 from settings.errors import UserError
 
 
@@ -83,10 +84,10 @@ def test_a_trained_model_loads_with_transformers(tmp_path, config, dtype, saving
     Run(source, tmp_path / "out").save(1)
     tokens = torch.arange(40) % SIZES["vocab_size"]
     with torch.no_grad():
-        logits = loaded(tmp_path / "out" / "latest")[0](tokens, (40,))
+        logits = loaded(tmp_path / "out" / "latest")[0](tokens, Documents.of([40]))
         oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "latest", dtype=torch.float32).eval()
         torch.testing.assert_close(logits, oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
-        assert (logits - loaded(source)[0](tokens, (40,))).abs().max() > 1e-2
+        assert (logits - loaded(source)[0](tokens, Documents.of([40]))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("saving", [{}, {"max_shard_size": "4KB"}])

@@ -23,6 +23,7 @@ from disk import checkpoint, files, pretrained
 from disk import peft as peft_config
 from families.config import ModelConfig
 from ops import nf4, optim
+from ops.attention import Documents
 from settings import errors
 from text.template import ChatTokenizer
 from tools import merge as merging
@@ -56,7 +57,7 @@ def peft_logits(base, adapter):
 def logits_of(directory, base=None):
     model, _, _ = chat.load(str(directory), base and str(base))
     with torch.no_grad():
-        return model(TOKENS, (len(TOKENS),))
+        return model(TOKENS, Documents.of([len(TOKENS)]))
 
 
 def randomise(directory, scale=0.1):
