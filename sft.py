@@ -301,11 +301,13 @@ def train(cfg, ranks):
 
     def read():
         """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
-        ids, problem = log.read(run.norms)
-        if problem:
+        if bad := log.read(run.norms):
+            step, ids, numbers = bad
+            ranks.set_phase(f"step {step}")
             optimizer.zero_grad()  # the gradient of the next step
             where = selfcheck.find_non_finite(backward, model, train_set, ids, cfg, ranks)
-            raise NonFiniteError(f"{problem}; stopped before the weights were updated. {where}")
+            raise NonFiniteError(
+                f"step {step}: {numbers}; stopped before the weights were updated. {where}")
 
     def after_step(step):
         """Evaluate if due, save if due."""

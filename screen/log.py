@@ -294,15 +294,15 @@ class Log:
     def read(self, norms):
         """Record the step that was last passed to step(), once; append its gradient norm to `norms`.
 
-        Returns (its conversations, a text if loss or norm is not finite). A step that is not finite is not
-        recorded. All ranks call it.
+        A step whose loss or norm is not finite is not recorded but returned, as (step, its conversations, a text
+        with the two numbers); otherwise returns None. All ranks call it.
         """
         if self.unread is None:
-            return None, None
+            return None
         (step, ids, figures, norm_limit, values), self.unread = self.unread, None
         (loss, grad_norm, *changed), seconds = figures.read()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            return ids, f"step {step}: loss {loss}, gradient norm {grad_norm}"
+            return step, ids, f"loss {loss}, gradient norm {grad_norm}"
         norms.append(grad_norm)
         if self.is_writer:
             is_skipped = grad_norm > norm_limit
@@ -316,7 +316,7 @@ class Log:
             if is_skipped:
                 values["skipped"] = True
             self.record(step, values)
-        return ids, None
+        return None
 
     def record(self, step, values):
         """Write the line of a training step and show it."""

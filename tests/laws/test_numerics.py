@@ -65,7 +65,7 @@ def test_a_fault_in_one_micro_batch_stops_before_the_update(train, plant, rows, 
 def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
     """Both ranks name the faulty rank."""
     ids = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=8).step(2).ids
-    batch = list(data.micro_batches(rows, ids, 128, None, 1, 2))[0]
+    batch = list(data.micro_batches(rows, ids, 128, dp_rank=1, dp_size=2))[0]
     i = batch.ids[0]
     tokens = rows.tokens[rows.starts[i] : rows.starts[i] + rows.n_inputs[i]].tolist()
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))

@@ -510,18 +510,22 @@ def test_a_run_directory_is_not_a_checkpoint(train):
             train("--max_steps", 2, "--resume_from", directory)
 
 
+@pytest.mark.parametrize("save_steps", [1, 5])
 @pytest.mark.parametrize("planted", ["loss", "gradient"])
-def test_a_non_finite_step_stops_before_the_weights_change(train, monkeypatch, tmp_path, planted):
-    """NaN in the loss of step 3, or infinity in its gradient alone: two optimizer steps were taken, and the error names
-    the conversations."""
-    steps, calls = [], []
+def test_a_non_finite_step_stops_before_the_weights_change(train, monkeypatch, tmp_path, planted, save_steps):
+    """NaN in the loss of step 3, or infinity in its gradient alone: its update changes nothing, no other follows, and
+    the error names its conversations. With save_steps 1 its numbers are read at once, with 5 only after the backward
+    of step 4."""
+    weights, calls, updates = [], [], []
     step, forward = optim.AdamW.step, sft.CausalLM.forward
 
-    def counted(self, *divisor):
-        steps.append(1)
-        return step(self, *divisor)
+    def recorded(self, *args, **options):
+        step(self, *args, **options)
+        weights.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+        weights[-1] += [t.clone() for state in self.state.values() for t in state.values()]
+        updates.append(self.updates)
 
-    monkeypatch.setattr(optim.AdamW, "step", counted)
+    monkeypatch.setattr(optim.AdamW, "step", recorded)
 
     def plant(self, *inputs):
         out = forward(self, *inputs)
@@ -534,9 +538,11 @@ def test_a_non_finite_step_stops_before_the_weights_change(train, monkeypatch, t
 
     monkeypatch.setattr(sft.CausalLM, "forward", plant)
     with pytest.raises(FloatingPointError, match=r"step 3: loss .*example_sft.json\[\d+\]") as error:
-        train(*FAST, "--max_length", 2048, "--max_steps", 5, "--save_steps", 1)
-    assert len(steps) == 2
-    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == [1, 2]
+        train(*FAST, "--max_length", 2048, "--max_steps", 5, "--save_steps", save_steps)
+    assert updates == [1, 2, 2]
+    assert all(map(torch.equal, weights[1], weights[2])) and not all(map(torch.equal, weights[0], weights[1]))
+    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == ([1, 2] if save_steps == 1 else [])
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2]
     named = {int(n) for n in re.findall(r"json\[(\d+)\]", str(error.value))}
     assert named == set(data.Sampler([1] * 72, epochs=1, seed=42, batch_size=8).step(3).ids.tolist())
 

@@ -238,9 +238,9 @@ def test_dropout_and_lora_plus_do_something(models, train, monkeypatch):
     assert len({run[1]["loss"] for run in (plain, dropped, plus)}) == 3
     rates, step = [], optim.AdamW.step
 
-    def recording(self, *args):
+    def recording(self, *args, **options):
         rates.append([(group["lr"], len(group["params"])) for group in self.param_groups])
-        step(self, *args)
+        step(self, *args, **options)
 
     monkeypatch.setattr(optim.AdamW, "step", recording)
     train(*common, "--lora_plus_ratio", 4, "--lora_dora", out="rates", model=models["tied"])
