@@ -103,7 +103,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 weight_grad += logits.to(h.dtype).T @ h
         if hidden_grad is not None:
             head.all_reduce(hidden_grad, "sum")
-        if weight_grad is not None:
+        if weight_grad is not None and not (weight.is_leaf and weight.grad_dtype == torch.float32):
             weight_grad = weight_grad.to(weight.dtype)
         ctx.grads = hidden_grad, weight_grad
         ctx.mark_non_differentiable(each)
