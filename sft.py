@@ -358,7 +358,7 @@ def train(cfg, ranks):
         lr = lr_at(step, len(sampler), cfg)
         meter.start(step)
         optim.update(optimizer, loss, norm, lr=lr, grad_clip=cfg.grad_clip, norm_limit=run.norm_limit)
-        figures.queue([loss, norm, *meter.changed()])
+        figures.queue(loss=loss, grad_norm=norm, changed=meter.changed())
         log.step(step, ids, figures, run.norm_limit, epoch=epoch, lr=lr, tokens=n_tokens,
                  target_tokens=n_targets)
         run.step = step

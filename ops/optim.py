@@ -218,10 +218,10 @@ class ChangeMeter:
         self.before = self.sample() if step % 10 == 1 else None
 
     def changed(self):
-        """Call it after the update. Returns [() tensor, the fraction], or [] in a step that is not measured."""
+        """Call it after the update. Returns the fraction, a () tensor; None in a step that is not measured."""
         if self.before is None:
-            return []
-        return [(self.sample() != self.before).float().mean()]
+            return None
+        return (self.sample() != self.before).float().mean()
 
     def sample(self):
         flat = [local(p).detach().flatten() for p in self.weights]

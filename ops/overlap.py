@@ -41,8 +41,8 @@ class Figures:
     """
 
     def __init__(self, device):
-        self.is_cuda, self.numbers = device.type == "cuda", None
-        self.begin, self.end = self.now(), None
+        self.is_cuda = device.type == "cuda"
+        self.begin = self.now()
 
     def now(self):
         """A point in time of the device, an event on CUDA; elsewhere the device computes with the host."""
@@ -52,19 +52,20 @@ class Figures:
         event.record()
         return event
 
-    def queue(self, numbers):
-        """Copy () tensors to the host as soon as they are computed. The step ends here."""
-        numbers = torch.stack([number.double() for number in numbers])
+    def queue(self, **tensors):
+        """Copy () tensors to the host as soon as they are computed; None is omitted. The step ends here."""
+        tensors = {name: tensor.double() for name, tensor in tensors.items() if tensor is not None}
+        self.names, self.numbers = list(tensors), torch.stack(list(tensors.values()))
         if self.is_cuda:
-            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self.numbers.copy_(numbers, non_blocking=True)
-        else:
-            self.numbers = numbers
+            pinned = torch.empty(self.numbers.shape, dtype=self.numbers.dtype, pin_memory=True)
+            self.numbers = pinned.copy_(self.numbers, non_blocking=True)
         self.end = self.now()
 
     def read(self):
-        """(the numbers, as a list of floats, seconds from begin to end). Waits for the device."""
-        if not self.is_cuda:
-            return self.numbers.tolist(), self.end - self.begin
-        self.end.synchronize()
-        return self.numbers.tolist(), self.begin.elapsed_time(self.end) / 1000
+        """({name: float}, seconds from the beginning to the end of the step). Waits for the device."""
+        if self.is_cuda:
+            self.end.synchronize()
+            seconds = self.begin.elapsed_time(self.end) / 1000
+        else:
+            seconds = self.end - self.begin
+        return dict(zip(self.names, self.numbers.tolist())), seconds

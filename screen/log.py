@@ -284,7 +284,7 @@ class Log:
         """Remember a training step until read() is called.
 
         ids         the conversations of the step
-        figures     overlap.Figures with loss, gradient norm and, in some steps, the fraction of changed weights
+        figures     overlap.Figures with loss, grad_norm and other numbers that the device computes
         norm_limit  a gradient norm above it made the optimizer skip the step
         the others  keys of its line in metrics.jsonl
         """
@@ -300,7 +300,8 @@ class Log:
         if self.unread is None:
             return None
         (step, ids, figures, norm_limit, values), self.unread = self.unread, None
-        (loss, grad_norm, *changed), seconds = figures.read()
+        numbers, seconds = figures.read()
+        loss, grad_norm = numbers["loss"], numbers["grad_norm"]
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return step, ids, f"loss {loss}, gradient norm {grad_norm}"
         norms.append(grad_norm)
@@ -309,10 +310,8 @@ class Log:
             if is_skipped:  # --max_grad_norm_factor
                 self.say(f"step {step}: skipped, gradient norm {grad_norm:.3g} exceeds the limit "
                          f"{norm_limit:.3g}; conversations: {self.train_set.sources(ids)}")
-            values.update(loss=loss, grad_norm=grad_norm, seconds=seconds,
-                          tokens_per_second=values["tokens"] / seconds,
+            values.update(numbers, seconds=seconds, tokens_per_second=values["tokens"] / seconds,
                           peak_memory_gb=memory.peak_memory_gb(self.device))
-            values.update({"changed": fraction for fraction in changed})
             if is_skipped:
                 values["skipped"] = True
             self.record(step, values)

@@ -61,7 +61,7 @@ def one_step(dataset, **settings):
         norm = fsdp.grad_norm(model)
         meter.start(1)
         optim.update(optimizer, ranks.all_reduce(loss), norm, lr=cfg.lr, grad_clip=cfg.grad_clip, norm_limit=3.0)
-        overlap.Figures(torch.device("cpu")).queue([loss, norm, *meter.changed()])
+        overlap.Figures(torch.device("cpu")).queue(loss=loss, grad_norm=norm, changed=meter.changed())
     assert all(p.grad is None for p in model.parameters())
     return copies, batches
 
@@ -197,7 +197,7 @@ def test_numbers_on_cuda_wait_for_their_own_event(monkeypatch):
     monkeypatch.setattr(torch, "empty", unpinned)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     figures = overlap.Figures(torch.device("cuda"))
-    figures.queue([torch.tensor(2.5), torch.tensor(0.1, dtype=torch.float64)])
+    figures.queue(a=torch.tensor(2.5), b=None, c=torch.tensor(0.1, dtype=torch.float64))
     assert FakeEvent.log == ["record", "record"] and pinned == [True]
-    assert figures.read() == ([2.5, 0.1], 1.5)
+    assert figures.read() == ({"a": 2.5, "c": 0.1}, 1.5)
     assert FakeEvent.log == ["record", "record", "synchronize"]
