@@ -68,7 +68,7 @@ def test_a_step_casts_each_trained_parameter_once(dataset, lora):
 
 
 @pytest.mark.parametrize("flags", [(), ("--dtype", "bf16"), ("--dtype", "bf16", "--use_lora"),
-                                   ("--optimizer_offload",)], ids=" ".join)
+                                   ("--optimizer_offload",), ("--param_offload",)], ids=" ".join)
 def test_one_process_has_no_collective(train, monkeypatch, tmp_path, flags):
     """A run with evaluation, samples and saves, in which any collective raises."""
     def refused(*args, **options):
