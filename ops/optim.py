@@ -172,7 +172,7 @@ class MasterWeights:
     def step(self, grad_scale=None, skip=None):
         """As AdamW.step. The host waits for nothing."""
         for p, master in self.masters.items():
-            master.grad = p.grad.to(torch.float32)
+            master.grad = None if p.grad is None else p.grad.to(torch.float32)
         for optimizer in self.optimizers:
             optimizer.step(grad_scale, skip)
             optimizer.zero_grad()
@@ -216,13 +216,15 @@ class HostMasterWeights(MasterWeights):
         if skip is not None and skip.item():
             return
         grad_scale = None if grad_scale is None else grad_scale.cpu()
-        copies = map(self.fetch, self.masters, itertools.cycle(self.buffers))
-        next_copy = next(copies)
-        for (p, master), optimizer in zip(self.masters.items(), self.optimizers, strict=True):
+        optimizer_of = {p: optimizer for p, optimizer in zip(self.masters, self.optimizers, strict=True)
+                        if p.grad is not None}
+        copies = map(self.fetch, optimizer_of, itertools.cycle(self.buffers))
+        next_copy = next(copies, None)
+        for p, optimizer in optimizer_of.items():
             # the next gradient takes the other buffer, after the weight that leaves it
             (buffer, arrival), next_copy = next_copy, next(copies, None)
             self.stream.wait(arrival)
-            p.grad = None
+            p.grad, master = None, self.masters[p]
             master.grad = with_shard(master, part(buffer, master))
             optimizer.step(grad_scale)
             optimizer.zero_grad()
