@@ -224,7 +224,8 @@ class HostMasterWeights(MasterWeights):
             # the next gradient takes the other buffer, after the weight that leaves it
             (buffer, arrival), next_copy = next_copy, next(copies, None)
             self.stream.wait(arrival)
-            p.grad, master = None, self.masters[p]
+            p.grad = None
+            master = self.masters[p]
             master.grad = with_shard(master, part(buffer, master))
             optimizer.step(grad_scale)
             optimizer.zero_grad()

@@ -241,7 +241,7 @@ def test_update_clips_or_skips(tmp_path, place, loss, norm, limit, updated):
     """The gradient is divided by (norm + 1e-6) / grad_clip. A step is skipped if its loss or norm is not finite, or its
     norm exceeds the limit. Each group gets its rate, and the gradients are dropped."""
     base = published(tmp_path / "base", TIED)
-    (model, optimizer), (expected, oracle) = placed(base, place), placed(base, place)
+    (model, optimizer), (expected, oracle) = placed(base, place), placed(base, "plain")
     give(model, gradients(model, 0))
     optim.update(optimizer, torch.tensor(loss), torch.tensor(norm), lr=3e-3, grad_clip=0.5, norm_limit=limit)
     assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
@@ -306,12 +306,13 @@ class Device(TorchFunctionMode):
 
     log  (what, number of the parameter) in the order in which it happens: "gradient queued", "gradient copied",
          "update", "weight queued", "weight copied"
+    n_pinned  the number of pinned buffers
     """
 
     def __init__(self, monkeypatch, main_is_eager, side_is_eager):
         super().__init__()
         self.main, self.side, self.log, self.names = Stream(main_is_eager), Stream(side_is_eager), [], {}
-        self.current = self.main
+        self.current, self.n_pinned = self.main, 0
         real = optim.CopyStream
         monkeypatch.setattr(optim, "CopyStream", lambda device: real(types.SimpleNamespace(type="cuda")))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.side)
@@ -327,6 +328,7 @@ class Device(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.pop("pin_memory", False):
+            self.n_pinned += 1
             return torch.full(args, math.nan)  # the CPU wheel cannot pin
         if func in (torch.Tensor.item, torch.Tensor.cpu):
             self.main.run(len(self.main.work))
@@ -391,6 +393,7 @@ def test_streams_do_not_change_the_result(tmp_path, monkeypatch, main_is_eager, 
     assert all(p.dtype == torch.bfloat16 and torch.equal(p, optimizer.master(p).bfloat16()) for p in model.parameters())
     assert all_equal(weights_and_state(model, optimizer), weights_and_state(plain, oracle))
     assert optimizer.updates == oracle.updates == 3 - (skips is not None)
+    assert device.n_pinned == 2  # copies from and to other memory would wait
 
 
 @SCHEDULES
