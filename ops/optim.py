@@ -4,6 +4,7 @@ To use another optimizer, write a class with AdamW's methods and pass it to `bui
 then contain the state that its `new_state` names, and --optimizer_offload works with it.
 """
 
+import itertools
 import math
 
 import torch
@@ -33,17 +34,24 @@ def build(optimizer_class, groups, *, lr, betas, eps, offload=False):
     Parameters in bf16 get fp32 masters, and gradients in fp32.
 
     offload  keep masters and the optimizer's state in host memory, whatever the parameters' dtype. Any class
-             with AdamW's methods can be offloaded, because it sees nothing but the masters
+             with AdamW's methods can be offloaded, because it sees nothing but the masters. It sees one at a
+             time: there is an instance for each, so it cannot compare parameters
     """
+    def new(groups):
+        return optimizer_class(groups, lr=lr, betas=betas, eps=eps)
+
     parameters = [p for group in groups for p in group["params"]]
     if not offload and all(p.dtype == torch.float32 for p in parameters):
-        return optimizer_class(groups, lr=lr, betas=betas, eps=eps)
+        return new(groups)
     masters = {}
     for p in parameters:
         device = "cpu" if offload else p.device
         masters[p] = torch.nn.Parameter(p.detach().to(device, torch.float32, copy=True))
+    if offload:
+        return HostMasterWeights([new([{**group, "params": [masters[p]]}])
+                                  for group in groups for p in group["params"]], masters)
     groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in groups]
-    return MasterWeights(optimizer_class(groups, lr=lr, betas=betas, eps=eps), masters)
+    return MasterWeights([new(groups)], masters)
 
 
 class AdamW:
@@ -123,37 +131,38 @@ class AdamW:
 
 
 class MasterWeights:
-    """An optimizer on fp32 copies of the model's parameters, the masters; same methods as AdamW.
+    """Optimizers of fp32 copies of the model's parameters, the masters; same methods as AdamW.
 
-    The masters are on the device if the model computes in bf16 without FSDP2, which would cast for each
-    micro-batch. With --optimizer_offload they and the optimizer's state are in host memory. With AdamW that
-    saves 12 bytes per parameter of device memory. It costs, in each step, a copy of the gradients to the host
-    and of the weights back.
+    The masters are on the device. The model computes in bf16 without FSDP2, which would cast for each
+    micro-batch.
 
-    optimizer  built on the masters
-    masters    parameter of the model -> its fp32 copy, which the optimizer updates
+    optimizers  built on the masters; all have the same class, and from now on the same `state`
+    masters     parameter of the model -> its fp32 copy, which one of the optimizers updates
     """
 
-    def __init__(self, optimizer, masters):
-        self.optimizer, self.masters = optimizer, masters
-        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+    def __init__(self, optimizers, masters):
+        self.optimizers, self.masters, self.state = optimizers, masters, {}
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for optimizer in optimizers:
+            optimizer.state = self.state
         for p in masters:
             if not is_split(p):
                 p.grad_dtype = torch.float32  # a step's micro-batches are summed in fp32
 
     @property
     def updates(self):
-        return self.optimizer.updates
+        return self.optimizers[0].updates
 
     @updates.setter
     def updates(self, count):
-        self.optimizer.updates = count
+        for optimizer in self.optimizers:
+            optimizer.updates = count
 
     def new_state(self, p):
-        return self.optimizer.new_state(p)
+        return self.optimizers[0].new_state(p)
 
     def state_of(self, p):
-        return self.optimizer.state_of(p)
+        return self.optimizers[0].state_of(p)
 
     def master(self, p):
         """The fp32 copy of a trained parameter; a frozen parameter has no copy and is returned itself."""
@@ -161,12 +170,12 @@ class MasterWeights:
 
     @torch.no_grad()
     def step(self, grad_scale=None, skip=None):
+        """As AdamW.step. The host waits for nothing."""
         for p, master in self.masters.items():
-            master.grad = p.grad.to(master.device, torch.float32)
-            device = master.device
-        numbers = [None if number is None else number.to(device) for number in (grad_scale, skip)]
-        self.optimizer.step(*numbers)
-        self.optimizer.zero_grad()
+            master.grad = None if p.grad is None else p.grad.to(torch.float32)
+        for optimizer in self.optimizers:
+            optimizer.step(grad_scale, skip)
+            optimizer.zero_grad()
         self.publish()
 
     @torch.no_grad()
@@ -178,6 +187,101 @@ class MasterWeights:
     def zero_grad(self):
         for p in self.masters:
             p.grad = None
+
+
+class HostMasterWeights(MasterWeights):
+    """Masters in host memory (--optimizer_offload), with an optimizer and its state there for each of them.
+
+    With AdamW the host holds 12 bytes per parameter, which the device is spared. Gradients come to the host,
+    and weights leave it, through two buffers, each as large as this rank's largest shard in fp32. While the
+    host updates one parameter, the gradient of the next one arrives. Copies that start during backward would
+    save little more, and need a buffer for each parameter.
+
+    optimizers  one for each master, in their order
+    """
+
+    def __init__(self, optimizers, masters):
+        super().__init__(optimizers, masters)
+        self.stream = CopyStream(next(iter(masters)).device)
+        size = max(local(p).numel() for p in masters)
+        self.buffers = [self.stream.empty(size) for _ in range(2)]
+
+    @torch.no_grad()
+    def step(self, grad_scale=None, skip=None):
+        """As AdamW.step. But the host computes, so it waits for the device once, to read the two numbers.
+
+        When it returns, weights are still on their way to the device; what is queued later sees them. The
+        gradient of a parameter is None as soon as the host has it.
+        """
+        if skip is not None and skip.item():
+            return
+        grad_scale = None if grad_scale is None else grad_scale.cpu()
+        optimizer_of = {p: optimizer for p, optimizer in zip(self.masters, self.optimizers, strict=True)
+                        if p.grad is not None}
+        copies = map(self.fetch, optimizer_of, itertools.cycle(self.buffers))
+        next_copy = next(copies, None)
+        for p, optimizer in optimizer_of.items():
+            # the next gradient takes the other buffer, after the weight that leaves it
+            (buffer, arrival), next_copy = next_copy, next(copies, None)
+            self.stream.wait(arrival)
+            p.grad = None
+            master = self.masters[p]
+            master.grad = with_shard(master, part(buffer, master))
+            optimizer.step(grad_scale)
+            optimizer.zero_grad()
+            weight = part(buffer, p)
+            weight.copy_(local(master))
+            local(p).copy_(weight, non_blocking=True)
+
+    def fetch(self, p, buffer):
+        """Queue the copy of p's gradient into a buffer; return the buffer and the event behind the copy."""
+        return buffer, self.stream.copy(part(buffer, self.masters[p]), local(p.grad))
+
+
+def part(buffer, p):
+    """The start of a flat fp32 buffer, as a tensor with dtype and shape of this rank's shard of p."""
+    shard = local(p)
+    return buffer.view(shard.dtype)[:shard.numel()].view(shard.shape)
+
+
+def with_shard(p, shard):
+    """A tensor that is sharded like p, with `shard` as this rank's shard, in the shard's memory."""
+    if not is_split(p):
+        return shard
+    # As FSDP2 makes them. DTensor.from_local would move the shard to the device of the mesh.
+    return type(p.data)(shard, p._spec, requires_grad=False)
+
+
+class CopyStream:
+    """A CUDA stream for copies to the host, beside the device's computation and the host's.
+
+    On any other device a copy is done when `copy` returns. All that needs CUDA is here.
+    """
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def empty(self, size):
+        """A flat fp32 buffer in host memory; pinned on CUDA, so that the host does not wait for its copies.
+
+        torch rounds pinned memory up to a power of two bytes.
+        """
+        return torch.empty(size, pin_memory=self.stream is not None)
+
+    def copy(self, target, source):
+        """Copy after all that the current stream has queued. Returns what `wait` needs."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, event):
+        """Wait until a copy is done; `event` is what `copy` returned."""
+        if event is not None:
+            event.synchronize()
 
 
 def set_lr(optimizer, lr):
@@ -218,7 +322,7 @@ class ChangeMeter:
         self.before = self.sample() if step % 10 == 1 else None
 
     def changed(self):
-        """Call it after the update. Returns the fraction, a () tensor; None in a step that is not measured."""
+        """Call it after the update. Returns the fraction, a () tensor; None if the step is not measured."""
         if self.before is None:
             return None
         return (self.sample() != self.before).float().mean()

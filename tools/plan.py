@@ -465,6 +465,10 @@ def memory_lines(run):
         yield f"{'':30}not counting the imported libraries"
     if sizes["host"]:
         yield f"host          {size['host']:>14}  per rank, in host memory"
+    if run.cuda and run.param_offload:  # as in collectives(), backward does not fetch the root's again
+        fetched = run.micro_batches * (2 * sizes["weights"] - unsharded_bytes(run, None) // run.dp)
+        yield (f"PCIe     {(fetched + sizes['gradients']) / GB:>15.3f} GiB  per rank and step: weights twice "
+               "per micro-batch, gradients once; prefer --optimizer_offload if it fits: both once")
 
 
 def fit_line(run, memory_gb):

@@ -1,16 +1,28 @@
 """ops/optim.py: parameter groups, AdamW, offload, and checkpoints with the complete state of any optimizer."""
 
+import contextlib
+import math
 import os
+import sys
+import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
 from checkpoint_helpers import TIED, UNTIED, adamw, loaded, published, train_step
+from helpers import TINY, tensors_of
+from safetensors.torch import load_file
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora
 from disk import checkpoint
 from ops import optim
 from settings.errors import UserError
+from tools import plan
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
 
@@ -22,11 +34,13 @@ class Lion(optim.AdamW):
         return {"exp_avg": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self, clip_divisor=1.0):
-        beta1, beta2 = self.betas
+    def step(self, grad_scale=None, skip=None):
+        if skip is not None and skip.item():
+            return
+        (beta1, beta2), scale = self.betas, 1.0 if grad_scale is None else grad_scale
         for group in self.param_groups:
             for p in group["params"]:
-                moment, grad = self.state_of(p)["exp_avg"], p.grad / clip_divisor
+                moment, grad = self.state_of(p)["exp_avg"], p.grad / scale
                 direction = moment.lerp(grad, 1 - beta1).sign_()
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
                 moment.lerp_(grad, 1 - beta2)
@@ -40,10 +54,12 @@ class TwoKinds(optim.AdamW):
         return {"momentum": torch.zeros_like(p)} if p.ndim > 1 else super().new_state(p)
 
     @torch.no_grad()
-    def step(self, clip_divisor=1.0):
+    def step(self, grad_scale=None, skip=None):
+        if skip is not None and skip.item():
+            return
         for group in self.param_groups:
             for p in group["params"]:
-                state, grad = self.state_of(p), p.grad / clip_divisor
+                state, grad = self.state_of(p), p.grad / (1.0 if grad_scale is None else grad_scale)
                 if p.ndim > 1:
                     update = state["momentum"].mul_(0.9).add_(grad)
                 else:
@@ -113,33 +129,404 @@ def test_bias_correction_counts_updates():
         assert optimizer.updates == i + 1
 
 
-def test_offloaded_steps_equal_those_of_an_fp32_model(tmp_path):
-    """The fp32 masters equal an fp32 model that gets the same gradients; the bf16 parameters are their copies."""
-    model, _ = loaded(published(tmp_path / "base", UNTIED))
-    plain = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    model.to(torch.bfloat16)
-    optimizer = adamw(model, offload=True)
-    masters = [optimizer.master(p) for p in model.parameters()]
+PLACES = {"plain": (torch.float32, False), "masters": (torch.bfloat16, False), "host": (torch.float32, True),
+          "host_bf16": (torch.bfloat16, True)}  # name: (dtype of the model, whether the optimizer is offloaded)
+
+
+def placed(directory, place, kind=optim.AdamW):
+    """(a model, its optimizer), see PLACES. The masters have bits that bf16 has not."""
+    dtype, offload = PLACES[place]
+    model, _ = loaded(directory)
+    weights = [p.detach().clone() for p in model.parameters()]
+    model.to(dtype)
+    optimizer = adamw(model, kind, offload)
     with torch.no_grad():
-        for master, p in zip(masters, plain):
-            p.copy_(master)
-    vectors, matrices = ([p for p in plain if (p.ndim < 2) == is_vector] for is_vector in (True, False))
-    oracle = optim.AdamW([dict(params=vectors, weight_decay=0.0), dict(params=matrices, weight_decay=0.01)], **SETTINGS)
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        for p, copy in zip(model.parameters(), plain):
-            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
-            copy.grad = p.grad.float()
-        optimizer.step(clip_divisor=2.0)
-        oracle.step(clip_divisor=2.0)
-        assert all(p.grad is not None for p in model.parameters())
-        assert all(master.grad is None for master in masters)
-        optimizer.zero_grad()
-        assert all(p.grad is None for p in model.parameters())
-        for p, master, expected in zip(model.parameters(), masters, plain, strict=True):
-            assert master.dtype == torch.float32 and torch.equal(master, expected)
-            assert torch.equal(p, master.bfloat16())
+        for p, weight in zip(model.parameters(), weights, strict=True):
+            optimizer.master(p).copy_(weight)
+    return model, optimizer
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+
+
+def give(model, grads):
+    """Make copies of fp32 tensors the gradients of a model; a step may write to them."""
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        p.grad = grad.clone()
+
+
+def weights_and_state(model, optimizer):
+    """Copies of all that an update changes, but for the number of updates."""
+    masters = [optimizer.master(p) for p in model.parameters()]
+    states = [optimizer.state_of(master) for master in masters]
+    return [t.detach().clone() for t in (*masters, *(t for state in states for t in state.values()))]
+
+
+def all_equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, Lion, TwoKinds])
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "plain"])
+def test_masters_equal_an_fp32_model(tmp_path, place, kind):
+    """Masters and state equal bitwise those of an fp32 model that gets the same fp32 gradients, clipped or not. The
+    parameters are copies of the masters, and no gradient is left behind."""
+    base = published(tmp_path / "base", UNTIED)
+    (plain, oracle), (model, optimizer) = placed(base, "plain", kind), placed(base, place, kind)
+    for seed, scale in enumerate((None, torch.tensor(2.5), torch.tensor(1.0))):
+        for m, o in ((plain, oracle), (model, optimizer)):
+            give(m, gradients(m, seed))
+            o.step(scale, torch.tensor(0.0))
+            o.zero_grad()
+        assert all_equal(weights_and_state(model, optimizer), weights_and_state(plain, oracle))
+        for p in model.parameters():
+            assert torch.equal(p, optimizer.master(p).to(p.dtype))
+            assert p.grad is None and optimizer.master(p).grad is None
     assert optimizer.updates == oracle.updates == 3
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_parameter_without_gradient_stays(tmp_path, place):
+    """Any of them: the first, a middle one, the last, all. It keeps its state, and the others are updated as ever."""
+    base = published(tmp_path / "base", TIED)
+    (model, optimizer), (expected, oracle) = placed(base, place), placed(base, place)
+    n = len(list(model.parameters()))
+    without = {0, 4, 5, n - 1}
+    for m, o in ((model, optimizer), (expected, oracle)):
+        give(m, gradients(m, 0))
+        o.step()
+        o.zero_grad()
+    before = [optimizer.master(p).detach().clone() for p in model.parameters()]
+    give(expected, gradients(expected, 1))
+    oracle.step()
+    grads = gradients(model, 1)
+    for i, p in enumerate(model.parameters()):
+        p.grad = None if i in without else grads[i]
+    optimizer.step()
+    for i, (p, q) in enumerate(zip(model.parameters(), expected.parameters(), strict=True)):
+        assert torch.equal(optimizer.master(p), before[i] if i in without else oracle.master(q))
+        assert torch.equal(p, optimizer.master(p).to(p.dtype))
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_skipped_step_changes_nothing(tmp_path, place):
+    """Neither weights nor state nor the number of updates, whatever the gradient is. Later steps are the same."""
+    base = published(tmp_path / "base", TIED)
+    (model, optimizer), (expected, oracle) = placed(base, place), placed(base, place)
+    for seed in range(3):
+        for m, o in ((model, optimizer), (expected, oracle)):
+            give(m, gradients(m, seed))
+            o.step(torch.tensor(2.5), torch.tensor(0.0))
+            o.zero_grad()
+        before, updates = weights_and_state(model, optimizer), optimizer.updates
+        parameters = [p.detach().clone() for p in model.parameters()]
+        give(model, [torch.full_like(grad, (1.0, math.nan, math.inf)[seed]) for grad in gradients(model, 0)])
+        optimizer.step(torch.tensor(math.nan), torch.tensor(1.0))
+        optimizer.zero_grad()
+        assert all_equal(weights_and_state(model, optimizer), before) and optimizer.updates == updates == seed + 1
+        assert all_equal(list(model.parameters()), parameters)
+        assert all(p.grad is None for p in model.parameters())
+    assert all_equal(weights_and_state(model, optimizer), weights_and_state(expected, oracle))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("loss, norm, limit, updated", [
+    (1.0, 4.0, math.inf, True), (1.0, 4.0, 4.0, True), (1.0, 4.0, 3.9, False), (math.nan, 4.0, math.inf, False),
+    (math.inf, 4.0, math.inf, False), (1.0, math.nan, math.inf, False), (1.0, math.inf, math.inf, False)])
+def test_update_clips_or_skips(tmp_path, place, loss, norm, limit, updated):
+    """The gradient is divided by (norm + 1e-6) / grad_clip. A step is skipped if its loss or norm is not finite, or its
+    norm exceeds the limit. Each group gets its rate, and the gradients are dropped."""
+    base = published(tmp_path / "base", TIED)
+    (model, optimizer), (expected, oracle) = placed(base, place), placed(base, "plain")
+    give(model, gradients(model, 0))
+    optim.update(optimizer, torch.tensor(loss), torch.tensor(norm), lr=3e-3, grad_clip=0.5, norm_limit=limit)
+    assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
+    assert all(p.grad is None for p in model.parameters())
+    if updated:
+        give(expected, gradients(expected, 0))
+        optim.set_lr(oracle, 3e-3)
+        oracle.step(torch.tensor((norm + 1e-6) / 0.5, dtype=torch.float64).float())
+    assert all_equal(weights_and_state(model, optimizer), weights_and_state(expected, oracle))
+    assert optimizer.updates == updated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_on_the_device_does_not_wait(dtype):
+    """On meta, reading a number raises; only the optimizer in host memory has to read."""
+    p = torch.nn.Parameter(torch.empty(3, 4, dtype=dtype, device="meta"))
+    optimizer = optim.build(optim.AdamW, [dict(params=[p], weight_decay=0.1, lr_ratio=1.0)], **SETTINGS)
+    p.grad = torch.empty(3, 4, device="meta")
+    optim.update(optimizer, torch.empty((), device="meta"), torch.empty((), device="meta"), lr=1e-3, grad_clip=1.0)
+    with pytest.raises(RuntimeError, match="meta"):
+        optimizer.updates
+
+
+# The optimizer in host memory
+
+
+class Stream:
+    """torch.cuda.Stream: runs its work as soon as it is queued, or not before somebody waits for it."""
+
+    def __init__(self, is_eager):
+        self.is_eager, self.work, self.n_done = is_eager, [], 0
+
+    def submit(self, work):
+        self.work.append(work)
+        if self.is_eager:
+            self.run(len(self.work))
+
+    def run(self, count):
+        """Do the first `count` pieces of work."""
+        while self.n_done < count:
+            self.n_done += 1
+            self.work[self.n_done - 1]()
+
+    def wait_stream(self, other):
+        count = len(other.work)
+        self.submit(lambda: other.run(count))
+
+    def record_event(self):
+        return Event(self, len(self.work))
+
+
+class Event:
+    def __init__(self, stream, count):
+        self.stream, self.count = stream, count
+
+    def synchronize(self):
+        self.stream.run(self.count)
+
+
+class Device(TorchFunctionMode):
+    """A CUDA device with the model's tensors, whose copies run on its streams. Entered, it replaces torch.cuda.
+
+    log  (what, number of the parameter) in the order in which it happens: "gradient queued", "gradient copied",
+         "update", "weight queued", "weight copied"
+    n_pinned  the number of pinned buffers
+    """
+
+    def __init__(self, monkeypatch, main_is_eager, side_is_eager):
+        super().__init__()
+        self.main, self.side, self.log, self.names = Stream(main_is_eager), Stream(side_is_eager), [], {}
+        self.current, self.n_pinned = self.main, 0
+        real = optim.CopyStream
+        monkeypatch.setattr(optim, "CopyStream", lambda device: real(types.SimpleNamespace(type="cuda")))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.side)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.entered)
+
+    @contextlib.contextmanager
+    def entered(self, stream):
+        self.current, before = stream, self.current
+        yield
+        self.current = before
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.pop("pin_memory", False):
+            self.n_pinned += 1
+            return torch.full(args, math.nan)  # the CPU wheel cannot pin
+        if func in (torch.Tensor.item, torch.Tensor.cpu):
+            self.main.run(len(self.main.work))
+        if func is not torch.Tensor.copy_ or not kwargs.get("non_blocking"):
+            return func(*args, **kwargs)
+        target, source = args
+        what = next((self.names[id(t)] for t in args if id(t) in self.names), None)
+
+        def copy():
+            with torch.no_grad():
+                target.copy_(source)
+            self.note(what, "copied")
+
+        self.note(what, "queued")
+        self.current.submit(copy)
+        return target
+
+    def note(self, what, verb):
+        if what:
+            self.log.append((f"{what[0]} {verb}", what[1]))
+
+
+SCHEDULES = pytest.mark.parametrize("main_is_eager, side_is_eager", [
+    (False, False), (False, True), (True, False), (True, True)])
+
+
+def run_on_a_device(device, directory, kind, skips):
+    """Three steps of a bf16 model whose optimizer is offloaded from `device`; return (model, optimizer).
+
+    skips  the step that is skipped; None: `skip` and grad_scale are None, so the host does not wait for the device
+    """
+    with device:
+        model, optimizer = placed(directory, "host_bf16", kind)
+        number = {p: i for i, p in enumerate(optimizer.masters)}
+        for seed in range(3):
+            for p, grad in zip(model.parameters(), gradients(model, seed), strict=True):
+                p.grad = torch.full_like(grad, math.nan)  # until the device has computed it
+                p.grad.copy_(grad, non_blocking=True)
+            kept = [(p, p.grad) for p in model.parameters()]  # so that no other tensor gets their ids
+            device.names = {id(p): ("weight", number[p]) for p, _ in kept}
+            device.names.update({id(grad): ("gradient", number[p]) for p, grad in kept})
+            device.log.append(("step", seed))
+            optimizer.step(*(() if skips is None else (torch.tensor(2.5), torch.tensor(float(seed == skips)))))
+            optimizer.zero_grad()
+            device.names = {}
+        device.main.run(len(device.main.work))
+    return model, optimizer
+
+
+@SCHEDULES
+@pytest.mark.parametrize("kind", [optim.AdamW, Lion])
+@pytest.mark.parametrize("skips", [None, 1])
+def test_streams_do_not_change_the_result(tmp_path, monkeypatch, main_is_eager, side_is_eager, kind, skips):
+    """Copies as early or as late as the waits allow: weights and state are bitwise those of an fp32 model."""
+    base = published(tmp_path / "base", UNTIED)
+    plain, oracle = placed(base, "plain", kind)
+    for seed in (seed for seed in range(3) if seed != skips):
+        give(plain, gradients(plain, seed))
+        oracle.step(None if skips is None else torch.tensor(2.5))
+    device = Device(monkeypatch, main_is_eager, side_is_eager)
+    model, optimizer = run_on_a_device(device, base, kind, skips)
+    assert all(p.dtype == torch.bfloat16 and torch.equal(p, optimizer.master(p).bfloat16()) for p in model.parameters())
+    assert all_equal(weights_and_state(model, optimizer), weights_and_state(plain, oracle))
+    assert optimizer.updates == oracle.updates == 3 - (skips is not None)
+    assert device.n_pinned == 2  # copies from and to other memory would wait
+
+
+@SCHEDULES
+def test_the_order_of_copies_and_updates(tmp_path, monkeypatch, main_is_eager, side_is_eager):
+    """Before the host updates a parameter, its gradient has arrived and the next is queued; its weight leaves after.
+    A gradient takes a buffer only when the weight has left it, also across steps. A skipped step copies nothing."""
+    class Noted(optim.AdamW):
+        def step(self, *numbers):
+            device.log.append(("update", number[self.param_groups[0]["params"][0]]))
+            super().step(*numbers)
+
+    class Numbers(dict):
+        """The number of each master, in the order of creation, which is that of the updates."""
+
+        def __missing__(self, master):
+            self[master] = len(self)
+            return self[master]
+
+    number, device = Numbers(), Device(monkeypatch, main_is_eager, side_is_eager)
+    model, _ = run_on_a_device(device, published(tmp_path / "base", TIED), Noted, skips=1)
+    n = len(list(model.parameters()))
+    starts = [i for i, event in enumerate(device.log) if event[0] == "step"]
+    steps = [device.log[start:end] for start, end in zip(starts, (*starts[1:], None))]
+    # the weights of a step may be copied later than it ends
+    assert [event for event in steps[1] if event[0] not in ("step", "weight copied")] == []
+    device.log = steps[0] + [event for event in steps[1] if event[0] != "step"] + steps[2]
+    assert len(device.log) == 2 * (1 + 5 * n)
+    times = {}
+    for time, (what, i) in enumerate(device.log):
+        times.setdefault((what, i), []).append(time)
+    for step in range(2):
+        def at(what, i):
+            return times[what, i][step]
+
+        for i in range(n):
+            assert at("gradient queued", i) < at("gradient copied", i) < at("update", i) < at("weight queued", i)
+            if i + 1 < n:
+                assert at("gradient queued", i + 1) < at("update", i) < at("update", i + 1)
+            if i + 2 < n:
+                assert at("weight copied", i) < at("gradient copied", i + 2)
+    for i in (n - 2, n - 1):
+        assert times["weight copied", i][0] < times["gradient copied", i % 2][1]
+
+
+class HostBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at the same time; `others` are not counted."""
+
+    def __init__(self, others):
+        super().__init__()
+        self.others = {StorageWeakRef(t.untyped_storage()).cdata for t in others}
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                if storage.cdata not in self.others and storage not in self.sizes:
+                    self.sizes[storage] = tensor.untyped_storage().nbytes()
+        self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_host_memory(dtype):
+    """Per parameter 12 bytes for master and moments, and two buffers of the largest parameter in fp32, to the byte.
+    Only the counts of updates, 4 bytes for each parameter, are beside them."""
+    shapes = (7, 3), (40, 16), (16,), (40, 16), (25, 9)
+    parameters = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    with HostBytes(parameters) as host:
+        optimizer = optim.build(optim.AdamW, [dict(params=parameters, weight_decay=0.1)], offload=True, **SETTINGS)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.randn(p.shape)
+        host.others |= HostBytes([p.grad for p in parameters]).others
+        grads = [p.grad for p in parameters]  # as on a GPU: the device's memory is not the host's
+        with host:
+            optimizer.step()
+        assert all(p.grad is None for p in parameters) and len(grads) == len(shapes)
+    sizes = [math.prod(shape) for shape in shapes]
+    assert host.peak == 12 * sum(sizes) + 2 * 4 * max(sizes) + 4 * len(sizes)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_are_updated_in_place(mesh, dtype):
+    """With FSDP2, gradients have the dtype of the parameters. The optimizer gets them as shards in a buffer in host
+    memory; DTensor.from_local would move them to the device of the mesh, here to meta."""
+    seen = []
+
+    class Seen(optim.AdamW):
+        def step(self, *numbers):
+            grad = self.param_groups[0]["params"][0].grad
+            seen.append((grad.placements, grad.device.type, grad.to_local().data_ptr()))
+            super().step(*numbers)
+
+    start, grad = torch.randn(6, 4).to(dtype), torch.randn(6, 4).to(dtype)
+    p, expected = torch.nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])), torch.nn.Parameter(start.float())
+    optimizer = optim.build(Seen, [dict(params=[p], weight_decay=0.1)], offload=True, **SETTINGS)
+    oracle = optim.AdamW([dict(params=[expected], weight_decay=0.1)], **SETTINGS)
+    for _ in range(2):
+        p.grad, expected.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad.float()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(mesh), "device_type", "meta")
+            optimizer.step(torch.tensor(2.0), torch.tensor(0.0))
+        oracle.step(torch.tensor(2.0), torch.tensor(0.0))
+        assert torch.equal(optimizer.master(p).to_local(), expected)
+        assert torch.equal(p.to_local(), expected.to(dtype))
+    assert seen == [((Shard(0),), "cpu", optimizer.buffers[0].data_ptr())] * 2
+
+
+def test_plan_says_what_param_offload_moves(monkeypatch, capsys):
+    """Weights to the GPU in forward and in backward of each micro-batch, but embedding and norm only in forward; the
+    gradient back once. Other runs move nothing that the plan would have to name."""
+    def printed(*flags):
+        monkeypatch.setattr(sys, "argv", ["plan.py", "--model", TINY, "--n_gpus", "1", "--batch_size", "4096",
+                                          "--micro_batch_size", "2", *flags])
+        plan.main()
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("PCIe")]
+
+    sizes = {name: 4 * t.numel() for name, t in tensors_of(TINY).items()}
+    blocks = sum(size for name, size in sizes.items() if ".layers." in name)
+    moved = 2048 * (sum(sizes.values()) + blocks) + sum(sizes.values())
+    [line] = printed("--param_offload")
+    assert f"{moved / 2**30:.3f} GiB  per rank and step" in line and "prefer --optimizer_offload" in line
+    assert printed() == printed("--optimizer_offload") == []
 
 
 # Checkpoints of any optimizer
@@ -162,7 +549,7 @@ class Run:
 
     def resume(self, saved):
         checkpoint.load_training_tensors(saved, self.model, self.optimizer)
-        if isinstance(self.optimizer, optim.Offloaded):
+        if isinstance(self.optimizer, optim.MasterWeights):
             self.optimizer.publish()
         return self
 
