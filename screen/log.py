@@ -286,8 +286,9 @@ class Log:
         self.metrics.write(step=step, **values)
         self.send("train", step, values)
         val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""
+        mfu = f"{100 * values['mfu']:.0f} % MFU, " if "mfu" in values else ""
         shown = (f"loss {values['loss']:.4f}, {val}lr {values['lr']:.2e}, norm {values['grad_norm']:.3g}, "
-                 f"{values['tokens_per_second']:,.0f} tokens/s, {values['peak_memory_gb']:.2f} GiB")
+                 f"{mfu}{values['tokens_per_second']:,.0f} tokens/s, {values['peak_memory_gb']:.2f} GiB")
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
         now = time.perf_counter()

@@ -21,7 +21,7 @@ import fsdp
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from model import CausalLM, generate
-from ops import optim
+from ops import flops, optim
 from ops.loss import Head, loss
 from ranks import processes
 from text import formats
@@ -91,9 +91,7 @@ def side_loss(cfg):
 
 def side_product(cfg):
     """Floating-point operations per second of a matrix product on this machine."""
-    a, b = torch.randn(2, 2048, 2048)
-    seconds = timed(lambda: a @ b, 10)["seconds"]
-    return {"flops": 2 * 2048**3 / seconds[0]}
+    return {"flops": flops.product_flops(torch.device("cpu"), torch.float32, 2048)}
 
 
 def side_load(cfg):
