@@ -205,7 +205,7 @@ def speed(steps, device):
     """
     if device == "cuda":
         return statistics.median(tokens / seconds for seconds, tokens in steps[UNSTEADY:CUDA_STEPS])
-    seconds, tokens = map(sum, zip(*steps[1:]))
+    seconds, tokens = map(sum, zip(*(steps[1:] or steps)))  # few rows may pack into one step
     return tokens / seconds
 
 
