@@ -35,8 +35,9 @@ from disk import peft, pretrained
 from disk.run import RunState
 from model import CausalLM
 from ops import memory, nf4, optim
+from ops.flops import mfu
 from ranks import processes, tp
-from screen import samples
+from screen import profiler, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
 from settings.errors import NonFiniteError, UserError
@@ -139,6 +140,7 @@ class Config:
     project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
     sample_prompts: str | None = setting(None, "prompts to answer at each validation: .txt or a data file")
+    profile: int | None = setting(None, "trace N steps with torch.profiler, after two others", low=1)
 
     def __post_init__(self):
         check(self)
@@ -315,7 +317,7 @@ def train(cfg, ranks):
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)
     first_step = run.step + 1
-    for step in range(first_step, len(sampler) + 1):
+    for step in profiler.profiled(range(first_step, len(sampler) + 1), cfg, ranks):
         if ranks.stop_signal or run.stops_early:
             break
         started = time.perf_counter()
@@ -350,7 +352,8 @@ def train(cfg, ranks):
         log.step(step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=n_tokens,
                  target_tokens=n_targets, seconds=seconds, tokens_per_second=n_tokens / seconds,
                  peak_memory_gb=memory.peak_memory_gb(ranks.device), changed=meter.changed(),
-                 skipped=is_spike or None)
+                 skipped=is_spike or None, reserved_memory_gb=memory.reserved_memory_gb(ranks.device),
+                 mfu=mfu(model.config, train_set.n_inputs[ids], n_targets, cfg.use_lora, seconds, ranks))
         after_step(step)
     log.finish(run, ranks.stop_signal)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import FAST
 from torch.cuda import _memory_viz
 
 from screen import profiler
@@ -83,3 +84,17 @@ def test_the_memory_snapshot_is_json_that_torch_can_draw(run, capsys, monkeypatc
     assert "Active Memory Timeline" in _memory_viz.trace_plot(written)
     assert "total_allocated: 500.0B" in _memory_viz.segsum(written)
     assert f"{tmp_path}/memory.json.gz: the memory" in capsys.readouterr().out
+
+
+def test_a_run_with_profile_computes_the_same(train, tmp_path, capsys):
+    """The trace has the backward pass and the update of each traced step; the losses are those without it."""
+    flags = (*FAST, "--max_length", 64, "--max_steps", 4)
+    plain = train(*flags, out="plain")
+    traced = train(*flags, "--profile", 2)
+    assert [line["loss"] for line in traced] == [line["loss"] for line in plain]
+    assert "profile  out/trace.json.gz: 2 of 2 steps" in capsys.readouterr().out
+    with gzip.open(tmp_path / "out" / "trace.json.gz", "rt") as f:
+        names = [event["name"] for event in json.load(f)["traceEvents"]]
+    assert sum(name == "aten::_fused_adamw_" for name in names) == 2 * 2  # with and without weight decay
+    assert any(name.startswith("autograd::engine::evaluate_function") for name in names)
+    assert not (tmp_path / "plain" / "trace.json.gz").exists()
