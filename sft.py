@@ -35,7 +35,7 @@ from disk.run import RunState
 from model import CausalLM
 from ops import memory, nf4, optim, overlap
 from ranks import processes, tp
-from screen import samples
+from screen import profiler, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
 from settings.errors import NonFiniteError, UserError
@@ -138,6 +138,7 @@ class Config:
     project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
     sample_prompts: str | None = setting(None, "prompts to answer at each validation: .txt or a data file")
+    profile: int | None = setting(None, "trace N steps with torch.profiler, after two others", low=1)
 
     def __post_init__(self):
         check(self)
@@ -343,7 +344,7 @@ def train(cfg, ranks):
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)
     first_step = run.step + 1
-    for step, epoch, ids, batches in overlap.ahead(steps(), ranks.device):
+    for step, epoch, ids, batches in profiler.profiled(overlap.ahead(steps(), ranks.device), cfg, ranks):
         if ranks.stop_signal or run.stops_early:
             break
         ranks.set_phase(f"step {step}")

@@ -52,3 +52,11 @@ def peak_memory_gb(device):
         with open("/proc/self/status", encoding="utf-8") as f:
             return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
+
+
+def reserved_memory_gb(device):
+    """Most memory that the allocator has taken from a CUDA device, in GiB; None on the CPU.
+
+    What exceeds the peak of allocated memory is lost to fragmentation.
+    """
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None

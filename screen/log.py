@@ -20,7 +20,7 @@ import uuid
 from tqdm import tqdm
 
 from disk import files
-from ops import memory
+from ops import flops, memory
 from screen import report
 from settings import venv
 from settings.errors import UserError
@@ -216,7 +216,7 @@ class Log:
         self.peak_lr, self.val_loss = cfg.lr, None
         self.has_warned = False  # by warn_if_unchanged
         self.is_already_done = False  # a resumed run has no step left
-        self.device, self.train_set = ranks.device, None
+        self.device, self.ranks, self.is_lora = ranks.device, ranks, cfg.use_lora
         self.unread = None  # the arguments of step(), until read()
         self.last_printed, self.started = -1e9, time.perf_counter()
         self.loggers, self.bar = [], tqdm(disable=True)
@@ -232,7 +232,7 @@ class Log:
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
-        self.train_set = train_set
+        self.train_set, self.model_config = train_set, model.config
         if not self.is_writer:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -312,9 +312,11 @@ class Log:
                          f"{norm_limit:.3g}; conversations: {self.train_set.sources(ids)}")
             values.update(numbers, seconds=seconds, tokens_per_second=values["tokens"] / seconds,
                           peak_memory_gb=memory.peak_memory_gb(self.device))
-            if is_skipped:
-                values["skipped"] = True
-            self.record(step, values)
+            values["reserved_memory_gb"] = memory.reserved_memory_gb(self.device)
+            values["mfu"] = flops.mfu(self.model_config, self.train_set.n_inputs[ids], values["target_tokens"],
+                                      self.is_lora, seconds, self.ranks)
+            values["skipped"] = is_skipped or None
+            self.record(step, {name: value for name, value in values.items() if value is not None})
         return None
 
     def record(self, step, values):
@@ -325,8 +327,9 @@ class Log:
         self.metrics.write(step=step, **values)
         self.send("train", step, values)
         val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""
+        mfu = f"{100 * values['mfu']:.0f} % MFU, " if "mfu" in values else ""
         shown = (f"loss {values['loss']:.4f}, {val}lr {values['lr']:.2e}, norm {values['grad_norm']:.3g}, "
-                 f"{values['tokens_per_second']:,.0f} tokens/s, {values['peak_memory_gb']:.2f} GiB")
+                 f"{mfu}{values['tokens_per_second']:,.0f} tokens/s, {values['peak_memory_gb']:.2f} GiB")
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
         now = time.perf_counter()

@@ -16,13 +16,13 @@ data    conversations per second of data.load (read, render, tokenise, mask, wri
 chat    tokens per second of chat.py and of transformers' generate: greedy, the same random weights of the
         size of Qwen2.5-0.5B in fp32, a prompt of 64 tokens (pip install transformers)
 step    non-pad tokens per second and peak memory of sft.py, and seconds from its launch to the end of the
-        first optimizer step: random weights of --shape small or mid in fp32, full training without
-        checkpointing, conversations of log-normal length up to 1,024 tokens. With --vs trl the same
-        conversations with TRL's SFTTrainer, padded and packed; with --vs transformers with a plain loop
-        around its model (padded batches, AdamW). flops_use is the rate of the operations that the loss of
-        sft.py needs (head on targets, attention per document), divided by product_gflops, the rate of a
-        product of 2,048 × 2,048. The faster a machine multiplies matrices, the larger the fraction of a step
-        that is limited by memory bandwidth
+        first optimizer step: random weights of --shape, full training (--lora: LoRA on all linear layers)
+        without checkpointing, conversations of log-normal length. With --vs trl the same conversations with
+        TRL's SFTTrainer. On the CPU: fp32, up to 1,024 tokens per conversation, TRL padded and packed; with
+        --vs transformers a plain loop around its model (padded batches, AdamW). flops_use is the rate of the
+        operations that the loss of sft.py needs (head on targets, attention per document), divided by
+        product_gflops, the rate of a product of 2,048 × 2,048. The faster a machine multiplies matrices, the
+        larger the fraction of a step that is limited by memory bandwidth. With --device cuda see below
 start   seconds from the launch of sft.py to the end of its first optimizer step on the embedded model, with
         nothing cached and with cached tokens; with --vs also of the other trainer, as in step
 memory  peak memory and seconds per step of sft.py: random weights of the size of Qwen2.5-0.5B, 1 × 1,024
@@ -32,9 +32,21 @@ plan    the memory that tools/plan.py predicts and the peak of a run, both witho
         before it has a model, in fp32: two shapes, full and LoRA, with and without checkpointing and
         offload, one or two micro-batches per step, conversations of max_length tokens
 
-Each side of a comparison runs in its own process, because peak memory is a figure of a process. The figures
-of one line come from one run of this command; compare them with each other only. Three numbers are the
-median, minimum and maximum. Linux and CPU only: memory and bytes come from /proc. This is not a test.
+--part step --device cuda [--shape 0.5b, 1.5b or 7b] [--lora] [--vs trl] [--repeats 1] measures on one GPU:
+bf16 with fp32 master weights, at most 2,048 tokens per conversation and 16,384 per step (7b: 8,192; full
+training of 7b does not fit into 80 GB, so it needs --lora). TRL is packed (bfd), with FlashAttention-2 and
+Liger's kernels where they are installed: the line has their versions, and attention is sdpa where flash_attn
+is missing. Speed is the median of steps 6 to 20, memory torch.cuda.max_memory_allocated, mfu that of
+metrics.jsonl. sft.py runs with --no-gradient_checkpointing, otherwise with its defaults, and is killed after
+step 20.
+
+Each side of a comparison runs in its own process, because peak memory is a figure of a process. One side
+alone, which writes the model and the conversations into an empty directory first:
+
+    python tools/bench.py --side trl_packed --device cuda --shape 0.5b --directory DIR
+
+The figures of one line come from one run of this command; compare them with each other only. Three numbers
+are the median, minimum and maximum. Linux only: memory and bytes come from /proc. This is not a test.
 """
 
 if __name__ == "__main__":
@@ -53,12 +65,12 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -68,21 +80,29 @@ import data
 from disk import pretrained
 from families.config import ModelConfig
 from model import CausalLM
+from ops.flops import step_flops
 from settings.errors import UserError, run
 from settings.parser import check, parse, setting
 from settings.venv import PROJECT
 from text import formats
 from text.template import ChatTokenizer
-from tools.bench_sides import ALPHA, BATCH, LENGTH, QWEN_05B, RANK, SIDES, copy, spread
+from tools.bench_sides import (ALPHA, BATCH, CUDA_LENGTH, CUDA_STEPS, LENGTH, QWEN_05B, RANK, SIDES, UNSTEADY,
+                               copy, cuda_rows, speed, spread)
 
 SFT = os.path.join(PROJECT, "sft.py")
 EXAMPLES = os.path.join(PROJECT, "data", "example_sft.json")
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
-SHAPES = {  # of --part step
-    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=151936),
-    "mid": dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=32768),
+SHAPES = {  # of --part step: what differs from QWEN_05B; the large ones are Qwen2.5's
+    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8),
+    "mid": dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+                vocab_size=32768),
+    "0.5b": {},
+    "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
 }
+LORA = ("--use_lora", "--lora_rank", str(RANK), "--lora_alpha", str(ALPHA), "--lora_targets", "all-linear")
 PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and their combinations
     "32k": (dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, vocab_size=32000,
                  num_attention_heads=10), 1024,
@@ -99,7 +119,7 @@ DEFAULT = ("loss", "data", "step", "load", "save", "start")
 PEERS = {"trl": ("trl_padded", "trl_packed"), "transformers": ("plain_loop",), None: ()}
 PACKAGES = {"trl": ("trl", "transformers", "peft"), "transformers": ("transformers",), None: ()}
 COMPARED = {"trl": ("memory", "data", "step", "start"), "transformers": ("step", "start")}
-UNSTEADY = 5  # the first steps of a run are not counted: caches are empty, and buffers are allocated
+STEP_SIDES = ("trl_padded", "trl_packed", "plain_loop")
 
 
 @dataclass
@@ -119,13 +139,16 @@ class Config:
                          low=UNSTEADY + 1)
     rows: int | None = setting(
         None, "data, step, start: number of conversations; none: 20,000 for data, 48 for the others", low=1)
-    shape: str = setting("mid", "step: size of the model", ("small", "mid"))
+    shape: str = setting("mid", "step: size of the model", tuple(SHAPES))
+    device: str = setting("cpu", "step: what it runs on", ("cpu", "cuda"))
+    lora: bool = setting(False, "step: train LoRA adapters")
     new_tokens: int = setting(64, "chat: tokens to generate", low=1)
     model: str = setting("tiny", "data: model whose tokenizer and template are used")
     peer_checkpointing: bool = setting(
         True, "memory: gradient checkpointing in the other trainer (its default)", needs="vs")
-    side: str | None = setting(None, "internal: measure this side only, in this process", tuple(SIDES))
-    directory: str | None = setting(None, "internal: directory with the model or the data of --side")
+    side: str | None = setting(None, "measure this side only, in this process (files: write a model)",
+                             (*SIDES, "files"))
+    directory: str | None = setting(None, "directory with the model or the data of --side")
     vs: str | None = setting(
         None, "memory, data, step, start: also measure this trainer", ("trl", "transformers"))
 
@@ -136,6 +159,13 @@ class Config:
         if self.vs and self.part and self.part not in COMPARED[self.vs]:
             parts = ", ".join(COMPARED[self.vs])
             raise UserError(f"--vs {self.vs} does not work with --part {self.part}; use one of {parts}")
+        if self.side in STEP_SIDES and not self.directory:
+            raise UserError(f"--side {self.side} needs --directory DIR: a model with conversations, or empty")
+        if self.device == "cuda":
+            if self.part != "step" and self.side is None or "transformers" in (self.vs, self.side):
+                raise UserError("--device cuda works with --part step only, and there with --vs trl")
+            if not torch.cuda.is_available():
+                raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
 
 
 def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
@@ -164,7 +194,7 @@ def write_model(directory, config):
 
     Returns the sizes in GiB of its file, and of the parameters in fp32.
     """
-    torch.manual_seed(0)
+    noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in CausalLM(ModelConfig.from_dict(config)).named_parameters()}
     tensors = {}
@@ -172,7 +202,8 @@ def write_model(directory, config):
         if "norm" in name:
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:
-            tensors[name] = torch.randn(shape, dtype=torch.bfloat16).mul_(0.02)
+            n = shape.numel()  # repeated: 7B numbers would take a minute
+            tensors[name] = noise.repeat(-(-n // len(noise)))[:n].view(shape).clone()
     path = os.path.join(directory, "model.safetensors")
     save_file(tensors, path, metadata={"format": "pt"})
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
@@ -183,11 +214,15 @@ def write_model(directory, config):
     return {"file_gb": os.path.getsize(path) / 2**30, "parameters_gb": n_parameters / 2**28}
 
 
+def command(n, *arguments):
+    """The command that runs a Python program in n processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
+    return [sys.executable, *torchrun, *arguments]
+
+
 def launch(n, *arguments):
     """Run a Python program in n processes; return what it prints."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
-    command = [sys.executable, *torchrun, *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return subprocess.run(command(n, *arguments), stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
 def start_sides(n, *flags):
@@ -196,25 +231,44 @@ def start_sides(n, *flags):
     return sorted(map(json.loads, lines), key=lambda result: result.get("rank", 0))
 
 
-def train(directory, n, steps, *flags):
-    """Run sft.py in n processes on the model of write_model; return the lines of its metrics.jsonl.
+def train(directory, n, steps, *flags, saves=True):
+    """Run sft.py in n processes on the model of write_model; return the first lines of its metrics.jsonl.
+
+    saves  False: kill it after these steps, so that it writes no checkpoint (100 GB for a 7B model)
 
     The first line gets the key "at": the Unix time at which it was written.
     """
     output = os.path.join(directory, "run")
     path = os.path.join(output, "metrics.jsonl")
-    with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(launch, n, SFT, "--model", directory, "--output_dir", output, "--cache_dir", "none",
-                          "--max_steps", str(steps), "--save_steps", str(steps), *flags)
-        while not run.done() and not (os.path.exists(path) and os.path.getsize(path)):
-            time.sleep(0.005)  # the resolution of "at"
+    limit = str(steps if saves else 10 * steps)
+    words = command(n, SFT, "--model", directory, "--output_dir", output, "--cache_dir", "none",
+                    "--max_steps", limit, "--save_steps", limit, *flags)
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+
+        def wait_for(n_lines):
+            while process.poll() is None and lines_in(path) < n_lines:
+                time.sleep(0.005)  # the resolution of "at"
+
+        wait_for(1)
         at = time.time()
-        run.result()
+        if not saves:
+            wait_for(steps)
+            process.kill()
+    if process.returncode != (0 if saves else -signal.SIGKILL):
+        raise subprocess.CalledProcessError(process.returncode, words)
     with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f]
+        lines = [json.loads(line) for line in f.readlines()[:steps]]
     lines[0]["at"] = at
     shutil.rmtree(output)
     return lines
+
+
+def lines_in(path):
+    """Complete lines of a file, 0 if it does not exist."""
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb") as f:
+        return f.read().count(b"\n")
 
 
 def bench_loss(cfg, directory):
@@ -298,82 +352,96 @@ def bench_chat(cfg, directory):
             "transformers": importlib.metadata.version("transformers")}
 
 
-def one_run(name, directory, n_rows, *flags):
-    """Run one side; return [(seconds, tokens) per step], peak GiB, and seconds until the first step ended."""
-    started = time.time()
-    if name in ("trl_padded", "trl_packed", "plain_loop"):
-        result = start_sides(1, "--side", name, "--directory", directory)[0]
-        return result["steps"], result["peak_gb"], result["first"] - started
-    flags = ("--train_data", os.path.join(directory, "rows.json"), "--max_length", str(LENGTH),
-             "--batch_size", str(BATCH), "--micro_batch_size", str(BATCH), "--no-gradient_checkpointing",
-             "--epochs", "1", *flags)
-    lines = train(directory, 1, -(-n_rows // BATCH), *flags)
-    steps = [(line["seconds"], line["tokens"]) for line in lines]
-    return steps, lines[-1]["peak_memory_gb"], lines[0]["at"] - started
+def write_step(cfg, directory):
+    """Write the model and the conversations of bench_step; return the model's config.json."""
+    config = dict(QWEN_05B, **SHAPES[cfg.shape])
+    write_model(directory, config)
+    n_rows = 3000 if cfg.device == "cuda" else 48  # on CUDA more than CUDA_STEPS
+    write_rows(os.path.join(directory, "rows.json"), cfg.rows or n_rows, 2.3, 2.9, 1.1)  # median 120 tokens
+    return config
 
 
-def useful_flops(config, directory):
-    """Return the floating-point operations that the loss of each step of one_run needs, forward and backward.
+def one_run(cfg, name, directory, *flags):
+    """Run one side on the conversations in the directory.
 
-    Counts each input in the blocks' matrices, each target in the head and each causal pair in attention.
-    Backward needs twice the operations of forward.
+    Returns tokens_per_second, peak_gb, start_seconds until the first step ended; of another trainer versions,
+    of sft.py the lines of its metrics.
     """
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(config))
-    blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
-    heads = config["num_hidden_layers"] * model.config.num_attention_heads * model.config.head_dim
+    started = time.time()
+    if name in STEP_SIDES:
+        result = start_sides(1, "--side", name, "--directory", directory)[0]
+        return {**result, "start_seconds": result["first"] - started}
+    rows = os.path.join(directory, "rows.json")
+    flags = ("--train_data", rows, "--no-gradient_checkpointing", *flags)
+    if cfg.device == "cuda":
+        n_rows = cuda_rows(cfg.shape)
+        flags += ("--max_length", str(CUDA_LENGTH), "--micro_batch_size", str(n_rows),
+                  "--batch_tokens", str(n_rows * CUDA_LENGTH))
+        lines = train(directory, 1, CUDA_STEPS, *flags, saves=False)
+    else:
+        with open(rows, encoding="utf-8") as f:
+            steps = -(-len(json.load(f)) // BATCH)
+        flags += ("--max_length", str(LENGTH), "--batch_size", str(BATCH), "--micro_batch_size", str(BATCH),
+                  "--epochs", "1")
+        lines = train(directory, 1, steps, *flags)
+    rate = speed([(line["seconds"], line["tokens"]) for line in lines], cfg.device)
+    return {"tokens_per_second": rate, "peak_gb": lines[-1]["peak_memory_gb"],
+            "start_seconds": lines[0]["at"] - started, "lines": lines}
+
+
+def useful_flops(cfg, config, directory):
+    """Floating-point operations that the loss of each step of one_run needs, on the CPU (ops/flops.py)."""
     dataset = data.load(os.path.join(directory, "rows.json"), ChatTokenizer(directory), LENGTH)
     sampler = data.Sampler(dataset.n_inputs, epochs=1, seed=42, batch_size=BATCH)
-    flops = []
-    for step in range(1, len(sampler) + 1):
-        ids = sampler.step(step).ids
-        lengths = dataset.n_inputs[ids].astype(int)
-        head = config["vocab_size"] * config["hidden_size"] * dataset.n_targets[ids].sum()
-        flops.append(6 * int(blocks * lengths.sum() + head + heads * (lengths * (lengths + 1)).sum()))
-    return flops
+    batches = [sampler.step(step).ids for step in range(1, len(sampler) + 1)]
+    config = ModelConfig.from_dict(config)
+    return [step_flops(config, dataset.n_inputs[ids], dataset.n_targets[ids].sum(), cfg.lora)
+            for ids in batches]
 
 
 def bench_step(cfg, directory):
     versions = peer_versions(cfg)
-    config = dict(QWEN_05B, num_attention_heads=8, num_key_value_heads=2, **SHAPES[cfg.shape])
-    write_model(directory, config)
-    n_rows = cfg.rows or 48
-    write_rows(os.path.join(directory, "rows.json"), n_rows, 2.3, 2.9, 1.1)  # median about 120 tokens
-    results = {name: {"tokens_per_second": [], "peak_gb": [], "start_seconds": []}
-               for name in ("sft", *PEERS[cfg.vs])}
-    needed = sum(useful_flops(config, directory)[1:])
+    config = write_step(cfg, directory)
+    on_cuda = cfg.device == "cuda"
+    peers = PEERS[cfg.vs][-1:] if on_cuda else PEERS[cfg.vs]  # on CUDA packed only
+    runs = {name: [] for name in ("sft", *peers)}
     uses, rates = [], []
     for _ in range(cfg.repeats):  # in turn
-        for name, figures in results.items():
-            steps, peak, start = one_run(name, directory, n_rows)
-            seconds, tokens = map(sum, zip(*steps[1:]))
-            if name == "sft":
+        for name, results in runs.items():
+            results.append(one_run(cfg, name, directory, *(LORA if cfg.lora else ())))
+            lines = results[-1].get("lines", ())
+            if lines and not on_cuda:
+                needed = sum(useful_flops(cfg, config, directory)[1:])
                 rates.append(start_sides(1, "--side", "product")[0]["flops"])
-                uses.append(needed / seconds / rates[-1])
-            for figure, value in zip(figures.values(), (tokens / seconds, peak, start)):
-                figure.append(value)
-    ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(results["sft"][key], results[name][key])])
-              for name in PEERS[cfg.vs] for key in results["sft"]}
-    spreads = {}
-    for name, figures in results.items():
-        spreads[name] = {key: spread(values) for key, values in figures.items()}
-    return {"shape": cfg.shape, **spreads, "flops_use": spread(uses),
-            "product_gflops": spread([rate / 1e9 for rate in rates]), **ratios, **versions}
+                uses.append(needed / sum(line["seconds"] for line in lines[1:]) / rates[-1])
+            elif lines:
+                uses.append(statistics.median(line["mfu"] for line in lines[UNSTEADY:]))
+    keys = ("tokens_per_second", "peak_gb", "start_seconds")
+    figures, spreads = {}, {}
+    for name, results in runs.items():
+        figures[name] = {key: [result[key] for result in results] for key in keys}
+        spreads[name] = {key: spread(values) for key, values in figures[name].items()}
+    ratios = {f"{key}_sft_to_{name}": spread([a / b for a, b in zip(figures["sft"][key], figures[name][key])])
+              for name in peers for key in keys}
+    use = {"mfu": spread(uses)} if on_cuda else {
+        "flops_use": spread(uses), "product_gflops": spread([rate / 1e9 for rate in rates])}
+    for name in peers:
+        versions.update(runs[name][0]["versions"])
+    return {"shape": cfg.shape, "lora": cfg.lora, **spreads, **use, **ratios, **versions}
 
 
 def bench_start(cfg, directory):
     versions = peer_versions(cfg)
     shutil.copytree(pretrained.model_directory("tiny"), directory, dirs_exist_ok=True)
-    n_rows = cfg.rows or 48
-    write_rows(os.path.join(directory, "rows.json"), n_rows)
+    write_rows(os.path.join(directory, "rows.json"), cfg.rows or 48)
     flags = {"sft": (), "sft_cached": ("--cache_dir", os.path.join(directory, "cache"))}
     names = [*flags, *PEERS[cfg.vs][:1]]
     seconds = {}
-    one_run("sft_cached", directory, n_rows, *flags["sft_cached"])  # writes the cache
+    one_run(cfg, "sft_cached", directory, *flags["sft_cached"])  # writes the cache
     for _ in range(cfg.repeats):  # in turn
         for name in names:
-            started = one_run(name, directory, n_rows, *flags.get(name, ()))[2]
-            seconds.setdefault(name, []).append(started)
+            result = one_run(cfg, name, directory, *flags.get(name, ()))
+            seconds.setdefault(name, []).append(result["start_seconds"])
     ratios = {f"{sft}_to_{name}": spread([a / b for a, b in zip(seconds[sft], seconds[name])])
               for name in PEERS[cfg.vs][:1] for sft in flags}
     return {"start_seconds": {name: spread(values) for name, values in seconds.items()}, **ratios, **versions}
@@ -427,10 +495,8 @@ def bench_memory(cfg, directory):
     path = write_full_rows(directory, LENGTH, cfg.repeats + 1)
     flags = ("--train_data", path, "--max_length", str(LENGTH), "--batch_size", "1",
              "--micro_batch_size", "1")
-    lora = ("--use_lora", "--lora_rank", str(RANK), "--lora_alpha", str(ALPHA),
-            "--lora_targets", "all-linear")
     line = {}
-    for name, extra in (("full", ()), ("lora", lora)):
+    for name, extra in (("full", ()), ("lora", LORA)):
         steps = train(directory, 1, cfg.repeats + 1, *flags, *extra)
         assert all(step["tokens"] == LENGTH for step in steps)
         line[name] = {"peak_gb": steps[-1]["peak_memory_gb"],
@@ -445,6 +511,13 @@ def bench_memory(cfg, directory):
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
+    if cfg.side in STEP_SIDES and not os.path.exists(os.path.join(cfg.directory, "config.json")):
+        # in a process of its own, whose memory is not counted
+        launch(1, os.path.abspath(__file__), *sys.argv[1:], "--side", "files")
+    if cfg.side == "files":
+        os.makedirs(cfg.directory, exist_ok=True)
+        write_step(cfg, cfg.directory)
+        return
     if cfg.side:
         result = SIDES[cfg.side](cfg)
         # a single write: torchrun's processes are unbuffered, and print would write the newline separately
@@ -458,12 +531,17 @@ def main():
 def measure(cfg):
     """Measure one part and print its line."""
     threads = 1 if cfg.ranks > 1 or cfg.part == "ranks" else torch.get_num_threads()
+    device = f"CPU, {os.cpu_count()} cores, {threads} threads per process"
+    if cfg.device == "cuda":  # asked in a process of its own: a context here would take memory of the GPU
+        device = launch(1, "-c", "import torch; print(torch.cuda.get_device_name())").strip()
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for both sides
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     line = {"part": cfg.part, "command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": f"CPU, {os.cpu_count()} cores, {threads} threads per process"}
+            "python": platform.python_version(), "device": device}
     with tempfile.TemporaryDirectory() as directory:
         # for the processes of the sides; TMPDIR because torchrun leaves a folder in it
-        os.environ.update(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES="", TMPDIR=directory)
+        os.environ.update(OMP_NUM_THREADS=str(threads), TMPDIR=directory)
         parts = {"loss": bench_loss, "load": bench_load, "save": bench_save, "ranks": bench_ranks,
                  "memory": bench_memory, "data": bench_data, "chat": bench_chat, "step": bench_step,
                  "start": bench_start, "plan": bench_plan}

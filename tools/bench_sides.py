@@ -5,6 +5,7 @@ line that it prints.
 """
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import statistics
@@ -21,7 +22,7 @@ import fsdp
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from model import CausalLM, generate
-from ops import optim
+from ops import flops, optim
 from ops.loss import Head, loss
 from ranks import processes
 from text import formats
@@ -31,7 +32,14 @@ QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num
                 vocab_size=151936, num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6,
                 tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
 RANK, ALPHA = 8, 16  # LoRA on all linear layers
-LENGTH, BATCH = 1024, 4  # max_length; conversations per step of bench_step
+LENGTH, BATCH = 1024, 4  # max_length; conversations per step of bench_step on the CPU
+CUDA_LENGTH, CUDA_STEPS = 2048, 20  # max_length and steps of bench_step on CUDA
+UNSTEADY = 5  # the first steps of a run are not counted: caches are empty, and buffers are allocated
+
+
+def cuda_rows(shape):
+    """Rows of CUDA_LENGTH tokens per step on CUDA; 7B has no memory for more without checkpointing."""
+    return 4 if shape == "7b" else 8
 
 
 def spread(values):
@@ -91,9 +99,7 @@ def side_loss(cfg):
 
 def side_product(cfg):
     """Floating-point operations per second of a matrix product on this machine."""
-    a, b = torch.randn(2, 2048, 2048)
-    seconds = timed(lambda: a @ b, 10)["seconds"]
-    return {"flops": 2 * 2048**3 / seconds[0]}
+    return {"flops": flops.product_flops(torch.device("cpu"), torch.float32, 2048)}
 
 
 def side_load(cfg):
@@ -155,7 +161,6 @@ def copy(source, target, flush):
 def side_trl(cfg):
     """The run of bench_memory with TRL: its defaults, except where the work would differ; no checkpoint."""
     import datasets
-    import peft
     import transformers
     import trl
 
@@ -165,7 +170,6 @@ def side_trl(cfg):
         def on_step_end(self, *args, **kwargs):
             ends.append(time.perf_counter())
 
-    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
                            bf16=False, use_cpu=True, max_length=LENGTH, per_device_train_batch_size=1,
                            max_steps=cfg.repeats + 1, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -173,66 +177,127 @@ def side_trl(cfg):
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON line
         rows = datasets.Dataset.from_list(files.read_json(os.path.join(cfg.directory, "rows.json")))
         trl.SFTTrainer(cfg.directory, config, train_dataset=rows, callbacks=[Clock()],
-                       peft_config=lora if cfg.side == "trl_lora" else None).train()
+                       peft_config=peft_lora() if cfg.side == "trl_lora" else None).train()
     return {"peak_gb": proc_gb("status", "VmHWM"), "seconds": spread([b - a for a, b in zip(ends, ends[1:])])}
 
 
 def side_step(cfg):
-    """One epoch of bench_step's conversations with TRL or a plain loop.
+    """The conversations of bench_step with TRL or a plain loop: on the CPU one epoch, on CUDA CUDA_STEPS.
 
-    Returns [(seconds, non-pad tokens) per step] and the Unix time at which the first step ended.
+    Returns tokens_per_second, peak_gb, versions, and the Unix time at which the first step ended.
+    """
+    train = plain_loop if cfg.side == "plain_loop" else trl_loop
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON line
+        ends, tokens, versions = train(cfg)
+    first = time.time() - (time.perf_counter() - ends[1])
+    seconds = [b - a for a, b in zip(ends, ends[1:])]
+    on_cuda = cfg.device == "cuda"
+    peak_gb = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else proc_gb("status", "VmHWM")
+    return {"tokens_per_second": speed(list(zip(seconds, tokens, strict=True)), cfg.device), "first": first,
+            "peak_gb": peak_gb, "versions": versions}
+
+
+def speed(steps, device):
+    """Tokens per second of [(seconds, tokens) per step].
+
+    CPU: all steps but the first together, as they are few and differ. CUDA: the median of steps 6 to 20; the
+    ones before compile, allocate and choose kernels.
+    """
+    if device == "cuda":
+        return statistics.median(tokens / seconds for seconds, tokens in steps[UNSTEADY:CUDA_STEPS])
+    seconds, tokens = map(sum, zip(*(steps[1:] or steps)))  # few rows may pack into one step
+    return tokens / seconds
+
+
+def plain_loop(cfg):
+    """A loop around transformers' model on the CPU: padded batches, AdamW.
+
+    Returns the time at which the training started and each step ended, the tokens of each step, and versions.
     """
     import transformers
 
-    path = os.path.join(cfg.directory, "rows.json")
+    model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
+    dataset = data.load(os.path.join(cfg.directory, "rows.json"), ChatTokenizer(cfg.directory), LENGTH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ends, tokens = [time.perf_counter()], []
-    if cfg.side == "plain_loop":
-        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.directory, dtype=torch.float32)
-        tokenizer = ChatTokenizer(cfg.directory)
-        dataset = data.load(path, tokenizer, LENGTH)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        ends[0] = time.perf_counter()
-        for ids in torch.arange(len(dataset)).split(BATCH):
-            spans = [slice(dataset.starts[i], dataset.starts[i + 1]) for i in ids]
-            sequences = [torch.from_numpy(dataset.tokens[span].astype(int)) for span in spans]
-            loss_masks = [torch.from_numpy(dataset.loss_mask[span]) for span in spans]
-            batch = pad_sequence(sequences, batch_first=True)
-            labels = batch.where(pad_sequence(loss_masks, batch_first=True), torch.tensor(-100))
-            attention_mask = pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True)
-            model(input_ids=batch, attention_mask=attention_mask, labels=labels).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    for ids in torch.arange(len(dataset)).split(BATCH):
+        spans = [slice(dataset.starts[i], dataset.starts[i + 1]) for i in ids]
+        sequences = [torch.from_numpy(dataset.tokens[span].astype(int)) for span in spans]
+        loss_masks = [torch.from_numpy(dataset.loss_mask[span]) for span in spans]
+        batch = pad_sequence(sequences, batch_first=True)
+        labels = batch.where(pad_sequence(loss_masks, batch_first=True), torch.tensor(-100))
+        attention_mask = pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True)
+        model(input_ids=batch, attention_mask=attention_mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append(time.perf_counter())
+        tokens.append(int(attention_mask.sum()))
+    return ends, tokens, installed("torch", "transformers")
+
+
+def trl_loop(cfg):
+    """TRL's SFTTrainer, padded or packed (bfd: complete conversations, in rows of max_length tokens).
+
+    On CUDA with all that makes it fast: FlashAttention-2 and Liger's kernels where they are installed, bf16
+    with fp32 weights (frozen ones in bf16, which is faster), no checkpointing. Returns what plain_loop does.
+    """
+    import datasets
+    import trl
+
+    options = dict(use_cpu=True, bf16=False, max_length=LENGTH, per_device_train_batch_size=BATCH)
+    model_options, versions = {"dtype": "float32"}, installed("torch", "trl", "transformers", "peft")
+    if cfg.device == "cuda":
+        extras = installed("flash_attn", "liger_kernel")
+        attention = "flash_attention_2" if extras["flash_attn"] else "sdpa"
+        model_options = {"dtype": "bfloat16" if cfg.lora else "float32", "attn_implementation": attention}
+        options = dict(bf16=True, max_length=CUDA_LENGTH, per_device_train_batch_size=cuda_rows(cfg.shape),
+                       max_steps=CUDA_STEPS, use_liger_kernel=bool(extras["liger_kernel"]))
+        versions = {**versions, **extras, "attention": attention}
+    ends, tokens = [], []
+    trainer_class, clock = observed(ends, tokens)
+    config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs=model_options,
+                           packing=cfg.side == "trl_packed", num_train_epochs=1, report_to="none",
+                           save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, **options)
+    rows = datasets.Dataset.from_list(prompts_and_completions(os.path.join(cfg.directory, "rows.json")))
+    trainer = trainer_class(cfg.directory, config, train_dataset=rows, callbacks=[clock],
+                            peft_config=peft_lora() if cfg.lora else None)
+    ends.append(time.perf_counter())
+    trainer.train()
+    return ends, tokens, versions
+
+
+def observed(ends, tokens):
+    """An SFTTrainer that appends the tokens of each step, without padding, and a callback for its end."""
+    import transformers
+    import trl
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
             ends.append(time.perf_counter())
-            tokens.append(int(attention_mask.sum()))
-    else:
-        import datasets
-        import trl
 
-        class Clock(transformers.TrainerCallback):
-            def on_step_end(self, *args, **kwargs):
-                ends.append(time.perf_counter())
+    class Counted(trl.SFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            mask = inputs.get("attention_mask")  # packed rows have none, so there is no sync on CUDA
+            tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+            return super().training_step(model, inputs, *args, **kwargs)
 
-        class Counted(trl.SFTTrainer):
-            def training_step(self, model, inputs, *args, **kwargs):
-                mask = inputs.get("attention_mask")
-                tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
-                return super().training_step(model, inputs, *args, **kwargs)
+    return Counted, Clock()
 
-        packed = cfg.side == "trl_packed"  # complete conversations, in rows of LENGTH tokens
-        config = trl.SFTConfig(os.path.join(cfg.directory, cfg.side), model_init_kwargs={"dtype": "float32"},
-                               bf16=False, use_cpu=True, max_length=LENGTH, packing=packed,
-                               per_device_train_batch_size=BATCH, num_train_epochs=1, report_to="none",
-                               save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
-        with contextlib.redirect_stdout(sys.stderr):
-            rows = datasets.Dataset.from_list(prompts_and_completions(path))
-            trainer = Counted(cfg.directory, config, train_dataset=rows, callbacks=[Clock()])
-            ends[0] = time.perf_counter()
-            trainer.train()
-    first = time.time() - (time.perf_counter() - ends[1])
-    seconds = [b - a for a, b in zip(ends, ends[1:])]
-    steps = list(zip(seconds, tokens, strict=True))
-    return {"steps": steps, "first": first, "peak_gb": proc_gb("status", "VmHWM")}
+
+def peft_lora():
+    import peft
+
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def installed(*names):
+    """{name: version} of these packages; None for one that is not installed."""
+    versions = dict.fromkeys(names)
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def prompts_and_completions(path):

@@ -13,6 +13,7 @@ import pytest
 from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, program
 
 import chat
+from ops import memory
 from screen import log
 
 
@@ -177,6 +178,23 @@ def test_a_log_file_has_plain_lines(train, capsys):
     assert "step 9: val_loss" in out
     assert "\r" not in out + err
     assert "%|" not in out + err
+
+
+def test_mfu_is_shown_where_it_exists(train, capsys, monkeypatch):
+    """On CUDA it is in the line of a step; reserved memory is in metrics.jsonl only. The CPU has neither."""
+    assert not {"mfu", "reserved_memory_gb"} & train(*FAST, "--max_steps", 1)[0].keys()
+    assert "MFU" not in capsys.readouterr().out
+    step, gpu = log.Log.step, {"mfu": 0.414, "reserved_memory_gb": 61.5}
+    monkeypatch.setattr(log.Log, "step", lambda self, n, **values: step(self, n, **{**values, **gpu}))
+    line, = train(*FAST, "--max_steps", 1, out="gpu")
+    assert gpu.items() <= line.items()
+    assert re.search(r"norm \S+, 41 % MFU, [\d,]+ tokens/s, \d\.\d\d GiB, ", capsys.readouterr().out)
+
+
+def test_reserved_memory_is_the_allocators(monkeypatch):
+    monkeypatch.setattr(memory.torch.cuda, "max_memory_reserved", lambda device: 3 * 2**29)
+    assert memory.reserved_memory_gb(memory.torch.device("cuda", 0)) == 1.5
+    assert memory.reserved_memory_gb(memory.torch.device("cpu")) is None
 
 
 def test_without_console_no_step_is_shown(train, capsys):
