@@ -184,8 +184,8 @@ def test_mfu_is_shown_where_it_exists(train, capsys, monkeypatch):
     """On CUDA it is in the line of a step; reserved memory is in metrics.jsonl only. The CPU has neither."""
     assert not {"mfu", "reserved_memory_gb"} & train(*FAST, "--max_steps", 1)[0].keys()
     assert "MFU" not in capsys.readouterr().out
-    step, gpu = log.Log.step, {"mfu": 0.414, "reserved_memory_gb": 61.5}
-    monkeypatch.setattr(log.Log, "step", lambda self, n, **values: step(self, n, **{**values, **gpu}))
+    record, gpu = log.Log.record, {"mfu": 0.414, "reserved_memory_gb": 61.5}
+    monkeypatch.setattr(log.Log, "record", lambda self, step, values: record(self, step, {**values, **gpu}))
     line, = train(*FAST, "--max_steps", 1, out="gpu")
     assert gpu.items() <= line.items()
     assert re.search(r"norm \S+, 41 % MFU, [\d,]+ tokens/s, \d\.\d\d GiB, ", capsys.readouterr().out)
