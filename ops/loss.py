@@ -1,4 +1,4 @@
-"""The next-token loss. Logits exist only for positions with a target, and only for one chunk of them at a time.
+"""The next-token loss. Logits exist only for positions with a target, and only for a chunk of them at a time.
 
 Shapes: N tokens of a micro-batch, R targets, C hidden size, V tokens of the vocabulary that this rank's head
 holds (all, without tensor parallelism).
@@ -92,12 +92,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if not n:
                 weight_grad.zero_()  # otherwise the first chunk's product overwrites it
         needs_gradient = hidden_grad is not None or weight_grad is not None
-        # One buffer for all chunks: to allocate one per chunk costs time.
-        buffer = hidden.new_empty(min(chunk, n), weight.shape[0])
+        # One buffer for all chunks: to allocate one per chunk costs time. The last chunk may shrink it: a
+        # view would be another graph for the compiler.
+        logits = hidden.new_empty(min(chunk, n), weight.shape[0])
         for start in range(0, n, chunk):
             span = slice(start, start + chunk)
             h = hidden.index_select(0, target_positions[span])
-            logits = torch.mm(h, weight.T, out=buffer[: len(h)])
+            torch.mm(h, weight.T, out=logits.resize_(len(h), weight.shape[0]))
             row_weights = None if weights is None else weights[span]
             # The logits become their gradient, so that no second buffer is needed.
             each[span] = cross_entropy_(logits, targets[span], row_weights, head, needs_gradient)
@@ -152,8 +153,8 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
     targets  (rows,)    int64
     weights  (rows,)    factors of the rows of the gradient, or None
 
-    Compiled it moves 6 bytes a bf16 logit, eager 26 (tests/unit/test_loss.py counts them). A compiled function
-    cannot all-reduce halfway, so with tensor parallelism it is eager, as where there is no compiler.
+    Compiled it moves 6 bytes a bf16 logit, eager 26 (tests/unit/test_loss.py counts them). A compiled
+    function can't all-reduce halfway, so with tensor parallelism it is eager, as where there is no compiler.
     """
     if head.tp_size == 1 and has_compiler(logits.device.type):
         # Copies: a view that starts elsewhere would be another graph.
@@ -162,9 +163,11 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
     # fp32 logits change in place; others are copied to fp32, piece by piece
     is_wide = logits.dtype == wide(logits.dtype)
     rows = len(logits) if is_wide else max(1, PIECE // logits.shape[1])
-    return torch.cat([
-        eager_(logits[i : i + rows], targets[i : i + rows], None if weights is None else weights[i : i + rows],
-               head, needs_gradient) for i in range(0, len(logits), rows)])
+    each = []
+    for span in (slice(start, start + rows) for start in range(0, len(logits), rows)):
+        row_weights = None if weights is None else weights[span]
+        each.append(eager_(logits[span], targets[span], row_weights, head, needs_gradient))
+    return torch.cat(each)
 
 
 def eager_(logits, targets, weights, head, needs_gradient):
@@ -193,7 +196,7 @@ def eager_(logits, targets, weights, head, needs_gradient):
 def fused_(logits, targets, weights, needs_gradient):
     """cross_entropy_ as one function for the compiler, which holds no (rows, V) tensor but the logits.
 
-    exp is written twice: a compiler may store a value that two passes use, which costs more than to repeat it.
+    exp is written twice: a compiler may store what two passes use, which costs more than to repeat it.
     """
     x = logits.to(wide(logits.dtype))
     x = x - x.amax(dim=1, keepdim=True)

@@ -156,7 +156,7 @@ class Traffic(TorchDispatchMode):
 
     Every tensor argument is read, and every result is written: an operation in place counts twice. A gather, a
     scatter and an index_select touch only what they choose, so they count their indices, and their results or
-    sources twice. An uninitialised allocation moves nothing.
+    sources twice. An allocation moves nothing.
     """
 
     def __init__(self):
@@ -166,7 +166,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if not isinstance(result, torch.Tensor) or func.is_view or name.startswith(("empty", "new_empty", "detach")):
+        if not isinstance(result, torch.Tensor) or func.is_view or name.startswith(("empty", "new_empty", "resize_")):
             return result
         reads = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
         moved = nbytes(reads) + nbytes([result])
