@@ -307,7 +307,7 @@ def read_quantized(name, entry, tensor, module):
     A piece has CHUNK elements on the CPU and 32 times as many on CUDA, where each costs about 30 launches.
 
     Raises UserError with the file, the tensor's name, row and column for a value that is not finite. This is
-    checked once for all pieces, because on CUDA the host waits for the answer; then the value is searched for.
+    checked once for all pieces, because on CUDA the host waits for the answer. Only then is it searched for.
     """
     local, spans = local_shard(tensor)
     first, last = spans[0]
