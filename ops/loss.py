@@ -1,33 +1,38 @@
-"""The next-token loss. Logits exist only for positions with a target, and only for CHUNK of them at a time.
+"""The next-token loss. Logits exist only for positions with a target, and only for a chunk of them at a time.
 
 Shapes: N tokens of a micro-batch, R targets, C hidden size, V tokens of the vocabulary that this rank's head
 holds (all, without tensor parallelism).
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-CHUNK = 256  # targets whose logits exist at a time
+from ops.compiler import has_compiler
+
+CHUNK = 256  # targets whose logits exist at a time on the CPU
+PIECE = 2**24  # 16-bit logits that are converted to fp32 at a time where no compiler fuses it: 64 MiB
 
 
 class LossOut(NamedTuple):
     """The loss of a micro-batch."""
 
-    total: torch.Tensor  # () fp32, nats summed over the targets; the caller divides
-    each: torch.Tensor  # (R,) fp32, the loss of each target; no gradient flows through it
+    total: torch.Tensor  # () fp32, nats summed over the targets (times their weights); the caller divides
+    each: torch.Tensor  # (R,) fp32, the unweighted loss of each target; no gradient flows through it
     correct: torch.Tensor | None  # (R,) bool, is the likeliest token the target? None: not computed
 
 
 class Head(nn.Linear):
     """lm_head: hidden states (N, C) -> logits (N, V).
 
-    The loss uses its weight and the three members below. A head that holds only a shard of the vocabulary
+    The loss uses its weight and the four members below. A head that holds only a shard of the vocabulary
     overrides them (ranks/tp.py).
     """
 
     first_id = 0  # token id of the first row of the weight
+    tp_size = 1  # ranks that share the vocabulary
 
     def local_weight(self):
         """(V, C): the rows of the weight that this rank holds."""
@@ -37,77 +42,78 @@ class Head(nn.Linear):
         """All-reduce a tensor over the shards of the vocabulary, in place; op is "sum" or "max"."""
 
 
+def chunk_size(vocabulary, device_type):
+    """Targets whose logits exist at a time, for a head that holds `vocabulary` tokens.
+
+    On the CPU CHUNK. Elsewhere about 1 GiB of bf16 logits, in multiples of 256 (3,584 for 152k tokens): each
+    chunk reads and writes the head's fp32 gradient once, so small chunks would spend their time on that.
+    """
+    return CHUNK if device_type == "cpu" else max(256, round(2**29 / vocabulary / 256) * 256)
+
+
 def loss(hidden, head, target_positions, targets, weights=None):
     """Next-token cross-entropy, summed over the targets. Returns a LossOut.
 
     hidden           (N, C)  after the final norm
     head             a Head
-    target_positions (R,)    int64; positions in hidden whose next token is a target. They come from the data:
-                             to find them on the device would make the host wait for it
+    target_positions (R,)    int64, no two equal; positions in hidden whose next token is a target. They come
+                             from the data: to find them on the device would make the host wait for it
     targets          (R,)    int64; that next token
-    weights          (R,)    must be None: a float weight per target is not supported yet
+    weights          (R,)    fp32; what the loss of each target is multiplied by in the total. None: 1
 
-    Raises NotImplementedError if weights are passed.
+    All of it is in fp64 if hidden is.
     """
-    if weights is not None:
-        raise NotImplementedError("the loss does not support weights yet")
     total, each = ChunkedCrossEntropy.apply(
-        hidden[target_positions], head.local_weight(), targets, head, torch.is_grad_enabled())
+        hidden, head.local_weight(), target_positions, targets, weights, head, torch.is_grad_enabled())
     return LossOut(total, each, None)
+
+
+def wide(dtype):
+    """The dtype of losses and sums: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradient of each chunk in forward, while its logits exist.
 
-    Nothing is computed twice. One (CHUNK, V) buffer is alive instead of the three (N, V) buffers of plain
+    Nothing is computed twice. One (chunk, V) buffer is alive instead of the three (N, V) buffers of plain
     cross-entropy. The cost: the gradients of hidden and weight exist from forward on, not only in backward.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, head, grad_enabled):
-        each = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    def forward(ctx, hidden, weight, target_positions, targets, weights, head, grad_enabled):
+        n, chunk = len(targets), chunk_size(weight.shape[0], hidden.device.type)
+        each = torch.empty(n, dtype=wide(hidden.dtype), device=hidden.device)
         hidden_grad = weight_grad = None
         if grad_enabled and ctx.needs_input_grad[0]:
-            hidden_grad = torch.empty_like(hidden)
+            hidden_grad = hidden.new_empty(n, hidden.shape[1])  # only of the positions with a target
         if grad_enabled and ctx.needs_input_grad[1]:
-            weight_grad = torch.empty_like(weight, dtype=torch.float32)  # a sum over chunks needs fp32
-            if not len(targets) or hidden.dtype != torch.float32:
-                weight_grad.zero_()  # otherwise the first chunk's product overwrites it (beta=0 below)
-        # One buffer for all chunks: to allocate one per chunk costs time.
-        buffer = hidden.new_empty(min(CHUNK, len(targets)), weight.shape[0])
-        for start in range(0, len(targets), CHUNK):
-            h = hidden[start : start + CHUNK]
-            t = targets[start : start + CHUNK, None] - head.first_id
-            # (CHUNK, V). Everything below changes it in place, so that no second buffer is needed.
-            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()
-            largest = logits.amax(dim=1, keepdim=True)
-            head.all_reduce(largest, "max")
-            logits -= largest
-            # 1.0 where this rank's shard of the vocabulary has the target
-            is_here = ((t >= 0) & (t < weight.shape[0])).float()
-            t = t.clamp(0, weight.shape[0] - 1)
-            picked = logits.gather(1, t) * is_here
-            sums = torch.cat((logits.exp_().sum(dim=1, keepdim=True), picked), dim=1)
-            head.all_reduce(sums, "sum")
-            torch.sub(sums[:, 0].log(), sums[:, 1], out=each[start : start + CHUNK])
-            if hidden_grad is None and weight_grad is None:
-                continue
-            # The gradient of the logits: probabilities minus the one-hot target.
-            logits /= sums[:, :1]
-            logits.scatter_add_(1, t, -is_here)
+            weight_grad = torch.empty_like(weight, dtype=each.dtype)  # a sum over chunks needs fp32
+            if not n:
+                weight_grad.zero_()  # otherwise the first chunk's product overwrites it
+        needs_gradient = hidden_grad is not None or weight_grad is not None
+        # One buffer for all chunks: to allocate one per chunk costs time. The last chunk may shrink it: a
+        # view would be another graph for the compiler.
+        logits = hidden.new_empty(min(chunk, n), weight.shape[0])
+        for start in range(0, n, chunk):
+            span = slice(start, start + chunk)
+            h = hidden.index_select(0, target_positions[span])
+            torch.mm(h, weight.T, out=logits.resize_(len(h), weight.shape[0]))
+            row_weights = None if weights is None else weights[span]
+            # The logits become their gradient, so that no second buffer is needed.
+            each[span] = cross_entropy_(logits, targets[span], row_weights, head, needs_gradient)
             if hidden_grad is not None:
-                torch.mm(logits.to(h.dtype), weight, out=hidden_grad[start : start + CHUNK])
-            if weight_grad is not None and h.dtype == torch.float32:
-                weight_grad.addmm_(logits.T, h, beta=min(start, 1))  # no second (V, C) buffer
-            elif weight_grad is not None:
-                weight_grad += logits.to(h.dtype).T @ h
+                torch.mm(logits, weight, out=hidden_grad[span])
+            if weight_grad is not None:
+                add_product_(weight_grad, logits.T, h, is_first=start == 0)
         if hidden_grad is not None:
             head.all_reduce(hidden_grad, "sum")
         if weight_grad is not None and not (weight.is_leaf and weight.grad_dtype == torch.float32):
             weight_grad = weight_grad.to(weight.dtype)
-        ctx.grads = hidden_grad, weight_grad
+        ctx.grads, ctx.n_tokens = (hidden_grad, weight_grad), len(hidden)
+        ctx.save_for_backward(target_positions)
         ctx.mark_non_differentiable(each)
-        return each.sum(), each
+        return (each if weights is None else each * weights).sum(), each
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -119,4 +125,92 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for g in (hidden_grad, weight_grad):
             if g is not None:
                 g.mul_(grad)
-        return hidden_grad, weight_grad, None, None, None
+        if hidden_grad is not None:
+            # The gradient of hidden[target_positions] would sort them, in case two are equal.
+            zeros = hidden_grad.new_zeros(ctx.n_tokens, hidden_grad.shape[1])
+            hidden_grad = zeros.index_copy_(0, ctx.saved_tensors[0], hidden_grad)
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def add_product_(total, a, b, is_first):
+    """total += a @ b, in total's dtype; the first product overwrites total."""
+    beta = 0 if is_first else 1
+    if b.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif total.device.type != "cpu":
+        # 16-bit factors, summed and added in fp32 inside the product: no second buffer, no rounding between.
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:  # torch (2.11 to 2.13) has out_dtype on the GPU only
+        if is_first:
+            total.zero_()
+        total += a @ b
+
+
+def cross_entropy_(logits, targets, weights, head, needs_gradient):
+    """The loss of each target, (rows,) fp32. Changes the logits: with needs_gradient, into their gradient.
+
+    logits   (rows, V)  of any float dtype
+    targets  (rows,)    int64
+    weights  (rows,)    factors of the rows of the gradient, or None
+
+    Compiled it moves 6 bytes a bf16 logit, eager 26 (tests/unit/test_loss.py counts them). A compiled
+    function can't all-reduce halfway, so with tensor parallelism it is eager, as where there is no compiler.
+    """
+    if head.tp_size == 1 and has_compiler(logits.device.type):
+        # Copies: a view that starts elsewhere would be another graph.
+        weights = weights.clone() if needs_gradient and weights is not None else None
+        return compiled()(logits, targets.clone(), weights, needs_gradient)
+    # fp32 logits change in place; others are copied to fp32, piece by piece
+    is_wide = logits.dtype == wide(logits.dtype)
+    rows = len(logits) if is_wide else max(1, PIECE // logits.shape[1])
+    each = []
+    for span in (slice(start, start + rows) for start in range(0, len(logits), rows)):
+        row_weights = None if weights is None else weights[span]
+        each.append(eager_(logits[span], targets[span], row_weights, head, needs_gradient))
+    return torch.cat(each)
+
+
+def eager_(logits, targets, weights, head, needs_gradient):
+    """cross_entropy_ as single operations, with all-reduces over the shards of the vocabulary."""
+    t = targets[:, None] - head.first_id
+    largest = logits.amax(dim=1, keepdim=True).to(wide(logits.dtype))
+    head.all_reduce(largest, "max")
+    x = logits.sub_(largest) if logits.dtype == largest.dtype else logits - largest
+    # 1.0 where this rank's shard of the vocabulary has the target
+    is_here = ((t >= 0) & (t < logits.shape[1])).to(x.dtype)
+    t = t.clamp(0, logits.shape[1] - 1)
+    picked = x.gather(1, t) * is_here
+    sums = torch.cat((x.exp_().sum(dim=1, keepdim=True), picked), dim=1)
+    head.all_reduce(sums, "sum")
+    each = sums[:, 0].log() - sums[:, 1]
+    if needs_gradient:
+        # The gradient of the logits: probabilities minus the one-hot target.
+        sums = sums[:, :1]
+        at_target = x.gather(1, t) / sums - is_here
+        if weights is not None:
+            at_target, sums = at_target * weights[:, None], sums / weights[:, None]
+        torch.div(x, sums, out=logits).scatter_(1, t, at_target.to(logits.dtype))
+    return each
+
+
+def fused_(logits, targets, weights, needs_gradient):
+    """cross_entropy_ as one function for the compiler, which holds no (rows, V) tensor but the logits.
+
+    exp is written twice: a compiler may store what two passes use, which costs more than to repeat it.
+    """
+    x = logits.to(wide(logits.dtype))
+    x = x - x.amax(dim=1, keepdim=True)
+    log_sum = x.exp().sum(dim=1, keepdim=True).log()
+    t = targets[:, None]
+    each = log_sum - x.gather(1, t)
+    if needs_gradient:
+        one_hot = torch.arange(logits.shape[1], device=logits.device) == t
+        gradient = (x - log_sum).exp() - one_hot.to(x.dtype)
+        logits.copy_(gradient if weights is None else gradient * weights[:, None])
+    return each[:, 0]
+
+
+@functools.cache
+def compiled():
+    """fused_, compiled: one graph for all numbers of rows."""
+    return torch.compile(fused_, dynamic=True, fullgraph=True)

@@ -10,16 +10,18 @@ rows can be sharded over ranks.
 """
 
 import functools
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ops.compiler import has_compiler
 from settings.errors import UserError
 
 BLOCK = 64  # neighbours in a row that share one scale, their largest magnitude
 GROUP = 256  # blocks of a row whose scales share two fp32 constants; the last group may have fewer blocks
-PIECE = 2**22  # values of the matrix that a product dequantises at a time: 16 MiB in fp32
+PIECE = 2**22  # values of the matrix that a product on the CPU dequantises at a time: 16 MiB in fp32
 TINY = torch.finfo(torch.float32).tiny  # the divisor in place of a scale or step of 0, which would give NaN
 
 
@@ -85,11 +87,21 @@ def block_scales(storage, start, stop):
     return scales
 
 
+def piece_size(device_type):
+    """Values of a matrix that a product dequantises at a time. Not on the CPU: any number, so a full matrix.
+
+    Each piece costs launches and, in backward, one more sum over the result: on the GPU that is slower than
+    the product. A bf16 matrix of 68 million values takes 136 MB.
+    """
+    return PIECE if device_type == "cpu" else sys.maxsize
+
+
 @torch.no_grad()
 def quantize_(storage, weight):
     """Quantise `weight` (rows, columns), of any float dtype, into `storage`, PIECE / 4 values at a time.
 
-    Raises UserError where weight is NaN or infinite. That check costs one device sync per piece.
+    On CUDA all at once: the caller bounds it, and each value takes about 30 bytes. Returns whether all values
+    are finite, () bool on weight's device; to read it is a device sync. check_finite names one that is not.
 
     The 8 bits of a scale encode the square root of its distance to the smallest scale of its group; the paper
     stores an 8-bit float around the mean. With square roots, a few huge scales leave fine steps for the rest:
@@ -103,15 +115,13 @@ def quantize_(storage, weight):
     """
     rows, columns = weight.shape
     midpoints = ((LEVELS[1:] + LEVELS[:-1]) / 2).to(weight.device)
-    rows_at_once = max(1, PIECE // 4 // columns)
+    rows_at_once = max(1, piece_size(weight.device.type) // 4 // columns)
+    is_finite = torch.ones((), dtype=torch.bool, device=weight.device)
     for start in range(0, rows, rows_at_once):
         stop = min(start + rows_at_once, rows)
         values = F.pad(weight[start:stop].float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
         largest = values.abs().amax(dim=2)  # (rows, blocks); NaN where a value is
-        if not largest.isfinite().all():
-            row, column = (~values.flatten(1).isfinite()).nonzero()[0].tolist()
-            raise UserError(f"the weight is {weight[start + row, column].item()} at row {start + row}, "
-                            f"column {column}; only finite numbers can be quantised")
+        is_finite &= largest.isfinite().all()
         for g, group_largest in enumerate(largest.split(GROUP, dim=1)):
             low, high = group_largest.aminmax(dim=1, keepdim=True)
             step = (high - low) / 255**2
@@ -124,6 +134,19 @@ def quantize_(storage, weight):
         codes = torch.bucketize(
             values / scales, midpoints, out_int32=True).flatten(1)[:, : columns + columns % 2]
         storage["codes"][start:stop] = (codes[:, 0::2] << 4) | codes[:, 1::2]
+    return is_finite
+
+
+def check_finite(weight, first_row=0):
+    """Raise UserError with the row and column of the first value that is NaN or infinite, if there is one.
+
+    first_row  what the rows are counted from
+    """
+    bad = (~weight.isfinite()).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise UserError(f"the weight is {weight[row, column].item()} at row {first_row + row}, "
+                        f"column {column}; only finite numbers can be quantised")
 
 
 def dequantize(storage, dtype, start, stop, columns=None):
@@ -133,6 +156,10 @@ def dequantize(storage, dtype, start, stop, columns=None):
     """
     scales, codes = block_scales(storage, start, stop), storage["codes"][start:stop]
     columns = columns or 2 * codes.shape[1]
+    if torch.compiler.is_compiling():  # in a compiled block
+        return fused(scales, codes, LEVELS.to(codes.device), dtype, columns)
+    if has_compiler(codes.device.type):
+        return compiled(scales, codes, dtype, columns)
     values = pairs(codes.device).index_select(0, codes.flatten().int())
     values = values.view(torch.float32).view(codes.shape[0], 2 * codes.shape[1])[:, :columns]
     full = columns // BLOCK
@@ -141,17 +168,49 @@ def dequantize(storage, dtype, start, stop, columns=None):
     return values.to(dtype)
 
 
+def fused(scales, codes, levels, dtype, columns):
+    """dequantize() for the compiler: look-up, scale and cast in one loop, with the same bits.
+
+    The scales are not computed here: a compiler may fuse their product and sum, which rounds once, not twice.
+    Here is one product and one cast for each value, so there is nothing to fuse.
+    """
+    shifts = 4 - 4 * torch.arange(2, device=codes.device)  # the left of two codes is in the high bits
+    indices = (codes.int()[:, :, None] >> shifts) & 15
+    scales = scales[:, :, None].expand(-1, -1, BLOCK // 2).flatten(1)[:, : codes.shape[1], None]
+    return (levels[indices] * scales).to(dtype).flatten(1)[:, :columns].contiguous()
+
+
+def compiled(scales, codes, dtype, columns):
+    """fused(), compiled once for each number of columns: to divide by a number that is not known is slow."""
+    for tensor in (scales, codes):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return compile_fused()(scales, codes, levels_on(codes.device), dtype, columns)
+
+
+@functools.cache
+def compile_fused():
+    return torch.compile(fused, dynamic=False, fullgraph=True)
+
+
+@functools.cache
+def levels_on(device):
+    return LEVELS.to(device)
+
+
 def matmul(x, storage, columns, transpose):
     """The product of x and the stored matrix W (rows, columns), in x's dtype.
 
     transpose  x (N, columns) @ W.T -> (N, rows); otherwise x (N, rows) @ W -> (N, columns)
 
-    Only PIECE values of W (at least one row) are dequantised at a time. Sums over these pieces are in fp32
-    (fp64 if x is).
+    Only piece_size values of W (at least one row) are dequantised at a time. Sums over several pieces are in
+    fp32 (fp64 if x is).
     """
     rows, wide = storage["codes"].shape[0], torch.promote_types(x.dtype, torch.float32)
+    rows_at_once = max(1, piece_size(x.device.type) // columns)
+    if rows_at_once >= rows:
+        weight = dequantize(storage, x.dtype, 0, rows, columns)
+        return x @ (weight.T if transpose else weight)
     out = x.new_empty(x.shape[0], rows) if transpose else x.new_zeros(x.shape[0], columns, dtype=wide)
-    rows_at_once = max(1, PIECE // columns)
     for start in range(0, rows, rows_at_once):
         stop = min(start + rows_at_once, rows)
         weight = dequantize(storage, x.dtype, start, stop, columns)
@@ -198,9 +257,9 @@ class NF4Weight:
     def quantize_rows(self, stored, weight):
         """Quantise some rows of the matrix into `stored`, the same rows of the layer's weight.
 
-        Raises UserError as quantize_ does.
+        Returns whether they are finite, as quantize_ does.
         """
-        quantize_(views(stored.view(torch.uint8), self.in_features), weight)
+        return quantize_(views(stored.view(torch.uint8), self.in_features), weight)
 
 
 class NF4Linear(NF4Weight, nn.Linear):

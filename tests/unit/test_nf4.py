@@ -5,9 +5,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from disk import pretrained
 from ops import nf4
+from settings.errors import UserError
 
 TABLE = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -24,7 +28,7 @@ def normal(rows, columns, seed=0):
 def stored(weight):
     packed = nf4.empty(*weight.shape, weight.device).fill_(0xA5)  # so that a byte that is not written shows
     storage = nf4.views(packed, weight.shape[1])
-    nf4.quantize_(storage, weight)
+    assert nf4.quantize_(storage, weight)
     return storage
 
 
@@ -187,11 +191,49 @@ def test_other_dtypes_are_quantised_as_their_fp32_values(dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused(value):
-    """The error names the value, its row and its column."""
+    """Quantising says so, and the error of the check names the value, its row and its column."""
     weight = normal(4, 130)
+    nf4.check_finite(weight)
     weight[2, 129] = value
-    with pytest.raises(ValueError, match=f"the weight is {value} at row 2, column 129; only finite numbers"):
-        stored(weight)
+    storage = nf4.views(nf4.empty(*weight.shape, "cpu"), 130)
+    assert not nf4.quantize_(storage, weight)
+    with pytest.raises(UserError, match=f"the weight is {value} at row 12, column 129; only finite numbers"):
+        nf4.check_finite(weight, first_row=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk", [61, 61 * 7, 61 * 50])
+def test_reading_in_pieces_of_any_size_stores_the_same_bits(chunk, dtype, tmp_path, monkeypatch):
+    """And a value that is not finite is named by file, tensor, row and column, whichever piece has it."""
+    weight = normal(50, 61).to(dtype)
+    layer = nf4.NF4Linear(torch.nn.Linear(61, 50, bias=False))
+    monkeypatch.setattr(pretrained, "CHUNK", chunk)
+
+    def read():
+        save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+        entry = pretrained.read_header(tmp_path / "model.safetensors")["a.weight"]
+        layer.weight.data.view(torch.uint8).fill_(0xA5)
+        pretrained.read_quantized("a.weight", entry, layer.weight, layer)
+
+    read()
+    storage = nf4.views(layer.weight.data.view(torch.uint8), 61)
+    assert all(torch.equal(storage[name], tensor) for name, tensor in stored(weight).items())
+    weight[43, 60] = float("nan")
+    with pytest.raises(UserError, match="model.safetensors: a.weight: the weight is nan at row 43, column 60;"):
+        read()
+
+
+def test_loading_to_a_gpu_takes_large_pieces(tmp_path):
+    """On meta, which stands for CUDA: pieces of 2**25 values, and only one at the end asks whether all are finite."""
+    rows, columns = 2**13, 2**13  # two pieces
+    entry = pretrained.TensorEntry("absent", "BF16", (rows, columns), 0)
+    layer = nf4.NF4Linear(torch.nn.Linear(columns, rows, bias=False, device="meta"))
+    pieces = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "read_into", lambda entry, weight, spans: pieces.append(weight.numel()))
+        with pytest.raises(RuntimeError, match="meta tensors"):  # the one question: is_finite, as a number
+            pretrained.read_quantized("a.weight", entry, layer.weight, layer)
+    assert pieces == [2**25] * 2
 
 
 @pytest.mark.parametrize("rows, columns", [(300, 200), (50, 61), (5, 1)])
@@ -219,6 +261,85 @@ def test_product_in_bf16_is_rounded_once(transpose, monkeypatch):
     result = nf4.matmul(x, storage, 200, transpose)
     assert result.dtype == torch.bfloat16
     assert (result.double() - expected).norm() < 3e-3 * expected.norm()
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that compute, and not only make a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_dequantises_a_matrix_at_once(monkeypatch):
+    """On meta, which stands for CUDA: one dequantisation and one product for forward, the same for backward.
+
+    A matrix of 18,944 x 3,584 values would be 17 pieces on the CPU, each with a sum over all of the result.
+    """
+    rows, columns = 18944, 3584
+    layer = nf4.NF4Linear(torch.nn.Linear(columns, rows, bias=False, device="meta"))
+    x = torch.empty(64, columns, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    matrices, dequantize = [], nf4.dequantize
+    monkeypatch.setattr(nf4, "dequantize", lambda *a: matrices.append(a[2:]) or dequantize(*a))
+    with Calls() as forward:
+        y = layer(x)
+    with Calls() as backward:
+        y.backward(torch.empty_like(y))
+    assert matrices == [(0, rows, columns)] * 2
+    for names in (forward.names, backward.names):
+        assert names.count("mm") == 1 and names.count("index_select") == 1
+        assert not {"addmm_", "new_zeros", "zeros"} & set(names)
+    assert nf4.piece_size("cpu") == nf4.PIECE < rows * columns < nf4.piece_size("cuda")
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_a_matrix_at_once_gives_the_results_of_pieces(dtype, limit, transpose, monkeypatch):
+    """Within rounding; a product of one piece is not summed in another buffer."""
+    storage = stored(normal(300, 200))
+    x = normal(17, 200 if transpose else 300, seed=1).to(dtype)
+    whole = nf4.matmul(x, storage, 200, transpose)
+    monkeypatch.setattr(nf4, "PIECE", 40 * 200)
+    pieces = nf4.matmul(x, storage, 200, transpose)
+    assert whole.dtype == pieces.dtype and (whole - pieces).norm() <= limit * whole.norm()
+
+
+@pytest.mark.parametrize("columns", [896, 61, 1, 129, 64 * 257 + 3])
+def test_compiled_dequantisation_has_the_same_bits(columns, monkeypatch):
+    """The compiler's code for the CPU: one kernel for any number of rows, and two dtypes; the scales stay eager."""
+    from torch._inductor import metrics  # takes seconds
+
+    torch._dynamo.reset()
+    for dtype in (torch.float32, torch.bfloat16):
+        metrics.reset()
+        for rows in (7, 3, 50):
+            storage = stored(normal(rows, columns) * torch.logspace(-4, 4, rows)[:, None])
+            expected = nf4.dequantize(storage, dtype, 0, rows, columns)
+            with monkeypatch.context() as patch:
+                patch.setattr(nf4, "has_compiler", lambda device_type: True)
+                result = nf4.dequantize(storage, dtype, 0, rows, columns)
+            assert torch.equal(result, expected) and result.is_contiguous() and result.dtype == dtype
+        assert metrics.generated_kernel_count == 1
+
+
+def test_compiled_dequantisation_in_checkpointed_layers(monkeypatch):
+    """Forward, the second forward in backward, and backward give the bits of the eager function."""
+    torch._dynamo.reset()
+    layer = nf4.NF4Linear(torch.nn.Linear(61, 50, bias=False))
+    layer.quantize_rows(layer.weight.data, normal(50, 61))
+    results = []
+    for compiled in (False, True):
+        monkeypatch.setattr(nf4, "has_compiler", lambda device_type: compiled)
+        x = normal(17, 61, seed=1).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=False)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(map(torch.equal, *results))
 
 
 class Peak(TorchDispatchMode):

@@ -1,0 +1,39 @@
+"""The loss of a head that two ranks share, with and without weights: value and gradients are those of one rank."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ops.loss import Head, loss
+from ranks.tp import VocabParallelHead
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+rank, n, V, C = dist.get_rank(), 600, 60, 24  # three chunks
+torch.manual_seed(0)
+positions, targets, weights = torch.randperm(n)[:550], torch.randint(0, V, (550,)), torch.randint(0, 4, (550,)) / 2
+
+
+def compute(head, hidden, given):
+    hidden = hidden.clone().requires_grad_()
+    out = loss(hidden, head, positions, targets, given)
+    (out.total / 3).backward()
+    return out.total.detach(), out.each, hidden.grad
+
+
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    whole = Head(C, V, bias=False).to(dtype)
+    dist.broadcast(whole.weight.data, 0)
+    hidden = torch.randn(n, C).to(dtype) * 3
+    for given in (None, weights):
+        whole.weight.grad = None
+        head = VocabParallelHead(whole, mesh)
+        expected, found = compute(whole, hidden, given), compute(head, hidden, given)
+        part = slice(rank * V // 2, (rank + 1) * V // 2)
+        for a, b in zip((*found, head.weight.grad.to_local()), (*expected, whole.weight.grad[part]), strict=True):
+            assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm(), (dtype, given is None)
+        assert given is None or torch.equal(found[0], (found[1] * given).sum())
+dist.barrier()
+os._exit(0)  # without gloo's threads, which may abort a normal exit
