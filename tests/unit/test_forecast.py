@@ -1,4 +1,5 @@
-"""tools/plan.py: its bytes against those of autograd, of a run's tensors and of real collectives; laws and errors."""
+"""ops/forecast.py and tools/plan.py: bytes against those of autograd, of a run's tensors and of real collectives; laws,
+what `auto` chooses, and errors."""
 
 import dataclasses
 import gc
@@ -17,7 +18,7 @@ import fsdp
 import sft
 from disk import checkpoint
 from families.config import ModelConfig
-from ops import memory
+from ops import forecast, memory
 from ranks import processes
 from settings.parser import parse
 from tools import plan
@@ -27,7 +28,7 @@ GB = 2**30
 
 def planned_run(model, length, **settings):
     parameters = tuple((n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
-    return plan.PlannedRun(model.config, parameters, length, **settings)
+    return forecast.PlannedRun(model.config, parameters, length, **settings)
 
 
 def kept_bytes(model, lengths):
@@ -58,22 +59,32 @@ MODELS = {
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointed_blocks", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_to_the_byte(name, checkpointing, micro_batch_size):
+def test_activations_to_the_byte(name, checkpointed_blocks, micro_batch_size):
     """The planned bytes of the blocks, plus the final norm, the rotary angles, and the ids of tokens and targets."""
-    model = small_model(**MODELS[name])
-    model.model.gradient_checkpointing = checkpointing
+    model = small_model(**MODELS[name], num_hidden_layers=3)
+    model.model.checkpointed_blocks = checkpointed_blocks
     dropout = MODELS[name].get("adapter", {}).get("lora_dropout", 0.0)
-    run = planned_run(model, 20, micro_batch_size=micro_batch_size, checkpointing=checkpointing, dropout=dropout)
+    run = planned_run(model, 20, micro_batch_size=micro_batch_size, checkpointed_blocks=checkpointed_blocks,
+                      dropout=dropout)
     N = 20 * micro_batch_size
     hidden = N * model.config.hidden_size * 4
-    kept, one = plan.activations(run)
-    if checkpointing:  # no block is recomputed in forward: each one keeps its input only
-        kept += hidden - one
     is_full, trains_embedding = "use_lora" not in MODELS[name], model.model.embed_tokens.weight.requires_grad
     other = hidden * (1 + is_full) + 4 * N + 4 * N * model.config.head_dim + 8 * N * (1 + trains_embedding)
-    assert kept_bytes(model, (20,) * micro_batch_size) == kept + other
+    assert kept_bytes(model, (20,) * micro_batch_size) == forecast.kept_bytes(run) + other
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_activations_of_each_block_in_backward(k):
+    """When backward of block i begins, the inputs of the checkpointed blocks below it, all of the other blocks below it,
+    and all of block i itself: counted here block by block."""
+    run = planned_run(small_model(num_hidden_layers=3), 20, checkpointed_blocks=k)
+    block = forecast.block_activations(run)
+    for i in range(3):
+        below = sum(run.hidden_bytes if j < k else block for j in range(i))
+        assert forecast.activations(run, i) == below + block
+    assert forecast.activations(run) == forecast.activations(run, 2)
 
 
 @pytest.mark.parametrize("flags", [
@@ -100,7 +111,7 @@ def test_states_equal_the_tensors_of_a_run(train, monkeypatch, flags):
     monkeypatch.setattr(fsdp, "grad_norm", counted_norm)
     monkeypatch.setattr(checkpoint, "save", counted_save)
     train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
-    assert plan.states(planned_by(monkeypatch, "--model", TINY, *flags)) == sizes
+    assert forecast.states(planned_by(monkeypatch, "--model", TINY, *flags)) == sizes
 
 
 def planned_by(monkeypatch, *flags):
@@ -142,7 +153,7 @@ def test_the_peak_is_within_5_percent_of_the_allocators(train, tmp_path, monkeyp
     events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
     sizes = [e["args"]["Total Allocated"] for e in events]
     peak = max(sizes) - sizes[0]  # tensors of other tests may exist already
-    planned = plan.memory(planned_by(monkeypatch, "--model", model, *arguments))
+    planned = forecast.memory(planned_by(monkeypatch, "--model", model, *arguments))
     assert math.isclose(planned["device"] - planned["slack"], peak, rel_tol=0.05), (planned, peak)
 
 
@@ -165,13 +176,13 @@ QWEN_72B = dict(model_type="qwen2", hidden_size=8192, intermediate_size=29568, n
 def large():
     with torch.device("meta"):
         model = sft.CausalLM(ModelConfig.from_dict(QWEN_72B))
-    return planned_run(model, 4096, batch_size=128, world_size=64, tp=8, bf16=True, cuda=True)
+    return planned_run(model, 4096, batch_size=128, world_size=64, tp=8, bf16=True, cuda=True, checkpointed_blocks=80)
 
 
 def test_memory_is_monotonic(large):
     """Memory grows with the micro-batch and its length, falls with more ranks, checkpointing and offload."""
     def device(**changes):
-        return plan.memory(dataclasses.replace(large, **changes))["device"]
+        return forecast.memory(dataclasses.replace(large, **changes))["device"]
 
     def grows(values):
         return all(a < b for a, b in zip(values, values[1:]))
@@ -179,24 +190,24 @@ def test_memory_is_monotonic(large):
     assert grows([device(micro_batch_size=n, batch_size=256) for n in (1, 2, 3, 4)])
     assert grows([device(length=n) for n in (128, 4096, 8192)])
     assert grows([device(world_size=n, batch_size=4 * n) for n in (512, 256, 64, 8)])
-    assert grows([device(), device(checkpointing=False)])
+    assert grows([device(checkpointed_blocks=n) for n in (80, 79, 40, 1, 0)])
     assert grows([device(param_offload=True), device()])
     assert grows([device(optimizer_offload=True), device()])
     assert grows([device(batch_size=8), device(batch_size=9)])  # the second micro-batch holds the full gradient
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(large, checkpointing):
+@pytest.mark.parametrize("checkpointed_blocks", [0, 40, 80])
+def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(large, checkpointed_blocks):
     """With two micro-batches per step, which hold the full gradient between them, and with one, which fits more."""
-    run, largest = dataclasses.replace(large, length=512, checkpointing=checkpointing), []
+    run, largest = dataclasses.replace(large, length=512, checkpointed_blocks=checkpointed_blocks), []
     for several in (True, False):
-        largest.append(plan.largest_micro_batch(run, 80 * GB, several))
+        largest.append(forecast.largest_micro_batch(run, 80 * GB, several))
         fits, fits_not = (
             dataclasses.replace(run, micro_batch_size=n, batch_size=n * run.dp * (1 + several))
             for n in (largest[-1], largest[-1] + 1))
-        assert plan.memory(fits)["device"] <= 80 * GB < plan.memory(fits_not)["device"]
+        assert forecast.memory(fits)["device"] <= 80 * GB < forecast.memory(fits_not)["device"]
     assert 1 < largest[0] < largest[1]
-    assert plan.largest_micro_batch(run, 1 * GB) == 0
+    assert forecast.largest_micro_batch(run, 1 * GB) == 0
 
 
 def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
