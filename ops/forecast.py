@@ -273,6 +273,7 @@ def block_activations(run, is_first=False):
     kept += (2 * H + 2 * K) * D * w + 4 * H  # attention: q, k, v, its output, and a logsumexp per head
     # with one call per conversation their outputs are copied into one tensor
     kept += kept_inputs("o_proj") * w * (run.micro_batch_size > 1 and not run.has_varlen_attention)
+    rng_state = 16 * run.has_varlen_attention
     kept += copies * C * w + 4 + kept_inputs("gate_proj", "up_proj") * w
     kept += 3 * I * w + kept_inputs("down_proj") * w  # gate, silu(gate) and up; their product
     is_dora = any("lora_magnitude_vector" in name for name, *_ in run.parameters)
@@ -281,7 +282,7 @@ def block_activations(run, is_first=False):
         if run.dropout:  # the masked input, and the mask unless the input needs no gradient
             has_mask = not has_frozen_input or layer not in ("q_proj", "k_proj", "v_proj")
             kept += sizes[layer][0] * (w + (1 if run.cuda else w) * has_mask)
-    return run.tokens * kept + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
+    return run.tokens * kept + rng_state + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
 
 
 def kept_bytes(run, n_blocks=None):

@@ -53,6 +53,7 @@ class Ranks:
     received_signal: int = 0  # number of the signal that this rank has received, or 0
     stop_signal: int = 0  # number of the signal that all ranks have agreed on, or 0
     micro_batch: object = None  # the data.MicroBatch that is being computed; an out-of-memory error names it
+    planned: object = None  # the forecast.PlannedRun, from which that error computes what would help
     has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
 
