@@ -292,6 +292,7 @@ def train(cfg, ranks):
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
     ranks.set_phase("load")
+    cfg = run.choose_memory(build, ranks)  # numbers in place of `auto`
     model, optimizer = build(cfg, run.paths, ranks)
     run.restore(model, optimizer, tokenizer)
     if cfg.selfcheck:
