@@ -66,10 +66,11 @@ class RunState:
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
-    chosen           what `auto` means in this run: {"micro_batch_size": conversations, "checkpointed_blocks": number}
+    chosen           what `auto` means in this run, {"micro_batch_size": conversations,
+                     "checkpointed_blocks": number}, and the "world_size" and "tp" that it was chosen for
 
-    state.json of a checkpoint stores them as "step", "best", "norms", "chosen" with the ranks that it was chosen
-    for, and, for owes_evaluation, "is_cut".
+    state.json of a checkpoint stores them as "step", "best", "norms", "chosen" and, for owes_evaluation,
+    "is_cut".
     """
 
     def __init__(self, cfg, ranks):
@@ -130,7 +131,8 @@ class RunState:
         run = forecast.PlannedRun.of(
             model, cfg, world_size=ranks.world_size, cuda=ranks.device.type == "cuda")
         ranks.planned, self.memory_line = run, None
-        settings = {"micro_batch_size": cfg.micro_batch_size, "checkpointed_blocks": cfg.gradient_checkpointing}
+        settings = {"micro_batch_size": cfg.micro_batch_size,
+                    "checkpointed_blocks": cfg.gradient_checkpointing}
         automatic = [name for name, value in settings.items() if value == AUTO]
         if not automatic:
             return cfg
@@ -160,10 +162,11 @@ class RunState:
         """What the resumed checkpoint says about `auto`. Raises UserError if that is not a choice."""
         before = self.saved.get("chosen", {})
         lowest = {"world_size": 1, "tp": 1, "micro_batch_size": 1, "checkpointed_blocks": 0}
-        if not isinstance(before, dict) or any(
-                type(value) is not int or value < lowest.get(name, math.inf) for name, value in before.items()):
-            raise UserError(f"{self.resumed}: `chosen` in its state.json must be numbers, it is {before!r:.60}; set "
-                            "--micro_batch_size and --gradient_checkpointing instead of auto")
+        is_choice = isinstance(before, dict) and all(
+            type(value) is int and value >= lowest.get(name, math.inf) for name, value in before.items())
+        if not is_choice:
+            raise UserError(f"{self.resumed}: `chosen` in its state.json must be numbers, it is "
+                            f"{before!r:.60}; set --micro_batch_size and --gradient_checkpointing")
         return before
 
     def identify(self, train_set):

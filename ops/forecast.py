@@ -21,7 +21,7 @@ from settings.errors import UserError
 GB = 2**30
 AUTO = "auto"  # the value of --micro_batch_size and --gradient_checkpointing that choose() replaces
 FILL = 0.85  # of the device's memory: the rest is for what the forecast does not count
-TOKENS = 2**15  # `auto` makes no larger micro-batches, unless max_length is longer: the GPU is busy with fewer
+TOKENS = 2**15  # `auto` makes no larger micro-batches, unless max_length is longer: they keep a GPU busy
 FIXED_TOKENS = 2048  # the fixed time of a micro-batch, as tokens that take as long: an estimate
 # tp splits these layers (weight, lora_A) by input columns, the others (weight, bias, lora_B) by output rows
 BY_COLUMNS = "o_proj", "down_proj"
@@ -126,7 +126,7 @@ class PlannedRun:
 
     @property
     def has_own_masters(self):
-        """Whether the model's trained parameters are bf16 and its gradients and masters fp32, without FSDP2."""
+        """Whether trained parameters are bf16, and the optimizer has fp32 masters; the rule of sft.build."""
         return self.bf16 and not self.is_sharded
 
     @property
@@ -366,7 +366,7 @@ def trains_head(run):
 
 
 def loss_bytes(run):
-    """Bytes of the logits of a chunk, the head's gradient, the hidden states, those at targets, and theirs."""
+    """Bytes of a chunk's logits, the head's gradient, the hidden states, those at targets, their gradient."""
     itemsize = 6 if run.bf16 else 4  # bf16 and fp32
     logits = min(loss_chunk(run), run.tokens) * (run.config.vocab_size // run.tp) * itemsize
     return logits + matrix_bytes(run, itemsize) * trains_head(run) + 3 * run.hidden_bytes
@@ -452,9 +452,10 @@ def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO)
     micro_batch_size, gradient_checkpointing  what is not AUTO stays as it is in `run`
 
     A micro-batch holds at most TOKENS tokens (max_length, if that is longer) and at most what the step of a
-    rank needs. For this size, a half, a quarter, ... of it, the fewest checkpointed blocks that fit are taken.
-    A step's time is then in proportion to (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens): a checkpointed block is
-    computed once more, which is a third of its forward and backward. Raises UserError if nothing fits.
+    rank needs. For this size, a half, a quarter, ... of it, the fewest checkpointed blocks that fit are
+    taken, k of L. A step's time is in proportion to (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens): a block that
+    is checkpointed is computed once more, a third of its forward and backward. The size with the least time
+    is chosen. Raises UserError if nothing fits.
     """
     n_blocks = run.config.num_hidden_layers
     sizes, blocks = [run.micro_batch_size], [run.checkpointed_blocks]

@@ -48,7 +48,7 @@ def setting(default, help, choices=(), *, group=None, env=None, low=-1e18, high=
     needs      settings without which it has no effect: "val_data or sample_prompts", "n_gpus and tp"
     unless     settings that it does not work with: "tp or lora_dora", "scheduler=constant"
     presets    values for which configs/VALUE.yaml is applied; only defaults have lower precedence
-    word       a text that is allowed beside the type, such as auto: `size: int | str = setting(1, word="auto")`
+    word       a text that is allowed beside the type, as in `size: int | str = setting(1, word="auto")`
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, group=group, env=env, low=low, high=high, needs=needs, unless=unless,
