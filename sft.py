@@ -35,7 +35,7 @@ from disk.run import RunState
 from model import CausalLM
 from ops import forecast, memory, nf4, optim, overlap
 from ranks import processes, tp
-from screen import samples
+from screen import out_of_memory, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
 from settings.errors import NonFiniteError, UserError
@@ -373,7 +373,8 @@ def train(cfg, ranks):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     with processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks:
-        train(cfg, ranks)
+        with out_of_memory.explained(cfg, ranks):
+            train(cfg, ranks)
     if ranks.stop_signal:
         sys.exit(processes.EXIT_CODES[ranks.stop_signal])
 
