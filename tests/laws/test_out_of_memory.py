@@ -12,6 +12,7 @@ from helpers import EXAMPLES, TINY, VALIDATION, launch_all, program
 from programs.planted_out_of_memory import plant
 
 import sft
+from disk import checkpoint
 from disk.run import ModelPaths
 from ops import forecast
 from ranks import processes
@@ -182,6 +183,25 @@ def test_a_resumed_run_takes_what_was_chosen_before(train, tmp_path, monkeypatch
     assert [line["loss"] for line in resumed] == [line["loss"] for line in straight]
     train(*AUTO, "--max_steps", 5, "--resume_from", "auto", "--micro_batch_size", 2, out="resumed")
     assert chosen(tmp_path / "resumed", 5) == {"world_size": 1, "tp": 1, "checkpointed_blocks": 3}
+
+
+def test_the_model_checkpoints_as_many_blocks_as_were_chosen(train, monkeypatch):
+    """And the micro-batches are of the chosen size: one for the step's eight conversations."""
+    seen, save, backward = [], checkpoint.save, sft.backward
+
+    def recorded(*args, model, **rest):
+        seen.append(model.model.checkpointed_blocks)
+        return save(*args, model=model, **rest)
+
+    def counted(model, batches, *rest):
+        seen.append(len(batches))
+        return backward(model, batches, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", recorded)
+    monkeypatch.setattr(sft, "backward", counted)
+    limited(planned_run(), monkeypatch, micro_batch_size=8, checkpointed_blocks=3)
+    train(*AUTO, "--max_steps", 1)
+    assert seen == [1, 3]
 
 
 def test_what_was_chosen_for_other_ranks_is_chosen_again(train, tmp_path, monkeypatch):
