@@ -33,9 +33,9 @@ import lora
 from disk import peft, pretrained
 from disk.run import RunState
 from model import CausalLM
-from ops import memory, nf4, optim, overlap
+from ops import forecast, memory, nf4, optim, overlap
 from ranks import processes, tp
-from screen import profiler, samples
+from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
 from settings.errors import NonFiniteError, UserError
@@ -72,8 +72,9 @@ class Config:
     batch_size: int = setting(4, "conversations per optimizer step, over all ranks (the global batch)",
                               env="BATCH_SIZE", low=1, group="steps")
     batch_tokens: int | None = setting(None, "at most N tokens per step; replaces batch_size", low=1)
-    micro_batch_size: int = setting(1, env="MICRO_BATCH_SIZE", low=1,
-                                    help="a micro-batch holds at most micro_batch_size × max_length tokens")
+    micro_batch_size: int | str = setting(1, env="MICRO_BATCH_SIZE", low=1, word="auto",
+                                          help="a micro-batch holds at most micro_batch_size × max_length "
+                                               "tokens; auto: as many as memory allows")
     packing: bool = setting(True, "limit micro-batches by tokens; off: to micro_batch_size conversations",
                             env="PACKING")
     epochs: int = setting(3, "passes over the training data", env="NUM_EPOCHS", low=1)
@@ -114,11 +115,13 @@ class Config:
                                   env="PARAM_OFFLOAD")
     optimizer_offload: bool = setting(False, "keep moments and fp32 master weights in host memory",
                                       env="OPTIMIZER_OFFLOAD")
-    gradient_checkpointing: bool = setting(True, env="GRADIENT_CHECKPOINTING",
-                                           help="recompute activations: less memory, 1/3 more compute")
+    gradient_checkpointing: bool | str = setting(True, env="GRADIENT_CHECKPOINTING", word="auto",
+                                                 help="recompute activations: less memory, 1/3 more compute; "
+                                                      "auto: in as many blocks as memory requires")
     dtype: str | None = setting(None, "compute precision; none: bf16 on CUDA, fp32 on CPU", ("bf16", "fp32"),
                                 env="DTYPE")
-    compile: bool = setting(False, "torch.compile the blocks; needs g++", env="COMPILE", unless="tp")
+    compile: bool | str = setting("auto", "torch.compile the blocks; auto: on CUDA where Triton works",
+                                  env="COMPILE", unless="tp", word="auto")
     deterministic: bool = setting(False, "bit-identical runs on CUDA too (slower; the CPU always is)")
     selfcheck: bool = setting(False, "compare one step's gradient over several layouts, then exit")
 
@@ -242,8 +245,8 @@ def build(cfg, paths, ranks, trains=True):
     bf16 = cfg.dtype_on(ranks.device) == "bf16"
     is_meta = ranks.device.type == "meta"
     with torch.device("meta"):
-        n_checkpointed = paths.config.num_hidden_layers * cfg.gradient_checkpointing
-        model = CausalLM(paths.config, n_checkpointed, cfg.compile)
+        n_checkpointed = forecast.checkpointed_blocks(cfg, paths.config)
+        model = CausalLM(paths.config, n_checkpointed, cfg.compile is True)
     if not is_meta:
         pretrained.match_weights(model, paths.model)  # raises before memory is allocated
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):
@@ -290,6 +293,7 @@ def train(cfg, ranks):
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
     ranks.set_phase("load")
+    cfg = run.choose_memory(build, ranks)  # numbers in place of `auto`
     model, optimizer = build(cfg, run.paths, ranks)
     run.restore(model, optimizer, tokenizer)
     if cfg.selfcheck:
@@ -370,7 +374,8 @@ def train(cfg, ranks):
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
     with processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks:
-        train(cfg, ranks)
+        with out_of_memory.explained(cfg, ranks):
+            train(cfg, ranks)
     if ranks.stop_signal:
         sys.exit(processes.EXIT_CODES[ranks.stop_signal])
 

@@ -5,16 +5,20 @@ what is restored, and what a checkpoint stores for the next resume.
 """
 
 import collections
+import dataclasses
 import math
 import os
 import statistics
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from disk import checkpoint, files, peft, pretrained
 from families.config import ModelConfig
-from ops import optim
+from ops import forecast, optim
+from ops.forecast import AUTO, GB
+from ranks import processes
 from settings.errors import UserError
 
 # Settings that decide what an adapter is. Resume refuses to change them.
@@ -62,8 +66,11 @@ class RunState:
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
+    chosen           what `auto` means in this run, {"micro_batch_size": conversations,
+                     "checkpointed_blocks": number}, and the "world_size" and "tp" that it was chosen for
 
-    state.json of a checkpoint stores them as "step", "best", "norms" and, for owes_evaluation, "is_cut".
+    state.json of a checkpoint stores them as "step", "best", "norms", "chosen" and, for owes_evaluation,
+    "is_cut".
     """
 
     def __init__(self, cfg, ranks):
@@ -77,7 +84,7 @@ class RunState:
         os.makedirs(self.root, exist_ok=True)
         self.resumed = checkpoint.resume_directory(cfg.resume_from, self.root) if cfg.resume_from else None
         self.saved = {"step": 0}
-        has_run = os.path.exists(os.path.join(cfg.output_dir, "metrics.jsonl"))
+        has_run = bool(checkpoint.steps_in(self.root))  # a run that never saved is overwritten
         if self.resumed:
             checkpoint.verify(self.resumed)
             self.saved = checkpoint.load_state(self.resumed)
@@ -88,6 +95,7 @@ class RunState:
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
+        self.chosen = {}
         self.paths = self.find_paths()
 
     def find_paths(self):
@@ -107,6 +115,59 @@ class RunState:
         model = self.resumed if is_full_checkpoint else pretrained.model_directory(cfg.model)
         tokenizer = pretrained.model_directory(cfg.tokenizer, "--tokenizer") if cfg.tokenizer else None
         return ModelPaths.find(model, adapter, tokenizer)
+
+    def choose_memory(self, build, ranks):
+        """The settings with numbers in place of `auto`: conversations of a micro-batch, checkpointed blocks.
+
+        build  sft.build. It creates the model on meta, which takes some milliseconds
+
+        A resumed run takes what it chose before if the ranks are as many, so that the same numbers come out.
+        Sets ranks.planned, the PlannedRun: an out-of-memory error says with it which settings would help.
+        Raises UserError if nothing fits.
+        """
+        cfg, meta = self.cfg, processes.single_process(torch.device("meta"))
+        model, _ = build(
+            dataclasses.replace(cfg, dtype=cfg.dtype_on(ranks.device), compile=False), self.paths, meta)
+        run = forecast.PlannedRun.of(
+            model, cfg, world_size=ranks.world_size, cuda=ranks.device.type == "cuda")
+        ranks.planned, self.memory_line = run, None
+        settings = {"micro_batch_size": cfg.micro_batch_size,
+                    "checkpointed_blocks": cfg.gradient_checkpointing}
+        automatic = [name for name, value in settings.items() if value == AUTO]
+        if not automatic:
+            return cfg
+        place = {"world_size": ranks.world_size, "tp": cfg.tp}
+        before = self.chosen_before()
+        if all(before.get(key) == value for key, value in place.items()):
+            for name in set(automatic) & before.keys():
+                settings[name] = before[name]
+                run = dataclasses.replace(run, **{name: before[name]})
+        capacity = forecast.smallest(forecast.device_memory(ranks.device), ranks)
+        if AUTO in settings.values():
+            run = forecast.choose(run, capacity, micro_batch_size=settings["micro_batch_size"],
+                                  gradient_checkpointing=settings["checkpointed_blocks"])
+        self.chosen = {**place, **{name: getattr(run, name) for name in automatic}}
+        planned = forecast.memory(run)["device"]
+        self.memory_line = (
+            f"memory   micro_batch_size {run.micro_batch_size} ({run.tokens:,} tokens), "
+            f"{run.checkpointed_blocks} of {model.config.num_hidden_layers} blocks checkpointed: "
+            f"forecast {planned / GB:.1f} of {capacity / GB:.1f} GiB")
+        ranks.planned = run
+        changes = {"micro_batch_size": run.micro_batch_size}
+        if cfg.gradient_checkpointing == AUTO:
+            changes["gradient_checkpointing"] = run.checkpointed_blocks
+        return dataclasses.replace(cfg, **changes)
+
+    def chosen_before(self):
+        """What the resumed checkpoint says about `auto`. Raises UserError if that is not a choice."""
+        before = self.saved.get("chosen", {})
+        lowest = {"world_size": 1, "tp": 1, "micro_batch_size": 1, "checkpointed_blocks": 0}
+        is_choice = isinstance(before, dict) and all(
+            type(value) is int and value >= lowest.get(name, math.inf) for name, value in before.items())
+        if not is_choice:
+            raise UserError(f"{self.resumed}: `chosen` in its state.json must be numbers, it is "
+                            f"{before!r:.60}; set --micro_batch_size and --gradient_checkpointing")
+        return before
 
     def identify(self, train_set):
         """Record what a resume must not change: the data, the order of steps and the adapter's settings.
@@ -197,6 +258,7 @@ class RunState:
             "best": self.best,
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
+            "chosen": self.chosen,
         }
         checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
                         exported=self.exported, state=state, links=links)

@@ -72,8 +72,9 @@ def check_settings(arguments):
 def torchrun(arguments, n_gpus, n_nodes):
     """Run sft.py under torchrun, in this process, until all workers have ended. Returns the exit code.
 
-    The code is 2 if the first worker to fail has that code: the worker has printed what is wrong with the
-    input. Any other failure raises torchrun's ChildFailedError, whose text is its report.
+    A worker that has printed why it ends leaves no error file for torchrun: code 2 means that the input is
+    wrong, 1 that memory ran out. Any other failure raises torchrun's ChildFailedError, whose text is its
+    report.
     """
     from torch.distributed import run  # imported here: the process that supervises this one needs no torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -87,9 +88,10 @@ def torchrun(arguments, n_gpus, n_nodes):
     try:
         run.run(run.parse_args([*flags, SFT, "--environment", *arguments]))
     except ChildFailedError as error:
-        if error.get_first_failure()[1].exitcode != 2:
+        failure = error.get_first_failure()[1]
+        if failure.exitcode != 2 and not (failure.exitcode == 1 and failure.error_file == "<N/A>"):
             raise
-        return 2
+        return failure.exitcode
     return 0
 
 

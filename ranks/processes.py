@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disk.files import LockTimeout
 from ranks.launch import EXIT_CODES
-from settings.errors import UserError
+from settings.errors import OutOfMemory, UserError
 
 
 class Whereabouts(NamedTuple):
@@ -53,6 +53,7 @@ class Ranks:
     received_signal: int = 0  # number of the signal that this rank has received, or 0
     stop_signal: int = 0  # number of the signal that all ranks have agreed on, or 0
     micro_batch: object = None  # the data.MicroBatch that is being computed; an out-of-memory error names it
+    planned: object = None  # the forecast.PlannedRun, from which that error computes what would help
     has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
 
@@ -104,7 +105,10 @@ class Ranks:
         return self
 
     def __exit__(self, kind, error, _):
-        """End together with the other ranks. If a signal has ended one of them, all exit with its code."""
+        """End together with the other ranks. If a signal has ended one of them, all exit with its code.
+
+        If memory ran out on one of them, that rank prints why and all exit with code 1.
+        """
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         if kind is SystemExit and self.received_signal:
@@ -115,6 +119,12 @@ class Ranks:
             dist.destroy_process_group()
         elif self.store.check(["stopped"]):
             sys.exit(EXIT_CODES[int(self.store.get("stopped"))])
+        elif isinstance(error, OutOfMemory):
+            if self.store.add("out of memory", 1) == 1:  # the first rank: others may be short of it too
+                print(f"sft.py: error: {error}", file=sys.stderr)
+            sys.exit(1)
+        elif self.store.check(["out of memory"]):
+            sys.exit(1)  # that rank has ended the run and says why
         else:
             self.report_failure(error)
 

@@ -246,7 +246,7 @@ class Log:
             val_lines = [f"{line} (validation)" for line in val_set.ledger.lines()]
         path = os.path.join(self.directory, "config.yaml")
         with files.naming(path):
-            write_yaml(cfg, path)
+            write_yaml(run.cfg, path)  # auto stays auto: another machine chooses
         files.write_file(os.path.join(self.directory, "ledger.json"), {
             "model": model_line, "train": train_lines, "validation": val_lines, "ranks": ranks.world_size})
 
@@ -258,6 +258,8 @@ class Log:
             quotas = " + ".join(f"{n:,}" for n in sampler.quotas)
             print(f"mix      {quotas} of {len(train_set):,} conversations per epoch")
         self.print_steps(train_set, sampler)
+        if run.memory_line:
+            print(run.memory_line)
         if run.resumed:
             print(f"resume   {run.resumed}, after step {run.step}")
         elif cfg.resume_from:

@@ -26,6 +26,10 @@ class NonFiniteError(FloatingPointError):
     """The loss or the gradient of a step is NaN or infinite. Weights and optimizer are unchanged."""
 
 
+class OutOfMemory(Exception):
+    """The memory of a device or of the host is too small. The message says where, and what would help."""
+
+
 def is_stdout_closed():
     """Whether the reader of standard output (`| head`) has closed it. If so, later output is discarded."""
     poll = select.poll()
@@ -40,7 +44,7 @@ def run(main):
     """Call main(). Turn errors that are not bugs into one line on standard error and an exit code.
 
     0    the reader of standard output closed it (`| head`), except during a training run
-    1    a NonFiniteError, or a training run whose standard output was closed
+    1    a NonFiniteError, an OutOfMemory, or a training run whose standard output was closed
     2    a UserError, or an OSError that names its file
     130  Ctrl-C before the run handles signals
 
@@ -59,7 +63,7 @@ def run(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except NonFiniteError as error:
+    except (NonFiniteError, OutOfMemory) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except UserError as error:

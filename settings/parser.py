@@ -36,7 +36,7 @@ PLAN_SETTINGS = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb
 
 
 def setting(default, help, choices=(), *, group=None, env=None, low=-1e18, high=1e18, needs="", unless="",
-            presets=()):
+            presets=(), word=None):
     """A field of the flat dataclass.
 
     default    its value if nothing sets it; None is shown as "none"
@@ -48,10 +48,26 @@ def setting(default, help, choices=(), *, group=None, env=None, low=-1e18, high=
     needs      settings without which it has no effect: "val_data or sample_prompts", "n_gpus and tp"
     unless     settings that it does not work with: "tp or lora_dora", "scheduler=constant"
     presets    values for which configs/VALUE.yaml is applied; only defaults have lower precedence
+    word       a text that is allowed beside the type, as in `size: int | str = setting(1, word="auto")`
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, group=group, env=env, low=low, high=high, needs=needs, unless=unless,
-        presets=presets))
+        presets=presets, word=word))
+
+
+def type_of(field):
+    """The type of a field's value: int for int | None and for int | str, an integer or a word."""
+    return (typing.get_args(field.type) or (field.type,))[0]
+
+
+def type_name(field):
+    """What a value of the field must be: "an integer", "an integer of at least 1, or auto"."""
+    word, low = field.metadata["word"], field.metadata["low"]
+    if word is None:
+        return TYPE_NAMES[type_of(field)]
+    if type_of(field) is bool:
+        return f"true, false or {word}"
+    return f"{TYPE_NAMES[type_of(field)]} of at least {low}, or {word}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,6 +98,8 @@ def check_values(fields, values, explicit=(), origins=None):
         check_range(written, value, field)
         if name not in changed and not (name in explicit and value):
             continue  # at its default, or switched off explicitly
+        if field.metadata["word"] and value in (False, field.default):
+            continue  # the same: switched off explicitly, or the word that is the default
         need = unmet_need(field, changed)
         if need:
             if from_environment:
@@ -93,13 +111,17 @@ def check_values(fields, values, explicit=(), origins=None):
 
 def flag_of(field, value):
     """How a value is written on the command line: "--lr 0.1", "--no-packing"."""
-    if field.type is bool and value in (True, False):
+    if type_of(field) is bool and value in (True, False):
         return f"--{field.name}" if value else f"--no-{field.name}"
     return f"--{field.name} {'none' if value is None else value}"
 
 
 def check_range(written, value, field):
-    low, high = field.metadata["low"], field.metadata["high"]
+    low, high, word = (field.metadata[key] for key in ("low", "high", "word"))
+    if word:
+        is_valid = value == word if isinstance(value, str) else low <= value <= high
+        if not is_valid:
+            raise UserError(f"{written}: it must be {type_name(field)}")
     if isinstance(value, (int, float)) and not low <= value <= high:  # also true for nan
         at_most = f" and at most {high}" if high < 1e18 or value > high else ""
         raise UserError(f"{written}: it must be at least {low}{at_most}")
@@ -222,12 +244,13 @@ def read_setting(argument, arguments, fields):
     name, equals, value = argument.lstrip("+-").partition("=")
     if name.startswith("no-") and not equals:
         field = field_name(name[3:], fields)
-        if field not in fields or fields[field].type is not bool:
+        if field not in fields or type_of(fields[field]) is not bool:
             raise UserError(f"{argument}: {field} can't be negated, it isn't true or false; set a value")
         return field, "false"
     field = field_name(name, fields)
-    is_bool = field in fields and fields[field].type is bool
-    if not equals and is_bool and (not arguments or arguments[0].lower() not in BOOLEANS):
+    is_bool = field in fields and type_of(fields[field]) is bool
+    values = {*BOOLEANS, fields[field].metadata["word"]} if is_bool else ()
+    if not equals and is_bool and (not arguments or arguments[0].lower() not in values):
         value = "true"  # a flag without a value: the next argument is something else
     elif not equals:
         value = next_value(arguments, name)
@@ -362,22 +385,23 @@ def field_name(name, fields):
 
 def convert(field, text, origin):
     """Turn the text of a value into the field's type. Raises UserError if it does not fit."""
-    kinds = typing.get_args(field.type) or (field.type,)  # of int | None: int and NoneType
-    kind = kinds[0]
+    kind = type_of(field)
     rule = f"{origin}: {field.name} can't be {text!r:.200}; it must be "
     if text.lower() in ("none", "null", "~", "", "{}"):
-        if types.NoneType in kinds:
+        if types.NoneType in typing.get_args(field.type):
             return None
-        raise UserError(rule + TYPE_NAMES[kind])
+        raise UserError(rule + type_name(field))
+    if text.strip().lower() == field.metadata["word"]:
+        return field.metadata["word"]
     if kind is bool:
         if text.lower() not in BOOLEANS:
-            raise UserError(rule + TYPE_NAMES[kind])
+            raise UserError(rule + type_name(field))
         return BOOLEANS[text.lower()]
     if kind in (int, float):
         try:
             return kind(text)
         except ValueError:
-            raise UserError(rule + TYPE_NAMES[kind]) from None
+            raise UserError(rule + type_name(field)) from None
     choices = field.metadata["choices"]
     if choices and text not in choices:
         near = difflib.get_close_matches(text, choices, n=1)
@@ -482,7 +506,7 @@ def help_text(cls, fields):
     for f in fields.values():
         if f.metadata["group"]:
             lines += ["", f.metadata["group"] + ":"]
-        flag = f"--{f.name}" + (f", --no-{f.name}" if f.type is bool and f.default else "")
+        flag = f"--{f.name}" + (f", --no-{f.name}" if type_of(f) is bool and f.default else "")
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         text = f"{f.metadata['help']}{choices} [{default_text(f)}] {f.metadata['env'] or ''}".rstrip()
         add(flag, text)
@@ -502,4 +526,4 @@ def help_text(cls, fields):
 def default_text(field):
     if field.default is None:
         return "none"
-    return str(field.default).lower() if field.type is bool else str(field.default)
+    return str(field.default).lower() if type_of(field) is bool else str(field.default)

@@ -44,14 +44,15 @@ def runs(tmp_path_factory, models, pytestconfig):
     root = tmp_path_factory.mktemp("runs")
     offloads = {"": (), "param": ("--param_offload",), "opt": ("--optimizer_offload",)}
     shapes = {"": (), "unpacked": ("--no-packing", "--no-gradient_checkpointing"),
-              "plain": ("--no-gradient_checkpointing",)}
+              "plain": ("--no-gradient_checkpointing",),
+              "auto": ("--micro_batch_size", "auto", "--gradient_checkpointing", "auto")}
     commands = {f"{model} one  ": (1, ("--model", models[model])) for model in models}
     for (i, layout), (j, offload) in itertools.product(enumerate(LAYOUTS), enumerate(offloads)):
         if (i + j) % 3 and not pytestconfig.getoption("--full"):
             continue
         ranks, flags = LAYOUTS[layout]
         model = "untied" if ((i + 1) // 2 + j) % 2 or layout == "tp4" else "tied"  # tied has two key/value heads
-        shape = list(shapes)[(2 * i + j) % 3]
+        shape = list(shapes)[(2 * i + j) % 4]
         flags = ("--model", models[model], *flags, *offloads[offload], *shapes[shape])
         commands[f"{model} {layout} {offload} {shape}"] = ranks, flags
     outputs = {name: root / name.replace(" ", "_") for name in commands}

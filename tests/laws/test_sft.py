@@ -26,7 +26,7 @@ import data
 import sft
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
-from ops import optim
+from ops import forecast, optim
 from ops.attention import Documents
 from settings import errors
 
@@ -48,6 +48,7 @@ def masters(directory):
     ("--micro_batch_size", 3, "--no-packing", "--no-gradient_checkpointing"),
     ("--micro_batch_size", 8, "--packing", "--no-gradient_checkpointing"),
     ("--micro_batch_size", 1, "--packing", "--no-gradient_checkpointing"),
+    ("--micro_batch_size", "auto", "--gradient_checkpointing", "auto"),
 ])
 def test_a_step_does_not_depend_on_its_micro_batches(train, flags, tmp_path):
     """Loss, gradient norm and gradients are the same with packing on or off, for any micro_batch_size."""
@@ -62,6 +63,27 @@ def test_a_step_does_not_depend_on_its_micro_batches(train, flags, tmp_path):
     for name in a:
         if name.startswith("exp_avg."):  # a mean of five gradients; in weights, Adam's division amplifies rounding
             assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("lora", [(), ("--use_lora",)], ids=("full", "lora"))
+def test_a_step_does_not_depend_on_its_checkpointed_blocks(k, lora, train, tmp_path, monkeypatch):
+    """k of four blocks: to the bit, as each block runs the same operations again."""
+    common = ("--lr", "1e-3", "--batch_size", "10", "--max_length", "256", "--max_steps", "3", *lora)
+    base = train(*common, "--no-gradient_checkpointing", out="base")
+    blocks = []
+
+    def counted(*args):
+        blocks.append(k)
+        return k
+
+    monkeypatch.setattr(forecast, "checkpointed_blocks", counted)
+    other = train(*common, out="other")
+    assert blocks
+    for a, b in zip(base, other, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    a, b = (masters(tmp_path / out / "checkpoints" / "step_3") for out in ("base", "other"))
+    assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_micro_batches_differ(monkeypatch, train):

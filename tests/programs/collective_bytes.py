@@ -11,6 +11,7 @@ from helpers import model_loss, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
+from ops import forecast
 from ops.memory import local
 from ranks import processes, tp
 from tools import plan
@@ -37,14 +38,15 @@ class Bytes(TorchDispatchMode):
 
 
 def built(use_lora, checkpointing, ranks):
-    """(a model split over the ranks, its plan.PlannedRun)."""
+    """(a model split over the ranks, its forecast.PlannedRun)."""
     with torch.device("meta"):
         model = small_model(use_lora, tp_size=2, model_type="qwen3", tie_word_embeddings=False)
     parameters = tuple(
         (n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
-    run = plan.PlannedRun(
-        model.config, parameters, 300, batch_size=4, world_size=4, tp=2, checkpointing=checkpointing)
-    model.model.gradient_checkpointing = checkpointing
+    checkpointed_blocks = model.config.num_hidden_layers * checkpointing
+    run = forecast.PlannedRun(
+        model.config, parameters, 300, batch_size=4, world_size=4, tp=2, checkpointed_blocks=checkpointed_blocks)
+    model.model.checkpointed_blocks = checkpointed_blocks
     tp.split(model, ranks.mesh["tp"])
     fsdp.shard(model, ranks, bf16=False, param_offload=False)
     model.to_empty(device="cpu")
@@ -81,7 +83,7 @@ with processes.start(2, 60) as ranks:
         weights = sum(local(p).numel() * 4 for p in model.parameters())
         counts = counted(model)
         gradients = sum(local(p.grad).numel() * 4 for p in model.parameters() if p.requires_grad)
-        states = plan.states(run)
+        states = forecast.states(run)
         results.append([counts, planned(run), [weights, gradients], [states["weights"], states["gradients"]]])
     if ranks.rank == 0:
         print("RESULT " + json.dumps(results))

@@ -77,6 +77,65 @@ def test_a_boolean_in_every_spelling(arguments, packing):
         assert (parsed.packing, parsed.seed, parsed.lr) == (packing, 5, 1.0)
 
 
+@pytest.mark.parametrize("arguments, value", [
+    (["--gradient_checkpointing"], True), (["--no-gradient_checkpointing"], False),
+    (["--gradient_checkpointing", "auto"], "auto"), (["--gradient_checkpointing=auto"], "auto"),
+    (["gradient_checkpointing=auto"], "auto"), (["--gradient_checkpointing", "AUTO"], "auto"),
+    (["model.enable_gradient_checkpointing=auto"], "auto"),
+    (["--gradient_checkpointing", "false"], False), (["gradient_checkpointing=true"], True)], ids=str)
+def test_a_boolean_or_a_word_in_every_spelling(arguments, value):
+    """A setting that may be auto is written like a boolean, and like any other value."""
+    for before, after in (("--seed=5", "--lr=1"), ("seed=5", "lr=1")):
+        parsed = parse(before, *arguments, after)
+        assert (parsed.gradient_checkpointing, parsed.seed, parsed.lr) == (value, 5, 1.0)
+
+
+def test_a_word_in_a_file_and_in_the_environment(yaml_file, monkeypatch):
+    """Like any value; config.yaml of a run has it too. An integer or a boolean stays what it is."""
+    path = yaml_file("micro_batch_size: auto\ngradient_checkpointing: auto\ncompile: false\n")
+    expected = {"micro_batch_size": "auto", "gradient_checkpointing": "auto", "compile": False}
+    assert changed("--config", path) == expected
+    parser.write_yaml(parse("--config", path), path)
+    assert changed("--config", path) == expected
+    for name in ("MICRO_BATCH_SIZE", "GRADIENT_CHECKPOINTING"):
+        monkeypatch.setenv(name, "auto")
+    monkeypatch.setenv("COMPILE", "false")
+    assert changed("--environment") == expected
+    monkeypatch.setenv("MICRO_BATCH_SIZE", "3")
+    assert changed("--environment")["micro_batch_size"] == 3
+
+
+def test_a_word_that_is_the_default_and_a_setting_that_is_off_have_no_conflict():
+    """compile does not work with tp. Its default, auto, and false do not compile, so they are no conflict."""
+    tp = ("--strategy", "megatron", "--tp", "2")
+    for value in ("auto", "false"):
+        parse(*tp, "--compile", value)
+    with pytest.raises(ValueError, match="--compile does not work with --tp"):
+        parse(*tp, "--compile")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--micro_batch_size", "many"],
+     "micro_batch_size can't be 'many'; it must be an integer of at least 1, or auto"),
+    (["--micro_batch_size", "0"], "--micro_batch_size 0: it must be an integer of at least 1, or auto"),
+    (["--micro_batch_size", "none"],
+     "micro_batch_size can't be 'none'; it must be an integer of at least 1, or auto"),
+    (["--gradient_checkpointing=some"],
+     "gradient_checkpointing can't be 'some'; it must be true, false or auto"),
+    (["--batch_size", "auto"], "batch_size can't be 'auto'; it must be an integer"),
+    (["--packing", "auto"], "unknown argument 'auto'")], ids=str)
+def test_a_value_that_is_neither_of_the_type_nor_the_word(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(*arguments)
+
+
+def test_a_config_made_in_code_is_checked_too():
+    """Not only the text of arguments."""
+    for values in dict(micro_batch_size="many"), dict(gradient_checkpointing="some"), dict(compile="yes"):
+        with pytest.raises(ValueError, match="or auto"):
+            sft.Config(**values)
+
+
 def test_dashes_and_underscores_name_the_same_field():
     """--batch-size is --batch_size; the same holds for negations."""
     assert changed("--batch-size", "8", "--no-gradient-checkpointing", "--train-on-prompt") == {
@@ -334,7 +393,7 @@ NUMBERS = {field.name: field for field in FIELDS if field.type in (int, float, i
 
 def other_value(field):
     """A valid value of a field that is not its default."""
-    if field.type is bool:
+    if field.type in (bool, bool | str):
         return not field.default
     if field.name not in NUMBERS:
         return [choice for choice in (*field.metadata["choices"], "x") if choice != field.default][0]
@@ -618,12 +677,14 @@ def test_help_lists_every_setting_with_its_default(arguments, capsys):
     for field in FIELDS:
         (entry,) = [e for e in entries if re.match(rf"--{field.name}[ ,\n]", e)]
         entry = " ".join(re.split(r"\n\n", entry)[0].split())
-        default = str(field.default).lower() if field.default is None or field.type is bool else field.default
+        default = field.default
+        if default is None or type(default) is bool:
+            default = str(default).lower()
         choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         variable = f" {field.metadata['env']}" if field.metadata["env"] else ""
         assert field.metadata["help"]
         assert entry.endswith(f" {field.metadata['help']}{choices} [{default}]{variable}")
-        assert (f"--no-{field.name}" in entry) == (field.default is True)
+        assert (f"--no-{field.name}" in entry) == (field.default is True or field.name == "compile")
     for word in ("--config FILE", "--config-path DIR --config-name NAME", "--explain", "--n_gpus N", "NNODES",
                  "model=tiny              applies configs/tiny.yaml"):
         assert word in printed

@@ -1,6 +1,8 @@
-"""tools/plan.py: its bytes against those of autograd, of a run's tensors and of real collectives; laws and errors."""
+"""ops/forecast.py and tools/plan.py: bytes against those of autograd, of a run's tensors and of real collectives; laws,
+what `auto` chooses, and errors."""
 
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -17,7 +19,8 @@ import fsdp
 import sft
 from disk import checkpoint
 from families.config import ModelConfig
-from ops import memory
+from ops import forecast, memory
+from ops.attention import Documents
 from ranks import processes
 from settings.parser import parse
 from tools import plan
@@ -27,7 +30,7 @@ GB = 2**30
 
 def planned_run(model, length, **settings):
     parameters = tuple((n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
-    return plan.PlannedRun(model.config, parameters, length, **settings)
+    return forecast.PlannedRun(model.config, parameters, length, **settings)
 
 
 def kept_bytes(model, lengths):
@@ -58,22 +61,77 @@ MODELS = {
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointed_blocks", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_to_the_byte(name, checkpointing, micro_batch_size):
+def test_activations_to_the_byte(name, checkpointed_blocks, micro_batch_size):
     """The planned bytes of the blocks, plus the final norm, the rotary angles, and the ids of tokens and targets."""
-    model = small_model(**MODELS[name])
-    model.model.gradient_checkpointing = checkpointing
+    model = small_model(**MODELS[name], num_hidden_layers=3)
+    model.model.checkpointed_blocks = checkpointed_blocks
     dropout = MODELS[name].get("adapter", {}).get("lora_dropout", 0.0)
-    run = planned_run(model, 20, micro_batch_size=micro_batch_size, checkpointing=checkpointing, dropout=dropout)
+    run = planned_run(model, 20, micro_batch_size=micro_batch_size, checkpointed_blocks=checkpointed_blocks,
+                      dropout=dropout)
     N = 20 * micro_batch_size
     hidden = N * model.config.hidden_size * 4
-    kept, one = plan.activations(run)
-    if checkpointing:  # no block is recomputed in forward: each one keeps its input only
-        kept += hidden - one
     is_full, trains_embedding = "use_lora" not in MODELS[name], model.model.embed_tokens.weight.requires_grad
     other = hidden * (1 + is_full) + 4 * N + 4 * N * model.config.head_dim + 8 * N * (1 + trains_embedding)
-    assert kept_bytes(model, (20,) * micro_batch_size) == kept + other
+    assert kept_bytes(model, (20,) * micro_batch_size) == forecast.kept_bytes(run) + other
+
+
+class FusedNorm(torch.autograd.Function):
+    """What torch's kernel for CUDA keeps of F.rms_norm: x, and 1 / rms in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("checkpointed_blocks", [0, 1, 3])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dropout"])  # its mask is of another type on CUDA
+def test_activations_on_cuda_to_the_byte(name, checkpointed_blocks, micro_batch_size, monkeypatch):
+    """In bf16 on meta, which stands for CUDA: one varlen_attn per layer keeps q, k, v, its output, the logsumexp and 16
+    bytes. The norms, which meta computes in parts, are replaced by what CUDA's kernel keeps."""
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight))
+    model = small_model(**MODELS[name], num_hidden_layers=3).to(torch.bfloat16).to("meta")
+    model.model.checkpointed_blocks = checkpointed_blocks
+    run = planned_run(model, 20, micro_batch_size=micro_batch_size, checkpointed_blocks=checkpointed_blocks, cuda=True,
+                      bf16=True)
+    N = 20 * micro_batch_size
+    other = 2 * N * model.config.hidden_size + 4 * N + 4 * N * model.config.head_dim
+    other += 8 * N * (1 + model.model.embed_tokens.weight.requires_grad)
+    if checkpointed_blocks < 3:
+        other += 4 * (micro_batch_size + 1)  # where each document begins
+    parameters, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()  # on meta all addresses are 0
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(N, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        documents = Documents.of((20,) * micro_batch_size, "meta")
+        loss = model(ids, documents, torch.zeros_like(ids), torch.zeros_like(ids)).total
+    assert loss.requires_grad
+    assert sum(storage.nbytes() for storage in kept.values()) == forecast.kept_bytes(run) + other
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_activations_of_each_block_in_backward(k):
+    """When backward of block i begins, the inputs of the checkpointed blocks below it, all of the other blocks below it,
+    and all of block i itself: counted here block by block."""
+    run = planned_run(small_model(num_hidden_layers=3), 20, checkpointed_blocks=k)
+    block = forecast.block_activations(run)
+    for i in range(3):
+        below = sum(run.hidden_bytes if j < k else block for j in range(i))
+        assert forecast.activations(run, i) == below + block
+    assert forecast.activations(run) == forecast.activations(run, 2)
 
 
 @pytest.mark.parametrize("flags", [
@@ -100,7 +158,7 @@ def test_states_equal_the_tensors_of_a_run(train, monkeypatch, flags):
     monkeypatch.setattr(fsdp, "grad_norm", counted_norm)
     monkeypatch.setattr(checkpoint, "save", counted_save)
     train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
-    assert plan.states(planned_by(monkeypatch, "--model", TINY, *flags)) == sizes
+    assert forecast.states(planned_by(monkeypatch, "--model", TINY, *flags)) == sizes
 
 
 def planned_by(monkeypatch, *flags):
@@ -142,7 +200,7 @@ def test_the_peak_is_within_5_percent_of_the_allocators(train, tmp_path, monkeyp
     events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
     sizes = [e["args"]["Total Allocated"] for e in events]
     peak = max(sizes) - sizes[0]  # tensors of other tests may exist already
-    planned = plan.memory(planned_by(monkeypatch, "--model", model, *arguments))
+    planned = forecast.memory(planned_by(monkeypatch, "--model", model, *arguments))
     assert math.isclose(planned["device"] - planned["slack"], peak, rel_tol=0.05), (planned, peak)
 
 
@@ -165,13 +223,13 @@ QWEN_72B = dict(model_type="qwen2", hidden_size=8192, intermediate_size=29568, n
 def large():
     with torch.device("meta"):
         model = sft.CausalLM(ModelConfig.from_dict(QWEN_72B))
-    return planned_run(model, 4096, batch_size=128, world_size=64, tp=8, bf16=True, cuda=True)
+    return planned_run(model, 4096, batch_size=128, world_size=64, tp=8, bf16=True, cuda=True, checkpointed_blocks=80)
 
 
 def test_memory_is_monotonic(large):
     """Memory grows with the micro-batch and its length, falls with more ranks, checkpointing and offload."""
     def device(**changes):
-        return plan.memory(dataclasses.replace(large, **changes))["device"]
+        return forecast.memory(dataclasses.replace(large, **changes))["device"]
 
     def grows(values):
         return all(a < b for a, b in zip(values, values[1:]))
@@ -179,24 +237,190 @@ def test_memory_is_monotonic(large):
     assert grows([device(micro_batch_size=n, batch_size=256) for n in (1, 2, 3, 4)])
     assert grows([device(length=n) for n in (128, 4096, 8192)])
     assert grows([device(world_size=n, batch_size=4 * n) for n in (512, 256, 64, 8)])
-    assert grows([device(), device(checkpointing=False)])
+    assert grows([device(checkpointed_blocks=n) for n in (80, 79, 40, 1, 0)])
     assert grows([device(param_offload=True), device()])
     assert grows([device(optimizer_offload=True), device()])
     assert grows([device(batch_size=8), device(batch_size=9)])  # the second micro-batch holds the full gradient
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(large, checkpointing):
+@pytest.mark.parametrize("checkpointed_blocks", [0, 40, 80])
+def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(large, checkpointed_blocks):
     """With two micro-batches per step, which hold the full gradient between them, and with one, which fits more."""
-    run, largest = dataclasses.replace(large, length=512, checkpointing=checkpointing), []
+    run, largest = dataclasses.replace(large, length=512, checkpointed_blocks=checkpointed_blocks), []
     for several in (True, False):
-        largest.append(plan.largest_micro_batch(run, 80 * GB, several))
+        largest.append(forecast.largest_micro_batch(run, 80 * GB, several))
         fits, fits_not = (
             dataclasses.replace(run, micro_batch_size=n, batch_size=n * run.dp * (1 + several))
             for n in (largest[-1], largest[-1] + 1))
-        assert plan.memory(fits)["device"] <= 80 * GB < plan.memory(fits_not)["device"]
+        assert forecast.memory(fits)["device"] <= 80 * GB < forecast.memory(fits_not)["device"]
     assert 1 < largest[0] < largest[1]
-    assert plan.largest_micro_batch(run, 1 * GB) == 0
+    assert forecast.largest_micro_batch(run, 1 * GB) == 0
+
+
+# ---- auto -------------------------------------------------------------------------------------------------------------
+
+QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, vocab_size=151936,
+                num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+QWEN_7B = dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064,
+               num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+
+
+@functools.cache
+def on_one_gpu(config, **settings):
+    """The PlannedRun of a model with these keys of config.json, in bf16 on one GPU."""
+    with torch.device("meta"):
+        model = sft.CausalLM(ModelConfig.from_dict(dict(config)))
+    cfg = sft.Config(batch_size=64, **settings)
+    return forecast.PlannedRun.of(model, cfg, world_size=1, cuda=True)
+
+
+def gpu(config, **settings):
+    return on_one_gpu(tuple(config.items()), **settings)
+
+
+def device_gb(run):
+    return forecast.memory(run)["device"] / GB
+
+
+@pytest.mark.parametrize("capacity", [16, 20, 28, 40, 80])
+def test_auto_is_the_cheapest_that_fits(capacity):
+    """Against all pairs of a size and a number of blocks: none that fits is cheaper, and the choice fits into 85 %."""
+    run = gpu(QWEN_05B)
+    chosen = forecast.choose(run, capacity * GB)
+    costs = {}
+    for n in (16, 8, 4, 2, 1):
+        for k in range(25):
+            planned = dataclasses.replace(run, micro_batch_size=n, checkpointed_blocks=k)
+            if device_gb(planned) <= 0.85 * capacity:
+                costs[n, k] = (1 + k / 72) * (1 + 2048 / (n * 2048))
+    assert (chosen.micro_batch_size, chosen.checkpointed_blocks) == min(costs, key=costs.get)
+    if capacity == 80:
+        assert (chosen.micro_batch_size, chosen.checkpointed_blocks) == (16, 0)
+    if capacity == 20:
+        assert 0 < chosen.checkpointed_blocks < 24
+
+
+def test_auto_never_makes_more_than_a_step_or_32768_tokens():
+    """And at least one conversation, however long."""
+    for length, batch_size, n in ((2048, 64, 16), (2048, 5, 5), (256, 64, 64), (256, 300, 128), (50000, 64, 1)):
+        run = dataclasses.replace(gpu(QWEN_05B), length=length, batch_size=batch_size)
+        assert forecast.choose(run, 10_000 * GB).micro_batch_size == n
+    run = dataclasses.replace(gpu(QWEN_05B), world_size=8, batch_size=64)
+    assert forecast.choose(run, 10_000 * GB).micro_batch_size == 8
+
+
+def test_only_what_is_auto_is_chosen():
+    """A number that is given stays."""
+    run = dataclasses.replace(gpu(QWEN_05B), micro_batch_size=3, checkpointed_blocks=7)
+    chosen = forecast.choose(run, 80 * GB, micro_batch_size=3)
+    assert (chosen.micro_batch_size, chosen.checkpointed_blocks) == (3, 0)
+    chosen = forecast.choose(run, 80 * GB, gradient_checkpointing=True)
+    assert (chosen.micro_batch_size, chosen.checkpointed_blocks) == (16, 7)
+
+
+def test_auto_that_does_not_fit_says_what_it_needs_and_what_would_help():
+    """7B in full on 80 GB: LoRA and offload would help; nothing that does not apply is named."""
+    run = gpu(QWEN_7B)
+    with pytest.raises(ValueError) as error:
+        forecast.choose(run, 80 * GB)
+    text = str(error.value)
+    smallest = dataclasses.replace(run, checkpointed_blocks=28)
+    assert f"needs {device_gb(smallest):.1f} GiB" in text and "85% of 80.0 GiB" in text
+    sizes = dict(re.findall(r"^  (--.*?) +([\d.]+) GiB$", text, re.M))
+    for flags, changes in (("--optimizer_offload", dict(optimizer_offload=True)), ("--n_gpus 2", dict(world_size=2)),
+                           ("--max_length 1024", dict(length=1024))):
+        saved = device_gb(smallest) - device_gb(dataclasses.replace(smallest, **changes))
+        assert float(sizes[flags]) == pytest.approx(saved, abs=0.01)
+    assert list(sizes.values()) == sorted(sizes.values(), key=float, reverse=True)
+    assert {"--use_lora", "--use_lora --quantize nf4"} < set(sizes)
+    assert not any("--micro_batch_size" in flags or "--gradient_checkpointing" in flags for flags in sizes)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_saving_of_lora_is_that_of_a_run_with_lora(quantize, monkeypatch):
+    """with_lora() makes the parameters of a model that sft.build() gives adapters, in name, shape and dtype."""
+    flags = ("--quantize", "nf4") if quantize else ()
+    full = planned_by(monkeypatch, "--model", TINY)
+    lora = planned_by(monkeypatch, "--model", TINY, "--use_lora", *flags)
+    assert sorted(forecast.with_lora(full, quantize).parameters) == sorted(lora.parameters)
+    if quantize:
+        plain = planned_by(monkeypatch, "--model", TINY, "--use_lora")
+        assert sorted(forecast.with_lora(plain, True).parameters) == sorted(lora.parameters)
+
+
+def test_the_planned_run_of_a_loaded_model_is_that_of_a_model_on_meta(train, monkeypatch):
+    """Also in bf16, where parameters have other dtypes."""
+    models, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save",
+                        lambda *args, model, **rest: models.append(model) or save(*args, model=model, **rest))
+    for flags in (), ("--use_lora",), ("--dtype", "bf16"), ("--dtype", "bf16", "--use_lora"):
+        train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1, out="_".join(("out", *flags)))
+        cfg = parse(sft.Config, ["--model", TINY, *flags])[0]
+        loaded = forecast.PlannedRun.of(models[-1], cfg, world_size=1, cuda=False)
+        assert loaded.parameters == planned_by(monkeypatch, "--model", TINY, *flags).parameters
+
+
+@pytest.mark.parametrize("flags", [(), ("--use_lora",)])
+def test_the_peak_of_a_chosen_run_is_within_5_percent(train, tmp_path, monkeypatch, flags, capsys):
+    """With memory for one and a half blocks less than all: the forecast on the screen is what the allocator counts."""
+    rows = [{"prompt": "Go on.", "response": "the " * 1024}] * 6
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = ("--train_data", tmp_path / "rows.json", "--max_length", 512, "--batch_size", 2, *flags)
+    run = dataclasses.replace(planned_by(monkeypatch, "--model", TINY, *arguments), micro_batch_size=2)
+    all_kept, two_kept = (
+        forecast.memory(dataclasses.replace(run, checkpointed_blocks=k))["device"] for k in (0, 2))
+    monkeypatch.setattr(forecast, "device_memory", lambda device: int((all_kept + two_kept) / 2 / forecast.FILL))
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: None)
+    monkeypatch.setattr(checkpoint, "prune", lambda *args: None)
+    monkeypatch.setattr(memory, "tune_malloc", lambda **kwargs: None)
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train(*arguments, "--max_steps", 3, "--micro_batch_size", 2, "--gradient_checkpointing", "auto")
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    sizes = [e["args"]["Total Allocated"] for e in events]
+    k = int(re.search(r"memory   micro_batch_size 2 \(1,024 tokens\), (\d) of 4 blocks", capsys.readouterr().out)[1])
+    assert k in (1, 2)
+    planned = forecast.memory(dataclasses.replace(run, checkpointed_blocks=k))
+    assert math.isclose(planned["device"] - planned["slack"], max(sizes) - sizes[0], rel_tol=0.05)
+
+
+def test_plan_prints_what_auto_would_choose(monkeypatch, capsys):
+    arguments = ["plan.py", "--model", TINY, "--micro_batch_size", "auto", "--gradient_checkpointing", "auto"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--memory_gb", "1"])
+    plan.main()
+    assert "micro-batch 4 × 2,048 tokens, 1 per step per rank" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments, "--n_gpus", "1"])
+    with pytest.raises(ValueError, match="needs --memory_gb with --n_gpus"):
+        plan.main()
+
+
+GIB = str(GB)
+
+
+@pytest.mark.parametrize("groups, limits, expected", [
+    ("0::/a/b\n", {"memory.max": "max"}, None),
+    ("0::/a/b\n", {"memory.max": "max", "a/memory.max": GIB}, GB),
+    ("0::/a/b\n", {"a/memory.max": GIB, "a/b/memory.max": str(2 * GB)}, GB),
+    ("0::/\n", {"memory.max": GIB}, GB),  # a container sees its own group as the topmost
+    ("1:cpu:/x\n4:memory:/x\n", {"memory/x/memory.limit_in_bytes": GIB, "memory/memory.limit_in_bytes": "9" * 19}, GB),
+    ("1:cpu:/x\n", {"memory/x/memory.limit_in_bytes": GIB}, None),
+    (None, {}, None)], ids=str)
+def test_the_limit_of_a_container_counts(groups, limits, expected, tmp_path, monkeypatch):
+    """Of both versions of cgroups, and of every group above the process's; otherwise the host's memory."""
+    for name, text in limits.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    if groups:
+        (tmp_path / "proc" / "self").mkdir(parents=True)
+        (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert forecast.host_memory(str(tmp_path)) == (expected or physical)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert forecast.device_memory(torch.device("cpu")) == forecast.host_memory() // 4
 
 
 def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):

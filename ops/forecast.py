@@ -1,0 +1,593 @@
+"""The memory of a rank, computed from a model's names and shapes and the settings of a run, before it starts.
+
+sft.py chooses with it what `auto` means, and says after an out-of-memory error which settings would help;
+tools/plan.py prints it. It counts full micro-batches: micro_batch_size conversations of max_length tokens,
+all of them targets. On a GPU the peak is that of torch.cuda.max_memory_allocated: without the CUDA context,
+workspaces, NCCL's buffers and the allocator's fragmentation. On the CPU it is the memory of the process
+without the imported libraries.
+"""
+
+import bisect
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from ops import nf4
+from settings.errors import UserError
+
+GB = 2**30
+AUTO = "auto"  # the value of --micro_batch_size and --gradient_checkpointing that choose() replaces
+FILL = 0.85  # of the device's memory: the rest is for what the forecast does not count
+TOKENS = 2**15  # `auto` makes no larger micro-batches, unless max_length is longer: they keep a GPU busy
+FIXED_TOKENS = 2048  # the fixed time of a micro-batch, as tokens that take as long: an estimate
+# tp splits these layers (weight, lora_A) by input columns, the others (weight, bias, lora_B) by output rows
+BY_COLUMNS = "o_proj", "down_proj"
+# Heap fragmentation on the CPU, fitted to `bench.py --part plan` with glibc 2.36, which does not reuse all
+# memory of freed tensors. It is a fraction of the kept activations, plus a fraction of what all blocks
+# allocate one after another. Tensors above HEAP_LIMIT bytes cause none: the system gets them back at once.
+# LoRA runs lower that limit (memory.tune_malloc). Pairs: without and with LoRA.
+KEPT_FRAGMENTATION, BLOCK_FRAGMENTATION, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What the arithmetic needs to know about a run.
+
+    config               families.config.ModelConfig
+    parameters           ((name, shape, bytes per element, is trained), ...), unsharded; a tied one once
+    length               tokens per conversation
+    micro_batch_size     conversations per micro-batch
+    batch_size           conversations per step, over all ranks
+    checkpointed_blocks  that many blocks, the first ones, keep only their input for backward
+    """
+
+    config: object
+    parameters: tuple
+    length: int
+    micro_batch_size: int = 1
+    batch_size: int = 1
+    world_size: int = 1
+    tp: int = 1
+    bf16: bool = False
+    cuda: bool = False
+    checkpointed_blocks: int = 0
+    param_offload: bool = False
+    optimizer_offload: bool = False
+    dropout: float = 0.0
+    quantize: bool = False
+
+    @classmethod
+    def of(cls, model, cfg, *, world_size, cuda):
+        """The PlannedRun of a model, on meta or loaded and sharded, and the settings of a run.
+
+        cfg  sft.Config. `auto` counts as micro_batch_size 1 and as checkpointing all blocks; see choose()
+        """
+        bf16 = (cfg.dtype or ("bf16" if cuda else "fp32")) == "bf16"
+        is_alone = world_size == 1 and not cfg.param_offload
+        adapter = model.peft_config or {}
+
+        def itemsize(p):
+            # bf16 runs: the model is bf16, except what FSDP2 casts for each use from fp32
+            if not bf16 or not p.requires_grad or is_alone:
+                return 2 if bf16 else p.element_size()
+            return 2 if cfg.optimizer_offload and not adapter else 4
+
+        parameters = tuple(
+            (n, tuple(p.shape), itemsize(p), p.requires_grad) for n, p in model.named_parameters())
+        batch_size = math.ceil(cfg.batch_tokens / cfg.max_length) if cfg.batch_tokens else cfg.batch_size
+        return cls(
+            config=model.config,
+            parameters=parameters,
+            length=cfg.max_length,
+            micro_batch_size=1 if cfg.micro_batch_size == AUTO else cfg.micro_batch_size,
+            batch_size=batch_size,
+            world_size=world_size,
+            tp=cfg.tp,
+            bf16=bf16,
+            cuda=cuda,
+            checkpointed_blocks=checkpointed_blocks(cfg, model.config),
+            param_offload=cfg.param_offload,
+            optimizer_offload=cfg.optimizer_offload,
+            dropout=adapter.get("lora_dropout", 0.0),
+            quantize=bool(cfg.quantize),
+        )
+
+    @property
+    def dp(self):
+        return self.world_size // self.tp
+
+    @property
+    def micro_batches(self):
+        """Micro-batches per step per rank."""
+        return math.ceil(self.batch_size / (self.dp * self.micro_batch_size))
+
+    @property
+    def tokens(self):
+        """Tokens per micro-batch."""
+        return self.micro_batch_size * self.length
+
+    @property
+    def itemsize(self):
+        """Bytes per element of an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def hidden_bytes(self):
+        """Bytes of the hidden states of a micro-batch."""
+        return self.tokens * self.config.hidden_size * self.itemsize
+
+    @property
+    def is_sharded(self):
+        """Whether FSDP2 is used; the rule of fsdp.shard."""
+        return self.world_size > 1 or self.param_offload
+
+    @property
+    def has_own_masters(self):
+        """Whether trained parameters are bf16, and the optimizer has fp32 masters; the rule of sft.build."""
+        return self.bf16 and not self.is_sharded
+
+    @property
+    def has_varlen_attention(self):
+        """Whether one call computes the attention of all documents; the rule of ops.attention."""
+        return self.cuda and self.bf16 and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256
+
+    @property
+    def is_lora(self):
+        return any(".lora_A." in name for name, *_ in self.parameters)
+
+    @property
+    def trains_embedding(self):
+        return any(trained for name, *_, trained in self.parameters if "embed_tokens" in name)
+
+
+def checkpointed_blocks(cfg, config):
+    """The number of blocks that --gradient_checkpointing means: all if it is true or not yet chosen.
+
+    cfg     sft.Config; after RunState.choose_memory its gradient_checkpointing may be that number
+    config  families.config.ModelConfig
+    """
+    value = cfg.gradient_checkpointing
+    if value is True or value == AUTO:
+        return config.num_hidden_layers
+    return int(value)
+
+
+def check(run):
+    """Raise UserError if tp does not divide what it splits: the rules of processes.start and tp.split."""
+    c, tp, world_size = run.config, run.tp, run.world_size
+    sizes = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
+    valid = [n for n in range(1, world_size + 1) if not any(size % n for size in (world_size, *sizes))]
+    if world_size % tp or (tp > 1 and tp not in valid):
+        raise UserError(f"--tp {tp} must divide the {world_size} ranks (--n_gpus) and the attention heads, "
+                        f"key/value heads, intermediate_size and vocab_size, here {sizes}; "
+                        f"use {' or '.join(map(str, valid))}")
+
+
+def loss_chunk(run):
+    """Targets whose logits the loss holds at a time."""
+    vocabulary = run.config.vocab_size // run.tp
+    return 256 * math.ceil(2**30 / (2 * vocabulary) / 256) if run.cuda else 256
+
+
+def dequantised_values(run):
+    """Values of the largest 4-bit matrix that a product dequantises at a time."""
+    matrix = run.config.hidden_size * run.config.intermediate_size
+    return matrix if run.cuda else min(nf4.PIECE, matrix)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# parameters
+
+
+def is_split_by_tp(name, by_columns):
+    """Whether tp splits a parameter; otherwise each tp rank has all of it."""
+    if by_columns:
+        return name.endswith(("_proj.weight", ".lora_A.weight"))
+    return "norm" not in name and ".lora_A." not in name
+
+
+def shard_sizes(run, name, shape):
+    """(elements of a parameter on a tp rank, elements after FSDP2 on rank 0, which has the largest shard)."""
+    by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
+    n_slices = run.tp if is_split_by_tp(name, by_columns) else 1
+    rows, columns = shape[0], math.prod(shape[1:])
+    if by_columns:
+        columns //= n_slices
+    else:
+        rows //= n_slices
+    return rows * columns, math.ceil(rows / run.dp) * columns
+
+
+def gradient_itemsize(run, itemsize):
+    """Bytes per element of the gradient of a trained parameter, after it is reduced."""
+    return 4 if run.has_own_masters else itemsize
+
+
+def states(run):
+    """Exact bytes of a rank's weights, reduced gradients, moments and fp32 masters, on device or host."""
+    sizes = dict(weights=0, gradients=0, moments=0, masters=0)
+    for name, shape, itemsize, trained in run.parameters:
+        n = shard_sizes(run, name, shape)[1]
+        sizes["weights"] += n * itemsize
+        if trained:
+            sizes["gradients"] += n * gradient_itemsize(run, itemsize)
+            sizes["moments"] += 8 * n
+            sizes["masters"] += 4 * n * (run.optimizer_offload or run.has_own_masters)
+    return sizes
+
+
+def unsharded_bytes(run, blocks, itemsize=None, only_trained=False):
+    """Bytes of parameters on a tp rank, before FSDP2 shards them.
+
+    blocks    "0": of that block; "": of all blocks; None: of the root group, which is outside the blocks
+    itemsize  bytes per element; None: as stored
+    """
+    total = 0
+    for name, shape, stored, trained in run.parameters:
+        if blocks is None:
+            in_group = ".layers." not in name
+        else:
+            in_group = name.startswith(f"model.layers.{blocks}." if blocks else "model.layers.")
+        if in_group and (trained or not only_trained):
+            total += shard_sizes(run, name, shape)[0] * (itemsize or stored)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------
+# memory of a step
+
+
+def block_activations(run, is_first=False):
+    """Bytes that autograd keeps for a block without checkpointing; test_forecast.py checks every byte.
+
+    is_first  the first block, whose input needs no gradient if the embedding is frozen
+    """
+    c, w = run.config, run.itemsize
+    lora_ranks, is_trained = {}, {}
+    for name, shape, _, trained in run.parameters:
+        if name.startswith("model.layers.0."):
+            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
+            names = name.split(".")
+            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
+            is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
+            if names[-2] == "lora_A":
+                lora_ranks[layer] = shape[0]
+    C, D, I = c.hidden_size, c.head_dim, c.intermediate_size // run.tp
+    H, K = c.num_attention_heads // run.tp, c.num_key_value_heads // run.tp
+    sizes = {"q_proj": (C, H * D), "k_proj": (C, K * D), "v_proj": (C, K * D), "o_proj": (H * D, C),
+             "gate_proj": (C, I), "up_proj": (C, I), "down_proj": (I, C)}  # (inputs, outputs) of each layer
+    has_frozen_input = is_first and not run.trains_embedding
+
+    # The gradient of a weight or of lora_A needs the input. With dropout, lora_A keeps the masked input.
+    def kept_inputs(*layers):
+        return sizes[layers[0]][0] * any(is_trained[n] for n in layers) * (not (lora_ranks and run.dropout))
+
+    # per token; on the CPU a norm also keeps x / rms(x)
+    copies = 2 if is_trained["input_layernorm"] and not run.cuda else 1
+    kept = 0 if has_frozen_input else copies * C * w + 4  # norm: x, and 1 / rms in fp32
+    kept += kept_inputs("q_proj", "k_proj", "v_proj") * w
+    kept += (H + K) * (copies * D * w + 4) * c.qk_norm
+    kept += (2 * H + 2 * K) * D * w + 4 * H  # attention: q, k, v, its output, and a logsumexp per head
+    # with one call per conversation their outputs are copied into one tensor
+    kept += kept_inputs("o_proj") * w * (run.micro_batch_size > 1 and not run.has_varlen_attention)
+    rng_state = 16 * run.has_varlen_attention
+    kept += copies * C * w + 4 + kept_inputs("gate_proj", "up_proj") * w
+    kept += 3 * I * w + kept_inputs("down_proj") * w  # gate, silu(gate) and up; their product
+    is_dora = any("lora_magnitude_vector" in name for name, *_ in run.parameters)
+    for layer, rank in lora_ranks.items():
+        kept += rank * w + is_dora * sizes[layer][1] * w  # lora_A's output; DoRA's output before rescaling
+        if run.dropout:  # the masked input, and the mask unless the input needs no gradient
+            has_mask = not has_frozen_input or layer not in ("q_proj", "k_proj", "v_proj")
+            kept += sizes[layer][0] * (w + (1 if run.cuda else w) * has_mask)
+    return run.tokens * kept + rng_state + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
+
+
+def kept_bytes(run, n_blocks=None):
+    """Bytes that autograd keeps for backward of the first n_blocks blocks (None: all), as forward ends."""
+    n_blocks = run.config.num_hidden_layers if n_blocks is None else n_blocks
+    n_checkpointed = min(run.checkpointed_blocks, n_blocks)
+    kept = n_checkpointed * run.hidden_bytes
+    if n_blocks == n_checkpointed:
+        return kept
+    is_first = n_checkpointed == 0
+    return kept + block_activations(run, is_first) + (n_blocks - n_checkpointed - 1) * block_activations(run)
+
+
+def activations(run, block=None):
+    """Bytes of activations when backward of a block (None: the last) begins: its own, recomputed, in full."""
+    block = run.config.num_hidden_layers - 1 if block is None else block
+    if block < run.checkpointed_blocks:
+        return block * run.hidden_bytes + block_activations(run)
+    return kept_bytes(run, block + 1)
+
+
+def memory(run):
+    """Peak bytes of a rank: `device` and `host`, what they consist of, and the `stage` of the device's peak.
+
+    The largest of the stages of a step counts. On the CPU everything is `device`, and `host` is 0.
+    """
+    w, hidden, state = run.itemsize, run.hidden_bytes, states(run)
+    # FSDP2 gathers a group's parameters while it computes: the root's always, and the next block's in advance
+    gather_itemsize = 2 if run.bf16 else None
+    root = unsharded_bytes(run, None, gather_itemsize) * run.is_sharded
+    block = unsharded_bytes(run, "0", gather_itemsize) * run.is_sharded
+    # the buffer of an all-gather, before it is copied into the parameters; two of them in backward
+    buffer = block * (run.dp > 1)
+    gathered = 2 * block + 2 * buffer
+    reduce_itemsize = 4 if run.bf16 else None  # gradients are reduced or accumulated in fp32
+    full_gradient = sum(unsharded_bytes(run, part, reduce_itemsize, only_trained=True) for part in ("", None))
+    held = full_gradient * (run.micro_batches > 1)  # nothing is reduced before a step's last micro-batch
+    reduced = state["gradients"] * (not (run.cuda and run.param_offload))
+    loss = loss_bytes(run)
+    stages = {"the loss": held + kept_bytes(run) + 2 * hidden + loss + root + buffer,
+              "the optimizer step": reduced}
+    # the matrices of a step change linearly between these blocks
+    last, k = run.config.num_hidden_layers - 1, run.checkpointed_blocks
+    while_in_block = backward_bytes(run, held) + root + gathered
+    of_blocks = gradients_of_blocks(run)
+    for i in sorted({0, max(0, k - 1), min(k, last), last}):
+        finished = held or of_blocks * (last - i) // (last + 1)  # gradients that exist already
+        stages[stage_name(i, last)] = finished + activations(run, i) + while_in_block
+    embedding = matrix_bytes(run, w) * run.trains_embedding  # its dense gradient
+    tied_gradient = embedding * run.config.tie_word_embeddings
+    if run.is_sharded:
+        # the root's gradient: what is reduced (only with several dp ranks), and the result
+        root_gradient = unsharded_bytes(run, None, reduce_itemsize, only_trained=True)
+        root_gradient = root_gradient * (run.dp > 1) + root_gradient // run.dp
+        gradients = (held or of_blocks) + root + 2 * buffer
+        gradients += unsharded_bytes(run, None, w, only_trained=True) + max(tied_gradient, root_gradient)
+    else:
+        gradients = (held or reduced) + tied_gradient + embedding * run.has_own_masters
+    stages["the embedding's backward"] = gradients
+    stage = max(stages, key=stages.get)
+    resting, host = resting_bytes(run, state)
+    slack = 0 if run.cuda else fragmentation(run, block)
+    return dict(state, activations=activations(run), loss=loss, gathered=root + gathered, held=held,
+                slack=slack, stage=stage, stages=stages, host=host, device=resting + stages[stage] + slack)
+
+
+def stage_name(block, last):
+    """The name of the backward of a block, numbered from 0."""
+    return {last: "the last block's backward", 0: "the first block's backward"}.get(
+        block, f"the backward of block {block + 1} of {last + 1}")
+
+
+def matrix_bytes(run, itemsize):
+    """Bytes of the embedding or the head on a tp rank."""
+    return run.config.vocab_size // run.tp * run.config.hidden_size * itemsize
+
+
+def trains_head(run):
+    tied = run.config.tie_word_embeddings and run.trains_embedding
+    return tied or any(trained for name, *_, trained in run.parameters if name == "lm_head.weight")
+
+
+def loss_bytes(run):
+    """Bytes of a chunk's logits, the head's gradient, the hidden states, those at targets, their gradient."""
+    itemsize = 6 if run.bf16 else 4  # bf16 and fp32
+    logits = min(loss_chunk(run), run.tokens) * (run.config.vocab_size // run.tp) * itemsize
+    return logits + matrix_bytes(run, itemsize) * trains_head(run) + 3 * run.hidden_bytes
+
+
+def gradients_of_blocks(run):
+    """Bytes on the device of the reduced gradients of all blocks."""
+    if run.cuda and run.param_offload:
+        return 0
+    return sum(shard_sizes(run, name, shape)[1] * gradient_itemsize(run, itemsize)
+               for name, shape, itemsize, trained in run.parameters if trained and ".layers." in name)
+
+
+def backward_bytes(run, held):
+    """Bytes of a block's backward beside activations and finished gradients, and of the head's gradient."""
+    c, w = run.config, run.itemsize
+    work = 2 * run.tokens * (c.intermediate_size // run.tp) * w + run.hidden_bytes  # of the MLP's product
+    if run.quantize:  # a piece of a matrix being dequantised: its codes and values
+        work += dequantised_values(run) * (8 if run.bf16 else 6)
+    if run.is_sharded and run.cuda:  # the block's gradient before it is reduced
+        work += unsharded_bytes(run, "0", 4 if run.bf16 else None, only_trained=True)
+    elif run.has_own_masters:  # the largest gradient in bf16, before it is cast
+        work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
+                     if trained and ".layers.0." in name), default=0)
+    # the head's gradient waits for the embedding's if they are tied
+    head_itemsize = gradient_itemsize(run, w) if not c.tie_word_embeddings else w
+    waits = c.tie_word_embeddings or run.is_sharded or not held
+    return work + matrix_bytes(run, head_itemsize) * (trains_head(run) and waits)
+
+
+def resting_bytes(run, state):
+    """(device, host): bytes of weights and optimizer between steps; the host's include its buffers."""
+    if run.cuda and run.param_offload:
+        return 0, sum(state.values())
+    if run.cuda and run.optimizer_offload:
+        # pinned buffers, for gradients on their way in and weights on their way out; one gradient in fp32
+        trained = [(shard_sizes(run, name, shape)[1], itemsize)
+                   for name, shape, itemsize, trained in run.parameters if trained]
+        pinned = sum(n * itemsize for n, itemsize in trained)
+        return state["weights"], state["moments"] + state["masters"] + pinned + 4 * max(trained)[0]
+    return state["weights"] + state["moments"] + state["masters"], 0
+
+
+def fragmentation(run, block):
+    """Bytes of the CPU's heap that are free but not reusable, see KEPT_FRAGMENTATION.
+
+    block  the gathered parameters of a block
+    """
+    one = block_activations(run)
+    # the largest tensors are the MLP's; a block keeps four of them
+    wide = run.tokens * (run.config.intermediate_size // run.tp) * run.itemsize
+    in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[run.is_lora])
+    of_blocks = BLOCK_FRAGMENTATION * (one + block) * run.config.num_hidden_layers
+    return int(in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks))
+
+
+def largest_micro_batch(run, limit, several=True):
+    """The largest micro-batch that fits into `limit` bytes, in conversations; 0 if not even one does.
+
+    several  each rank's step has two micro-batches, so the full gradient is held between them; False: one
+    """
+    def fits(n):
+        planned = replace(run, micro_batch_size=n, batch_size=n * run.dp * (1 + several))
+        return memory(planned)["device"] <= limit
+
+    low, high = 0, 1
+    while fits(high) and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what `auto` chooses, and what would save memory
+
+
+def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO):
+    """The PlannedRun that fits into FILL of `capacity` bytes and whose step takes the least time.
+
+    capacity                                  bytes of the device, see device_memory
+    micro_batch_size, gradient_checkpointing  what is not AUTO stays as it is in `run`
+
+    A micro-batch holds at most TOKENS tokens (max_length, if that is longer) and at most what the step of a
+    rank needs. For this size, a half, a quarter, ... of it, the fewest checkpointed blocks that fit are
+    taken, k of L. A step's time is in proportion to (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens): a block that
+    is checkpointed is computed once more, a third of its forward and backward. The size with the least time
+    is chosen. Raises UserError if nothing fits.
+    """
+    n_blocks = run.config.num_hidden_layers
+    sizes, blocks = [run.micro_batch_size], [run.checkpointed_blocks]
+    if micro_batch_size == AUTO:
+        needed = math.ceil(run.batch_size / run.dp)
+        sizes = [max(1, min(TOKENS // run.length, needed))]
+        while sizes[-1] > 1:
+            sizes.append(sizes[-1] // 2)
+    if gradient_checkpointing == AUTO:
+        blocks = range(n_blocks + 1)
+
+    def seconds(planned):
+        return (1 + planned.checkpointed_blocks / (3 * n_blocks)) * (1 + FIXED_TOKENS / planned.tokens)
+
+    fitting = []
+    for size in sizes:
+        def fits(k, size=size):
+            planned = replace(run, micro_batch_size=size, checkpointed_blocks=k)
+            return memory(planned)["device"] <= FILL * capacity
+
+        i = bisect.bisect_left(blocks, True, key=fits)  # memory falls with k
+        if i < len(blocks):
+            fitting.append(replace(run, micro_batch_size=size, checkpointed_blocks=blocks[i]))
+    if not fitting:
+        raise UserError(does_not_fit(replace(run, micro_batch_size=sizes[-1], checkpointed_blocks=blocks[-1]),
+                                     capacity))
+    return min(fitting, key=seconds)
+
+
+def does_not_fit(run, capacity):
+    """The text of the error where choose() finds nothing, not even `run`, the smallest that it may choose."""
+    planned = memory(run)
+    lines = [f"this run does not fit. --micro_batch_size {run.micro_batch_size} ({run.tokens:,} tokens) with "
+             f"{run.checkpointed_blocks} of {run.config.num_hidden_layers} blocks checkpointed",
+             f"needs {planned['device'] / GB:.1f} GiB during {planned['stage']}, and `auto` uses "
+             f"{FILL:.0%} of {capacity / GB:.1f} GiB. These would save:"]
+    return "\n".join([*lines, *saving_lines(savings(run))])
+
+
+def saving_lines(saved):
+    """The lines about savings() on the screen."""
+    return [f"  {flags:32}{size / GB:8.2f} GiB" for flags, size in saved]
+
+
+def savings(run, place="device"):
+    """[(flags, bytes that they would save by the forecast), ...], the largest first.
+
+    place  where memory is short: "device" or "host"
+    """
+    is_dora = any("lora_magnitude_vector" in name for name, *_ in run.parameters)
+    options = {
+        f"--micro_batch_size {run.micro_batch_size // 2}":
+            run.micro_batch_size > 1 and replace(run, micro_batch_size=run.micro_batch_size // 2),
+        "--gradient_checkpointing true": replace(run, checkpointed_blocks=run.config.num_hidden_layers),
+        f"--max_length {run.length // 2}": run.length > 3 and replace(run, length=run.length // 2),
+        "--use_lora": not run.is_lora and with_lora(run),
+        "--use_lora --quantize nf4": not run.is_lora and run.tp == 1 and with_lora(run, quantize=True),
+        "--quantize nf4": run.is_lora and not run.quantize and not is_dora and run.tp == 1
+            and with_lora(run, quantize=True),
+        "--optimizer_offload": run.cuda and not run.param_offload and replace(run, optimizer_offload=True),
+        f"--n_gpus {2 * run.world_size}": run.cuda and replace(run, world_size=2 * run.world_size),
+    }
+    if place == "host":
+        options = {"--no-optimizer_offload": replace(run, optimizer_offload=False),
+                   "--no-param_offload": replace(run, param_offload=False), **options}
+    now = memory(run)[place]
+    saved = [(flags, now - memory(other)[place]) for flags, other in options.items() if other]
+    return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
+
+
+def with_lora(run, quantize=False, rank=8):
+    """The run with LoRA adapters of this rank on all linear layers of the blocks, if it has none."""
+    parameters = []
+    for name, shape, itemsize, trained in run.parameters:
+        is_linear = name.endswith("_proj.weight")
+        if not run.is_lora:
+            itemsize, trained = (2 if run.bf16 else itemsize), False
+        if is_linear and quantize:  # the layout of ops/nf4.py, bytes viewed as bf16
+            stored = nf4.empty(*shape, device="meta").shape[1] // 2
+            parameters.append((name, (shape[0], stored), 2, False))
+        else:
+            parameters.append((name, shape, itemsize, trained))
+        if is_linear and not run.is_lora:
+            stem, size = name.removesuffix("weight"), 2 if run.has_own_masters else 4
+            parameters += [(f"{stem}lora_A.weight", (rank, shape[1]), size, True),
+                           (f"{stem}lora_B.weight", (shape[0], rank), size, True)]
+    return replace(run, parameters=tuple(parameters), quantize=quantize or run.quantize)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the memory that there is
+
+
+def device_memory(device):
+    """Bytes of the card, or of the CPU's memory that this process may use: its share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def host_memory(root="/"):
+    """Bytes of the host's memory, or of the smallest limit of this process's cgroups if that is lower."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    groups = os.path.join(root, "proc/self/cgroup")
+    if os.path.exists(groups):  # Linux
+        with open(groups, encoding="utf-8") as f:
+            for line in f:
+                _, controllers, path = line.rstrip("\n").split(":", 2)
+                limits += cgroup_limits(root, controllers.split(","), path.strip("/").split("/"))
+    return min(limits)
+
+
+def cgroup_limits(root, controllers, parts):
+    """Yield the limits of a cgroup and those above it. A container sees its own as the topmost."""
+    folder, file = "sys/fs/cgroup", "memory.max"  # version 2
+    if controllers != [""]:
+        folder, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        if "memory" not in controllers:
+            return
+    for depth in range(len(parts) + 1):
+        path = os.path.join(root, folder, *parts[:depth], file)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                text = f.read().strip()
+            if text.isdigit():  # otherwise "max"
+                yield int(text)
+
+
+def smallest(number, ranks):
+    """The smallest of an integer over all ranks."""
+    if ranks.world_size == 1:
+        return number
+    number = torch.tensor(number)  # on the CPU, by gloo
+    dist.all_reduce(number, dist.ReduceOp.MIN)
+    return int(number)
