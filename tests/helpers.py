@@ -19,6 +19,7 @@ import sft
 from disk import files, peft
 from families.config import ModelConfig
 from ops import nf4
+from ops.attention import Documents
 from settings.errors import UserError
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -275,7 +276,7 @@ def attempt(function, *arguments, naming="", seconds=20, **keywords):
             signal.setitimer(clock, 0)
 
 
-def model_loss(model, tokens, doc_lengths, targets):
+def model_loss(model, tokens, lengths, targets):
     """The summed loss, (), of targets (N,) int64, which are -100 where a token has none."""
     positions = (targets != -100).nonzero()[:, 0]
-    return model(tokens, doc_lengths, positions, targets[positions]).total
+    return model(tokens, Documents.of(lengths, tokens.device), positions, targets[positions]).total
