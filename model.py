@@ -115,7 +115,11 @@ class Decoder(nn.Module):
         cos, sin = rope_cos_sin(documents.positions, self.config)
         x = self.embed_tokens(tokens)  # (N, C)
         attend = attend_function(x, self.config.head_dim, cached=past is not None, compiled=self.compiled)
+        if self.compiled and torch.is_grad_enabled():
+            x.requires_grad_()  # with LoRA the first block's input needs no gradient: it would be compiled apart
         for i, block in enumerate(self.layers):
+            if self.compiled:  # FSDP2 makes the input a view, but not when a checkpoint runs the block again
+                x = x.view_as(x)
             if i < self.checkpointed_blocks and torch.is_grad_enabled():
                 # Keep the block's input only and run the block again in backward: 1/3 more compute. Not
                 # re-entrant: with LoRA a block's input may need no gradient, and its adapters would get none.

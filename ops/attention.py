@@ -64,6 +64,8 @@ def attend_function(x, head_dim, *, cached, compiled):
 
 def fits_varlen(x, head_dim):
     """Whether varlen_attn accepts these tensors on CUDA. meta stands for CUDA: operations are counted there."""
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False  # FlashAttention needs an Ampere GPU or newer; bf16 itself works on older ones
     is_gpu = x.device.type in ("cuda", "meta")
     return is_gpu and x.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
 
