@@ -10,6 +10,7 @@ Shapes: N tokens of a micro-batch, C hidden size, H query heads, K key/value hea
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,10 @@ def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(l
     device, n_past = model.lm_head.weight.device, 0
     for _ in range(max_new_tokens):
         documents = Documents.of((len(tokens),), device, first_position=n_past)
-        token = sample(model(torch.tensor(tokens, device=device), documents, past=past)[0])
+        # a compiled model would be compiled again for the cache: several graphs, for a few tokens
+        with torch.compiler.set_stance("force_eager") if model.model.compiled else nullcontext():
+            logits = model(torch.tensor(tokens, device=device), documents, past=past)
+        token = sample(logits[0])
         yield token
         if token in eos_ids:
             return
