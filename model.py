@@ -117,9 +117,10 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)  # (N, C)
         attend = attend_function(x, self.config.head_dim, cached=past is not None, compiled=self.compiled)
         if self.compiled and torch.is_grad_enabled():
-            x.requires_grad_()  # with LoRA the first block's input needs no gradient: it would be compiled apart
+            x.requires_grad_()  # with LoRA the first block's input needs none, and would be compiled apart
         for i, block in enumerate(self.layers):
-            if self.compiled:  # FSDP2 makes the input a view, but not when a checkpoint runs the block again
+            if self.compiled:
+                # Sharding makes the input a view, but not when a checkpoint runs the block again: two graphs.
                 x = x.view_as(x)
             if i < self.checkpointed_blocks and torch.is_grad_enabled():
                 # Keep the block's input only and run the block again in backward: 1/3 more compute. Not

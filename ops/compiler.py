@@ -1,7 +1,7 @@
 """Whether torch.compile is used: what --compile means, and a try on the device.
 
-On CUDA it needs Triton, a C compiler and Python's headers; on the CPU a C++ compiler. Each may be missing, and
-torch tells only when it compiles. So `auto` compiles one tiny function first.
+On CUDA it needs Triton, a C compiler and Python's headers; on the CPU a C++ compiler. torch reports that one
+is missing only when it compiles. So `auto` compiles one tiny function first.
 """
 
 import functools
@@ -15,8 +15,8 @@ import torch
 def choose(setting, device, tp=1):
     """Whether the blocks are compiled.
 
-    setting  --compile: True, False or "auto": on CUDA where the try succeeds. Elsewhere the first minutes that
-             compilation takes are rarely won back
+    setting  --compile: True, False or "auto": on CUDA, if the try succeeds. On the CPU, compilation takes
+             longer than it saves in a short run, and results change in their last bits
     device   torch.device of the computation
     tp       ranks that share a matrix; with more than one, blocks are not compiled
 
@@ -51,7 +51,7 @@ def failure(device_type):
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second
     from torch._inductor.exc import GPUTooOldForTriton, InvalidCxxCompiler, TritonMissing
 
-    # Inductor wraps all errors of its compilers in a BackendCompilerFailed, but not these (torch 2.11 to 2.13).
+    # Inductor wraps its compilers' errors in a BackendCompilerFailed, but not these (torch 2.11 to 2.13).
     # Triton may call the C compiler as late as at a kernel's first run.
     unwrapped = GPUTooOldForTriton, InvalidCxxCompiler, TritonMissing, subprocess.CalledProcessError
     try:

@@ -50,7 +50,7 @@ def outcome(function, tensors, documents, window):
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 64])
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2), (6, 1)])
 def test_varlen_attention_equals_one_document_after_another(reference, window, heads):
-    """Output and gradients in fp64, in the signatures of torch 2.11 and 2.13; these refuse unequal heads differently."""
+    """Output and gradients in fp64, in the signatures of torch 2.11 and 2.13, which differ for unequal heads."""
     documents, tensors = Documents.of(LENGTHS), inputs(heads=heads)
     results = [outcome(function, tensors, documents, window) for function in (varlen_attention(), attend_each)]
     for one, other in zip(*results, strict=True):

@@ -139,30 +139,39 @@ def test_evaluation_adds_one_graph_and_generation_none(traced):
 
 # ---- numbers and kernels ------------------------------------------------------------------------------------------
 
-# A block calls products, and attention, in five places: q, k, v; attention; o; gate, up; down. Inductor does not fuse
-# anything into them. Before, between and after these are six places for elementwise operations, in forward and again in
-# backward; each should be one kernel. In both, q and k are rotated in two, as they have different shapes. In backward,
-# the gradients of the two norms' weights and of the three biases are sums over tokens, which may be kernels of their own.
-MOST_KERNELS = 2 * (6 + 1) + 5
+# A block calls products, and attention, in five places: q, k, v; attention; o; gate, up; down. Inductor fuses nothing
+# into these calls. Before, between and after them are six places for elementwise operations and sums over a token's
+# elements, in forward and again in backward. One kernel for each:
+MOST_KERNELS = 2 * 6
 
 
 @full
 def test_compiled_numbers_equal_eager_ones_and_kernels_are_few(monkeypatch):
-    """Loss and gradients in fp32 within 1.5e-6 of eager (relative norms), from inductor on the CPU. All blocks share the
-    generated code, and it has fewer kernels than MOST_KERNELS, for over four times as many eager operations."""
+    """fp32, inductor on the CPU. Loss and gradient are within 1.5e-6 of eager. A parameter's gradient may be a small
+    difference of large numbers: it is as near to fp64 as the eager one, up to a factor of 2. All blocks share the
+    generated code."""
     sources = []
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(sources.append))
     with fresh_cache():
         compiled = [step(fresh(), lengths) for lengths in PACKINGS[:3]]
-    for lengths, results in zip(PACKINGS, compiled):
-        expected = step(fresh(compiled=False), lengths)
-        for name, value in expected.items():
-            assert (results[name] - value).norm() <= 1.5e-6 * value.norm(), name
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for lengths, results in zip(PACKINGS, compiled):
+        eager, exact = step(fresh(compiled=False), lengths), step(fresh(compiled=False).double(), lengths)
+        names = [name for name in eager if name != "loss"]
+        assert abs(results["loss"] - eager["loss"]) <= 1.5e-6 * eager["loss"]
+        gradients = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (results, eager))
+        assert distance(*gradients) <= 1.5e-6
+        for name in names:
+            assert distance(results[name], exact[name]) <= 2 * distance(eager[name], exact[name]), name
     assert len(sources) == 2  # forward and backward
     kernels = [call for source in sources for call in re.findall(r"^ +cpp_fused_\w+\(", source, re.M)]
     assert 0 < len(kernels) <= MOST_KERNELS
-    assert 4 * len(kernels) < eager_operations(3) - eager_operations(2)
+    assert 4 * MOST_KERNELS < eager_operations(3) - eager_operations(2)  # each layer's, of which the products stay
+
+
+def distance(tensor, other):
+    """Norm of the difference / norm of the other."""
+    return ((tensor - other).norm() / other.norm()).item()
 
 
 def eager_operations(layers):
