@@ -10,6 +10,7 @@ Shapes: N tokens of a micro-batch, C hidden size, H query heads, K key/value hea
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,12 @@ class Decoder(nn.Module):
         cos, sin = rope_cos_sin(documents.positions, self.config)
         x = self.embed_tokens(tokens)  # (N, C)
         attend = attend_function(x, self.config.head_dim, cached=past is not None, compiled=self.compiled)
+        if self.compiled and torch.is_grad_enabled():
+            x.requires_grad_()  # with LoRA the first block's input needs none, and would be compiled apart
         for i, block in enumerate(self.layers):
+            if self.compiled:
+                # Sharding makes the input a view, but not when a checkpoint runs the block again: two graphs.
+                x = x.view_as(x)
             if i < self.checkpointed_blocks and torch.is_grad_enabled():
                 # Keep the block's input only and run the block again in backward: 1/3 more compute. Not
                 # re-entrant: with LoRA a block's input may need no gradient, and its adapters would get none.
@@ -177,7 +183,10 @@ def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(l
     device, n_past = model.lm_head.weight.device, 0
     for _ in range(max_new_tokens):
         documents = Documents.of((len(tokens),), device, first_position=n_past)
-        token = sample(model(torch.tensor(tokens, device=device), documents, past=past)[0])
+        # a compiled model would be compiled again for the cache: several graphs, for a few tokens
+        with torch.compiler.set_stance("force_eager") if model.model.compiled else nullcontext():
+            logits = model(torch.tensor(tokens, device=device), documents, past=past)
+        token = sample(logits[0])
         yield token
         if token in eos_ids:
             return

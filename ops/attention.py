@@ -1,8 +1,7 @@
 """Causal attention within each document of a micro-batch.
 
-On CUDA in bf16, one call of torch's varlen_attn (FlashAttention) serves all documents. Elsewhere each document
-is one call of scaled_dot_product_attention. No mask is built over documents, and nothing is computed across
-them.
+On CUDA in bf16, one call of torch's varlen_attn (FlashAttention) serves all documents. Elsewhere each is a
+call of scaled_dot_product_attention. No mask is built over documents, and nothing is computed across them.
 
 Shapes: N query tokens, M key tokens, H query heads, K key/value heads, D head_dim.
 """
@@ -63,7 +62,9 @@ def attend_function(x, head_dim, *, cached, compiled):
 
 
 def fits_varlen(x, head_dim):
-    """Whether varlen_attn accepts these tensors on CUDA. meta stands for CUDA: operations are counted there."""
+    """Whether varlen_attn accepts these tensors. meta stands for CUDA: operations are counted there."""
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False  # FlashAttention needs an Ampere GPU or newer; bf16 itself works on older ones
     is_gpu = x.device.type in ("cuda", "meta")
     return is_gpu and x.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
 

@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from itertools import groupby
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 import model
@@ -173,7 +175,8 @@ def published(directory, config, dtype=torch.float32, **saving):
     return oracle
 
 
-def small_model(use_lora=False, quantize=False, tp_size=1, adapter=None, **changes):
+def small_model(use_lora=False, quantize=False, tp_size=1, adapter=None, checkpointed_blocks=0, compiled=False,
+                **changes):
     """A CausalLM of two small layers.
 
     adapter  settings of sft.Config for its adapters, with use_lora
@@ -181,7 +184,7 @@ def small_model(use_lora=False, quantize=False, tp_size=1, adapter=None, **chang
     """
     config = dict(model_type="qwen2", vocab_size=512, hidden_size=96, intermediate_size=192, num_hidden_layers=2,
                   num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
-    built = model.CausalLM(ModelConfig.from_dict({**config, **changes}))
+    built = model.CausalLM(ModelConfig.from_dict({**config, **changes}), checkpointed_blocks, compiled)
     if quantize:
         nf4.quantize_linears(built)
     if use_lora:
@@ -276,7 +279,26 @@ def attempt(function, *arguments, naming="", seconds=20, **keywords):
             signal.setitimer(clock, 0)
 
 
-def model_loss(model, tokens, doc_lengths, targets):
+def model_loss(model, tokens, lengths, targets):
     """The summed loss, (), of targets (N,) int64, which are -100 where a token has none."""
     positions = (targets != -100).nonzero()[:, 0]
-    return model(tokens, Documents.of(doc_lengths), positions, targets[positions]).total
+    return model(tokens, Documents.of(lengths, tokens.device), positions, targets[positions]).total
+
+
+# operations that only describe a tensor anew, or allocate one: nothing is launched on the device
+VIEWS = ("alias", "as_strided", "detach", "empty", "expand", "permute", "select", "slice", "split", "squeeze", "t",
+         "transpose", "unbind", "unsqueeze", "view")
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that are not views, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.strip("_").removeprefix("unsafe_").removeprefix("new_").split("_")[0] not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))

@@ -17,6 +17,7 @@ import ops.loss
 from disk import files, pretrained
 from families.config import ModelConfig
 from model import CausalLM, generate
+from ops.attention import Documents
 from ops.loss import Head, loss as loss_of_head
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -108,9 +109,9 @@ def test_logits_equal_transformers(tmp_path, name):
     expected = oracle(tokens[None]).logits[0]
     written = files.read_json(tmp_path / "config.json")
     for spelling in (written, {**SIZES, **config}):
-        torch.testing.assert_close(loaded(tmp_path, spelling)(tokens, (48,)), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(loaded(tmp_path, spelling)(tokens, Documents.of((48,))), expected, atol=1e-4, rtol=1e-4)
     if other:
-        changed = loaded(tmp_path, {**SIZES, **config, **other})(tokens, (48,))
+        changed = loaded(tmp_path, {**SIZES, **config, **other})(tokens, Documents.of((48,)))
         assert (changed - expected).abs().max() > 1e-2
 
 
@@ -120,7 +121,7 @@ def test_logits_of_a_sharded_directory_equal_transformers(tmp_path):
     oracle = published(tmp_path, {**SIZES, **CASES["qwen3, biases"][0]}, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tokens = random_ids(48)
-    torch.testing.assert_close(loaded(tmp_path)(tokens, (48,)), oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loaded(tmp_path)(tokens, Documents.of((48,))), oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
@@ -156,8 +157,8 @@ LENGTHS = (1, 9, 30, 1, 2, 5, 1)
 def test_packed_logits_equal_those_of_each_document_alone(name):
     """A document sees only itself, from position 0, wherever it is in the micro-batch."""
     net, tokens = fresh(**PACKED[name]), random_ids(sum(LENGTHS))
-    alone = torch.cat([net(document, (len(document),)) for document in tokens.split(LENGTHS)])
-    torch.testing.assert_close(net(tokens, LENGTHS), alone, atol=1e-4, rtol=1e-4)
+    alone = torch.cat([net(document, Documents.of((len(document),))) for document in tokens.split(LENGTHS)])
+    torch.testing.assert_close(net(tokens, Documents.of(LENGTHS)), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_positions_of_each_document_start_at_zero(monkeypatch):
@@ -169,7 +170,7 @@ def test_positions_of_each_document_start_at_zero(monkeypatch):
         return rope_cos_sin(positions, config)
 
     monkeypatch.setattr(model, "rope_cos_sin", recording)
-    fresh(**PACKED["full"])(random_ids(6), (3, 1, 2))
+    fresh(**PACKED["full"])(random_ids(6), Documents.of((3, 1, 2)))
     assert calls[0].tolist() == [0, 1, 2, 0, 0, 1]
 
 
@@ -215,7 +216,7 @@ def test_the_sampling_function_gets_the_logits_and_chooses_the_token():
 
     new = list(generate(net, prompt, 20, eos_ids=(), sample=least_likely))
     with torch.no_grad():
-        logits = net(torch.tensor(prompt + new[:-1]), (26,))[6:]
+        logits = net(torch.tensor(prompt + new[:-1]), Documents.of((26,)))[6:]
     torch.testing.assert_close(torch.stack(calls), logits, atol=1e-4, rtol=1e-4)
     assert new == logits.argmin(dim=1).tolist()
 
@@ -448,7 +449,8 @@ def test_model_in_bf16_is_close_to_fp32(how):
 
 @pytest.mark.parametrize("frozen", [(), ("embed_tokens",), ("embed_tokens", "norm", "mlp")])
 def test_gradient_checkpointing_is_bitwise_neutral(frozen):
-    """No gradient is lost where the first block's input needs none, and each block does run twice."""
+    """For 0 to all blocks. No gradient is lost where the first block's input needs none, and only the checkpointed
+    blocks run twice."""
     net, tokens, targets = fresh(**PACKED["window"]), random_ids(sum(LENGTHS)), random_ids(sum(LENGTHS), seed=2)
     for name, p in net.named_parameters():
         p.requires_grad_(not any(word in name for word in frozen))
@@ -456,17 +458,17 @@ def test_gradient_checkpointing_is_bitwise_neutral(frozen):
     for i, block in enumerate(net.model.layers):
         block.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
     results = []
-    for on in (False, True):
-        net.model.gradient_checkpointing = on
+    for net.model.checkpointed_blocks in range(4):
         loss = model_loss(net, tokens, LENGTHS, targets)
         loss.backward()
         results.append((loss.detach(), gradients(net)))
-    assert calls == [0, 1, 2] + [0, 1, 2, 2, 1, 0]
-    assert torch.equal(results[0][0], results[1][0])
-    for name, p in net.named_parameters():
-        plain, checkpointed = (gradients_[name] for _, gradients_ in results)
-        assert (plain is None) == (checkpointed is None) == (not p.requires_grad)
-        assert plain is None or torch.equal(plain, checkpointed), name
+    assert calls == [0, 1, 2] + [0, 1, 2, 0] + [0, 1, 2, 1, 0] + [0, 1, 2, 2, 1, 0]
+    loss, expected = results[0]
+    for checkpointed_loss, checkpointed in results[1:]:
+        assert torch.equal(loss, checkpointed_loss)
+        for name, p in net.named_parameters():
+            assert (expected[name] is None) == (checkpointed[name] is None) == (not p.requires_grad)
+            assert expected[name] is None or torch.equal(expected[name], checkpointed[name]), name
 
 
 REFUSED = [

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+from ops.attention import Documents
 from ops.packing import assign_least_loaded, ceil_div, pack, split_over_ranks
 
 
@@ -212,7 +213,7 @@ def dataset_of(batch, path, **options):
 def conversations_in(batch):
     """The conversations of a micro-batch: [(inputs, [(position, the target that follows it), ...]), ...]."""
     result, start = [], 0
-    for length in batch.doc_lengths:
+    for length in batch.lengths:
         positions, targets = batch.target_positions.tolist(), batch.targets.tolist()
         pairs = [(position - start, target) for position, target in zip(positions, targets)
                  if start <= position < start + length]
@@ -240,10 +241,10 @@ def test_micro_batches_ask_for_the_next_token_where_it_is_a_target(tmp_path):
         got, capacity = [], int(dataset.n_inputs.max()) + slack
         for batch in data.micro_batches(dataset, range(len(dataset)), capacity, max_conversations):
             assert batch.tokens.dtype == batch.target_positions.dtype == batch.targets.dtype == torch.int64
-            assert batch.tokens.shape == (sum(batch.doc_lengths),)
+            assert batch.tokens.shape == (sum(batch.lengths),)
             assert batch.target_positions.shape == batch.targets.shape
             assert batch.target_positions.tolist() == sorted(set(batch.target_positions.tolist()))
-            assert sum(batch.doc_lengths) <= capacity and len(batch.doc_lengths) <= (max_conversations or 99)
+            assert sum(batch.lengths) <= capacity and len(batch.lengths) <= (max_conversations or 99)
             got += conversations_in(batch)
         assert sorted(got) == sorted(expected)
         assert all(pairs[-1][0] == len(inputs) - 1 for inputs, pairs in got)
@@ -263,8 +264,8 @@ def test_each_target_has_its_conversation(on_prompt, tmp_path):
     for batch in data.micro_batches(dataset, np.array([6, 1, 4, 2]), 60):
         owners = [i for i, (_, pairs) in zip(batch.ids.tolist(), conversations_in(batch), strict=True)
                   for _ in pairs]
-        assert batch.conversation_of_target().dtype == torch.int64
-        assert batch.conversation_of_target().tolist() == owners
+        assert batch.conversation_of_target.dtype == torch.int64
+        assert batch.conversation_of_target.tolist() == owners
         assert np.bincount(owners, minlength=7)[batch.ids].tolist() == dataset.n_targets[batch.ids].tolist()
 
 
@@ -273,9 +274,27 @@ def test_a_rank_without_conversations_gets_one_token_and_no_target(ids, tmp_path
     """All ranks must take part in each micro-batch, because collectives wait for all of them."""
     dataset = dataset_of([chat(f"q{i}", "answer") for i in range(4)], tmp_path / "rows.json")
     (idle,) = data.micro_batches(dataset, np.array(ids, dtype=int), 60, dp_rank=1, dp_size=2)
-    assert idle.tokens.tolist() == [0] and idle.doc_lengths == (1,) and idle.ids.tolist() == ids
-    for tensor in (idle.target_positions, idle.targets, idle.conversation_of_target()):
+    assert idle.tokens.tolist() == [0] and idle.lengths == (1,) and idle.ids.tolist() == []
+    for tensor in (idle.target_positions, idle.targets, idle.conversation_of_target):
         assert tensor.shape == (0,) and tensor.dtype == torch.int64
+
+
+@pytest.mark.parametrize("ids", [[2], [3, 1], [0, 1, 2], []])
+def test_all_tensors_of_a_micro_batch_are_views_of_one_buffer(ids, tmp_path):
+    """So one copy moves them. Its Documents equal those made from the lengths, also for an odd number of offsets."""
+    dataset = dataset_of([chat(f"q{i}", "answer " * (i + 1)) for i in range(4)], tmp_path / "rows.json")
+    batch = data.collate(dataset, np.array(ids, dtype=int))
+    expected = Documents.of(batch.lengths)
+    assert batch.documents.longest == expected.longest and batch.documents.lengths == expected.lengths
+    for name in ("positions", "offsets"):
+        tensor, other = getattr(batch.documents, name), getattr(expected, name)
+        assert torch.equal(tensor, other) and tensor.dtype == other.dtype and tensor.is_contiguous()
+    storage = batch.buffer.untyped_storage().data_ptr()
+    tensors = (batch.tokens, batch.target_positions, batch.targets, batch.conversation_of_target,
+               batch.documents.positions, batch.documents.offsets)
+    assert all(tensor.untyped_storage().data_ptr() == storage for tensor in tensors)
+    copy = batch.to("meta")
+    assert copy.tokens.is_meta and copy.documents.offsets.is_meta and copy.ids is batch.ids
 
 
 def test_micro_batches_contain_only_conversations_of_the_step(tmp_path):
@@ -294,7 +313,7 @@ def test_all_ranks_yield_the_same_number_of_micro_batches(count, dp_size, tmp_pa
     """Also in a step with fewer conversations than ranks. Together they have all targets of the step."""
     dataset = dataset_of([chat(f"q{i}", f"answer {i}") for i in range(8)], tmp_path / "rows.json")
     ids = list(range(count))
-    ranks = [list(data.micro_batches(dataset, ids, 60, None, rank, dp_size)) for rank in range(dp_size)]
+    ranks = [list(data.micro_batches(dataset, ids, 60, dp_rank=rank, dp_size=dp_size)) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
     targets = [target for rank in ranks for batch in rank for target in batch.targets.tolist()]
     expected = []
