@@ -1,8 +1,8 @@
 """flash_attn's names over torch's own FlashAttention-2 (torch.nn.attention.varlen), for transformers and TRL.
 
-tools/gpu_stages.py copies this file to flash_attn/__init__.py in a temporary directory, so that TRL packs with
-FlashAttention-2 without a compiled wheel of 250 MB. A figure of TRL that was measured so says that its
-FlashAttention is torch's build. Nothing in the project imports this file.
+tools/gpu_probes.py copies this file to flash_attn/__init__.py in a temporary directory, so that TRL packs
+with FlashAttention-2 without a compiled wheel of 250 MB. Its FlashAttention is then torch's build, which a
+table with such a figure has to say. Nothing in the project imports this file.
 """
 
 import inspect

@@ -1,14 +1,15 @@
 """Check and time the trainer on one GPU, in stages: `python tools/gpu_check.py OUT SECONDS [--stages 0-6]`
 
-Each stage is a process of its own with a limit in seconds. A stage that fails, or is ended at its limit, costs
-only itself; a stage whose limit does not fit into the time that remains is skipped by name. As soon as a stage
-ends, its one JSON line is in OUT/results.jsonl and 150 characters of it on the screen. The table comes last:
-what was expected beside what was measured. OUT also gets table.txt, log.txt (what the stages printed) and
-kernels.txt (the profiles). Models and runs are in a temporary directory, in /dev/shm where there is room.
+Each stage is a process of its own with a limit in seconds. A stage that fails, or is ended at its limit,
+costs only itself. A stage whose limit does not fit into the time that remains is skipped by name. As soon as
+a stage ends, its one JSON line is in OUT/results.jsonl and 150 characters of it on the screen. The table
+comes last: what was expected beside what was measured. OUT also gets table.txt, log.txt (what the stages
+printed) and kernels.txt (the profiles). Models and runs are in a temporary directory, in /dev/shm where there
+is room.
 
 --list prints each stage's command, so that a person can run one alone. --device cpu runs every stage on tiny
 shapes: it proves that the stages work, its figures mean nothing. docs/gpu.md describes the stages, and the
-packages that the comparison with TRL needs. tools/gpu_stages.py has the code of the stages.
+packages that the comparison with TRL needs. The code is in gpu_probes.py (0, 1) and gpu_stages.py (the rest).
 """
 
 if __name__ == "__main__":
@@ -77,13 +78,16 @@ STAGES = (
     Stage(6, "compiled_1.5b", 55, expected={f"long.{SPEED}": (42e3, 38e3)}),
     Stage(6, "trl_1.5b", 60, "trl", {SPEED: (34e3, None)}),
     Stage(7, "lora_7b", 60, expected={f"long.{SPEED}": (14.5e3, 13e3)}),
-    Stage(7, "lora_7b_4096", 50, expected={f"long.{SPEED}": (14.1e3, 14.11e3)}),  # 14,110: NeMo's, docs/gpu.md
-    Stage(8, "qlora_7b", 50, expected={f"long.{SPEED}": (13.5e3, None), "first_loss_error": (0.1, 0.15)}),
+    # 14,110 is what NeMo AutoModel publishes for this run
+    Stage(7, "lora_7b_4096", 50, expected={f"long.{SPEED}": (14.1e3, 14.11e3)}),
+    Stage(8, "qlora_7b", 50, expected={
+        f"long.{SPEED}": (13.5e3, None), "first_loss_error": (0.1, 0.15)}),
     Stage(9, "trl_7b", 60, "trl", {SPEED: (12.5e3, None)}),
     Stage(10, "offload_3b", 60),
 )
 # stages whose ratio of tokens per second the table shows: ours, TRL's, expected
-COMPARED = (("compiled_0.5b", "trl_0.5b", 1.4), ("compiled_1.5b", "trl_1.5b", 1.25), ("lora_7b", "trl_7b", 1.15))
+COMPARED = (("compiled_0.5b", "trl_0.5b", 1.4), ("compiled_1.5b", "trl_1.5b", 1.25),
+            ("lora_7b", "trl_7b", 1.15))
 
 
 @dataclass
@@ -125,7 +129,7 @@ def limit_of(stage, device):
 
 
 def command(stage, cfg, scratch):
-    """The command of a stage, a list of arguments. It prints its JSON line more than once: the last counts."""
+    """The command of a stage, as a list. It prints its JSON line more than once: the last one counts."""
     return [sys.executable, os.path.abspath(__file__), cfg.out or "OUT", "--stage", stage.name, "--device",
             cfg.device, "--scratch", scratch]
 
@@ -223,7 +227,7 @@ def brief(result):
 
 
 def measure_all(cfg, stages):
-    """Run the stages one after another; return their results. Results are on the disk as soon as they exist."""
+    """Run the stages one after another; return their results, which are on the disk as soon as they exist."""
     deadline = time.monotonic() + cfg.seconds
     os.makedirs(cfg.out, exist_ok=True)
     scratch = scratch_directory(cfg.device)
@@ -234,7 +238,8 @@ def measure_all(cfg, stages):
             for stage in stages:
                 reason = reason_to_skip(stage, limit_of(stage, cfg.device), deadline - time.monotonic())
                 if reason:
-                    result = {"stage": stage.number, "name": stage.name, "status": SKIPPED, "reason": reason}
+                    result = {"stage": stage.number, "name": stage.name, "status": SKIPPED,
+                              "reason": reason}
                 else:
                     result = measure(stage, cfg, scratch)
                 results.append(result)
@@ -305,12 +310,13 @@ def table(results, judges=True):
 def main():
     cfg, _ = parse(Config, sys.argv[1:], positional=["out", "seconds"])
     if cfg.stage:
-        from tools import gpu_stages  # imports torch, which the process that waits for the stages does not need
+        from tools import gpu_stages  # imports torch, which the process that starts the stages does not need
         gpu_stages.run_stage(cfg.stage, cfg.device, cfg.scratch, cfg.out)
         return
     stages = selected(cfg.stages)
     if cfg.list:
-        directory = os.path.join(SHARED_MEMORY if cfg.device == "cuda" else tempfile.gettempdir(), "gpu_check")
+        parent = SHARED_MEMORY if cfg.device == "cuda" else tempfile.gettempdir()
+        directory = os.path.join(parent, "gpu_check")
         for stage in stages:
             print(f"# {stage.number} {stage.name}, limit {limit_of(stage, cfg.device):g} s")
             print(shlex.join(command(stage, cfg, directory)))

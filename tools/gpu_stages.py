@@ -8,15 +8,10 @@ metrics.jsonl is polled, and the run is killed after enough steps, so that it do
 import collections
 import contextlib
 import filecmp
-import functools
 import glob
-import importlib.metadata
-import importlib.util
-import inspect
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,23 +20,20 @@ import time
 import warnings
 
 import torch
-import torch.nn.functional as F
 
 import data
 import sft
 from disk import files
 from families.config import ModelConfig
-from ops import attention, nf4, optim
-from ops.loss import Head, loss
 from screen.log import Log
 from settings import venv
 from settings.errors import UserError
 from text.template import ChatTokenizer
-from tools import bench
+from tools import bench, gpu_probes
 from tools.bench_sides import QWEN_05B, proc_gb
 
-SFT, BENCH, PLAN, CHECK = (
-    os.path.join(venv.PROJECT, name) for name in ("sft.py", "tools/bench.py", "tools/plan.py", "tools/gpu_check.py"))
+SFT, BENCH, PLAN, CHECK = (os.path.join(venv.PROJECT, name) for name in (
+    "sft.py", "tools/bench.py", "tools/plan.py", "tools/gpu_check.py"))
 SHAPES = {  # Qwen2.5's
     "0.5b": QWEN_05B,
     "1.5b": dict(QWEN_05B, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
@@ -120,52 +112,10 @@ def run_stage(name, device, scratch, out):
 # measuring
 
 
-def seconds_of(action, device, repeats=10):
-    """Median seconds of action() after a warm-up, by device events on CUDA."""
-    action()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            action()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            started = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def relative_error(value, reference):
-    """||value - reference|| / ||reference|| in fp64; infinite where either has a NaN."""
-    value, reference = value.detach().double(), reference.detach().double().to(value.device)
-    error = ((value - reference).norm() / reference.norm().clamp_min(1e-30)).item()
-    return error if math.isfinite(error) else math.inf
-
-
-def poison(device):
-    """Leave NaN in the memory that the next tensors get, so that an element that is never written is found."""
-    if device.type == "cuda":
-        torch.full((2**28,), math.nan, device=device)  # freed at once, and kept by torch's allocator
-        for n in (2**10, 2**14, 2**18):
-            torch.full((n,), math.nan, device=device)
-
-
-def gpu_name():
-    """The name of the GPU, without starting CUDA in this process; "" without nvidia-smi."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
-
-
 def flops_per_token(config, length, target_fraction=1.0, is_lora=False):
     """Floating-point operations per token that a training step needs, recomputation not counted.
 
-        (6, with LoRA 4) × (weights of the blocks' matrices + target_fraction × V × C) + 3 × 2 T H D layers
+        (6, with LoRA 4) × (weights of the blocks' matrices + target_fraction × V C) + 3 × 2 T H D layers
 
     A weight takes two operations in forward, two for the gradient of its input, and, unless it is frozen, two
     for its own. In causal attention a token sees T / 2 others on average, in two products of 2 H D each.
@@ -225,7 +175,7 @@ def rows(report, kind):
     return path
 
 
-def start(report, *arguments, environment=None):
+def start(*arguments, environment=None):
     """Start a Python program; what it prints goes to this stage's log."""
     environment = {**os.environ, **(environment or {})}
     return subprocess.Popen([sys.executable, *arguments], env=environment, stdin=subprocess.DEVNULL)
@@ -257,7 +207,8 @@ def kill_after(process, output, n_steps):
             process.wait()
             return first
         if has_ended:
-            raise RuntimeError(f"sft.py ended with code {process.returncode} after {n_logged} of {n_steps} steps")
+            raise RuntimeError(f"sft.py ended with code {process.returncode} after {n_logged} of {n_steps} "
+                               "steps")
         time.sleep(0.01)
 
 
@@ -273,6 +224,13 @@ def flags_of(report, shape, kind, extra, length=None):
     return flags
 
 
+def start_plan(report, flags):
+    """Start tools/plan.py for a run; it needs no GPU."""
+    device = report.pick(("--n_gpus", "1"), ())
+    return subprocess.Popen([sys.executable, PLAN, *flags, *device], stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+
+
 def planned_gb(process):
     """The peak that tools/plan.py has printed; None, with the reason in the log, if it failed."""
     printed = process.communicate()[0]
@@ -283,39 +241,35 @@ def planned_gb(process):
     return float(peak.split()[1])
 
 
-def timed(report, key, flags):
-    """Time a run and add its figures as {key: {...}}: the median of steps 6 to 20, peaks, MFU, the plan's peak."""
+def timed(report, key, flags, plans=True):
+    """Time a run; add its figures as {key: {...}}: medians of steps 6 to 20, peaks, MFU, the plan's peak.
+
+    plans  also ask tools/plan.py, while the run starts
+    """
     n_steps, first_counted = report.pick((20, 6), (3, 2))
     output = os.path.join(report.scratch, f"run_{key}")
     shutil.rmtree(output, ignore_errors=True)
-    # the plan needs no GPU; it is made while the run starts
-    device = report.pick(("--n_gpus", "1"), ())
-    plan = subprocess.Popen([sys.executable, PLAN, *flags, *device], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    run = start(report, SFT, *flags, "--output_dir", output, "--max_steps", "200", "--save_steps", "1000")
-    try:
-        first_seconds = kill_after(run, output, n_steps)
-        planned = planned_gb(plan)
-    finally:
-        plan.kill()
-        plan.wait()
+    plan = start_plan(report, flags) if plans else None
+    run = start(SFT, *flags, "--output_dir", output, "--max_steps", "200", "--save_steps", "1000")
+    first_seconds = kill_after(run, output, n_steps)
     lines = steps_so_far(output)[:n_steps]
     counted = lines[first_counted - 1 :]
     speed = statistics.median(line["tokens_per_second"] for line in counted)
     seconds = statistics.median(line["seconds"] for line in counted)
     figures = {"tokens_per_second": speed, "seconds": seconds, "start_s": first_seconds,
                "first_step_s": lines[0]["seconds"], "first_loss": lines[0]["loss"],
-               "last_loss": lines[-1]["loss"], "planned_gb": planned,
-               "mfu": counted[-1].get("mfu", mfu(flags, speed))}
-    for name in ("peak_memory_gb", "reserved_memory_gb"):
+               "last_loss": lines[-1]["loss"], "planned_gb": planned_gb(plan) if plan else None}
+    for name in ("peak_memory_gb", "reserved_memory_gb", "mfu"):
         figures[name] = lines[-1].get(name)
+    if figures["mfu"] is None:
+        figures["mfu"] = mfu(flags, speed)
     report.add(**{key: figures})
     shutil.rmtree(output)
 
 
 def mfu(flags, speed):
     """Model FLOPs utilisation of a run at `speed` tokens per second; None if the GPU's peak is not known."""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu_name()), None)
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu_probes.gpu_name()), None)
     if peak is None:
         return None
     value = dict(zip(flags, flags[1:]))
@@ -323,10 +277,11 @@ def mfu(flags, speed):
     dataset = data.load(value["--train_data"], ChatTokenizer(directory), int(value["--max_length"]),
                         cache_dir=value["--cache_dir"])
     lengths = dataset.n_inputs.astype(float)
+    n_tokens = lengths.sum()
     config = ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json")))
-    needed = flops_per_token(config, (lengths**2).sum() / lengths.sum(), dataset.n_targets.sum() / lengths.sum(),
+    needed = flops_per_token(config, (lengths**2).sum() / n_tokens, dataset.n_targets.sum() / n_tokens,
                              "--use_lora" in flags)
-    return speed * needed / peak
+    return float(speed * needed / peak)
 
 
 class Done(Exception):
@@ -372,7 +327,8 @@ class Watcher:
 
     def syncs(self):
         """{"file:line": how many times the host waited for the device there} of step 4."""
-        places = [f"{os.path.basename(w.filename)}:{w.lineno}" for w in self.caught if "synchroniz" in str(w.message)]
+        places = [f"{os.path.basename(w.filename)}:{w.lineno}" for w in self.caught
+                  if "synchroniz" in str(w.message)]
         return dict(collections.Counter(places).most_common())
 
     def milliseconds(self):
@@ -391,7 +347,7 @@ class Watcher:
 
     def kernels(self):
         """The 25 most expensive kernels of step 5, as a table."""
-        order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         return self.profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=90)
 
 
@@ -438,242 +394,6 @@ def watch(report, key, flags, saves=False):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 0: the machine
-
-
-def write_shim(directory):
-    """Write a package flash_attn over torch's varlen_attn (flash_attn_names.py); return the PYTHONPATH for it."""
-    package = os.path.join(directory, "flash_attn")
-    described = os.path.join(directory, "flash_attn-2.8.3.dist-info")  # importlib.metadata finds the package by it
-    for path in (package, described):
-        os.makedirs(path, exist_ok=True)
-    shutil.copy(os.path.join(venv.PROJECT, "tools", "flash_attn_names.py"), os.path.join(package, "__init__.py"))
-    texts = {"METADATA": "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n",
-             "top_level.txt": "flash_attn\n", "RECORD": "flash_attn/__init__.py,,\n"}
-    for name, text in texts.items():
-        with open(os.path.join(described, name), "w", encoding="utf-8") as f:
-            f.write(text)
-    return os.pathsep.join(filter(None, (directory, os.environ.get("PYTHONPATH"))))
-
-
-def versions():
-    """{package: version} of what takes part; None where it is not installed."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "liger-kernel"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def hardware(report):
-    """Versions, and the ceilings that all other figures are divided by."""
-    device, on_cuda = report.device, not report.is_tiny
-    trl = None
-    if importlib.util.find_spec("trl"):  # 10 s, so beside the rest
-        code = "import transformers.utils as u, trl; print(trl.__version__, u.is_flash_attn_2_available())"
-        trl = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": write_shim(os.path.join(report.scratch, "shim"))})
-    report.add(gpu=gpu_name(), cores=os.cpu_count(), versions=versions())
-    if on_cuda:
-        query = "driver_version,memory.total,memory.used,clocks.sm,power.limit"
-        smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-                             capture_output=True, text=True)
-        report.add(nvidia_smi=smi.stdout.strip() or smi.stderr[-200:])
-    x = torch.randn(report.pick(2**30, 2**16), device=device)
-    y = torch.empty_like(x)
-    report.add(copy_tb_per_second=2 * x.nbytes / seconds_of(lambda: y.copy_(x), device) / 1e12)
-    del x, y
-    n = report.pick(8192, 256)
-    a, b = torch.randn(2, n, n, dtype=torch.bfloat16, device=device)
-    report.add(product_tflops=2 * n**3 / seconds_of(lambda: a @ b, device) / 1e12)
-    for name, is_pinned in (("pinned", on_cuda), ("pageable", False)):
-        host = torch.randn(report.pick(2**27, 2**16), pin_memory=is_pinned)
-        there = host.to(device)
-        report.add(**{
-            f"to_device_{name}_gb": host.nbytes / 1e9 / seconds_of(lambda: there.copy_(host), device, 5),
-            f"to_host_{name}_gb": host.nbytes / 1e9 / seconds_of(lambda: host.copy_(there), device, 5)})
-    if trl:
-        printed = trl.communicate()[0].strip()
-        report.add(trl_and_flash_attn=printed)
-        report.check("trl_imports", trl.returncode == 0 and printed.endswith("True"))
-    p = torch.nn.Parameter(torch.randn(report.pick(2**27, 2**16)))
-    p.grad = torch.randn_like(p)
-    optimizer = optim.AdamW([dict(params=[p], weight_decay=0.01)], lr=1e-4, betas=(0.9, 0.95), eps=1e-8)
-    seconds = seconds_of(optimizer.step, torch.device("cpu"), 5)
-    report.add(host_adamw_gb=28 * p.numel() / 1e9 / seconds)  # reads 16 bytes per parameter, writes 12
-    from torch.nn.attention.varlen import varlen_attn  # imports much of torch
-    report.add(varlen_attn=str(inspect.signature(varlen_attn))[:400])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 1: kernels against references
-
-
-def reference_attention(q, k, v, lengths, window):
-    """Causal attention within each document, from its definition: scores, mask, softmax."""
-    outputs = []
-    for q, k, v in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
-        position = torch.arange(q.shape[0], device=q.device)
-        distance = position[:, None] - position
-        invisible = (distance < 0) | (distance >= (window or q.shape[0]))
-        weights = scores.masked_fill(invisible, -math.inf).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
-    return torch.cat(outputs)
-
-
-def outputs_and_gradients(function, tensors, grad, *arguments):
-    """[function's output, gradient of each tensor] for the gradient `grad` of the output."""
-    tensors = [x.detach().clone().requires_grad_() for x in tensors]
-    poison(grad.device)
-    output = function(*tensors, *arguments)
-    output.backward(grad.to(output.dtype))
-    return [output.detach(), *(x.grad for x in tensors)]
-
-
-def attention_functions(device):
-    """({name: attention function}, function that makes Documents of lengths). One varlen call needs CUDA."""
-    if not hasattr(attention, "attend_varlen"):  # an ops/attention.py without the CUDA path
-        return {"each": attention.attend}, attention.Documents
-    functions = {"each": attention.attend_each}
-    if device.type == "cuda":
-        functions["varlen"] = attention.attend_varlen
-    return functions, functools.partial(attention.Documents.of, device=device)
-
-
-def check_attention(report):
-    """attend_each and attend_varlen against fp64, twice bit-equal when deterministic, and their speed."""
-    device = report.device
-    functions, documents_of = attention_functions(device)
-    report.check("varlen_is_used", "varlen" in functions or report.is_tiny)
-    lengths = report.pick((1, 7, 128, 2048), (1, 7, 33))
-    documents = documents_of(lengths)
-    heads = report.pick(((14, 2, 64), (28, 4, 128), (16, 8, 128)), ((4, 2, 16),))
-    forward, backward = collections.defaultdict(float), collections.defaultdict(float)
-    for (H, K, D) in heads:
-        for window in (None, 1, 64):
-            q, grad = torch.randn(2, sum(lengths), H, D, device=device, dtype=torch.bfloat16)
-            k, v = torch.randn(2, sum(lengths), K, D, device=device, dtype=torch.bfloat16)
-            reference = outputs_and_gradients(
-                reference_attention, [x.double() for x in (q, k, v)], grad.double(), lengths, window)
-            for name, function in functions.items():
-                found = outputs_and_gradients(function, (q, k, v), grad, documents, window)
-                errors = [relative_error(a, b) for a, b in zip(found, reference)]
-                if window == 1:  # each token sees itself only: q and k have no gradient to compare with
-                    errors = [errors[0], errors[3]]
-                forward[name] = max(forward[name], errors[0])
-                backward[name] = max(backward[name], *errors[1:])
-    report.add(attention_forward_error=max(forward.values()), attention_backward_error=max(backward.values()),
-               attention_errors={"forward": dict(forward), "backward": dict(backward)})
-    report.check("attention_forward", max(forward.values()) < 1e-2)
-    report.check("attention_backward", max(backward.values()) < 2e-2)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    for name, function in functions.items():
-        first, second = (outputs_and_gradients(function, (q, k, v), grad, documents, None) for _ in range(2))
-        report.check(f"{name}_is_deterministic", all(map(torch.equal, first, second)))
-    torch.use_deterministic_algorithms(False)
-    microseconds = {}
-    for (H, K, D) in heads:
-        for n, length in report.pick(((8, 2048), (64, 256)), ((2, 16),)):
-            q = torch.randn(n * length, H, D, device=device, dtype=torch.bfloat16, requires_grad=True)
-            k, v = torch.randn(2, n * length, K, D, device=device, dtype=torch.bfloat16).unbind()
-            k.requires_grad_(), v.requires_grad_()
-            documents = documents_of((length,) * n)
-            for name, function in functions.items():
-                action = forward_backward(function, q, k, v, documents)
-                microseconds[f"{name} {H}/{K}x{D} {n}x{length}"] = 1e6 * seconds_of(action, device, 5)
-    report.add(attention_us=microseconds)
-
-
-def forward_backward(function, q, k, v, documents):
-    return lambda: function(q, k, v, documents, None).sum().backward()
-
-
-def check_loss(report):
-    """The chunked loss and its gradients in bf16 against fp32, and its speed with a vocabulary of 151,936."""
-    device, dtype = report.device, torch.bfloat16
-    N, C, V = report.pick((4196, 896, 151936), (600, 32, 512))
-    head = Head(C, V, bias=False, device=device, dtype=dtype)
-    torch.nn.init.normal_(head.weight, std=0.02)
-    hidden = torch.randn(N, C, device=device, dtype=dtype, requires_grad=True)
-    positions, targets = torch.arange(1, N, 2, device=device), torch.randint(V, (N // 2,), device=device)
-    poison(device)
-    total = loss(hidden, head, positions, targets).total
-    total.backward()
-    exact = [x.detach().float().requires_grad_() for x in (hidden, head.weight)]
-    reference = F.cross_entropy(exact[0][positions] @ exact[1].T, targets, reduction="sum")
-    reference.backward()
-    errors = {"total": relative_error(total, reference), "hidden": relative_error(hidden.grad, exact[0].grad),
-              "weight": relative_error(head.weight.grad, exact[1].grad)}
-    report.add(loss_errors=errors)
-    for name, limit in (("total", 1e-3), ("hidden", 1e-2), ("weight", 1e-2)):
-        report.check(f"loss_{name}", errors[name] < limit)
-    del exact, reference
-    N = report.pick(16384, 600)
-    hidden = torch.randn(N, C, device=device, dtype=dtype, requires_grad=True)
-    positions, targets = torch.arange(N, device=device), torch.randint(V, (N,), device=device)
-    seconds = seconds_of(lambda: loss(hidden, head, positions, targets).total.backward(), device, 5)
-    report.add(loss_us_per_target=1e6 * seconds / N)
-    if device.type == "cuda":  # a product with fp32 results from bf16 factors, which only CUDA has
-        a, b = torch.randn(V, 1024, device=device, dtype=dtype), torch.randn(1024, C, device=device, dtype=dtype)
-        total = torch.randn(V, C, device=device)
-        expected = total + a.float() @ b.float()
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-        report.add(addmm_fp32_error=relative_error(total, expected))
-        report.check("addmm_fp32", report.values["addmm_fp32_error"] < 1e-5)
-
-
-def check_nf4(report):
-    """NF4 on the device against the CPU: the stored bytes and the dequantised values, bit by bit."""
-    rows, columns = report.pick((4872, 3584), (72, 200))
-    weight = torch.randn(rows, columns).mul_(0.02).to(torch.bfloat16)
-    stored, values = [], []
-    for device in (torch.device("cpu"), report.device):
-        packed = nf4.empty(rows, columns, device).zero_()
-        nf4.quantize_(nf4.views(packed, columns), weight.to(device))
-        stored.append(packed.cpu())
-        storage = nf4.views(packed, columns)
-        values.append(nf4.dequantize(storage, torch.bfloat16, 0, rows, columns).cpu())
-    report.check("nf4_bytes", torch.equal(*stored))
-    report.check("nf4_values", torch.equal(*values))
-    x = torch.randn(64, columns, device=report.device, dtype=torch.bfloat16)
-    y = nf4.matmul(x, storage, columns, transpose=True)
-    report.add(nf4_product_error=relative_error(y, x.float() @ values[1].to(report.device).float().T))
-    report.check("nf4_product", report.values["nf4_product_error"] < 1e-2)
-
-
-def check_optimizer(report):
-    """AdamW with its state in host memory against AdamW on the CPU, bit by bit; on the device, to rounding."""
-    start, grads = torch.randn(report.pick(2**22, 2**12)), [torch.randn(report.pick(2**22, 2**12)) for _ in range(3)]
-    results = {}
-    for name, device, offload in (("cpu", "cpu", False), ("device", report.device, False),
-                                  ("host", report.device, True)):
-        p = torch.nn.Parameter(start.to(device, copy=True))
-        optimizer = optim.build(optim.AdamW, [dict(params=[p], weight_decay=0.01)], lr=1e-3, betas=(0.9, 0.95),
-                                eps=1e-8, offload=offload)
-        for grad in grads:
-            p.grad = grad.to(device, copy=True)
-            optimizer.step()
-        results[name] = p.detach().cpu()
-        if name == "device" and "found_inf" in inspect.signature(optimizer.step).parameters:
-            optimizer.step(found_inf=torch.ones((), device=device))
-            report.check("found_inf_changes_nothing", torch.equal(p.detach().cpu(), results[name]))
-    report.add(adamw_error=relative_error(results["device"], results["cpu"]))
-    report.check("host_adamw_equals_adamw", torch.equal(results["host"], results["cpu"]))
-    report.check("adamw_on_device", report.values["adamw_error"] < 1e-6)
-
-
-def kernels(report):
-    for part in (check_loss, check_nf4, check_optimizer, check_attention):
-        part(report)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # 2: laws
 
 
@@ -691,7 +411,7 @@ def laws(report):
     def train(name, *flags, **variables):
         output = os.path.join(report.scratch, name)
         # the presets of `tiny` as they are; one micro-batch per step
-        process = start(report, SFT, "--model", "tiny", "--max_steps", str(n_steps), "--save_steps", str(every),
+        process = start(SFT, "--model", "tiny", "--max_steps", str(n_steps), "--save_steps", str(every),
                         "--micro_batch_size", "8", "--cache_dir", "none", "--output_dir", output, *flags,
                         environment=variables)
         return process, output
@@ -704,7 +424,7 @@ def laws(report):
     resumed_from = os.path.basename(os.path.realpath(os.path.join(killed_output, "checkpoints", "latest")))
     runs["resumed"] = train("killed", *exact, "--resume_from", "auto")
     flags = flags_of(report, "0.5b", "short", ("gradient_checkpointing=false",))
-    selfcheck = start(report, SFT, *flags, "--selfcheck", "--output_dir", os.path.join(report.scratch, "selfcheck"))
+    selfcheck = start(SFT, *flags, "--selfcheck", "--output_dir", os.path.join(report.scratch, "selfcheck"))
     for name, (process, _) in runs.items():
         report.check(f"{name}_run_ends_well", process.wait() == 0)
     lines = {name: steps_so_far(output) for name, (_, output) in runs.items()}
@@ -713,7 +433,8 @@ def laws(report):
     report.add(bf16_loss_error=error, compared_steps=len(pairs), resumed_from=resumed_from)
     report.check("bf16_loss", error < 2e-2)
     for name in ("second", "resumed"):
-        numbers = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines[run]] for run in ("first", name)]
+        numbers = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines[run]]
+                   for run in ("first", name)]
         checkpoints = [os.path.join(runs[run][1], "checkpoints", "latest") for run in ("first", name)]
         report.check(f"{name}_losses_are_equal", numbers[0] == numbers[1] and numbers[0])
         report.check(f"{name}_weights_are_equal", same_weights(*checkpoints))
@@ -730,7 +451,7 @@ def full(report, shape, compiled, checkpointing, watched):
     extra = (f"compile={str(compiled).lower()}", f"gradient_checkpointing={checkpointing}")
     timed(report, "long", flags_of(report, shape, "long", extra))
     if watched:
-        timed(report, "short", flags_of(report, shape, "short", extra))
+        timed(report, "short", flags_of(report, shape, "short", extra), plans=False)
         watch(report, "watched", flags_of(report, shape, "long", extra), saves=not compiled)
 
 
@@ -743,7 +464,7 @@ def compiled_05b(report):
 
 
 def compiled_15b(report):
-    full(report, "1.5b", compiled=True, checkpointing=report.pick("auto", "true"), watched=False)
+    full(report, "1.5b", compiled=not report.is_tiny, checkpointing=report.pick("auto", "true"), watched=False)
 
 
 def lora_flags(report, *extra):
@@ -791,9 +512,10 @@ def trl(report, shape):
     """TRL on the same rows: tools/bench.py's side, with FlashAttention-2 as torch has it."""
     flags = report.pick(("--device", "cuda", "--shape", shape), ())
     directory = model(report, shape)
-    path = write_shim(os.path.join(report.scratch, "shim"))
-    done = subprocess.run([sys.executable, BENCH, "--side", "trl_packed", *flags, "--directory", directory],
-                          stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}, check=True)
+    path = gpu_probes.write_shim(os.path.join(report.scratch, "shim"))
+    command = [sys.executable, BENCH, "--side", "trl_packed", *flags, "--directory", directory]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": path})
     report.add(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -809,7 +531,7 @@ def trl_7b(report):
     trl(report, "7b")
 
 
-STAGES = {"hardware": hardware, "kernels": kernels, "laws": laws, "eager_0.5b": eager_05b,
-          "compiled_0.5b": compiled_05b, "trl_0.5b": trl_05b, "compiled_1.5b": compiled_15b,
+STAGES = {"hardware": gpu_probes.hardware, "kernels": gpu_probes.kernels, "laws": laws,
+          "eager_0.5b": eager_05b, "compiled_0.5b": compiled_05b, "trl_0.5b": trl_05b, "compiled_1.5b": compiled_15b,
           "trl_1.5b": trl_15b, "lora_7b": lora_7b, "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b,
           "trl_7b": trl_7b, "offload_3b": offload_3b}
