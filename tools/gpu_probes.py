@@ -72,7 +72,7 @@ def gpu_name():
 
 
 def write_shim(directory):
-    """Write a package flash_attn over torch's varlen_attn (flash_attn_names.py); return a PYTHONPATH with it."""
+    """Write a package flash_attn, of flash_attn_names.py, into a directory; return a PYTHONPATH with it."""
     package = os.path.join(directory, "flash_attn")
     # importlib.metadata finds the package by this directory
     described = os.path.join(directory, "flash_attn-2.8.3.dist-info")

@@ -464,7 +464,8 @@ def compiled_05b(report):
 
 
 def compiled_15b(report):
-    full(report, "1.5b", compiled=not report.is_tiny, checkpointing=report.pick("auto", "true"), watched=False)
+    checkpointing = report.pick("auto", "true")
+    full(report, "1.5b", compiled=not report.is_tiny, checkpointing=checkpointing, watched=False)
 
 
 def lora_flags(report, *extra):
@@ -532,6 +533,6 @@ def trl_7b(report):
 
 
 STAGES = {"hardware": gpu_probes.hardware, "kernels": gpu_probes.kernels, "laws": laws,
-          "eager_0.5b": eager_05b, "compiled_0.5b": compiled_05b, "trl_0.5b": trl_05b, "compiled_1.5b": compiled_15b,
-          "trl_1.5b": trl_15b, "lora_7b": lora_7b, "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b,
-          "trl_7b": trl_7b, "offload_3b": offload_3b}
+          "eager_0.5b": eager_05b, "compiled_0.5b": compiled_05b, "trl_0.5b": trl_05b,
+          "compiled_1.5b": compiled_15b, "trl_1.5b": trl_15b, "lora_7b": lora_7b,
+          "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b, "trl_7b": trl_7b, "offload_3b": offload_3b}
