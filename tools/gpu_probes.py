@@ -178,16 +178,16 @@ def outputs_and_gradients(function, tensors, grad, *arguments):
 
 def attention_functions(device):
     """({name: attention function}, function that makes Documents of lengths). One varlen call needs CUDA."""
-    if not hasattr(attention, "attend_varlen"):  # an ops/attention.py without the CUDA path
+    if not hasattr(attention, "attend_each"):  # an ops/attention.py without the CUDA path
         return {"each": attention.attend}, attention.Documents
     functions = {"each": attention.attend_each}
     if device.type == "cuda":
-        functions["varlen"] = attention.attend_varlen
+        functions["varlen"] = attention.varlen_attention()
     return functions, functools.partial(attention.Documents.of, device=device)
 
 
 def check_attention(report):
-    """attend_each and attend_varlen against fp64, twice bit-equal when deterministic, and their speed."""
+    """Attention by document and in one call: against fp64, twice with --deterministic's settings, timed."""
     device = report.device
     functions, documents_of = attention_functions(device)
     report.check("varlen_is_used", "varlen" in functions or report.is_tiny)
@@ -301,9 +301,10 @@ def check_optimizer(report):
             p.grad = grad.to(device, copy=True)
             optimizer.step()
         results[name] = p.detach().cpu()
-        if name == "device" and "found_inf" in inspect.signature(optimizer.step).parameters:
-            optimizer.step(found_inf=torch.ones((), device=device))
-            report.check("found_inf_changes_nothing", torch.equal(p.detach().cpu(), results[name]))
+        flag = {"found_inf", "skip"} & inspect.signature(optimizer.step).parameters.keys()
+        if name == "device" and flag:  # a device tensor that is 1 where the step must not change anything
+            optimizer.step(**{flag.pop(): torch.ones((), device=device)})
+            report.check("a_skipped_step_changes_nothing", torch.equal(p.detach().cpu(), results[name]))
     report.add(adamw_error=relative_error(results["device"], results["cpu"]))
     report.check("host_adamw_equals_adamw", torch.equal(results["host"], results["cpu"]))
     report.check("adamw_on_device", report.values["adamw_error"] < 1e-6)

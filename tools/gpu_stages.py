@@ -141,8 +141,7 @@ def write_model(report, shape):
     directory = os.path.join(report.scratch, shape)
     shutil.rmtree(directory, ignore_errors=True)
     os.makedirs(directory)
-    with report.device:  # random numbers are made on the GPU
-        bench.write_model(directory, SHAPES[shape])
+    bench.write_model(directory, SHAPES[shape])
     shutil.copy(rows(report, "long"), os.path.join(directory, "rows.json"))  # the other trainer's rows
     open(os.path.join(directory, "complete"), "w").close()
 
@@ -150,7 +149,7 @@ def write_model(report, shape):
 def model(report, shape):
     """The directory of a model of random bf16 weights. The first stage that needs it writes it.
 
-    In a process of its own, so that this one takes no memory on the GPU.
+    In a process of its own, whose memory is free again when the run starts.
     """
     shape = report.pick(shape, "tiny")
     directory = os.path.join(report.scratch, shape)
@@ -361,8 +360,8 @@ def watch(report, key, flags, saves=False):
     class WatchedLog(Log):
         """sft.py's log, which calls the watcher."""
 
-        def step(self, step, **values):
-            super().step(step, **values)
+        def step(self, step, *args, **values):
+            super().step(step, *args, **values)
             watcher.after(step)
 
         def sync(self):  # sft.py calls it before it writes a checkpoint,
@@ -510,8 +509,8 @@ def offload_3b(report):
 
 
 def trl(report, shape):
-    """TRL on the same rows: tools/bench.py's side, with FlashAttention-2 as torch has it."""
-    flags = report.pick(("--device", "cuda", "--shape", shape), ())
+    """TRL on the same rows: tools/bench.py's side, with FlashAttention-2 as torch has it; 7B with LoRA."""
+    flags = report.pick(("--device", "cuda", "--shape", shape, *("--lora",) * (shape == "7b")), ())
     directory = model(report, shape)
     path = gpu_probes.write_shim(os.path.join(report.scratch, "shim"))
     command = [sys.executable, BENCH, "--side", "trl_packed", *flags, "--directory", directory]

@@ -129,7 +129,8 @@ def is_running(pid):
 def test_a_bad_stage_costs_only_itself(fake, capsys):
     """A stage that raises, fails a check or hangs keeps the values it has printed; the next ones run."""
     fine, fails, checks, hangs, absent, too_long, last = fake(*FAKE)
-    assert fine == {"stage": 0, "name": "fine", "status": "ok", "seconds": fine["seconds"], "limit": 60, "a": 1, "b": 2.5}
+    assert fine == {"stage": 0, "name": "fine", "status": "ok", "seconds": fine["seconds"], "limit": 60, "a": 1,
+                    "b": 2.5}
     assert (fails["status"], fails["a"], fails["error"]) == ("failed", 3, "ValueError: planted")
     assert (checks["status"], checks["error"]) == ("failed", "failed checks: bad")
     assert hangs["status"] == "timeout" and 2 <= hangs["seconds"] < 30
@@ -222,7 +223,7 @@ def test_table_judges():
 def test_flops_per_token(frozen):
     """Against torch's count of products in forward and backward, without attention, which torch does not halve.
 
-    LoRA freezes the matrices, but their inputs have gradients. Here only the embedding is trained, which makes no product.
+    LoRA freezes the matrices, but their inputs have gradients. Here only the embedding is trained, without a product.
     """
     model = small_model(tie_word_embeddings=False)
     if frozen:
@@ -271,7 +272,7 @@ def test_watcher_counts_the_syncs_of_one_step():
     watcher = gpu_stages.Watcher(torch.device("cpu"), 6, saves=False)
 
     def one_step():
-        for text in ("called a synchronizing CUDA operation", "something else", "called a synchronizing CUDA operation"):
+        for text in ("a synchronizing CUDA operation", "something else", "a synchronizing CUDA operation"):
             warnings.warn(text, stacklevel=1)
 
     for step in range(1, 6):
