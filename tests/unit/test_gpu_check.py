@@ -31,7 +31,7 @@ KEYS = {  # stage -> keys of its result, at least
     "kernels": {"checks", "attention_forward_error", "attention_backward_error", "attention_us", "loss_errors",
                 "loss_us_per_target", "nf4_product_error", "adamw_error"},
     "laws": {"checks", "bf16_loss_error", "compared_steps", "resumed_from"},
-    "eager_0.5b": {"long", "short", "watched"}, "compiled_0.5b": {"long", "short", "watched"},
+    "eager_0.5b": {"long", "short", "watched"}, "compiled_0.5b": {"long", "watched"},
     "compiled_1.5b": {"long"}, "lora_7b": {"long"}, "lora_7b_4096": {"long"},
     "qlora_7b": {"long", "first_loss_error"}, "offload_3b": {"watched", "peak_memory_gb", "host_peak_gb"},
 }
@@ -58,6 +58,7 @@ def check_results(out, printed, names):
             assert TIMED == result[key].keys()
         if "watched" in result:
             assert WATCHED <= result["watched"].keys()
+            assert ("graphs" in result["watched"]) == (name == "compiled_0.5b")
     lines = printed.splitlines()
     for result, line in zip(results.values(), lines):
         assert line.startswith(f"{result['stage']} {result['name']}: {result['status']}") and len(line) <= 150
