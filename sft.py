@@ -33,7 +33,7 @@ import lora
 from disk import peft, pretrained
 from disk.run import RunState
 from model import CausalLM
-from ops import forecast, memory, nf4, optim, overlap
+from ops import compiler, forecast, memory, nf4, optim, overlap
 from ranks import processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
@@ -245,8 +245,8 @@ def build(cfg, paths, ranks, trains=True):
     bf16 = cfg.dtype_on(ranks.device) == "bf16"
     is_meta = ranks.device.type == "meta"
     with torch.device("meta"):
-        n_checkpointed = forecast.checkpointed_blocks(cfg, paths.config)
-        model = CausalLM(paths.config, n_checkpointed, cfg.compile is True)
+        model = CausalLM(paths.config, forecast.checkpointed_blocks(cfg, paths.config),
+                         compiled=trains and compiler.choose(cfg.compile, ranks.device, cfg.tp))
     if not is_meta:
         pretrained.match_weights(model, paths.model)  # raises before memory is allocated
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):
