@@ -452,11 +452,12 @@ def full(report, shape, compiled, checkpointing, watched):
         extra = (f"compile={str(compiled).lower()}", f"gradient_checkpointing={checkpointing}")
         return flags_of(report, shape, kind, extra)
 
-    # on the CPU only the watched run compiles: that is enough to test the stage
-    timed(report, "long", flags("long", compiled and not report.is_tiny))
-    if watched:
-        if not (report.is_tiny and compiled):
+    # compilation is most of a run on tiny shapes, so there only the watched run compiles
+    if not (report.is_tiny and compiled and watched):
+        timed(report, "long", flags("long", compiled and not report.is_tiny))
+        if watched:
             timed(report, "short", flags("short", compiled))
+    if watched:
         watch(report, "watched", flags("long", compiled), saves=not compiled)
 
 
