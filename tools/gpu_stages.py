@@ -228,8 +228,11 @@ def flags_of(report, shape, kind, extra, length=None):
 
 
 def start_plan(report, flags):
-    """Start tools/plan.py for a run; it needs no GPU."""
-    device = report.pick(("--n_gpus", "1"), ())
+    """Start tools/plan.py for a run; it needs no GPU. The memory is for settings that are auto."""
+    device = ()
+    if not report.is_tiny:
+        mebibytes = float(gpu_probes.nvidia_smi("memory.total"))
+        device = ("--n_gpus", "1", "--memory_gb", f"{mebibytes / 1024:.1f}")
     return subprocess.Popen([sys.executable, PLAN, *flags, *device], stdout=subprocess.PIPE, text=True,
                             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
