@@ -59,12 +59,16 @@ def poison(device):
             torch.full((n,), math.nan, device=device)
 
 
-def gpu_name():
-    """The name of the GPU, without starting CUDA in this process; "" without nvidia-smi."""
+def nvidia_smi(fields):
+    """What nvidia-smi says of the GPU, without starting CUDA in this process; "" where it is missing."""
     if not shutil.which("nvidia-smi"):
         return ""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    return subprocess.run(query, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def gpu_name():
+    return nvidia_smi("name")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,10 +127,7 @@ def hardware(report):
             env={**os.environ, "PYTHONPATH": write_shim(os.path.join(report.scratch, "shim"))})
     report.add(gpu=gpu_name(), cores=os.cpu_count(), versions=versions())
     if on_cuda:
-        query = "driver_version,memory.total,memory.used,clocks.sm,power.limit"
-        smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-                             capture_output=True, text=True)
-        report.add(nvidia_smi=smi.stdout.strip() or smi.stderr[-200:])
+        report.add(nvidia_smi=nvidia_smi("driver_version,memory.total,memory.used,clocks.sm,power.limit"))
     report.add(copy_tb_per_second=copy_rate(report.pick(2**30, 2**16), device) / 1e12,
                product_tflops=product_rate(report.pick(8192, 256), device) / 1e12)
     for name, is_pinned in (("pinned", on_cuda), ("pageable", False)):

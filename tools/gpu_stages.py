@@ -228,8 +228,11 @@ def flags_of(report, shape, kind, extra, length=None):
 
 
 def start_plan(report, flags):
-    """Start tools/plan.py for a run; it needs no GPU."""
-    device = report.pick(("--n_gpus", "1"), ())
+    """Start tools/plan.py for a run; it needs no GPU. The memory is for settings that are auto."""
+    device = ()
+    if not report.is_tiny:
+        mebibytes = float(gpu_probes.nvidia_smi("memory.total"))
+        device = ("--n_gpus", "1", "--memory_gb", f"{mebibytes / 1024:.1f}")
     return subprocess.Popen([sys.executable, PLAN, *flags, *device], stdout=subprocess.PIPE, text=True,
                             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
@@ -452,11 +455,12 @@ def full(report, shape, compiled, checkpointing, watched):
         extra = (f"compile={str(compiled).lower()}", f"gradient_checkpointing={checkpointing}")
         return flags_of(report, shape, kind, extra)
 
-    # on the CPU only the watched run compiles: that is enough to test the stage
-    timed(report, "long", flags("long", compiled and not report.is_tiny))
-    if watched:
-        if not (report.is_tiny and compiled):
+    # compilation is most of a run on tiny shapes, so there only the watched run compiles
+    if not (report.is_tiny and compiled and watched):
+        timed(report, "long", flags("long", compiled and not report.is_tiny))
+        if watched:
             timed(report, "short", flags("short", compiled))
+    if watched:
         watch(report, "watched", flags("long", compiled), saves=not compiled)
 
 
