@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from ops import nf4
+from ops import loss, nf4
 from settings.errors import UserError
 
 GB = 2**30
@@ -115,6 +115,10 @@ class PlannedRun:
         return 2 if self.bf16 else 4
 
     @property
+    def device_type(self):
+        return "cuda" if self.cuda else "cpu"
+
+    @property
     def hidden_bytes(self):
         """Bytes of the hidden states of a micro-batch."""
         return self.tokens * self.config.hidden_size * self.itemsize
@@ -168,14 +172,12 @@ def check(run):
 
 def loss_chunk(run):
     """Targets whose logits the loss holds at a time."""
-    vocabulary = run.config.vocab_size // run.tp
-    return 256 * math.ceil(2**30 / (2 * vocabulary) / 256) if run.cuda else 256
+    return loss.chunk_size(run.config.vocab_size // run.tp, run.device_type)
 
 
 def dequantised_values(run):
     """Values of the largest 4-bit matrix that a product dequantises at a time."""
-    matrix = run.config.hidden_size * run.config.intermediate_size
-    return matrix if run.cuda else min(nf4.PIECE, matrix)
+    return min(nf4.piece_size(run.device_type), run.config.hidden_size * run.config.intermediate_size)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -321,8 +323,8 @@ def memory(run):
     full_gradient = sum(unsharded_bytes(run, part, reduce_itemsize, only_trained=True) for part in ("", None))
     held = full_gradient * (run.micro_batches > 1)  # nothing is reduced before a step's last micro-batch
     reduced = state["gradients"] * (not (run.cuda and run.param_offload))
-    loss = loss_bytes(run)
-    stages = {"the loss": held + kept_bytes(run) + 2 * hidden + loss + root + buffer,
+    of_loss = loss_bytes(run)
+    stages = {"the loss": held + kept_bytes(run) + 2 * hidden + of_loss + root + buffer,
               "the optimizer step": reduced}
     # the matrices of a step change linearly between these blocks
     last, k = run.config.num_hidden_layers - 1, run.checkpointed_blocks
@@ -332,7 +334,8 @@ def memory(run):
         finished = held or of_blocks * (last - i) // (last + 1)  # gradients that exist already
         stages[stage_name(i, last)] = finished + activations(run, i) + while_in_block
     embedding = matrix_bytes(run, w) * run.trains_embedding  # its dense gradient
-    tied_gradient = embedding * run.config.tie_word_embeddings
+    tied_gradient = matrix_bytes(run, gradient_itemsize(run, w)) * (
+        run.trains_embedding and run.config.tie_word_embeddings)  # the head's, which is added to it
     if run.is_sharded:
         # the root's gradient: what is reduced (only with several dp ranks), and the result
         root_gradient = unsharded_bytes(run, None, reduce_itemsize, only_trained=True)
@@ -345,7 +348,7 @@ def memory(run):
     stage = max(stages, key=stages.get)
     resting, host = resting_bytes(run, state)
     slack = 0 if run.cuda else fragmentation(run, block)
-    return dict(state, activations=activations(run), loss=loss, gathered=root + gathered, held=held,
+    return dict(state, activations=activations(run), loss=of_loss, gathered=root + gathered, held=held,
                 slack=slack, stage=stage, stages=stages, host=host, device=resting + stages[stage] + slack)
 
 
@@ -366,10 +369,16 @@ def trains_head(run):
 
 
 def loss_bytes(run):
-    """Bytes of a chunk's logits, the head's gradient, the hidden states, those at targets, their gradient."""
-    itemsize = 6 if run.bf16 else 4  # bf16 and fp32
-    logits = min(loss_chunk(run), run.tokens) * (run.config.vocab_size // run.tp) * itemsize
-    return logits + matrix_bytes(run, itemsize) * trains_head(run) + 3 * run.hidden_bytes
+    """Bytes of a chunk's logits, the head's gradient, the hidden states, a chunk of them, their gradient."""
+    c, rows = run.config, min(loss_chunk(run), run.tokens)
+    logits = rows * (c.vocab_size // run.tp)
+    size = logits * run.itemsize + rows * c.hidden_size * run.itemsize
+    head_itemsize = 4
+    if run.bf16:
+        size += 4 * min(loss.PIECE, logits)  # a piece in fp32, where no compiler fuses it
+        # FSDP2 gets the gradient in bf16, from the fp32 sum; on the CPU each chunk's product is in bf16
+        head_itemsize += 2 * (run.is_sharded or not run.cuda)
+    return size + matrix_bytes(run, head_itemsize) * trains_head(run) + 2 * run.hidden_bytes
 
 
 def gradients_of_blocks(run):
@@ -392,7 +401,7 @@ def backward_bytes(run, held):
         work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
                      if trained and ".layers.0." in name), default=0)
     # the head's gradient waits for the embedding's if they are tied
-    head_itemsize = gradient_itemsize(run, w) if not c.tie_word_embeddings else w
+    head_itemsize = gradient_itemsize(run, w)
     waits = c.tie_word_embeddings or run.is_sharded or not held
     return work + matrix_bytes(run, head_itemsize) * (trains_head(run) and waits)
 
@@ -401,13 +410,13 @@ def resting_bytes(run, state):
     """(device, host): bytes of weights and optimizer between steps; the host's include its buffers."""
     if run.cuda and run.param_offload:
         return 0, sum(state.values())
+    optimizer = state["moments"] + state["masters"]
+    if run.optimizer_offload:  # two fp32 buffers, as large as the largest shard: gradient in, weight out
+        optimizer += 8 * max(shard_sizes(run, name, shape)[1] for name, shape, _, trained in run.parameters
+                             if trained)
     if run.cuda and run.optimizer_offload:
-        # pinned buffers, for gradients on their way in and weights on their way out; one gradient in fp32
-        trained = [(shard_sizes(run, name, shape)[1], itemsize)
-                   for name, shape, itemsize, trained in run.parameters if trained]
-        pinned = sum(n * itemsize for n, itemsize in trained)
-        return state["weights"], state["moments"] + state["masters"] + pinned + 4 * max(trained)[0]
-    return state["weights"] + state["moments"] + state["masters"], 0
+        return state["weights"], optimizer
+    return state["weights"] + optimizer, 0
 
 
 def fragmentation(run, block):

@@ -14,6 +14,7 @@ import sys
 
 SFT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "sft.py")
 # Signals that end a run early, and its exit code: Ctrl-C, Slurm's warning before a requeue, a shutdown.
+OUT_OF_MEMORY = "out of memory"  # what a rank leaves for torchrun's report, and a key of the store
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143}
 
 
@@ -72,9 +73,9 @@ def check_settings(arguments):
 def torchrun(arguments, n_gpus, n_nodes):
     """Run sft.py under torchrun, in this process, until all workers have ended. Returns the exit code.
 
-    A worker that has printed why it ends leaves no error file for torchrun: code 2 means that the input is
-    wrong, 1 that memory ran out. Any other failure raises torchrun's ChildFailedError, whose text is its
-    report.
+    The code is 2 if the first worker to fail has that code: the worker has printed what is wrong with the
+    input; 1 if its memory ran out, of which it has printed the details. Any other failure raises torchrun's
+    ChildFailedError, whose text is its report.
     """
     from torch.distributed import run  # imported here: the process that supervises this one needs no torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -89,7 +90,7 @@ def torchrun(arguments, n_gpus, n_nodes):
         run.run(run.parse_args([*flags, SFT, "--environment", *arguments]))
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
-        if failure.exitcode != 2 and not (failure.exitcode == 1 and failure.error_file == "<N/A>"):
+        if failure.exitcode != 2 and failure.message != OUT_OF_MEMORY:
             raise
         return failure.exitcode
     return 0

@@ -6,6 +6,7 @@ it. If one rank receives a signal, all finish the step, save and exit.
 """
 
 import datetime
+import json
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disk.files import LockTimeout
-from ranks.launch import EXIT_CODES
+from ranks.launch import EXIT_CODES, OUT_OF_MEMORY
 from settings.errors import OutOfMemory, UserError
 
 
@@ -120,10 +121,11 @@ class Ranks:
         elif self.store.check(["stopped"]):
             sys.exit(EXIT_CODES[int(self.store.get("stopped"))])
         elif isinstance(error, OutOfMemory):
-            if self.store.add("out of memory", 1) == 1:  # the first rank: others may be short of it too
+            if self.store.add(OUT_OF_MEMORY, 1) == 1:  # the first rank: others may be short of it too
                 print(f"sft.py: error: {error}", file=sys.stderr)
+                leave_for_torchrun(OUT_OF_MEMORY)
             sys.exit(1)
-        elif self.store.check(["out of memory"]):
+        elif self.store.check([OUT_OF_MEMORY]):
             sys.exit(1)  # that rank has ended the run and says why
         else:
             self.report_failure(error)
@@ -184,6 +186,14 @@ class Ranks:
             holder = socket.gethostname(), error.pid
             others = [other for other in others if (other.host, other.pid) == holder]
         return min(others, key=lambda other: other.since, default=None)
+
+
+def leave_for_torchrun(message):
+    """Write the file that torchrun's report quotes, in its format; without torchrun do nothing."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump({"message": message, "timestamp": int(time.time())}, f)
 
 
 def is_timeout(error):

@@ -178,7 +178,8 @@ def planned_by(monkeypatch, *flags):
 @pytest.mark.parametrize("flags", [
     (), ("--no-gradient_checkpointing",), ("--batch_size", "2"), ("--optimizer_offload",), ("--param_offload",),
     ("--use_lora",), ("--use_lora", "--param_offload"), ("--max_length", "32"),
-    ("--max_length", "32", "--param_offload")])
+    ("--max_length", "32", "--param_offload"), ("--dtype", "bf16", "--max_length", "32"),
+    ("--dtype", "bf16", "--optimizer_offload")])
 def test_the_peak_is_within_5_percent_of_the_allocators(train, tmp_path, monkeypatch, flags):
     """The planned peak against the most memory that torch had allocated during three steps, by its own count."""
     monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: None)
@@ -237,7 +238,8 @@ def test_memory_is_monotonic(large):
     assert grows([device(micro_batch_size=n, batch_size=256) for n in (1, 2, 3, 4)])
     assert grows([device(length=n) for n in (128, 4096, 8192)])
     assert grows([device(world_size=n, batch_size=4 * n) for n in (512, 256, 64, 8)])
-    assert grows([device(checkpointed_blocks=n) for n in (80, 79, 40, 1, 0)])
+    assert grows([device(checkpointed_blocks=n) for n in (79, 40, 1, 0)])
+    assert device(checkpointed_blocks=80) <= device(checkpointed_blocks=79)  # the last block exists in full either way
     assert grows([device(param_offload=True), device()])
     assert grows([device(optimizer_offload=True), device()])
     assert grows([device(batch_size=8), device(batch_size=9)])  # the second micro-batch holds the full gradient

@@ -155,6 +155,13 @@ def test_the_exit_code_of_a_failed_worker(code, launch):
     assert process.returncode == code and ("Root Cause" in err) == (code == 1)
 
 
+def test_a_worker_that_ran_out_of_memory_has_said_so(launch):
+    """Code 1 without torchrun's report."""
+    process = launch("--n_gpus", "2", PLANT="memory")
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Root Cause" not in err and "Traceback" not in err
+
+
 def test_term_ends_a_launcher_that_waits_for_another_node(launch, tmp_path):
     """There are no workers yet, so there is nothing to save."""
     with socket.socket() as s:
