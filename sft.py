@@ -244,9 +244,9 @@ def build(cfg, paths, ranks, trains=True):
     """
     bf16 = cfg.dtype_on(ranks.device) == "bf16"
     is_meta = ranks.device.type == "meta"
+    compiled = trains and compiler.choose(cfg.compile, ranks.device, cfg.tp)
     with torch.device("meta"):
-        model = CausalLM(paths.config, forecast.checkpointed_blocks(cfg, paths.config),
-                         compiled=trains and compiler.choose(cfg.compile, ranks.device, cfg.tp))
+        model = CausalLM(paths.config, forecast.checkpointed_blocks(cfg, paths.config), compiled)
     if not is_meta:
         pretrained.match_weights(model, paths.model)  # raises before memory is allocated
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):

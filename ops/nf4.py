@@ -124,7 +124,8 @@ def quantize_(storage, weight):
         is_finite &= largest.isfinite().all()
         for g, group_largest in enumerate(largest.split(GROUP, dim=1)):
             low, high = group_largest.aminmax(dim=1, keepdim=True)
-            step = (high - low) / 255**2
+            # by a tensor: CUDA divides by a number as a product with its reciprocal, which rounds otherwise
+            step = (high - low) / low.new_full((), 255**2)
             storage["coarse"][start:stop, 2 * g : 2 * g + 2] = torch.cat((low, step), dim=1)
             codes = ((group_largest - low) / step.clamp_min(TINY)).sqrt().round()
             storage["scales"][start:stop, GROUP * g : GROUP * (g + 1)] = codes

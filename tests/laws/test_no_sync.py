@@ -48,7 +48,7 @@ def dataset():
 def one_step(dataset, **settings):
     """A step of several micro-batches on meta, as train() computes it; returns the copies and the micro-batches."""
     nf4.pairs(META)  # a table that is copied to a device once per process
-    cfg = sft.Config(model="tiny", batch_size=16, max_length=256, max_grad_norm_factor=2.0, cache_dir="none", **settings)
+    cfg = sft.Config(model="tiny", batch_size=16, max_length=256, max_grad_norm_factor=2.0, **settings)
     ranks = processes.single_process(META)
     model, _ = sft.build(cfg, ModelPaths.find(TINY), ranks)
     groups = optim.parameter_groups(model, cfg.weight_decay)
