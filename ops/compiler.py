@@ -1,6 +1,7 @@
 """Whether torch.compile can generate kernels for a device."""
 
 import functools
+import importlib
 import os
 import shutil
 
@@ -17,7 +18,7 @@ def has_compiler(device_type):
     if device_type != "cuda" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return False
     try:
-        import triton  # noqa: F401  slow, and only CUDA needs it
+        importlib.import_module("triton")  # slow, and only CUDA needs it
     except ImportError:
         return False
     names = (os.environ["CC"],) if os.environ.get("CC") else ("gcc", "clang")
