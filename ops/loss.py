@@ -157,9 +157,8 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
     function can't all-reduce halfway, so with tensor parallelism it is eager, as where there is no compiler.
     """
     if head.tp_size == 1 and has_compiler(logits.device.type):
-        # Copies: a view that starts elsewhere would be another graph.
-        weights = weights.clone() if needs_gradient and weights is not None else None
-        return compiled()(logits, targets.clone(), weights, needs_gradient)
+        # Without a gradient no weights are read; to pass them would only be another graph.
+        return compiled()(logits, targets, weights if needs_gradient else None, needs_gradient)
     # fp32 logits change in place; others are copied to fp32, piece by piece
     is_wide = logits.dtype == wide(logits.dtype)
     rows = len(logits) if is_wide else max(1, PIECE // logits.shape[1])
@@ -194,10 +193,7 @@ def eager_(logits, targets, weights, head, needs_gradient):
 
 
 def fused_(logits, targets, weights, needs_gradient):
-    """cross_entropy_ as one function for the compiler, which holds no (rows, V) tensor but the logits.
-
-    exp is written twice: a compiler may store what two passes use, which costs more than to repeat it.
-    """
+    """cross_entropy_ as one function for the compiler, which holds no (rows, V) tensor but the logits."""
     x = logits.to(wide(logits.dtype))
     x = x - x.amax(dim=1, keepdim=True)
     log_sum = x.exp().sum(dim=1, keepdim=True).log()
