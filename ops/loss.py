@@ -5,6 +5,7 @@ holds (all, without tensor parallelism).
 """
 
 import functools
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -157,9 +158,14 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
     function can't all-reduce halfway, so with tensor parallelism it is eager, as where there is no compiler.
     """
     if head.tp_size == 1 and has_compiler(logits.device.type):
-        # Copies: a view that starts elsewhere would be another graph.
-        weights = weights.clone() if needs_gradient and weights is not None else None
-        return compiled()(logits, targets.clone(), weights, needs_gradient)
+        # Without a gradient no weights are read; to pass them would only be another graph.
+        each = compiled(logits, targets, weights if needs_gradient else None, needs_gradient)
+        if needs_gradient:
+            at_target = torch.expm1(-each)  # probability minus one
+            if weights is not None:
+                at_target = at_target * weights
+            logits.scatter_(1, targets[:, None], at_target.to(logits.dtype)[:, None])
+        return each
     # fp32 logits change in place; others are copied to fp32, piece by piece
     is_wide = logits.dtype == wide(logits.dtype)
     rows = len(logits) if is_wide else max(1, PIECE // logits.shape[1])
@@ -194,23 +200,30 @@ def eager_(logits, targets, weights, head, needs_gradient):
 
 
 def fused_(logits, targets, weights, needs_gradient):
-    """cross_entropy_ as one function for the compiler, which holds no (rows, V) tensor but the logits.
+    """cross_entropy_ for the compiler, which holds no (rows, V) tensor but the logits.
 
-    exp is written twice: a compiler may store what two passes use, which costs more than to repeat it.
+    It leaves the gradient at the targets to its caller: one number a row, which a kernel over all logits would
+    have to look for.
     """
     x = logits.to(wide(logits.dtype))
     x = x - x.amax(dim=1, keepdim=True)
     log_sum = x.exp().sum(dim=1, keepdim=True).log()
-    t = targets[:, None]
-    each = log_sum - x.gather(1, t)
+    each = log_sum - x.gather(1, targets[:, None])
     if needs_gradient:
-        one_hot = torch.arange(logits.shape[1], device=logits.device) == t
-        gradient = (x - log_sum).exp() - one_hot.to(x.dtype)
-        logits.copy_(gradient if weights is None else gradient * weights[:, None])
+        probabilities = (x - log_sum).exp()
+        logits.copy_(probabilities if weights is None else probabilities * weights[:, None])
     return each[:, 0]
 
 
+def compiled(logits, targets, weights, needs_gradient):
+    """fused_(), compiled once for each vocabulary: to divide by a number that is not known is slow."""
+    for tensor in (logits, targets, weights):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return compile_fused()(logits, targets, weights, needs_gradient)
+
+
 @functools.cache
-def compiled():
-    """fused_, compiled: one graph for all numbers of rows."""
-    return torch.compile(fused_, dynamic=True, fullgraph=True)
+def compile_fused():
+    warnings.filterwarnings("ignore", "\nOnline softmax is disabled")  # says that few rows are slower
+    return torch.compile(fused_, dynamic=False, fullgraph=True)

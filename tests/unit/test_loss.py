@@ -305,23 +305,3 @@ def test_a_shared_vocabulary_is_never_compiled(monkeypatch):
     given[1].tp_size = 1
     with pytest.raises(NotImplementedError):
         loss(*given)
-
-
-def test_where_a_compiler_is(monkeypatch, tmp_path):
-    """On CUDA with Triton, a C compiler and capability 7.0; never on the CPU and on meta."""
-    def found(device_type="cuda", capability=(9, 0), triton=True, cc="", path="/usr/bin:/bin", disable="0"):
-        (tmp_path / "gcc").touch(mode=0o755)
-        has_compiler.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-            patch.setitem(sys.modules, "triton", types.ModuleType("triton") if triton else None)
-            for name, value in {"CC": cc, "PATH": path, "TORCH_COMPILE_DISABLE": disable}.items():
-                patch.setenv(name, value)
-            return has_compiler(device_type)
-
-    gcc = dict(path=str(tmp_path))
-    assert found(**gcc) and found(**gcc, capability=(7, 0)) and found(path="", cc=str(tmp_path / "gcc"))
-    assert not found(**gcc, triton=False) and not found(**gcc, capability=(6, 1)) and not found(path="")
-    assert not found(**gcc, disable="1") and not found(**gcc, cc="absent")
-    assert not found("cpu", **gcc) and not found("meta", **gcc)
-    has_compiler.cache_clear()
