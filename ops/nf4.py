@@ -155,10 +155,12 @@ def dequantize(storage, dtype, start, stop, columns=None):
 
     columns  required if it is odd; by default twice the bytes of a row's codes
     """
-    scales, codes = block_scales(storage, start, stop), storage["codes"][start:stop]
+    codes = storage["codes"][start:stop]
     columns = columns or 2 * codes.shape[1]
     if torch.compiler.is_compiling():  # in a compiled block
-        return fused(scales, codes, LEVELS.to(codes.device), dtype, columns)
+        return opaque_dequantize(
+            storage["coarse"][start:stop], storage["scales"][start:stop], codes, columns, dtype)
+    scales = block_scales(storage, start, stop)
     if has_compiler(codes.device.type):
         return compiled(scales, codes, dtype, columns)
     values = pairs(codes.device).index_select(0, codes.flatten().int())
@@ -167,6 +169,19 @@ def dequantize(storage, dtype, start, stop, columns=None):
     values[:, : full * BLOCK].unflatten(1, (full, BLOCK)).mul_(scales[:, :full, None])
     values[:, full * BLOCK :].mul_(scales[:, full:])  # a last block of fewer than BLOCK values
     return values.to(dtype)
+
+
+@torch.library.custom_op("sft::dequantize_nf4", mutates_args=())
+def opaque_dequantize(coarse: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, columns: int,
+                      dtype: torch.dtype) -> torch.Tensor:
+    """dequantize() as one operation of a compiled block. Traced, its scales could round otherwise."""
+    storage = {"coarse": coarse, "scales": scales, "codes": codes}
+    return dequantize(storage, dtype, 0, len(codes), columns)
+
+
+@opaque_dequantize.register_fake
+def _(coarse, scales, codes, columns, dtype):
+    return codes.new_empty(len(codes), columns, dtype=dtype)
 
 
 def fused(scales, codes, levels, dtype, columns):

@@ -31,7 +31,7 @@ from text.template import ChatTokenizer
 QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                 vocab_size=151936, num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6,
                 tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
-RANK, ALPHA = 8, 16  # LoRA on all linear layers
+RANK, ALPHA = 16, 32  # LoRA on all linear layers
 LENGTH, BATCH = 1024, 4  # max_length; conversations per step of bench_step on the CPU
 CUDA_LENGTH, CUDA_STEPS = 2048, 20  # max_length and steps of bench_step on CUDA
 UNSTEADY = 5  # the first steps of a run are not counted: caches are empty, and buffers are allocated

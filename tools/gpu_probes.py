@@ -84,6 +84,9 @@ def write_shim(directory):
         os.makedirs(path, exist_ok=True)
     names = os.path.join(venv.PROJECT, "tools", "flash_attn_names.py")
     shutil.copy(names, os.path.join(package, "__init__.py"))
+    with open(os.path.join(package, "bert_padding.py"), "w", encoding="utf-8") as f:
+        f.write("from transformers.modeling_flash_attention_utils import _pad_input as pad_input\n"
+                "from transformers.modeling_flash_attention_utils import _unpad_input as unpad_input\n")
     texts = {"METADATA": "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n",
              "top_level.txt": "flash_attn\n", "RECORD": "flash_attn/__init__.py,,\n"}
     for name, text in texts.items():

@@ -3,8 +3,6 @@
 tests/unit/test_model.py compares the chunked loss with plain cross-entropy, as the model uses it.
 """
 
-import sys
-import types
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from helpers import program
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops.loss
-from ops.compiler import has_compiler
 from ops.loss import Head, chunk_size, loss
 
 V, C = 1003, 24
@@ -298,7 +295,7 @@ def test_a_shared_vocabulary_is_never_compiled(monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr(ops.loss, "has_compiler", lambda device_type: True)
-    monkeypatch.setattr(ops.loss, "compiled", lambda: called)
+    monkeypatch.setattr(ops.loss, "compiled", called)
     given = inputs()
     given[1].tp_size = 2
     loss(*given)
