@@ -41,7 +41,7 @@ class Figures:
     """
 
     def __init__(self, device):
-        self.is_cuda = device.type == "cuda"
+        self.device, self.is_cuda = device, device.type == "cuda"
         self.begin = self.now()
 
     def now(self):
@@ -54,8 +54,10 @@ class Figures:
 
     def queue(self, **tensors):
         """Copy () tensors to the host as soon as they are computed; None is omitted. The step ends here."""
-        tensors = {name: tensor.double() for name, tensor in tensors.items() if tensor is not None}
-        self.names, self.numbers = list(tensors), torch.stack(list(tensors.values()))
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.names = list(tensors)
+        # with offload, some are computed on the host
+        self.numbers = torch.stack([t.to(self.device, torch.float64) for t in tensors.values()])
         if self.is_cuda:
             pinned = torch.empty(self.numbers.shape, dtype=self.numbers.dtype, pin_memory=True)
             self.numbers = pinned.copy_(self.numbers, non_blocking=True)

@@ -61,7 +61,7 @@ def one_step(dataset, **settings):
         norm = fsdp.grad_norm(model)
         meter.start(1)
         optim.update(optimizer, ranks.all_reduce(loss), norm, lr=cfg.lr, grad_clip=cfg.grad_clip, norm_limit=3.0)
-        overlap.Figures(torch.device("cpu")).queue(loss=loss, grad_norm=norm, changed=meter.changed())
+        overlap.Figures(META).queue(loss=loss, grad_norm=norm, changed=meter.changed())
     assert all(p.grad is None for p in model.parameters())
     return copies, batches
 
@@ -168,6 +168,13 @@ def test_when_the_numbers_of_a_step_are_read(train, monkeypatch):
                       "backward", "update", "read", "evaluate", "save"]  # 6
 
 
+def test_numbers_of_the_host_and_the_device_are_read_together():
+    """With --optimizer_offload the fraction of changed weights is computed on the host."""
+    figures = overlap.Figures(META)
+    figures.queue(loss=torch.zeros((), device=META), changed=torch.zeros(()))
+    assert figures.names == ["loss", "changed"] and figures.numbers.device == META
+
+
 class FakeEvent:
     """torch.cuda.Event: counts what was queued before it."""
 
@@ -197,6 +204,7 @@ def test_numbers_on_cuda_wait_for_their_own_event(monkeypatch):
     monkeypatch.setattr(torch, "empty", unpinned)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     figures = overlap.Figures(torch.device("cuda"))
+    figures.device = torch.device("cpu")  # nothing can be moved to CUDA here
     figures.queue(a=torch.tensor(2.5), b=None, c=torch.tensor(0.1, dtype=torch.float64))
     assert FakeEvent.log == ["record", "record"] and pinned == [True]
     assert figures.read() == ({"a": 2.5, "c": 0.1}, 1.5)
