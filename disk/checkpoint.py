@@ -360,6 +360,6 @@ def is_rank_0():
 
 
 def barrier():
-    """Wait for all ranks, on the CPU: NCCL would have to start, and would count the time that writing takes."""
+    """Wait for all ranks, on the CPU: NCCL would have to start, and its time-out would count the writing."""
     if pretrained.rank_and_world_size()[1] > 1:
         dist.all_reduce(torch.zeros(()))

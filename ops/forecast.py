@@ -375,7 +375,8 @@ def loss_bytes(run):
     size = logits * run.itemsize + rows * c.hidden_size * run.itemsize
     head_itemsize = 4
     if run.bf16:
-        size += 4 * min(loss.PIECE, logits)  # a piece in fp32, where no compiler fuses it
+        # a piece in fp32, where no compiler fuses it
+        size += 4 * min(loss.GPU_PIECE if run.cuda else loss.PIECE, logits)
         # FSDP2 gets the gradient in bf16, from the fp32 sum; on the CPU each chunk's product is in bf16
         head_itemsize += 2 * (run.is_sharded or not run.cuda)
     return size + matrix_bytes(run, head_itemsize) * trains_head(run) + 2 * run.hidden_bytes

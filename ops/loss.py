@@ -14,7 +14,8 @@ from torch import nn
 from ops.compiler import has_compiler
 
 CHUNK = 256  # targets whose logits exist at a time on the CPU
-PIECE = 2**24  # 16-bit logits that are converted to fp32 at a time where no compiler fuses it: 64 MiB
+# 16-bit logits that are converted to fp32 at a time where no compiler fuses it: 64 MiB, on the GPU 256
+PIECE, GPU_PIECE = 2**24, 2**26
 
 
 class LossOut(NamedTuple):
@@ -168,7 +169,8 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
         return each
     # fp32 logits change in place; others are copied to fp32, piece by piece
     is_wide = logits.dtype == wide(logits.dtype)
-    rows = len(logits) if is_wide else max(1, PIECE // logits.shape[1])
+    piece = PIECE if logits.device.type == "cpu" else GPU_PIECE
+    rows = len(logits) if is_wide else max(1, piece // logits.shape[1])
     each = []
     for span in (slice(start, start + rows) for start in range(0, len(logits), rows)):
         row_weights = None if weights is None else weights[span]
@@ -202,8 +204,8 @@ def eager_(logits, targets, weights, head, needs_gradient):
 def fused_(logits, targets, weights, needs_gradient):
     """cross_entropy_ for the compiler, which holds no (rows, V) tensor but the logits.
 
-    It leaves the gradient at the targets to its caller: one number a row, which a kernel over all logits would
-    have to look for.
+    It leaves the gradient at the targets to its caller: one number a row, for which a kernel over all logits
+    would have to search.
     """
     x = logits.to(wide(logits.dtype))
     x = x - x.amax(dim=1, keepdim=True)

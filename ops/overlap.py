@@ -36,8 +36,8 @@ def to_device(array, device):
 class Figures:
     """The few numbers of a step that the host reads, and the step's seconds. Made when the step begins.
 
-    They are read when the next step's backward is queued. `.tolist()` would wait for that backward too. So the
-    numbers are copied to pinned memory, and the host waits only for the event behind the copy.
+    They are read when the next step's backward is queued. `.tolist()` would wait for that backward too. So
+    they are copied to pinned memory, and the host waits only for the event behind the copy.
     """
 
     def __init__(self, device):

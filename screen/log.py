@@ -290,14 +290,15 @@ class Log:
         norm_limit  a gradient norm above it made the optimizer skip the step
         the others  keys of its line in metrics.jsonl
         """
-        values = dict(epoch=epoch, loss=None, lr=lr, grad_norm=None, tokens=tokens, target_tokens=target_tokens)
+        values = dict(  # in the order of the line; read() sets the two
+            epoch=epoch, loss=None, lr=lr, grad_norm=None, tokens=tokens, target_tokens=target_tokens)
         self.unread = step, ids, figures, norm_limit, values
 
     def read(self, norms):
         """Record the step that was last passed to step(), once; append its gradient norm to `norms`.
 
-        A step whose loss or norm is not finite is not recorded but returned, as (step, its conversations, a text
-        with the two numbers); otherwise returns None. All ranks call it.
+        A step whose loss or norm is not finite is not recorded but returned, as (step, its conversations, a
+        text with the two numbers); otherwise returns None. All ranks call it.
         """
         if self.unread is None:
             return None
@@ -315,8 +316,9 @@ class Log:
             values.update(numbers, seconds=seconds, tokens_per_second=values["tokens"] / seconds,
                           peak_memory_gb=memory.peak_memory_gb(self.device))
             values["reserved_memory_gb"] = memory.reserved_memory_gb(self.device)
-            values["mfu"] = flops.mfu(self.model_config, self.train_set.n_inputs[ids], values["target_tokens"],
-                                      self.is_lora, seconds, self.ranks)
+            lengths = self.train_set.n_inputs[ids]
+            values["mfu"] = flops.mfu(self.model_config, lengths, values["target_tokens"], self.is_lora,
+                                      seconds, self.ranks)
             values["skipped"] = is_skipped or None
             self.record(step, {name: value for name, value in values.items() if value is not None})
         return None

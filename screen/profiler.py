@@ -1,8 +1,7 @@
 """--profile N: where the time of N training steps goes and, on CUDA, what their memory holds.
 
 trace.json.gz opens in https://ui.perfetto.dev. memory.json.gz is torch's snapshot of the allocator: each
-allocation with its Python stack. It is JSON because torch's own file is a pickle, which runs code when it is
-read. To look at it:
+allocation with its Python stack. It is JSON because reading torch's own file can run code. To look at it:
 
     python -c "import gzip, json; from torch.cuda import _memory_viz as viz; \\
         print(viz.trace_plot(json.load(gzip.open('memory.json.gz'))))" > memory.html
@@ -48,10 +47,12 @@ def trace(cfg, device):
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=ALLOCATIONS)
 
     def write(finished):
+        n_steps = finished.step_num - WARM_UP
+        if n_steps < 1:
+            return
         path = os.path.join(cfg.output_dir, "trace.json.gz")
         with files.naming(path):
             finished.export_chrome_trace(path)
-        n_steps = finished.step_num - WARM_UP
         tqdm.write(f"profile  {path}: {n_steps} of {cfg.profile} steps; it opens in https://ui.perfetto.dev")
         if device.type != "cuda":
             tqdm.write("         no memory snapshot: only CUDA has one")

@@ -21,14 +21,10 @@ import warnings
 
 import torch
 
-import data
 import sft
-from disk import files
-from families.config import ModelConfig
 from screen.log import Log
 from settings import venv
 from settings.errors import UserError
-from text.template import ChatTokenizer
 from tools import bench, gpu_probes
 from tools.bench_sides import QWEN_05B, proc_gb
 
@@ -45,7 +41,6 @@ SHAPES = {  # Qwen2.5's
     "tiny": dict(QWEN_05B, hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=2048,
                  num_attention_heads=4),
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16 of the SXM boards, NVIDIA's data sheets
 LORA = ("--use_lora", "--lora_rank", "16", "--lora_alpha", "32")
 
 
@@ -106,30 +101,6 @@ def run_stage(name, device, scratch, out):
     report.add()
     if not all(report.values.get("checks", {}).values()):
         sys.exit(1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# measuring
-
-
-def flops_per_token(config, length, target_fraction=1.0, is_lora=False):
-    """Floating-point operations per token that a training step needs, recomputation not counted.
-
-        (6, with LoRA 4) × (weights of the blocks' matrices + target_fraction × V C) + 3 × 2 T H D layers
-
-    A weight takes two operations in forward, two for the gradient of its input, and, unless it is frozen, two
-    for its own. In causal attention a token sees T / 2 others on average, in two products of 2 H D each.
-    Adapters, norms and the softmax are not counted.
-
-    config           families.config.ModelConfig
-    length           T: tokens of its document, averaged over all tokens: sum of squares / sum of lengths
-    target_fraction  targets / tokens: only they need logits
-    """
-    C, D, layers = config.hidden_size, config.head_dim, config.num_hidden_layers
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    matrices = layers * (C * D * (2 * H + 2 * K) + 3 * C * config.intermediate_size)
-    head = target_fraction * config.vocab_size * C
-    return (4 if is_lora else 6) * (matrices + head) + 3 * 2 * length * H * D * layers
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,27 +235,8 @@ def timed(report, key, flags):
                "last_loss": lines[-1]["loss"], "planned_gb": planned_gb(plan)}
     for name in ("peak_memory_gb", "reserved_memory_gb", "mfu"):
         figures[name] = lines[-1].get(name)
-    if figures["mfu"] is None:
-        figures["mfu"] = mfu(flags, speed)
     report.add(**{key: figures})
     shutil.rmtree(output)
-
-
-def mfu(flags, speed):
-    """Model FLOPs utilisation of a run at `speed` tokens per second; None if the GPU's peak is not known."""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu_probes.gpu_name()), None)
-    if peak is None:
-        return None
-    value = dict(zip(flags, flags[1:]))
-    directory = value["--model"]
-    dataset = data.load(value["--train_data"], ChatTokenizer(directory), int(value["--max_length"]),
-                        cache_dir=value["--cache_dir"])
-    lengths = dataset.n_inputs.astype(float)
-    n_tokens = lengths.sum()
-    config = ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json")))
-    needed = flops_per_token(config, (lengths**2).sum() / n_tokens, dataset.n_targets.sum() / n_tokens,
-                             "--use_lora" in flags)
-    return float(speed * needed / peak)
 
 
 class Done(Exception):

@@ -13,11 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import RAW, ROOT, TINY, small_model
-from torch.utils.flop_counter import FlopCounterMode
+from helpers import ROOT
 
-from disk import files
-from families.config import ModelConfig
 from settings.errors import UserError
 from tools import flash_attn_names, gpu_check, gpu_probes, gpu_stages
 
@@ -218,41 +215,6 @@ def test_table_judges():
 
 
 # ---- what the stages are made of ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_flops_per_token(frozen):
-    """Against torch's count of products in forward and backward, without attention, which torch does not halve.
-
-    LoRA freezes the matrices, but their inputs have gradients. Here only the embedding is trained, without a product.
-    """
-    model = small_model(tie_word_embeddings=False)
-    if frozen:
-        model.requires_grad_(False)
-        model.model.embed_tokens.requires_grad_(True)
-    n, c = 64, model.config
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randint(c.vocab_size, (n,)), (n,)).sum().backward()
-    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    assert counted == gpu_stages.flops_per_token(c, 0, is_lora=frozen) * n
-    attention = gpu_stages.flops_per_token(c, 10) - gpu_stages.flops_per_token(c, 0)
-    # a token sees half of 10 on average; two products of 2 H D operations; backward twice those of forward
-    assert attention == 5 * 2 * 2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers * 3
-
-
-def test_mfu_of_a_known_gpu(tmp_path, monkeypatch):
-    """Needed operations per second over the GPU's peak; None for a GPU whose peak is not in the table."""
-    rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps([{"prompt": "one two", "response": "three four five"}] * 3))
-    flags = ["--model", TINY, "--train_data", str(rows), "--max_length", "512", "--cache_dir", "none"]
-    monkeypatch.setattr(gpu_probes, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
-    config = ModelConfig.from_dict(files.read_json(os.path.join(TINY, "config.json")))
-    n_targets = len(RAW.encode("three four five", add_special_tokens=False).ids) + 1  # and the token that ends a turn
-    # all conversations are equal, so one token's document has as many tokens as each other's
-    values = {n: 1e6 * gpu_stages.flops_per_token(config, n, n_targets / n) / 989e12 for n in range(10, 200)}
-    assert gpu_stages.mfu(flags, 1e6) in values.values()
-    monkeypatch.setattr(gpu_probes, "gpu_name", lambda: "NVIDIA T4")
-    assert gpu_stages.mfu(flags, 1e6) is None
 
 
 def test_a_run_that_ends_early_is_an_error(tmp_path):

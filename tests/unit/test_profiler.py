@@ -57,7 +57,7 @@ def test_a_run_that_ends_early_has_a_shorter_trace(run, capsys):
 
 def test_a_run_of_the_warm_up_only_says_so(run, capsys):
     assert run(range(1, 3)) == ([1, 2], None)
-    assert "profile  nothing is written: the first 2 steps are not traced, and this run has 2" in capsys.readouterr().out
+    assert "profile  nothing is written: the first 2 steps are not traced, and this run had 2" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
