@@ -157,9 +157,6 @@ def dequantize(storage, dtype, start, stop, columns=None):
     """
     codes = storage["codes"][start:stop]
     columns = columns or 2 * codes.shape[1]
-    if torch.compiler.is_compiling():  # in a compiled block
-        return opaque_dequantize(
-            storage["coarse"][start:stop], storage["scales"][start:stop], codes, columns, dtype)
     scales = block_scales(storage, start, stop)
     if has_compiler(codes.device.type):
         return compiled(scales, codes, dtype, columns)
@@ -169,19 +166,6 @@ def dequantize(storage, dtype, start, stop, columns=None):
     values[:, : full * BLOCK].unflatten(1, (full, BLOCK)).mul_(scales[:, :full, None])
     values[:, full * BLOCK :].mul_(scales[:, full:])  # a last block of fewer than BLOCK values
     return values.to(dtype)
-
-
-@torch.library.custom_op("sft::dequantize_nf4", mutates_args=())
-def opaque_dequantize(coarse: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, columns: int,
-                      dtype: torch.dtype) -> torch.Tensor:
-    """dequantize() as one operation of a compiled block. Traced, its scales could round otherwise."""
-    storage = {"coarse": coarse, "scales": scales, "codes": codes}
-    return dequantize(storage, dtype, 0, len(codes), columns)
-
-
-@opaque_dequantize.register_fake
-def _(coarse, scales, codes, columns, dtype):
-    return codes.new_empty(len(codes), columns, dtype=dtype)
 
 
 def fused(scales, codes, levels, dtype, columns):
@@ -239,6 +223,28 @@ def matmul(x, storage, columns, transpose):
     return out.to(x.dtype)
 
 
+@torch.library.custom_op("sft::nf4_product", mutates_args=())
+def opaque_product(x: torch.Tensor, weight: torch.Tensor, columns: int, transpose: bool) -> torch.Tensor:
+    """matmul() with a layer's weight, as one operation of a compiled block.
+
+    If the compiler saw the dequantisation, it would keep the matrix of forward for backward, all of them in
+    bf16, instead of computing it again; and its scales could round otherwise.
+    """
+    return matmul(x, views(weight.view(torch.uint8), columns), columns, transpose)
+
+
+@opaque_product.register_fake
+def _(x, weight, columns, transpose):
+    return x.new_empty(x.shape[0], len(weight) if transpose else columns)
+
+
+def product(x, weight, columns, transpose):
+    """matmul() with a layer's weight (rows, bytes / 2), its storage viewed as bf16."""
+    if torch.compiler.is_compiling():
+        return opaque_product(x, weight, columns, transpose)
+    return matmul(x, views(weight.view(torch.uint8), columns), columns, transpose)
+
+
 class Product(torch.autograd.Function):
     """x @ W.T. It saves only W's storage for backward, which dequantises W a second time."""
 
@@ -246,16 +252,12 @@ class Product(torch.autograd.Function):
     def forward(ctx, x, weight, columns):
         ctx.save_for_backward(weight)
         ctx.columns = columns
-        return matmul(x, views(weight.view(torch.uint8), columns), columns, transpose=True)
+        return product(x, weight, columns, transpose=True)
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return (
-            matmul(grad, views(weight.view(torch.uint8), ctx.columns), ctx.columns, transpose=False),
-            None,
-            None,
-        )
+        return product(grad, weight, ctx.columns, transpose=False), None, None
 
 
 class NF4Weight:

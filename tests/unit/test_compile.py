@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fsdp
 from model import generate
-from ops import attention, compiler
+from ops import attention, compiler, nf4
 
 # the lengths of the documents of seven micro-batches; one token is a case of its own for torch.compile
 PACKINGS = ((30, 40), (20, 33, 50, 7), (9,) * 11, (100, 60, 3), (1,), (64,) * 5, (200, 17))
@@ -93,6 +93,22 @@ def test_all_blocks_and_packings_share_one_graph(traced, options):
     checkpoints, and with LoRA, whose first block gets an input without gradient."""
     assert graphs_after_each_step(fresh(**options)) == ONE_GRAPH
     assert not counters["graph_break"]
+
+
+def test_compiled_qlora_keeps_no_dequantised_matrix(traced):
+    """One graph, and for backward only what is stored in 4 bits. A dequantisation that the compiler saw would be the same
+    in forward and backward, so it would be computed once and kept."""
+    net = fresh(use_lora=True, quantize=True)
+    for module in net.modules():
+        if isinstance(module, nf4.NF4Weight):
+            module.quantize_rows(module.weight.data, torch.randn(module.out_features, module.in_features) * 0.1)
+    shapes = {(m.out_features, m.in_features) for m in net.modules() if isinstance(m, nf4.NF4Weight)}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        step(net, PACKINGS[0])
+    assert kept and not shapes & set(kept)
+    assert graphs_after_each_step(net) == ONE_GRAPH and not counters["graph_break"]
 
 
 @full
