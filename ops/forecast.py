@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from ops import loss, nf4
+from ops import compiler, loss, nf4
 from settings.errors import UserError
 
 GB = 2**30
@@ -42,6 +42,7 @@ class PlannedRun:
     micro_batch_size     conversations per micro-batch
     batch_size           conversations per step, over all ranks
     checkpointed_blocks  that many blocks, the first ones, keep only their input for backward
+    compiled             torch.compile fuses the operations of a block
     """
 
     config: object
@@ -54,6 +55,7 @@ class PlannedRun:
     bf16: bool = False
     cuda: bool = False
     checkpointed_blocks: int = 0
+    compiled: bool = False
     param_offload: bool = False
     optimizer_offload: bool = False
     dropout: float = 0.0
@@ -89,6 +91,7 @@ class PlannedRun:
             bf16=bf16,
             cuda=cuda,
             checkpointed_blocks=checkpointed_blocks(cfg, model.config),
+            compiled=is_compiled(cfg, cuda),
             param_offload=cfg.param_offload,
             optimizer_offload=cfg.optimizer_offload,
             dropout=adapter.get("lora_dropout", 0.0),
@@ -145,6 +148,13 @@ class PlannedRun:
     @property
     def trains_embedding(self):
         return any(trained for name, *_, trained in self.parameters if "embed_tokens" in name)
+
+
+def is_compiled(cfg, cuda):
+    """Whether the blocks of a run are compiled. `auto`: on CUDA; if a GPU is here, as it allows."""
+    if cfg.compile != AUTO:
+        return cfg.compile
+    return cuda and cfg.tp == 1 and (not torch.cuda.is_available() or compiler.has_compiler("cuda"))
 
 
 def checkpointed_blocks(cfg, config):
@@ -277,7 +287,8 @@ def block_activations(run, is_first=False):
     kept += kept_inputs("o_proj") * w * (run.micro_batch_size > 1 and not run.has_varlen_attention)
     rng_state = 16 * run.has_varlen_attention
     kept += copies * C * w + 4 + kept_inputs("gate_proj", "up_proj") * w
-    kept += 3 * I * w + kept_inputs("down_proj") * w  # gate, silu(gate) and up; their product
+    # gate, silu(gate) and up; their product. Compiled, silu(gate) is computed again (docs/gpu.md)
+    kept += (3 - run.compiled) * I * w + kept_inputs("down_proj") * w
     is_dora = any("lora_magnitude_vector" in name for name, *_ in run.parameters)
     for layer, rank in lora_ranks.items():
         kept += rank * w + is_dora * sizes[layer][1] * w  # lora_A's output; DoRA's output before rescaling

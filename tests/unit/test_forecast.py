@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -494,3 +495,16 @@ def test_invalid_arguments_are_errors(monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["plan.py", "--model", TINY, *arguments])
     with pytest.raises(ValueError, match=re.escape(message)):
         plan.main()
+
+
+@pytest.mark.parametrize("setting, cuda, tp, expected", [
+    ("auto", True, 1, True), ("auto", True, 2, False), ("auto", False, 1, False), (True, False, 1, True),
+    (False, True, 1, False)])
+def test_compiled_blocks_keep_less(setting, cuda, tp, expected):
+    """Per token and block, in bf16, 2 bytes for each column of the MLP: silu(gate), which is computed again. The rule is
+    measured, see docs/gpu.md; `auto` compiles on CUDA, without tp."""
+    assert forecast.is_compiled(SimpleNamespace(compile=setting, tp=tp), cuda) is expected
+    model = small_model(num_hidden_layers=3)
+    eager, compiled = (
+        planned_run(model, 20, checkpointed_blocks=0, cuda=True, bf16=True, compiled=compiled) for compiled in (False, True))
+    assert forecast.kept_bytes(eager) - forecast.kept_bytes(compiled) == 3 * 20 * 2 * model.config.intermediate_size
