@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+
 def ahead(items, device):
     """Yield the items of an iterator. A thread makes the next one meanwhile; errors are raised here.
 
