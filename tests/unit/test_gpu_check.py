@@ -235,7 +235,8 @@ def test_watcher_counts_the_syncs_of_one_step():
     watcher = gpu_stages.Watcher(torch.device("cpu"), 6, saves=False)
 
     def one_step():
-        for text in ("called a synchronizing CUDA operation", "something else", "called a synchronizing CUDA operation"):
+        sync, mode = "called a synchronizing CUDA operation", "the debug mode does not detect all synchronizing operations"
+        for text in (sync, mode, sync):
             warnings.warn(text, stacklevel=1)
 
     with warnings.catch_warnings(record=True):  # takes the warnings that the watcher does not
