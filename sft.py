@@ -74,7 +74,7 @@ class Config:
     batch_tokens: int | None = setting(None, "at most N tokens per step; replaces batch_size", low=1)
     micro_batch_size: int | str = setting(1, env="MICRO_BATCH_SIZE", low=1, word="auto",
                                           help="a micro-batch holds at most micro_batch_size × max_length "
-                                               "tokens; auto: as many as memory allows")
+                                               "tokens; auto: up to 32,768 if they fit")
     packing: bool = setting(True, "limit micro-batches by tokens; off: to micro_batch_size conversations",
                             env="PACKING")
     epochs: int = setting(3, "passes over the training data", env="NUM_EPOCHS", low=1)

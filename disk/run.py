@@ -121,7 +121,8 @@ class RunState:
 
         build  sft.build. It creates the model on meta, which takes some milliseconds
 
-        A resumed run takes what it chose before if the ranks are as many, so that the same numbers come out.
+        A resumed run takes what it chose before if ranks and max_length are the same and it still fits: then
+        the same numbers come out.
         Sets ranks.planned, the PlannedRun: an out-of-memory error says with it which settings would help.
         Raises UserError if nothing fits.
         """
@@ -136,13 +137,15 @@ class RunState:
         automatic = [name for name, value in settings.items() if value == AUTO]
         if not automatic:
             return cfg
-        place = {"world_size": ranks.world_size, "tp": cfg.tp}
+        capacity = forecast.smallest(forecast.device_memory(ranks.device), ranks)
+        place = {"world_size": ranks.world_size, "tp": cfg.tp, "max_length": cfg.max_length}
         before = self.chosen_before()
         if all(before.get(key) == value for key, value in place.items()):
-            for name in set(automatic) & before.keys():
-                settings[name] = before[name]
-                run = dataclasses.replace(run, **{name: before[name]})
-        capacity = forecast.smallest(forecast.device_memory(ranks.device), ranks)
+            again = {name: before[name] for name in set(automatic) & before.keys()}
+            repeated = dataclasses.replace(run, **again)
+            if forecast.memory(repeated)["device"] <= forecast.FILL * capacity:  # else on a smaller device
+                settings.update(again)
+                run = repeated
         if AUTO in settings.values():
             run = forecast.choose(run, capacity, micro_batch_size=settings["micro_batch_size"],
                                   gradient_checkpointing=settings["checkpointed_blocks"])
@@ -161,7 +164,7 @@ class RunState:
     def chosen_before(self):
         """What the resumed checkpoint says about `auto`. Raises UserError if that is not a choice."""
         before = self.saved.get("chosen", {})
-        lowest = {"world_size": 1, "tp": 1, "micro_batch_size": 1, "checkpointed_blocks": 0}
+        lowest = {"world_size": 1, "tp": 1, "max_length": 1, "micro_batch_size": 1, "checkpointed_blocks": 0}
         is_choice = isinstance(before, dict) and all(
             type(value) is int and value >= lowest.get(name, math.inf) for name, value in before.items())
         if not is_choice:

@@ -227,6 +227,9 @@ def read_arguments(argv, fields, positional):
         elif not argument.startswith("--") and not equals:
             is_known = name.replace("-", "_") in fields
             remedy = f"did you mean --{name}?" if is_known else "write --name value or name=value"
+            before = line.flags[-1] if line.flags else None
+            if before and before.text == "true" and before.name in fields:  # --packing maybe
+                remedy = f"--{before.name} must be {type_name(fields[before.name])}"
             raise UserError(f"unknown argument {argument!r:.200}; {remedy}")
         elif name in CONFIG_FLAGS:
             line.files[name] = value if equals else next_value(arguments, name)

@@ -329,6 +329,8 @@ def main():
     with open(os.path.join(cfg.out, "table.txt"), "w", encoding="utf-8") as f:
         f.write(lines + "\n")
     print(lines)
+    if any(result["status"] in ("failed", "timeout") for result in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -152,9 +152,11 @@ def memory_lines(run):
     without = activations(replace(run, checkpointed_blocks=0)) / GB
     dtype = "bf16" if run.bf16 else "fp32"
     yield (f"plan     {run.world_size} × {device} = dp {run.dp} × tp {run.tp}, {dtype}; micro-batch "
-           f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank")
+           f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank; "
+           f"{run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
     yield f"weights       {size['weights']:>14}  {place}"
-    yield f"gradients     {size['gradients']:>14}  {place}, after they are reduced"
+    reduced = ", after they are reduced" * (run.world_size > 1)
+    yield f"gradients     {size['gradients']:>14}  {place}{reduced}"
     yield f"optimizer     {size['moments']:>14}  {optimizer_place}: moments"
     if sizes["masters"]:
         yield f"masters       {size['masters']:>14}  {optimizer_place}: fp32 weights"
@@ -163,7 +165,7 @@ def memory_lines(run):
     yield f"loss          {size['loss']:>14}  logits of a chunk, gradients of head and hidden states"
     if run.is_sharded:
         yield f"gathered      {size['gathered']:>14}  unsharded parameters: embedding, head, two blocks"
-    if sizes["held"]:
+    if sizes["held"] and run.world_size > 1:  # on one rank it is the gradient above
         yield f"held          {size['held']:>14}  the full gradient, between micro-batches"
     if sizes["slack"]:
         yield f"allocator     {size['slack']:>14}  heap fragmentation"

@@ -170,20 +170,32 @@ def test_a_resumed_run_takes_what_was_chosen_before(train, tmp_path, monkeypatch
     limited(run, monkeypatch, micro_batch_size=8, checkpointed_blocks=3)
     straight = train(*AUTO, "--max_steps", 4, out="straight")
     before = chosen(tmp_path / "straight", 4)
-    assert before == {"world_size": 1, "tp": 1, "micro_batch_size": 8, "checkpointed_blocks": 3}
+    place = {"world_size": 1, "tp": 1, "max_length": 256}
+    assert before == {**place, "micro_batch_size": 8, "checkpointed_blocks": 3}
     train(*AUTO, "--max_steps", 4, "--save_steps", 2, out="resumed")
     for step in 3, 4:  # as if killed after step 2
         for path in (tmp_path / "resumed" / "checkpoints").glob(f"step_{step}"):
             path.rename(tmp_path / f"gone_{step}")
     (tmp_path / "resumed" / "checkpoints" / "latest").unlink()
-    limited(run, monkeypatch, micro_batch_size=2, checkpointed_blocks=1)
+    monkeypatch.setattr(forecast, "device_memory", lambda device: 100 * 2**30)
     capsys.readouterr()
     resumed = train(*AUTO, "--max_steps", 4, "--resume_from", "auto", out="resumed")
     assert "micro_batch_size 8 (2,048 tokens), 3 of 4 blocks checkpointed: forecast" in capsys.readouterr().out
     assert chosen(tmp_path / "resumed", 4) == before
     assert [line["loss"] for line in resumed] == [line["loss"] for line in straight]
     train(*AUTO, "--max_steps", 5, "--resume_from", "auto", "--micro_batch_size", 2, out="resumed")
-    assert chosen(tmp_path / "resumed", 5) == {"world_size": 1, "tp": 1, "checkpointed_blocks": 3}
+    assert chosen(tmp_path / "resumed", 5) == {**place, "checkpointed_blocks": 3}
+
+
+def test_what_was_chosen_but_does_not_fit_is_chosen_again(train, tmp_path, monkeypatch):
+    """A resume on a device with less memory; and one with another --max_length, of which each micro-batch holds more."""
+    train(*AUTO, "--max_steps", 1)
+    limited(planned_run(), monkeypatch, micro_batch_size=2, checkpointed_blocks=1)
+    train(*AUTO, "--max_steps", 2, "--resume_from", "auto")
+    assert chosen(tmp_path / "out", 2)["micro_batch_size"] < chosen(tmp_path / "out", 1)["micro_batch_size"] == 8
+    monkeypatch.undo()
+    train(*AUTO, "--max_steps", 3, "--resume_from", "auto", "--max_length", 2048)
+    assert chosen(tmp_path / "out", 3)["max_length"] == 2048
 
 
 def test_the_model_checkpoints_as_many_blocks_as_were_chosen(train, monkeypatch):

@@ -352,7 +352,7 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
     (["--zzzzzz", "1"], "unknown setting 'zzzzzz'; --help lists them all"),
     (["--__class__", "1"], "unknown setting '__class__'"),
     (["lr"], "unknown argument 'lr'; did you mean --lr"), (["-lr"], r"argument '-lr'; did you mean --lr\?"),
-    (["--packing", "maybe"], "unknown argument 'maybe'; write --name value"),
+    (["--packing", "maybe"], "unknown argument 'maybe'; --packing must be true or false"),
     (["-v"], "unknown argument '-v'"), (["--lr", "1", "2"], "unknown argument '2'"),
     (["--lr"], "--lr needs a value"), (["--lr", "--seed", "3"], "--lr needs a value"),
     (["--config"], "--config needs a value"), (["--config-name", "--lr=1"], "--config-name needs"),

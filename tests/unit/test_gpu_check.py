@@ -1,5 +1,6 @@
 """tools/gpu_check.py without a GPU: its stages on tiny shapes, and what it does about stages that fail or hang."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -108,7 +109,8 @@ def fake(tmp_path, monkeypatch):
 
     def run(*names, seconds=300):
         monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), str(seconds), "--stages", ",".join(names)])
-        gpu_check.main()
+        with contextlib.suppress(SystemExit):
+            gpu_check.main()
         return results_of(tmp_path)
 
     yield run
@@ -141,6 +143,16 @@ def test_a_bad_stage_costs_only_itself(fake, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].startswith("1 fails: failed") and "ValueError: planted" in printed[1]
     assert printed[7].split() == ["stage", "quantity", "expected", "measured", "ratio"]  # after one line per stage
+
+
+def test_the_exit_code_is_1_if_a_stage_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "table", lambda results, judges: [])
+    for status, code in (("ok", None), ("skipped", None), ("failed", 1), ("timeout", 1)):
+        monkeypatch.setattr(gpu_check, "measure_all", lambda cfg, stages: [{"status": "ok"}, {"status": status}])
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), "10"])
+        with pytest.raises(SystemExit) if code else contextlib.nullcontext() as info:
+            gpu_check.main()
+        assert code is None or info.value.code == code
 
 
 def test_stages_run_in_the_order_given(fake):
