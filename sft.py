@@ -347,12 +347,11 @@ def train(cfg, ranks):
     ranks.poll_signals()  # from now on, a signal lets the current step finish and be saved
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)
-    first_step = run.step + 1
+    first_step, figures = run.step + 1, overlap.Figures(ranks.device)
     for step, epoch, ids, batches in profiler.profiled(overlap.ahead(steps(), ranks.device), cfg, ranks):
         if ranks.stop_signal or run.stops_early:
             break
         ranks.set_phase(f"step {step}")
-        figures = overlap.Figures(ranks.device)
         torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # for dropout; resume needs no RNG state
         n_targets, n_tokens = int(train_set.n_targets[ids].sum()), int(train_set.n_tokens[ids].sum())
         loss = backward(model, batches, n_targets, ranks, losses.restart(ids))
@@ -368,6 +367,7 @@ def train(cfg, ranks):
                  target_tokens=n_targets)
         run.step = step
         after_step(step)
+        figures = overlap.Figures(ranks.device)  # the next step begins: it may have to wait for its data
     log.finish(run, ranks.stop_signal)
 
 

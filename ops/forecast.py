@@ -10,6 +10,7 @@ without the imported libraries.
 import bisect
 import math
 import os
+import resource
 from dataclasses import dataclass, replace
 
 import torch
@@ -578,8 +579,11 @@ def device_memory(device):
 
 
 def host_memory(root="/"):
-    """Bytes of the host's memory, or of the smallest limit of this process's cgroups if that is lower."""
+    """Bytes of the host's memory, or of the lowest limit of this process: of its cgroups, or ulimit -v."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        limits.append(limit)
     groups = os.path.join(root, "proc/self/cgroup")
     if os.path.exists(groups):  # Linux
         with open(groups, encoding="utf-8") as f:

@@ -103,13 +103,16 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, grad_scale=None, skip=None):
-        """Update each parameter that has a gradient. The host waits for nothing.
+        """Update each parameter that has a gradient. On a device, the host waits for nothing.
 
-        grad_scale  () fp32 tensor on the gradients' device; the kernel first divides the gradients by it
+        grad_scale  () fp32 tensor; the kernel first divides the gradients by it
         skip        () fp32 tensor; if it is 1, nothing changes: neither weights nor state nor `updates`
         """
-        if grad_scale is not None and grad_scale.device.type == "cpu" and grad_scale == 1:
-            grad_scale = None  # saves the kernel from writing the gradients
+        if self.counts and self.counts[0].device.type == "cpu":
+            # With --param_offload they are on the GPU: torch would not wait for its copy, and read too early.
+            grad_scale, skip = (None if number is None else number.cpu() for number in (grad_scale, skip))
+            if grad_scale is not None and grad_scale == 1:
+                grad_scale = None  # saves the kernel from writing the gradients
         groups = [group for group in self.param_groups if group["params"]]
         for group, counts in zip(groups, self.counts, strict=True):
             updated = [i for i, p in enumerate(group["params"]) if p.grad is not None]

@@ -15,6 +15,8 @@ from settings.venv import PROJECT
 COLUMNS = 100
 # these settings do not change what is trained, and a resumed run may change them
 NEUTRAL = "--micro_batch_size", "--gradient_checkpointing", "--optimizer_offload", "--n_gpus", "--no-"
+OTHER_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",  # pinned memory
+               "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextlib.contextmanager
@@ -33,10 +35,10 @@ def explained(cfg, ranks):
 def is_out_of_memory(error):
     """Whether an error means that the memory of the device or of the host ran out.
 
-    torch's allocator for the CPU raises a plain RuntimeError, so its text is compared.
+    Other allocators than that of CUDA's tensors raise a plain RuntimeError, so its text is compared.
     """
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in OTHER_TEXTS)
 
 
 def last_frame(error):

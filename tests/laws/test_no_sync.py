@@ -5,6 +5,7 @@ waits for no value.
 """
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -129,6 +130,39 @@ def test_the_next_item_is_made_meanwhile():
             assert made[i + 1].wait(30)
         assert i >= 3 or not made[i + 2].is_set()
     assert i == 4
+
+
+def test_a_wait_for_data_counts_as_time_of_the_step(train, monkeypatch):
+    """Batches that take 0.3 s to make: no step but the first can be shorter, from the end of the step before."""
+    micro_batches = sft.micro_batches
+
+    def slow(*args):
+        time.sleep(0.3)
+        return micro_batches(*args)
+
+    monkeypatch.setattr(sft, "micro_batches", slow)
+    lines = train(*FAST, "--max_steps", 4)
+    assert all(line["seconds"] > 0.25 for line in lines[1:])
+
+
+def test_numbers_on_a_gpu_reach_the_optimizer_of_the_host():
+    """--param_offload: weights in host memory, scale and skip on the GPU. torch's kernel would copy them without waiting
+    and might read them before they are there; the optimizer waits."""
+    class OnGPU:
+        def __init__(self, number):
+            self.number = number
+
+        def cpu(self):
+            return torch.tensor(self.number)
+
+    weights = []
+    for scale, skip in ((2.0, 0.0), (1.0, 0.0), (1.0, 1.0)):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.tensor([1.0, 2.0, 3.0])
+        optimizer = optim.AdamW([dict(params=[p], weight_decay=0.0)], lr=0.1, betas=(0.9, 0.95), eps=1.0)
+        optimizer.step(OnGPU(scale), OnGPU(skip))
+        weights.append(p.detach().clone())
+    assert torch.equal(weights[2], torch.ones(3)) and (weights[1] < weights[0]).all() and (weights[0] < 1).all()
 
 
 def test_an_error_in_the_thread_is_raised_by_the_loop():

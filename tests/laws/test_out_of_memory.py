@@ -15,6 +15,7 @@ import sft
 from disk import checkpoint
 from disk.run import ModelPaths
 from ops import forecast
+from screen import out_of_memory
 from ranks import processes
 from settings.errors import OutOfMemory
 
@@ -253,3 +254,13 @@ def test_auto_that_does_not_fit_is_one_error(train, monkeypatch):
     monkeypatch.setattr(forecast, "device_memory", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"this run does not fit(.|\n)*--max_length 128"):
         train(*AUTO, "--max_steps", 1)
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("CUDA out of memory."), True), (MemoryError(), True),
+    (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+    (RuntimeError("CUDA error: device-side assert triggered"), False), (RuntimeError("shapes differ"), False)])
+def test_which_errors_mean_that_memory_ran_out(error, expected):
+    assert out_of_memory.is_out_of_memory(error) is expected

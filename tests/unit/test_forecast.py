@@ -426,6 +426,12 @@ def test_the_limit_of_a_container_counts(groups, limits, expected, tmp_path, mon
     assert forecast.device_memory(torch.device("cpu")) == forecast.host_memory() // 4
 
 
+def test_ulimit_counts(monkeypatch):
+    """ulimit -v, if it is lower than the host's memory."""
+    monkeypatch.setattr(forecast.resource, "getrlimit", lambda which: (10**9, forecast.resource.RLIM_INFINITY))
+    assert forecast.host_memory() == 10**9
+
+
 def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     """A directory with config.json is enough: no tokenizer, weights or data are read and nothing is written; of several
     processes only rank 0 prints."""
