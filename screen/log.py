@@ -246,8 +246,7 @@ class Log:
             val_lines = [f"{line} (validation)" for line in val_set.ledger.lines()]
         path = os.path.join(self.directory, "config.yaml")
         with files.naming(path):
-            # auto stays auto: another machine chooses; and the file describes a run from its first step
-            write_yaml(dataclasses.replace(run.cfg, resume_from=None), path)
+            write_yaml(run.cfg, path)  # auto stays auto: another machine chooses
         files.write_file(os.path.join(self.directory, "ledger.json"), {
             "model": model_line, "train": train_lines, "validation": val_lines, "ranks": ranks.world_size})
 
