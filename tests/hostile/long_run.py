@@ -23,11 +23,11 @@ from screen.log import Log  # noqa: E402
 
 def watch(samples, every):
     """After every `every` steps, append (resident bytes, open files, seconds since the last sample) to `samples`."""
-    step, last = Log.step, time.perf_counter()
+    record, last = Log.record, time.perf_counter()
 
-    def watched(self, number, **values):
+    def watched(self, number, values):
         nonlocal last
-        step(self, number, **values)
+        record(self, number, values)
         if number % every == 0:
             with open("/proc/self/statm", encoding="ascii") as f:
                 resident = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -35,7 +35,7 @@ def watch(samples, every):
             samples.append((resident, len(os.listdir("/proc/self/fd")), now - last))
             last = now
 
-    Log.step = watched
+    Log.record = watched
 
 
 def main():
