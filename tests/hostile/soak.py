@@ -65,7 +65,7 @@ NEEDS = {  # window: the window in which a kill must come first, as only then it
     "old step renamed, no new one": "latest not moved yet",
     "latest moved, a run resumes": "latest not moved yet",
 }
-NOT_REPRODUCIBLE = ("seconds", "tokens_per_second", "peak_memory_gb")  # metrics that differ between equal runs
+NOT_REPRODUCIBLE = ("seconds", "tokens_per_second", "peak_memory_gb", "reserved_memory_gb", "mfu")  # metrics that differ between equal runs
 
 
 def be_rank(rank, size, port, flags, pipe, screen, window):
