@@ -303,6 +303,7 @@ def train(cfg, ranks):
     meter = optim.ChangeMeter(optimizer)
     log = Log(cfg, run.step, len(sampler), ranks, warnings)
     log.banner(cfg, run, model, tokenizer, train_set, val_set, sampler, ranks)
+    first_step = run.step + 1
 
     def read():
         """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
@@ -315,10 +316,10 @@ def train(cfg, ranks):
                 f"step {step}: {numbers}; stopped before the weights were updated. {where}")
 
     def after_step(step):
-        """Evaluate if due, save if due."""
+        """Evaluate if due, save if due. The first step's numbers are shown at once: a user waits for them."""
         is_best, is_stopping = False, ranks.poll_signals()
         evaluates, saves = sampler.is_due(step, cfg.eval_steps), sampler.is_due(step, cfg.save_steps)
-        if not (evaluates or saves or is_stopping or step == len(sampler)):
+        if not (evaluates or saves or is_stopping or step in (first_step, len(sampler))):
             return
         read()
         if evaluates:
@@ -340,14 +341,14 @@ def train(cfg, ranks):
 
     def steps():
         """What each step computes. A thread makes it while the step before is computed."""
-        for step in range(run.step + 1, len(sampler) + 1):
+        for step in range(first_step, len(sampler) + 1):
             epoch, ids = sampler.step(step)
             yield step, epoch, ids, list(micro_batches(train_set, ids, cfg, ranks))
 
     ranks.poll_signals()  # from now on, a signal lets the current step finish and be saved
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)
-    first_step, figures = run.step + 1, overlap.Figures(ranks.device)
+    figures = overlap.Figures(ranks.device)
     for step, epoch, ids, batches in profiler.profiled(overlap.ahead(steps(), ranks.device), cfg, ranks):
         if ranks.stop_signal or run.stops_early:
             break
