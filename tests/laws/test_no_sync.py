@@ -5,7 +5,6 @@ waits for no value.
 """
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -133,16 +132,22 @@ def test_the_next_item_is_made_meanwhile():
 
 
 def test_a_wait_for_data_counts_as_time_of_the_step(train, monkeypatch):
-    """Batches that take 0.3 s to make: no step but the first can be shorter, from the end of the step before."""
-    micro_batches = sft.micro_batches
+    """Each step begins before the loop asks for its data."""
+    events, start, ahead = [], overlap.Figures.__init__, overlap.ahead
 
-    def slow(*args):
-        time.sleep(0.3)
-        return micro_batches(*args)
+    def begun(self, device):
+        events.append("begin")
+        start(self, device)
 
-    monkeypatch.setattr(sft, "micro_batches", slow)
-    lines = train(*FAST, "--max_steps", 4)
-    assert all(line["seconds"] > 0.25 for line in lines[1:])
+    def asked(items, device):
+        for item in ahead(items, device):
+            events.append("data")
+            yield item
+
+    monkeypatch.setattr(overlap.Figures, "__init__", begun)
+    monkeypatch.setattr(overlap, "ahead", asked)
+    train(*FAST, "--max_steps", 3)
+    assert events == ["begin", "data"] * 3 + ["begin"]  # the last one asks in vain
 
 
 def test_numbers_on_a_gpu_reach_the_optimizer_of_the_host():
