@@ -41,7 +41,10 @@ class LoRALinear(nn.Module):
 
     def compute(self, x, weight, bias, A, B, magnitude):
         """x (N, in) -> (N, out). The weight is frozen, so autograd does not keep x for its gradient."""
-        h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (N, rank)
+        if self.dropout:  # the compiler would copy x for a dropout of 0, and keep the copy
+            h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (N, rank)
+        else:
+            h = F.linear(x, A)
         y = self.product(x, weight, bias if magnitude is None else None)
         y.addmm_(h, B.T, alpha=self.scaling)  # in place: y is the largest tensor here
         if magnitude is None:

@@ -288,8 +288,9 @@ def block_activations(run, is_first=False):
     kept += kept_inputs("o_proj") * w * (run.micro_batch_size > 1 and not run.has_varlen_attention)
     rng_state = 16 * run.has_varlen_attention
     kept += copies * C * w + 4 + kept_inputs("gate_proj", "up_proj") * w
-    # gate, silu(gate) and up; their product. Compiled, silu(gate) is computed again (docs/gpu.md)
-    kept += (3 - run.compiled) * I * w + kept_inputs("down_proj") * w
+    # gate, up, silu(gate) and the product, which down_proj keeps. Compiled, the last two are computed again,
+    # but dropout keeps the product that it masked.
+    kept += 2 * I * w if run.compiled else 3 * I * w + kept_inputs("down_proj") * w
     is_dora = any("lora_magnitude_vector" in name for name, *_ in run.parameters)
     for layer, rank in lora_ranks.items():
         kept += rank * w + is_dora * sizes[layer][1] * w  # lora_A's output; DoRA's output before rescaling

@@ -184,8 +184,8 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self):
         """Copy the masters into the model's parameters."""
-        for p, master in self.masters.items():
-            p.copy_(master)
+        weights, masters = ([local(p) for p in params] for params in (self.masters, self.masters.values()))
+        torch._foreach_copy_(weights, masters)  # one kernel for many parameters
 
     def zero_grad(self):
         for p in self.masters:

@@ -47,13 +47,13 @@ def spread(values):
     return [statistics.median(values), min(values), max(values)]
 
 
-def proc_gb(file, name):
-    """Return a figure of this process in GiB, from /proc/self/FILE.
+def proc_gb(file, name, process="self"):
+    """Return a figure of a process in GiB, from /proc/PROCESS/FILE.
 
     status has VmRSS (memory now) and VmHWM (its peak), io has rchar (bytes read). Unlike getrusage's peak,
     VmHWM does not start at the peak of the parent process.
     """
-    with open(f"/proc/self/{file}", encoding="utf-8") as f:
+    with open(f"/proc/{process}/{file}", encoding="utf-8") as f:
         number, *unit = dict(line.split(":", 1) for line in f)[name].split()
     return int(number) / (2**20 if unit == ["kB"] else 2**30)
 

@@ -34,8 +34,6 @@ SHAPES = {  # Qwen2.5's
     "0.5b": QWEN_05B,
     "1.5b": dict(QWEN_05B, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                  num_attention_heads=12),
-    "3b": dict(QWEN_05B, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-               num_attention_heads=16),
     "7b": dict(QWEN_05B, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064,
                num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
     "tiny": dict(QWEN_05B, hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=2048,
@@ -167,9 +165,10 @@ def steps_so_far(output):
 
 
 def kill_after(process, output, n_steps):
-    """Kill a run as soon as it has logged n_steps; return the seconds until its first one.
+    """Kill a run as soon as it has logged n_steps; return the seconds until its first, and its host memory.
 
-    Raises RuntimeError if the run ends before.
+    The memory is the peak in GiB, of what the process itself has allocated. Raises RuntimeError if the run
+    ends before.
     """
     started, first = time.perf_counter(), None
     while True:
@@ -177,19 +176,20 @@ def kill_after(process, output, n_steps):
         if n_logged and first is None:
             first = time.perf_counter() - started
         if n_logged >= n_steps and not has_ended:
+            host_peak = proc_gb("status", "VmHWM", process.pid)
             process.kill()
             process.wait()
-            return first
+            return first, host_peak
         if has_ended:
             raise RuntimeError(f"sft.py ended with code {process.returncode} after {n_logged} of {n_steps} "
                                "steps")
         time.sleep(0.01)
 
 
-def flags_of(report, shape, kind, extra, length=None):
-    """The flags of a run: the model, its rows, and steps of as many tokens as a micro-batch of 8 × 2,048."""
+def flags_of(report, shape, kind, extra, length=None, step=8):
+    """The flags of a run: the model, its rows, and steps of as many tokens as `step` documents of 2,048."""
     length = length or report.pick(2048, 256)
-    capacity = report.pick(16384, 1024)
+    capacity = report.pick(2048, 128) * step
     flags = ["--model", model(report, shape), "--train_data", rows(report, kind), "--max_length", str(length),
              "--batch_tokens", str(capacity), "--lr", "1e-5", "--cache_dir",
              os.path.join(report.scratch, "cache"), *extra]
@@ -208,31 +208,35 @@ def start_plan(report, flags):
                             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 
-def planned_gb(process):
-    """The peak that tools/plan.py has printed; None, with the reason in the log, if it failed."""
+def planned(process):
+    """The peaks in GiB that tools/plan.py has printed; {}, with the reason in the log, if it failed."""
     printed = process.communicate()[0]
-    peak = next((line for line in printed.splitlines() if line.startswith("peak")), None)
-    if process.returncode or peak is None:
+    lines = {line.split()[0]: line.split()[1] for line in printed.splitlines() if line.strip()}
+    if process.returncode or "peak" not in lines:
         print(f"tools/plan.py ended with code {process.returncode} and printed: {printed}", file=sys.stderr)
-        return None
-    return float(peak.split()[1])
+        return {}
+    return {"planned_gb": float(lines["peak"]),
+            **({"host_planned_gb": float(lines["host"])} if "host" in lines else {})}
 
 
-def timed(report, key, flags):
-    """Time a run; add its figures as {key: {...}}: medians of steps 6 to 20, peaks, MFU, the plan's peak."""
-    n_steps, first_counted = report.pick((20, 6), (3, 2))
+def timed(report, key, flags, steps=(6, 20)):
+    """Time a run; add its figures as {key: {...}}: medians of some steps, peaks, MFU, the plan's peaks.
+
+    steps  the first and the last that count for the medians
+    """
+    first_counted, n_steps = report.pick(steps, (2, 3))
     output = os.path.join(report.scratch, f"run_{key}")
     shutil.rmtree(output, ignore_errors=True)
     plan = start_plan(report, flags)
     run = start(SFT, *flags, "--output_dir", output, "--max_steps", "200", "--save_steps", "1000")
-    first_seconds = kill_after(run, output, n_steps)
+    first_seconds, host_peak = kill_after(run, output, n_steps)
     lines = steps_so_far(output)[:n_steps]
     counted = lines[first_counted - 1 :]
     speed = statistics.median(line["tokens_per_second"] for line in counted)
     seconds = statistics.median(line["seconds"] for line in counted)
     figures = {"tokens_per_second": speed, "seconds": seconds, "start_s": first_seconds,
                "first_step_s": lines[0]["seconds"], "first_loss": lines[0]["loss"],
-               "last_loss": lines[-1]["loss"], "planned_gb": planned_gb(plan)}
+               "last_loss": lines[-1]["loss"], **planned(plan), "host_peak_memory_gb": host_peak}
     for name in ("peak_memory_gb", "reserved_memory_gb", "mfu"):
         figures[name] = lines[-1].get(name)
     report.add(**{key: figures})
@@ -462,12 +466,12 @@ def qlora_7b(report):
         report.check("first_loss", report.values["first_loss_error"] < 0.15)
 
 
-def offload_3b(report):
-    """Full fine-tuning with moments and masters in host memory. 7B would need 122 GB there."""
-    extra = ("--optimizer_offload", "compile=false", f"gradient_checkpointing={report.pick('auto', 'true')}")
-    watch(report, "watched", flags_of(report, "3b", "long", extra))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if not report.is_tiny else None
-    report.add(peak_memory_gb=peak, host_peak_gb=proc_gb("status", "VmHWM"))
+def offload_7b(report):
+    """Full fine-tuning with moments and masters in host memory, 65,536 tokens per step."""
+    extra = ("--optimizer_offload", *report.pick(("micro_batch_size=auto",), ()),
+             f"gradient_checkpointing={report.pick('auto', 'true')}",
+             f"compile={report.pick('true', 'false')}")
+    timed(report, "long", flags_of(report, "7b", "long", extra, step=report.pick(32, 8)), steps=(3, 5))
 
 
 def trl(report, shape):
@@ -496,4 +500,4 @@ def trl_7b(report):
 STAGES = {"hardware": gpu_probes.hardware, "kernels": gpu_probes.kernels, "laws": laws,
           "eager_0.5b": eager_05b, "compiled_0.5b": compiled_05b, "trl_0.5b": trl_05b,
           "compiled_1.5b": compiled_15b, "trl_1.5b": trl_15b, "lora_7b": lora_7b,
-          "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b, "trl_7b": trl_7b, "offload_3b": offload_3b}
+          "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b, "trl_7b": trl_7b, "offload_7b": offload_7b}

@@ -95,6 +95,18 @@ def test_all_blocks_and_packings_share_one_graph(traced, options):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("options", [
+    {}, dict(use_lora=True), pytest.param(dict(quantize=True, use_lora=True), marks=full)], ids=str)
+def test_a_compiled_block_keeps_gate_and_up_alone(traced, options):
+    """Of the MLP's tensors (tokens, intermediate_size): silu(gate) and the product are computed again."""
+    net = fresh(**options)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        step(net, PACKINGS[0])
+    width = net.config.intermediate_size
+    assert kept.count((sum(PACKINGS[0]), width)) == 2 * net.config.num_hidden_layers
+
+
 def test_compiled_qlora_keeps_no_dequantised_matrix(traced):
     """One graph, and for backward only what is stored in 4 bits. A dequantisation that the compiler saw would be the same
     in forward and backward, so it would be computed once and kept."""

@@ -285,7 +285,7 @@ def device_gb(run):
     return forecast.memory(run)["device"] / GB
 
 
-@pytest.mark.parametrize("capacity", [16, 20, 28, 40, 80])
+@pytest.mark.parametrize("capacity", [12, 16, 20, 28, 40, 80])
 def test_auto_is_the_cheapest_that_fits(capacity):
     """Against all pairs of a size and a number of blocks: none that fits is cheaper, and the choice fits into 85 %."""
     run = gpu(QWEN_05B)
@@ -299,7 +299,7 @@ def test_auto_is_the_cheapest_that_fits(capacity):
     assert (chosen.micro_batch_size, chosen.checkpointed_blocks) == min(costs, key=costs.get)
     if capacity == 80:
         assert (chosen.micro_batch_size, chosen.checkpointed_blocks) == (16, 0)
-    if capacity == 20:
+    if capacity == 12:
         assert 0 < chosen.checkpointed_blocks < 24
 
 
@@ -507,10 +507,10 @@ def test_invalid_arguments_are_errors(monkeypatch, arguments, message):
     ("auto", True, 1, True), ("auto", True, 2, False), ("auto", False, 1, False), (True, False, 1, True),
     (False, True, 1, False)])
 def test_compiled_blocks_keep_less(setting, cuda, tp, expected):
-    """Per token and block, in bf16, 2 bytes for each column of the MLP: silu(gate), which is computed again. The rule is
-    measured, see docs/gpu.md; `auto` compiles on CUDA, without tp."""
+    """Per token and block, in bf16, 4 bytes for each column of the MLP: silu(gate) and silu(gate) * up, which are computed
+    again (test_compile.py). `auto` compiles on CUDA, without tp."""
     assert forecast.is_compiled(SimpleNamespace(compile=setting, tp=tp), cuda) is expected
     model = small_model(num_hidden_layers=3)
     eager, compiled = (
         planned_run(model, 20, checkpointed_blocks=0, cuda=True, bf16=True, compiled=compiled) for compiled in (False, True))
-    assert forecast.kept_bytes(eager) - forecast.kept_bytes(compiled) == 3 * 20 * 2 * model.config.intermediate_size
+    assert forecast.kept_bytes(eager) - forecast.kept_bytes(compiled) == 3 * 20 * 4 * model.config.intermediate_size

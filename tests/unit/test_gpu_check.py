@@ -21,7 +21,7 @@ from tools import flash_attn_names, gpu_check, gpu_probes, gpu_stages
 
 PROGRAM = os.path.join(ROOT, "tools", "gpu_check.py")
 TIMED = {"tokens_per_second", "seconds", "start_s", "first_step_s", "first_loss", "last_loss", "planned_gb",
-         "peak_memory_gb", "reserved_memory_gb", "mfu"}
+         "peak_memory_gb", "reserved_memory_gb", "mfu", "host_peak_memory_gb"}
 WATCHED = {"syncs", "sync_lines", "ms", "save_s", "step_s"}
 KEYS = {  # stage -> keys of its result, at least
     "hardware": {"gpu", "cores", "versions", "copy_tb_per_second", "product_tflops", "host_adamw_gb", "varlen_attn",
@@ -31,7 +31,7 @@ KEYS = {  # stage -> keys of its result, at least
     "laws": {"checks", "bf16_loss_error", "compared_steps", "resumed_from"},
     "eager_0.5b": {"long", "short", "watched"}, "compiled_0.5b": {"watched"},
     "compiled_1.5b": {"long"}, "lora_7b": {"long"}, "lora_7b_4096": {"long"},
-    "qlora_7b": {"long", "first_loss_error"}, "offload_3b": {"watched", "peak_memory_gb", "host_peak_gb"},
+    "qlora_7b": {"long", "first_loss_error"}, "offload_7b": {"long"},
 }
 
 
@@ -179,7 +179,7 @@ def test_stop_signal_ends_the_stage(tmp_path):
 
 @pytest.mark.parametrize("text, names", [
     ("0-1", ["hardware", "kernels"]), ("6", ["compiled_1.5b", "trl_1.5b"]),
-    ("10,laws,2", ["offload_3b", "laws"]), ("5-6", ["trl_0.5b", "compiled_1.5b", "trl_1.5b"])])
+    ("10,laws,2", ["offload_7b", "laws"]), ("5-6", ["trl_0.5b", "compiled_1.5b", "trl_1.5b"])])
 def test_stages_are_selected_by_number_or_name(text, names):
     """In the order given, each once."""
     assert [stage.name for stage in gpu_check.selected(text)] == names
