@@ -406,7 +406,10 @@ def gradients_of_blocks(run):
 def backward_bytes(run, held):
     """Bytes of a block's backward beside activations and finished gradients, and of the head's gradient."""
     c, w = run.config, run.itemsize
-    work = 2 * run.tokens * (c.intermediate_size // run.tp) * w + run.hidden_bytes  # of the MLP's product
+    # The gradients of gate and up. Compiled, the product that is computed again too, and with LoRA the part
+    # of its gradient that comes through the adapter.
+    n_wide = 2 + run.compiled + (run.compiled and run.is_lora)
+    work = n_wide * run.tokens * (c.intermediate_size // run.tp) * w + run.hidden_bytes
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += dequantised_values(run) * (8 if run.bf16 else 6)
     if run.is_sharded and run.cuda:  # the block's gradient before it is reduced

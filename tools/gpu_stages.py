@@ -39,6 +39,7 @@ SHAPES = {  # Qwen2.5's
     "tiny": dict(QWEN_05B, hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=2048,
                  num_attention_heads=4),
 }
+EXAMPLES = os.path.join(venv.PROJECT, "data/example_sft.json")
 LORA = ("--use_lora", "--lora_rank", "16", "--lora_alpha", "32")
 
 
@@ -363,22 +364,46 @@ def same_weights(first, second):
         filecmp.cmp(os.path.join(first, name), os.path.join(second, name), shallow=False) for name in names)
 
 
+# runs in bf16 on the GPU: name -> (flags, flags of the run in fp32 on the CPU whose losses it must have)
+SETTINGS = {
+    "first": ((), ()),
+    "param_offload": (("--param_offload",), ()),
+    "optimizer_offload": (("--optimizer_offload",), ()),
+    "evaluates": (("--eval_steps", "5", "--val_data", EXAMPLES, "--sample_prompts", "PROMPTS"), ()),
+    "lora": (LORA, LORA),
+    "qlora": ((*LORA, "--quantize", "nf4"), (*LORA, "--quantize", "nf4")),
+}
+
+
 def laws(report):
-    """Small runs at once: bf16 against fp32, twice the same bits, killed and resumed, and --selfcheck."""
+    """Small runs at once: bf16 against fp32 with several settings, twice the same bits, killed and resumed.
+
+    And --selfcheck of a larger model.
+    """
     n_steps, kill_at, every = report.pick((24, 12, 5), (8, 4, 3))
+    prompts = os.path.join(report.scratch, "prompts.txt")
+    with open(prompts, "w", encoding="utf-8") as f:
+        f.write("Name a colour.\n2 + 3 =\n")
 
     def train(name, *flags, **variables):
         output = os.path.join(report.scratch, name)
+        flags = [prompts if flag == "PROMPTS" else flag for flag in flags]
         # the presets of `tiny` as they are; one micro-batch per step
         process = start(SFT, "--model", "tiny", "--max_steps", str(n_steps), "--save_steps", str(every),
                         "--micro_batch_size", "8", "--cache_dir", "none", "--output_dir", output, *flags,
                         environment=variables)
         return process, output
 
-    exact = ("--dtype", "bf16", "--deterministic")
+    exact = ("--dtype", "bf16", "--deterministic", "--compile", "false")
     killed, killed_output = train("killed", *exact)
-    runs = {"fp32": train("fp32", "--dtype", "fp32", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="2"),
-            "first": train("first", *exact), "second": train("second", *exact)}
+    runs, references = {"second": train("second", *exact)}, {}
+    for name, (flags, reference) in SETTINGS.items():
+        of_run = exact if name == "first" else ("--dtype", "bf16", "--compile", report.pick("auto", "false"))
+        runs[name] = train(name, *of_run, *flags)
+        references[name] = f"fp32_{len(reference)}"
+        if references[name] not in runs:
+            runs[references[name]] = train(references[name], "--dtype", "fp32", *reference,
+                                           CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="2")
     kill_after(killed, killed_output, kill_at)
     resumed_from = os.path.basename(os.path.realpath(os.path.join(killed_output, "checkpoints", "latest")))
     runs["resumed"] = train("killed", *exact, "--resume_from", "auto")
@@ -387,10 +412,15 @@ def laws(report):
     for name, (process, _) in runs.items():
         report.check(f"{name}_run_ends_well", process.wait() == 0)
     lines = {name: steps_so_far(output) for name, (_, output) in runs.items()}
-    pairs = list(zip(lines["fp32"], lines["first"]))[:20]
-    error = max((abs(a["loss"] / b["loss"] - 1) for a, b in pairs), default=math.inf)
-    report.add(bf16_loss_error=error, compared_steps=len(pairs), resumed_from=resumed_from)
-    report.check("bf16_loss", error < 2e-2)
+    errors = {}
+    for name, reference in references.items():
+        pairs = list(zip(lines[reference], lines[name], strict=True))[:20]
+        errors[name] = max((abs(a["loss"] / b["loss"] - 1) for a, b in pairs), default=math.inf)
+        report.check(f"{name}_loss", errors[name] < 2e-2)
+    with open(os.path.join(runs["evaluates"][1], "samples.jsonl"), encoding="utf-8") as f:
+        report.check("answers_between_steps", sum("answer" in line for line in f) >= 2)
+    report.add(bf16_loss_error=max(errors.values()), bf16_loss_errors=errors, compared_steps=len(pairs),
+               resumed_from=resumed_from)
     for name in ("second", "resumed"):
         numbers = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines[run]]
                    for run in ("first", name)]
@@ -399,6 +429,20 @@ def laws(report):
         report.check(f"{name}_weights_are_equal", same_weights(*checkpoints))
     report.add()
     report.check("selfcheck", selfcheck.wait() == 0)
+
+
+def out_of_memory(report):
+    """A step that no GPU holds: the error names what would help. Needs a GPU."""
+    flags = flags_of(report, "1.5b", "long", ("gradient_checkpointing=false", "compile=false"), step=64)
+    flags[flags.index("--micro_batch_size") + 1] = "64"
+    output = os.path.join(report.scratch, "run_out_of_memory")
+    done = subprocess.run([sys.executable, SFT, *flags, "--output_dir", output], stderr=subprocess.PIPE,
+                          text=True)
+    print(done.stderr, file=sys.stderr)
+    report.add(said=done.stderr.splitlines()[-12:])
+    report.check("exit_code", done.returncode == 1)
+    report.check("advice", all(text in done.stderr for text in (
+        "out of memory: rank 0", "--gradient_checkpointing", "--micro_batch_size")))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -471,7 +515,7 @@ def offload_7b(report):
     extra = ("--optimizer_offload", *report.pick(("micro_batch_size=auto",), ()),
              f"gradient_checkpointing={report.pick('auto', 'true')}",
              f"compile={report.pick('true', 'false')}")
-    timed(report, "long", flags_of(report, "7b", "long", extra, step=report.pick(32, 8)), steps=(3, 5))
+    timed(report, "long", flags_of(report, "7b", "long", extra, step=report.pick(32, 8)), steps=(2, 4))
 
 
 def trl(report, shape):
@@ -500,4 +544,5 @@ def trl_7b(report):
 STAGES = {"hardware": gpu_probes.hardware, "kernels": gpu_probes.kernels, "laws": laws,
           "eager_0.5b": eager_05b, "compiled_0.5b": compiled_05b, "trl_0.5b": trl_05b,
           "compiled_1.5b": compiled_15b, "trl_1.5b": trl_15b, "lora_7b": lora_7b,
-          "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b, "trl_7b": trl_7b, "offload_7b": offload_7b}
+          "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b, "trl_7b": trl_7b, "offload_7b": offload_7b,
+          "out_of_memory": out_of_memory}

@@ -30,6 +30,10 @@ class Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._foreach_copy_.default:
+            for target, source in zip(*args[:2], strict=True):
+                self.elements[source.dtype, target.dtype] += target.numel()
+            return result
         copies = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.clone.default
         if function in copies and tuple(result.shape) in self.shapes:
             source = args[1] if function is torch.ops.aten.copy_.default else args[0]

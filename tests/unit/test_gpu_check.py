@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import shlex
@@ -48,6 +49,9 @@ def check_results(out, printed, names):
         if result["status"] == "skipped" and name.startswith("trl"):
             assert "trl is not installed" in result["reason"]
             continue
+        if name == "out_of_memory":
+            assert (result["status"], result["reason"]) == ("skipped", "it needs a GPU")
+            continue
         assert result["status"] == "ok", (result, (out / "log.txt").read_text()[-3000:])
         assert {"stage", "seconds", "limit"} <= result.keys()
         assert KEYS.get(name, set()) <= result.keys()
@@ -81,6 +85,18 @@ def test_the_first_stages_run_on_the_cpu(tmp_path):
 def test_every_stage_runs_on_the_cpu(tmp_path):
     """All stages on tiny shapes, those with TRL if it is installed."""
     run_on_cpu(tmp_path, "0-10")
+
+
+@pytest.mark.parametrize("code, error, expected", [
+    (1, "out of memory: rank 0 has used up ...\n  --micro_batch_size 8 saves\n  --gradient_checkpointing saves", True),
+    (1, "out of memory: rank 0 has used up ...\n  --micro_batch_size 8 saves", False),
+    (1, "Traceback\n--micro_batch_size --gradient_checkpointing", False)])
+def test_out_of_memory_checks_the_advice(tmp_path, monkeypatch, code, error, expected):
+    report = gpu_stages.Report("cpu", str(tmp_path), str(tmp_path), io.StringIO())
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=code, stderr=error))
+    gpu_stages.out_of_memory(report)
+    assert report.values["said"] == error.splitlines()
+    assert report.values["checks"] == {"exit_code": True, "advice": expected}
 
 
 # ---- the stages' processes ----------------------------------------------------------------------------------------
@@ -179,7 +195,7 @@ def test_stop_signal_ends_the_stage(tmp_path):
 
 @pytest.mark.parametrize("text, names", [
     ("0-1", ["hardware", "kernels"]), ("6", ["compiled_1.5b", "trl_1.5b"]),
-    ("10,laws,2", ["offload_7b", "laws"]), ("5-6", ["trl_0.5b", "compiled_1.5b", "trl_1.5b"])])
+    ("10,laws,2", ["offload_7b", "laws", "out_of_memory"]), ("5-6", ["trl_0.5b", "compiled_1.5b", "trl_1.5b"])])
 def test_stages_are_selected_by_number_or_name(text, names):
     """In the order given, each once."""
     assert [stage.name for stage in gpu_check.selected(text)] == names
