@@ -45,6 +45,10 @@ alone, which writes the model and the conversations into an empty directory firs
 
     python tools/bench.py --side trl_packed --device cuda --shape 0.5b --directory DIR
 
+--compare FILE prints the figures of a results.json of tools/gpu_check.py, such as docs/gpu.json, beside new
+ones: those in --directory OUT, or of a run of the same stages here, which takes minutes on a GPU. Only those
+that both have are shown, with new / old, and the ratios to TRL. tools/compare.py does it.
+
 The figures of one line come from one run of this command; compare them with each other only. Three numbers
 are the median, minimum and maximum. Linux only: memory and bytes come from /proc. This is not a test.
 """
@@ -90,6 +94,7 @@ from tools.bench_sides import (ALPHA, BATCH, CUDA_LENGTH, CUDA_STEPS, LENGTH, QW
                                copy, cuda_rows, speed, spread)
 
 SFT = os.path.join(PROJECT, "sft.py")
+COMPARE = os.path.join(PROJECT, "tools", "compare.py")
 EXAMPLES = os.path.join(PROJECT, "data", "example_sft.json")
 SMALL = dict(model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=2048,
              num_attention_heads=8, num_key_value_heads=4, rope_theta=1e4, tie_word_embeddings=True)
@@ -140,7 +145,8 @@ class Config:
     rows: int | None = setting(
         None, "data, step, start: number of conversations; none: 20,000 for data, 48 for the others", low=1)
     shape: str = setting("mid", "step: size of the model", tuple(SHAPES))
-    device: str = setting("cpu", "step: what it runs on", ("cpu", "cuda"))
+    device: str = setting("cpu", "step, --compare: what it runs on; --compare without it: what FILE is of",
+                          ("cpu", "cuda"))
     lora: bool = setting(False, "step: train LoRA adapters")
     new_tokens: int = setting(64, "chat: tokens to generate", low=1)
     model: str = setting("tiny", "data: model whose tokenizer and template are used")
@@ -148,9 +154,14 @@ class Config:
         True, "memory: gradient checkpointing in the other trainer (its default)", needs="vs")
     side: str | None = setting(None, "measure this side only, in this process (files: write a model)",
                              (*SIDES, "files"))
-    directory: str | None = setting(None, "directory with the model or the data of --side")
+    directory: str | None = setting(
+        None, "directory with the model or the data of --side; --compare: OUT of gpu_check with the new "
+        "results")
     vs: str | None = setting(
         None, "memory, data, step, start: also measure this trainer", ("trl", "transformers"))
+    compare: str | None = setting(
+        None, "a results.json of tools/gpu_check.py, such as docs/gpu.json: print its figures beside new "
+        "ones", unless="part or side or vs")
 
     def __post_init__(self):
         check(self)
@@ -161,7 +172,7 @@ class Config:
             raise UserError(f"--vs {self.vs} does not work with --part {self.part}; use one of {parts}")
         if self.side in STEP_SIDES and not self.directory:
             raise UserError(f"--side {self.side} needs --directory DIR: a model with conversations, or empty")
-        if self.device == "cuda":
+        if self.device == "cuda" and not self.compare:
             if self.part != "step" and self.side is None or "transformers" in (self.vs, self.side):
                 raise UserError("--device cuda works with --part step only, and there with --vs trl")
             if not torch.cuda.is_available():
@@ -511,6 +522,8 @@ def bench_memory(cfg, directory):
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
+    if cfg.compare:  # a program of its own: it imports gpu_check, whose stages import this file
+        os.execv(sys.executable, [sys.executable, COMPARE, *sys.argv[1:]])
     if cfg.side in STEP_SIDES and not os.path.exists(os.path.join(cfg.directory, "config.json")):
         # in a process of its own, whose memory is not counted
         launch(1, os.path.abspath(__file__), *sys.argv[1:], "--side", "files")

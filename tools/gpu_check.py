@@ -3,9 +3,9 @@
 Each stage is a process of its own with a limit in seconds. A stage that fails, or is ended at its limit,
 costs only itself. A stage whose limit does not fit into the time that remains is skipped by name. As soon as
 a stage ends, its one JSON line is in OUT/results.jsonl and 150 characters of it on the screen. The table
-comes last: what was expected beside what was measured. OUT also gets table.txt, log.txt (what the stages
-printed) and kernels.txt (the profiles). Models and runs are in a temporary directory, in /dev/shm where there
-is room.
+comes last: what was expected beside what was measured. OUT also gets results.json (one result per stage, of
+all calls with this OUT, for tools/bench.py --compare), table.txt, log.txt (what the stages printed) and
+kernels.txt (the profiles). Models and runs are in a temporary directory, in /dev/shm where there is room.
 
 --list prints each stage's command, so that a person can run one alone. --device cpu runs every stage on tiny
 shapes: it proves that the stages work, its figures mean nothing. docs/gpu.md describes the stages, and the
@@ -97,8 +97,8 @@ COMPARED = (("compiled_0.5b", "trl_0.5b", 1.4), ("compiled_1.5b", "trl_1.5b", 1.
 class Config:
     """Check and time the trainer on one GPU: python tools/gpu_check.py OUT SECONDS [flags]"""
 
-    out: str | None = setting(None, "directory for results.jsonl, table.txt, log.txt and kernels.txt",
-                              group="gpu_check")
+    out: str | None = setting(None, "directory for results.jsonl, results.json, table.txt, log.txt and "
+                              "kernels.txt", group="gpu_check")
     seconds: float | None = setting(None, "stop after this many seconds", low=1)
     stages: str = setting("0-10", "numbers or names, with commas, in this order: 7-10,3 or laws,eager_0.5b")
     device: str = setting("cuda", "cpu: tiny shapes, to test the stages", ("cuda", "cpu"))
@@ -232,6 +232,29 @@ def brief(result):
     return ", ".join(words)[:150]
 
 
+def write_results(out):
+    """Write OUT/results.json: for each stage in OUT/results.jsonl the last result that is ok, else the last.
+
+    So a later call with the same OUT adds stages and corrects failed ones, and its failure costs no figure.
+    One stage per line, in the order of STAGES; those that STAGES no longer has come last.
+    """
+    results = {}
+    with open(os.path.join(out, "results.jsonl"), encoding="utf-8") as f:
+        for result in map(json.loads, f):
+            name = result["name"]
+            if result["status"] == OK or results.get(name, result)["status"] != OK:
+                results[name] = result
+    lines = [json.dumps(result) for result in in_order(results.values())]
+    with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
+        f.write("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def in_order(results):
+    """Results in the order of STAGES; those of other stages last."""
+    names = [stage.name for stage in STAGES]
+    return sorted(results, key=lambda result: (*names, result["name"]).index(result["name"]))
+
+
 def measure_all(cfg, stages):
     """Run the stages one after another; return their results, which are on the disk as soon as they exist."""
     deadline = time.monotonic() + cfg.seconds
@@ -252,6 +275,7 @@ def measure_all(cfg, stages):
                 f.write(json.dumps(result) + "\n")
                 f.flush()
                 os.fsync(f.fileno())
+                write_results(cfg.out)  # now, because this process may be killed before it ends
                 print(brief(result), flush=True)
     finally:
         shutil.rmtree(scratch)

@@ -300,3 +300,40 @@ def test_flash_attn_names(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [path.split(os.pathsep)[0], *sys.path])
     assert importlib.metadata.version("flash-attn") == flash_attn_names.__version__
     assert "flash_attn" in importlib.metadata.packages_distributions()
+
+
+# ---- results.json -------------------------------------------------------------------------------------------------
+
+
+def test_results_json_has_the_best_result_of_each_stage(tmp_path, monkeypatch):
+    """Two calls with one OUT: a later ok replaces all, a later failure only what is not ok. In the order of STAGES."""
+    def call(**status_of):
+        stages = [stage for name in status_of for stage in gpu_check.selected(name)]
+        monkeypatch.setattr(gpu_check, "measure", lambda stage, cfg, scratch: {
+            "stage": stage.number, "name": stage.name, "status": status_of[stage.name], "seconds": 1.0,
+            "call": len(status_of)})
+        gpu_check.measure_all(SimpleNamespace(out=str(tmp_path), seconds=1e6, device="cuda"), stages)
+        return {result["name"]: (result["status"], result["call"]) for result in read()}
+
+    def read():
+        return json.loads((tmp_path / "results.json").read_text())
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
+    first = call(qlora_7b="failed", hardware="ok", laws="timeout", kernels="ok", lora_7b="failed")
+    assert list(first) == ["hardware", "kernels", "laws", "lora_7b", "qlora_7b"]
+    second = call(lora_7b="ok", laws="failed", kernels="failed", hardware="ok")
+    assert list(second.items()) == [("hardware", ("ok", 4)), ("kernels", ("ok", 5)), ("laws", ("failed", 4)),
+                                    ("lora_7b", ("ok", 4)), ("qlora_7b", ("failed", 5))]
+    lines = (tmp_path / "results.json").read_text().splitlines()
+    assert lines[0] == "[" and lines[-1] == "]"
+    assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == read()  # one stage per line
+    assert len(results_of(tmp_path)) == 9  # all calls
+
+
+def test_results_json_is_written_when_a_stage_fails(fake, tmp_path):
+    """Also a stage that STAGES no longer has stays, as the last one."""
+    (tmp_path / "results.jsonl").write_text('{"stage": 3, "name": "old_stage", "status": "ok"}\n')
+    fake("fails", "fine")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(result["name"], result["status"]) for result in results] == [
+        ("fine", "ok"), ("fails", "failed"), ("old_stage", "ok")]
