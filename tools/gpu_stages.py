@@ -542,7 +542,7 @@ def trl_7b(report):
 
 
 STAGES = {"hardware": gpu_probes.hardware, "kernels": gpu_probes.kernels, "laws": laws,
+          "out_of_memory": out_of_memory,
           "eager_0.5b": eager_05b, "compiled_0.5b": compiled_05b, "trl_0.5b": trl_05b,
           "compiled_1.5b": compiled_15b, "trl_1.5b": trl_15b, "lora_7b": lora_7b,
-          "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b, "trl_7b": trl_7b, "offload_7b": offload_7b,
-          "out_of_memory": out_of_memory}
+          "lora_7b_4096": lora_7b_4096, "qlora_7b": qlora_7b, "trl_7b": trl_7b, "offload_7b": offload_7b}
