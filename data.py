@@ -18,8 +18,10 @@ import torch
 from ops.attention import Documents
 from ops.packing import ceil_div, pack
 from settings.errors import UserError
-from text.formats import KEYS, data_files, read_rows, to_messages
+from text.containers import read_rows
+from text.formats import KEYS, to_messages
 from text.ledger import Ledger
+from text.sources import data_files
 from text.template import token_range
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
@@ -149,7 +151,7 @@ def render(file, number, row, where, tokenizer, options):
     messages = to_messages(row, where, options.keys)
     if options.train_on == "last":
         for message in [m for m in messages if m["role"] == "assistant"][:-1]:
-            message["train"] = False
+            message["weight"] = 0.0
     text, spans = tokenizer.render_spans(messages, where, row.get("tools"))
     try:
         text.encode()
@@ -188,9 +190,9 @@ def make_loss_mask(encoding, spans, text, *, kept, train_on_prompt, stop_token_i
     """The loss mask of one conversation. A token is a target if it lies entirely inside a trained span.
 
     encoding         of `text`, by the tokenizers library: n tokens
-    spans            [(start, end, has_stop_token, is_trained), ...], the assistant's turns in order: the
+    spans            [(start, end, has_stop_token, weight), ...], the assistant's turns in order: the
                      characters from the end of the turn's header to the end of its stop token; whether the
-                     template rendered that token; whether the turn is trained
+                     template rendered that token; the weight of its losses, 0 if it is not trained
     kept             n, or fewer if the conversation is truncated
     train_on_prompt  every token is a target, except the first, which nothing predicts
     stop_token_id    the token that ends a turn, or None
@@ -200,12 +202,12 @@ def make_loss_mask(encoding, spans, text, *, kept, train_on_prompt, stop_token_i
     """
     ids, loss_mask = encoding.ids, np.full(len(encoding), train_on_prompt)
     turns = stopped = 0
-    for start, end, has_stop_token, is_trained in spans:
+    for start, end, has_stop_token, weight in spans:
         first, after = token_range(encoding, start, end, len(text))
         if kept < len(ids) and first >= kept:
             break  # this turn and all later ones are truncated; searching for their tokens would take long
-        loss_mask[first:after] = is_trained or train_on_prompt
-        if is_trained and after <= kept:
+        loss_mask[first:after] = weight > 0 or train_on_prompt
+        if weight and after <= kept:
             turns += 1
             stopped += int(has_stop_token and stop_token_id in ids[first:after])
     loss_mask[:1] = False

@@ -12,7 +12,7 @@ import fsdp
 from model import generate
 from ops import overlap
 from settings.errors import UserError
-from text import formats
+from text import formats, sources
 
 SAMPLE_TOKENS = 256  # an answer to --sample_prompts has at most this many
 
@@ -30,7 +30,7 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
         except UnicodeDecodeError as error:
             raise UserError(f"--sample_prompts {path}: not UTF-8 text: {error}") from error
     else:
-        conversations = [formats.to_messages(row, where, keys) for where, row in formats.read_files(path)]
+        conversations = [formats.to_messages(row, where, keys) for where, row in sources.read_files(path)]
         conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
                          for messages in conversations]
     if not conversations or not all(conversations):

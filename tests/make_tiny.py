@@ -16,7 +16,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from families.config import ModelConfig  # noqa: E402
 from model import CausalLM  # noqa: E402
-from text.formats import read_files, to_messages  # noqa: E402
+from text.formats import to_messages  # noqa: E402
+from text.sources import read_files  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONFIG = dict(

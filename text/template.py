@@ -33,7 +33,7 @@ class Span(NamedTuple):
     start: int
     stop: int
     has_stop_token: bool  # the text of the token that ends the turn is in the span
-    is_trained: bool
+    weight: float  # of the losses of its tokens; 0: it is not trained
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -207,7 +207,7 @@ class ChatTokenizer:
     def render_marked(self, messages, add_generation_prompt=False, tools=None):
         """As render(), with the marks of GenerationBlock left in the text."""
         # Keys whose value is None are dropped, as in transformers: rows of a parquet file have all keys.
-        messages = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
+        messages = [{k: v for k, v in m.items() if k != "weight" and v is not None} for m in messages]
         return self.sandbox.render(self.template, messages=messages, tools=tools, documents=None,
                                    add_generation_prompt=add_generation_prompt, **self.special)
 
@@ -251,7 +251,7 @@ class ChatTokenizer:
         if len(spans) != len(answers):
             raise UserError(f"{where}: the chat template marks {len(spans)} answers as generated, but the "
                             f"conversation has {len(answers)}")
-        return text, [Span(*span, message["train"]) for span, message in zip(spans, answers)]
+        return text, [Span(*span, message["weight"]) for span, message in zip(spans, answers)]
 
     def cover_quoted_headers(self, text, messages, where, tools):
         """(text, messages) in which other characters replace the headers that prompts quote.
@@ -300,7 +300,7 @@ class ChatTokenizer:
                                 f"template made of it: {text[cursor:]!r:.200}")
             start = header_end if self.header else place[0]
             cursor = end if has_end else place[1]
-            spans.append(Span(start, cursor, has_end, message["train"]))
+            spans.append(Span(start, cursor, has_end, message["weight"]))
         return spans
 
     def find_after_reasoning(self, text, message, header_end, place, where):

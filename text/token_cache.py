@@ -1,6 +1,7 @@
 """Tokenised data on disk: a directory of arrays, and a cache of such directories by key, under a lock."""
 
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -11,15 +12,15 @@ from importlib.metadata import version
 import numpy as np
 
 from disk.files import take_lock
-from text import formats, ledger, sandbox, template
 
+FOLDER = os.path.dirname(os.path.realpath(__file__))
 METADATA = "facts.json"  # everything but the arrays
 
 
 def cache_key(groups, tokenizer, options, program):
     """A hash of everything that the tokenised data depends on, as a hexadecimal string.
 
-    groups     formats.data_files(spec): paths and weights of the data files; their content is hashed too
+    groups     sources.data_files(spec): paths and weights of the data files; their content is hashed too
     tokenizer  a template.ChatTokenizer
     options    an object whose repr determines how conversations are tokenised and masked
     program    paths of source files that determine it too; those of text/ are always included
@@ -31,8 +32,8 @@ def cache_key(groups, tokenizer, options, program):
     key = hashlib.blake2b(digest_size=16)
     for text in texts:
         key.update(b"%d:" % len(text) + text.encode())
-    modules = [module.__file__ for module in (formats, ledger, sandbox, template)]
-    for path in (*program, __file__, *modules, *(file for _, files in groups for file in files)):
+    modules = sorted(glob.glob(os.path.join(FOLDER, "*.py")))
+    for path in (*program, *modules, *(file for _, files in groups for file in files)):
         with open(path, "rb") as f:
             while chunk := f.read(2**24):
                 key.update(chunk)

@@ -88,7 +88,7 @@ from ops.flops import step_flops
 from settings.errors import UserError, run
 from settings.parser import check, parse, setting
 from settings.venv import PROJECT
-from text import formats
+from text import formats, sources
 from text.template import ChatTokenizer
 from tools.bench_sides import (ALPHA, BATCH, CUDA_LENGTH, CUDA_STEPS, LENGTH, QWEN_05B, RANK, SIDES, UNSTEADY,
                                copy, cuda_rows, speed, spread)
@@ -185,7 +185,7 @@ def write_rows(path, n, question=3.3, answer=3.9, sigma=0.9):
     question, answer  mean of the logarithm of the number of words
     """
     vocabulary = []
-    for _, row in formats.read_files(EXAMPLES):
+    for _, row in sources.read_files(EXAMPLES):
         for message in formats.to_messages(row, ""):
             vocabulary += message["content"].split()
     generator = random.Random(0)

@@ -25,7 +25,7 @@ from model import CausalLM, generate
 from ops import flops, optim
 from ops.loss import Head, loss
 from ranks import processes
-from text import formats
+from text import formats, sources
 from text.template import ChatTokenizer
 
 QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
@@ -312,7 +312,7 @@ def side_data(cfg):
     path = os.path.join(cfg.directory, "rows.json")
     tokenizer = ChatTokenizer(model)
     if cfg.side == "encode":
-        texts = [tokenizer.render(formats.to_messages(row, where)) for where, row in formats.read_files(path)]
+        texts = [tokenizer.render(formats.to_messages(row, where)) for where, row in sources.read_files(path)]
         start = time.perf_counter()
         tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
     elif cfg.side == "data":

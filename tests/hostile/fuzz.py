@@ -37,7 +37,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import data  # noqa: E402
-from text import formats  # noqa: E402
+from text import containers, formats  # noqa: E402
 from text.template import ChatTokenizer  # noqa: E402
 
 outcomes = Counter()  # how often each outcome was, for the report
@@ -360,7 +360,7 @@ def check_bytes(path, content):
     """The rows equal those of Python's parser, and are then trained or refused like other rows."""
     Path(path).write_bytes(content)
     expected = by_python(content)
-    got, refusal = attempt(lambda: list(formats.read_rows(path)), naming=path)
+    got, refusal = attempt(lambda: list(containers.read_rows(path)), naming=path)
     if content[:4] != b"PAR1":
         assert (expected is None) == (got is None), refusal
         assert repr(got) == repr(expected)
@@ -446,7 +446,7 @@ def case_template(directory):
             return
         text, spans = rendered
         turns = [m for m in read if m["role"] == "assistant"]
-        assert [span.is_trained for span in spans] == [m["train"] for m in turns]
+        assert [span.weight for span in spans] == [m["weight"] for m in turns]
         assert all(0 <= span.start <= span.stop <= len(text) for span in spans)
         assert all(a.stop <= b.start for a, b in zip(spans, spans[1:]))
         with_stop_token = [span for span in spans if span.has_stop_token]

@@ -31,11 +31,11 @@ from disk import peft as peft_config
 from families.config import ModelConfig
 from model import CausalLM
 from settings import parser
-from text import formats
+from text import containers
 from text.template import ChatTokenizer
 
 SECRET = "root:x:0:0"  # content of a file beside the directory
-CHAT = [{"role": "user", "content": "hi", "train": True}, {"role": "assistant", "content": "hello", "train": True}]
+CHAT = [{"role": "user", "content": "hi", "weight": 1.0}, {"role": "assistant", "content": "hello", "weight": 1.0}]
 USED = "is used: "  # a case that is not an error
 
 
@@ -416,7 +416,7 @@ CASES = {
 def test_an_untrusted_file(name, tmp_path, monkeypatch):
     function, holds, expected = CASES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(formats, "MAX_ROW", 10_000)  # lower limits take less time
+    monkeypatch.setattr(containers, "MAX_ROW", 10_000)  # lower limits take less time
     monkeypatch.setattr("text.sandbox.COST", 2**24)
     if "10 s" in expected:
         monkeypatch.setattr("text.sandbox.SECONDS", 0.5)

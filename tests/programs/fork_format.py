@@ -5,7 +5,8 @@ import json
 
 from helpers import TINY, metrics, sft_main
 
-from text.formats import read_files, to_messages
+from text.formats import to_messages
+from text.sources import read_files
 
 row = {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "category": "closed_qa"}
 with open("dolly.jsonl", "w", encoding="utf-8") as f:

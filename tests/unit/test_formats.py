@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import data
 from settings.errors import UserError
-from text import formats
+from text import containers, formats
+from text.sources import read_files
 
 ROWS = [{"prompt": "a", "response": "b"}, {"prompt": "为什么", "response": "d \u2028 e"}]
 ARRAY = json.dumps(ROWS, ensure_ascii=False).encode()
@@ -38,7 +39,7 @@ def test_the_first_bytes_decide_the_container(content, name, tmp_path):
     mark, blanks and CRLF."""
     (tmp_path / name).write_bytes(content)
     path = str(tmp_path / name)
-    assert list(formats.read_files(path)) == [(f"{path}[0]", ROWS[0]), (f"{path}[1]", ROWS[1])]
+    assert list(read_files(path)) == [(f"{path}[0]", ROWS[0]), (f"{path}[1]", ROWS[1])]
 
 
 def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
@@ -50,7 +51,7 @@ def test_a_directory_is_its_data_files_in_order_of_name(tmp_path):
         (tmp_path / name).write_text("not data", encoding="utf-8")
     expected = [(str(tmp_path / name) + "[0]", {"row": i})
                 for i, name in enumerate(("a.jsonl", "b.json", "c.jsonl.gz", "d.json.gz"))]
-    assert list(formats.read_files(str(tmp_path))) == expected
+    assert list(read_files(str(tmp_path))) == expected
 
 
 def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
@@ -59,7 +60,7 @@ def test_several_files_keep_the_order_in_which_they_are_named(tmp_path):
     first = write(tmp_path / "z.json", [{"row": 0}, {"row": 1}])
     second = write(tmp_path / "a.json", [{"row": 2}])
     write(tmp_path / "sub" / "m.json", [{"row": 3}])
-    got = list(formats.read_files(f"{first},{second},{tmp_path / 'sub'}"))
+    got = list(read_files(f"{first},{second},{tmp_path / 'sub'}"))
     assert got == [(f"{first}[0]", {"row": 0}), (f"{first}[1]", {"row": 1}), (f"{second}[0]", {"row": 2}),
                    (f"{tmp_path / 'sub' / 'm.json'}[0]", {"row": 3})]
 
@@ -151,9 +152,9 @@ def test_an_array_in_chunks_equals_json_loads(rows, chunk, indent, ascii_only, d
     except json.JSONDecodeError as error:
         expected = f"line {error.lineno}, column {error.colno}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "CHUNK", chunk)
+        patch.setattr(containers, "CHUNK", chunk)
         try:
-            got = list(formats.json_array(io.StringIO(text), "rows.json"))
+            got = list(containers.json_array(io.StringIO(text), "rows.json"))
         except ValueError as error:
             assert isinstance(expected, str) and expected in str(error), (text, expected)
         else:
@@ -167,13 +168,13 @@ def test_an_array_is_read_in_chunks(tmp_path):
     rows = [{"prompt": "p", "response": "word " * 1000}] * 2000
     path.write_text(json.dumps(rows, indent=0) + "\n")
     tracemalloc.start()
-    assert sum(1 for _ in formats.read_rows(str(path))) == 2000
+    assert sum(1 for _ in containers.read_rows(str(path))) == 2000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6 * formats.CHUNK < path.stat().st_size
+    assert peak < 6 * containers.CHUNK < path.stat().st_size
     path.write_text(path.read_text().rstrip()[:-1] + ",\n{oops}]")
     with pytest.raises(ValueError, match=rf"is not JSON: line {2000 * 4 + 3}, column 2: "):
-        list(formats.read_rows(str(path)))
+        list(containers.read_rows(str(path)))
 
 
 # ---- parquet --------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_a_parquet_file_is_its_rows(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": str(i), "response": "a" if i % 2 else None} for i in range(5000)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=700)
-    assert list(formats.read_rows(str(tmp_path / "rows.parquet"))) == rows
+    assert list(containers.read_rows(str(tmp_path / "rows.parquet"))) == rows
 
 
 @pytest.mark.parametrize("content", [b"PAR1", b"PAR1" + b"x" * 99 + b"PAR1", None],
@@ -199,7 +200,7 @@ def test_a_damaged_parquet_file_is_named(content, tmp_path):
         content = content[:4] + bytes(byte ^ 255 for byte in content[4:60]) + content[60:]
     path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(f"{path} can't be read as parquet: ")):
-        list(formats.read_rows(str(path)))
+        list(containers.read_rows(str(path)))
 
 
 # ---- datasets of the hub --------------------------------------------------------------------------------

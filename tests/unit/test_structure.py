@@ -186,7 +186,7 @@ def top(files):
 
 
 FORBIDDEN = {"model.py": "mesh|dtensor|rank|fsdp|torch.dist", "data.py": "mesh|dtensor|fsdp|torch.dist",
-         "text/formats.py": "mesh|dtensor|rank|fsdp"}
+         **dict.fromkeys(("text/sources.py", "text/containers.py", "text/formats.py"), "mesh|dtensor|rank|fsdp")}
 
 
 def distributed_words(files):

@@ -11,7 +11,7 @@ from data_helpers import tiny
 from helpers import EXAMPLES, TINY, VALIDATION, chat, started, target_texts, write
 
 import data
-from text import formats, ledger, sandbox, template, token_cache
+from text import formats, token_cache
 from text.template import ChatTokenizer
 
 
@@ -92,17 +92,18 @@ def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
     assert made(tokenizer) and not made(tokenizer)
 
 
-@pytest.mark.parametrize("module", [data, formats, ledger, sandbox, template, token_cache],
-                         ids=lambda module: module.__name__)
-def test_the_key_depends_on_the_program(module, made, tmp_path, monkeypatch):
-    """On the text of every source file that reads, renders, masks or counts."""
-    assert made()
-    shutil.copy(module.__file__, tmp_path / "copy.py")
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "copy.py"))
-    assert not made()
-    with open(tmp_path / "copy.py", "a", encoding="utf-8") as f:
-        f.write("# changed\n")
+def test_the_key_depends_on_the_program(made, tmp_path, monkeypatch):
+    """On the text of data.py and of every file of text/, which read, render, mask and count."""
+    shutil.copytree(token_cache.FOLDER, tmp_path / "text")
+    shutil.copy(data.__file__, tmp_path / "data.py")
+    monkeypatch.setattr(token_cache, "FOLDER", str(tmp_path / "text"))
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
     assert made() and not made()
+    for path in [*(tmp_path / "text").glob("*.py"), tmp_path / "data.py"]:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write("# changed\n")
+        assert made(), path
+        assert not made(), path
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "jinja2"])
