@@ -195,7 +195,7 @@ def test_compare_measures_the_stages_of_a_file(tmp_path):
     result = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True,
                             env={**os.environ, "TMPDIR": str(tmp_path / "temporary")})
     assert result.returncode == 0, result.stdout + result.stderr
-    (out,) = (tmp_path / "temporary").iterdir()
+    (out,) = (tmp_path / "temporary").glob("compare_*")
     lines = result.stdout.splitlines()
     assert lines[0].startswith("measuring 1 stages, at most 310 s") and lines[0].endswith(str(out))
     assert lines[1].startswith("0 hardware: ok")
