@@ -8,15 +8,14 @@ step's conversations for one data-parallel rank. This file knows ranks only as t
 import functools
 import itertools
 import tempfile
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ops.attention import Documents
-from ops.packing import ceil_div, pack
+from ops.packing import ceil_div, mixed_quotas, pack
 from settings.errors import UserError
 from text.containers import read_rows
 from text.formats import KEYS, to_messages
@@ -34,13 +33,16 @@ ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "n_tokens": np.int32, "n_in
 
 @dataclass(frozen=True)
 class Options:
-    """How conversations become masked tokens; see load. The token cache's key includes them."""
+    """How conversations become masked tokens. The token cache's key includes all of it.
+
+    A field is the setting of sft.py of this name, except `keys` and `limit`.
+    """
     max_length: int
-    too_long: str
-    train_on: str
-    train_on_prompt: bool
-    keys: tuple
-    limit: int | None
+    too_long: str = "truncate"
+    train_on: str = "all"
+    train_on_prompt: bool = False
+    keys: tuple = KEYS  # column names, see formats.to_messages
+    limit: int | None = None  # read at most this many rows
 
 
 @dataclass
@@ -82,22 +84,23 @@ class Dataset:
         return ", ".join(map(self.source, ids[:count])) + more
 
 
-def load(spec, tokenizer, max_length, *, too_long="truncate", train_on="all", train_on_prompt=False,
-         keys=KEYS, cache_dir=None, timeout=600, limit=None):
+def options_of(cfg):
+    """The arguments of load() that settings of sft.py decide, as a dict."""
+    names = [f.name for f in fields(Options) if f.name not in ("keys", "limit")]
+    keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
+    return {name: getattr(cfg, name) for name in (*names, "cache_dir", "timeout")} | {"keys": keys}
+
+
+def load(spec, tokenizer, max_length, *, cache_dir=None, timeout=600, **options):
     """Read, render, tokenise and mask the conversations of `spec` (--train_data). Returns a Dataset.
 
-    max_length       tokens per conversation
-    too_long         what happens to longer ones: truncate (from the right), drop or error
-    train_on         all: every assistant turn is trained; last: the last turn of each conversation
-    train_on_prompt  every token is a target
-    keys             column names, see formats.to_messages
-    cache_dir        keep the arrays there and memory-map them, see token_cache.cached
-    timeout          seconds to wait for another process that holds the cache's lock and makes no progress
-    limit            read at most this many rows
+    cache_dir  keep the arrays there and memory-map them, see token_cache.cached
+    timeout    seconds to wait for another process that holds the cache's lock and makes no progress
+    options    of Options
 
     Raises UserError, with file and row, for data that cannot be trained on.
     """
-    options = Options(max_length, too_long, train_on, train_on_prompt, tuple(keys), limit)
+    options = Options(max_length, **options)
     write = functools.partial(tokenise, spec, tokenizer, options)
     if cache_dir is not None:
         key = cache_key(data_files(spec), tokenizer, options, program=[__file__])
@@ -293,26 +296,6 @@ class Sampler:
         if every:
             return step % every == 0
         return step in self.ends or step == self.total
-
-
-def mixed_quotas(counts, weights):
-    """How many conversations an epoch draws from each group, in proportion to the weights.
-
-    No conversation is drawn twice in an epoch, so the group with the fewest conversations for its weight
-    decides how long the epoch is: all of it is drawn. The other groups are drawn anew in each epoch.
-    Raises UserError if a group has no conversation, or if its quota is zero.
-    """
-    if not counts.all():
-        raise UserError(f"source {counts.argmin() + 1} of the mixed data has no conversation to train on; "
-                        "remove it from --train_data")
-    # exact fractions instead of floats: the same result on every machine
-    fractions = [Fraction(str(weight)) for weight in weights]
-    most = min(int(count) / fraction for count, fraction in zip(counts, fractions))
-    quotas = [int(most * fraction) for fraction in fractions]
-    if not all(quotas):
-        raise UserError(f"weights {weights} of {counts.tolist()} conversations: source {quotas.index(0) + 1} "
-                        "would get none; raise its weight, or remove it from --train_data")
-    return quotas
 
 
 # ---- steps -> micro-batches --------------------------------------------------------------------------------

@@ -33,12 +33,12 @@ import lora
 from disk import peft, pretrained
 from disk.run import RunState
 from model import CausalLM
-from ops import compiler, forecast, memory, nf4, optim, overlap
+from ops import compiler, forecast, memory, nf4, optim, overlap, packing
 from ranks import processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
-from settings.errors import NonFiniteError, UserError
+from settings.errors import UserError
 from settings.parser import check, parse, setting
 from text.template import ChatTokenizer
 
@@ -146,11 +146,7 @@ class Config:
     def __post_init__(self):
         check(self)
         check_loggers(self.logger)
-        if "WORLD_SIZE" in os.environ:
-            processes.check_tp(self.tp, int(os.environ["WORLD_SIZE"]))
-        if (self.tp > 1) != (self.strategy == "megatron"):
-            raise UserError(f"--strategy {self.strategy} with --tp {self.tp}: megatron needs --tp 2 or more, "
-                            "fsdp needs --tp 1; use --strategy megatron --tp 2, or neither")
+        processes.check_strategy(self.strategy, self.tp)
 
     def dtype_on(self, device):
         """Compute precision on a device, "bf16" or "fp32"."""
@@ -173,9 +169,7 @@ def lr_at(step, total_steps, cfg):
 
 def micro_batches(dataset, ids, cfg, ranks):
     """This rank's micro-batches of the conversations `ids`."""
-    capacity = cfg.micro_batch_size * cfg.max_length  # tokens
-    max_conversations = None if cfg.packing else cfg.micro_batch_size
-    return data.micro_batches(dataset, ids, capacity, max_conversations, dp_rank=ranks.dp_rank,
+    return data.micro_batches(dataset, ids, *packing.limits(cfg), dp_rank=ranks.dp_rank,
                               dp_size=ranks.dp_size, pin_memory=ranks.device.type == "cuda")
 
 
@@ -221,14 +215,11 @@ def evaluate(model, dataset, cfg, ranks):
 
 def load_data(cfg, tokenizer):
     """The training set and the validation set (or None), tokenised."""
-    options = dict(max_length=cfg.max_length, too_long=cfg.too_long, train_on=cfg.train_on,
-                   train_on_prompt=cfg.train_on_prompt, cache_dir=cfg.cache_dir, timeout=cfg.timeout,
-                   keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
+    options = data.options_of(cfg)
     train_set = data.load(cfg.train_data, tokenizer, **options)
     val_set = data.load(cfg.val_data, tokenizer, **options) if cfg.val_data else None
     if val_set and val_set.mix():
-        raise UserError(f"--val_data {cfg.val_data}: validation reads every conversation, so weights have no "
-                        "effect; remove them")
+        raise UserError(f"--val_data {cfg.val_data}: validation reads all conversations; remove the weights")
     return train_set, val_set
 
 
@@ -308,12 +299,8 @@ def train(cfg, ranks):
     def read():
         """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
         if bad := log.read(run.norms):
-            step, ids, numbers = bad
-            ranks.set_phase(f"step {step}")
             optimizer.zero_grad()  # the gradient of the next step
-            where = selfcheck.find_non_finite(backward, model, train_set, ids, cfg, ranks)
-            raise NonFiniteError(
-                f"step {step}: {numbers}; stopped before the weights were updated. {where}")
+            selfcheck.stop_non_finite(backward, model, train_set, bad, cfg, ranks)
 
     def after_step(step):
         """Evaluate if due, save if due. The first step's numbers are shown at once: a user waits for them."""
@@ -374,9 +361,9 @@ def train(cfg, ranks):
 
 def main():
     cfg, _ = parse(Config, sys.argv[1:])
-    with processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks:
-        with out_of_memory.explained(cfg, ranks):
-            train(cfg, ranks)
+    with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks,
+          out_of_memory.explained(cfg, ranks)):
+        train(cfg, ranks)
     if ranks.stop_signal:
         sys.exit(processes.EXIT_CODES[ranks.stop_signal])
 

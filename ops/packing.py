@@ -1,15 +1,43 @@
-"""Packing: which of a step's conversations go to which rank, and into which of its micro-batches.
+"""Packing: which of a step's conversations go to which rank, and into which of its micro-batches; mixing.
 
 Every rank computes the same result, in integers, so no rank has to ask another.
 """
 
 import heapq
+from fractions import Fraction
 
 import numpy as np
+
+from settings.errors import UserError
 
 
 def ceil_div(a, b):
     return -(-a // b)
+
+
+def mixed_quotas(counts, weights):
+    """How many conversations an epoch draws from each group, in proportion to the weights.
+
+    No conversation is drawn twice in an epoch, so the group with the fewest conversations for its weight
+    decides how long the epoch is: all of it is drawn. The other groups are drawn anew in each epoch.
+    Raises UserError if a group has no conversation, or if its quota is zero.
+    """
+    if not counts.all():
+        raise UserError(f"source {counts.argmin() + 1} of the mixed data has no conversation to train on; "
+                        "remove it from --train_data")
+    # exact fractions instead of floats: the same result on every machine
+    fractions = [Fraction(str(weight)) for weight in weights]
+    most = min(int(count) / fraction for count, fraction in zip(counts, fractions))
+    quotas = [int(most * fraction) for fraction in fractions]
+    if not all(quotas):
+        raise UserError(f"weights {weights} of {counts.tolist()} conversations: source {quotas.index(0) + 1} "
+                        "would get none; raise its weight, or remove it from --train_data")
+    return quotas
+
+
+def limits(cfg):
+    """(tokens, conversations or None: no limit) that a micro-batch may hold, from the settings of sft.py."""
+    return cfg.micro_batch_size * cfg.max_length, None if cfg.packing else cfg.micro_batch_size
 
 
 def pack(lengths, capacity, max_conversations=None, dp_rank=0, dp_size=1):

@@ -216,6 +216,15 @@ def check_tp(tp, world_size):
                         f"{', '.join(divisors)}")
 
 
+def check_strategy(strategy, tp):
+    """Raise UserError if --strategy and --tp contradict each other, or tp does not suit the ranks started."""
+    if "WORLD_SIZE" in os.environ:
+        check_tp(tp, int(os.environ["WORLD_SIZE"]))
+    if (tp > 1) != (strategy == "megatron"):
+        raise UserError(f"--strategy {strategy} with --tp {tp}: megatron needs --tp 2 or more, fsdp needs "
+                        "--tp 1; use --strategy megatron --tp 2, or neither")
+
+
 def start(tp, timeout, deterministic=False):
     """Join the process group that torchrun describes, or create one for this single process.
 

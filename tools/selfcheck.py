@@ -22,8 +22,9 @@ import torch
 
 import data
 import fsdp
+from ops import packing
 from ops.memory import local
-from settings.errors import UserError
+from settings.errors import NonFiniteError, UserError
 
 # relative differences up to these are rounding, by the dtype of the computation
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
@@ -43,8 +44,7 @@ def compare(backward, model, dataset, ids, cfg, ranks):
     max_length, n_blocks = cfg.max_length, len(model.model.layers)
     checkpointed = model.model.checkpointed_blocks
     layouts = {
-        "as configured": dict(capacity=cfg.micro_batch_size * max_length,
-                              max_conversations=None if cfg.packing else cfg.micro_batch_size),
+        "as configured": dict(zip(("capacity", "max_conversations"), packing.limits(cfg))),
         "one conversation per micro-batch": dict(capacity=max_length, max_conversations=1),
         "one micro-batch": dict(capacity=len(ids) * max_length),
         f"checkpointing {'off' if checkpointed else 'on'}": dict(
@@ -106,19 +106,28 @@ def check_adapters(model, ranks):
                         f"{', '.join(dead[:5])}")
 
 
+def stop_non_finite(backward, model, dataset, bad, cfg, ranks):
+    """Raise NonFiniteError for a step, and name its micro-batch.
+
+    bad  (step, its conversations, a text with loss and norm), see screen.log.Log.read
+    """
+    step, ids, numbers = bad
+    ranks.set_phase(f"step {step}")
+    where = find_non_finite(backward, model, dataset, ids, cfg, ranks)
+    raise NonFiniteError(f"step {step}: {numbers}; stopped before the weights were updated. {where}")
+
+
 def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     """Return a text that names the first micro-batch of a step whose loss or gradient is not finite.
 
     Computes each micro-batch alone, one rank after another. This takes as long as dp_size steps, but happens
     only once, when a run has to stop.
     """
-    capacity = cfg.micro_batch_size * cfg.max_length
-    max_conversations = None if cfg.packing else cfg.micro_batch_size
+    limits = packing.limits(cfg)
     n_targets, parameters = int(dataset.n_targets[ids].sum()), trained_parameters(model)
-    (empty,) = data.micro_batches(dataset, ids[:0], capacity)
+    (empty,) = data.micro_batches(dataset, ids[:0], *limits)
     for dp_rank in range(ranks.dp_size):
-        batches = data.micro_batches(
-            dataset, ids, capacity, max_conversations, dp_rank=dp_rank, dp_size=ranks.dp_size)
+        batches = data.micro_batches(dataset, ids, *limits, dp_rank=dp_rank, dp_size=ranks.dp_size)
         for number, batch in enumerate(batches, 1):
             losses = torch.zeros(len(dataset), device=ranks.device)
             is_mine = dp_rank == ranks.dp_rank
