@@ -7,8 +7,10 @@ step's conversations for one data-parallel rank. This file knows ranks only as t
 
 import functools
 import itertools
+import math
 import tempfile
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -18,15 +20,18 @@ from ops.attention import Documents
 from ops.packing import ceil_div, mixed_quotas, pack
 from settings.errors import UserError
 from text.containers import read_rows
-from text.formats import KEYS, to_messages
+from text.formats import KEYS
 from text.ledger import Ledger
+from text.masks import check_text, mask
 from text.sources import data_files
-from text.template import token_range
+from text.stub_rows import read_row
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
 # The arrays of a Dataset, with their dtypes in the cache
 ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "n_tokens": np.int32, "n_inputs": np.int32,
-          "n_targets": np.int32, "file": np.int32, "row": np.int32}
+          "n_targets": np.int32, "file": np.int32, "row": np.int32, "weighted": np.int64,
+          "weight": np.float32}
+HASHED = "tokens", "loss_mask", "n_tokens", "weighted", "weight"
 
 # ---- conversations -> masked tokens -----------------------------------------------------------------------
 
@@ -37,7 +42,7 @@ class Options:
 
     A field is the setting of sft.py of this name, except `keys` and `limit`.
     """
-    max_length: int
+    max_length: int  # plain texts are cut into pieces of this length, whatever too_long is
     too_long: str = "truncate"
     train_on: str = "all"
     train_on_prompt: bool = False
@@ -56,16 +61,37 @@ class Dataset:
     n_targets: np.ndarray  # (n,) targets of each conversation
     file: np.ndarray  # (n,) the file that it comes from, an index of `files`
     row: np.ndarray  # (n,) its row in that file
+    weighted: np.ndarray  # (K,) ascending positions in `tokens` of the targets whose weight is not 1
+    weight: np.ndarray  # (K,) fp32, what the losses of these targets are multiplied by; > 0
     files: list  # paths
     weights: list  # per file: (number of its group, the group's mixing weight or None), see data_files
     ledger: Ledger
-    digest: str  # hash of tokens, loss mask, order and weights; a resumed run must have the same
+    digest: str  # hash of tokens, loss mask, order and all weights; a resumed run must have the same
 
     def __post_init__(self):
         self.starts = np.concatenate(([0], np.cumsum(self.n_tokens, dtype=np.int64)))
 
     def __len__(self):
         return len(self.n_inputs)
+
+    def weights_of(self, i):
+        """(tokens,) fp32: the weights of conversation i's tokens in the loss; 0: no target."""
+        start, stop = self.starts[i : i + 2]
+        weights = self.loss_mask[start:stop].astype(np.float32)
+        here = slice(*np.searchsorted(self.weighted, (start, stop)))
+        weights[self.weighted[here] - start] = self.weight[here]
+        return weights
+
+    def count(self, ids):
+        """Counts of a step with these conversations, by their keys in metrics.jsonl.
+
+        target_weight is what the step's loss is divided by, and positive: each conversation has a target.
+        """
+        n_targets = int(self.n_targets[ids].sum())
+        weight = float(n_targets)
+        if len(self.weight):
+            weight = sum(float(self.weights_of(i).sum(dtype=np.float64)) for i in ids)
+        return dict(tokens=int(self.n_tokens[ids].sum()), target_tokens=n_targets, target_weight=weight)
 
     def mix(self):
         """(group of each conversation, weight of each group), or None if no weights were given."""
@@ -86,9 +112,10 @@ class Dataset:
 
 def options_of(cfg):
     """The arguments of load() that settings of sft.py decide, as a dict."""
-    names = [f.name for f in fields(Options) if f.name not in ("keys", "limit")]
-    keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
-    return {name: getattr(cfg, name) for name in (*names, "cache_dir", "timeout")} | {"keys": keys}
+    names = [f.name for f in fields(Options) if f.name not in ("too_long", "keys", "limit")]
+    settings = {name: getattr(cfg, name) for name in (*names, "cache_dir", "timeout")}
+    return dict(settings, too_long=cfg.too_long or "truncate",
+                keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
 
 
 def load(spec, tokenizer, max_length, *, cache_dir=None, timeout=600, **options):
@@ -121,10 +148,10 @@ def tokenise(spec, tokenizer, options, directory, progress=None):
     groups = data_files(spec)
     files = [file for _, names in groups for file in names]
     weights = [[group, weight] for group, (weight, names) in enumerate(groups) for _ in names]
-    ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, hashed=("tokens", "loss_mask", "n_tokens"))
+    ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, HASHED)
     for batch, encodings in tokenizer.encode_ahead(conversations(files, tokenizer, options)):
         for conversation, encoding in zip(batch, encodings, strict=True):
-            append(conversation, encoding, options, tokenizer.stop_token_id, ledger, writer)
+            append(conversation, encoding, options, tokenizer, ledger, writer)
         writer.flush()
         if progress:
             progress()
@@ -137,8 +164,10 @@ class Conversation(NamedTuple):
     file: int
     row: int
     where: str  # "file[row]", for messages
-    text: str  # rendered with the chat template
-    spans: list  # the assistant's turns in text, see ChatTokenizer.render_spans
+    text: str  # rendered with the chat template, or a plain text
+    spans: list | None  # the assistant's turns in text, see ChatTokenizer.render_spans; None: no messages
+    tokens: tuple | None = None  # (ids, weights) if the row is tokens already
+    dropped: str | None = None  # why the row is not trained, from its reader
 
 
 def conversations(files, tokenizer, options):
@@ -151,70 +180,31 @@ def conversations(files, tokenizer, options):
 
 def render(file, number, row, where, tokenizer, options):
     """The Conversation of one row. Raises UserError, which names the row."""
-    messages = to_messages(row, where, options.keys)
+    row = read_row(row, where, options.keys)
+    if row.messages is None:
+        check_text(row.text or "", where)
+        return Conversation(file, number, where, row.text or "", None, row.tokens, row.dropped)
+    messages = row.messages
     if options.train_on == "last":
         for message in [m for m in messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
-    text, spans = tokenizer.render_spans(messages, where, row.get("tools"))
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the text contains half a character (a lone surrogate): {error}; "
-                        "correct the row") from error
+    text, spans = tokenizer.render_spans(messages, where, row.tools)
+    check_text(text, where)
     return Conversation(file, number, where, text, spans)
 
 
-def append(conversation, encoding, options, stop_token_id, ledger, writer):
-    """Mask one conversation, account for its tokens, and write it if it has a target."""
-    length, kept = len(encoding), min(len(encoding), options.max_length)
-    ledger.rows += 1
-    ledger.tokens += length
-    if length > kept and options.too_long == "error":
-        raise UserError(f"{conversation.where} has {length} tokens, more than --max_length {kept}; raise it, "
-                        "or set --too_long to truncate or drop")
-    if length > kept and options.too_long == "drop":
-        ledger.drop("too long", length)
-        return
-    loss_mask, turns, stopped = make_loss_mask(
-        encoding, conversation.spans, conversation.text, kept=kept, train_on_prompt=options.train_on_prompt,
-        stop_token_id=stop_token_id)
-    ledger.turns += turns
-    ledger.turns_stopped += stopped
-    targets = np.flatnonzero(loss_mask)
-    if not len(targets):
-        ledger.drop("without targets" + (" after truncation" if length > kept else ""), length)
-        return
-    ledger.keep(len(targets), kept, length)
-    writer.add(tokens=encoding.ids[:kept], loss_mask=loss_mask, n_tokens=[kept], n_inputs=targets[-1:],
-               n_targets=[len(targets)], file=[conversation.file], row=[conversation.row])
-
-
-def make_loss_mask(encoding, spans, text, *, kept, train_on_prompt, stop_token_id):
-    """The loss mask of one conversation. A token is a target if it lies entirely inside a trained span.
-
-    encoding         of `text`, by the tokenizers library: n tokens
-    spans            [(start, end, has_stop_token, weight), ...], the assistant's turns in order: the
-                     characters from the end of the turn's header to the end of its stop token; whether the
-                     template rendered that token; the weight of its losses, 0 if it is not trained
-    kept             n, or fewer if the conversation is truncated
-    train_on_prompt  every token is a target, except the first, which nothing predicts
-    stop_token_id    the token that ends a turn, or None
-
-    Returns (kept,) bool, the number of trained turns that are not truncated, and how many of these have their
-    stop token among the targets.
-    """
-    ids, loss_mask = encoding.ids, np.full(len(encoding), train_on_prompt)
-    turns = stopped = 0
-    for start, end, has_stop_token, weight in spans:
-        first, after = token_range(encoding, start, end, len(text))
-        if kept < len(ids) and first >= kept:
-            break  # this turn and all later ones are truncated; searching for their tokens would take long
-        loss_mask[first:after] = weight > 0 or train_on_prompt
-        if weight and after <= kept:
-            turns += 1
-            stopped += int(has_stop_token and stop_token_id in ids[first:after])
-    loss_mask[:1] = False
-    return loss_mask[:kept], turns, stopped
+def append(conversation, encoding, options, tokenizer, ledger, writer):
+    """Mask one row, account for its tokens, and write it if it has a target; a long text in pieces."""
+    at, masked = ledger.written, mask(conversation, encoding, options, tokenizer)
+    ledger.count(masked)
+    is_target = masked.weights > 0
+    weighted = np.flatnonzero(is_target & (masked.weights != 1))
+    writer.add(weighted=at + weighted, weight=masked.weights[weighted])
+    for start, stop in masked.pieces:
+        targets = np.flatnonzero(is_target[start:stop])
+        writer.add(tokens=masked.ids[start:stop], loss_mask=is_target[start:stop], n_tokens=[stop - start],
+                   n_inputs=targets[-1:], n_targets=[len(targets)], file=[conversation.file],
+                   row=[conversation.row])
 
 
 # ---- masked tokens -> steps --------------------------------------------------------------------------------
@@ -229,7 +219,8 @@ class Sampler:
     """The conversations of steps 1, 2, ...: a pure function of (seed, epoch), so resume needs no state.
 
     A step holds batch_size conversations, or as many as fit into batch_tokens; the last one of an epoch may
-    hold fewer. len(sampler) is max_steps if given, otherwise the steps of all epochs.
+    hold fewer. len(sampler) is max_steps if given, otherwise the steps of all epochs; of 1.5 epochs the
+    second one ends after half of its steps, rounded up.
 
     n_inputs   (n,) Dataset.n_inputs, which batch_tokens limits
     mix        Dataset.mix(): each epoch draws a quota from each group, see mixed_quotas
@@ -249,12 +240,13 @@ class Sampler:
                             "tokens; raise it to at least that, or lower --max_length")
         self.per_epoch, self.total = [], 0
         n = sum(self.quotas)
-        for epoch in itertools.count() if max_steps else range(epochs):
+        epochs = Fraction(str(epochs))  # exact: 1.1 epochs of 10 steps are 11 steps, not 12
+        for epoch in itertools.count():
             steps = len(self.epoch_order(epoch)[1]) - 1 if batch_tokens else ceil_div(n, batch_size)
             self.per_epoch.append(steps)
-            self.total += steps
-            if max_steps and self.total >= max_steps:
-                self.total = max_steps
+            remaining = max_steps - self.total if max_steps else math.ceil(steps * (epochs - epoch))
+            self.total += min(steps, remaining)
+            if remaining <= steps:
                 break
         self.ends = np.cumsum(self.per_epoch)  # the last step of each epoch
         self.epoch, self.order, self.cuts = None, None, None  # of the epoch that was used last
@@ -313,19 +305,24 @@ class MicroBatch:
     target_positions        (R,) int64, ascending: the positions whose next token is a target
     targets                 (R,) int64: those next tokens
     conversation_of_target  (R,) int64: the conversation of each target, as an index of the Dataset
+    weights                 (R,) fp32, what the loss of each target is multiplied by; None if all data has 1
     documents               ops.attention.Documents
     """
 
-    def __init__(self, buffer, lengths, n_targets, ids):
+    def __init__(self, buffer, lengths, n_targets, ids, has_weights):
         self.buffer, self.lengths, self.n_targets, self.ids = buffer, lengths, n_targets, ids
+        self.has_weights = has_weights
         N, R = sum(lengths), n_targets
-        (self.tokens, positions, self.target_positions, self.targets, self.conversation_of_target,
-         offsets) = buffer.split([N, N, R, R, R, len(buffer) - 2 * N - 3 * R])
+        n_offsets, n_weights = len(lengths) // 2 + 1, ceil_div(R, 2) if has_weights else 0
+        (self.tokens, positions, self.target_positions, self.targets, self.conversation_of_target, offsets,
+         weights) = buffer.split([N, N, R, R, R, n_offsets, n_weights])
+        self.weights = weights.view(torch.float32)[:R] if has_weights else None
         self.documents = Documents(lengths, positions, offsets.view(torch.int32)[: len(lengths) + 1])
 
     def to(self, device):
         """The same MicroBatch on a device. If it is in pinned memory, the host does not wait for the copy."""
-        return MicroBatch(self.buffer.to(device, non_blocking=True), self.lengths, self.n_targets, self.ids)
+        return MicroBatch(self.buffer.to(device, non_blocking=True), self.lengths, self.n_targets, self.ids,
+                          self.has_weights)
 
 
 def collate(dataset, ids, pin_memory=False):
@@ -349,9 +346,13 @@ def collate(dataset, ids, pin_memory=False):
     parts = [flat(dataset.tokens, 0), np.arange(ends[-1]) - np.repeat(ends - lengths, lengths),
              target_positions, flat(dataset.tokens, 1)[target_positions],
              ids[np.searchsorted(ends, target_positions, "right")], offsets.view(np.int64)]
+    if has_weights := len(dataset.weight) > 0:
+        weights = [dataset.weights_of(i)[1:][: n] for i, (_, n) in zip(ids, spans)]
+        weights = np.concatenate(weights)[target_positions] if weights else np.zeros(0, np.float32)
+        parts.append(np.append(weights, np.zeros(len(weights) % 2, np.float32)).view(np.int64))
     buffer = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=pin_memory)
     np.concatenate(parts, out=buffer.numpy())
-    return MicroBatch(buffer, lengths, len(target_positions), ids)
+    return MicroBatch(buffer, lengths, len(target_positions), ids, has_weights)
 
 
 def micro_batches(dataset, ids, capacity, max_conversations=None, *, dp_rank=0, dp_size=1, pin_memory=False):

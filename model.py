@@ -166,20 +166,21 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, documents, target_positions=None, targets=None, past=None):
+    def forward(self, tokens, documents, target_positions=None, targets=None, weights=None, past=None):
         """Logits, or the loss if targets are given.
 
         tokens            (N,) int64, documents one after another
         documents         ops.attention.Documents of these N tokens, on their device
         target_positions  (R,) int64, the positions whose next token is a target
         targets           (R,) int64, those next tokens
+        weights           (R,) fp32, what the losses of the targets are multiplied by; None: 1
         past              list of one dict per layer: the key/value cache of generation, updated in place
         returns           with targets, a LossOut: nats summed over the targets, which the caller divides.
                           With `past`, logits of the last token, (1, V). Otherwise logits, (N, V)
         """
         hidden = self.model(tokens, documents, past)
         if targets is not None:
-            return loss(hidden, self.lm_head, target_positions, targets)
+            return loss(hidden, self.lm_head, target_positions, targets, weights)
         return self.lm_head(hidden if past is None else hidden[-1:])
 
 

@@ -6,7 +6,7 @@
 
 Read train() from top to bottom: it runs in that order. Next to this file are data.py (conversations to
 micro-batches), model.py (the transformer), lora.py (adapters) and fsdp.py (sharding); the folders hold the
-code that these five use. Not supported: preference tuning, pre-training on raw text, images.
+code that these five use. Not supported: preference tuning, images.
 """
 
 if __name__ == "__main__":
@@ -38,8 +38,8 @@ from ranks import processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
-from settings.errors import UserError
 from settings.parser import check, parse, setting
+from text.ledger import check_settings
 from text.template import ChatTokenizer
 
 # unless: a resumed adapter brings these settings with it
@@ -60,7 +60,7 @@ class Config:
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
     val_data: str | None = setting(None, "validation data, like train_data without weights", env="VAL_DATA")
     max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
-    too_long: str = setting("truncate", "what to do with longer conversations", ("truncate", "drop", "error"))
+    too_long: str | None = setting(None, "for longer ones; none: truncate", ("truncate", "drop", "error"))
     train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
                             unless="train_on_prompt")
     train_on_prompt: bool = setting(False, "all tokens contribute to the loss, not only the assistant's")
@@ -77,7 +77,7 @@ class Config:
                                                "tokens; auto: up to 32,768 if they fit")
     packing: bool = setting(True, "limit micro-batches by tokens; off: to micro_batch_size conversations",
                             env="PACKING")
-    epochs: int = setting(3, "passes over the training data", env="NUM_EPOCHS", low=1)
+    epochs: float = setting(3, "passes over the training data; 0.5: half of it", env="NUM_EPOCHS", low=1e-6)
     max_steps: int | None = setting(None, "stop after N steps; overrides epochs", env="MAX_STEPS", low=1)
     seed: int = setting(42, "seed of data order, dropout and new adapters", env="SEED", low=0)
 
@@ -173,21 +173,21 @@ def micro_batches(dataset, ids, cfg, ranks):
                               dp_size=ranks.dp_size, pin_memory=ranks.device.type == "cuda")
 
 
-def backward(model, batches, n_targets, ranks, losses=None):
+def backward(model, batches, weight, ranks, losses=None):
     """Accumulate the gradient of a step over its micro-batches.
 
-    n_targets  target tokens of the step, over all ranks. Each micro-batch's summed loss is divided by it, so
-               the gradient does not depend on how the step is split into micro-batches
-    losses     (conversations in the data,) fp32: the loss of each conversation is added to its element
-    returns    () summed loss of this rank / n_targets; the sum over dp ranks is the loss of the step, in nats
+    weight   sum of the weights of the step's targets, over all ranks. Each micro-batch's weighted loss is
+             divided by it, so the gradient does not depend on how the step is split into micro-batches
+    losses   (conversations of the data,) fp32: the unweighted loss of each one is added to its element
+    returns  () the quotients of this rank's micro-batches, summed; the sum over dp ranks is the step's loss
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches, 1):
         ranks.micro_batch = batch
         fsdp.set_gradient_sync(model, enabled=i == len(batches))
         batch = batch.to(ranks.device)
-        out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets)
-        loss = out.total / n_targets
+        out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
+        loss = out.total / weight
         loss.backward()
         total += loss.detach()
         if losses is not None:
@@ -198,7 +198,7 @@ def backward(model, batches, n_targets, ranks, losses=None):
 
 @torch.no_grad()
 def evaluate(model, dataset, cfg, ranks):
-    """Loss over the whole dataset, in nats per target token; not valid if a signal ended it early."""
+    """The weighted mean loss of the dataset's targets, in nats; not valid if a signal ended it early."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in overlap.ahead(micro_batches(dataset, range(len(dataset)), cfg, ranks), ranks.device):
@@ -206,11 +206,12 @@ def evaluate(model, dataset, cfg, ranks):
             break
         ranks.micro_batch = batch
         batch = batch.to(ranks.device)
-        total += model(batch.tokens, batch.documents, batch.target_positions, batch.targets).total
+        out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
+        total += out.total
     ranks.micro_batch = None
     fsdp.reshard(model)
     model.train()
-    return ranks.all_reduce(total).item() / int(dataset.n_targets.sum())
+    return ranks.all_reduce(total).item() / dataset.ledger.weight
 
 
 def load_data(cfg, tokenizer):
@@ -218,8 +219,7 @@ def load_data(cfg, tokenizer):
     options = data.options_of(cfg)
     train_set = data.load(cfg.train_data, tokenizer, **options)
     val_set = data.load(cfg.val_data, tokenizer, **options) if cfg.val_data else None
-    if val_set and val_set.mix():
-        raise UserError(f"--val_data {cfg.val_data}: validation reads all conversations; remove the weights")
+    check_settings(cfg, train_set, val_set)
     return train_set, val_set
 
 
@@ -341,8 +341,8 @@ def train(cfg, ranks):
             break
         ranks.set_phase(f"step {step}")
         torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # for dropout; resume needs no RNG state
-        n_targets, n_tokens = int(train_set.n_targets[ids].sum()), int(train_set.n_tokens[ids].sum())
-        loss = backward(model, batches, n_targets, ranks, losses.restart(ids))
+        counts = train_set.count(ids)
+        loss = backward(model, batches, counts["target_weight"], ranks, losses.restart(ids))
         if cfg.use_lora and step == first_step:
             selfcheck.check_adapters(model, ranks)
         read()  # the step before: only now, so that the device had work meanwhile
@@ -351,8 +351,7 @@ def train(cfg, ranks):
         meter.start(step)
         optim.update(optimizer, loss, norm, lr=lr, grad_clip=cfg.grad_clip, norm_limit=run.norm_limit)
         figures.queue(loss=loss, grad_norm=norm, changed=meter.changed())
-        log.step(step, ids, figures, run.norm_limit, epoch=epoch, lr=lr, tokens=n_tokens,
-                 target_tokens=n_targets)
+        log.step(step, ids, figures, run.norm_limit, epoch=epoch, lr=lr, **counts)
         run.step = step
         after_step(step)
         figures = overlap.Figures(ranks.device)  # the next step begins: it may have to wait for its data

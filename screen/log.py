@@ -282,7 +282,7 @@ class Log:
               f"{int(train_set.n_tokens.sum()) * fraction:,.0f} tokens "
               f"({train_set.ledger.target * fraction:,.0f} trained)")
 
-    def step(self, step, ids, figures, norm_limit, *, epoch, lr, tokens, target_tokens):
+    def step(self, step, ids, figures, norm_limit, *, epoch, lr, tokens, target_tokens, target_weight):
         """Remember a training step until read() is called.
 
         ids         the conversations of the step
@@ -291,7 +291,8 @@ class Log:
         the others  keys of its line in metrics.jsonl
         """
         values = dict(  # in the order of the line; read() sets the two
-            epoch=epoch, loss=None, lr=lr, grad_norm=None, tokens=tokens, target_tokens=target_tokens)
+            epoch=epoch, loss=None, lr=lr, grad_norm=None, tokens=tokens, target_tokens=target_tokens,
+            target_weight=target_weight)
         self.unread = step, ids, figures, norm_limit, values
 
     def read(self, norms):
@@ -362,10 +363,10 @@ class Log:
         if not self.is_writer:
             return
         if val_set:
-            n_targets = int(val_set.n_targets.sum())
+            n_targets, weight = val_set.ledger.target, val_set.ledger.weight
             self.val_loss = val_loss
-            self.metrics.write(step=step, val_loss=val_loss, val_tokens=n_targets)
-            self.send("val", step, {"loss": val_loss, "tokens": n_targets})
+            self.metrics.write(step=step, val_loss=val_loss, val_tokens=n_targets, val_weight=weight)
+            self.send("val", step, {"loss": val_loss, "tokens": n_targets, "weight": weight})
             self.say(f"step {step}: val_loss {val_loss:.4f}")
         for prompt, answer in answers:
             self.samples.write(step=step, kind="sample", prompt=prompt, answer=answer)

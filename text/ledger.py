@@ -24,34 +24,74 @@ class Ledger:
     rows_truncated: int = 0
     turns: int = 0  # assistant turns that are trained and not truncated
     turns_stopped: int = 0  # turns among these whose stop token is a target
+    kinds: dict = field(default_factory=dict)  # "chat", "text" or "tokens" -> rows
+    chats_trained: int = 0  # rows
+    cut: int = 0  # plain texts longer than max_length
+    pieces: int = 0  # into which these were cut
+    weighted: int = 0  # targets whose weight is not 1
+    weight: float = 0.0  # sum of the weights of all targets
+
+    @property
+    def written(self):
+        """Tokens of the rows that are trained."""
+        return self.target + self.context
+
+    def count(self, masked):
+        """Count a row (masks.Masked)."""
+        self.rows += 1
+        self.tokens += masked.length
+        self.turns += masked.turns
+        self.turns_stopped += masked.stopped
+        if masked.kind:
+            self.kinds[masked.kind] = self.kinds.get(masked.kind, 0) + 1
+        if masked.dropped:
+            self.drop(masked.dropped, masked.length)
+        else:
+            self.keep(masked)
 
     def drop(self, reason, length):
         """Count a row of `length` tokens that is not trained."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.in_dropped_rows += length
 
-    def keep(self, n_targets, kept, length):
-        """Count a row that is trained: `kept` of its `length` tokens, n_targets of them targets."""
+    def keep(self, masked):
+        """Count a row that is trained."""
+        weights, n_pieces = masked.weights[masked.weights > 0], len(masked.pieces)
         self.trained += 1
-        self.target += n_targets
-        self.context += kept - n_targets
-        self.truncated += length - kept
-        self.rows_truncated += int(length > kept)
+        self.chats_trained += masked.kind == "chat"
+        self.target += len(weights)
+        self.context += len(masked.weights) - len(weights)
+        self.truncated += masked.length - len(masked.weights)
+        self.rows_truncated += masked.length > len(masked.weights)
+        if n_pieces > 1:
+            self.cut += 1
+            self.pieces += n_pieces
+        self.weighted += int((weights != 1).sum())
+        self.weight += float(weights.sum(dtype="float64"))
 
     def lines(self):
-        """The two lines on the screen, for rows and for tokens."""
+        """The lines on the screen: for rows and tokens, and what else there is to say."""
         n_dropped = sum(self.dropped.values())
         dropped = "".join(f", {count} {reason}" for reason, count in self.dropped.items())
         cut = f" (of {self.rows_truncated} rows)" if self.rows_truncated else ""
         extra = f" + {self.in_dropped_rows:,} in dropped rows" if self.in_dropped_rows else ""
-        return (f"rows     {self.rows:,} in = {self.trained:,} trained + {n_dropped:,} dropped{dropped}",
-                f"tokens   {self.tokens:,} in = {self.target:,} target + {self.context:,} context + "
-                f"{self.truncated:,} truncated{cut}{extra}")
+        lines = [f"rows     {self.rows:,} in = {self.trained:,} trained + {n_dropped:,} dropped{dropped}",
+                 f"tokens   {self.tokens:,} in = {self.target:,} target + {self.context:,} context + "
+                 f"{self.truncated:,} truncated{cut}{extra}"]
+        if self.cut:
+            lines.append(f"pieces   {self.cut:,} texts longer than --max_length are cut into {self.pieces:,}")
+        if self.weighted:
+            lines.append(f"weights  {self.weighted:,} targets have a weight other than 1; the sum over all "
+                         f"targets is {self.weight:,.10g}")
+        if not self.chats_trained:
+            lines.append("turns    no row has messages, so whether turns end was not checked")
+        return tuple(lines)
 
     def check(self, spec, max_length):
         """Raise UserError if no row is trained, or if the model would not learn to end its turn.
 
-        It would not if less than 99 % of the trained turns have their stop token as a target.
+        It would not if less than 99 % of the trained turns have their stop token as a target, or if all turns
+        are truncated. Rows without messages do not count.
         """
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self
@@ -64,7 +104,27 @@ class Ledger:
                 remedy = f"raise --max_length {max_length}"
             raise UserError(f"{spec}: no row is left to train on: {self.rows} in, all dropped ({reasons}); "
                             f"{remedy}")
+        if self.chats_trained and not self.turns:
+            raise UserError(f"{spec}: all assistant turns of the {self.chats_trained} conversations are "
+                            "truncated, so no end of a turn is trained: the model would never stop; raise "
+                            f"--max_length {max_length}")
         if self.turns_stopped < 0.99 * self.turns:
             raise UserError(f"{spec}: only {self.turns_stopped} of {self.turns} assistant turns train a "
                             "token that ends them: the model would never stop; use a tokenizer directory "
                             "(--tokenizer) whose chat template ends each turn with a special token")
+
+
+def check_settings(cfg, train_set, val_set):
+    """Raise UserError for a setting without effect on the rows of two Datasets; val_set may be None."""
+    kinds = {*train_set.ledger.kinds, *(val_set.ledger.kinds if val_set else ())}
+    no_chats = "chat" not in kinds
+    for is_ignored, flag, reason in [
+        (cfg.too_long and kinds == {"text"}, f"--too_long {cfg.too_long}",
+         "plain texts are cut into pieces of --max_length tokens"),
+        (cfg.train_on != "all" and no_chats, f"--train_on {cfg.train_on}", "no row has messages"),
+        (cfg.train_on_prompt and no_chats, "--train_on_prompt", "no row has messages"),
+        (val_set and val_set.mix(), f"the weights in --val_data {cfg.val_data}",
+         "validation reads every conversation"),
+    ]:
+        if is_ignored:
+            raise UserError(f"{flag}: no effect, because {reason}; remove it")

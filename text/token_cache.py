@@ -96,5 +96,9 @@ def read_arrays(directory, dtypes):
     """({name: array, memory-mapped}, metadata) that an ArrayWriter has written."""
     with open(os.path.join(directory, METADATA), encoding="utf-8") as f:
         metadata = json.load(f)
-    arrays = {name: np.memmap(os.path.join(directory, name), dtype, "r") for name, dtype in dtypes.items()}
+    arrays = {}
+    for name, dtype in dtypes.items():
+        path = os.path.join(directory, name)
+        is_empty = os.path.getsize(path) == 0  # an empty file can't be mapped
+        arrays[name] = np.empty(0, dtype) if is_empty else np.memmap(path, dtype, "r")
     return arrays, metadata

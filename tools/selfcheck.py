@@ -74,7 +74,7 @@ def compare(backward, model, dataset, ids, cfg, ranks):
 
 def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversations=None, on_one_rank=False):
     """(loss, this rank's shard of every gradient) of a step in one layout."""
-    n_targets = int(dataset.n_targets[ids].sum())
+    weight = dataset.count(ids)["target_weight"]
     if on_one_rank:
         batches = list(data.micro_batches(dataset, ids, capacity, max_conversations))
         if ranks.dp_rank:  # as many empty micro-batches: every rank takes part in the collectives
@@ -82,7 +82,7 @@ def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversation
     else:
         batches = list(data.micro_batches(
             dataset, ids, capacity, max_conversations, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size))
-    loss = backward(model, batches, n_targets, ranks)
+    loss = backward(model, batches, weight, ranks)
     parameters = trained_parameters(model)
     gradients = [local(p.grad).clone() for p in parameters]
     for p in parameters:
@@ -124,7 +124,7 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     only once, when a run has to stop.
     """
     limits = packing.limits(cfg)
-    n_targets, parameters = int(dataset.n_targets[ids].sum()), trained_parameters(model)
+    weight, parameters = dataset.count(ids)["target_weight"], trained_parameters(model)
     (empty,) = data.micro_batches(dataset, ids[:0], *limits)
     for dp_rank in range(ranks.dp_size):
         batches = data.micro_batches(dataset, ids, *limits, dp_rank=dp_rank, dp_size=ranks.dp_size)
@@ -134,7 +134,7 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
             for p in parameters:
                 p.grad = None
             loss = backward(
-                model, [batch if is_mine else empty], n_targets, ranks, losses if is_mine else None)
+                model, [batch if is_mine else empty], weight, ranks, losses if is_mine else None)
             if math.isfinite(ranks.all_reduce(loss).item()) and fsdp.grad_norm(model).isfinite():
                 continue
             bad = batch.ids[~ranks.all_reduce(losses).isfinite().cpu().numpy()[batch.ids]]

@@ -208,8 +208,8 @@ def test_99_percent_of_turns_must_end(tmp_path):
     with pytest.raises(ValueError, match="only 98 of 99 assistant turns"):
         data.load(write(tmp_path / "rows.json", [endless] + 98 * [ended]), tokenizer, 2048)
     long = {"messages": chat("q", "a very long answer that is cut off")}
-    dataset = data.load(write(tmp_path / "rows.json", 50 * [long]), tokenizer, 18)
-    assert (dataset.ledger.turns, dataset.ledger.rows_truncated) == (0, 50)
+    dataset = data.load(write(tmp_path / "rows.json", [ended] + 50 * [long]), tokenizer, 18)
+    assert (dataset.ledger.turns, dataset.ledger.rows_truncated) == (1, 50)
 
 
 # ---- what a template refuses or changes -----------------------------------------------------------------

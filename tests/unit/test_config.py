@@ -444,7 +444,7 @@ def test_a_number_has_a_range(name):
     (dict(seed=-1), "--seed -1: it must be at least 0"),
     (dict(max_length=1), "--max_length 1: it must be at least 2"),
     (dict(lr=-1e-9), "--lr -1e-09: it must be at least"),
-    (dict(epochs=0), "--epochs 0: it must be at least 1"),
+    (dict(epochs=0), "--epochs 0: it must be at least 1e-06"),
     (dict(max_steps=0), "--max_steps 0: it must be at least 1"),
     (dict(micro_batch_size=0), "--micro_batch_size 0: it must be"),
     (dict(tp=0), "--tp 0: it must be at least 1"),

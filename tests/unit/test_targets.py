@@ -1,8 +1,9 @@
-"""Which tokens are targets: literal ids, an independent reading of ChatML, and make_loss_mask() alone."""
+"""Which tokens are targets: literal ids, an independent reading of ChatML, and make_weights() alone."""
 
 import json
 import os
 
+import numpy as np
 import pytest
 from data_helpers import EXAMPLES, assert_is, by_hand, conversations, repeatable, sources, tiny
 from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, mask_spans, target_texts, write
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import data
+from text import masks
 from text.template import ChatTokenizer
 
 LITERAL = [
@@ -140,7 +142,7 @@ def test_targets_are_these_tokens(name, row, expected):
     assert mask_spans(data.load(os.path.join(ROOT, "data", name), tiny, 2048), row) == expected
 
 
-# ---- make_loss_mask(), alone ----------------------------------------------------------------------------
+# ---- make_weights(), alone ----------------------------------------------------------------------------
 
 STOP = 9
 
@@ -174,11 +176,11 @@ TWO = Handmade((3, "bot:"), (4, "a"), (STOP, "<end>"), (2, "hi\n"), (3, "bot:"),
 def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_id=STOP):
     """(loss mask as text, turns, turns whose stop token is a target)."""
     kept = len(encoding) if kept is None else kept
-    loss_mask, turns, stopped = data.make_loss_mask(
+    weights, turns, stopped = masks.make_weights(
         encoding, spans, encoding.text, kept=kept, stop_token_id=stop_token_id, train_on_prompt=train_on_prompt)
-    assert loss_mask.dtype == bool and loss_mask.shape == (kept,)
+    assert weights.dtype == np.float64 and weights.shape == (kept,)
     assert type(turns) is type(stopped) is int
-    return "".join(".x"[target] for target in loss_mask.tolist()), turns, stopped
+    return "".join(".x"[target] for target in (weights > 0).tolist()), turns, stopped
 
 
 @pytest.mark.parametrize("how, expected", [
@@ -218,7 +220,7 @@ def test_mask_of_another_span(span, expected):
     ((True, False), {}, (".xx....", 1, 1)),
     ((True, True), dict(kept=6), (".xx..x", 1, 1)),
     ((True, True), dict(kept=5), (".xx..", 1, 1)),
-    ((False, True), dict(train_on_prompt=True), (".xxxxxx", 1, 1)),
+    ((False, True), dict(train_on_prompt=True), (".xxxxxx", 2, 2)),
 ], ids=str)
 def test_mask_of_two_turns(trained, how, expected):
     """Each turn is trained or not by itself. Truncated turns do not count."""
