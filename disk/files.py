@@ -152,7 +152,7 @@ def open_regular(path, flags):
     """os.open() of a file that is about to be truncated: a link could lead to somebody else's file."""
     if os.path.islink(path):
         raise UserError(f"{path} is a symbolic link, it must be a file of its own; remove it")
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # NONBLOCK: to open a pipe would wait
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe would block
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
@@ -181,9 +181,8 @@ def take_lock(lock, timeout):
             if touch != last_touch:
                 last_touch, since = touch, time.monotonic()
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            raise NoLocks(error.errno, error.strerror, lock.name) from error
+            kind = NoLocks if error.errno in NO_LOCKS else OSError
+            raise kind(error.errno, error.strerror, lock.name) from error
         if time.monotonic() - since > timeout:
             lock.seek(0)
             holder = lock.read().strip()

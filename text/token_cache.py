@@ -1,7 +1,7 @@
 """Tokenised data on disk: a directory of arrays, and a cache of such directories by key, under a lock.
 
 An entry is written beside its place, flushed and renamed, so it is complete or missing. Its arrays have
-checksums: an entry that a disk has damaged is made again. An entry that was not used for KEEP days is removed.
+checksums: a damaged entry is made again. An entry that was not used for KEEP days is removed.
 """
 
 import contextlib
@@ -83,8 +83,8 @@ class Key:
                         if content_of(file, progress) != before), None)
         if changed or files != self.files:
             changed = changed or (set(files) ^ set(self.files) or self.files).pop()
-            raise UserError(f"{changed} was changed while it was read, so nothing is trained or cached; start "
-                            "again when no program writes to it")
+            raise UserError(f"{changed} was changed while it was read, so nothing is trained or cached; "
+                            "start again when no program writes to it")
 
 
 def content_of(path, progress=None):
@@ -224,7 +224,7 @@ def fault(directory):
             size, crc32 = extent(os.path.join(directory, name))
             if {"bytes": size, "crc32": crc32} != expected:
                 return f"{name}, {size:,} bytes, is not what was written"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{error!s:.200}"
 
 
@@ -248,7 +248,7 @@ def explained(cache_dir):
             raise  # it is about another file, such as the data
         remedy = "set --cache_dir to another directory, or none"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            remedy = f"nothing is left of the tokens that were being written; free some space there, or {remedy}"
+            remedy = f"nothing is left of what was written; free some space there, or {remedy}"
         raise UserError(f"--cache_dir {cache_dir} can't be written: {error.strerror} ({path}); "
                         f"{remedy}") from error
 
@@ -281,8 +281,8 @@ def entries(cache_dir):
             continue  # not an entry, or another process has removed it
         try:
             with open(os.path.join(path, ABOUT), encoding="utf-8") as f:
-                about = json.load(f)
-        except (OSError, ValueError):
+                about = dict(json.load(f))
+        except (OSError, ValueError, TypeError, RecursionError):
             about = {}
         found.append(Entry(path, sum(file.st_size for file in files), made, used, about))
     return sorted(found, key=lambda entry: -entry.used)

@@ -162,7 +162,7 @@ def test_the_key_depends_on_python(made, monkeypatch):
 
 
 def test_packages_are_those_that_the_program_imports():
-    """All packages that text/ and data.py import, inside functions too, except what belongs to Python or the project."""
+    """All that text/ and data.py import, inside functions too, except what belongs to Python or the project."""
     found = set()
     for path in [*glob.glob(f"{ROOT}/text/*.py"), f"{ROOT}/data.py"]:
         with open(path, encoding="utf-8") as f:
@@ -356,6 +356,13 @@ def test_a_read_only_cache_is_read(cache, rows, monkeypatch):
     assert load(rows, cache) == ["first<|im_end|>"]
     os.remove(token_cache.entries(cache)[0].path + "/tokens")
     with pytest.raises(UserError, match=rf"--cache_dir {cache} can't be written: Read-only .* set --cache_dir"):
+        load(rows, cache)
+
+
+def test_another_error_of_the_lock_is_not_hidden(cache, rows, monkeypatch):
+    """Only file systems without locks are used without one."""
+    monkeypatch.setattr(files.fcntl, "flock", raising(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(UserError, match=rf"--cache_dir {cache} can't be written: Input/output error .*\.lock"):
         load(rows, cache)
 
 
