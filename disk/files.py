@@ -1,11 +1,14 @@
 """Files: read untrusted ones safely, flush written ones to the disk, lock them, name them in every error."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import json
 import os
 import re
 import shutil
+import stat
 import time
 
 from safetensors import SafetensorError
@@ -13,6 +16,8 @@ from safetensors import SafetensorError
 from settings.errors import UserError
 
 LARGEST_FILE = 2**28  # bytes, except weights; the largest file we know is a tokenizer.json of 35 MB
+# What flock raises on file systems without locks: NFS without its lock daemon, Lustre, some of FUSE.
+NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL
 
 
 def read_file(path):
@@ -111,24 +116,73 @@ class LockTimeout(UserError):
         self.pid = pid
 
 
+class NoLocks(OSError):
+    """The file system of a lock file has no locks."""
+
+
+@contextlib.contextmanager
+def locked(path, timeout):
+    """Hold the lock of a file, which is created for it and removed afterwards.
+
+    Yields progress(), which the holder must call at least once in `timeout` seconds, see take_lock.
+    Raises UserError if the path is a link or no file, NoLocks if the file system has no locks.
+    """
+    while True:
+        with open(path, "a+", encoding="utf-8", opener=open_regular) as lock:
+            try:
+                take_lock(lock, timeout)
+            except NoLocks:
+                os.unlink(path)
+                raise
+            try:
+                is_current = os.path.samestat(os.fstat(lock.fileno()), os.lstat(path))
+            except FileNotFoundError:
+                is_current = False
+            if not is_current:
+                continue  # the holder before has removed this file: the next one may lock another
+            try:
+                yield functools.partial(os.utime, lock.fileno())
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            return
+
+
+def open_regular(path, flags):
+    """os.open() of a file that is about to be truncated: a link could lead to somebody else's file."""
+    if os.path.islink(path):
+        raise UserError(f"{path} is a symbolic link, it must be a file of its own; remove it")
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe would block
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(handle)
+        raise UserError(f"{path} is a pipe, a device or a second name of another file, it must be a file of "
+                        "its own; remove it")
+    return handle
+
+
 def take_lock(lock, timeout):
     """Lock an open file, and write this process's id into it.
 
     The holder of a lock touches the file whenever it makes progress. Raises LockTimeout, with the holder's
-    pid, if the holder makes no progress for `timeout` seconds.
+    pid, if the holder makes no progress for `timeout` seconds, and NoLocks if the file system has no locks.
     """
     last_touch = since = None
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            print(os.getpid(), file=lock, flush=True)
+            with naming(lock.name):
+                lock.truncate(0)
+                print(os.getpid(), file=lock, flush=True)
             return
         except BlockingIOError:
             # This may be another machine's clock (a network drive), so only its changes count.
             touch = os.fstat(lock.fileno()).st_mtime_ns
             if touch != last_touch:
                 last_touch, since = touch, time.monotonic()
+        except OSError as error:
+            kind = NoLocks if error.errno in NO_LOCKS else OSError
+            raise kind(error.errno, error.strerror, lock.name) from error
         if time.monotonic() - since > timeout:
             lock.seek(0)
             holder = lock.read().strip()

@@ -402,7 +402,7 @@ def convert(field, text, origin):
         return BOOLEANS[text.lower()]
     if kind in (int, float):
         try:
-            return kind(text)
+            return number(text, kind, field.default)
         except ValueError:
             raise UserError(rule + type_name(field)) from None
     choices = field.metadata["choices"]
@@ -411,6 +411,22 @@ def convert(field, text, origin):
         nearest = f" (nearest: {near[0]})" if near else ""
         raise UserError(f"{rule}one of {', '.join(choices)}{nearest}")
     return text
+
+
+def number(text, kind, default):
+    """The number in a text. A whole one may be written 3.0 or 1e3: other programs write their files so.
+
+    A number may be a fraction (kind is float) and have a default that is an int: then 3 stays 3 and does not
+    become 3.0. Raises ValueError if the text is no such number.
+    """
+    try:
+        return int(text) if kind is int or isinstance(default, int) else float(text)
+    except ValueError:
+        value = float(text)
+        is_exact = value.is_integer() and abs(value) < 2**53  # beyond, floats skip integers
+        if kind is int and not is_exact:
+            raise
+        return int(value) if is_exact and (kind is int or isinstance(default, int)) else value
 
 
 # ------------------------------------------------------------------------------------------------------------

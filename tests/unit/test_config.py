@@ -62,6 +62,41 @@ def test_a_number_in_every_spelling(arguments):
     assert changed(*arguments) == {"seed": 7}
 
 
+@pytest.mark.parametrize("text, value", [("16", 16), ("16.0", 16), ("16.", 16), ("1e3", 1000), ("1.6E1", 16),
+                                         ("+2e+2", 200), ("1_000", 1000), (" 7.0 ", 7),
+                                         ("9007199254740993", 2**53 + 1)])
+def test_a_whole_number_may_be_written_as_a_float(text, value, yaml_file, monkeypatch):
+    """On the command line, in a file and in the environment; also where a word is allowed."""
+    monkeypatch.setenv("LORA_ALPHA", text)
+    for name in ("lora_alpha", "seed", "max_steps", "micro_batch_size"):
+        needs = ("--use_lora",) if name == "lora_alpha" else ()
+        path = yaml_file(f"{name}: {text}\n")
+        for arguments in (f"--{name}={text}",), (f"{name}={text}",), ("--config", path):
+            found = getattr(parse(*needs, *arguments), name)
+            assert found == value and type(found) is int, (name, arguments)
+    found = parse("--environment", "--use_lora").lora_alpha
+    assert found == value and type(found) is int
+
+
+def test_a_fraction_with_a_whole_default(yaml_file):
+    """A whole value stays an int, so that banners and config.yaml say 3 and not 3.0."""
+    @dataclasses.dataclass
+    class Config:
+        epochs: float = parser.setting(3, "passes", low=0)
+
+    path = yaml_file("")
+    for text, value in (("0.5", 0.5), ("3", 3), ("3.0", 3), ("2e0", 2), ("1e-2", 0.01)):
+        config, _ = parser.parse(Config, ["--epochs", text])
+        assert config.epochs == value and type(config.epochs) is type(value)
+        parser.write_yaml(config, path)
+        with open(path, encoding="utf-8") as f:
+            assert f.read() == f"epochs: {value}\n"
+        assert parser.parse(Config, ["--config", path])[0] == config
+    for text in ("1e300", "nan", "inf", "half"):
+        with pytest.raises(ValueError, match="epochs"):
+            parser.parse(Config, ["--epochs", text])
+
+
 @pytest.mark.parametrize("arguments, packing", [
     (["--packing"], True), (["--packing", "true"], True), (["--packing=true"], True),
     (["--packing", "YES"], True),
@@ -359,7 +394,11 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
     (["--max_steps"], "--max_steps needs a value"),
     (["--lr", "fast"], "flag --lr: lr can't be 'fast'; it must be a number"),
     (["--seed=1.5"], "flag --seed=1.5: seed can't be '1.5'; it must be an integer"),
-    (["--max_steps", "1e3"], "max_steps can't be '1e3'; it must be an integer"),
+    (["--max_steps", "1.5e0"], "max_steps can't be '1.5e0'; it must be an integer"),
+    (["--max_steps", "1e16"], "max_steps can't be '1e16'; it must be an integer"),  # a float is not exact there
+    (["--max_steps", "inf"], "max_steps can't be 'inf'; it must be an integer"),
+    (["--max_steps", "nan"], "max_steps can't be 'nan'; it must be an integer"),
+    (["--max_steps", "3.0.0"], "max_steps can't be '3.0.0'; it must be an integer"),
     (["--packing=maybe"], "packing can't be 'maybe'; it must be true or false"),
     (["--packing="], "packing can't be ''"), (["--lr="], "lr can't be ''; it must be a number"),
     (["--model", "none"], "model can't be 'none'; it must be a non-empty text"),

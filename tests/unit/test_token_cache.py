@@ -1,16 +1,23 @@
 """The cache of tokenised data: what its key depends on, and one process that writes while others wait."""
 
+import ast
+import errno
+import glob
 import json
 import os
 import shutil
+import sys
+import time
 from datetime import datetime
 
 import numpy as np
 import pytest
 from data_helpers import tiny
-from helpers import EXAMPLES, TINY, VALIDATION, chat, started, target_texts, write
+from helpers import EXAMPLES, ROOT, TINY, VALIDATION, chat, started, target_texts, write
 
 import data
+from disk import files
+from settings.errors import UserError
 from text import formats, token_cache
 from text.template import ChatTokenizer
 
@@ -72,14 +79,31 @@ def test_the_key_depends_on_the_data(made, tmp_path):
 
 
 def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
-    """On template, tokenizer and special tokens; on the date only for templates that print it."""
+    """On each of its attributes, also on one that it gets later. The exceptions are made from `text` and `source`."""
+    def key(tokenizer):
+        return token_cache.cache_key([(None, [VALIDATION])], tokenizer, None).name
+
+    tokenizer = ChatTokenizer(TINY)
+    others = {name for name, value in vars(tokenizer).items() if not token_cache.is_plain(value)}
+    assert others == {"tokenizer", "added", "sandbox", "template"}
+    before = key(tokenizer)
+    assert before == key(ChatTokenizer(TINY))
+    for name in {*vars(tokenizer), "added_later"} - others - {*token_cache.NOT_IN_KEY}:
+        value = getattr(tokenizer, name, {"x": [1, None, 2.5, True]})
+        changed = {str: "changed", int: 99999999, bool: not value, dict: {"y": [1, None, 2.5, True]}}[type(value)]
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, name, changed, raising=False)
+            assert key(tokenizer) != before, name
+    tokenizer.directory = "elsewhere"
+    assert key(tokenizer) == before
+    monkeypatch.setattr(tokenizer, "source", tokenizer.source + " ")
+    assert made(tokenizer) and not made(tokenizer)
+
+
+def test_the_key_depends_on_the_date(made, monkeypatch):
+    """Only for templates that print it; the tokenizer's date, if it has one, otherwise today's."""
     tokenizer = ChatTokenizer(TINY)
     assert made(tokenizer)
-    for name, value in (("source", tokenizer.source + " "), ("text", tokenizer.text + " "),
-                        ("special", {**tokenizer.special, "x_token": "y"}), ("source", "{# strftime_now #}")):
-        with monkeypatch.context() as patch:
-            patch.setattr(tokenizer, name, value)
-            assert made(tokenizer) and not made(tokenizer), name
 
     class Clock:
         @staticmethod
@@ -88,31 +112,67 @@ def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
 
     monkeypatch.setattr(token_cache, "datetime", Clock)
     assert not made(tokenizer)
+    tokenizer.date = "1999-01-01"
+    assert not made(tokenizer)
     monkeypatch.setattr(tokenizer, "source", "{# strftime_now #}")
+    assert made(tokenizer) and not made(tokenizer)
+    tokenizer.date = "1999-01-02"
+    assert made(tokenizer) and not made(tokenizer)
+    del tokenizer.date
     assert made(tokenizer) and not made(tokenizer)
 
 
 def test_the_key_depends_on_the_program(made, tmp_path, monkeypatch):
-    """On the text of data.py and of every file of text/, which read, render, mask and count."""
-    shutil.copytree(token_cache.FOLDER, tmp_path / "text")
+    """On the text of data.py and of every file under text/, which read, render, mask and count. It is read when the
+    program is loaded: an edit while it runs must not give its tokens the name of another program's."""
+    folder = tmp_path / "text"
+    shutil.copytree(token_cache.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(data.__file__, tmp_path / "data.py")
-    monkeypatch.setattr(token_cache, "FOLDER", str(tmp_path / "text"))
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
-    assert made() and not made()
-    for path in [*(tmp_path / "text").glob("*.py"), tmp_path / "data.py"]:
+    (folder / "tables").mkdir()
+    (folder / "tables" / "keys.json").write_text("{}")
+    seen = {token_cache.hash_of_program(str(folder))}
+    for path in [*filter(os.path.isfile, folder.rglob("*")), tmp_path / "data.py"]:
         with open(path, "a", encoding="utf-8") as f:
             f.write("# changed\n")
-        assert made(), path
-        assert not made(), path
+        hashed = token_cache.hash_of_program(str(folder))
+        assert hashed not in seen, path
+        seen.add(hashed)
+    (folder / "added.py").write_text("")
+    assert token_cache.hash_of_program(str(folder)) not in seen
+    assert token_cache.PROGRAM == token_cache.hash_of_program()
+    assert made() and not made()
+    monkeypatch.setattr(token_cache, "PROGRAM", "changed")
+    assert made() and not made()
 
 
-@pytest.mark.parametrize("package", ["tokenizers", "jinja2"])
+@pytest.mark.parametrize("package", token_cache.PACKAGES)
 def test_the_key_depends_on_versions(package, made, monkeypatch):
-    """Another version of tokenizers or jinja2 may tokenise or render differently."""
+    """Another version of a package may read, render or tokenise differently."""
     assert made()
     version = token_cache.version
     monkeypatch.setattr(token_cache, "version", lambda name: "0.0" if name == package else version(name))
     assert made() and not made()
+
+
+def test_the_key_depends_on_python(made, monkeypatch):
+    """Its version decides what counts as white space, for one."""
+    assert made()
+    monkeypatch.setattr(token_cache.platform, "python_version", lambda: "3.99.0")
+    assert made() and not made()
+
+
+def test_packages_are_those_that_the_program_imports():
+    """All that text/ and data.py import, inside functions too, except what belongs to Python or the project."""
+    found = set()
+    for path in [*glob.glob(f"{ROOT}/text/*.py"), f"{ROOT}/data.py"]:
+        with open(path, encoding="utf-8") as f:
+            for node in ast.walk(ast.parse(f.read())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found.add(node.module.partition(".")[0])
+    found -= sys.stdlib_module_names
+    assert {name for name in found if not os.path.exists(f"{ROOT}/{name}")} == {*token_cache.PACKAGES}
 
 
 def test_the_cache_depends_on_the_keys_of_rows(tmp_path):
@@ -132,16 +192,220 @@ def test_the_cache_depends_on_the_keys_of_rows(tmp_path):
         formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
 
 
-def test_a_crash_while_caching_leaves_no_entry(tmp_path, monkeypatch):
-    """An error while writing leaves no entry, and the next load writes it."""
-    tokenizer, spec = ChatTokenizer(TINY), VALIDATION
+@pytest.fixture
+def cache(tmp_path):
+    """The path of a cache that does not exist yet."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write(tmp_path / "rows.json", [{"prompt": "q", "response": "first"}])
+
+
+def load(rows, cache):
+    return target_texts(data.load(str(rows), tiny, 64, cache_dir=str(cache)))
+
+
+def test_a_crash_while_caching_leaves_nothing(cache, rows, monkeypatch):
+    """An error while writing leaves neither an entry nor a part of one, and the next load writes it."""
     with monkeypatch.context() as patch:
         patch.setattr(token_cache.json, "dump", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            data.load(spec, tokenizer, 64, cache_dir=str(tmp_path))
-    assert not [f for f in os.listdir(tmp_path) if not f.endswith((".tmp", ".lock"))]
-    assert same(data.load(spec, tokenizer, 64, cache_dir=str(tmp_path)), data.load(spec, tokenizer, 64))
-    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+            load(rows, cache)
+    assert os.listdir(cache) == []
+    assert load(rows, cache) == ["first<|im_end|>"]
+    (entry,) = token_cache.entries(cache)
+    assert os.listdir(cache) == [os.path.basename(entry.path)]
+
+
+def replaced(path, text, restores_time=False):
+    status = os.stat(path)
+    path.unlink()
+    path.write_text(text)
+    if restores_time:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+OTHER = json.dumps([{"prompt": "q", "response": "other"}])  # as many bytes as `rows`
+CHANGES = {
+    "replaced": lambda path: replaced(path, OTHER),
+    "replaced by as many bytes with the same time": lambda path: replaced(path, OTHER, restores_time=True),
+    "appended": lambda path: path.write_text(path.read_text() + " "),
+    "replaced, and replaced again by what it was": lambda path: replaced(path, path.read_text()),
+    "a file more in the directory": lambda path: shutil.copy(path, path.with_name("more.json")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_not_cached(change, cache, tmp_path, monkeypatch):
+    """Its hash is the name of the entry. Later runs must not find tokens of something else under this name."""
+    path, tokenise = tmp_path / "data" / "rows.json", data.tokenise
+    path.parent.mkdir()
+    write(path, [{"prompt": "q", "response": "first"}])
+    assert len(OTHER) == len(path.read_text())
+
+    def change_and_tokenise(*arguments):
+        CHANGES[change](path)
+        tokenise(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "tokenise", change_and_tokenise)
+        with pytest.raises(UserError, match=r"data/\w+.json was changed while it was read"):
+            load(path.parent, cache)
+    assert os.listdir(cache) == []
+    expected = target_texts(data.load(str(path.parent), tiny, 64))
+    assert load(path.parent, cache) == load(path.parent, cache) == expected
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(cache, rows, monkeypatch):
+    """All files and their directory are flushed, then it is renamed, then the cache is flushed."""
+    events, sync, rename = [], files.sync, os.rename
+    monkeypatch.setattr(token_cache, "sync", lambda path: (events.append(path), sync(path)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (events.append("rename"), rename(old, new)))
+    load(rows, cache)
+    (entry,) = token_cache.entries(cache)
+    names = {os.path.basename(path) for path in events[:-3]}
+    assert names == {*os.listdir(entry.path)} == {*data.ARRAYS, token_cache.METADATA, token_cache.ABOUT}
+    assert {os.path.dirname(path) for path in events[:-3]} == {events[-3]}
+    assert events[-3].endswith(".tmp") and events[-2:] == ["rename", str(cache)]
+
+
+@pytest.mark.parametrize("code", files.NO_LOCKS)
+def test_a_cache_without_locks_works(code, cache, rows, monkeypatch, capfd):
+    """One line names the cache and the flag."""
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    assert load(rows, cache) == ["first<|im_end|>"]
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert f"warning: {cache} has no locks ({os.strerror(code)})" in error and "--cache_dir" in error
+    assert load(rows, cache) == ["first<|im_end|>"] and capfd.readouterr().err == ""
+    assert len(os.listdir(cache)) == 1
+
+
+def test_without_locks_the_first_entry_stays(cache, rows, monkeypatch):
+    """Where two processes write the same entry, the second finds that of the first and uses it."""
+    tokenise = data.tokenise
+
+    def twice(*arguments):
+        tokenise(*arguments)
+        monkeypatch.setattr(data, "tokenise", tokenise)
+        load(rows, cache)
+        (first,) = token_cache.entries(cache)
+        inodes.append(os.stat(first.path).st_ino)
+
+    inodes = []
+    monkeypatch.setattr(token_cache, "locked", raising(files.NoLocks(errno.ENOLCK, "none")))
+    monkeypatch.setattr(data, "tokenise", twice)
+    assert load(rows, cache) == ["first<|im_end|>"]
+    (path,) = cache.iterdir()
+    assert [os.stat(path).st_ino] == inodes
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("where", ["array", "metadata", "sync"])
+def test_a_full_disk_is_one_error_and_leaves_nothing(code, where, cache, rows, monkeypatch):
+    """The error names the cache, and how to do without."""
+    class Full:  # a file on a full disk
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        write = raising(OSError(code, os.strerror(code)))
+
+    def open_full(path, mode="r", **options):
+        is_full = mode == ("ab" if where == "array" else "w") and "cache" in str(path)
+        return Full() if is_full else open(path, mode, **options)
+
+    if where == "sync":
+        monkeypatch.setattr(files.os, "fsync", raising(OSError(code, os.strerror(code))))
+    else:
+        monkeypatch.setattr(token_cache, "open", open_full, raising=False)
+    with pytest.raises(UserError, match=rf"--cache_dir {cache} can't be written: {os.strerror(code)} .*nothing is "
+                                        "left .* free some space .* or none"):
+        load(rows, cache)
+    assert os.listdir(cache) == []
+
+
+def test_an_error_of_another_file_is_not_the_caches(cache, rows, monkeypatch):
+    """A data file that can't be read keeps its own error."""
+    monkeypatch.setattr(data, "tokenise", raising(PermissionError(errno.EACCES, "Permission denied", str(rows))))
+    with pytest.raises(PermissionError):
+        load(rows, cache)
+
+
+def test_a_read_only_cache_is_read(cache, rows, monkeypatch):
+    """An entry that is there is used. One that is not can't be written: the error names the flag."""
+    load(rows, cache)
+    read_only = OSError(errno.EROFS, "Read-only file system", str(cache / "x"))
+    monkeypatch.setattr(files.os, "open", raising(read_only))
+    monkeypatch.setattr(os, "utime", raising(read_only))
+    monkeypatch.setattr(os, "mkdir", raising(read_only))
+    assert load(rows, cache) == ["first<|im_end|>"]
+    os.remove(token_cache.entries(cache)[0].path + "/tokens")
+    with pytest.raises(UserError, match=rf"--cache_dir {cache} can't be written: Read-only .* set --cache_dir"):
+        load(rows, cache)
+
+
+def test_another_error_of_the_lock_is_not_hidden(cache, rows, monkeypatch):
+    """Only file systems without locks are used without one."""
+    monkeypatch.setattr(files.fcntl, "flock", raising(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(UserError, match=rf"--cache_dir {cache} can't be written: Input/output error .*\.lock"):
+        load(rows, cache)
+
+
+def test_a_cache_that_is_a_file_is_an_error(tmp_path, rows):
+    with pytest.raises(UserError, match=r"rows.json can't be written: File exists .* set --cache_dir to another"):
+        load(rows, rows)
+
+
+def test_entries_that_are_not_used_are_removed(cache, tmp_path, capfd):
+    """After 30 days, by the next run that uses the cache. A use counts, a file of somebody else does not."""
+    paths = [write(tmp_path / f"{i}.json", [{"prompt": "q", "response": str(i)}]) for i in range(3)]
+    for path in paths[:2]:
+        load(path, cache)
+    by_file = {entry.about["files"][0]: entry for entry in token_cache.entries(cache)}
+    foreign = cache / ("a" * 32)
+    leftovers = [cache / f"{'b' * 32}.{name}.tmp" for name in ("old", "new")]
+    for directory in (foreign, *leftovers):
+        directory.mkdir()
+    ago = time.time() - token_cache.KEEP * 86400
+    for directory in (foreign, leftovers[0], *(entry.path for entry in by_file.values())):
+        os.utime(directory, (0, ago - 60))
+    load(paths[0], cache)
+    assert os.path.exists(by_file[paths[0]].path) and not os.path.exists(by_file[paths[1]].path)
+    assert "1 entries" in capfd.readouterr().err
+    assert foreign.exists() and [path.exists() for path in leftovers] == [False, True]
+    os.utime(by_file[paths[0]].path, (0, ago + 60))
+    load(paths[2], cache)
+    assert len(token_cache.entries(cache)) == 2 and capfd.readouterr().err == ""
+
+
+def test_progress_is_shown_while_an_entry_is_written(cache, rows):
+    """cached() calls its own `progress` too: another node may wait for this one."""
+    calls = []
+    key = token_cache.cache_key([(None, [rows])], tiny, "options", progress=lambda: calls.append("hash"))
+    assert calls == ["hash"]
+
+    def write_entry(directory, progress):
+        for _ in range(3):
+            progress()
+        token_cache.ArrayWriter(directory, {}, ()).close({})
+
+    token_cache.cached(cache, key, 5, write_entry, progress=lambda: calls.append("write"))
+    assert calls.count("write") > 3
 
 
 def test_processes_tokenise_once_and_wait_for_each_other(tmp_path):
@@ -160,7 +424,7 @@ def test_the_holder_of_the_lock_shows_progress(tmp_path, monkeypatch):
 
     def watching(messages, where, tools=None):
         if where.endswith("000]"):
-            (lock,) = (tmp_path / "cache").glob("*.lock")
+            (lock,) = (tmp_path / "cache").glob("*.lock")  # it is there while the entry is written
             times.append(lock.stat().st_mtime)
             os.utime(lock, (0, 0))
         return render(messages, where, tools)
