@@ -225,7 +225,7 @@ def load_data(cfg, tokenizer):
                    train_on_prompt=cfg.train_on_prompt, cache_dir=cfg.cache_dir, timeout=cfg.timeout,
                    keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
     train_set = data.load(cfg.train_data, tokenizer, **options)
-    val_set = data.load(cfg.val_data, tokenizer, **options) if cfg.val_data else None
+    val_set = data.load(cfg.val_data, tokenizer, split="validation", **options) if cfg.val_data else None
     if val_set and val_set.mix():
         raise UserError(f"--val_data {cfg.val_data}: validation reads every conversation, so weights have no "
                         "effect; remove them")

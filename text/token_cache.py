@@ -20,7 +20,7 @@ METADATA = "facts.json"  # everything but the arrays
 def cache_key(groups, tokenizer, options, program):
     """A hash of everything that the tokenised data depends on, as a hexadecimal string.
 
-    groups     sources.data_files(spec): paths and weights of the data files; their content is hashed too
+    groups     sources.data_files(spec); the content of their files is hashed too
     tokenizer  a template.ChatTokenizer
     options    an object whose repr determines how conversations are tokenised and masked
     program    paths of source files that determine it too; those of text/ are always included
@@ -33,7 +33,7 @@ def cache_key(groups, tokenizer, options, program):
     for text in texts:
         key.update(b"%d:" % len(text) + text.encode())
     modules = sorted(glob.glob(os.path.join(FOLDER, "*.py")))
-    for path in (*program, *modules, *(file for _, files in groups for file in files)):
+    for path in (*program, *modules, *(file for source in groups for file in source.files)):
         with open(path, "rb") as f:
             while chunk := f.read(2**24):
                 key.update(chunk)
