@@ -345,9 +345,10 @@ def continues(line):
 def json_lines(f, path):
     """Yield (where, row) of JSON Lines; for a line that is not JSON the row is a UserError."""
     for number, line in lines(f, path):
-        if not line.isspace():
+        line = line.lstrip("\ufeff")  # files that were joined may each begin with a byte order mark
+        if line and not line.isspace():
             try:
-                row = DECODER.decode(line.lstrip("\ufeff"))
+                row = DECODER.decode(line.rstrip("\n"))
             except json.JSONDecodeError as error:
                 row = not_json(path, number, error.colno, error.msg, line[error.colno - 1 :])
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep nesting
