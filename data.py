@@ -19,11 +19,10 @@ import torch
 from ops.attention import Documents
 from ops.packing import ceil_div, mixed_quotas, pack
 from settings.errors import UserError
-from text.containers import read_rows
 from text.formats import KEYS
 from text.ledger import Ledger
 from text.masks import check_text, mask
-from text.sources import data_files
+from text.sources import data_files, read_sources
 from text.stub_rows import read_row
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
@@ -118,9 +117,10 @@ def options_of(cfg):
                 keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
 
 
-def load(spec, tokenizer, max_length, *, cache_dir=None, timeout=600, **options):
+def load(spec, tokenizer, max_length, *, split=None, cache_dir=None, timeout=600, **options):
     """Read, render, tokenise and mask the conversations of `spec` (--train_data). Returns a Dataset.
 
+    split      "validation": which files of a directory are meant, see data_files
     cache_dir  keep the arrays there and memory-map them, see token_cache.cached
     timeout    seconds to wait for another process that holds the cache's lock and makes no progress
     options    of Options
@@ -128,9 +128,10 @@ def load(spec, tokenizer, max_length, *, cache_dir=None, timeout=600, **options)
     Raises UserError, with file and row, for data that cannot be trained on.
     """
     options = Options(max_length, **options)
-    write = functools.partial(tokenise, spec, tokenizer, options)
+    sources = data_files(spec, split)
+    write = functools.partial(tokenise, spec, sources, tokenizer, options)
     if cache_dir is not None:
-        key = cache_key(data_files(spec), tokenizer, options, program=[__file__])
+        key = cache_key(sources, tokenizer, options, program=[__file__])
         return open_dataset(cached(cache_dir, key, timeout, write))
     with tempfile.TemporaryDirectory() as directory:  # a mapped file stays readable after it is deleted
         write(directory)
@@ -143,13 +144,12 @@ def open_dataset(directory):
     return Dataset(**arrays, **{**metadata, "ledger": Ledger(**metadata["ledger"])})
 
 
-def tokenise(spec, tokenizer, options, directory, progress=None):
+def tokenise(spec, sources, tokenizer, options, directory, progress=None):
     """Write a Dataset's arrays and metadata into a directory; call progress() after every thousand rows."""
-    groups = data_files(spec)
-    files = [file for _, names in groups for file in names]
-    weights = [[group, weight] for group, (weight, names) in enumerate(groups) for _ in names]
+    files = [file for source in sources for file in source.files]
+    weights = [[group, source.weight] for group, source in enumerate(sources) for _ in source.files]
     ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, HASHED)
-    for batch, encodings in tokenizer.encode_ahead(conversations(files, tokenizer, options)):
+    for batch, encodings in tokenizer.encode_ahead(conversations(sources, tokenizer, options)):
         for conversation, encoding in zip(batch, encodings, strict=True):
             append(conversation, encoding, options, tokenizer, ledger, writer)
         writer.flush()
@@ -163,23 +163,24 @@ def tokenise(spec, tokenizer, options, directory, progress=None):
 class Conversation(NamedTuple):
     file: int
     row: int
-    where: str  # "file[row]", for messages
+    where: str  # "file[row]" or "file line 7", for messages
     text: str  # rendered with the chat template, or a plain text
     spans: list | None  # the assistant's turns in text, see ChatTokenizer.render_spans; None: no messages
     tokens: tuple | None = None  # (ids, weights) if the row is tokens already
     dropped: str | None = None  # why the row is not trained, from its reader
 
 
-def conversations(files, tokenizer, options):
+def conversations(sources, tokenizer, options):
     """Yield lists of up to a thousand Conversations."""
-    rows = ((file, n, row) for file, path in enumerate(files) for n, row in enumerate(read_rows(path)))
-    rows = itertools.islice(rows, options.limit)
+    rows = itertools.islice(read_sources(sources), options.limit)
     while batch := list(itertools.islice(rows, 1000)):
-        yield [render(file, n, row, f"{files[file]}[{n}]", tokenizer, options) for file, n, row in batch]
+        yield [render(*row, tokenizer, options) for row in batch]
 
 
 def render(file, number, row, where, tokenizer, options):
     """The Conversation of one row. Raises UserError, which names the row."""
+    if isinstance(row, UserError):  # a line that is not JSON
+        raise row
     row = read_row(row, where, options.keys)
     if row.messages is None:
         check_text(row.text or "", where)

@@ -218,7 +218,7 @@ def load_data(cfg, tokenizer):
     """The training set and the validation set (or None), tokenised."""
     options = data.options_of(cfg)
     train_set = data.load(cfg.train_data, tokenizer, **options)
-    val_set = data.load(cfg.val_data, tokenizer, **options) if cfg.val_data else None
+    val_set = data.load(cfg.val_data, tokenizer, split="validation", **options) if cfg.val_data else None
     check_settings(cfg, train_set, val_set)
     return train_set, val_set
 

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ LARGEST_YAML = 2**18  # bytes: verl's full configuration has 40,000
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty text"}
+SOURCES = ("train_data", "val_data")  # may be lists of mappings, which text/sources.py reads
 CONFIG_FLAGS = ("config", "config-path", "config-name")
 # Settings of tools/plan.py that sft.py once had: the config.yaml of an older run has them, switched off.
 PLAN_SETTINGS = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb_per_second")
@@ -434,7 +436,7 @@ def number(text, kind, default):
 
 
 def read_yaml(path, fields):
-    """The Assignments of a YAML file. Nested keys become a.b; lists are joined with commas.
+    """The Assignments of a YAML file. Nested keys become a.b; lists are joined with commas, mappings in one are JSON.
 
     Only the text of scalars is used and converted like that of a flag, so no tag constructs an object.
     Aliases are errors: with them a short file can mean billions of values.
@@ -490,6 +492,11 @@ def yaml_values(node, name, path, seen):
         yield name, node.value, place
     elif name == "defaults":  # Hydra's list of other files
         yield name, "a list", place
+    elif name in SOURCES and any(isinstance(item, yaml.MappingNode) for item in node.value):
+        mappings = [item.value if isinstance(item, yaml.ScalarNode) else
+                    {key.removeprefix(name).lstrip("."): text for key, text, _ in yaml_values(item, name, path, seen)}
+                    for item in node.value]
+        yield name, json.dumps(mappings), place
     elif any(not isinstance(item, yaml.ScalarNode) for item in node.value):
         raise UserError(f"{place}: {name} must be a plain value or a list of plain values")
     else:

@@ -1,74 +1,422 @@
-"""Which files --train_data and --val_data name: paths, directories and hub datasets, with their weights."""
+"""Which files --train_data and --val_data name: paths, directories and hub datasets, with rows and weights."""
 
+import fnmatch
+import glob
+import itertools
+import json
 import os
 import re
+from typing import NamedTuple
+
+import yaml
 
 from disk.files import check_hub_endpoint
 from settings.errors import UserError
 from settings.venv import PROJECT
-from text.containers import ENDINGS, read_rows
+from text import llamafactory
+from text.containers import ENDINGS, SPLITS, read_rows, split_order
 
 EXAMPLE = "./data/example_sft.json"
+GRAMMAR = "[NAME=]SOURCE[:CONFIG or ENTRY][@SPLIT][[ROWS]][:WEIGHT]"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+SUFFIX = re.compile(r"\s*(?::(?P<config>[^,:@\[\]]+))??(?:@(?P<split>[^,:@\[\]]+))?(?:\[(?P<rows>[^,\[\]]*)\])?"
+                    r"(?::(?P<weight>\s*\d*\.?\d+(?:[eE][-+]?\d+)?))?\s*(?:,|$)")
+KEYS = ("path", "name", "config", "entry", "split", "rows", "weight")  # of a source that is a mapping in YAML
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")  # train-00000-of-00002.parquet
+METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|\w+_infos)\.json|cache-.*\.arrow|"
+                      r"(readme|license|licence|requirements|notice)\.txt", re.IGNORECASE)
+# Files of a run or a model beside the data: they are read only if a directory has nothing else.
+LOGS = re.compile(r"(.*[^a-z])?(logs?|config|args|arguments|state|info|results|metrics|stats|metadata|schema|loss)"
+                  r"\.(json|jsonl|csv|txt)(\.gz|\.zst)?", re.IGNORECASE)
 
 
-def data_files(spec):
-    """The files that --train_data or --val_data names, in order: [(weight or None, [files]), ...].
+class Source(NamedTuple):
+    """One source of --train_data or --val_data. Its repr is part of the token cache's key."""
 
-    spec  sources separated by commas: each a file, a directory of files, or the id of a hub dataset. Either
-          all or none end in :WEIGHT, the fraction of an epoch's conversations that come from this source.
-          Weights are relative, so their sum may be any number.
+    weight: float | None  # relative share of an epoch's conversations
+    name: str | None  # NAME= before it
+    files: list  # paths
+    rows: slice = slice(None)  # of all rows of its files, one file after another
+    columns: llamafactory.Entry | None = None  # how LLaMA-Factory's dataset_info.json describes a row
+    split: str | None = None  # which rows of a file like {"train": [...], "test": [...]}, see split_order
 
-    Raises UserError if a source does not exist or has no data files, or if only some have a weight.
+
+class Wanted(NamedTuple):
+    """What is written for one source, not yet looked up."""
+
+    path: str
+    name: str | None = None
+    config: str | None = None
+    split: str | None = None
+    rows: str | None = None
+    weight: str | None = None
+
+
+def data_files(spec, split=None):
+    """The Sources that --train_data or --val_data names, in order.
+
+    spec   sources separated by commas, each written as GRAMMAR says: a file, a directory of files, the id of a hub
+           dataset, or dataset_info.json of LLaMA-Factory. Or a JSON list of such texts and of objects with
+           KEYS, which is how a list in a YAML file arrives. A path that exists is always taken as it is, the
+           longest one first.
+           Either all sources or none have a WEIGHT, the fraction of an epoch's conversations that come from
+           this source. Weights are relative, so their sum may be any number.
+    split  None: train files are read; "validation" (of --val_data): validation files, or else test files
+
+    Raises UserError if a source does not exist, has no such files, or if it is not clear which are meant.
     """
-    groups = []
-    for source in map(str.strip, spec.split(",")):
-        match = None if os.path.exists(source) else re.fullmatch(r"(.+):(\d*\.?\d+)", source)
-        path, weight = (match[1], float(match[2])) if match else (source, None)
-        if path == EXAMPLE and not os.path.exists(path):  # the default of --train_data, in another directory
-            path = os.path.join(PROJECT, path)
-        if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-            path = hub_dataset(path)
-        files = [path]
-        if os.path.isdir(path):
-            files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                           if name.endswith(ENDINGS))
-            # Splits of a hub dataset are files or folders: use only those with "train" in the path, if any.
-            files = [f for f in files if "train" in os.path.relpath(f, path)] or files
-            if not files:
-                raise UserError(f"{path}: no data file in this directory ({', '.join(ENDINGS)})")
-        elif not os.path.exists(path):
-            raise UserError(f"{path}: no such data file; pass a JSON, JSON Lines or parquet file, a "
-                            "directory, the id of a hub dataset, or several of these separated by commas")
-        groups.append((weight, files))
-    weights = [weight for weight, _ in groups]
-    some_lack_weights = None in weights and any(weights)
-    if some_lack_weights or 0 in weights:
+    sources = [resolve(wanted, split) for wanted in parse(spec)]
+    weights = [source.weight for source in sources]
+    if any(weight is not None and not 0 < weight < float("inf") for weight in weights) or (
+            None in weights and any(weights)):
         raise UserError(f"{spec}: either every source needs a weight above 0 (a.json:0.7,b.json:0.3), or "
                         "none may have one")
-    return groups
+    return sources
 
 
-def hub_dataset(name):
-    """Download the files of a hub dataset, or find them in the hub's cache. Returns their directory."""
+# ---- the grammar ----------------------------------------------------------------------------------------
+
+
+def parse(spec):
+    """The Wanted sources of a text, see data_files."""
+    if spec.lstrip().startswith("[") and not find(spec):
+        try:
+            items = json.loads(spec)
+        except ValueError as error:
+            raise UserError(f"{spec:.200}: a list of sources must be JSON or YAML: {error}") from error
+        return [wanted for item in items for wanted in (
+            [from_mapping(item)] if isinstance(item, dict) else parse(str(item)))]
+    found, at = [], 0
+    while at < len(spec) or not found:
+        wanted, at = parse_one(spec, at)
+        found.append(wanted)
+    return found
+
+
+def find(path):
+    """The path as the file system has it, or None if it does not exist."""
+    for candidate in (path, os.path.expanduser(path.strip())):
+        if os.path.exists(candidate):
+            return candidate
+    if path.strip() == EXAMPLE:  # the default of --train_data, in another directory
+        return os.path.join(PROJECT, EXAMPLE)
+    return None
+
+
+def parse_one(spec, at):
+    """(the Wanted source that begins at this position of the text, the position after its comma)"""
+    name = re.compile(r"\s*([^=,:@\[\]/]+)=").match(spec, at)
+    for begin, word in [(at, None), *([(name.end(), name[1].strip())] if name else [])]:
+        cuts = [cut.start() for cut in re.compile(r"[,:@\[]|$").finditer(spec, begin)]
+        for cut in reversed(cuts):  # the longest path that exists
+            suffix = SUFFIX.match(spec, cut)
+            path = find(spec[begin:cut]) if suffix else None
+            if path:
+                return Wanted(path, word, **suffix.groupdict()), suffix.end()
+    end = spec.find(",", at)
+    end = len(spec) if end < 0 else end
+    text = spec[at:end].strip()
+    match = re.fullmatch(rf"(?:([^=,:@\[\]/]+)=)?\s*({HUB_NAME.pattern}){SUFFIX.pattern}", text)
+    if match and not match[2].lower().endswith(ENDINGS):
+        return Wanted(match[2], match[1], *match.groups()[2:]), end + 1
+    path = re.match(r"(?:([^=,:@\[\]/]+)=)?([^:@\[]*)", text)[2]
+    if find(path):
+        raise UserError(f"{text}: can't read {text[len(path):]!r} after the path {path}; write {GRAMMAR}, for example "
+                        "rows.jsonl[:1000]:0.5 or DIRECTORY@test")
+    raise UserError(f"{path or text or spec}: no such data file; pass a JSON, JSON Lines, CSV, text or parquet file, a "
+                    f"directory, the id of a hub dataset, or several of these separated by commas: {GRAMMAR}")
+
+
+def from_mapping(item):
+    """The Wanted source of a mapping in a YAML file: {path, name, config or entry, split, rows, weight}."""
+    unknown = [key for key in item if key not in KEYS]
+    if unknown or not item.get("path"):
+        raise UserError(f"a source that is a mapping needs path, and may have {', '.join(KEYS[1:])}; it has "
+                        f"{', '.join(map(str, item)) or 'nothing'}")
+    texts = {key: None if value in (None, "", "null", "~") else str(value) for key, value in item.items()}
+    rows = texts.get("rows")
+    weight = texts.get("weight")
+    if weight is not None and not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", weight):
+        raise UserError(f"{item['path']}: weight must be a number above 0, it is {weight}")
+    return Wanted(find(texts["path"]) or texts["path"], texts.get("name"), texts.get("config") or texts.get("entry"),
+                  texts.get("split"), rows.strip("[]") if rows else None, weight)
+
+
+def row_slice(rows, path):
+    """The slice of a text such as "10:20"; all rows if it is None."""
+    match = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", ":" if rows is None else rows)
+    start, stop = (int(text) if text else None for text in match.groups()) if match else (0, 0)
+    if not match or stop is not None and (start or 0) >= stop:
+        raise UserError(f"{path}[{rows}]: rows must be [START:STOP], counted from 0, without STOP itself: [:1000] is "
+                        "the first thousand, [1000:] all others")
+    return slice(start, stop)
+
+
+# ---- what is written -> files ---------------------------------------------------------------------------
+
+
+def resolve(wanted, split):
+    """The Source that a Wanted one means; `split` as in data_files."""
+    path, rows, columns = wanted.path, row_slice(wanted.rows, wanted.path), None
+    weight = None if wanted.weight is None else float(wanted.weight)
+    if os.path.basename(path) == "dataset_info.json" and os.path.isfile(path):
+        columns, place, samples = llamafactory.read_entry(path, wanted.config)
+        if wanted.rows is None:
+            rows = slice(samples)
+        wanted = wanted._replace(**{**place, "split": wanted.split or place["split"]})
+        path = wanted.path
+    in_file = None  # the split of a file that has several
+    if os.path.isdir(path):
+        files = [os.path.join(path, name) for name in choose(list_files(path), read_readme(path), path, wanted, split)]
+    elif os.path.exists(path):
+        if wanted.config:
+            raise UserError(f"{path}:{wanted.config}: a file has no configs, only a directory or a hub dataset has; "
+                            "pass the file alone, or with a weight above 0, such as :0.5")
+        files, in_file = [path], wanted.split or split
+    elif HUB_NAME.fullmatch(path) and not path.lower().endswith(ENDINGS):
+        files = hub_files(path, wanted, split)
+    else:
+        raise UserError(f"{path}: no such data file")
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"{file} is not a file; write the data to a file first: it is read more than once")
+    stems = {}  # name without its ending: files
+    for file in files:
+        stems.setdefault(re.sub(r"(\.[a-z]+)(\.gz|\.zst)?$", "", file, flags=re.IGNORECASE), []).append(file)
+    twice = next((names for names in stems.values() if len(names) > 1), None)
+    if twice:
+        raise UserError(f"{listed(twice)}: the same name in several formats, so probably the same rows twice; name "
+                        "the files to read, or move the others away")
+    return Source(weight, wanted.name, files, rows, columns, in_file)
+
+
+def list_files(directory):
+    """The data files of a directory, as paths relative to it, sorted. Hidden files and folders are skipped."""
+    found, seen = [], {os.path.realpath(directory)}
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not is_hidden(name) and not is_seen(
+            os.path.realpath(os.path.join(folder, name)), seen)]
+        found += [os.path.relpath(os.path.join(folder, name), directory) for name in names]
+    return data_names(found)
+
+
+def is_seen(path, seen):
+    """Whether a path is in the set, which it is added to: a link may lead to a folder that is read already."""
+    before = len(seen)
+    seen.add(path)
+    return len(seen) == before
+
+
+def is_hidden(name):
+    return name.startswith((".", "__MACOSX", "__pycache__"))
+
+
+def data_names(names):
+    """Those of the files of a directory that are data, sorted."""
+    names = [name for name in names if name.lower().endswith(ENDINGS) and not any(
+        map(is_hidden, name.split(os.sep))) and not METADATA.fullmatch(os.path.basename(name))]
+    names = [name for name in names if not LOGS.fullmatch(os.path.basename(name))] or names
+    texts = (".txt", ".txt.gz", ".txt.zst")  # beside other data they are notes
+    return sorted([name for name in names if not name.lower().endswith(texts)] or names)
+
+
+def split_of(path):
+    """(the split's name, which of train, validation, test it is) of a file; None for what its path doesn't say.
+
+    The words of the name count, then those of the folders from the inner to the outer ones. A part that names
+    several splits, such as train_test_split, says nothing.
+    """
+    parts = path.split(os.sep)
+    shard = SHARD.match(parts[-1])
+    for part in reversed(parts):
+        kinds = {SPLITS[word] for word in re.findall(r"[^\W\d_]+", part.lower()) if word in SPLITS}
+        if len(kinds) == 1:
+            kind = kinds.pop()
+            return (shard[1] if shard and part is parts[-1] else kind), kind
+    if shard and shard[1] == "data" and len(parts) > 1:  # save_to_disk: SPLIT/data-00000-of-00001.arrow
+        return parts[-2], None
+    return (shard[1] if shard else None), None
+
+
+def choose(names, configs, where, wanted, split):
+    """Those of the data files `names` of a directory or hub dataset that are meant.
+
+    configs  {config: {split: [patterns]}} of its README.md, see read_readme
+    where    the directory or dataset, for errors
+    """
+    if not names:
+        raise UserError(f"{where}: no data file in this directory ({', '.join(ENDINGS)})")
+    splits = None
+    if configs:
+        config = wanted.config or ("default" if "default" in configs else None)
+        if config is None and len(configs) == 1:
+            config = next(iter(configs))
+        if config is None or config not in configs and not wanted.config:
+            raise UserError(f"{where} has several configs: {listed(configs)}; choose one: {where}:{next(iter(configs))}")
+        if config in configs:
+            splits = {file: (name, split_of(name)[1]) for name, patterns in configs[config].items()
+                      for file in names if any(matches(file, pattern) for pattern in patterns)}
+    if splits is None:
+        names = in_folder(names, configs, where, wanted.config)
+        splits = {name: split_of(name) for name in names}
+    if wanted.split:
+        return by_split(splits, where, wanted.split)
+    kinds = [kind for _, kind in splits.values()]
+    if split is None:
+        kind = "train" if "train" in kinds else None
+    else:
+        own = SPLITS.get(os.path.basename(os.path.normpath(where)).lower())
+        if own in split_order(split) and not any(kinds):  # --val_data DIR/validation
+            return sorted(splits)
+        kind = next((kind for kind in split_order(split) if kind in kinds), "")
+    found = {file: name for file, (name, own) in splits.items() if own == kind}
+    if not found:
+        what = "train" if split is None else "validation or test"
+        names = sorted({name for name, _ in splits.values() if name})
+        raise UserError(f"{where} has no {what} file; it has {listed(splits)}; pass a file, or {where}@"
+                        f"{names[0] if names else 'all'}")
+    several = sorted({name or "files without a split" for name in found.values()})
+    if len(several) > 1 and kind in several:  # train beside train_extra
+        return sorted(file for file, name in found.items() if name == kind)
+    if len(several) > 1:
+        raise UserError(f"{where} has several splits: {listed(several)}; choose one: {where}@{several[0]}")
+    return sorted(found)
+
+
+def by_split(splits, where, word):
+    """The files of a split that is written: by its name, by what it means, or by a whole word in the path."""
+    if word == "all":
+        return sorted(splits)
+    means = SPLITS.get(word.lower())
+    found = [file for file, (name, _) in splits.items() if name == word]
+    found = found or [file for file, (_, kind) in splits.items() if means and kind == means]
+    whole = re.compile(rf"(?<![^\W\d_]){re.escape(word)}(?![^\W\d_])", re.IGNORECASE)
+    found = found or [file for file in splits if not means and whole.search(file)]
+    if not found:
+        names = {name or kind or file for file, (name, kind) in splits.items()}
+        raise UserError(f"{where}@{word}: no such split; it has {listed(sorted(names))}")
+    return sorted(found)
+
+
+def in_folder(names, configs, where, config):
+    """The files of a config that is a folder. Without one, folders that hold splits of their own are an error."""
+    folders = {}
+    for name in names:
+        folder, inner, rest = name.partition(os.sep)
+        if inner and split_of(folder)[1] is None:
+            folders.setdefault(folder, []).append(rest)
+    if config is not None:
+        found = [name for name in names if name.startswith(config.rstrip("/") + os.sep)]
+        if not found:
+            raise UserError(f"{where}:{config}: no such config; it has {listed(configs or folders) or 'none'}")
+        return found
+    with_splits = [folder for folder, rest in folders.items() if any(split_of(name)[1] for name in rest)]
+    if len(with_splits) > 1:
+        raise UserError(f"{where} has several configs: {listed(with_splits)}; choose one: {where}:{with_splits[0]}")
+    return names
+
+
+def listed(names, count=20):
+    """Names for an error, shortened."""
+    names = [str(name)[:80] for name in names]
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def read_readme(directory):
+    """{config: {split: [patterns]}} of the block `configs:` in a dataset's README.md; {} if it has none.
+
+    Source: https://huggingface.co/docs/hub/datasets-manual-configuration
+    """
+    path = os.path.join(directory, "README.md")
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8", errors="replace") as f:
+        block = re.match(r"---\n(.*?\n)---", f.read(2**18), re.DOTALL)
+    if not block or not re.search(r"^configs:", block[1], re.MULTILINE):
+        return {}
+    configs = {}
+    try:
+        for config in yaml.safe_load(block[1])["configs"]:
+            files = config.get("data_files", [])
+            if isinstance(files, (str, dict)):
+                files = [files]
+            splits = configs.setdefault(str(config["config_name"]), {})
+            for item in files:
+                item = item if isinstance(item, dict) else {"split": "train", "path": item}
+                patterns = [item["path"]] if isinstance(item["path"], str) else item["path"]
+                splits.setdefault(str(item.get("split", "train")), []).extend(
+                    os.path.normpath(os.path.join(config.get("data_dir", ""), pattern)) for pattern in patterns)
+            if not files:  # a config without data_files: all of its data_dir, or of its folder
+                configs.pop(str(config["config_name"]))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its configs can't be read: {' '.join(str(error).split()):.200}; correct them, or "
+                        "name the data files themselves") from error
+    return configs
+
+
+def matches(name, pattern):
+    """Whether a pattern of README.md means this file; * stays inside a folder, ** does not."""
+    name, pattern = name.replace(os.sep, "/"), pattern.replace(os.sep, "/")
+    if name.startswith(pattern.rstrip("/") + "/"):
+        return True
+    same_depth = "**" in pattern or name.count("/") == pattern.count("/")
+    return same_depth and any(fnmatch.fnmatchcase(name, p) for p in (pattern, pattern.replace("**/", "")))
+
+
+# ---- the hub --------------------------------------------------------------------------------------------
+
+
+def hub_files(name, wanted, split):
+    """Download those files of a hub dataset that are meant, or find them in the hub's cache. Returns paths."""
     check_hub_endpoint()
-    from huggingface_hub import snapshot_download  # imported here: most runs read local files
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    # imported here: most runs read local files
+    from huggingface_hub import HfApi, snapshot_download
+    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        patterns = ["*" + ending for ending in ENDINGS]
-        return snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
+        directory = snapshot_download(name, repo_type="dataset", allow_patterns=["README.md"])
+        try:
+            names = data_names(HfApi().list_repo_files(name, repo_type="dataset"))
+        except (HTTPError, OfflineModeIsEnabled, OSError):  # the hub's cache may have the files
+            names = list_files(directory)
+        chosen = choose(names, read_readme(directory), name, wanted, split)
+        directory = snapshot_download(name, repo_type="dataset", allow_patterns=[glob.escape(f) for f in chosen])
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise UserError(f"{name} is neither a local file nor reachable as a hub dataset: "
                         f"{str(error).strip().splitlines()[-1]}") from error
+    return [os.path.join(directory, file) for file in chosen]
+
+
+# ---- rows -----------------------------------------------------------------------------------------------
+
+
+def read_sources(sources):
+    """Yield (number of the file, number of its row, row, where) for the rows of Sources, one after another.
+
+    In JSON Lines a row is a UserError where the line is not JSON; the reader of rows must raise it.
+    """
+    first = 0
+    for source in sources:
+        rows = ((first + i, n, row, where) for i, file in enumerate(source.files)
+                for n, (where, row) in enumerate(read_rows(file, source.split)))
+        for file, n, row, where in itertools.islice(rows, source.rows.start, source.rows.stop):
+            if source.columns and isinstance(row, dict):
+                row = source.columns.to_row(row)
+            yield file, n, row, where
+        first += len(source.files)
 
 
 def read_files(spec):
-    """Yield ("file[row]", row) for every row of the files that `spec` names, see data_files.
+    """Yield (where, row) for every row that `spec` names, see data_files. Raises UserError with the place."""
+    for _, _, row, where in read_sources(data_files(spec)):
+        if isinstance(row, UserError):
+            raise row
+        yield where, row
 
-    The first bytes decide the container: a JSON array, JSON Lines, gzip of either, or parquet (with pyarrow).
-    Raises UserError if a file does not exist, or with the line and column where it is not JSON.
-    """
-    for _, files in data_files(spec):
-        for file in files:
-            for i, row in enumerate(read_rows(file)):
-                yield f"{file}[{i}]", row
+
+def describe_files(files, count=3):
+    """The names of files in a line: "data/train.jsonl, org/name/en.parquet and 4 more"."""
+    names = [re.sub(r"^.*/datasets--([^/]+)/snapshots/[^/]+/", lambda m: m[1].replace("--", "/") + "/", file)
+             for file in files]
+    return listed(names, count)

@@ -102,7 +102,7 @@ def content_of(path, progress=None):
 def cache_key(groups, tokenizer, options, program=(), progress=None):
     """The Key of everything that the tokenised data depends on.
 
-    groups     sources.data_files(spec): paths and weights of the data files; their content is hashed too
+    groups     sources.data_files(spec); the content of their files is hashed too
     tokenizer  a template.ChatTokenizer: all its attributes count that are numbers, texts or made of these.
                The others are derived from them
     options    an object whose repr determines how conversations are tokenised and masked
@@ -113,7 +113,7 @@ def cache_key(groups, tokenizer, options, program=(), progress=None):
              if is_plain(value) and name not in NOT_IN_KEY}
     if "strftime_now" in tokenizer.source:  # the template may print the date
         state["date"] = getattr(tokenizer, "date", None) or datetime.now().strftime("%Y-%m-%d")
-    files = [file for _, names in groups for file in names]
+    files = [file for source in groups for file in source.files]
     parts = [repr((groups, options, versions(), PROGRAM, [content_of(path)[0] for path in program]))]
     for name, value in state.items():
         parts += name, value if isinstance(value, str) else repr(value)  # tokenizer.json has many megabytes

@@ -311,7 +311,7 @@ def test_the_configuration_file_of_the_repository_is_complete():
     ("optim: &o\n  lr: *o\n", "anchors and aliases"),
     ("- lr\n- 1\n", "must be `name: value` lines"), ("just text\n", "must be `name: value` lines"),
     ("lr: [1, [2]]\n", ":1: lr must be a plain value or a list of plain values"),
-    ("seed: 1\ntrain_data:\n - {a: b}\n", "train_data must be a plain value"),
+    ("seed: 1\nlora_targets:\n - {a: b}\n", "lora_targets must be a plain value"),
     ("lr: 1\n lr: 2\n", "is not YAML: .*line 2"), ("lr: [1\n", "is not YAML: "),
     ("a: b: c\n", "is not YAML: .*line 1"),
     ("lr: 1\n---\nlr: 2\n", "is not YAML"), ("lr: \x00\n", "is not YAML"), ("\tlr: 1\n", "is not YAML"),
