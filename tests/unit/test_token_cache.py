@@ -158,12 +158,12 @@ def test_the_holder_of_the_lock_shows_progress(tmp_path, monkeypatch):
     tokenizer, times = ChatTokenizer(TINY), []
     render = tokenizer.render_spans
 
-    def watching(messages, where, tools=None):
+    def watching(messages, where, *options):
         if where.endswith("000]"):
             (lock,) = (tmp_path / "cache").glob("*.lock")
             times.append(lock.stat().st_mtime)
             os.utime(lock, (0, 0))
-        return render(messages, where, tools)
+        return render(messages, where, *options)
 
     monkeypatch.setattr(tokenizer, "render_spans", watching)
     data.load(path, tokenizer, 100, cache_dir=str(tmp_path / "cache"))
