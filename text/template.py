@@ -152,7 +152,7 @@ class ChatTokenizer:
         learned = self.learn_default()
         self.header, self.is_closing = learned.header, learned.is_closing
         self.turn_end = learned.ends[0] if learned.ends else None
-        self.stop_token_ids = tuple(self.last_id(end) for end in learned.call_ends)
+        self.stop_token_ids = tuple(dict.fromkeys(self.last_id(end) for end in learned.call_ends))
         self.stop_token_id = self.last_id(self.turn_end) if self.turn_end else None
         dated = self.date if any("strftime_now" in source for source in sources.values()) else None
         self.variant = repr((sorted(sources.items()), self.template_kwargs, dated))

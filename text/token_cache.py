@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from datetime import datetime
 from importlib.metadata import version
 
 import numpy as np
@@ -27,8 +26,7 @@ def cache_key(groups, tokenizer, options, program):
     """
     versions = version("tokenizers"), version("jinja2")
     texts = [repr((groups, tokenizer.source, tokenizer.special, options, versions)), tokenizer.text]
-    if "strftime_now" in tokenizer.source:
-        texts.append(datetime.now().strftime("%Y-%m-%d"))  # the template may print the date
+    texts.append(tokenizer.variant)  # with the date, if the template prints it
     key = hashlib.blake2b(digest_size=16)
     for text in texts:
         key.update(b"%d:" % len(text) + text.encode())

@@ -102,8 +102,8 @@ class Turns:
     call_ends         ends, and those of a turn with calls
     is_appended       the first token of the next turn ends a turn, as with GLM-4: nothing ends the last one
     splits_reasoning  reasoning is a part of the turn with a header of its own, as with gpt-oss
-    after_tool        (what is before an answer to a tool, what a generation prompt adds to it), if such an
-                      answer has no header; otherwise None
+    after_tool        (what is before an answer to a tool, what a generation prompt adds to it, whether each
+                      result of a tool has the first), if such an answer has no header; otherwise None
     arguments_as_text  the template wants a call's arguments as a JSON text
     """
 
@@ -184,7 +184,7 @@ class Turns:
         # from it in the reasoning, the header ends before that.
         begins = [os.path.commonprefix([prompt, between]) for between in betweens]
         begins = [b if b in (prompt, between) else b.partition(THINK)[0] for b, between in zip(begins, betweens)]
-        begins.append(by_prompt.partition(THINK)[0])
+        begins += [prompt, by_prompt.partition(THINK)[0]]
         headers = {header(begin) for begin in begins}
         for end in self.ends:  # that of a user's turn may be a part of it, as with Cohere
             headers = {h.rpartition(last_token(end, self.added))[2].lstrip() or h for h in headers}
@@ -216,12 +216,14 @@ class Turns:
             twice = self.probe(ASK, call_message(CALL_IDS[-1], arguments, 2))
             if token and twice[call_end:].count(token) > 1:  # it ends each call, and not the turn
                 token = None
-        if token and not any(end.endswith(token) for end in self.ends):
+        if token and token not in self.ends:
             self.call_ends = (token, *self.ends)
         (shared, more), (other, _) = tails
         if self.header not in shared:
             before = common_end(shared, other)
-            self.after_tool = (before, more) if before.strip() else None
+            results = self.probe(ASK, call_message(CALL_IDS[-1], arguments, 2), result, result, REPLY)
+            count = results[results.index(RESULT) :].count(before) if before.strip() else 0
+            self.after_tool = (before, more, count > 1) if count else None
 
     def tail(self, messages):
         """What ends the last turn if the template does not: its text must be appended."""
@@ -238,10 +240,14 @@ class Turns:
         Raises UserError, which names the row, if an answer is not found.
         """
         spans, missing, cursor, prompt_end = [], [], 0, 0  # prompt_end: where the last prompt that was found ends
-        before = {"role": "", "content": ""}
+        results, results_start = [], 0  # contents of the last tool messages, and where they begin
         for i, (message, after) in enumerate(zip(messages, [*messages[1:], REPLY])):
             content = message["content"].strip()
             if message["role"] != "assistant":
+                if message["role"] != "tool" or not results:
+                    results, results_start = [], cursor
+                if message["role"] == "tool":
+                    results.append(content)
                 place = locate_forms(text, content, cursor, self.at_header)
                 if not place and content and content in text[prompt_end:cursor]:
                     raise UserError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be "
@@ -254,7 +260,8 @@ class Turns:
                 if self.is_closing and message["role"] == after["role"] == "user" and header >= 0:
                     cursor = prompt_end = header + len(self.header)
             else:
-                header_end = self.begin(text, cursor, before, where)
+                header_end = self.begin(text, results_start if results and self.after_tool else cursor, results, where)
+                results = []
                 place, end, has_end = self.find_answer(text, message, header_end, where)
                 if not place:
                     raise UserError(f"{where}: the answer {content!r:.60} can't be found in what the chat "
@@ -262,21 +269,23 @@ class Turns:
                 start = header_end if self.header else place[0]
                 cursor = end if has_end else place[1]
                 spans.append(Span(start, cursor, has_end, message["weight"]))
-            before = message
         return spans, missing
 
-    def begin(self, text, cursor, before, where):
-        """Where the turn after `cursor` begins, behind its header; -1 if there is no header."""
-        if before["role"] == "tool" and self.after_tool:
-            shared, more = self.after_tool
-            start = text.find(shared, cursor)
-            if start < 0:
-                return -1
-            if not before["content"].strip() and text.find(shared, start + 1) >= 0:
-                raise UserError(f"{where}: an empty result of a tool, so where the answer to it begins is "
-                                "ambiguous; write what the tool returned")
-            start += len(shared)
-            return start + (len(more) if text.startswith(more, start) else 0)
+    def begin(self, text, cursor, results, where):
+        """Where the turn after `cursor` begins, behind its header; -1 if there is no header.
+
+        results  contents of the tool messages between it and the turn before, which begin at the cursor
+        """
+        if results and self.after_tool:
+            before, more, is_repeated = self.after_tool
+            if any(before in content for content in results):
+                raise UserError(f"{where}: a result of a tool contains {before!r}, so where the answer to it begins "
+                                "is ambiguous")
+            for _ in range(len(results) if is_repeated else 1):
+                cursor = text.find(before, cursor) + len(before)
+                if cursor < len(before):
+                    return -1
+            return cursor + (len(more) if text.startswith(more, cursor) else 0)
         start = text.find(self.header, cursor)
         if start < 0:
             return -1

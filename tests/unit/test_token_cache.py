@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-from datetime import datetime
 
 import numpy as np
 import pytest
 from data_helpers import tiny
-from helpers import EXAMPLES, TINY, VALIDATION, chat, started, target_texts, write
+from helpers import EXAMPLES, TINY, VALIDATION, chat, chatml, make_directory, started, target_texts, write
 
 import data
 from text import formats, token_cache
@@ -72,24 +71,30 @@ def test_the_key_depends_on_the_data(made, tmp_path):
 
 
 def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
-    """On template, tokenizer and special tokens; on the date only for templates that print it."""
+    """On template, tokenizer and special tokens."""
     tokenizer = ChatTokenizer(TINY)
     assert made(tokenizer)
     for name, value in (("source", tokenizer.source + " "), ("text", tokenizer.text + " "),
-                        ("special", {**tokenizer.special, "x_token": "y"}), ("source", "{# strftime_now #}")):
+                        ("special", {**tokenizer.special, "x_token": "y"}), ("variant", "other")):
         with monkeypatch.context() as patch:
             patch.setattr(tokenizer, name, value)
             assert made(tokenizer) and not made(tokenizer), name
 
-    class Clock:
-        @staticmethod
-        def now():
-            return datetime(2000, 1, 1)
 
-    monkeypatch.setattr(token_cache, "datetime", Clock)
-    assert not made(tokenizer)
-    monkeypatch.setattr(tokenizer, "source", "{# strftime_now #}")
-    assert made(tokenizer) and not made(tokenizer)
+def test_the_key_depends_on_what_the_template_reads(made, tmp_path):
+    """On template_kwargs and named templates, and on the date of the run only if a template prints it."""
+    tool_use = {"name": "tool_use", "template": chatml("m.content + 'tool'")}
+    prints = chatml("m.content", more="{{- strftime_now('%Y') }}")
+    for template, dated in ((chatml("m.content"), False), (prints, True)):
+        directory = make_directory(tmp_path / f"model{dated}", template)
+        assert made(ChatTokenizer(directory, date="2000-01-01"))
+        assert made(ChatTokenizer(directory, date="2001-01-01")) == dated
+        assert not made(ChatTokenizer(directory, date="2001-01-01"))
+        assert made(ChatTokenizer(directory, date="2001-01-01", template_kwargs={"x": 1}))
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}])
+    assert made(ChatTokenizer(directory)) and not made(ChatTokenizer(directory))
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}, tool_use])
+    assert made(ChatTokenizer(directory))
 
 
 def test_the_key_depends_on_the_program(made, tmp_path, monkeypatch):
