@@ -189,7 +189,7 @@ def render(file, number, row, where, tokenizer, options):
     if options.train_on == "last":
         for message in [m for m in messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
-    text, spans = tokenizer.render_spans(messages, where, row.tools)
+    text, spans, _ = tokenizer.render_spans(messages, where, row.tools, row.template_kwargs)
     check_text(text, where)
     return Conversation(file, number, where, text, spans)
 

@@ -12,7 +12,6 @@ import re
 import time
 import types
 from collections.abc import MappingView
-from datetime import datetime
 
 import jinja2
 import jinja2.sandbox
@@ -88,7 +87,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         "attr batch count d default dictsort first groupby items last length list literal map max min reject "
         "rejectattr reverse select selectattr slice sort unique".split())
 
-    def __init__(self, extensions):
+    def __init__(self, extensions, now):
+        """now: the datetime or date that strftime_now prints."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.shown)
         self.filters["tojson"] = tojson
         for name in ("wordwrap", "urlize"):  # no chat template uses them, and they can repeat a text
@@ -98,7 +98,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {name: self.counted(name, function) for name, function in self.filters.items()}
         self.filters["iteration"] = jinja2.pass_context(lambda context, value: self.spend(1))
         self.globals["raise_exception"] = refuse
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.globals["strftime_now"] = now.strftime
         self.start(0)
 
     def load(self, source):

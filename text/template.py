@@ -1,13 +1,18 @@
 """A model's tokenizer and chat template: the text of a conversation, and where its answers are.
 
 A conversation is rendered once, as one text, in a sandbox and with the same result as transformers. Answers
-are found by character offsets in that text, not by rendering message by message and not by token ids.
+are found by character offsets in that text (text/turns.py), not by rendering message by message and not by
+token ids. What a message says and the text lacks is an error.
 """
 
+import contextlib
+import glob
 import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date as Date
+from datetime import datetime
 from typing import NamedTuple
 
 import jinja2
@@ -16,24 +21,38 @@ from tokenizers import Tokenizer
 
 from disk.files import read_file
 from settings.errors import UserError
+from text import turns
 from text.sandbox import Sandbox
+from text.turns import Span, Turns
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 MAX_TEMPLATE = 2**20  # characters; the longest known templates have 30,000
+TEMPLATE_FILE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # as transformers saves them
+OWN_VARIABLES = "messages", "tools", "add_generation_prompt"  # of a template: template_kwargs can't set them
+SHORT = 24  # characters of a message that may stand in a template by chance
+# What switches reasoning on and off in a system message; some templates read it and remove it
+SWITCH = re.compile(r"/(?:no_?)?think\b")
 
 
-class Span(NamedTuple):
-    """Characters text[start:stop] of an assistant's turn.
+class Notes(NamedTuple):
+    """What else is known of a rendered conversation."""
 
-    A span begins after the turn's header and ends after the token that ends the turn. Reasoning that the
-    template puts there is inside. The newline after the turn, and a header after the last turn, are not.
-    """
+    reasoning_rendered: int  # assistant messages whose reasoning is in the text
+    reasoning_dropped: int  # assistant messages whose reasoning the template does not render
+    warning: str | None  # names the row
 
-    start: int
-    stop: int
-    has_stop_token: bool  # the text of the token that ends the turn is in the span
-    weight: float  # of the losses of its tokens; 0: it is not trained
+
+class Rendered(NamedTuple):
+    text: str
+    spans: list  # of Spans, one for each assistant message
+    notes: Notes
+
+
+class Template(NamedTuple):
+    source: str
+    compiled: jinja2.Template
+    marks_answers: bool  # with {% generation %}
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -71,11 +90,24 @@ def parse(text, path):
     return value
 
 
+def with_text_arguments(message):
+    """A message whose calls have their arguments as JSON texts, which some templates want."""
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") or call
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
+
+
 class ChatTokenizer:
     """The tokenizer and chat template of a model's directory.
 
     turn_end        text of the token that ends an assistant turn, e.g. <|im_end|>; None if there is none
     stop_token_id   id of that token
+    stop_token_ids  ids of all tokens that end an assistant turn: one with calls may end with another one
     header          what an assistant turn begins with, e.g. "assistant\\n"; targets begin after it
     is_closing      the header also closes every user turn, e.g. [/INST], so it is between two user turns too
     is_fallback     the model has no template; ChatML is used instead
@@ -83,11 +115,51 @@ class ChatTokenizer:
     size            number of ids: the highest id + 1
     source, text    source of the template; text of tokenizer.json
     special, added  special tokens by name (bos_token, ...); added tokens by id
+    date            of the run, as templates print it: an ISO text
+    variant         a text; if it is another one, conversations may be rendered otherwise
     """
 
-    def __init__(self, directory, vocab_size=None):
-        """Raises UserError if the tokenizer or its template can't be used, or if the tokenizer has more ids
+    def __init__(self, directory, vocab_size=None, chat_template=None, template_kwargs=None, date=None):
+        """Read a model's directory.
+
+        chat_template    path of a jinja file, or the name of one of the model's templates; none: the model's
+                         `tool_use` for rows with tools if it has one, otherwise its `default`
+        template_kwargs  {name: value} of variables that the template reads, e.g. enable_thinking
+        date             what strftime_now prints: a date or datetime, or its ISO text; none: today
+
+        Raises UserError if the tokenizer or its template can't be used, or if the tokenizer has more ids
         than vocab_size, the number of rows of the model's embedding."""
+        self.directory = directory
+        config = self.read_tokenizer(vocab_size)
+        try:
+            now = datetime.fromisoformat(date or Date.today().isoformat()) if not isinstance(date, Date) else date
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the date must be like 2026-01-31, it is {date!r:.60}") from error
+        self.date = now.isoformat().removesuffix("T00:00:00")
+        self.sandbox = Sandbox([GenerationBlock, jinja2.ext.loopcontrols], now)
+        self.template_kwargs = self.checked_kwargs(template_kwargs, "--template_kwargs")
+        self.is_fallback, self.is_chosen = False, chat_template is not None
+        sources = self.named_templates(config.get("chat_template"))
+        sources = self.chosen(sources, chat_template)
+        self.templates = {name: self.compile(source) for name, source in sources.items()}
+        self.source, _, self.marks_answers = self.templates["default"]
+        self.files = self.saved_files(sources)
+        self.learned, self.written = {}, {}  # Turns, and which messages a template writes, by kind
+        specials = [token.content for token in self.added.values() if token.special and token.content.strip()]
+        self.specials, self.special_lengths = set(specials), sorted({len(token) for token in specials}, reverse=True)
+        self.at_special = turns.any_of({token[:2] for token in specials})
+        self.has_parts, self.text_arguments = False, set()
+        learned = self.learn_default()
+        self.header, self.is_closing = learned.header, learned.is_closing
+        self.turn_end = learned.ends[0] if learned.ends else None
+        self.stop_token_ids = tuple(dict.fromkeys(self.last_id(end) for end in learned.call_ends))
+        self.stop_token_id = self.last_id(self.turn_end) if self.turn_end else None
+        dated = self.date if any("strftime_now" in source for source in sources.values()) else None
+        self.variant = repr((sorted(sources.items()), self.template_kwargs, dated))
+
+    def read_tokenizer(self, vocab_size):
+        """Read tokenizer.json and the special tokens. Returns the content of tokenizer_config.json."""
+        directory = self.directory
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
             raise UserError(f"{directory} has no tokenizer.json; use a model directory that has one")
@@ -116,71 +188,126 @@ class ChatTokenizer:
             content = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(content, str):
                 self.special[key] = content
+        return config
 
-        source = config.get("chat_template")
-        if isinstance(source, list):  # several templates by name
-            by_name = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = by_name.get("default")
-        if os.path.exists(path := os.path.join(directory, "chat_template.jinja")):
-            source = read(path)
-        self.is_fallback = source is None
-        if self.is_fallback:
-            has_chatml_end = self.tokenizer.token_to_id("<|im_end|>") is not None
-            end = "<|im_end|>" if has_chatml_end else self.special.get("eos_token")
-            if end is None:
-                raise UserError(f"{directory}: no chat template, and neither <|im_end|> nor an eos_token to "
-                                "end turns with; set --tokenizer to a directory with a template")
-            source = CHATML.replace("<|im_end|>", end)
-        if not isinstance(source, str):
-            raise UserError(f"{directory}: its chat template must be a text, it is {source!r:.60}")
-        self.source = source
-        self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
-        if len(source) > MAX_TEMPLATE:
-            raise UserError(f"{directory}: its chat template has {len(source):,} characters; at most "
-                            f"{MAX_TEMPLATE:,} are allowed")
-        self.sandbox = Sandbox([GenerationBlock, jinja2.ext.loopcontrols])
-        try:
-            self.template = self.sandbox.load(source)
-            self.learn_turns()
-        except jinja2.TemplateError as error:
-            raise UserError(f"{directory}: its chat template can't be used: {error!s:.300}") from error
+    def last_id(self, end):
+        """The id of the last token of a text that ends turns."""
+        token = turns.last_token(end, [token.content for token in self.added.values()])
+        return self.tokenizer.token_to_id(token)
 
-    def learn_turns(self):
-        """Find header and turn_end by rendering short conversations, with and without an answer.
+    # ---- which template -----------------------------------------------------------------------------------
 
-        Raises jinja2.TemplateError if the template can't render them or omits a message.
+    def named_templates(self, source):
+        """{name: source} of the directory's templates, as transformers reads them.
+
+        source  the "chat_template" of tokenizer_config.json; files replace it
         """
-        ask = {"role": "user", "content": "probe question"}
-        reply = {"role": "assistant", "content": "probe answer"}
-        again = {"role": "user", "content": "second question"}
-        prompt = self.render([ask], add_generation_prompt=True)
-        one, two = self.render([ask, reply]), self.render([ask, reply, again])
-        question_end = end_of(ask["content"], one)
-        # The text after an answer: at the end of a conversation, and before another question.
-        after_last = one[end_of(reply["content"], one) :]
-        after_reply = two[end_of(reply["content"], two) :]
-        # turn_end is the first added token after the answer, the longest one if several begin there.
-        added = [token.content for token in self.added.values()]
-        ends = [(after_last.index(token), -len(token), token) for token in added if token in after_last]
-        self.turn_end = min(ends)[2] if ends else None
-        self.stop_token_id = self.tokenizer.token_to_id(self.turn_end) if ends else None
-        # Between question and answer, a template closes the user's turn and writes the header. After an
-        # answer it closes the turn too. So the common beginning of these two texts closes a turn; the rest
-        # is the header.
-        by_prompt = one[question_end : len(os.path.commonprefix([prompt, one]))]
-        by_answer = one[question_end : one.index(reply["content"])]  # if there is no generation prompt
-        for between in (by_prompt, by_answer):
-            closing = os.path.commonprefix([between, after_reply])
-            opening = closing.rpartition(self.turn_end)[2].lstrip() if ends else ""
-            self.header = opening + between[len(closing) :]
-            if self.header.strip():
-                break
+        directory = self.directory
+        by_file = {}
+        if os.path.exists(path := os.path.join(directory, TEMPLATE_FILE)):
+            by_file["default"] = read(path)
+        for path in sorted(glob.glob(os.path.join(glob.escape(directory), MORE_TEMPLATES, "*.jinja"))):
+            by_file[os.path.basename(path).removesuffix(".jinja")] = read(path)
+        if by_file:
+            return by_file
+        if isinstance(source, list):  # several templates by name
+            if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in source):
+                raise UserError(f'{directory}: its chat templates must be [{{"name", "template"}}, ...], they are '
+                                f"{source!r:.60}")
+            source = {t["name"]: t.get("template") for t in source}
+        else:
+            source = {} if source is None else {"default": source}
+        for template in source.values():
+            if not isinstance(template, str):
+                raise UserError(f"{directory}: its chat template must be a text, it is {template!r:.60}")
+        return source
+
+    def chosen(self, sources, chat_template):
+        """{name: source} of the templates that are used; "default" is one of them."""
+        names = ", ".join(sorted(sources)) or "none"
+        if chat_template is not None:
+            if os.path.isfile(chat_template):
+                return {"default": read(chat_template)}
+            if chat_template not in sources:
+                raise UserError(f"--chat_template {chat_template:.200} is neither a file nor a template of "
+                                f"{self.directory}, which has: {names}")
+            return {"default": sources[chat_template]}
+        if sources and "default" not in sources:
+            raise UserError(f"{self.directory} has several chat templates and none is named default; choose one "
+                            f"with --chat_template: {names}")
+        if sources:
+            return {name: sources[name] for name in ("default", "tool_use") if name in sources}
+        self.is_fallback = True
+        has_chatml_end = self.tokenizer.token_to_id("<|im_end|>") is not None
+        end = "<|im_end|>" if has_chatml_end else self.special.get("eos_token")
+        if end is None:
+            raise UserError(f"{self.directory}: no chat template, and neither <|im_end|> nor an eos_token to "
+                            "end turns with; set --tokenizer to a directory with a template, or --chat_template")
+        return {"default": CHATML.replace("<|im_end|>", end)}
+
+    def compile(self, source):
+        if len(source) > MAX_TEMPLATE:
+            raise UserError(f"{self.directory}: its chat template has {len(source):,} characters; at most "
+                            f"{MAX_TEMPLATE:,} are allowed")
         try:
-            questions = self.render([ask, again])
-        except jinja2.TemplateError:  # many templates refuse two questions in a row
-            questions = ""
-        before_second = questions.partition(again["content"])[0]
-        self.is_closing = bool(self.header.strip()) and self.header in before_second
+            compiled = self.sandbox.load(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.directory}: its chat template can't be used: {error!s:.300}") from error
+        return Template(source, compiled, re.search(r"\{%[-+]?\s*generation\b", source) is not None)
+
+    def saved_files(self, sources):
+        """{path in a saved directory: bytes} of the template, where the model's own files do not hold it.
+
+        A chosen template, or ChatML, is the only one of what is saved. Otherwise these are the model's further
+        templates, which are in a folder of their own.
+        """
+        if self.is_chosen or self.is_fallback:
+            return {TEMPLATE_FILE: sources["default"].encode(errors="surrogatepass")}
+        paths = glob.glob(os.path.join(glob.escape(self.directory), MORE_TEMPLATES, "*.jinja"))
+        return {f"{MORE_TEMPLATES}/{os.path.basename(path)}": read_file(path) for path in sorted(paths)}
+
+    def checked_kwargs(self, kwargs, where):
+        if kwargs is None:
+            return {}
+        if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+            raise UserError(f'{where} must be an object like {{"enable_thinking": false}}, it is {kwargs!r:.60}')
+        for name in OWN_VARIABLES:
+            if name in kwargs:
+                raise UserError(f"{where} sets {name}, which a row's own keys set; remove it there")
+        return kwargs
+
+    def learn_default(self):
+        """The Turns of the default template. Some templates read only lists of parts, so these are tried too."""
+        try:
+            return self.turns_of("default")
+        except jinja2.TemplateError as error:
+            self.has_parts = True
+            with contextlib.suppress(jinja2.TemplateError):
+                return self.turns_of("default")
+            raise UserError(f"{self.directory}: its chat template can't be used: {error!s:.300}") from error
+
+    def turns_of(self, name, kwargs=None, system=None):
+        """The Turns of a template, with these variables and this system message; learned at the first use."""
+        if not kwargs and not system and (name, None, None) in self.learned:
+            return self.learned[name, None, None]
+        kwargs = kwargs or {}
+        plain = {key: value for key, value in kwargs.items() if isinstance(value, (str, int, float))}
+        key = name, repr(sorted(plain.items())) if plain else None, system
+        if key not in self.learned:
+            if len(self.learned) > 100:
+                self.learned.clear()
+
+            def render(messages, add_generation_prompt=False, tools=None):
+                return self.render(messages, add_generation_prompt, tools, kwargs, name)
+
+            added = [token.content for token in self.added.values()]
+            before = [{"role": "system", "content": system}] if system else []
+            learned = self.learned[key] = Turns(render, added, self.special.get("eos_token"), before)
+            if learned.arguments_as_text:
+                self.text_arguments.add(name)
+        return self.learned[key]
+
+    # ---- rendering ----------------------------------------------------------------------------------------
 
     def encode_ahead(self, batches):
         """Yield (batch, its encodings). A batch is a list of objects that have a .text.
@@ -198,158 +325,196 @@ class ChatTokenizer:
                 waiting, encodings = batch, pool.submit(encode, batch)
             if waiting:
                 yield waiting, encodings.result()
-
-    def render(self, messages, add_generation_prompt=False, tools=None):
+    def render(self, messages, add_generation_prompt=False, tools=None, template_kwargs=None, name=None):
         """The text of a conversation, identical to that of transformers' apply_chat_template."""
-        text = self.render_marked(messages, add_generation_prompt, tools)
-        return re.sub(f"[{''.join(GenerationBlock.MARKS)}]", "", text) if self.marks_answers else text
+        text = self.render_marked(messages, add_generation_prompt, tools, template_kwargs, name)
+        return re.sub(f"[{''.join(GenerationBlock.MARKS)}]", "", text) if self.marks(tools, name) else text
 
-    def render_marked(self, messages, add_generation_prompt=False, tools=None):
+    def name_of(self, tools):
+        return "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+
+    def marks(self, tools, name=None):
+        return self.templates[name or self.name_of(tools)].marks_answers
+
+    def render_marked(self, messages, add_generation_prompt=False, tools=None, template_kwargs=None, name=None):
         """As render(), with the marks of GenerationBlock left in the text."""
         # Keys whose value is None are dropped, as in transformers: rows of a parquet file have all keys.
         messages = [{k: v for k, v in m.items() if k != "weight" and v is not None} for m in messages]
-        return self.sandbox.render(self.template, messages=messages, tools=tools, documents=None,
-                                   add_generation_prompt=add_generation_prompt, **self.special)
+        if self.has_parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        name = name or self.name_of(tools)
+        if name in self.text_arguments:
+            messages = [with_text_arguments(m) if m.get("tool_calls") else m for m in messages]
+        values = {"documents": None, **self.special, **self.template_kwargs, **(template_kwargs or {})}
+        template = self.templates[name].compiled
+        return self.sandbox.render(template, messages=messages, tools=tools,
+                                   add_generation_prompt=add_generation_prompt, **values)
 
-    def render_spans(self, messages, where, tools=None):
-        """Render a conversation once and find its assistant turns. Returns the text and a list of Spans.
+    def render_spans(self, messages, where, tools=None, template_kwargs=None):
+        """Render a conversation once and find its assistant turns. Returns Rendered.
 
-        Raises UserError if the template refuses the conversation or an answer can't be found in the text.
+        template_kwargs  of this row; they replace those of the run
+
+        Raises UserError, which names the row, if the template refuses the conversation, if an answer can't be
+        found in the text, or if the text lacks what a message or a tool says.
         """
-        rendered = self.render_or_refuse(messages, where, tools)
+        kwargs = self.checked_kwargs(template_kwargs, f"{where}: chat_template_kwargs")
+        name = self.name_of(tools)
+        rendered = self.render_or_refuse(messages, where, tools, kwargs)
         answers = [m for m in messages if m["role"] == "assistant"]
-        if self.marks_answers:
-            text, spans = self.split_marked(rendered, answers, where)
+        try:
+            learned = self.turns_of(name, kwargs, self.switch_of(messages, name))
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where}: the model's chat template can't be used with this row's variables: "
+                            f"{error!s:.300}") from error
+        if self.marks(tools):
+            text, spans = self.split_marked(rendered, answers, where, learned)
+            missing = turns.unfound(text, messages, spans)
         else:
-            text = rendered
-            searched, messages = self.cover_quoted_headers(text, messages, where, tools)
-            spans = self.find_answers(searched, messages, where)
-        for span, message in zip(spans, answers):
-            for call in message.get("tool_calls") or ():
-                name = str((call.get("function") or call).get("name"))
-                if name not in text[span.start : span.stop]:
-                    raise UserError(f"{where}: the call of {name:.60} can't be found in what the chat "
-                                    f"template made of its turn: {text[span.start : span.stop]!r:.200}")
-        return text, spans
+            tail = learned.tail(messages)
+            text = rendered + tail
+            searched, covered = self.cover_quoted_headers(text, messages, where, tools, kwargs, learned, tail)
+            spans, missing = learned.find(searched, covered, where)
+        counts = check_answers(text, answers, spans, where)
+        self.check_prompts(text, messages, spans, missing, where, tools, kwargs, name)
+        if tools:
+            self.check_tools(text, messages, tools, where, kwargs, name)
+        return Rendered(text, spans, Notes(*counts, self.quoted_special(messages, where)))
 
-    def render_or_refuse(self, messages, where, tools):
+    def switch_of(self, messages, name):
+        """/no_think, /think or None: what in the system message a template reads, and removes."""
+        if messages[0]["role"] != "system":
+            return None
+        switch = SWITCH.search(messages[0]["content"])
+        return switch[0] if switch and switch[0] in self.templates[name].source else None
+
+    def render_or_refuse(self, messages, where, tools, kwargs):
         """render_marked(). Raises UserError, which names the row, if the template fails."""
         try:
-            return self.render_marked(messages, tools=tools)
+            return self.render_marked(messages, tools=tools, template_kwargs=kwargs)
         except jinja2.TemplateError as error:
             raise UserError(f"{where}: the model's chat template refuses this conversation: "
                             f"{error!s:.300}") from error
 
-    def split_marked(self, marked, answers, where):
+    def split_marked(self, marked, answers, where, learned):
         """(text without marks, Spans) of a text in which a template has marked the answers."""
         text, spans = "", []
         for i, piece in enumerate(re.split(f"[{''.join(GenerationBlock.MARKS)}]", marked)):
             if i % 2:  # inside a {% generation %} block
-                has_end = bool(self.turn_end and self.turn_end in piece)
-                spans.append((len(text), len(text) + len(piece), has_end))
+                spans.append((len(text), len(text) + len(piece), learned.at_call_end.search(piece) is not None))
             text += piece
         if len(spans) != len(answers):
             raise UserError(f"{where}: the chat template marks {len(spans)} answers as generated, but the "
                             f"conversation has {len(answers)}")
+        for (start, stop, _), message in zip(spans, answers):
+            visible = message["content"].rpartition(turns.THINK_END)[2].strip()
+            if not turns.locate_forms(text, visible, start, None, stop):
+                raise UserError(f"{where}: the answer {visible!r:.60} can't be found in what the chat template "
+                                f"made of it: {text[start:stop]!r:.200}")
         return text, [Span(*span, message["weight"]) for span, message in zip(spans, answers)]
 
-    def cover_quoted_headers(self, text, messages, where, tools):
+    def cover_quoted_headers(self, text, messages, where, tools, kwargs, learned, tail):
         """(text, messages) in which other characters replace the headers that prompts quote.
 
         A quoted header does not begin an answer. The text keeps its length, so that offsets in it are right
         for the original too.
         """
+        header = learned.header
         prompts = [m for m in messages if m["role"] != "assistant"]
-        if not self.header.strip() or not any(self.header in m["content"] for m in prompts):
+        if not header.strip() or not any(header in m["content"] for m in prompts):
             return text, messages
-        cover = re.sub(r"\S", "\ufdd2", self.header)
+        cover = re.sub(r"\S", "\ufdd2", header)
         covered = [m if m["role"] == "assistant" else
-                   {**m, "content": m["content"].replace(self.header, cover)} for m in messages]
-        covered_text = self.render_or_refuse(covered, where, tools)
+                   {**m, "content": m["content"].replace(header, cover)} for m in messages]
+        covered_text = self.render_or_refuse(covered, where, tools, kwargs) + tail
         if len(covered_text) != len(text):
-            raise UserError(f"{where}: a prompt quotes {self.header!r}, and the chat template changes the "
+            raise UserError(f"{where}: a prompt quotes {header!r}, and the chat template changes the "
                             "quote, so where answers begin is ambiguous")
         return covered_text, covered
 
-    def find_answers(self, text, messages, where):
-        """The Spans of a text whose template does not mark its answers."""
-        spans, cursor, prompt_end = [], 0, 0  # prompt_end: where the last prompt that was found ends
-        for message, after in zip(messages, [*messages[1:], {"role": "assistant"}]):
-            content, calls = message["content"].strip(), message.get("tool_calls")
-            if message["role"] != "assistant":
-                place = locate(text, content, cursor, self.header)
-                if not place and content and content in text[prompt_end:cursor]:
-                    raise UserError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be "
-                                    "distinguished from an answer in the chat template's text: "
-                                    f"{text[prompt_end:]!r:.200}")
-                cursor = prompt_end = place[1] if place else cursor
-                header = text.find(self.header, cursor)
-                if self.is_closing and message["role"] == after["role"] == "user" and header >= 0:
-                    cursor = prompt_end = header + len(self.header)
+    # ---- nothing is lost ----------------------------------------------------------------------------------
+
+    def check_prompts(self, text, messages, spans, missing, where, tools, kwargs, name):
+        """Raise UserError if the text lacks a message: many templates drop those of a role they do not know."""
+        source = self.templates[name].source
+        for i, message in enumerate(messages):
+            content = message["content"].strip()
+            # A short text that is not missing may be the template's own.
+            if message["role"] == "assistant" or i not in missing and (len(content) > SHORT or content not in source):
                 continue
-            header = text.find(self.header, cursor)
-            header_end = header + len(self.header)
-            place = locate(text, content, header_end, self.turn_end) if header >= 0 else None
-            end, has_end = self.find_end(text, place, calls)
-            is_plain = place and not text[header_end : place[0]].strip() and has_end and not calls
-            if header >= 0 and not is_plain:
-                place = self.find_after_reasoning(text, message, header_end, place, where)
-                end, has_end = self.find_end(text, place, calls)
-            if not place:
-                raise UserError(f"{where}: the answer {content!r:.60} can't be found in what the chat "
-                                f"template made of it: {text[cursor:]!r:.200}")
-            start = header_end if self.header else place[0]
-            cursor = end if has_end else place[1]
-            spans.append(Span(start, cursor, has_end, message["weight"]))
-        return spans
+            is_written = True
+            if i in missing:  # a template may move a system message, and remove a switch from it
+                context = text
+                for span in reversed(spans):
+                    context = context[: span.start] + "\0" * (span.stop - span.start) + context[span.stop :]
+                plain = SWITCH.sub(lambda switch: "" if switch[0] in source else switch[0], content).strip()
+                is_written = (message["role"] in ("system", "developer")
+                              and turns.locate_forms(context, plain, 0, None) is not None)
+            if content and not (is_written and self.writes(messages, i, tools, kwargs, name)):
+                raise UserError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be found in what "
+                                f"the chat template made of the conversation: {text!r:.300}; use a role that the "
+                                "template knows, or a template that writes it (--chat_template)")
 
-    def find_after_reasoning(self, text, message, header_end, place, where):
-        """(start, stop) of an answer that may come after reasoning; `place` if it is not found there.
+    def writes(self, messages, i, tools, kwargs, name):
+        """Whether a template writes message i: one with another text, in its place, is rendered once."""
+        around = [m["role"] for m in messages[max(i - 1, 0) : i + 2]]
+        key = name, repr(sorted(kwargs)) if kwargs else None, i == 0, *around
+        if key not in self.written:
+            probe = "probe message"
+            other = [{**m, "content": probe} if m is messages[i] else m for m in messages]
+            try:
+                self.written[key] = probe in self.render_marked(other, tools=tools, template_kwargs=kwargs)
+            except jinja2.TemplateError:  # it reads the content, which the probe replaces
+                return True
+        return self.written[key]
 
-        Templates move or drop the reasoning before an answer, or put a block of their own there.
-        """
-        content, calls = message["content"].strip(), message.get("tool_calls")
-        reasoning, _, visible = content.rpartition("</think>")
-        other_content = [reasoning, message.get("reasoning_content"), calls]
-        other_text = json.dumps(other_content, ensure_ascii=False, default=str)
-        if self.turn_end and self.turn_end in other_text:
-            raise UserError(f"{where}: the reasoning or the calls of the answer {content!r:.60} contain "
-                            f"{self.turn_end}, so where its turn ends is ambiguous")
-        limit = text.find(self.turn_end, header_end) if self.turn_end else -1
-        think_end = text.rfind("</think>", header_end, limit if limit >= 0 else len(text))
-        start = header_end if think_end < 0 else think_end + len("</think>")
-        after_reasoning = locate(text, visible.strip(), start, self.turn_end)
-        # An empty text is found anywhere, so then the end of the turn has to follow.
-        is_certain = visible.strip() or self.find_end(text, after_reasoning, calls)[1]
-        return after_reasoning if after_reasoning and is_certain else place
+    def check_tools(self, text, messages, tools, where, kwargs, name):
+        """Raise UserError if the text lacks a tool: many templates ignore tools."""
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise UserError(f'{where}: "tools" must be a list of objects, they are {tools!r:.60}')
+        key = name, "tools", repr(sorted(kwargs))
+        if key not in self.written:  # their names may be elsewhere in the text, so tools with another are rendered
+            probe = "probe_tool"
+            function = {"name": probe, "description": probe, "parameters": {"type": "object", "properties": {}}}
+            other = [{"type": "function", "function": function, **function}]
+            try:
+                self.written[key] = probe in self.render_marked(messages, tools=other, template_kwargs=kwargs)
+            except jinja2.TemplateError:  # it wants tools of another form
+                self.written[key] = True
+        for tool in tools:
+            function = tool.get("function")
+            tool_name = (function if isinstance(function, dict) else tool).get("name")
+            if not self.written[key] or isinstance(tool_name, str) and tool_name not in text:
+                raise UserError(f"{where}: the tool {tool_name!r:.60} can't be found in what the chat template made of "
+                                "the conversation, so the template ignores tools; use one that writes them "
+                                "(--chat_template), or remove the tools")
 
-    def find_end(self, text, place, calls):
-        """(end of the turn of an answer at `place`, whether only its calls are between the two)."""
-        end = text.find(self.turn_end, place[1]) if self.turn_end and place else -1
-        return end + len(self.turn_end or ""), end >= 0 and bool(calls or not text[place[1] : end].strip())
+    def quoted_special(self, messages, where):
+        """A warning if a prompt holds special tokens, as if a template had rendered it; otherwise None."""
+        for message in messages:
+            if message["role"] == "assistant":
+                continue
+            content = message["content"]
+            for found in self.at_special.finditer(content):
+                start = found.start()
+                for length in self.special_lengths:
+                    if content[start : start + length] in self.specials:
+                        return (f"{where}: the {message['role']:.60} message holds the special token "
+                                f"{content[start : start + length]}; if a chat template has already been applied to "
+                                "this row, pass the messages without it")
+        return None
 
 
-def end_of(content, text):
-    """Where the content of a probe ends in the text that a template made of it."""
-    if content not in text:
-        raise jinja2.TemplateError(f"it omits the message {content!r}")
-    return text.index(content) + len(content)
-
-
-def locate(text, content, start, barrier):
-    """(start, stop) of content in text, from `start` on; white space may differ, as some templates re-indent.
-
-    None if it is not found, or if the barrier is before it: then it belongs to another message.
-    """
-
-    def is_barred(position):
-        return bool(barrier and barrier.strip()) and text.find(barrier, start, position) >= 0
-
-    position = text.find(content, start)
-    if position >= 0 and not is_barred(position):
-        return position, position + len(content)
-    match = re.compile(r"\s+".join(map(re.escape, content.split()))).search(text, start)
-    return match.span() if match and not is_barred(match.start()) else None
+def check_answers(text, answers, spans, where):
+    """Count the answers with reasoning: (rendered, dropped). Raises UserError if a call is not rendered."""
+    counts = [0, 0]
+    for span, message in zip(spans, answers):
+        reasoning, calls = turns.reasoning_of(message), message.get("tool_calls")
+        if calls:
+            turns.check_calls(calls, text[span.start : span.stop], where)
+        if reasoning:
+            counts[turns.locate_forms(text, reasoning, span.start, None, span.stop) is None] += 1
+    return counts
 
 
 def token_range(encoding, start, end, text_length):

@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 import zlib
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -33,9 +32,9 @@ KEEP = 30  # days
 CHUNK = 2**22  # bytes that are read at a time
 # The packages that text/ and data.py import. A missing one counts too: it may decide what can be read.
 PACKAGES = "huggingface_hub", "jinja2", "numpy", "pyarrow", "tokenizers", "torch"
-# Attributes of a tokenizer that its result does not depend on: `directory` is for people, and `date` counts
-# only for templates that print it.
-NOT_IN_KEY = "directory", "date"
+# Attributes of a tokenizer that its result does not depend on: `directory` is for people, `date` is part of
+# `variant` for templates that print it, and two are what it remembers.
+NOT_IN_KEY = "directory", "date", "learned", "written"
 
 
 # ---- the key ----------------------------------------------------------------------------------------------
@@ -111,8 +110,6 @@ def cache_key(groups, tokenizer, options, program=(), progress=None):
     """
     state = {name: value for name, value in sorted(vars(tokenizer).items())
              if is_plain(value) and name not in NOT_IN_KEY}
-    if "strftime_now" in tokenizer.source:  # the template may print the date
-        state["date"] = getattr(tokenizer, "date", None) or datetime.now().strftime("%Y-%m-%d")
     files = [file for source in groups for file in source.files]
     parts = [repr((groups, options, versions(), PROGRAM, [content_of(path)[0] for path in program]))]
     for name, value in state.items():

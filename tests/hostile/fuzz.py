@@ -444,7 +444,7 @@ def case_template(directory):
         count_outcome(refusal or "rendered")
         if refusal:
             return
-        text, spans = rendered
+        text, spans, _ = rendered
         turns = [m for m in read if m["role"] == "assistant"]
         assert [span.weight for span in spans] == [m["weight"] for m in turns]
         assert all(0 <= span.start <= span.stop <= len(text) for span in spans)

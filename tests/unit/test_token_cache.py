@@ -8,17 +8,18 @@ import os
 import shutil
 import sys
 import time
-from datetime import datetime
 
 import numpy as np
 import pytest
 from data_helpers import tiny
-from helpers import EXAMPLES, ROOT, TINY, VALIDATION, chat, started, target_texts, write
+from helpers import (
+    EXAMPLES, ROOT, TINY, VALIDATION, chat, chatml, make_directory, started, target_texts, write)
 
 import data
 from disk import files
 from settings.errors import UserError
 from text import formats, token_cache
+from text.sources import Source
 from text.template import ChatTokenizer
 
 
@@ -79,47 +80,41 @@ def test_the_key_depends_on_the_data(made, tmp_path):
 
 
 def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
-    """On each of its attributes, also on one that it gets later. The exceptions are made from `text` and `source`."""
+    """On each of its attributes, also on one that it gets later; not on what it derives or remembers."""
     def key(tokenizer):
-        return token_cache.cache_key([(None, [VALIDATION])], tokenizer, None).name
+        return token_cache.cache_key([Source(None, None, [VALIDATION])], tokenizer, None).name
 
     tokenizer = ChatTokenizer(TINY)
     others = {name for name, value in vars(tokenizer).items() if not token_cache.is_plain(value)}
-    assert others == {"tokenizer", "added", "sandbox", "template"}
     before = key(tokenizer)
     assert before == key(ChatTokenizer(TINY))
     for name in {*vars(tokenizer), "added_later"} - others - {*token_cache.NOT_IN_KEY}:
         value = getattr(tokenizer, name, {"x": [1, None, 2.5, True]})
-        changed = {str: "changed", int: 99999999, bool: not value, dict: {"y": [1, None, 2.5, True]}}[type(value)]
+        changed = {str: "changed", int: 99999999, bool: not value, dict: {"y": [1, None, 2.5, True]},
+                   tuple: (99999999,)}[type(value)]
         with monkeypatch.context() as patch:
             patch.setattr(tokenizer, name, changed, raising=False)
             assert key(tokenizer) != before, name
     tokenizer.directory = "elsewhere"
     assert key(tokenizer) == before
-    monkeypatch.setattr(tokenizer, "source", tokenizer.source + " ")
+    monkeypatch.setattr(tokenizer, "variant", tokenizer.variant + " ")
     assert made(tokenizer) and not made(tokenizer)
 
 
-def test_the_key_depends_on_the_date(made, monkeypatch):
-    """Only for templates that print it; the tokenizer's date, if it has one, otherwise today's."""
-    tokenizer = ChatTokenizer(TINY)
-    assert made(tokenizer)
-
-    class Clock:
-        @staticmethod
-        def now():
-            return datetime(2000, 1, 1)
-
-    monkeypatch.setattr(token_cache, "datetime", Clock)
-    assert not made(tokenizer)
-    tokenizer.date = "1999-01-01"
-    assert not made(tokenizer)
-    monkeypatch.setattr(tokenizer, "source", "{# strftime_now #}")
-    assert made(tokenizer) and not made(tokenizer)
-    tokenizer.date = "1999-01-02"
-    assert made(tokenizer) and not made(tokenizer)
-    del tokenizer.date
-    assert made(tokenizer) and not made(tokenizer)
+def test_the_key_depends_on_what_the_template_reads(made, tmp_path):
+    """On template_kwargs and named templates, and on the date of the run only if a template prints it."""
+    tool_use = {"name": "tool_use", "template": chatml("m.content + 'tool'")}
+    prints = chatml("m.content", more="{{- strftime_now('%Y') }}")
+    for template, dated in ((chatml("m.content"), False), (prints, True)):
+        directory = make_directory(tmp_path / f"model{dated}", template)
+        assert made(ChatTokenizer(directory, date="2000-01-01"))
+        assert made(ChatTokenizer(directory, date="2001-01-01")) == dated
+        assert not made(ChatTokenizer(directory, date="2001-01-01"))
+        assert made(ChatTokenizer(directory, date="2001-01-01", template_kwargs={"x": 1}))
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}])
+    assert made(ChatTokenizer(directory)) and not made(ChatTokenizer(directory))
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}, tool_use])
+    assert made(ChatTokenizer(directory))
 
 
 def test_the_key_depends_on_the_program(made, tmp_path, monkeypatch):
@@ -422,12 +417,12 @@ def test_the_holder_of_the_lock_shows_progress(tmp_path, monkeypatch):
     tokenizer, times = ChatTokenizer(TINY), []
     render = tokenizer.render_spans
 
-    def watching(messages, where, tools=None):
+    def watching(messages, where, *options):
         if where.endswith("000]"):
             (lock,) = (tmp_path / "cache").glob("*.lock")  # it is there while the entry is written
             times.append(lock.stat().st_mtime)
             os.utime(lock, (0, 0))
-        return render(messages, where, tools)
+        return render(messages, where, *options)
 
     monkeypatch.setattr(tokenizer, "render_spans", watching)
     data.load(path, tokenizer, 100, cache_dir=str(tmp_path / "cache"))

@@ -1,0 +1,394 @@
+"""Targets under the stock templates of model families, as literal texts: turns, reasoning, calls and their results.
+
+The package trl has copies of many models' templates. pip downloads it into a temporary directory; if it can't, the
+tests of those templates are skipped. The others are written here with the traits of the family's own template.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from helpers import chat, make_directory, target_texts, write
+from transformers import AutoTokenizer
+
+import data
+from settings.errors import UserError
+from text import formats
+from text.template import ChatTokenizer
+
+TRL = "trl-1.16.0-py3-none-any.whl"
+
+# ---- templates with the traits of a family --------------------------------------------------------------------------
+
+MISTRAL_V3 = """\
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content %}{%- set loop_messages = messages[1:] %}
+{%- else %}{%- set loop_messages = messages %}{%- endif %}
+{%- set users = loop_messages | selectattr('role', 'equalto', 'user') | list %}
+{{- bos_token }}
+{%- for m in loop_messages %}
+    {%- if m.role == 'user' %}
+        {%- if tools is not none and m == users[-1] %}
+            {{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {%- if loop.last and system is defined %}{{- '[INST] ' + system + '\\n\\n' + m.content + '[/INST]' }}
+        {%- else %}{{- '[INST] ' + m.content + '[/INST]' }}{%- endif %}
+    {%- elif m.tool_calls %}
+        {{- '[TOOL_CALLS] [' }}
+        {%- for call in m.tool_calls %}
+            {%- if call.id is not defined or call.id | length != 9 %}
+                {{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}
+            {%- endif %}
+            {%- set out = call.function | tojson %}
+            {{- out[:-1] + ', "id": "' + call.id + '"}' + ('' if loop.last else ', ') }}
+        {%- endfor %}
+        {{- ']' + eos_token }}
+    {%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + eos_token }}
+    {%- elif m.role == 'tool' %}
+        {{- '[TOOL_RESULTS] {"content": ' + m.content + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
+    {%- else %}{{- raise_exception('Only user and assistant roles are supported') }}{%- endif %}
+{%- endfor %}"""
+MISTRAL_V7 = """\
+{{- bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'system' %}{{- '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}
+        {%- if tools %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+    {%- elif m.role == 'user' %}
+        {%- if loop.first and tools %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+        {{- '[INST]' + m.content + '[/INST]' }}
+    {%- elif m.role == 'tool' %}
+        {{- '[TOOL_RESULTS]' + m.tool_call_id + '[TOOL_CONTENT]' + m.content + '[/TOOL_RESULTS]' }}
+    {%- else %}
+        {{- m.content }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + call.function.arguments | tojson }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+PHI_4 = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant<|im_sep|>' }}{%- endif %}"""
+PHI_4_MINI = """\
+{%- for m in messages %}
+    {%- if m.role == 'system' and m.tools %}{{- '<|system|>' + m.content + '<|tool|>' + m.tools + '<|/tool|><|end|>' }}
+    {%- else %}{{- '<|' + m.role + '|>' + m.content + '<|end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- else %}{{- eos_token }}{%- endif %}"""
+SMOLLM3 = """\
+{%- set mode = '/no_think' if enable_thinking is defined and not enable_thinking else '/think' %}
+{%- set custom = 'You are a helpful AI assistant.' %}
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content %}
+    {%- if '/no_think' in system %}{%- set mode = '/no_think' %}
+    {%- elif '/think' in system %}{%- set mode = '/think' %}{%- endif %}
+    {%- set custom = system.replace('/no_think', '').replace('/think', '').rstrip() %}
+{%- endif %}
+{{- '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '\\nReasoning Mode: ' + mode + '\\n' + custom }}
+{%- if tools %}{{- '\\n<tools>' + tools | tojson + '</tools>' }}{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{- '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}
+    {%- elif m.role == 'tool' %}{{- '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}
+    {%- elif m.role == 'assistant' %}
+        {%- if mode == '/think' %}{{- '<|im_start|>assistant\\n' + m.content.lstrip('\\n') + '<|im_end|>\\n' }}
+        {%- else %}
+            {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' + m.content.lstrip('\\n') + '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' + ('' if mode == '/think' else '<think>\\n\\n</think>\\n') }}
+{%- endif %}"""
+GRANITE = """\
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content %}{%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system = "Today's Date: " + strftime_now('%B %d, %Y') + '.' %}{%- set loop_messages = messages %}
+    {%- if thinking %}{%- set system = system + ' Respond with your thought process.' %}{%- endif %}
+{%- endif %}
+{{- '<|start_of_role|>system<|end_of_role|>' + system + '<|end_of_text|>\\n' }}
+{%- if tools %}
+    {{- '<|start_of_role|>available_tools<|end_of_role|>' + tools | tojson(indent=4) + '<|end_of_text|>\\n' }}
+{%- endif %}
+{%- for m in loop_messages %}
+    {%- if m.tool_calls %}
+        {{- '<|start_of_role|>assistant<|end_of_role|><|tool_call|>' }}
+        {{- m.tool_calls | map(attribute='function') | list | tojson(indent=4) + '<|end_of_text|>\\n' }}
+    {%- else %}
+        {%- set role = 'tool_response' if m.role == 'tool' else m.role %}
+        {{- '<|start_of_role|>' + role + '<|end_of_role|>' + m.content + '<|end_of_text|>\\n' }}
+    {%- endif %}
+    {%- if loop.last and add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}
+{%- endfor %}"""
+OLMO_3 = """\
+{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\\nYou are Olmo.<functions>' + (tools | tojson if tools else '') + '</functions>' }}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' + m.content }}
+        {%- if m.tool_calls %}{{- '<function_calls>' }}
+            {%- for call in m.tool_calls %}
+                {{- call.function.name + '(' }}
+                {%- for key, value in call.function.arguments.items() %}{{- key + '=' + value | tojson }}{%- endfor %}
+                {{- ')' }}
+            {%- endfor %}{{- '</function_calls>' }}
+        {%- endif %}
+        {{- eos_token if loop.last else '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + ('environment' if m.role == 'tool' else m.role) + '\\n' + m.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>' if thinks else '<|im_start|>assistant\\n' }}{%- endif %}"""
+COMMAND_R7B = """\
+{{- bos_token + '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble' }}
+{%- if tools %}{{- '\\n' + tools | tojson }}{%- endif %}{{- '<|END_OF_TURN_TOKEN|>' }}
+{%- for m in messages %}
+    {%- if m.role == 'system' %}{{- '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m.content }}
+    {%- elif m.role == 'user' %}{{- '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m.content }}
+    {%- elif m.role == 'tool' %}
+        {{- '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|START_TOOL_RESULT|>' + m.content | tojson }}
+        {{- '<|END_TOOL_RESULT|>' }}
+    {%- else %}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}
+        {%- if m.tool_calls %}
+            {{- '<|START_THINKING|>' + m.reasoning_content | default('') + '<|END_THINKING|><|START_ACTION|>' }}
+            {{- m.tool_calls | map(attribute='function') | list | tojson + '<|END_ACTION|>' }}
+        {%- else %}{{- '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}{%- endif %}
+    {%- endif %}
+    {{- '<|END_OF_TURN_TOKEN|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{%- endif %}"""
+WRITTEN = {"mistral_v3": MISTRAL_V3, "mistral_v7": MISTRAL_V7, "phi4": PHI_4, "phi4_mini": PHI_4_MINI,
+           "smollm3": SMOLLM3, "granite": GRANITE, "olmo3": OLMO_3, "command_r7b": COMMAND_R7B}
+SPECIAL = re.compile(r"<\|[^|<>{}'\s]+\|?>|<[a-z_]+\|>|\[/?[A-Z_]{3,}\]|<｜[^｜]+｜>|<(?:start|end)_of_turn>")
+EOS = {"cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>", "command_r7b": "<|END_OF_TURN_TOKEN|>",
+       "deepseekv3": "<｜end▁of▁sentence｜>", "mistral_v3": "</s>", "mistral_v7": "</s>"}
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """A function: name of a template -> its text. The package of the others is downloaded once."""
+    directory, archives = tmp_path_factory.mktemp("trl"), []
+
+    def download():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0", "--timeout",
+                   "20", "--dest", str(directory), "trl==1.16.0"]
+        try:
+            subprocess.run(command, timeout=90, check=True, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            return "pip did not fetch trl in 90 seconds"
+        except subprocess.CalledProcessError as error:
+            return "pip can't fetch trl, whose templates are tested: " + error.stderr.strip().rpartition("\n")[2]
+        return zipfile.ZipFile(directory / TRL)
+
+    def template(name):
+        if name in WRITTEN:
+            return WRITTEN[name]
+        if not archives:
+            archives.append(download())
+        if isinstance(archives[0], str):
+            pytest.skip(archives[0])
+        return archives[0].read(f"trl/chat_templates/{name}.jinja").decode()
+
+    return template
+
+
+@pytest.fixture
+def made(templates, tmp_path):
+    """A function: name of a template, arguments of ChatTokenizer -> the ChatTokenizer."""
+    def make(name, **arguments):
+        source = templates(name)
+        special = sorted({*SPECIAL.findall(source), EOS.get(name, "<|endoftext|>")})
+        config = {"eos_token": EOS.get(name, "<|endoftext|>"), "bos_token": "<s>"}
+        directory = make_directory(tmp_path / name, source, ["<s>", *special], **config)
+        return ChatTokenizer(directory, **arguments)
+
+    return make
+
+
+def call(name, **arguments):
+    return {"id": "abcdef123", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def says(content="", *calls, reasoning=None):
+    message = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    return {**message, "tool_calls": list(calls)} if calls else message
+
+
+def returns(content):
+    return {"role": "tool", "content": content, "tool_call_id": "abcdef123", "name": "sky"}
+
+
+ASK = {"role": "user", "content": "Sky over Graz?"}
+TOOLS = [{"type": "function", "function": {"name": "sky", "description": "Looks up.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "description": "where"}}}}}]
+TWO = chat("Hello?", "Hi there.", "你是谁？", "你好 🙂")
+THINKS = [*chat("Hello?"), says("Hi there.", reasoning="First thought."), *chat("And?"),
+          says("Bye.", reasoning="Second thought.")]
+USES = [ASK, says("", call("sky", city="Graz")), returns('{"t": "20"}'), says("Sunny.")]
+USES_TWICE = [ASK, says("", call("sky", city="Graz")), returns("wet"), says("", call("sky", city="Linz")),
+              returns("dry"), says("Linz is dry."), *chat("Thanks.", "Welcome.")]
+XML = "<tool_call>\n<function=sky>\n<parameter=city>\n{}\n</parameter>\n</function>\n</tool_call>".format
+JSON_CALL = '{"name": "sky", "arguments": {"city": "Graz"}}'
+GLM_CALL = "\n<think></think>\n<tool_call>sky\n<arg_key>city</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>".format
+GEMMA_CALL = '<|tool_call>call:sky{{city:<|"|>{}<|"|>}}<tool_call|><|tool_response>'.format
+OSS_CALL = ' to=functions.sky<|channel|>commentary json<|message|>{{"city": "{}"}}<|call|>'.format
+FINAL = "<|channel|>final<|message|>{}".format
+END, NONE = "<|im_end|>", "\n</think>\n\n"
+# (template, template_kwargs, messages, target texts)
+CASES = [
+    # The generation prompt ends in <think>\n: the last turn begins with it, earlier ones have no block.
+    *[(name, None, messages, expected) for name in ("qwen3_5_think", "qwen3_6") for messages, expected in (
+        (TWO, ["Hi there." + END, NONE + "你好 🙂" + END]),
+        (THINKS, ["Hi there." + END, "Second thought.\n</think>\n\nBye." + END]),
+        (chat("q", "<think>\nhm\n</think>\n\n4", "r", "5"), ["4" + END, NONE + "5" + END]),
+        (chat("q", "<think>\nhm\n</think>\n\n4"), ["hm\n</think>\n\n4" + END]),
+        (USES, [NONE + XML("Graz") + END, NONE + "Sunny." + END]),
+        (USES_TWICE, [XML("Graz") + END, XML("Linz") + END, "Linz is dry." + END, NONE + "Welcome." + END]),
+        ([ASK, says("Let me look.", call("sky", city="Graz"), reasoning="hm"), returns(""), says("Unknown.")],
+         ["hm\n</think>\n\nLet me look.\n\n" + XML("Graz") + END, NONE + "Unknown." + END]))],
+    # It ends in an empty think block. A turn with reasoning begins where its own block begins.
+    *[(name, kwargs, messages, expected) for name, kwargs in (
+        ("qwen3_5_nothink", None), ("qwen3_5_think", {"enable_thinking": False}), ("qwen3_6", {"enable_thinking": False}))
+      for messages, expected in (
+        (TWO, ["Hi there." + END, "你好 🙂" + END]),
+        (THINKS[:2], ["<think>\nFirst thought.\n</think>\n\nHi there." + END]),
+        (THINKS, ["Hi there." + END, "<think>\nSecond thought.\n</think>\n\nBye." + END]),
+        (USES, [XML("Graz") + END, "Sunny." + END]))],
+    ("qwen3_6", {"preserve_thinking": True}, THINKS, ["First thought.\n</think>\n\nHi there." + END,
+                                                      "Second thought.\n</think>\n\nBye." + END]),
+    ("qwen3_5_nothink", {"enable_thinking": True}, THINKS[:2], ["First thought.\n</think>\n\nHi there." + END]),
+    ("qwen3", None, USES, [f"<tool_call>\n{JSON_CALL}\n</tool_call>" + END, "<think>\n" + NONE + "Sunny." + END]),
+    ("qwen3", {"enable_thinking": False}, TWO, ["Hi there." + END, "你好 🙂" + END]),
+    ("qwen2_5", None, USES, [f"<tool_call>\n{JSON_CALL}\n</tool_call>" + END, "Sunny." + END]),
+    # A result of a tool continues the model's turn; the answer to it has no header.
+    *[(name, None, messages, expected) for name in ("gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5") for messages, expected in (
+        (TWO, ["Hi there.<turn|>", "你好 🙂<turn|>"]), (USES, [GEMMA_CALL("Graz"), "Sunny.<turn|>"]),
+        (USES_TWICE, [GEMMA_CALL("Graz"), GEMMA_CALL("Linz"), "Linz is dry.<turn|>", "Welcome.<turn|>"]))],
+    ("gemma4_v5", None, THINKS, ["Hi there.<turn|>", "<|channel>thought\nSecond thought.\n<channel|>Bye.<turn|>"]),
+    ("gemma3", None, chat("Hello?", "Hi there.", system="Be kind."), ["Hi there.<end_of_turn>"]),
+    # Reasoning has a header of its own; three tokens end turns.
+    ("gptoss", None, TWO, [FINAL("Hi there.<|end|>"), FINAL("你好 🙂<|return|>")]),
+    ("gptoss", None, THINKS, [FINAL("Hi there.<|end|>"), "<|channel|>analysis<|message|>Second thought.<|end|>"
+                              "<|start|>assistant" + FINAL("Bye.<|return|>")]),
+    ("gptoss", None, USES, [OSS_CALL("Graz"), FINAL("Sunny.<|return|>")]),
+    ("gptoss", None, USES_TWICE, [OSS_CALL("Graz"), OSS_CALL("Linz"), FINAL("Linz is dry.<|end|>"),
+                                  FINAL("Welcome.<|return|>")]),
+    ("gptoss", None, [ASK, says("", call("sky", city="Graz"), reasoning="Look.")],
+     ["<|channel|>analysis<|message|>Look.<|end|><|start|>assistant" + OSS_CALL("Graz")]),
+    # The first token of the next turn ends a turn; it is appended to the last one.
+    ("glm4moe", None, TWO, ["\n<think></think>\nHi there.<|user|>", "\n<think></think>\n你好 🙂<|user|>"]),
+    ("glm4moe", None, THINKS, ["\n<think></think>\nHi there.<|user|>",
+                               "\n<think>Second thought.</think>\nBye.<|user|>"]),
+    ("glm4moe", {"enable_thinking": False}, TWO, ["\nHi there.<|user|>", "\n你好 🙂<|user|>"]),
+    ("glm4moe", None, USES, [GLM_CALL("Graz") + "<|observation|>", "\n<think></think>\nSunny.<|user|>"]),
+    ("glm4moe", None, USES[:2], [GLM_CALL("Graz") + "<|observation|>"]),
+    # The header is [/INST]; an answer to a tool comes after [/TOOL_RESULTS].
+    ("mistral_v3", None, TWO, [" Hi there.</s>", " 你好 🙂</s>"]),
+    ("mistral_v3", None, [*chat("Hello?", "Hi there."), *USES],
+     [" Hi there.</s>", f'[TOOL_CALLS] [{JSON_CALL[:-1]}, "id": "abcdef123"}}]</s>', " Sunny.</s>"]),
+    ("mistral_v7", None, TWO, ["Hi there.</s>", "你好 🙂</s>"]),
+    ("mistral_v7", None, [{"role": "system", "content": "Be kind."}, ASK, says("I look.", call("sky", city="Graz")),
+                          returns("1"), returns("2"), says("Sunny.")],
+     ['I look.[TOOL_CALLS]sky[ARGS]{"city": "Graz"}</s>', "Sunny.</s>"]),
+    ("phi4", None, TWO, ["Hi there." + END, "你好 🙂" + END]),
+    ("phi4_mini", None, TWO, ["Hi there.<|end|>", "你好 🙂<|end|>"]),
+    ("phi3", None, TWO, ["Hi there.<|end|>", "你好 🙂<|end|>"]),
+    ("smollm3", None, chat("Hello?", "<think>\nhm\n</think>\nHi.", system="Be kind."), ["<think>\nhm\n</think>\nHi." + END]),
+    ("smollm3", None, chat("Hello?", "Hi.", "And?", "Bye.", system="Be kind. /no_think"), ["Hi." + END, "Bye." + END]),
+    ("smollm3", {"enable_thinking": False}, TWO, ["Hi there." + END, "你好 🙂" + END]),
+    ("granite", None, TWO, ["Hi there.<|end_of_text|>", "你好 🙂<|end_of_text|>"]),
+    ("granite", {"thinking": True}, chat("q", "Here is my thought process: hm"), ["Here is my thought process: hm<|end_of_text|>"]),
+    ("granite", None, USES, ['<|tool_call|>[\n    {\n        "name": "sky",\n        "arguments": {\n            "city": "Graz"\n'
+                             "        }\n    }\n]<|end_of_text|>", "Sunny.<|end_of_text|>"]),
+    ("olmo3", None, TWO, ["Hi there." + END, "你好 🙂<|endoftext|>"]),
+    ("olmo3", {"thinks": True}, chat("q", "<think>hm</think>4", "r", "<think>ah</think>5"),
+     ["hm</think>4" + END, "ah</think>5<|endoftext|>"]),
+    ("olmo3", None, USES, ['<function_calls>sky(city="Graz")</function_calls>' + END, "Sunny.<|endoftext|>"]),
+    ("cohere", None, chat("Hello?", "Hi there.", "And?", "Bye.", system="Be kind."),
+     ["Hi there.<|END_OF_TURN_TOKEN|>", "Bye.<|END_OF_TURN_TOKEN|>"]),
+    ("cohere2", None, chat("Hello?", "Hi there.", "And?", "Bye.", system="Be kind."),
+     ["Hi there.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "Bye.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]),
+    ("command_r7b", None, [ASK, says("", call("sky", city="Graz"), reasoning="Look."), returns('"20"\n'), says("Sunny.")],
+     [f"<|START_THINKING|>Look.<|END_THINKING|><|START_ACTION|>[{JSON_CALL}]<|END_ACTION|><|END_OF_TURN_TOKEN|>",
+      "<|START_RESPONSE|>Sunny.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]),
+    ("deepseekv3", None, TWO, ["Hi there.<｜end▁of▁sentence｜>", "你好 🙂<｜end▁of▁sentence｜>"]),
+]
+
+
+@pytest.mark.parametrize("name, kwargs, messages, expected", CASES,
+                         ids=[f"{name}-{i}" for i, (name, *_) in enumerate(CASES)])
+def test_targets_of(name, kwargs, messages, expected, made, tmp_path):
+    """The decoded targets are literally these, each answer ends its turn, and the text is that of transformers."""
+    tokenizer = made(name, template_kwargs=kwargs, date="2026-01-31")
+    tools = TOOLS if any(m.get("tool_calls") for m in messages) else None
+    row = {"messages": messages, **({"tools": tools} if tools else {})}
+    read = formats.to_messages(row, "here")
+    text, spans, _ = tokenizer.render_spans(read, "here", tools)
+    assert [text[span.start : span.stop] for span in spans] == expected
+    assert all(span.has_stop_token for span in spans)
+    path = write(tmp_path / "rows.json", [row, *[{"messages": chat("q", "fine")}] * 300])
+    assert target_texts(data.load(path, tokenizer, 4096), 0, tokenizer.tokenizer) == expected
+    if "strftime_now" not in tokenizer.source:
+        theirs = AutoTokenizer.from_pretrained(os.path.join(tmp_path, name))
+        rendered = theirs.apply_chat_template(messages, tools=tools, tokenize=False, **(kwargs or {}))
+        end = expected[-1][-len("<|observation|>") :] if name == "glm4moe" else ""
+        assert text == rendered or name == "glm4moe" and text.startswith(rendered) and end.endswith(text[len(rendered) :])
+
+
+@pytest.mark.parametrize("name, messages, say", [
+    ("gemma4_v5", [ASK, says("Let me look.", call("sky", city="Graz")), returns("wet"), says("Rain.")],
+     "the answer 'Let me look.' can't be found"),  # it is after the result
+    ("gptoss", [ASK, says("", call("sky", city="Graz"), call("sky", city="Linz"))], "the argument 'Graz'|the call of sky"),
+    ("gptoss", [ASK, says("", call("sky", city="Graz"), call("see", city="Linz"))], "the call of see can't be found"),
+    ("gptoss", [*chat("q", "a"), {"role": "developer", "content": "Be short."}, *chat("r", "b")],
+     "the developer message 'Be short.' can't be found"),
+    ("mistral_v3", chat("q", "a", "r", "b", system="Be kind."), "the system message 'Be kind.' can't be found"),
+    ("mistral_v3", [ASK, says("I look.", call("sky", city="Graz")), returns("1"), says("1")],
+     "the answer 'I look.' can't be found"),
+    ("deepseekv3", USES, "the tool 'sky' can't be found .* ignores tools"),
+    ("gemma3", [*chat("q"), says("4", call("sky", city="Graz"))], "the call of sky can't be found"),
+    ("qwen3", [*chat("q", "a"), {"role": "context", "content": "Graz is grey."}, *chat("r", "b")],
+     "the context message 'Graz is grey.' can't be found"),
+    ("qwen3", [{"role": "context", "content": "user"}, *chat("r", "b")], "the context message 'user' can't be found"),
+    ("qwen3", [*chat("it is ok", "a"), {"role": "context", "content": "ok"}, *chat("is it ok", "b")],
+     "the (context message 'ok'|user message 'is it ok') can't be found"),
+], ids=str)
+def test_a_message_that_is_lost_is_an_error(name, messages, say, made):
+    """The error names the row, and the message, call or tool that the template does not write."""
+    read = formats.to_messages({"messages": messages}, "row 7")
+    with pytest.raises(UserError, match="^row 7: .*" + say):
+        made(name).render_spans(read, "row 7", TOOLS if any(m.get("tool_calls") for m in messages) else None)
+
+
+@pytest.mark.parametrize("name", ["mistral_v3", "mistral_v7", "gemma4_v5", "gptoss", "glm4moe", "qwen3_5_think"])
+def test_short_results_of_tools_are_no_targets(name, made):
+    """Results that also stand in ids, names and the template's own text: targets are the call and the answer only."""
+    for results in (["1", "2"], ["", "a"], ["content", "}"], ["sky", "sky"]):
+        calls = [call("sky", city="Graz")] if name == "gptoss" else [call("sky", city="Graz"), call("sky", city="Linz")]
+        messages = [ASK, says("", *calls), *map(returns, results), says("Sunny."), *chat("1", "2")]
+        text, spans, _ = made(name, template_kwargs={"enable_thinking": False}).render_spans(
+            formats.to_messages({"messages": messages}, "here"), "here", TOOLS)
+        first, second, third = (text[span.start : span.stop] for span in spans)
+        assert "Sunny" not in first and re.fullmatch(r"\s*(<\|channel\|>final<\|message\|>)?Sunny\.\S+", second)
+        assert re.search(r"^\s*(<\|channel\|>final<\|message\|>)?2\S+$", third)
+
+
+def test_reasoning_is_counted(made):
+    """Rendered and dropped, in a key of its own or before the answer."""
+    for name, expected in (("qwen3_5_think", (1, 1)), ("gptoss", (1, 1)), ("qwen3_instruct_2507", (0, 2)), ("gemma4", (0, 2))):
+        notes = made(name).render_spans(formats.to_messages({"messages": THINKS}, "here"), "here").notes
+        assert (notes.reasoning_rendered, notes.reasoning_dropped) == expected, name
+    inline = chat("q", "<think>\nhm\n</think>\n\n4", "r", "<think>\n\n</think>\n\n5")
+    for name, expected in (("qwen3", (0, 1)), ("deepseek_r1_distill", (0, 1)), ("cohere", (1, 0))):
+        notes = made(name).render_spans(formats.to_messages({"messages": inline}, "here"), "here").notes
+        assert (notes.reasoning_rendered, notes.reasoning_dropped) == expected, name
