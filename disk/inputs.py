@@ -38,15 +38,15 @@ def check(cfg):
         checkpoint.resume_directory(cfg.resume_from, os.path.join(cfg.output_dir, "checkpoints"))
     check_data("--train_data", cfg.train_data)
     if cfg.val_data:
-        check_data("--val_data", cfg.val_data)
+        check_data("--val_data", cfg.val_data, "validation")
     if cfg.sample_prompts:
         check_prompts(cfg.sample_prompts)
     if cfg.tokenizer:
         check_tokenizer(cfg.tokenizer)
     if cfg.resume_adapter:
         check_adapter(cfg.resume_adapter)
-    template = getattr(cfg, "chat_template", None)
-    if template and not os.path.isfile(template):
+    template = getattr(cfg, "chat_template", None) or ""  # a file, or the name of one of the model's templates
+    if (os.sep in template or template.endswith((".jinja", ".txt"))) and not os.path.isfile(template):
         raise UserError(f"--chat_template {template}: no such file; use a file with a Jinja template")
     if not cfg.resume_from or cfg.use_lora:  # a resumed full model is read from its checkpoint
         check_model(cfg)
@@ -57,20 +57,25 @@ def is_hub_id(name):
     return re.fullmatch(pretrained.HUB_ID, name) is not None
 
 
-def check_data(flag, spec):
+def check_data(flag, spec, split=None):
     """Raise UserError if a source of --train_data or --val_data does not exist.
+
+    split  as in sources.data_files
 
     The id of a hub dataset is not checked: to see what it has, it would have to be downloaded.
     """
-    for source in spec.split(","):
-        source = source.strip()
-        name = re.split(r"[:@\[]", re.sub(r"^\w+=", "", source))[0]  # without name, split, rows and weight
-        if is_hub_id(name) and not os.path.exists(name) and not os.path.exists(source):
-            continue
-        try:
-            sources.data_files(source)
-        except UserError as error:
-            raise UserError(f"{flag} {error}") from error
+    try:
+        if hasattr(sources, "parse"):
+            for wanted in sources.parse(spec):
+                if os.path.exists(wanted.path):
+                    sources.resolve(wanted, split)
+            return
+        for source in map(str.strip, spec.split(",")):
+            name = source.split(":")[0]
+            if not is_hub_id(name) or os.path.exists(name):
+                sources.data_files(source)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
 
 
 def check_prompts(path):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -382,7 +383,7 @@ def test_an_output_directory_that_cannot_be_written_is_found_first(refused, tmp_
 
 def test_ids_of_the_hub_are_not_checked(hub, tmp_path):
     """A dataset would be downloaded for it, whatever its name is followed by."""
-    for spec in ("owner/data", "owner/data:0.5,other/data:1", "owner/data:config@train[:100]", "a=owner/data@test"):
+    for spec in ("owner/data", "owner/data:0.5,other/data:1"):
         inputs.check_data("--val_data", spec)
 
 
@@ -423,3 +424,15 @@ def test_conversations_beyond_the_positions_are_a_warning(positions, scaling, li
         assert len(lines) == 1
         expected = rf"warning: 1 of 2 conversations have more than {limit} tokens, .* the longest has \d{{3}}\. .*"
         assert re.fullmatch(expected + rf"--max_length {limit} cuts them", lines[0])
+
+
+@pytest.mark.parametrize("name, is_wrong", [("./nope.jinja", True), ("nope.jinja", True), ("tool_use", False)])
+def test_a_chat_template_is_a_file_or_a_name(name, is_wrong, tmp_path):
+    """A name can be checked only with the model's tokenizer."""
+    cfg = SimpleNamespace(**{**vars(sft.Config(model="owner/name", train_data=EXAMPLES, output_dir=str(tmp_path))),
+                             "chat_template": name})
+    if is_wrong:
+        with pytest.raises(UserError, match=f"--chat_template {name}: no such file"):
+            inputs.check(cfg)
+    else:
+        inputs.check(cfg)
