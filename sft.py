@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import fsdp
 import lora
-from disk import peft, pretrained
+from disk import inputs, peft, pretrained
 from disk.run import RunState
 from model import CausalLM
 from ops import compiler, forecast, memory, nf4, optim, overlap, packing
@@ -56,6 +56,7 @@ class Config:
     model: str = setting("Qwen/Qwen2.5-0.5B", "hub id or directory; tiny: the embedded test model",
                          env="MODEL_PATH", presets=("tiny",), group="model and data")
     tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
+    resize_embeddings: bool = setting(False, "add rows for a tokenizer with more ids than the embedding")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
     val_data: str | None = setting(None, "validation data, like train_data without weights", env="VAL_DATA")
@@ -359,7 +360,7 @@ def train(cfg, ranks):
 
 
 def main():
-    cfg, _ = parse(Config, sys.argv[1:])
+    cfg = inputs.checked(parse(Config, sys.argv[1:])[0])  # wrong paths, before a model is downloaded
     with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks,
           out_of_memory.explained(cfg, ranks)):
         train(cfg, ranks)

@@ -9,7 +9,7 @@ import re
 
 from torch import nn
 
-from disk import files, pretrained
+from disk import checkpoint, files, foreign, pretrained
 from settings.errors import UserError
 
 # Keys of adapter_config.json that this file reads, or that do not matter once the tensors exist. Any other
@@ -161,19 +161,65 @@ def base_directory(directory, base=None):
     base = read_config(directory).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{directory}: adapter_config.json does not name the base model; pass --base DIR")
-    return pretrained.model_directory(base, f"{directory}: base_model_name_or_path (or pass --base DIR):")
+    files.check_hub_endpoint()
+    try:
+        return pretrained.model_directory(base, "base_model_name_or_path")
+    except UserError as error:
+        raise UserError(f"{directory} is an adapter of {base}, which is not found; pass --base DIR with the "
+                        f"directory of that model (sft.py: --model DIR). {error}") from error
 
 
-def check_base(config, model):
-    """Raise UserError if the adapter's config names another base model than `model`.
+def base_fingerprint(directory):
+    """The fingerprint (see pretrained.fingerprint) of the model that an adapter was trained on, or None.
 
-    Such an adapter would load if the shapes are equal. Only the last component of the path is compared, since
-    the directory may have been moved.
+    A checkpoint of this trainer has it. For others it is computed, if that model is on this machine.
     """
-    base = config.get("base_model_name_or_path")
-    if base and os.path.basename(base.rstrip("/")) != os.path.basename(os.path.realpath(model)):
-        raise UserError(f"the adapter was trained on {base}, not on --model {model}; use --model {base}, "
-                        "or correct base_model_name_or_path in its adapter_config.json")
+    state = os.path.join(directory, checkpoint.STATE)
+    if os.path.exists(state):
+        saved = files.read_json(state)
+        if isinstance(saved, dict) and isinstance(saved.get("base"), str):
+            return saved["base"]
+    base = read_config(directory).get("base_model_name_or_path")
+    if not base:
+        return None
+    if not os.path.isdir(base) and re.fullmatch(pretrained.HUB_ID, base):
+        from huggingface_hub import try_to_load_from_cache  # slow import
+
+        config = try_to_load_from_cache(base, "config.json")  # may also be a mark that there is no such file
+        base = os.path.dirname(config) if isinstance(config, str) else base
+    try:
+        return pretrained.fingerprint(base)
+    except (OSError, UserError):  # it has moved, or was quantised or converted: then its name has to do
+        return None
+
+
+def has_same_name(base, model):
+    """Whether two paths or hub ids of a model end in the same component: a directory may have been moved."""
+    return os.path.basename(base.rstrip("/")) == os.path.basename(os.path.realpath(model))
+
+
+def check_base(directory, model):
+    """Raise UserError if an adapter was trained on other weights than those of --model.
+
+    Such an adapter would load if the shapes are equal. Weights decide, not names. Where the adapter's own
+    base can't be read, the last component of the names has to be equal.
+
+    directory, model  of the adapter; what --model names
+    """
+    base, then = read_config(directory).get("base_model_name_or_path"), base_fingerprint(directory)
+    if then is None and base and not has_same_name(base, model):
+        raise UserError(f"the adapter {directory} was trained on {base}, not on --model {model}, and the "
+                        f"weights of {base} are not on this machine to compare them; use --model {base}, or, "
+                        f"if it is the same model, set base_model_name_or_path to {model} in its "
+                        "adapter_config.json")
+    if then is None:
+        return
+    model_directory = pretrained.model_directory(model)
+    foreign.check_model(model_directory)
+    if pretrained.fingerprint(model_directory) != then:
+        base = base or "another model"
+        raise UserError(f"the adapter {directory} was trained on {base}, not on --model {model}: their "
+                        f"weights differ; use --model with the model that it was trained on")
 
 
 def lora_ranks(entries):

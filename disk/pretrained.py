@@ -19,7 +19,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from disk import files
+from disk import files, foreign
+from families.config import ModelConfig
 from ops.memory import is_split
 from ops.nf4 import NF4Weight, check_finite
 from settings.errors import UserError
@@ -32,39 +33,94 @@ ADAPTER_PREFIX = "base_model.model."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
                    "tokenizer.model")
+# What is downloaded of a hub id beside its weights: not the folders original/, onnx/, ... that many have
+MODEL_FILES = ("config.json", "generation_config.json", INDEX_FILE, "adapter_config.json", *TOKENIZER_FILES,
+               "additional_chat_templates/*.jinja")
+GIT_LFS = b"version https://git-lfs"
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each token
+QUANTIZED = ("a quantised model can't be trained: use the original weights as --model, and --use_lora "
+             "--quantize nf4 to store them in 4 bits here")
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 CHUNK = 2**20  # elements that are read and converted at a time: 2 MB of bf16 stay in a core's cache
 
 
-def model_directory(name, flag="--model",
-                    patterns=("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")):
+def model_directory(name, flag="--model", patterns=None):
     """The local directory of a model.
 
     name      tiny, a path, or a hub id
     flag      where the name comes from, for errors
-    patterns  which files of a hub id are downloaded, unless the hub's cache has them
+    patterns  which files of a hub id are downloaded; None: those of a model that are read here, and no others
 
-    Raises UserError if there is no such directory, if the hub can't be reached, or if it has no such model.
+    Raises UserError if there is no such directory, if the hub can't be reached, if it has no such model, or,
+    without patterns, if the hub's model can't be read here: before its weights are downloaded.
     """
     if name == "tiny":
         return os.path.join(PROJECT, "models", "tiny")
     if os.path.isdir(name):
         return name
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if os.path.isfile(name):
+        foreign.check_file(name, flag)
+    if not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name}: no such directory; use a directory, a hub id such as "
                         "Qwen/Qwen2.5-0.5B, or tiny")
+    if patterns is not None:
+        return download(name, flag, patterns)
+    directory = download(name, flag, MODEL_FILES)
+    config = os.path.join(directory, "config.json")
+    if os.path.exists(config) and not is_adapter(directory):
+        try:
+            ModelConfig.from_dict(files.read_json(config))
+        except UserError as error:
+            raise UserError(f"{flag} {name}: {error}") from error
+    # The same revision, even if the repository has changed meanwhile: a snapshot's directory is its commit.
+    commit = os.path.basename(directory)
+    same = {"revision": commit} if re.fullmatch("[0-9a-f]{40}", commit) else {}
+    weights = weight_files(directory)
+    directory = download(name, flag, [*MODEL_FILES, *weights], **same)
+    if not any(os.path.exists(os.path.join(directory, file)) for file in weights):
+        names = hub_files(name)
+        advice = foreign.weight_file_advice(names or foreign.names_in(directory), name)
+        if not names and not advice:
+            advice = "the hub can't be reached, and its cache has only other files of this model"
+        raise UserError(f"{flag} {name} has no {weights[0]}; {advice or foreign.HUGGING_FACE_FORM}")
+    return directory
+
+
+def download(name, flag, patterns, **revision):
+    """Download the files of a hub id that match, unless the hub's cache has them; return their directory."""
     files.check_hub_endpoint()
     from huggingface_hub import snapshot_download  # slow import, and most runs read a directory
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    others = ", or --model tiny," if flag == "--model" else ","
     try:
-        return snapshot_download(name, allow_patterns=list(patterns))
+        return snapshot_download(name, allow_patterns=list(patterns), **revision)
     except LocalEntryNotFoundError as error:
         raise UserError(f"{flag} {name}: the hub can't be reached and the model is not in its cache; "
-                        "use --model PATH with a local directory, or --model tiny, or set HF_ENDPOINT to a "
+                        f"use {flag} PATH with a local directory{others} or set HF_ENDPOINT to a "
                         "mirror of the hub") from error
     except HfHubHTTPError as error:
-        raise UserError(f"{flag} {name}: {str(error).strip().splitlines()[-1]}; use --model PATH with a "
-                        "local directory, or --model tiny") from error
+        raise UserError(f"{flag} {name}: {str(error).strip().splitlines()[-1]}; use {flag} PATH with a "
+                        f"local directory{others.rstrip(',')}") from error
+
+
+def hub_files(name):
+    """The names of the files of a hub id; [] if the hub can't be reached."""
+    from huggingface_hub import HfApi  # slow import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().list_repo_files(name)
+    except (OSError, *HfHubHTTPError.__bases__):  # the errors of the HTTP package: its name changes
+        return []
+
+
+def weight_files(directory):
+    """The names of the weight files of a model or adapter directory, which need not exist."""
+    if is_adapter(directory):
+        return [ADAPTER_FILE]
+    index = os.path.join(directory, INDEX_FILE)
+    return sorted(set(read_index(index).values())) if os.path.exists(index) else ["model.safetensors"]
 
 
 def is_adapter(directory):
@@ -101,13 +157,33 @@ def read_header(path):
                 tensor = f.get_slice(name)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if dtype not in DTYPES:
+                    remedy = "convert them to BF16 or F32" if dtype in ("F64", "C64") else QUANTIZED
                     raise UserError(f"{path}: {name:.200} has dtype {dtype}; supported are "
-                                    f"{', '.join(DTYPES)}")
+                                    f"{', '.join(DTYPES)}; {remedy}")
                 entries[name] = TensorEntry(path, dtype, shape, position)
                 position += math.prod(shape) * DTYPES[dtype].itemsize
     except SafetensorError as error:
+        with open(path, "rb") as f:
+            if f.read(len(GIT_LFS)) == GIT_LFS:
+                raise UserError(f"{path} is a pointer of git-lfs, not the weights; run git lfs pull in its "
+                                "directory, or download the model again") from error
         raise UserError(f"{path} is truncated or not safetensors: {error!s:.300}") from error
     return entries
+
+
+def read_index(index):
+    """{tensor: file} of a model.safetensors.index.json. Raises UserError if it is malformed."""
+    content = files.read_json(index)
+    weight_map = content.get("weight_map", {}) if isinstance(content, dict) else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: weight_map must be an object that maps tensor names to file names, it is "
+                        f"{weight_map!r:.60}")
+    listed = sorted(set(weight_map.values()))
+    # The pattern excludes separators and NUL, so an untrusted index can't name files elsewhere.
+    if not listed or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", file) for file in listed):
+        raise UserError(f"{index}: weight_map must name files of the same directory, such as "
+                        f"model-00001-of-00002.safetensors, it names {ascii(listed[:3]):.200}")
+    return weight_map
 
 
 def weight_entries(directory):
@@ -121,16 +197,9 @@ def weight_entries(directory):
     index = os.path.join(directory, INDEX_FILE)
     if not os.path.exists(index):
         return read_header(os.path.join(directory, "model.safetensors"))
-    content = files.read_json(index)
-    weight_map = content.get("weight_map", {}) if isinstance(content, dict) else {}
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index}: weight_map must be an object that maps tensor names to file names, it is "
-                        f"{weight_map!r:.60}")
+    weight_map = read_index(index)
     listed = sorted(set(weight_map.values()))
-    # The pattern excludes separators and NUL, so an untrusted index can't name files elsewhere.
-    if not listed or not all(re.fullmatch(r"[\w.+ -]{1,200}\.safetensors", file) for file in listed):
-        raise UserError(f"{index}: weight_map must name files of the same directory, such as "
-                        f"model-00001-of-00002.safetensors, it names {ascii(listed[:3]):.200}")
+    foreign.check_complete(index, listed)
     entries = {}
     for file in listed:
         entries.update(read_header(os.path.join(directory, file)))
@@ -163,6 +232,8 @@ def match_weights(model, directory):
     Returns ({name: TensorEntry}, {name: parameter}, {name: 4-bit module that stores it}). The parameters do
     not contain a tied head, the entries may.
 
+    An embedding or head of the directory may have fewer rows than `model`: see read_weight.
+
     `model` may be on the meta device: weights that do not fit config.json are then refused before they cost
     memory. Raises UserError that names the missing, unexpected or wrongly shaped tensors.
     """
@@ -170,7 +241,7 @@ def match_weights(model, directory):
     for name, entry in entries.items():
         if entry.dtype not in ("F32", "BF16", "F16"):
             raise UserError(f"{entry.file}: {name} has dtype {entry.dtype}, but weights must be F32, BF16 or "
-                            "F16: a quantised model can't be trained")
+                            f"F16; {QUANTIZED}")
     # Old checkpoints store inv_freq, which the model computes.
     entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
     allowed = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_stored(n, p, adapter)}
@@ -186,10 +257,17 @@ def match_weights(model, directory):
     nf4_modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Weight)}
     shapes = {name: tuple(p.shape) for name, p in allowed.items()}
     shapes.update({name: (m.out_features, m.in_features) for name, m in nf4_modules.items()})
+    if not adapter and model.config.vocab_size > (rows := embedding_rows(directory)):  # --resize_embeddings
+        shapes.update({name: (rows, *shapes[name][1:]) for name in EMBEDDINGS if name in shapes})
     wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
     if wrong:
         raise UserError(f"{does_not_fit}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
     return entries, required, nf4_modules
+
+
+def embedding_rows(directory):
+    """The vocab_size in a model directory's config.json: a model with --resize_embeddings has more rows."""
+    return files.read_json(os.path.join(directory, "config.json"))["vocab_size"]
 
 
 def is_stored(name, p, adapter):
@@ -213,10 +291,10 @@ def load_weights(model, directory, optimizer=None):
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         names = [name for name in parameters if name not in nf4_modules]
         # list() re-raises an exception of a thread
-        list(pool.map(lambda name: read_into(entries[name], masters[name]), names))
+        list(pool.map(lambda name: read_weight(entries[name], masters[name]), names))
     for name in set(entries) - set(parameters):  # the file has a tied weight twice
         copy = torch.empty_like(masters[name])
-        read_into(entries[name], copy)
+        read_weight(entries[name], copy)
         if not torch.equal(local_shard(copy)[0], local_shard(masters[name])[0]):
             raise UserError(f"{entries[name].file}: config.json ties {name} to the embedding, but they "
                             "differ; set tie_word_embeddings to false")
@@ -284,6 +362,37 @@ def read_into(entry, tensor, spans=None):
                     unread = unread[n:]
                 if not direct:
                     chunk.copy_(target)
+
+
+def read_weight(entry, tensor):
+    """Read this rank's shard of a weight. Rows that the file lacks get the mean of the file's rows.
+
+    The mean is the usual start for the rows of new tokens: zeros or noise would give them logits far from
+    those of any known token. Each rank that has new rows reads the file's rows once, in pieces, for it.
+    """
+    if entry.shape == tuple(tensor.shape):
+        return read_into(entry, tensor)
+    local, ((start, stop), *columns) = local_shard(tensor)
+    n_read = min(stop, entry.shape[0]) - start
+    if n_read > 0:
+        read_into(entry, local[:n_read], [(start, start + n_read), *columns])
+    if n_read < len(local):
+        local[max(n_read, 0) :] = mean_row(entry, columns)
+
+
+def mean_row(entry, columns):
+    """The mean of a matrix's rows, (width,), summed in fp64.
+
+    columns  [(start, stop)], those to read
+    """
+    n_rows, (first, last) = entry.shape[0], columns[0]
+    rows_at_once = max(1, CHUNK // entry.shape[1])
+    total = torch.zeros(last - first, dtype=torch.float64)
+    for start in range(0, n_rows, rows_at_once):
+        rows = torch.empty(min(rows_at_once, n_rows - start), last - first, dtype=DTYPES[entry.dtype])
+        read_into(entry, rows, [(start, start + len(rows)), (first, last)])
+        total += rows.double().sum(0)
+    return total / n_rows
 
 
 def contiguous_runs(shape, spans):
@@ -422,7 +531,8 @@ def rank_and_world_size():
 def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter_config=None):
     """{file name: bytes or JSON value} of all files of a saved model or adapter directory except weights.
 
-    directory, config_json  the base model's directory and its parsed config.json
+    directory, config_json  the base model's directory and its parsed config.json, which --resize_embeddings
+                            may have changed
     tokenizer_directory     the directory whose tokenizer files are copied
     tokenizer               the ChatTokenizer of that directory
     adapter_config          the content of adapter_config.json, if an adapter is saved and not a model
@@ -432,6 +542,8 @@ def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter
     exported = files.read_bytes(tokenizer_directory, TOKENIZER_FILES)
     if adapter_config is None:
         exported.update(files.read_bytes(directory, ["config.json"]))
+        if config_json != files.read_json(os.path.join(directory, "config.json")):
+            exported["config.json"] = config_json
         exported["generation_config.json"] = generation_config(
             directory, config_json, tokenizer.stop_token_id)
     else:

@@ -9,12 +9,14 @@ import dataclasses
 import math
 import os
 import statistics
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
-from disk import checkpoint, files, peft, pretrained
+from disk import checkpoint, files, foreign, peft, pretrained
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
@@ -44,17 +46,47 @@ class ModelPaths:
         if tokenizer is None:
             has_tokenizer = adapter and os.path.exists(os.path.join(adapter, "tokenizer.json"))
             tokenizer = adapter if has_tokenizer else model
-        path = os.path.join(model, "config.json")
-        if not os.path.exists(path):
-            remedy = "use a model directory, such as outputs/checkpoints/latest of a run"
-            if pretrained.is_adapter(model):
-                remedy = "it is a LoRA adapter: use --use_lora --resume_adapter DIR, and --model for its base"
-            raise UserError(f"{model} has no config.json, so it is not a model directory; {remedy}")
-        return cls(model, adapter, tokenizer, files.read_json(path))
+        foreign.check_model(model)
+        foreign.check_tokenizer(tokenizer)
+        config_json = files.read_json(os.path.join(model, "config.json"))
+        if adapter and isinstance(config_json, dict):  # it may have been trained with --resize_embeddings
+            for name, entry in pretrained.weight_entries(adapter).items():
+                if name in pretrained.EMBEDDINGS and entry.shape:
+                    config_json["vocab_size"] = max(entry.shape[0], config_json.get("vocab_size") or 0)
+        return cls(model, adapter, tokenizer, config_json)
 
     @property
     def config(self):
         return ModelConfig.from_dict(self.config_json)
+
+    def resized(self, cfg):
+        """--resize_embeddings: these paths, with a vocab_size for all ids of the tokenizer.
+
+        pretrained.read_weight fills the new rows, and checkpoints have the new vocab_size in config.json.
+        With --tp the size is a multiple of it, so that the rows can be split.
+
+        Raises UserError where it has no effect, and with LoRA where the new rows would not be saved.
+        """
+        size, rows = tokenizer_size(self.tokenizer), self.config.vocab_size
+        if size <= rows:
+            raise UserError(f"--resize_embeddings has no effect: the tokenizer of {self.tokenizer} has "
+                            f"{size} ids, the model's embedding has {rows} rows; remove it")
+        lacks = {"embed_tokens", "lm_head"}
+        lacks -= {name.strip() for name in (cfg.lora_modules_to_save or "").split(",")}
+        is_saved = not lacks or (self.config.tie_word_embeddings and len(lacks) == 1)  # tied: one tensor
+        if cfg.use_lora and not is_saved:
+            raise UserError("--resize_embeddings with --use_lora: the new rows would be neither trained nor "
+                            "saved; add --lora_modules_to_save embed_tokens,lm_head")
+        size = -(-size // cfg.tp) * cfg.tp
+        return dataclasses.replace(self, config_json={**self.config_json, "vocab_size": size})
+
+
+def tokenizer_size(directory):
+    """The number of ids of a tokenizer: the highest id + 1."""
+    path = os.path.join(directory, "tokenizer.json")
+    files.read_json(path)  # raises for what is not JSON; the package's own errors do not name the file
+    ids = Tokenizer.from_str(files.read_file(path).decode()).get_vocab(with_added_tokens=True).values()
+    return max(ids, default=-1) + 1
 
 
 class RunState:
@@ -101,20 +133,21 @@ class RunState:
     def find_paths(self):
         """The ModelPaths of this run. Raises UserError for an adapter without --use_lora, and the reverse."""
         cfg = self.cfg
-        if cfg.resume_adapter and not os.path.isdir(cfg.resume_adapter):
-            raise UserError(f"--resume_adapter {cfg.resume_adapter}: no such directory; use an adapter "
-                            "directory such as outputs/lora/checkpoints/latest")
         adapter = (self.resumed or cfg.resume_adapter) if cfg.use_lora else None
         if self.resumed and pretrained.is_adapter(self.resumed) != cfg.use_lora:
             if cfg.use_lora:
                 raise UserError(f"{self.resumed} is a full model, not a LoRA adapter; drop --use_lora")
             raise UserError(f"{self.resumed} is a LoRA adapter, not a full model; add --use_lora")
         if adapter and not self.resumed:  # on resume, identify() compares the base model's fingerprint
-            peft.check_base(peft.read_config(adapter), cfg.model)
+            peft.check_base(adapter, cfg.model)
         is_full_checkpoint = self.resumed and not adapter
         model = self.resumed if is_full_checkpoint else pretrained.model_directory(cfg.model)
-        tokenizer = pretrained.model_directory(cfg.tokenizer, "--tokenizer") if cfg.tokenizer else None
-        return ModelPaths.find(model, adapter, tokenizer)
+        tokenizer = None
+        if cfg.tokenizer:
+            tokenizer = pretrained.model_directory(cfg.tokenizer, "--tokenizer", pretrained.MODEL_FILES)
+        paths = ModelPaths.find(model, adapter, tokenizer)
+        # a checkpoint of a run with --resize_embeddings has its rows already
+        return paths if self.resumed or not cfg.resize_embeddings else paths.resized(cfg)
 
     def choose_memory(self, build, ranks):
         """The settings with numbers in place of `auto`: conversations of a micro-batch, checkpointed blocks.
@@ -183,6 +216,7 @@ class RunState:
         if cfg.use_lora:
             self.identity.update({name: getattr(cfg, name) for name in ADAPTER_SETTINGS})
             self.identity["base"] = pretrained.fingerprint(self.paths.model)
+        self.warn_of_positions(train_set)
         if not self.resumed:
             return
         changes = []
@@ -198,6 +232,16 @@ class RunState:
             raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} was made with other settings "
                             f"({'; '.join(changes)}); repeat the original settings, or start a new "
                             "run with another --output_dir")
+
+    def warn_of_positions(self, train_set):
+        """Print a warning if conversations are longer than the model's positions go."""
+        limit = self.paths.config.max_positions
+        n_longer = int((train_set.n_tokens > limit).sum())
+        if n_longer and self.is_writer:
+            print(f"warning: {n_longer:,} of {len(train_set):,} conversations have more than {limit:,} "
+                  f"tokens, the model's max_position_embeddings; the longest has "
+                  f"{train_set.n_tokens.max():,}. The model never saw such positions; --max_length {limit} "
+                  "cuts them", file=sys.stderr)
 
     def restore(self, model, optimizer, tokenizer):
         """If a checkpoint is resumed, load the optimizer's state and the fp32 master weights.

@@ -16,10 +16,14 @@ LARGEST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20
 # What config.json does not say about a family: which linear layers have biases, whether queries and keys are
 # normalised, and the defaults of Hugging Face's configuration classes for optional keys.
 FAMILIES = {
-    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None, kv_heads=32, window=4096),
-    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128, kv_heads=32, window=4096),
-    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None, kv_heads=None, window=None),
-    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None, kv_heads=8, window=4096),
+    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None, kv_heads=32, window=4096,
+                  positions=2**15),
+    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128, kv_heads=32, window=4096,
+                  positions=2**15),
+    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None, kv_heads=None, window=None,
+                  positions=2**11),
+    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None, kv_heads=8, window=4096,
+                    positions=2**17),
 }  # None: config.json decides (attention_bias; hidden_size / num_attention_heads; num_attention_heads)
 
 
@@ -44,6 +48,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    max_positions: int  # tokens of the longest documents that it was made for
 
     @classmethod
     def from_dict(cls, config):
@@ -70,11 +75,11 @@ class ModelConfig:
             "hidden_act": "silu",
             "attention_dropout": 0,
             "partial_rotary_factor": 1,
-            "quantization_config": None,
         }
         for key, value in supported.items():
             if config.get(key, value) not in (value, None):
                 raise UserError(f"config.json: {key} is {config[key]!r:.60}; only {value!r} is supported")
+        check_not_quantized(config)
         for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1)):
             check_number(config, key, low)
         for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
@@ -102,7 +107,27 @@ class ModelConfig:
             o_bias=bias if family["o_bias"] is None else family["o_bias"],
             mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
             **rope_fields(config),
+            max_positions=max_positions(config),
         )
+
+
+def check_not_quantized(config):
+    """Raise UserError if config.json says that the weights are stored quantised, by whichever program."""
+    for key in ("quantization_config", "compression_config"):
+        quantization = config.get(key)
+        if not quantization:
+            continue
+        method = quantization
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", quantization)
+            bits = [bit for bit in ("load_in_4bit", "load_in_8bit") if quantization.get(bit)]
+            if method == "bitsandbytes" and not bits and "load_in_8bit" in quantization:
+                continue  # both are off: the weights are the original ones
+            method = " ".join([str(method), *bits])
+        raise UserError(f"config.json: {key} is {method!s:.60}: the weights are stored quantised, and a "
+                        "quantised model can't be trained; use the original weights as --model (mostly the "
+                        "same name without -bnb-4bit, -GPTQ, -AWQ or -FP8), with --use_lora --quantize nf4 "
+                        "to store them in 4 bits here")
 
 
 def check_number(config, key, low):
@@ -137,6 +162,17 @@ def rope_fields(config):
         rope_theta=float(theta),
         rope_scaling={} if rope_type == "default" else {**rope, "rope_type": rope_type},
     )
+
+
+def max_positions(config):
+    """ModelConfig.max_positions: max_position_embeddings, times the factor of a linear rope scaling.
+
+    The other scalings come with a max_position_embeddings that includes their factor.
+    """
+    check_number(config, "max_position_embeddings", 1)
+    positions = config.get("max_position_embeddings") or FAMILIES[config["model_type"]]["positions"]
+    scaling = rope_fields(config)["rope_scaling"]
+    return int(positions * scaling["factor"] if scaling.get("rope_type") == "linear" else positions)
 
 
 def sliding_windows(config):

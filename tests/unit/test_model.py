@@ -482,7 +482,7 @@ REFUSED = [
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     (dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
      "'partial_rotary_factor': 0.5"),
-    (dict(quantization_config=dict(quant_method="awq")), "quantization_config is {'quant_method': 'awq'}"),
+    (dict(quantization_config=dict(quant_method="awq")), "quantization_config is awq: the weights are stored quantised"),
     (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
     (dict(num_attention_heads=4, num_key_value_heads=3),
      "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),

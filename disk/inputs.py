@@ -1,0 +1,146 @@
+"""Check the files and directories that settings name, in the first second of a run.
+
+Before the processes join and before a model is downloaded, which takes minutes to hours. Each error names the
+setting that was typed.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import time
+
+from disk import checkpoint, files, foreign, peft, pretrained
+from families.config import ModelConfig
+from settings.errors import UserError
+from text import sources
+
+
+def checked(cfg):
+    """Return an sft.Config after a check of all its paths.
+
+    Raises UserError for what does not exist or can't be used. Of several ranks on a node, one raises it and
+    the others exit, as they would print the same.
+    """
+    try:
+        check(cfg)
+    except UserError:
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(1)  # torchrun ends the other ranks when one has exited, and the first has to print
+            sys.exit(2)
+        raise
+    return cfg
+
+
+def check(cfg):
+    """Check all paths of an sft.Config."""
+    if cfg.resume_from:
+        checkpoint.resume_directory(cfg.resume_from, os.path.join(cfg.output_dir, "checkpoints"))
+    check_data("--train_data", cfg.train_data)
+    if cfg.val_data:
+        check_data("--val_data", cfg.val_data, "validation")
+    if cfg.sample_prompts:
+        check_prompts(cfg.sample_prompts)
+    if cfg.tokenizer:
+        check_tokenizer(cfg.tokenizer)
+    if cfg.resume_adapter:
+        check_adapter(cfg.resume_adapter)
+    template = getattr(cfg, "chat_template", None) or ""  # a file, or the name of one of the model's templates
+    if (os.sep in template or template.endswith((".jinja", ".txt"))) and not os.path.isfile(template):
+        raise UserError(f"--chat_template {template}: no such file; use a file with a Jinja template")
+    if not cfg.resume_from or cfg.use_lora:  # a resumed full model is read from its checkpoint
+        check_model(cfg)
+    check_output(cfg.output_dir)
+
+
+def is_hub_id(name):
+    return re.fullmatch(pretrained.HUB_ID, name) is not None
+
+
+def check_data(flag, spec, split=None):
+    """Raise UserError if a source of --train_data or --val_data does not exist.
+
+    split  as in sources.data_files
+
+    The id of a hub dataset is not checked: to see what it has, it would have to be downloaded.
+    """
+    try:
+        if hasattr(sources, "parse"):
+            for wanted in sources.parse(spec):
+                if os.path.exists(wanted.path):
+                    sources.resolve(wanted, split)
+            return
+        for source in map(str.strip, spec.split(",")):
+            name = source.split(":")[0]
+            if not is_hub_id(name) or os.path.exists(name):
+                sources.data_files(source)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+
+
+def check_prompts(path):
+    """Raise UserError if the prompts of --sample_prompts can't be read. They are few, so all are read."""
+    if not os.path.exists(path) and is_hub_id(path):
+        return
+    try:
+        if path.endswith(".txt"):
+            with open(path, encoding="utf-8") as f:
+                f.read()
+        else:
+            for _ in sources.read_files(path):
+                pass
+    except OSError as error:
+        raise UserError(f"--sample_prompts {path}: {error.strerror}; use a .txt file with one prompt a line, "
+                        "or a data file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--sample_prompts {path}: not UTF-8 text: {error}; convert it, for example with "
+                        "iconv -f gbk -t utf-8") from error
+    except UserError as error:
+        raise UserError(f"--sample_prompts {error}") from error
+
+
+def check_tokenizer(name):
+    if is_hub_id(name) and not os.path.exists(name):
+        return
+    try:
+        foreign.check_tokenizer(pretrained.model_directory(name, "--tokenizer"))
+    except UserError as error:
+        message = str(error)
+        if not message.startswith("--tokenizer "):
+            message = f"--tokenizer {message}"
+        raise UserError(message) from error
+
+
+def check_adapter(directory):
+    if not os.path.isdir(directory):
+        raise UserError(f"--resume_adapter {directory}: no such directory; use an adapter directory such as "
+                        "outputs/lora/checkpoints/latest")
+    try:
+        peft.read_config(directory)
+    except UserError as error:
+        raise UserError(f"--resume_adapter {error}") from error
+
+
+def check_model(cfg):
+    """Check the files of a local --model, all but its weights. A hub's is checked when it is downloaded."""
+    if is_hub_id(cfg.model) and not os.path.exists(cfg.model):
+        return
+    directory = pretrained.model_directory(cfg.model)
+    foreign.check_model(directory)
+    try:
+        ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json")))
+    except UserError as error:
+        raise UserError(f"--model {cfg.model}: {error}") from error
+    adapter = cfg.resume_from or cfg.resume_adapter  # it mostly has the tokenizer
+    if not cfg.tokenizer and not adapter:
+        foreign.check_tokenizer(directory)
+
+
+def check_output(directory):
+    """Create --output_dir. Raises UserError if that fails, or nothing can be written to it."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {directory}: {error.strerror}; change its permissions, or use another "
+                        "--output_dir") from error
