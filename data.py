@@ -19,7 +19,7 @@ from ops.attention import Documents
 from ops.packing import ceil_div, pack
 from settings.errors import UserError
 from text.containers import read_rows
-from text.formats import KEYS, to_messages
+from text.formats import KEYS, read_row
 from text.ledger import Ledger
 from text.sources import data_files
 from text.template import token_range
@@ -90,7 +90,7 @@ def load(spec, tokenizer, max_length, *, too_long="truncate", train_on="all", tr
     too_long         what happens to longer ones: truncate (from the right), drop or error
     train_on         all: every assistant turn is trained; last: the last turn of each conversation
     train_on_prompt  every token is a target
-    keys             column names, see formats.to_messages
+    keys             column names, see formats.read_row
     cache_dir        keep the arrays there and memory-map them, see token_cache.cached
     timeout          seconds to wait for another process that holds the cache's lock and makes no progress
     limit            read at most this many rows
@@ -136,6 +136,8 @@ class Conversation(NamedTuple):
     where: str  # "file[row]", for messages
     text: str  # rendered with the chat template
     spans: list  # the assistant's turns in text, see ChatTokenizer.render_spans
+    unused: tuple = ()  # columns, see formats.Row
+    dropped: str | None = None  # why the row is not trained
 
 
 def conversations(files, tokenizer, options):
@@ -148,24 +150,30 @@ def conversations(files, tokenizer, options):
 
 def render(file, number, row, where, tokenizer, options):
     """The Conversation of one row. Raises UserError, which names the row."""
-    messages = to_messages(row, where, options.keys)
+    row = read_row(row, where, options.keys)
+    if row.dropped:
+        return Conversation(file, number, where, "", [], row.unused, row.dropped)
+    if row.messages is None:
+        raise UserError(f"{where}: plain text and tokens are not supported yet; write messages")
     if options.train_on == "last":
-        for message in [m for m in messages if m["role"] == "assistant"][:-1]:
+        for message in [m for m in row.messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
-    text, spans = tokenizer.render_spans(messages, where, row.get("tools"))
+    text, spans = tokenizer.render_spans(row.messages, where, row.tools)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: the text contains half a character (a lone surrogate): {error}; "
                         "correct the row") from error
-    return Conversation(file, number, where, text, spans)
+    return Conversation(file, number, where, text, spans, row.unused)
 
 
 def append(conversation, encoding, options, stop_token_id, ledger, writer):
     """Mask one conversation, account for its tokens, and write it if it has a target."""
     length, kept = len(encoding), min(len(encoding), options.max_length)
-    ledger.rows += 1
-    ledger.tokens += length
+    ledger.read(length, conversation.unused)
+    if conversation.dropped:
+        ledger.drop(conversation.dropped, length)
+        return
     if length > kept and options.too_long == "error":
         raise UserError(f"{conversation.where} has {length} tokens, more than --max_length {kept}; raise it, "
                         "or set --too_long to truncate or drop")

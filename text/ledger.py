@@ -24,6 +24,14 @@ class Ledger:
     rows_truncated: int = 0
     turns: int = 0  # assistant turns that are trained and not truncated
     turns_stopped: int = 0  # turns among these whose stop token is a target
+    unused: dict = field(default_factory=dict)  # column -> rows that have it, see formats.Row
+
+    def read(self, length, unused=()):
+        """Count a row of `length` tokens, and the columns of it that are not used."""
+        self.rows += 1
+        self.tokens += length
+        for name in unused:
+            self.unused[name] = self.unused.get(name, 0) + 1
 
     def drop(self, reason, length):
         """Count a row of `length` tokens that is not trained."""
@@ -39,14 +47,17 @@ class Ledger:
         self.rows_truncated += int(length > kept)
 
     def lines(self):
-        """The two lines on the screen, for rows and for tokens."""
+        """The lines on the screen: for rows, for tokens, and for columns that are not used, if there are any."""
         n_dropped = sum(self.dropped.values())
         dropped = "".join(f", {count} {reason}" for reason, count in self.dropped.items())
         cut = f" (of {self.rows_truncated} rows)" if self.rows_truncated else ""
         extra = f" + {self.in_dropped_rows:,} in dropped rows" if self.in_dropped_rows else ""
+        names = [f"{name:.60}" for name in self.unused]
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        columns = (f"columns not used: {', '.join(names[:20])}{more}",) if names else ()
         return (f"rows     {self.rows:,} in = {self.trained:,} trained + {n_dropped:,} dropped{dropped}",
                 f"tokens   {self.tokens:,} in = {self.target:,} target + {self.context:,} context + "
-                f"{self.truncated:,} truncated{cut}{extra}")
+                f"{self.truncated:,} truncated{cut}{extra}", *columns)
 
     def check(self, spec, max_length):
         """Raise UserError if no row is trained, or if the model would not learn to end its turn.
