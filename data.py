@@ -19,11 +19,10 @@ import torch
 from ops.attention import Documents
 from ops.packing import ceil_div, mixed_quotas, pack
 from settings.errors import UserError
-from text.formats import KEYS
+from text.formats import KEYS, read_row
 from text.ledger import Ledger
 from text.masks import check_text, mask
 from text.sources import data_files, read_sources
-from text.stub_rows import read_row
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
 # The arrays of a Dataset, with their dtypes in the cache
@@ -168,6 +167,7 @@ class Conversation(NamedTuple):
     spans: list | None  # the assistant's turns in text, see ChatTokenizer.render_spans; None: no messages
     tokens: tuple | None = None  # (ids, weights) if the row is tokens already
     dropped: str | None = None  # why the row is not trained, from its reader
+    unused: tuple = ()  # columns, see formats.Row
 
 
 def conversations(sources, tokenizer, options):
@@ -184,20 +184,19 @@ def render(file, number, row, where, tokenizer, options):
     row = read_row(row, where, options.keys)
     if row.messages is None:
         check_text(row.text or "", where)
-        return Conversation(file, number, where, row.text or "", None, row.tokens, row.dropped)
-    messages = row.messages
+        return Conversation(file, number, where, row.text or "", None, row.tokens, row.dropped, row.unused)
     if options.train_on == "last":
-        for message in [m for m in messages if m["role"] == "assistant"][:-1]:
+        for message in [m for m in row.messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
-    text, spans, _ = tokenizer.render_spans(messages, where, row.tools, row.template_kwargs)
+    text, spans, _ = tokenizer.render_spans(row.messages, where, row.tools, row.template_kwargs)
     check_text(text, where)
-    return Conversation(file, number, where, text, spans)
+    return Conversation(file, number, where, text, spans, unused=row.unused)
 
 
 def append(conversation, encoding, options, tokenizer, ledger, writer):
     """Mask one row, account for its tokens, and write it if it has a target; a long text in pieces."""
     at, masked = ledger.written, mask(conversation, encoding, options, tokenizer)
-    ledger.count(masked)
+    ledger.count(masked, conversation.unused)
     is_target = masked.weights > 0
     weighted = np.flatnonzero(is_target & (masked.weights != 1))
     writer.add(weighted=at + weighted, weight=masked.weights[weighted])

@@ -1,16 +1,154 @@
-"""A row of a data file -> messages in one format. Owns which shapes of rows are accepted."""
+"""A row of a data file -> a conversation, a plain text, or tokens. Owns which shapes of rows are accepted.
+
+Nothing that a row says is dropped without a word: each column and each key of a message is used, refused with
+the reason, or listed as not used. text/keys.py has the tables of those that are known.
+"""
 
 import json
+import math
 import re
+from typing import NamedTuple
 
 from settings.errors import UserError
+from text.keys import ROLES, STRONG, row_use
+from text.messages import (EMPTY, decoded, flag_of, is_turns, listed, read_text, read_turn, read_turns,
+                           shown)
 
+TURNS = '[{"role", "content"}, ...]'
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": '
-          '[{"role", "content"}, ...]} or {"conversations": [{"from", "value"}, ...]}')
+          f'{TURNS}}} or {{"conversations": [{{"from", "value"}}, ...]}}')
 KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_key and --messages_key
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                  "system": "system", "observation": "tool", "tool": "tool"}
-REASONING = "reasoning_content", "thinking", "reasoning"  # keys of a message that may hold its reasoning
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # no row may set these of a template
+
+
+class Row(NamedTuple):
+    """What a row says. Exactly one of messages, text and tokens is set, or dropped is.
+
+    messages         [{"role", "content", "weight", ...}, ...]; weight: of its tokens' losses, 0: not trained
+    text             plain text, of which every token is a target
+    tokens           (ids, weights), lists of equal length; weight 0: no target
+    tools            list of dicts, or None
+    template_kwargs  variables of the chat template
+    dropped          why the row is not trained, for the ledger, or None
+    unused           columns that are not used, and "messages.KEY" for unknown keys of messages
+    """
+
+    messages: list | None = None
+    text: str | None = None
+    tokens: tuple | None = None
+    tools: list | None = None
+    template_kwargs: dict = {}
+    dropped: str | None = None
+    unused: tuple = ()
+
+
+def read_row(row, where, keys=KEYS):
+    """The Row of a JSON value in any of the accepted shapes, see docs/data.md.
+
+    where  "file[row]", for errors
+    keys   of the prompt, the response and the list of messages; a row without them is read by KEYS
+
+    Raises UserError, which names the row, and what to write or to pass instead.
+    """
+    if is_turns(row):
+        row = {"messages": row}
+    columns = Columns(row, where, keys)
+    refuse_columns(columns)
+    weight, dropped = read_weight(columns)
+    if "tokens" in columns.by_use:
+        ids, weights = read_tokens(columns)
+        tokens = ids, [weight * w for w in weights]
+        return Row(tokens=None if dropped else tokens, dropped=dropped, unused=columns.unused())
+    messages = read_conversation(columns)
+    if messages is None:
+        if weight != 1:
+            raise columns.error(f"{listed(columns.by_use['weight'])} of a plain text must be 1; mix sources "
+                                "by weight instead, see docs/data.md")
+        text = columns.take("text")
+        return Row(text=None if dropped else text, dropped=dropped, unused=columns.unused())
+    dropped = dropped or read_label(columns)
+    for message in messages:
+        message["weight"] *= weight
+    tools, template_kwargs = read_tools(columns), read_template_kwargs(columns)
+    return Row(None if dropped else messages, tools=tools, template_kwargs=template_kwargs, dropped=dropped,
+               unused=columns.unused())
+
+
+def to_messages(row, where, keys=KEYS):
+    """The messages of a row that has to be a conversation. Raises UserError, which names the row."""
+    read = read_row(row, where, keys)
+    if read.messages is None:
+        found = read.dropped or "it is a plain or a tokenised text"
+        raise UserError(f"{where}: a conversation is needed here, but {found}")
+    return read.messages
+
+
+# ---- columns ----------------------------------------------------------------------------------------------
+
+
+class Columns:
+    """The columns of one row. It remembers which have been used.
+
+    given         the row as it is
+    row           column -> value, without nulls
+    by_use        use (see text/keys.py) -> the columns that have a value, in the order of the row
+    used          columns
+    message_keys  unknown keys of messages, as the keys of a dict, which keeps their order
+    """
+
+    def __init__(self, row, where, keys):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a row must be an object, not {type(row).__name__}; accepted are "
+                            f"{SHAPES}")
+        self.where, self.keys, self.given = where, keys, row
+        self.row = {name: value for name, value in row.items() if not is_null(value)}
+        self.used, self.message_keys, self.by_use = set(), {}, {}
+        for name, value in self.row.items():
+            if (use := row_use(name)) and value not in EMPTY:
+                self.by_use.setdefault(use, []).append(name)
+
+    def error(self, text):
+        return UserError(f"{self.where}: {text}")
+
+    def names(self, use):
+        """The columns of this use that have a value, or else the first one that is an empty text or list."""
+        return self.by_use.get(use) or [name for name in self.row if row_use(name) == use][:1]
+
+    def value(self, name):
+        """The value of a column, which counts as used; without nulls. "a.b" may be b inside a."""
+        self.used.add(name if name in self.row else name.partition(".")[0])
+        values = values_of(self.row, name)
+        return without_nulls(values[0], self.where) if values and not is_null(values[0]) else None
+
+    def take(self, use):
+        """The value of the column of this use, or None. Two columns with different values are an error."""
+        names = self.by_use.get(use, [])
+        values = [self.value(name) for name in names]
+        if any(value != values[0] for value in values):
+            raise self.error(f"the columns {listed(names)} differ; remove all but one")
+        return values[0] if values else None
+
+    def unused(self):
+        columns = [name for name, value in self.row.items() if name not in self.used and value not in EMPTY]
+        return (*columns, *(f"messages.{key:.60}" for key in self.message_keys))
+
+
+def is_null(value):
+    """Whether a value counts as absent: null, or pandas' NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def without_nulls(value, where):
+    """A JSON value without keys whose value is null, at any depth: Arrow gives all objects the same keys."""
+    def copied(value):
+        if isinstance(value, dict):
+            return {key: copied(item) for key, item in value.items() if item is not None}
+        return [copied(item) for item in value] if isinstance(value, list) else value
+
+    try:
+        return copied(value)
+    except RecursionError as error:
+        raise UserError(f"{where}: lists and objects are nested too deep") from error
 
 
 def values_of(row, key):
@@ -21,113 +159,338 @@ def values_of(row, key):
     return values_of(row[outer], inner) if inner and isinstance(row.get(outer), dict) else []
 
 
-def to_messages(row, where, keys=KEYS):
-    """The messages of a row in any of the accepted formats: [{"role", "content", "weight", ...}, ...].
+def refuse_columns(columns):
+    """Raise UserError for a column that changes what has to be trained in a way that is not supported."""
+    reasons = {
+        "media": "text training can't use it; pass rows without it, or remove the column if the texts do not "
+                 "depend on it",
+        "doubtful": "its name says that it changes what is trained, but it is not known; docs/data.md has "
+                    "those that are. Rename it if it does not"}
+    if "tokens" not in columns.by_use:
+        reasons["refused"] = "it is not supported, see docs/data.md"
+        reasons["token_mask"] = 'it masks tokens, but the row has no "input_ids"'
+    for use, reason in reasons.items():
+        if names := columns.by_use.get(use):
+            raise columns.error(f'column "{names[0]:.60}": {reason}')
 
-    where  "file[row]", for errors
-    keys   of the prompt, the response and the list of messages; a row without them is read by KEYS
 
-    Raises UserError, which names the row: unknown columns, an unknown role, an empty answer, or no answer.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object, not {type(row).__name__}; accepted are {SHAPES}")
-    named = values_of(row, keys[0]) + values_of(row, keys[1])
-    default = values_of(row, KEYS[0]) + values_of(row, KEYS[1])
-    turn_keys = [key for key in (keys[2], KEYS[2], "conversations") if key in row]
-    turns = next((row[key] for key in turn_keys if row[key]), None)
-    has_named_pair = keys[:2] != KEYS[:2] and len(named) == 2
-    if isinstance(turns, list) and not has_named_pair:
-        messages = [to_message(turn, where) for turn in turns]
-    elif len(named) == 2 or len(default) == 2:
-        messages = exchange(*(named if len(named) == 2 else default), where)
-    elif "instruction" in row and "output" in row:
-        messages = alpaca_messages(row, where)
-    elif turn_keys:
-        key = turn_keys[0]
-        raise UserError(f'{where}: "{key}" must be a non-empty list of {{"role", "content"}} objects, it is '
-                        f"{json.dumps(row[key], default=str):.60}")
-    else:
-        columns = ", ".join(map(repr, row)) or "(none)"
-        raise UserError(f"{where}: unrecognised columns {columns:.200}; accepted are {SHAPES}, "
-                        f"or {column_flags(row, keys)}")
-    if row.get("system") and messages and messages[0]["role"] != "system":
-        messages.insert(0, to_message({"role": "system", "content": row["system"]}, where))
+# ---- conversations ----------------------------------------------------------------------------------------
+
+
+def read_conversation(columns):
+    """The messages of a row, or None if it is plain text."""
+    lists, pair = choose(columns)
+    if not lists and not pair:
+        is_half = columns.by_use.get("prompt") or columns.by_use.get("response")
+        text = columns.row.get("text")
+        if isinstance(text, str) and text.strip() and not is_half:
+            return None
+        raise no_shape(columns)
+    messages = read_list(columns, lists) if lists else read_pair(columns, *pair)
+    if system := columns.take("system"):
+        system = read_turn({"role": "system", "content": system}, columns)
+        if messages[0]["role"] != "system":
+            messages = system + messages
+        elif said(messages[:1]) != said(system):
+            raise columns.error(f"the column {listed(columns.by_use['system'])} differs from the first "
+                                "message, which is a system message too; remove one")
     if not any(m["role"] == "assistant" for m in messages):
-        raise UserError(f"{where}: no assistant message, so there is nothing to train")
+        raise columns.error("no assistant message, so there is nothing to train")
     return messages
 
 
-def column_flags(row, keys):
+def choose(columns):
+    """Which columns hold the conversation: (columns of lists, None), ([], (prompt, response)) or ([], None).
+
+    Columns that the user has named come first. Raises UserError where it is ambiguous what is trained.
+    """
+    keys, row = columns.keys, columns.row
+    named = [(values_of(row, key) or [None])[0] for key in keys]
+    if keys[:2] != KEYS[:2] and not is_null(named[0]) and not is_null(named[1]):
+        return [], keys[:2]
+    if keys[2] != KEYS[2] and named[2] not in EMPTY:
+        return [keys[2]], None
+    refuse_preference(columns)
+    if lists := columns.by_use.get("messages"):
+        return lists, None
+    prompts = columns.names("prompt") or columns.names("context")[:1]
+    responses = columns.names("response")
+    if len(prompts) > 1:  # a column that another one quotes is no second prompt
+        texts, prompts = {name: shown_text(row[name]) for name in prompts}, []
+        for name in sorted(texts, key=lambda name: -len(texts[name])):
+            if not any(texts[name] in texts[other] for other in prompts):
+                prompts.append(name)
+    if len(responses) > 1:
+        texts = {shown_text(row[name]): name for name in reversed(responses)}
+        responses = [name for name in responses if name in texts.values()]
+        strong = [name for name in responses if name.lower() in STRONG]
+        responses = strong if len(strong) == 1 else responses
+    if prompts and responses and len(prompts + responses) > 2:
+        raise columns.error(f"the columns {listed([*prompts, *responses])} may all be the question or the "
+                            f"answer; {column_flags([], keys)}, or remove those that are not")
+    return [], (prompts[0], responses[0]) if prompts and responses else None
+
+
+def refuse_preference(columns):
+    """Raise UserError for a row with a better and a worse answer, unless its messages are the better one."""
+    row, names = columns.row, columns.by_use.get("preference", [])
+    lists, prompts = columns.by_use.get("messages", []), columns.by_use.get("prompt", [])
+    if not names or (lists and row.get("chosen") == row[lists[0]]):
+        return
+    better = next((name for name in names if name in ("chosen", "chosen_response", "preferred_output")), None)
+    turns = row[better] if better and is_turns(row[better]) else []
+    prompts = [*prompts, *lists, *(["input.messages"] if values_of(row, "input.messages") else [])]
+    if any(ROLES.get(str(turn.get("role") or turn.get("from")).lower()) == "user" for turn in turns):
+        way = f"to train on the better answers, pass --messages_key {better}"
+    elif better and prompts:
+        prompt = f"--prompt_key {prompts[0]} " if prompts[0] != KEYS[0] else ""
+        way = f"to train on the better answers, pass {prompt}--response_key {better}"
+    elif better:
+        way = 'to train on the better answers, write them as "messages"'
+    else:
+        way = "to train on the answer beside it, remove the column"
+    raise columns.error(f"{listed(names)}: this trainer learns from answers, not from preferences; {way}")
+
+
+def shown_text(value):
+    """The text of a column, up to white space, to search it in others."""
+    return " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).split())
+
+
+def column_flags(names, keys):
     """For an error: the flags that name the columns of a row, and those passed flags that they replace."""
     prompt, response = "COLUMN", "COLUMN"
-    if len(row) == 2 and all(re.fullmatch(r"[\w.-]{1,60}", name) for name in row):
-        prompt, response = row
+    if len(names) == 2 and all(re.fullmatch(r"[\w.-]{1,60}", name) for name in names):
+        prompt, response = names
     hint = f"pass --prompt_key {prompt} --response_key {response}"
     passed = [f"--{default}_key {key}" for default, key in zip(KEYS, keys) if key != default]
     return hint + (f" instead of {' '.join(passed)}" if passed else "")
 
 
-def exchange(question, answer, where):
-    """The two messages of a question and its answer."""
-    return [to_message({"role": "user", "content": question}, where),
-            to_message({"role": "assistant", "content": answer}, where)]
+def no_shape(columns):
+    """The UserError for a row of no known shape: what is missing, its columns, and flags that name them."""
+    given, keys = columns.given, columns.keys
+    uses = {name: row_use(name) for name in given}
+    uses.update({key: use for key, use in zip(keys, ("prompt", "response", "messages")) if key in given})
+    for use, role, other in ("prompt", "user", "response"), ("response", "assistant", "prompt"):
+        nulls = [name for name in given if uses[name] == use and is_null(given[name])]
+        is_half = any(uses[name] == other and not is_null(given[name]) for name in given)
+        if nulls and is_half and not columns.names(use):
+            return columns.error(f"the content of the {role} message must be a string, it is "
+                                 f"{shown(given[nulls[0]])}; remove the row or write the text of "
+                                 f'"{nulls[0]:.60}"')
+    if {"role", "from"} & given.keys() and {"content", "value"} & given.keys():
+        return columns.error(f'the row is a single message; a row is {{"messages": {TURNS}}}')
+    for name in given:
+        if uses[name] == "messages":
+            return not_a_list(columns, name, given[name])
+    names = []  # of columns, or of those inside them
+    for name, value in given.items():
+        names += [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]
+    prompts = columns.by_use.get("prompt")
+    lack = f"no answer to {listed(prompts)}; " if prompts and not columns.by_use.get("response") else ""
+    found = ", ".join(map(repr, names)) or "(none)"
+    return columns.error(f"{lack}unrecognised columns {found:.200}; accepted are {SHAPES}, or "
+                         f"{column_flags([] if lack else names, keys)}")
 
 
-def alpaca_messages(row, where):
-    """The messages of an Alpaca row: instruction, input, output, and history as LLaMA-Factory has it."""
-    texts = row["instruction"], row.get("input") or ""
-    history = row.get("history") or []
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f'{where}: "instruction" and "input" must be strings, they are {texts!r:.80}')
+def not_a_list(columns, name, value):
+    return columns.error(f'"{name:.60}" must be a non-empty list of {{"role", "content"}} objects, it is '
+                         f"{shown(value)}")
+
+
+def read_list(columns, names):
+    """The messages of a row that has them in a list, or the same ones in several lists."""
+    found = []
+    for name in names:
+        turns = columns.value(name)
+        if isinstance(turns, str):
+            turns = without_nulls(decoded(turns, f'"{name:.60}"', columns.where), columns.where)
+        if isinstance(turns, dict) and turns and all(isinstance(value, list) for value in turns.values()):
+            turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # a struct of lists in Arrow
+            turns = without_nulls(turns, columns.where)
+        if not isinstance(turns, list) or not turns:
+            raise not_a_list(columns, name, turns)
+        found.append(read_turns(turns, columns))
+    for name, other in zip(names[1:], found[1:]):
+        if said(other) != said(found[0]):
+            raise columns.error(f"the columns {listed([names[0], name])} have different messages; pass "
+                                f"--messages_key {name:.60} to train on those, or remove one")
+    messages, by_user = found[0], names[0] == columns.keys[2] != KEYS[2]
+    if columns.by_use.get("history"):
+        raise columns.error(f'column "history" beside "{names[0]:.60}"; put its turns into the messages')
+    for name in columns.by_use.get("context", []) if not by_user else []:
+        check_said(columns, name, messages)
+    for name in columns.by_use.get("response", []) if not by_user else []:
+        if name.lower() not in STRONG or is_said(columns.row[name], messages):
+            continue
+        prompts, way = columns.by_use.get("prompt", []), "remove what should not be trained"
+        if messages[-1]["role"] != "assistant":
+            way = f"pass --prompt_key {names[0]:.60} --response_key {name:.60} to train on it as their answer"
+        elif prompts and (prompts[0], name) != KEYS[:2]:
+            way += f", or pass --prompt_key {prompts[0]:.60} --response_key {name:.60} to train on it"
+        raise columns.error(f'column "{name:.60}" has an answer that the messages in "{names[0]:.60}" do not '
+                            f"have; {way}")
+    return messages
+
+
+def said(messages):
+    """What a conversation says, to compare two."""
+    return [(m["role"], m["content"].strip()) for m in messages]
+
+
+def is_said(value, messages):
+    """Whether a column only repeats what is in the messages."""
+    if isinstance(value, list):
+        return all(isinstance(turn, dict) and is_said(turn.get("content", turn.get("value")), messages)
+                   for turn in value)
+    text = shown_text(value)
+    return any(text in shown_text(message["content"]) for message in messages)
+
+
+def check_said(columns, name, messages):
+    """Raise UserError if a column has a text that prompts may depend on and that no message has."""
+    if not is_said(columns.row[name], messages):
+        raise columns.error(f'no message has the text of column "{name:.60}"; add it to a message, or remove '
+                            "the column")
+
+
+def read_pair(columns, prompt_key, response_key):
+    """The messages of a row with a prompt and an answer, each of them a text or a list of messages."""
+    prompt, answer = columns.value(prompt_key), columns.value(response_key)
+    contexts = [name for name in columns.by_use.get("context", []) if name not in columns.used]
+    if is_turns(prompt):
+        messages = read_turns(prompt, columns, trained=False)
+        for name in contexts:
+            check_said(columns, name, messages)
+    else:
+        texts = [read_text(value, "user", columns) for value in (prompt, *map(columns.value, contexts))]
+        messages = [{"role": "user", "content": "\n".join(filter(None, texts)), "weight": 1.0}]
+    messages = read_history(columns) + messages
+    turns = [answer] if isinstance(answer, dict) else answer
+    if is_turns(turns):
+        answers = read_turns(turns, columns)
+        repeated = [n for n in range(1, len(answers)) if said(messages)[-n:] == said(answers)[:n]]
+        return messages + answers[max(repeated, default=0) :]  # without the prompt, if they begin with it
+    turn = {"role": "assistant", "content": answer}
+    if isinstance(columns.row.get((columns.by_use.get("reasoning") or [None])[0]), str):
+        turn["reasoning_content"] = columns.take("reasoning")
+    return messages + read_turn(turn, columns)
+
+
+def read_history(columns):
+    """The messages of the column "history": pairs of texts, or messages. Its answers are trained."""
+    history = decoded(columns.take("history"), '"history"', columns.where)
+    history = [] if history is None else history
+    if is_turns(history):
+        return read_turns(history, columns)
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
-        raise UserError(f'{where}: "history" must be [["question", "answer"], ...], it is {history!r:.60}')
-    question = "\n".join(filter(None, texts))
-    pairs = [*history, (question, row["output"])]
-    return [message for pair in pairs for message in exchange(*pair, where)]
+        raise columns.error(f'"history" must be [["question", "answer"], ...], it is {history!r:.60}')
+    return [message for pair in history for role, text in zip(("user", "assistant"), pair)
+            for message in read_turn({"role": role, "content": text}, columns)]
 
 
-def to_message(turn, where):
-    """One message, checked. Keys of ShareGPT become role and content, and `train` becomes `weight`.
-
-    Raises UserError, which names the row.
-    """
-    if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
-        raise UserError(f'{where}: a message must be {{"role", "content"}} or {{"from", "value"}}, it is '
-                        f"{turn!r:.80}")
-    message = {k: v for k, v in turn.items() if k not in ("from", "value", "train")}
-    if "from" in turn:
-        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
-            raise UserError(f"{where}: unknown \"from\": {turn['from']!r:.60}; it must be one of "
-                            f"{', '.join(SHAREGPT_ROLES)}")
-        message.update(role=SHAREGPT_ROLES[turn["from"]], content=turn.get("value"))
-    weight = turn.get("weight", turn.get("train", True))
-    if weight not in (0, 1):
-        raise UserError(f'{where}: "train" must be true or false (or "weight" 1 or 0), it is {weight!r:.60}')
-    if not isinstance(message["role"], str):
-        raise UserError(f"{where}: a role must be a string, it is {message['role']!r:.60}")
-    message["weight"] = float(weight)
-    reasoning = {key: message[key] for key in REASONING if message.get(key) is not None}
-    if reasoning:  # set both keys that templates read, as transformers does
-        text = next(iter(reasoning.values()))
-        message.update({"thinking": text, **reasoning, "reasoning_content": text})
-    calls = message["role"] == "assistant" and message.get("tool_calls")
-    if calls and not is_list_of_calls(calls):
-        raise UserError(f'{where}: "tool_calls" must be a list of objects, as templates read them, not '
-                        f"{calls!r:.60}")
-    content = message.get("content")
-    if calls and content is None:
-        content = ""
-    message["content"] = content
-    if not isinstance(content, str):
-        raise UserError(f"{where}: the content of the {message['role']:.60} message must be a string, it is "
-                        f"{json.dumps(content, default=str):.60}; remove the row or write the text")
-    if message["role"] == "assistant" and not calls and not content.strip():
-        raise UserError(f"{where}: an empty answer; remove the row or write what the model should say")
-    return message
+# ---- what else a row says ---------------------------------------------------------------------------------
 
 
-def is_list_of_calls(calls):
-    """Whether "tool_calls" is [{"name", ...} or {"function": {"name", ...}}, ...]: a list of objects."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        return False
-    return all(isinstance(call.get("function") or call, dict) for call in calls)
+def read_tools(columns):
+    """The list of tools of a row, or None. LLaMA-Factory's {"name", "parameters"} gets OpenAI's form."""
+    tools, what = columns.take("tools"), listed(columns.by_use.get("tools", []))
+    tools = decoded(tools, what, columns.where)
+    if tools in EMPTY:
+        return None
+    tools = [decoded(tool, "a tool", columns.where) for tool in tools] if isinstance(tools, list) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise columns.error(f"{what} must be a list of objects or its JSON, it is {shown(tools)}")
+    return [{"type": "function", "function": tool}
+            if {"name", "parameters"} <= tool.keys() and "function" not in tool else tool for tool in tools]
+
+
+def read_template_kwargs(columns):
+    """The variables that a row sets for the chat template."""
+    kwargs = decoded(columns.take("kwargs"), '"chat_template_kwargs"', columns.where) or {}
+    if not isinstance(kwargs, dict):
+        raise columns.error(f'"chat_template_kwargs" must be an object or its JSON, it is {shown(kwargs)}')
+    kwargs = dict(kwargs)
+    for name in columns.by_use.get("kwarg", []):
+        value, kind = columns.value(name), str if name == "reasoning_effort" else bool
+        if not isinstance(value, kind) or kwargs.get(name, value) != value:
+            raise columns.error(f'column "{name}" is {shown(value)}; it must be a {kind.__name__}, and may '
+                                'not differ from "chat_template_kwargs"')
+        kwargs[name] = value
+    for name in kwargs:
+        if name in RESERVED or name.endswith("_token"):
+            raise columns.error(f'"chat_template_kwargs" has "{name:.60}", which the trainer sets; remove it')
+    return kwargs
+
+
+def read_label(columns):
+    """Why a conversation that is labelled as a bad one is not trained, or None."""
+    dropped = None
+    for name in columns.by_use.get("label", []):
+        if isinstance(columns.row[name], bool) and not columns.value(name):
+            dropped = f"{name} is false"
+    return dropped
+
+
+def read_weight(columns):
+    """(weight of the losses of a row, why it is not trained or None)."""
+    dropped = None
+    for name in [*columns.by_use.get("train", []), *columns.by_use.get("mask", [])]:
+        flag = flag_of(columns.row[name])
+        if flag is None or isinstance(columns.row[name], float):
+            continue  # "loss": 0.7 is a score
+        columns.used.add(name)
+        if flag == (row_use(name) == "mask"):
+            dropped = f"{name} is {str(flag).lower()}"
+    weight = columns.take("weight")
+    if weight is None:
+        return 1.0, dropped
+    try:
+        number = float(weight) if isinstance(weight, (int, float, str)) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise columns.error(f"{listed(columns.by_use['weight'])} must be a number of at least 0, it is "
+                            f"{shown(weight)}; rename the column if it is no weight of the loss")
+    return number, dropped
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------
+
+
+def read_tokens(columns):
+    """(ids, weights) of a tokenised row: input_ids with labels, with a mask, with both or with neither."""
+    ids = columns.take("tokens")
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise columns.error(f'"input_ids" must be a list of token ids, it is {shown(ids)}')
+    weights = [1.0] * len(ids)
+    for name in columns.by_use.get("labels", []):
+        labels = of_each_token(columns, name, ids)
+        for i, (token, label) in enumerate(zip(ids, labels)):
+            if label >= 0 and label != token:
+                raise columns.error(f'"{name}" is {label} at {i}, where input_ids is {token}; a label is the '
+                                    "token at its own place, not shifted, or -100")
+        weights = [weight * (label >= 0) for weight, label in zip(weights, labels)]
+    for name in columns.by_use.get("token_mask", []):
+        mask = of_each_token(columns, name, ids)
+        if min(mask) < 0:
+            raise columns.error(f'"{name}" must have numbers of at least 0, it has {min(mask)}')
+        weights = [weight * float(value) for weight, value in zip(weights, mask)]
+    for name in columns.by_use.get("attention", []):
+        if any(value != 1 for value in of_each_token(columns, name, ids)):
+            raise columns.error(f'"{name}" has a 0; remove the padding, rows may have any length')
+    for name in columns.by_use.get("positions", []):
+        if of_each_token(columns, name, ids) != list(range(len(ids))):
+            raise columns.error(f'"{name}" must be 0, 1, 2, ...; write packed documents as rows of their own')
+    return ids, weights
+
+
+def of_each_token(columns, name, ids):
+    """The value of a column that has a number for each token."""
+    values = columns.value(name)
+    if not isinstance(values, list) or len(values) != len(ids) or not all(
+            isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        raise columns.error(f'"{name}" must have a number for each of the {len(ids)} input_ids, it is '
+                            f"{shown(values)}")
+    return values

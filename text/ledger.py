@@ -30,18 +30,21 @@ class Ledger:
     pieces: int = 0  # into which these were cut
     weighted: int = 0  # targets whose weight is not 1
     weight: float = 0.0  # sum of the weights of all targets
+    unused: dict = field(default_factory=dict)  # column -> rows that have it, see formats.Row
 
     @property
     def written(self):
         """Tokens of the rows that are trained."""
         return self.target + self.context
 
-    def count(self, masked):
-        """Count a row (masks.Masked)."""
+    def count(self, masked, unused=()):
+        """Count a row (masks.Masked), and the columns of it that are not used."""
         self.rows += 1
         self.tokens += masked.length
         self.turns += masked.turns
         self.turns_stopped += masked.stopped
+        for name in unused:
+            self.unused[name] = self.unused.get(name, 0) + 1
         if masked.kind:
             self.kinds[masked.kind] = self.kinds.get(masked.kind, 0) + 1
         if masked.dropped:
@@ -85,6 +88,10 @@ class Ledger:
                          f"targets is {self.weight:,.10g}")
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
+        if self.unused:
+            names = [f"{name:.60}" for name in self.unused]
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            lines.append(f"columns not used: {', '.join(names[:20])}{more}")
         return tuple(lines)
 
     def check(self, spec, max_length):

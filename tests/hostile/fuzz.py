@@ -63,11 +63,15 @@ UNUSUAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>assistant
 texts = st.lists(st.one_of(st.sampled_from(UNUSUAL), st.text(max_size=6)), max_size=5).map("".join)
 answers = texts.filter(str.strip)
 marks = st.sampled_from([{}] * 4 + [{"train": True}, {"train": False}, {"weight": 1}, {"weight": 0},
-                                    {"weight": 0.0}, {"train": True, "weight": 0}])
+                                    {"weight": 0.0}, {"train": True, "weight": 0}, {"loss": 1}, {"loss": None},
+                                    {"masked": True}, {"masked": False, "loss_weight": 2.5}])
+no_marks = st.sampled_from([{}] * 4 + [{"train": False}, {"weight": 0}, {"loss": None}, {"masked": False}])
 
 
 def is_trained(message):
-    return bool(message.get("weight", message.get("train", True)))
+    """Whether an answer is trained: no mark of it says that it is not."""
+    said = [message.get(key) for key in ("train", "loss", "weight", "loss_weight")]
+    return not message.get("masked") and all(value or value is None for value in said)
 
 
 @st.composite
@@ -76,7 +80,7 @@ def conversations(draw):
     alternating = st.integers(1, 3).map(lambda n: ["user", "assistant"] * n)
     any_order = st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=5)
     roles = draw(st.one_of(alternating, alternating, any_order.filter(lambda r: "assistant" in r)))
-    messages = [{"role": r, "content": draw(answers if r == "assistant" else texts), **draw(marks)}
+    messages = [{"role": r, "content": draw(answers if r == "assistant" else texts), **draw(marks if r == "assistant" else no_marks)}
                 for r in roles]
     return ([{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []) + messages
 
@@ -92,30 +96,38 @@ def rows(draw):
     more = ["history"] + ["pair"] * (len(pairs) == 1) if plain else []
     shape = draw(st.sampled_from(["messages", "conversations", "from", *more]))
     extra = draw(st.sampled_from([{}, {}, {"id": 7}, {"tools": None},
-                                  {"source": "web", "score": 1.5, "prompt": "x"}]))
+                                  {"source": "web", "score": 1.5, "label": 3}, {"label": True, "prompt": None}]))
     if shape in ("messages", "conversations"):
         return {shape: messages, **extra}, messages
     if shape == "from":
-        senders = {"user": ("human", "user"), "assistant": ("gpt", "assistant"), "system": ("system",)}
+        senders = {"user": ("human", "user", "Prompter"), "assistant": ("gpt", "assistant", "MODEL"),
+                   "system": ("system", "developer")}
         sharegpt = [{"from": draw(st.sampled_from(senders[m["role"]])), "value": m["content"],
-                     **{k: m[k] for k in ("train", "weight") if k in m}} for m in messages]
+                     **{k: v for k, v in m.items() if k not in ("role", "content")}} for m in messages]
         if system and draw(st.booleans()):
             return {"conversations": sharegpt[1:], "system": system, **extra}, messages
         return {"conversations": sharegpt, **extra}, messages
     messages = ([{"role": "system", "content": system}] if system else []) + turns
     around = {"system": system} if system or draw(st.booleans()) else {}
+    extra.pop("prompt", None)
     if shape == "pair":
-        return {**extra, "prompt": turns[0]["content"], "response": turns[1]["content"], **around}, messages
+        question, answer = draw(st.sampled_from([
+            ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("Query", "Response"),
+            ("input", "output"), ("problem", "solution")]))
+        contents = [turn["content"] for turn in turns]
+        if question == "prompt":
+            contents = draw(st.sampled_from([contents, [turns[:1], turns[1:]], [turns[:1], contents[1]]]))
+        return {**extra, question: contents[0], answer: contents[1], **around}, messages
     *history, (question, answer) = [[m["content"] for m in pair] for pair in pairs]
     more = {"history": history} if history or draw(st.booleans()) else {}
-    extra.pop("prompt", None)
     return {"instruction": question, "output": answer, **more, **around, **extra}, messages
 
 
 names = st.sampled_from([
     "role", "content", "from", "value", "train", "weight", "messages", "conversations", "prompt", "response",
     "instruction", "input", "output", "history", "system", "tools", "tool_calls", "function", "name",
-    "arguments", "reasoning_content", "reasoning", "thinking", "id", ""])
+    "arguments", "reasoning_content", "reasoning", "thinking", "id", "", "loss", "masked", "loss_weight", "images",
+    "chosen", "label", "completion", "context", "chat_template_kwargs", "enable_thinking", "type", "function_call"])
 leaves = st.integers(0, 3).flatmap(lambda kind: (texts, *map(st.sampled_from, (
     [None, True, False], [0, 1, -1, 2, 10**30, 0.5, float("nan"), float("inf")],
     ["", " ", "\ud800", "a\udfff", "user", "assistant", "system", "tool", "human", "gpt", "true",
@@ -188,9 +200,16 @@ def by_pieces(messages, on_prompt=False):
 
 
 def count(conversations_, max_length, too_long, train_on_prompt, train_on):
-    """([(row, ids, loss mask) of each trained conversation], expected numbers of the ledger)."""
+    """([(row, ids, loss mask) of each trained conversation], expected numbers of the ledger).
+
+    conversations_  messages of each row, or why it is dropped
+    """
     kept, expected, dropped = [], Counter(), Counter()
     for row, messages in enumerate(conversations_):
+        if isinstance(messages, str):
+            dropped[messages] += 1
+            expected.update(rows=1)
+            continue
         if train_on == "last":
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             messages = [m if i == last or m["role"] != "assistant" else {**m, "train": False, "weight": 0}
@@ -235,7 +254,8 @@ def check_load(path, conversations_, how, tokenizer):
     """Load a file with known conversations: they are counted exactly, or refused if and only if they have to be."""
     kept, expected = count(conversations_, **how)
     dataset, refusal = attempt(data.load, path, tokenizer, **how, naming=path)
-    longest = max((len(by_pieces(messages)[0]) for messages in conversations_), default=0)
+    read = [messages for messages in conversations_ if not isinstance(messages, str)]
+    longest = max((len(by_pieces(messages)[0]) for messages in read), default=0)
     if how["too_long"] == "error" and longest > how["max_length"]:
         assert "more than --max_length" in refusal
     elif not kept:
@@ -253,14 +273,18 @@ def check_rows(path, batch, how):
 
 
 def check_damaged_rows(path, batch, how):
-    """Rows with any change: the messages that to_messages makes are trained exactly, or the row is refused."""
+    """Rows with any change: the messages that read_row makes are trained exactly, or the row is refused."""
     write(path, batch)
     messages = []
     for i, row in enumerate(batch):
-        read, refusal = attempt(formats.to_messages, row, f"{path}[{i}]", naming=f"{path}[{i}]")
+        read, refusal = attempt(formats.read_row, row, f"{path}[{i}]", naming=f"{path}[{i}]")
+        if refusal is None and read.dropped:
+            messages.append(read.dropped)
+            continue
         if refusal is None:
-            _, refusal = attempt(tiny.render_spans, read, f"{path}[{i}]", row.get("tools"),
-                                 naming=f"{path}[{i}]")
+            read, tools = read.messages, read.tools
+            assert all(0 <= message["weight"] < math.inf for message in read)
+            _, refusal = attempt(tiny.render_spans, read, f"{path}[{i}]", tools, naming=f"{path}[{i}]")
         if refusal is None and not is_text(read):
             refusal = f"{path}[{i}]: half a character"
         if refusal:
@@ -460,7 +484,7 @@ def case_template(directory):
                 else:
                     assert turn == message["content"].strip()
                 assert ours.marks_answers or text[:start].endswith(ours.header)
-            plain = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+            plain = [{k: v for k, v in m.items() if k != "weight"} for m in read]
             with contextlib.suppress(UnicodeEncodeError):  # half a character: data.load refuses it
                 assert text == theirs.apply_chat_template(plain, tools=tools, tokenize=False)
 

@@ -50,7 +50,7 @@ def planting(function, where):
 
 
 Log.step = planting(Log.step, "loop")
-formats.to_messages = planting(formats.to_messages, "data")
+formats.read_row = planting(formats.read_row, "data")
 checkpoint.save = planting(checkpoint.save, "checkpoint")
 import sft  # noqa: E402  after the patches, since some modules import these functions by name
 

@@ -1,0 +1,248 @@
+"""The turns of a row -> messages: roles, contents, calls, and the weight of each message's losses.
+
+The functions take the Columns of text/formats.py: for errors, which name the row, and to list unknown keys.
+"""
+
+import json
+import math
+
+from settings.errors import UserError
+from text.keys import CALL_ROLES, PAIRS, ROLES, message_use
+
+REASONING = "reasoning_content", "thinking", "reasoning"  # keys of a message that may hold its reasoning
+EMPTY = None, "", [], {}
+REFUSED = {"media": "text training can't use it", "refused": "it is not supported, see docs/data.md",
+           "doubtful": 'it may say what is trained, but it is not known; use "train" or "weight"'}
+
+
+def shown(value):
+    """A JSON value in an error."""
+    return f"{json.dumps(value, default=str):.60}"
+
+
+def listed(names):
+    return ", ".join(f'"{name:.60}"' for name in names)
+
+
+def decoded(value, what, where):
+    """A JSON value that may be written as the text of one. An empty text is null."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {what} is a text, but not the text of JSON ({error!s:.80}): "
+                        f"{shown(value)}") from error
+
+
+# ---- turns ------------------------------------------------------------------------------------------------
+
+
+def is_turns(value):
+    """Whether a value is a list of messages."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def read_turns(turns, columns, trained=True):
+    """The messages of a list of turns.
+
+    A turn function_call after an answer of the same weight is a part of its message: calls in parallel, or an
+    answer that ends in a call (ms-swift).
+
+    trained  whether answers without a mark of their own are trained
+    """
+    messages = []
+    for turn in turns:
+        for message in read_turn(turn, columns, trained):
+            last = messages[-1] if messages else {}
+            is_call = str(turn.get("role", turn.get("from"))).lower() in CALL_ROLES
+            if is_call and (last.get("role"), last.get("weight")) == ("assistant", message["weight"]):
+                last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
+                last["content"] += message["content"]
+            else:
+                messages.append(message)
+    return messages
+
+
+def read_turn(turn, columns, trained=True):
+    """The messages of one turn: one, or more for {"human": question, "assistant": answer}.
+
+    Each has "role", "content", "weight", and the keys that templates read. Raises UserError, which names the
+    row.
+    """
+    if isinstance(turn, dict) and turn.keys() == {"role", "content"}:  # the usual message, read ten times as fast
+        role, content = turn["role"], turn["content"]
+        is_plain = isinstance(content, str) and role in ("user", "assistant", "system")
+        if is_plain and (content.strip() or role != "assistant"):
+            return [{**turn, "weight": float(trained or role != "assistant")}]
+    if isinstance(turn, dict) and not {"role", "from"} & turn.keys():
+        by_role = {PAIRS[key]: value for key, value in turn.items() if key in PAIRS}
+        if {"user", "assistant"} <= by_role.keys():
+            marks = {key: value for key, value in turn.items() if key not in PAIRS}
+            return [message for role in ("system", "user", "assistant") if by_role.get(role)
+                    for message in read_turn({"role": role, "content": by_role[role],
+                                              **(marks if role == "assistant" else {})}, columns, trained)]
+    if not isinstance(turn, dict) or not {"role", "from"} & turn.keys():
+        raise columns.error('a message must be {"role", "content"} or {"from", "value"}, it is '
+                            f"{turn!r:.80}")
+    role = read_role(turn, columns)
+    message = {"role": "assistant" if role == "function_call" else role}
+    for key, value in turn.items():
+        use = message_use(key)
+        if use in REFUSED and value not in EMPTY:
+            raise columns.error(f'key "{key:.60}" of a message: {REFUSED[use]}')
+        if use is None and value not in EMPTY:
+            columns.message_keys[key] = None
+        if use in (None, "template"):
+            message[key] = value
+    read_content(turn, role, message, columns)
+    message["weight"] = read_message_weight(turn, message["role"], trained, columns)
+    return [message]
+
+
+def read_role(turn, columns):
+    """The role of a turn: user, assistant, system, tool, or function_call, whose content is calls."""
+    roles = {turn[key].lower() if isinstance(turn[key], str) else shown(turn[key])
+             for key in ("role", "from") if key in turn}
+    found = {ROLES.get(role) for role in roles}
+    if len(found) > 1 or None in found:
+        key = "role" if "role" in turn else "from"
+        raise columns.error(f'unknown "{key}": {", ".join(sorted(roles))!r:.60}; it must be one of '
+                            f"{', '.join(ROLES)}")
+    return found.pop()
+
+
+def read_content(turn, role, message, columns):
+    """Set content, reasoning_content and tool_calls of a message."""
+    contents = [turn[key] for key in ("content", "value", "text") if key in turn]
+    if any(content != contents[0] for content in contents):
+        raise columns.error(f"a message has two different contents: {contents!r:.80}")
+    content = contents[0] if contents else None
+    reasoning = {key: turn[key] for key in REASONING if key in turn}
+    if isinstance(content, list):
+        thoughts = [{"text": part.get("thinking", part.get("reasoning", part.get("value")))} for part in content
+                    if is_thought(part)]
+        if thoughts:
+            content = [part for part in content if not is_thought(part)]
+            reasoning["reasoning_content"] = read_text(thoughts, "reasoning of the assistant", columns)
+    if reasoning:  # set both keys that templates read, as transformers does
+        if not all(isinstance(text, str) for text in reasoning.values()):
+            raise columns.error(f"the reasoning of a message must be a string, it is {shown(reasoning)}")
+        text = next(iter(reasoning.values()))
+        message.update({"thinking": text, **reasoning, "reasoning_content": text})
+    calls = read_calls(turn.get("tool_calls"), columns)
+    if role == "function_call":
+        calls, content = read_function_calls(content, columns)
+    elif turn.get("function_call") not in EMPTY:  # OpenAI's older form
+        calls += read_function_calls(turn["function_call"], columns)[0]
+    if calls:
+        if message["role"] != "assistant":
+            raise columns.error(f"calls in a {message['role']} message; only the assistant makes calls")
+        message["tool_calls"] = calls
+        content = "" if content is None else content
+    message["content"] = read_text(content, message["role"], columns)
+    if message["role"] == "assistant" and not calls and not message["content"].strip():
+        raise columns.error("an empty answer; remove the row or write what the model should say")
+
+
+def is_thought(part):
+    """Whether a part of a content is the reasoning before an answer."""
+    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
+
+
+def read_text(value, role, columns):
+    """The text of a content: a string, a number as JSON has it, or a list of text parts, which are joined."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, dict) and "type" in value:
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise columns.error(f"the content of the {role} message must be a string, it is {shown(value)}; "
+                            "remove the row or write the text")
+    texts = []
+    for part in value:
+        text = None
+        if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
+            text = next((part[key] for key in ("text", "value", "content") if key in part), None)
+        if not isinstance(text, str):
+            raise columns.error(f"the content of the {role} message must be a string or a list of "
+                                f'{{"type": "text", "text"}}, but a part is {shown(part)}; text training '
+                                "can't use it")
+        texts.append(text)
+    return "".join(texts)
+
+
+# ---- weights ----------------------------------------------------------------------------------------------
+
+
+def flag_of(value):
+    """True or False, as true, 1 or "true" say; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
+def read_message_weight(turn, role, trained, columns):
+    """The weight of a message: its number, 1 if there is none, or 0 if a flag says that it is not trained."""
+    flags, weights = {}, {}
+    for key, value in turn.items():
+        use = message_use(key)
+        if use in ("train", "mask"):
+            flag = flag_of(value)
+            if flag is None:
+                raise columns.error(f'"{key}" must be true or false, it is {value!r:.60}; "weight" may be a '
+                                    "number")
+            flags[key] = flag != (use == "mask")
+        elif use == "weight":
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise columns.error(f'"{key}" must be a number of at least 0, it is {value!r:.60}')
+            weights[key] = float(value)
+    if len(set(flags.values())) > 1 or len(set(weights.values())) > 1:
+        raise columns.error(f"{listed([*flags, *weights])} of a message contradict each other; remove all "
+                            "but one")
+    for key, value in {**flags, **weights}.items():
+        if role != "assistant" and value and message_use(key) != "mask":
+            raise columns.error(f'"{key}": {shown(turn[key])} in a {role} message, but only answers are '
+                                "trained; remove it. --train_on_prompt trains on all tokens of all prompts")
+    if not flags and not weights:
+        return float(trained or role != "assistant")
+    return next(iter(weights.values()), 1.0) * next(iter(flags.values()), True)
+
+
+# ---- calls ------------------------------------------------------------------------------------------------
+
+
+def read_calls(calls, columns):
+    """The list "tool_calls" of a message, or []. Arguments become objects, as templates read them."""
+    calls = decoded(calls, '"tool_calls"', columns.where)
+    calls = [] if calls is None else calls
+    calls = calls if isinstance(calls, list) else [calls]
+    read = []
+    for call in [decoded(call, "a call", columns.where) for call in calls]:
+        function = (call.get("function") or call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise columns.error('"tool_calls" must be a list of objects {"function": {"name", "arguments"}}, '
+                                f"as templates read them, not {calls!r:.60}")
+        if "arguments" in function:
+            what = f"the arguments of the call of {function['name']:.60}"
+            arguments = decoded(function["arguments"], what, columns.where)
+            if not isinstance(arguments, dict) and arguments is not None:
+                raise columns.error(f"{what} must be an object or its JSON, they are {shown(arguments)}")
+            function = {**function, "arguments": arguments or {}}
+        read.append({**call, "function": function} if call.get("function") else function)
+    return read
+
+
+def read_function_calls(content, columns):
+    """(calls, text before them) of a function_call: the JSON of {"name", "arguments"}, or a list of these."""
+    text = ""
+    if isinstance(content, str):  # reasoning may come before
+        before, mark, content = content.rpartition("</think>")
+        text = before + mark
+    calls = read_calls(content, columns)
+    if not calls:
+        raise columns.error(f"a function_call without a call: {shown(content)}")
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls], text
