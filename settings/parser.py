@@ -421,14 +421,17 @@ def number(text, kind, default):
     A number may be a fraction (kind is float) and have a default that is an int: then 3 stays 3 and does not
     become 3.0. Raises ValueError if the text is no such number.
     """
+    if kind is float and not isinstance(default, int):
+        return float(text)
     try:
-        return int(text) if kind is int or isinstance(default, int) else float(text)
+        return int(text)
     except ValueError:
         value = float(text)
-        is_exact = value.is_integer() and abs(value) < 2**53  # beyond, floats skip integers
-        if kind is int and not is_exact:
+        if value.is_integer() and abs(value) < 2**53:  # beyond, floats skip integers
+            return int(value)
+        if kind is int:
             raise
-        return int(value) if is_exact and (kind is int or isinstance(default, int)) else value
+        return value
 
 
 # ------------------------------------------------------------------------------------------------------------
