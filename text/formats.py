@@ -371,7 +371,9 @@ def read_pair(columns, prompt_key, response_key):
     if is_turns(turns):
         answers = read_turns(turns, columns)
         repeated = [n for n in range(1, len(answers)) if said(messages)[-n:] == said(answers)[:n]]
-        return messages + answers[max(repeated, default=0) :]  # without the prompt, if they begin with it
+        if answers[0]["role"] != "assistant":  # they repeat the prompt, or its end
+            answers = answers[max(repeated, default=0) :]
+        return messages + answers
     turn = {"role": "assistant", "content": answer}
     if isinstance(columns.row.get((columns.by_use.get("reasoning") or [None])[0]), str):
         turn["reasoning_content"] = columns.take("reasoning")
