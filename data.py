@@ -171,14 +171,12 @@ def append(conversation, encoding, options, stop_token_id, ledger, writer):
     """Mask one conversation, account for its tokens, and write it if it has a target."""
     length, kept = len(encoding), min(len(encoding), options.max_length)
     ledger.read(length, conversation.unused)
-    if conversation.dropped:
-        ledger.drop(conversation.dropped, length)
-        return
     if length > kept and options.too_long == "error":
         raise UserError(f"{conversation.where} has {length} tokens, more than --max_length {kept}; raise it, "
                         "or set --too_long to truncate or drop")
-    if length > kept and options.too_long == "drop":
-        ledger.drop("too long", length)
+    dropped = "too long" if length > kept and options.too_long == "drop" else conversation.dropped
+    if dropped:
+        ledger.drop(dropped, length)
         return
     loss_mask, turns, stopped = make_loss_mask(
         encoding, conversation.spans, conversation.text, kept=kept, train_on_prompt=options.train_on_prompt,

@@ -307,7 +307,7 @@ def read_list(columns, names):
         if isinstance(turns, str):
             turns = without_nulls(decoded(turns, f'"{name:.60}"', columns.where), columns.where)
         if isinstance(turns, dict) and turns and all(isinstance(value, list) for value in turns.values()):
-            turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # a struct of lists in Arrow
+            turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # Arrow's struct of lists
             turns = without_nulls(turns, columns.where)
         if not isinstance(turns, list) or not turns:
             raise not_a_list(columns, name, turns)

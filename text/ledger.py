@@ -47,7 +47,7 @@ class Ledger:
         self.rows_truncated += int(length > kept)
 
     def lines(self):
-        """The lines on the screen: for rows, for tokens, and for columns that are not used, if there are any."""
+        """The lines on the screen: rows, tokens, and the columns that are not used if there are any."""
         n_dropped = sum(self.dropped.values())
         dropped = "".join(f", {count} {reason}" for reason, count in self.dropped.items())
         cut = f" (of {self.rows_truncated} rows)" if self.rows_truncated else ""

@@ -570,7 +570,8 @@ def test_a_bad_row_is_named(name):
 
 
 @pytest.mark.parametrize("row",
-                         [{"prompt": "cut emoji \ud83d", "response": "a"}, {"prompt": "q", "response": "cut emoji \ud83d"},
+                         [{"prompt": "cut emoji \ud83d", "response": "a"},
+                          {"prompt": "q", "response": "cut emoji \ud83d"},
                                  5, {"prompt": "q", "response": ""}], ids=repr)
 def test_the_error_has_file_and_index(row, tmp_path):
     path = tmp_path / "rows.json"
