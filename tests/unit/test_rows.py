@@ -230,6 +230,7 @@ def test_a_prompt_may_be_marked_as_not_trained(mark):
     ({"prompt": "q", "response": "a", "train": True, "masked": False, "loss": 0.731}, [1.0]),
     ({"prompt": chat("q", "x", "r"), "completion": [A]}, [0.0, 1.0]),  # TRL trains the completion only
     ({"prompt": [Q, {**A, "train": True}, Q], "completion": [A, Q, A]}, [1.0, 1.0, 1.0]),
+    ({"prompt": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "r"}], "completion": [A]}, [0.0, 1.0]),
     ({"prompt": "r", "response": "b", "history": [["q", "a"]]}, [1.0, 1.0])], ids=str)
 def test_weights_of_rows(row, expected):
     assert weights(row) == expected
