@@ -304,7 +304,7 @@ def read_list(columns, names):
     found = []
     for name in names:
         turns = columns.value(name)
-        if isinstance(turns, str):
+        if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
             turns = without_nulls(decoded(turns, f'"{name:.60}"', columns.where), columns.where)
         if isinstance(turns, dict) and turns and all(isinstance(value, list) for value in turns.values()):
             turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # Arrow's struct of lists
