@@ -304,10 +304,10 @@ def read_list(columns, names):
     found = []
     for name in names:
         turns = columns.value(name)
-        if isinstance(turns, str):
+        if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
             turns = without_nulls(decoded(turns, f'"{name:.60}"', columns.where), columns.where)
         if isinstance(turns, dict) and turns and all(isinstance(value, list) for value in turns.values()):
-            turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # a struct of lists in Arrow
+            turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # Arrow's struct of lists
             turns = without_nulls(turns, columns.where)
         if not isinstance(turns, list) or not turns:
             raise not_a_list(columns, name, turns)
@@ -371,7 +371,9 @@ def read_pair(columns, prompt_key, response_key):
     if is_turns(turns):
         answers = read_turns(turns, columns)
         repeated = [n for n in range(1, len(answers)) if said(messages)[-n:] == said(answers)[:n]]
-        return messages + answers[max(repeated, default=0) :]  # without the prompt, if they begin with it
+        if answers[0]["role"] != "assistant":  # they repeat the prompt, or its end
+            answers = answers[max(repeated, default=0) :]
+        return messages + answers
     turn = {"role": "assistant", "content": answer}
     if isinstance(columns.row.get((columns.by_use.get("reasoning") or [None])[0]), str):
         turn["reasoning_content"] = columns.take("reasoning")

@@ -71,7 +71,7 @@ def read_turn(turn, columns, trained=True):
     Each has "role", "content", "weight", and the keys that templates read. Raises UserError, which names the
     row.
     """
-    if isinstance(turn, dict) and turn.keys() == {"role", "content"}:  # the usual message, read ten times as fast
+    if isinstance(turn, dict) and turn.keys() == {"role", "content"}:  # most messages: a shorter way
         role, content = turn["role"], turn["content"]
         is_plain = isinstance(content, str) and role in ("user", "assistant", "system")
         if is_plain and (content.strip() or role != "assistant"):
@@ -121,8 +121,8 @@ def read_content(turn, role, message, columns):
     content = contents[0] if contents else None
     reasoning = {key: turn[key] for key in REASONING if key in turn}
     if isinstance(content, list):
-        thoughts = [{"text": part.get("thinking", part.get("reasoning", part.get("value")))} for part in content
-                    if is_thought(part)]
+        thoughts = [{"text": part.get("thinking", part.get("reasoning", part.get("value")))}
+                    for part in content if is_thought(part)]
         if thoughts:
             content = [part for part in content if not is_thought(part)]
             reasoning["reasoning_content"] = read_text(thoughts, "reasoning of the assistant", columns)

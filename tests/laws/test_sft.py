@@ -460,7 +460,7 @@ def rows(path, value):
 BAD = {  # name: (function of a directory that returns flags, text of the error)
     "no data file": (lambda p: ("--train_data", "nowhere.json"), "nowhere.json: no such data file"),
     "not JSON": (lambda p: rows(p, '[{"prompt": "a",\n "response": }]'), "line 2, column 14"),
-    "unknown shape": (lambda p: rows(p, [{"text": "a"}]), "[0]: unrecognised columns 'text'; accepted"),
+    "unknown shape": (lambda p: rows(p, [{"line": "a"}]), "[0]: unrecognised columns 'line'; accepted"),
     "messages is a text": (lambda p: rows(p, [{"messages": "hello"}]), 'non-empty list of {"role", "content"} objects'),
     "messages is empty": (lambda p: rows(p, [{"messages": []}]), "it is []"),
     "conversations is a number": (lambda p: rows(p, [{"conversations": 7}]), '"conversations" must be a non-empty list'),

@@ -182,9 +182,9 @@ def test_the_cache_depends_on_the_keys_of_rows(tmp_path):
     assert [target_texts(dataset) for dataset in keys.values()] == [["one<|im_end|>"], ["two<|im_end|>"]]
     with pytest.raises(ValueError,
                        match="unrecognised columns 'a'; .* instead of --prompt_key q --response_key r$"):
-        formats.to_messages({"a": 1}, "here", ("q", "r", "messages"))
+        formats.read_row({"a": 1}, "here", ("q", "r", "messages"))
     with pytest.raises(ValueError, match="the content of the user message must be a string, it is null"):
-        formats.to_messages({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
+        formats.read_row({"q": None, "r": "a"}, "here", ("q", "r", "messages"))
 
 
 @pytest.fixture

@@ -1,0 +1,619 @@
+"""Shapes of rows: what each row says, as literal messages, texts, tokens and weights; and the error for a wrong row."""
+
+import json
+import re
+
+import pytest
+from data_helpers import assert_is, by_hand, tiny
+from helpers import chat, target_texts, write
+
+import data
+from settings.errors import UserError
+from text import formats, keys, messages
+from text.formats import read_row
+
+Q, A = chat("q", "a")
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Graz"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def said(row, names=formats.KEYS):
+    """[(role, content), ...] of a row."""
+    return [(m["role"], m["content"]) for m in read_row(row, "here", names).messages]
+
+
+def weights(row):
+    """The weights of a row's answers."""
+    return [m["weight"] for m in read_row(row, "here").messages if m["role"] == "assistant"]
+
+
+def answers(*marks):
+    """A row with an answer for each dict of marks."""
+    return {"messages": [turn for mark in marks for turn in (Q, {**A, **mark})]}
+
+
+def refusal(row, names=formats.KEYS):
+    with pytest.raises(UserError, match=r"^here\[3\]: ") as info:
+        read_row(row, "here[3]", names)
+    return str(info.value)
+
+
+# ---- shapes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"prompt": "q", "response": "a"}, chat("q", "a")),
+    ({"prompt": "q", "response": "a", "system": "s"}, chat("q", "a", system="s")),
+    ({"instruction": "i", "output": "a"}, chat("i", "a")),
+    ({"instruction": "i", "input": "", "output": "a"}, chat("i", "a")),
+    ({"instruction": "i", "input": None, "output": "a"}, chat("i", "a")),
+    ({"instruction": "i", "input": float("nan"), "output": "a"}, chat("i", "a")),
+    ({"instruction": "i", "input": "x", "output": "a"}, chat("i\nx", "a")),
+    ({"instruction": "i", "output": "a", "system": "", "history": []}, chat("i", "a")),
+    ({"instruction": "i", "output": "a", "system": None, "history": None}, chat("i", "a")),
+    ({"instruction": "i", "input": "x", "output": "a", "system": "s", "history": [["p", "o"], ["n", "m"]]},
+     chat("p", "o", "n", "m", "i\nx", "a", system="s")),
+    ({"messages": chat("q", "a", "r", "b", system="s")}, chat("q", "a", "r", "b", system="s")),
+    ({"conversations": chat("q", "a")}, chat("q", "a")),
+    ({"conversations": chat("q", "a", system="s"), "system": "s"}, chat("q", "a", system="s")),
+    ({"messages": None, "conversations": chat("q", "a")}, chat("q", "a")),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+     chat("q", "a", system="s")),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"},
+                        {"from": "assistant", "value": "a"}]}, chat("q", "a", system="s")),
+    ({"id": 7, "source": "web", "prompt": "q", "response": "a"}, chat("q", "a")),
+], ids=str)
+def test_every_format_of_rows_becomes_tokens(row, expected, tmp_path):
+    """Each accepted format, with its optional keys and with empty ones, down to ids and loss mask."""
+    assert_is(data.load(write(tmp_path / "rows.json", [row]), tiny, 2048), [by_hand(expected)])
+
+
+@pytest.mark.parametrize("question, answer", [
+    ("prompt", "completion"), ("question", "answer"), ("query", "response"), ("input", "output"),
+    ("instruction", "response"), ("problem", "solution"), ("question", "solution"), ("prompt", "output"),
+    ("input", "target"), ("inputs", "targets"), ("Question", "Answer"), ("PROMPT", "reply")])
+def test_pairs_of_columns_are_recognised(question, answer):
+    assert said({question: "q?", answer: "a."}) == [("user", "q?"), ("assistant", "a.")]
+    assert said({"id": 1, answer: "a.", question: "q?", "lang": "en"}) == [("user", "q?"), ("assistant", "a.")]
+
+
+TURNS = [("user", "q?"), ("assistant", "a.")]
+
+
+@pytest.mark.parametrize("row", [
+    *({name: chat("q?", "a.")} for name in ("messages", "conversation", "dialog", "dialogue", "chat")),
+    {"messages": json.dumps(chat("q?", "a."))},
+    chat("q?", "a."),  # the row itself is the list
+    {"messages": {"role": ["user", "assistant"], "content": ["q?", "a."]}},  # Arrow's struct of lists
+    {"conversations": [{"role": "user", "value": "q?"}, {"role": "assistant", "value": "a."}]},
+    {"conversations": [{"from": "human", "text": "q?"}, {"from": "gpt", "text": "a."}]},
+    {"conversations": [{"from": None, "value": None, "role": "user", "content": "q?"},
+                       {"from": "gpt", "value": "a.", "role": None, "content": None}]},
+    {"messages": [{"role": "User", "content": "q?"}, {"role": "ASSISTANT", "content": "a."}]},
+    {"messages": [{"role": "prompter", "content": "q?"}, {"role": "model", "content": "a."}]},
+    {"conversations": [{"from": "Human", "value": "q?"}, {"from": "chatgpt", "value": "a."}]},
+    {"conversation": [{"human": "q?", "assistant": "a."}]},
+    {"conversation": [{"system": "", "input": "q?", "output": "a."}]},
+    {"prompt": [{"role": "user", "content": "q?"}], "completion": [{"role": "assistant", "content": "a."}]},
+    {"prompt": [{"role": "user", "content": "q?"}], "response": "a."},
+    {"prompt": "q?", "completion": [{"role": "assistant", "content": "a."}]},
+    {"prompt": "q?", "completion": {"role": "assistant", "content": "a."}},
+    {"prompt": "q?", "completion": chat("q?", "a.")},  # the completion repeats the prompt
+    {"prompt": chat("q?"), "completion": chat("q?", "a.")},
+    {"messages": chat("q?", "a."), "prompt": "q?", "response": " a."},  # the same twice
+    {"messages": chat("q?", "a."), "conversations": chat("q?", "a.")},
+    {"messages": chat("q?", "a."), "chosen": chat("q?", "a."), "rejected": chat("q?", "b.")},
+    {"prompt": None, "response": None, "instruction": "q?", "input": None, "output": "a.", "messages": None},
+    {"prompt": "", "response": "", "instruction": "q?", "output": "a.", "messages": []},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]},
+                  {"role": "assistant", "content": [{"type": "text", "value": "a."}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q?", "image": None}], "images": []},
+                  {"role": "assistant", "content": "a.", "tool_calls": [], "audio": None}], "images": None},
+    {"question": "q?", "prompt": "q?", "response": "a.", "answer": "reference", "solution": "another"},
+], ids=str)
+def test_the_same_conversation_in_other_words(row):
+    assert said(row) == TURNS and weights(row) == [1.0]
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"instruction": "i", "context": "c", "response": "a", "category": "qa"}, [("user", "i\nc"), ("assistant", "a")]),
+    ({"prompt": "i", "context": "c", "response": "a"}, [("user", "i\nc"), ("assistant", "a")]),
+    ({"question": "i", "passage": "c", "answer": "a"}, [("user", "i\nc"), ("assistant", "a")]),
+    ({"prompt": "p", "input": "x", "output": "a"}, [("user", "p\nx"), ("assistant", "a")]),
+    ({"query": "r", "response": "b", "history": [["q", "a"]], "system": "s"},
+     [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"prompt": "r", "completion": "b", "history": chat("q", "a")},
+     [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"prompt": "r", "response": "b", "history": '[["q", "a"]]'},
+     [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+    ({"system": "s", "conversation": [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]},
+     [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"messages": [{"role": "developer", "content": "s"}, *chat("q", "a")]},
+     [("system", "s"), ("user", "q"), ("assistant", "a")]),
+    ({"prompt": "label?", "response": 1}, [("user", "label?"), ("assistant", "1")]),
+    ({"instruction": 2.5, "input": "", "output": 2}, [("user", "2.5"), ("assistant", "2")]),
+    ({"messages": chat("hi", "Hello.") + chat("x")}, [("user", "hi"), ("assistant", "Hello."), ("user", "x")]),
+    ({"prompt": "", "response": "a"}, [("user", ""), ("assistant", "a")]),
+    ({"messages": [{"role": "system", "content": ""}, Q, A]}, [("system", ""), ("user", "q"), ("assistant", "a")]),
+], ids=str)
+def test_nothing_of_a_row_is_dropped(row, expected):
+    """Context, history, system prompts and numbers are in the messages."""
+    assert said(row) == expected
+
+
+@pytest.mark.parametrize("role", ["tool", "observation", "function", "tool_response", "ipython", "Tool"])
+def test_results_of_tools_have_many_names(role):
+    row = {"messages": [Q, {"role": role, "content": "grey", "name": "weather", "tool_call_id": "1"}, A]}
+    assert read_row(row, "here").messages[1] == {
+        "role": "tool", "content": "grey", "name": "weather", "tool_call_id": "1", "weight": 1.0}
+
+
+@pytest.mark.parametrize("row, names", [
+    ({"question": "q?", "answer": "a."}, ("question", "answer", "messages")),
+    ({"question": "q?", "answer": "a.", "messages": chat("x", "y")}, ("question", "answer", "messages")),
+    ({"question": "q?", "answer": "a.", "prompt": "x", "response": "y"}, ("question", "answer", "messages")),
+    ({"extra_info": {"question": "q?", "deep": {"answer": "a."}}, "prompt": chat("x")},
+     ("extra_info.question", "extra_info.deep.answer", "messages")),
+    ({"a.b": "q?", "a": {"b": "x"}, "c": "a."}, ("a.b", "c", "messages")),
+    ({"chat": chat("q?", "a."), "prompt": "x", "response": "y"}, ("prompt", "response", "chat")),
+    ({"chat": chat("q?", "a."), "messages": chat("x", "y")}, ("prompt", "response", "chat")),
+    ({"data": {"turns": chat("q?", "a.")}}, ("prompt", "response", "data.turns")),
+    ({"prompt": "q?", "response": "a."}, ("question", "answer", "chat")),
+    ({"instruction": "q?", "output": "a."}, ("question", "answer", "chat")),
+    ({"messages": chat("q?", "a."), "question": "x"}, ("question", "answer", "chat")),
+    ({"prompt": "q?", "chosen": "a.", "rejected": "b."}, ("prompt", "chosen", "messages")),
+    ({"prompt": "q?", "chosen": chat("q?", "a."), "rejected": chat("q?", "b.")}, ("prompt", "chosen", "messages")),
+    ({"prompt": "q?", "chosen": chat("q?", "a."), "rejected": chat("q?", "b.")}, ("prompt", "response", "chosen")),
+    ({"conversations": [{"from": "human", "value": "q?"}], "chosen": {"from": "gpt", "value": "a."},
+      "rejected": {"from": "gpt", "value": "b."}}, ("conversations", "chosen", "messages")),
+    ({"question": "q?", "hint": None, "solution": "x", "answer": "a."}, ("question", "answer", "messages")),
+    ({"conversations": [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]},
+     ("question", "answer", "chat"))
+], ids=str)
+def test_keys_of_rows_may_be_named(row, names):
+    """A row that has the named keys is read by them; any other row is read by the default keys."""
+    assert said(row, names) == TURNS
+
+
+# ---- what is trained ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark, weight", [
+    *(({key: value}, 0.0) for key in ("train", "training", "trainable", "train_on_turn", "loss")
+      for value in (False, 0, "false", "False", 0.0)),
+    *(({key: value}, 1.0) for key in ("train", "training", "loss") for value in (True, 1, None, "true", 1.0)),
+    ({"masked": True}, 0.0), ({"mask": 1}, 0.0), ({"masked": False}, 1.0), ({"masked": None}, 1.0),
+    *(({key: value}, value) for key in ("weight", "loss_weight", "loss_scale") for value in (0.0, 0.5, 1.0, 2.5)),
+    ({"weight": 0}, 0.0), ({"weight": True}, 1.0), ({"weight": None}, 1.0), ({"weight": 3, "loss_weight": 3}, 3.0),
+    ({"train": True, "weight": 0}, 0.0), ({"train": False, "weight": 1}, 0.0), ({"loss": True, "weight": 0.5}, 0.5),
+    ({"train": True, "loss": 1, "masked": False}, 1.0)], ids=str)
+def test_every_mark_of_a_turn_is_honoured(mark, weight):
+    """In a list of messages, in ShareGPT's form, and in a turn that is a pair; other turns keep their weight."""
+    assert weights(answers(mark, {})) == [weight, 1.0]
+    assert weights({"conversations": [{"from": "human", "value": "q"},
+                                      {"from": "gpt", "value": "a", **mark}]}) == [weight]
+    assert weights({"conversation": [{"human": "q", "assistant": "a", **mark}]}) == [weight]
+    read = read_row(answers(mark), "here").messages
+    assert [m.keys() for m in read] == [{"role", "content", "weight"}] * 2  # no mark reaches a template
+
+
+def test_a_turn_that_is_not_trained_has_no_targets(tmp_path):
+    """From the file to the targets."""
+    rows = [{"conversations": [{"from": "human", "value": "q", "loss": None},
+                               {"from": "gpt", "value": "bad", "loss": False},
+                               {"from": "human", "value": "r", "loss": None},
+                               {"from": "gpt", "value": "good", "loss": True}]},
+            {"messages": [{**Q, "loss_weight": 0.0}, {**A, "loss_weight": 0.0}, Q,
+                          {**A, "content": "fine", "masked": False}]}]
+    dataset = data.load(write(tmp_path / "rows.json", rows), tiny, 100)
+    assert target_texts(dataset, 0) == ["good<|im_end|>"] and target_texts(dataset, 1) == ["fine<|im_end|>"]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 1}, {"loss": True}, {"train": 1}, {"loss_weight": 0.5}], ids=str)
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_a_prompt_that_is_marked_as_trained_is_an_error(mark, role):
+    say = refusal({"messages": [{"role": role, "content": "x", **mark}, Q, A]})
+    assert re.search(rf'"{list(mark)[0]}": .* in a {role} message.*remove it.*--train_on_prompt', say)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": None}, {"masked": True}, {"masked": False}],
+                         ids=str)
+def test_a_prompt_may_be_marked_as_not_trained(mark):
+    assert weights({"messages": [{**Q, **mark}, A]}) == [1.0]
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"prompt": "q", "response": "a", "weight": 0.5}, [0.5]),
+    ({"prompt": "q", "response": "a", "weight": "0.5"}, [0.5]),
+    ({**answers({}, {"weight": 4}, {"loss": False}), "loss_weight": 0.25}, [0.25, 1.0, 0.0]),
+    ({"prompt": "q", "response": "a", "train": True, "masked": False, "loss": 0.731}, [1.0]),
+    ({"prompt": chat("q", "x", "r"), "completion": [A]}, [0.0, 1.0]),  # TRL trains the completion only
+    ({"prompt": [Q, {**A, "train": True}, Q], "completion": [A, Q, A]}, [1.0, 1.0, 1.0]),
+    ({"prompt": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "r"}], "completion": [A]}, [0.0, 1.0]),
+    ({"prompt": "r", "response": "b", "history": [["q", "a"]]}, [1.0, 1.0])], ids=str)
+def test_weights_of_rows(row, expected):
+    assert weights(row) == expected
+
+
+@pytest.mark.parametrize("mark, reason", [
+    ({"label": False}, "label is false"), ({"kto_tag": False}, "kto_tag is false"),
+    ({"train": False}, "train is false"),
+    ({"trainable": 0}, "trainable is false"), ({"masked": True}, "masked is true")], ids=str)
+@pytest.mark.parametrize("row", [{"prompt": "q", "response": "a"}, answers({}), {"prompt": [Q], "completion": [A]}],
+                         ids=str)
+def test_a_row_that_is_not_to_be_trained_is_dropped_and_counted(row, mark, reason, tmp_path):
+    read = read_row({**row, **mark}, "here")
+    assert read.dropped == reason and read.messages is read.text is read.tokens is None
+    path = write(tmp_path / "rows.json", [{**row, **mark}, row])
+    dataset = data.load(path, tiny, 100)
+    assert dataset.ledger.lines()[0] == f"rows     2 in = 1 trained + 1 dropped, 1 {reason}"
+    assert [dataset.source(i) for i in range(len(dataset))] == [f"{path}[1]"]
+
+
+@pytest.mark.parametrize("label", [True, 0, 1, "false", "sports", ["x"], 0.0], ids=str)
+def test_other_labels_are_columns_that_are_not_used(label):
+    read = read_row({"prompt": "q", "response": "a", "label": label}, "here")
+    assert len(read.messages) == 2 and read.unused == (() if label is True else ("label",))
+
+
+# ---- tools, reasoning, variables of the template ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tools", [
+    [TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], [TOOL["function"]], json.dumps([TOOL["function"]]),
+    [{**TOOL, "strict": None}],
+    [{"type": "function",
+      "function": {"name": "weather", "parameters": {"type": "object", "properties": {}, "x": None}}}],
+], ids=str)
+def test_tools_are_decoded(tools):
+    """As a list or as JSON, in OpenAI's form or in LLaMA-Factory's, without Arrow's nulls."""
+    assert read_row({"messages": [Q, A], "tools": tools}, "here").tools == [TOOL]
+    assert read_row({"prompt": "q", "response": "a", "functions": tools}, "here").tools == [TOOL]
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", "[]", "null", []], ids=str)
+def test_no_tools(tools):
+    assert read_row({"messages": [Q, A], "tools": tools}, "here").tools is None
+
+
+@pytest.mark.parametrize("calls", [
+    {"tool_calls": [CALL]}, {"tool_calls": json.dumps([CALL])}, {"tool_calls": CALL},
+    {"tool_calls": [json.dumps(CALL)]},
+    {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"town": "Graz"}'}}]},
+    {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"town": "Graz", "zone": None}},
+                     "id": None}]},
+    {"function_call": {"name": "weather", "arguments": '{"town": "Graz"}'}}], ids=str)
+def test_calls_are_decoded(calls):
+    """Templates read arguments as objects; OpenAI and data sets of Arrow have them as texts."""
+    for content in ("", None):
+        row = {"messages": [Q, {"role": "assistant", "content": content, **calls},
+                            {"role": "tool", "content": "grey"}, A]}
+        assert read_row(row, "here").messages[1] == {
+            "role": "assistant", "content": "", "tool_calls": [CALL], "weight": 1.0}
+
+
+def test_arguments_keep_their_nulls_in_json():
+    """A null in the JSON text of arguments is no null of Arrow."""
+    call = {"function": {"name": "f", "arguments": '{"unit": null}'}}
+    message = read_row({"messages": [Q, {"role": "assistant", "tool_calls": [call]}]}, "here").messages[1]
+    assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"unit": None}}}]
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call", "Function_Call"])
+@pytest.mark.parametrize("content", ['{"name": "weather", "arguments": {"town": "Graz"}}',
+                                     '[{"name": "weather", "arguments": "{\\"town\\": \\"Graz\\"}"}]',
+                                     {"name": "weather", "arguments": {"town": "Graz"}}], ids=str)
+def test_a_function_call_is_an_answer_with_calls(role, content):
+    """LLaMA-Factory's and ms-swift's form."""
+    rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": role, "value": content},
+                               {"from": "observation", "value": "grey"}, {"from": "gpt", "value": "a"}]},
+            {"messages": [Q, {"role": role, "content": content}, {"role": "tool_response", "content": "grey"}, A]}]
+    for row in rows:
+        read = read_row(row, "here").messages
+        assert [m["role"] for m in read] == ["user", "assistant", "tool", "assistant"]
+        assert read[1] == {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 1.0}
+
+
+def test_calls_in_a_row_are_one_message():
+    """ms-swift writes calls in parallel as messages of their own, and the text before them, too."""
+    call = {"role": "tool_call", "content": '{"name": "weather", "arguments": {"town": "Graz"}}'}
+    read = read_row({"messages": [Q, {"role": "assistant", "content": "Let me see."}, call, call, A]}, "here").messages
+    assert read[1] == {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, CALL], "weight": 1.0}
+    assert len(read) == 3
+    apart = read_row({"messages": [Q, {**A, "loss": False}, call]}, "here").messages
+    assert [m["weight"] for m in apart] == [1.0, 0.0, 1.0]
+    thought = {"role": "tool_call", "content": "<think>\nhm\n</think>\n" + call["content"]}
+    assert read_row({"messages": [Q, thought]}, "here").messages[1]["content"] == "<think>\nhm\n</think>"
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [Q, {**A, "reasoning_content": "hm"}]}, {"messages": [Q, {**A, "thinking": "hm", "reasoning": None}]},
+    {"messages": [Q, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"},
+                                                       {"type": "text", "text": "a"}]}]},
+    {"prompt": "q", "response": "a", "reasoning_content": "hm"},
+    {"Question": "q", "Complex_CoT": "hm", "Response": "a"},
+], ids=str)
+def test_reasoning(row):
+    message = read_row(row, "here").messages[1]
+    assert (message["content"], message["reasoning_content"], message["thinking"]) == ("a", "hm", "hm")
+
+
+@pytest.mark.parametrize("columns, expected", [
+    ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+    ({"chat_template_kwargs": '{"enable_thinking": false, "x": 1}'}, {"enable_thinking": False, "x": 1}),
+    ({"enable_thinking": True, "reasoning_effort": "low"}, {"enable_thinking": True, "reasoning_effort": "low"}),
+    ({"chat_template_kwargs": {"x": None}, "enable_thinking": None}, {}), ({}, {})], ids=str)
+def test_variables_of_the_template(columns, expected):
+    assert read_row({"messages": [Q, A], **columns}, "here").template_kwargs == expected
+
+
+# ---- texts and tokens ---------------------------------------------------------------------------------------------
+
+
+def test_plain_text():
+    read = read_row({"text": "Once upon\n", "url": "x", "label": False, "messages": None}, "here")
+    assert read == formats.Row(text="Once upon\n", unused=("url", "label"))
+    assert read_row({"text": "x", "prompt": "q", "response": "a"}, "here").unused == ("text",)
+
+
+@pytest.mark.parametrize("columns, expected", [
+    ({}, [1.0, 1.0, 1.0]), ({"labels": [-100, 8, 9]}, [0.0, 1.0, 1.0]), ({"labels": [-1, -1, 9]}, [0.0, 0.0, 1.0]),
+    ({"loss_mask": [0, 1, 0]}, [0.0, 1.0, 0.0]), ({"completion_mask": [0, 0.5, 2]}, [0.0, 0.5, 2.0]),
+    ({"assistant_masks": [False, True, True]}, [0.0, 1.0, 1.0]), ({"labels": [-100, 8, 9], "loss_mask": [1, 1, 0]},
+                                                                  [0.0, 1.0, 0.0]),
+    ({"attention_mask": [1, 1, 1], "position_ids": [0, 1, 2], "token_type_ids": None}, [1.0, 1.0, 1.0]),
+    ({"labels": None, "weight": 2}, [2.0, 2.0, 2.0]), ({"labels": [-100, 8, 9], "text": "x", "documents": ["x"]},
+                                                       [0.0, 1.0, 1.0])], ids=str)
+def test_rows_of_tokens(columns, expected):
+    read = read_row({"input_ids": [7, 8, 9], **columns}, "here")
+    assert read.tokens == ([7, 8, 9], expected) and read.messages is read.text is None
+    assert read.unused == tuple(name for name in ("text", "documents") if name in columns)
+
+
+@pytest.mark.parametrize("columns, say", [
+    ({"labels": [8, 9, -100]}, '"labels" is 8 at 0, where input_ids is 7; .* not shifted, or -100'),
+    ({"labels": [-100, 8]}, '"labels" must have a number for each of the 3 input_ids'),
+    ({"loss_mask": "011"}, '"loss_mask" must have a number for each'),
+    ({"loss_mask": [0, -1, 1]}, "at least 0, it has -1"),
+    ({"loss_mask": [0, float("nan"), 1]}, "must have a number for each"),
+    ({"attention_mask": [1, 1, 0]}, "remove the padding"),
+    ({"position_ids": [0, 1, 0]}, "packed documents as rows of their own"), ({"pixel_values": [1.5]}, "text training"),
+    ({"prompt_mask": [1, 0, 0]}, "it is not known"), ({"input_ids": [[7], [8]]}, "must be a list of token ids"),
+    ({"input_ids": [7, -1]}, "must be a list of token ids"), ({"input_ids": "7 8"}, "must be a list of token ids"),
+    ({"input_ids": [True, 1]}, "must be a list of token ids")], ids=str)
+def test_wrong_rows_of_tokens(columns, say):
+    assert re.search(say, refusal({"input_ids": [7, 8, 9], **columns}))
+
+
+# ---- columns that are not used ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row, unused", [
+    ({"prompt": "q", "response": "a", "id": 1, "source": "web", "lang": None, "tags": []}, ("id", "source")),
+    ({"messages": [{**Q, "id": 1}, {**A, "rating": 5, "html": ""}], "score": 0.5},
+     ("score", "messages.id", "messages.rating")),
+    ({"prompt": "q", "response": "a", "loss": 0.7, "avg_weight": 3, "split": "train", "label_name": "x"},
+     ("loss", "avg_weight", "split", "label_name")),
+    ({"messages": [Q, A], "problem": "p", "solution": "s", "answer": "42"}, ("problem", "solution", "answer")),
+    ({"messages": [Q, A], "prompt": "q", "prompt_id": "x"}, ("prompt", "prompt_id")),
+    ({"question": "q", "response": "a", "meta": {"question": "x"}}, ("meta",))], ids=str)
+def test_columns_that_are_not_used_are_listed(row, unused):
+    assert len(read_row(row, "here").messages) == 2 and read_row(row, "here").unused == unused
+
+
+def test_the_ledger_lists_unused_columns_once(tmp_path):
+    rows = [{"prompt": "q", "response": "a", "id": i, "source": "web"} for i in range(3)] + [
+        {"messages": [Q, {**A, "rating": 5}], "id": 3}, {"prompt": "q", "response": "a", "label": False, "url": "x"}]
+    ledger = data.load(write(tmp_path / "rows.json", rows), tiny, 100, cache_dir=str(tmp_path / "cache")).ledger
+    assert ledger.lines()[2:] == ("columns not used: id, source, messages.rating, url",)
+    assert ledger.unused == {"id": 4, "source": 3, "messages.rating": 1, "url": 1}
+    assert len(data.load(write(tmp_path / "b.json", [{"prompt": "q", "response": "a"}]), tiny, 100).ledger.lines()) == 2
+
+
+def test_unknown_keys_of_messages_reach_the_template():
+    assert read_row({"messages": [{**Q, "mood": "calm"}, A]}, "here").messages[0]["mood"] == "calm"
+
+
+# ---- refused ------------------------------------------------------------------------------------------------------
+
+ALPACA = {"instruction": "i", "output": "a"}
+PAIR = {"prompt": "q", "response": "a"}
+BAD_ROWS = {
+    "unknown shape": ({"q": "q", "r": "a"}, r"unrecognised columns 'q', 'r'; .*\"instruction\".*"
+                                            "pass --prompt_key q --response_key r$"),
+    "unknown shape of three": (
+        {"id": 1, "data": {"q": "q", "a": "a"}}, "unrecognised columns 'id', 'data.q', 'data.a'; .*"
+                               "--prompt_key COLUMN --response_key COLUMN$"),
+    "no keys": ({}, r"unrecognised columns \(none\); accepted"),
+    "half a pair": ({"prompt": "q"}, 'no answer to "prompt"; unrecognised columns \'prompt\'; accepted'),
+    "half an Alpaca row": ({"instruction": "q", "input": ""}, 'no answer to "instruction"; .*--prompt_key COLUMN'),
+    "a text": ("just text", "a row must be an object, not str"),
+    "a number": (5, "a row must be an object, not int"),
+    "null": (None, "a row must be an object, not NoneType"),
+    "a list": (["q", "a"], "a row must be an object, not list"),
+    "one message": (A, 'the row is a single message; a row is {"messages"'),
+    "messages null": ({"messages": None}, "must be a non-empty list .* it is null"),
+    "messages empty": ({"messages": []}, "must be a non-empty list"),
+    "conversations empty": ({"conversations": []}, "must be a non-empty list"),
+    "conversations empty, with system": ({"conversations": [], "system": "s"}, "must be a non-empty list"),
+    "messages a text": ({"messages": "hello"}, 'must be a non-empty list .* it is "hello"'),
+    "messages a torn list": ({"messages": '[{"role": "us'}, '"messages" is a text, but not the text of JSON '),
+    "messages a number in a text": ({"messages": "5"}, 'must be a non-empty list .* it is "5"'),
+    "messages an object": ({"messages": {"role": "user", "content": "q"}}, "must be a non-empty list"),
+    "message a text": ({"messages": ["q", A]}, "message must be.*'q'"),
+    "message null": ({"messages": [None, A]}, "message must be.*None"),
+    "message without role": ({"messages": [{"content": "q"}, A]}, "message must be"),
+    "message without content": (
+        {"messages": [{"role": "user"}, A]}, "content of the user message must be a string.*null"),
+    "answer without content": ({"messages": [Q, {"role": "assistant"}]}, "content.*must be a string.*null"),
+    "content a boolean": (
+        {"prompt": True, "response": "a"}, "content of the user message must be a string, it is true"),
+    "content an object": ({"prompt": {"a": 1}, "response": "a"}, "content of the user message must be a string"),
+    "contents that differ": ({"messages": [{**Q, "value": "other"}, A]}, "two different contents"),
+    "answers": (
+        {"prompt": "q", "response": ["a", "b"]}, "assistant message must be a string or a list of .*part is \"a\""),
+    "response null": ({"prompt": "q", "response": None}, 'must be a string, it is null; .*"response"'),
+    "response NaN": ({"prompt": "q", "response": float("nan")}, "must be a string, it is NaN"),
+    "response infinite": ({"prompt": "q", "response": float("inf")}, "must be a string, it is Infinity"),
+    "value missing": ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}, "must be a string"),
+    "role null": ({"messages": [{"role": None, "content": "q"}, A]}, "a message must be"),
+    "role a list": ({"messages": [{"role": ["user"], "content": "q"}, A]}, 'unknown "role"'),
+    "role unknown": (
+        {"messages": [{"role": "critic", "content": "q"}, A]}, "unknown \"role\": 'critic'; .* user, human"),
+    "roles that differ": (
+        {"messages": [{"role": "user", "from": "gpt", "content": "q"}, A]}, 'unknown "role": .gpt, user'),
+    "from unknown": ({"conversations": [{"from": "bing", "value": "q"}]}, "unknown \"from\": 'bing'.*human.*gpt"),
+    "empty answer": ({"prompt": "q", "response": ""}, "empty answer"),
+    "blank answer": ({"messages": [Q, {"role": "assistant", "content": " \n\t"}]}, "empty answer"),
+    "empty output": ({**ALPACA, "output": ""}, "empty answer"),
+    "no assistant": ({"messages": [Q]}, "no assistant message"),
+    "weight below 0": (answers({"weight": -1}), '"weight" must be a number of at least 0, it is -1'),
+    "weight infinite": (answers({"weight": float("inf")}), "it is inf"),
+    "weight NaN": (answers({"loss_weight": float("nan")}), "it is nan"),
+    "weight a text": (answers({"weight": "1"}), "it is '1'"),
+    "train a word": (answers({"train": "no"}), "\"train\" must be true or false.*'no'"),
+    "loss a number": (answers({"loss": 0.5}), '"loss" must be true or false.*"weight" may be a number'),
+    "train a list": (answers({"train": []}), "\"train\" must be true or false"),
+    "marks that contradict": (answers({"train": True, "masked": True}), '"train", "masked" .* contradict'),
+    "weights that contradict": (answers({"weight": 1, "loss_weight": 0.5}), "contradict"),
+    "an unknown mark": (answers({"ignore_loss": True}), 'key "ignore_loss" of a message: it may say what is trained'),
+    "a label of a turn": (answers({"label": False}), 'key "label" of a message'),
+    "parts of a turn": (answers({"train_detail": [{"begin_offset": 0}]}), "not supported, see docs/data.md"),
+    "weight of a row": ({**PAIR, "weight": "70 kg"}, '"weight" must be a number .* rename the column'),
+    "an unknown mask": ({**PAIR, "token_mask": [0, 1]}, 'column "token_mask": its name says that it changes what is'),
+    "a mask without tokens": ({**PAIR, "loss_mask": [0, 1]}, 'no "input_ids"'),
+    "train_on_inputs": ({**PAIR, "train_on_inputs": True}, 'column "train_on_inputs": it is not supported'),
+    "segments": ({"segments": [{"label": True, "text": "x"}]}, 'column "segments"'),
+    "documents": ({**PAIR, "documents": ["x"]}, 'column "documents"'),
+    "system that differs": ({"messages": chat("q", "a", system="s"), "system": "t"}, '"system" differs from the first'),
+    "systems that differ": (
+        {**PAIR, "system": "s", "system_prompt": "t"}, 'the columns "system", "system_prompt" differ'),
+    "system an object": ({**PAIR, "system": {"a": 1}}, "content of the system message must be a string"),
+    "instruction null": ({**ALPACA, "instruction": None}, "user message must be a string, it is null"),
+    "input a list": ({**ALPACA, "input": ["x"]}, "user message must be a string"),
+    "history a text": ({**ALPACA, "history": "abc"}, '"history" is a text'),
+    "history a number": ({**ALPACA, "history": 5}, "history"),
+    "history of numbers": ({**ALPACA, "history": [5]}, "history"),
+    "history of texts": ({**ALPACA, "history": ["ab"]}, "history"),
+    "history of objects": ({**ALPACA, "history": [{"q": "x", "a": "y"}]}, "history"),
+    "history without an answer": ({**ALPACA, "history": [["q"]]}, "history"),
+    "history of three": ({**ALPACA, "history": [["q", "a", "r"]]}, "history"),
+    "history with an empty answer": ({**ALPACA, "history": [["q", ""]]}, "empty answer"),
+    "history beside messages": ({**answers({}), "history": [["x", "y"]]}, 'column "history" beside "messages"'),
+    "context beside messages": ({**answers({}), "context": "other"}, 'no message has the text of column "context"'),
+    "context beside a prompt of messages": ({"prompt": [Q], "completion": "a", "context": "other"}, "no message has"),
+    "messages and another pair": ({**answers({}), "prompt": "P", "response": "R"},
+                                  '"response" has an answer that the messages in "messages" do not have; remove'),
+    "messages and Alpaca": ({**answers({}), "instruction": "P", "output": "R"},
+                            "or pass --prompt_key instruction --response_key output"),
+    "messages and their answer": (
+        {"messages": [Q], "response": "a"}, "pass --prompt_key messages --response_key response"),
+    "two lists": ({"messages": chat("q", "a"), "conversations": chat("q", "b")}, "--messages_key conversations"),
+    "two questions": ({"prompt": "x", "question": "y", "response": "a"},
+                      '"prompt", "question", "response" may all be .* pass --prompt_key COLUMN --response_key COLUMN'),
+    "two answers": ({"question": "q", "solution": "x", "answer": "y"}, '"question", "solution", "answer" may all be'),
+    "two pairs": ({**PAIR, **ALPACA, "output": "b"}, '"prompt", "instruction", "response", "output" may all be'),
+    "chosen": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences; .* pass --response_key chosen$"),
+    "chosen conversations": ({"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("q", "b")},
+                             "pass --messages_key chosen$"),
+    "chosen of Alpaca": ({"instruction": "q", "chosen": "a", "rejected": "b"},
+                         "pass --prompt_key instruction --response_key chosen$"),
+    "OpenAI's preferences": ({"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [A]},
+                             "pass --prompt_key input.messages --response_key preferred_output$"),
+    "rejected_response": ({**answers({}), "rejected_response": "b"}, '"rejected_response": .*remove the column$'),
+    "messages that are not the chosen": (
+        {**answers({}), "chosen": chat("q", "b"), "rejected": chat("q", "c")}, "chosen$"),
+    **{f"column {name}": ({**answers({}), name: ["x.jpg"]}, f'column "{name}": text training can\'t use it')
+       for name in ("image", "images", "videos", "audio", "audios", "image_path", "image_urls", "Images",
+                    "video_file")},
+    "an image in a message": (
+        {"messages": [{**Q, "images": ["x.jpg"]}, A]}, 'key "images" of a message: text training'),
+    "a part that is an image": ({"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "q"}, {"type": "image_url", "image_url": {"url": "x"}}]}, A]},
+        "part is .*image_url.*text training"),
+    "parts without text": ({"messages": [{"role": "user", "content": []}, A]}, r"must be a string, it is \[\]"),
+    "tools a word": ({**answers({}), "tools": "weather"}, '"tools" is a text, but not the text of JSON'),
+    "tools an object": ({**answers({}), "tools": TOOL}, '"tools" must be a list of objects or its JSON'),
+    "tools a number": ({**answers({}), "tools": 5}, '"tools" must be a list of objects'),
+    "tools of words": ({**answers({}), "tools": "[5]"}, '"tools" must be a list of objects'),
+    "tools in a message": ({"messages": [{**Q, "tools": [TOOL]}, A]}, 'key "tools" of a message: it is not supported'),
+    "calls a number": (answers({"tool_calls": 5}), '"tool_calls" must be a list of objects'),
+    "a call without a name": (answers({"tool_calls": [{}]}), '"tool_calls" must be a list of objects'),
+    "calls a word": (answers({"tool_calls": "weather"}), '"tool_calls" is a text, but not the text of JSON'),
+    "arguments a word": (answers({"tool_calls": [{"function": {"name": "f", "arguments": "Graz"}}]}),
+                         "the arguments of the call of f is a text, but not the text of JSON"),
+    "arguments a list": (answers({"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}),
+                         "the arguments of the call of f must be an object"),
+    "calls of the user": ({"messages": [{**Q, "tool_calls": [CALL]}, A]}, "calls in a user message"),
+    "a function_call that is no JSON": (
+        {"messages": [Q, {"role": "tool_call", "content": "x"}]}, "not the text of JSON"),
+    "a function_call without a call": ({"messages": [Q, {"role": "tool_call", "content": "[]"}]}, "without a call"),
+    "reasoning a number": (answers({"reasoning_content": 5}), "reasoning of a message must be a string"),
+    "kwargs a list": ({**answers({}), "chat_template_kwargs": [1]}, "must be an object"),
+    "kwargs of the trainer": (
+        {**answers({}), "chat_template_kwargs": {"tools": []}}, 'has "tools", which the trainer sets'),
+    "thinking a word": ({**answers({}), "enable_thinking": "yes"}, "must be a bool"),
+    "thinking that differs": (
+        {**answers({}), "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
+                              "may not differ"),
+    "text and an answer": ({"text": "q", "answer": "a"}, "unrecognised columns 'text', 'answer'"),
+    "an empty text": ({"text": " "}, "unrecognised columns 'text'"),
+    "weight of a text": ({"text": "x", "weight": 2}, '"weight" of a plain text must be 1'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named(name):
+    """Any mistake in a row is an error with its place, the value, and the rule, on one line."""
+    row, say = BAD_ROWS[name]
+    text = refusal(row)
+    assert re.search(say, text) and "\n" not in text and len(text) < 1000
+
+
+@pytest.mark.parametrize("row",
+                         [{"prompt": "cut emoji \ud83d", "response": "a"},
+                          {"prompt": "q", "response": "cut emoji \ud83d"},
+                                 5, {"prompt": "q", "response": ""}], ids=repr)
+def test_the_error_has_file_and_index(row, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a", "response": "b"}, row]), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"{path}[1]: ")):
+        data.load(str(path), tiny, 100)
+
+
+def test_nesting_too_deep_is_named():
+    value = []
+    for _ in range(5000):
+        value = [value]
+    assert "nested too deep" in refusal({"messages": [Q, {**A, "x": value}]})
+
+
+def test_a_bug_is_not_reported_as_an_error_in_the_row(tmp_path, monkeypatch):
+    """A plain ValueError in the reading of a row keeps its traceback; a UserError would hide it."""
+    def broken(turn, role, message, columns):
+        return int("x")
+
+    monkeypatch.setattr(messages, "read_content", broken)
+    with pytest.raises(ValueError, match="invalid literal for int") as info:
+        data.load(write(tmp_path / "rows.json", [{"conversations": [{"from": "human", "value": "q"}]}]), tiny, 100)
+    assert not isinstance(info.value, UserError) and info.traceback[-1].name == "broken"
+
+
+def test_a_conversation_is_needed_for_prompts():
+    with pytest.raises(UserError, match="here: a conversation is needed here, but it is a plain"):
+        formats.to_messages({"text": "x"}, "here")
+    with pytest.raises(UserError, match="but label is false"):
+        formats.to_messages({**PAIR, "label": False}, "here")
+    assert formats.to_messages(PAIR, "here") == [{**Q, "weight": 1.0}, {**A, "weight": 1.0}]
+
+
+# ---- the tables ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table, found", [(keys.ROW_KEYS, keys.ROW), (keys.MESSAGE_KEYS, keys.MESSAGE)],
+                         ids=["rows", "messages"])
+def test_each_key_is_in_its_table_once(table, found):
+    names = [name for key in table for name in key.names.split()]
+    assert len(names) == len(set(names)) == len(found) and names == [name.lower() for name in names]
+    assert all(key.meaning and key.writers for key in table)
