@@ -439,7 +439,7 @@ def number(text, kind, default):
 
 
 def read_yaml(path, fields):
-    """The Assignments of a YAML file. Nested keys become a.b; lists are joined with commas, mappings in one are JSON.
+    """The Assignments of a YAML file. Nested keys become a.b; lists are joined with commas, or become JSON.
 
     Only the text of scalars is used and converted like that of a flag, so no tag constructs an object.
     Aliases are errors: with them a short file can mean billions of values.
@@ -496,10 +496,10 @@ def yaml_values(node, name, path, seen):
     elif name == "defaults":  # Hydra's list of other files
         yield name, "a list", place
     elif name in SOURCES and any(isinstance(item, yaml.MappingNode) for item in node.value):
-        mappings = [item.value if isinstance(item, yaml.ScalarNode) else
-                    {key.removeprefix(name).lstrip("."): text for key, text, _ in yaml_values(item, name, path, seen)}
-                    for item in node.value]
-        yield name, json.dumps(mappings), place
+        values = [item.value if isinstance(item, yaml.ScalarNode) else
+                  {key.removeprefix(f"{name}."): text for key, text, _ in yaml_values(item, name, path, seen)}
+                  for item in node.value]
+        yield name, json.dumps(values), place
     elif any(not isinstance(item, yaml.ScalarNode) for item in node.value):
         raise UserError(f"{place}: {name} must be a plain value or a list of plain values")
     else:

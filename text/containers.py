@@ -1,4 +1,4 @@
-"""A data file -> its rows. Containers: JSON, JSON Lines, CSV, TSV, text, gzip or zstd of these, parquet, arrow.
+"""A data file -> its rows. Containers: JSON, JSON Lines, CSV, TSV, text, their .gz and .zst, parquet, arrow.
 
 A file may be untrusted and larger than host memory: it is read in chunks, and errors name the file and place.
 """
@@ -19,14 +19,15 @@ from settings.errors import UserError
 CHUNK = 2**20  # characters of JSON text that are read at a time
 MAX_ROW = 2**26  # characters of one row: without a limit, a gzip bomb would exhaust host memory
 BATCH = 1000  # rows of parquet and arrow that are Python objects at a time
-TOO_LONG = (f"a row may have at most {MAX_ROW:,} characters, and this one is longer; write the rows as JSON Lines, "
-            "one object per line")
+TOO_LONG = (f"a row may have at most {MAX_ROW:,} characters, and this one is longer; write the rows as JSON "
+            "Lines, one object per line")
 TEXT_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 ENDINGS = (*(kind + packed for kind in TEXT_ENDINGS for packed in ("", ".gz", ".zst")), ".parquet", ".arrow")
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "dev": "validation", "eval": "validation", "evaluation": "validation",
           "test": "test", "testing": "test"}  # word in a name: the split that it means
-WRAPPERS = {"data", "rows", "examples", "instances", "items", "samples", "records", "entries", "dataset", "results"}
+WRAPPERS = {"data", "rows", "examples", "instances", "items", "samples", "records", "entries", "dataset",
+            "results"}  # keys of the list of rows in an object
 ROW_KEYS = {"prompt", "response", "completion", "instruction", "output", "messages", "conversations", "text",
             "question", "answer", "input_ids", "chosen", "rejected"}  # an object with one of these is a row
 MESSAGE_KEYS = {"role", "from"}
@@ -75,7 +76,7 @@ def numbered(path, rows):
 
 
 def split_order(split):
-    """The splits to look for, in this order; None: those of --train_data, "validation": those of --val_data."""
+    """The splits to look for, in this order; None means --train_data, "validation" means --val_data."""
     return ("validation", "test") if split == "validation" else (SPLITS.get(split or "train", split),)
 
 
@@ -115,8 +116,8 @@ def open_zstd(path):
         try:
             import zstandard  # optional package: only .zst files need it
         except ImportError as error:
-            raise UserError(f"{path} is compressed with zstd and needs zstandard; run {sys.executable} -m pip "
-                            "install zstandard") from error
+            raise UserError(f"{path} is compressed with zstd and needs zstandard; run {sys.executable} -m "
+                            "pip install zstandard") from error
         ZstdError = zstandard.ZstdError
         make = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
     else:
@@ -197,16 +198,16 @@ def csv_rows(path, delimiter):
                     names = [name.strip("\ufeff ") or f"column {i}" for i, name in enumerate(cells, 1)]
                     twice = [name for name in names if names.count(name) > 1]
                     if twice:
-                        raise UserError(f"{path} line {number}: the column {twice[0]!r:.60} appears twice in the "
-                                        "header; rename one")
+                        raise UserError(f"{path} line {number}: the column {twice[0]!r:.60} appears twice in "
+                                        "the header; rename one")
                 elif len(cells) > len(names):
-                    raise UserError(f"{path} line {number}: {len(cells)} cells, and the header has {len(names)}; "
-                                    f"put a cell with {delimiter!r} in it into double quotes")
+                    raise UserError(f"{path} line {number}: {len(cells)} cells, and the header has "
+                                    f"{len(names)}; put a cell with {delimiter!r} in it into double quotes")
                 else:
                     yield f"{path} line {number}", dict(itertools.zip_longest(names, cells))
         except csv.Error as error:
             raise UserError(f"{path} line {before + 1}: not valid CSV: {error}; a cell in double quotes must "
-                            "end in one, and quotes inside it are doubled") from error
+                            "end with one, and quotes inside it are doubled") from error
 
 
 def text_rows(path):
@@ -214,8 +215,8 @@ def text_rows(path):
     with open_text(path) as f:
         text = f.read(MAX_ROW + 1)
     if len(text) > MAX_ROW:
-        raise UserError(f"{path}: a text file is one document of at most {MAX_ROW:,} characters; split it, or write "
-                        'JSON Lines of {"text": ...}')
+        raise UserError(f"{path}: a text file is one document of at most {MAX_ROW:,} characters; split it, "
+                        'or write JSON Lines of {"text": ...}')
     if text.strip("\ufeff \t\r\n"):
         yield f"{path}[0]", {"text": text.lstrip("\ufeff")}
 
@@ -286,16 +287,20 @@ def unique(pairs):
     """The object of a list of (key, value). Python's parser would drop the first of two values of a key."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} appears twice in one object")
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r:.60} appears twice in one object")
+            seen.add(key)
     return value
 
 
-SPACE, DECODER = re.compile(r"[ \t\n\r\ufeff]*"), json.JSONDecoder(object_pairs_hook=unique)
+SPACE, BLANK = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r\ufeff]*")  # BLANK: between rows
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def json_rows(path, split, first):
-    """Yield (where, row) of JSON text that begins with this character: an array, JSON Lines, or other objects.
+    """Yield (where, row) of JSON text whose first character is `first`: an array, JSON Lines, other objects.
 
     An object that is no row but holds the rows stands for them, see rows_of_object.
     """
@@ -304,12 +309,12 @@ def json_rows(path, split, first):
         text = JsonText(f, path)
         if first == "[":
             check_split(path, split)
-            text.peek()
+            text.peek(BLANK)
             yield from numbered(path, text.elements())
             text.end("array")
             return
         if first == "{":
-            text.peek()
+            text.peek(BLANK)
             line, newline, _ = text.text[text.at :].partition("\n")
             is_lines = not (newline and continues(line))
             if text.is_long() and (key := text.key_of_rows(split)):
@@ -332,7 +337,7 @@ def check_split(path, split):
 
 
 def continues(line):
-    """Whether a line is the beginning of JSON that goes on in the next line, such as {"prompt": 1,"""
+    """Whether a line is the beginning of JSON that needs more lines, such as {"prompt": 1,"""
     try:
         DECODER.decode(line)
     except json.JSONDecodeError as error:
@@ -351,7 +356,7 @@ def json_lines(f, path):
                 row = DECODER.decode(line.rstrip("\n"))
             except json.JSONDecodeError as error:
                 row = not_json(path, number, error.colno, error.msg, line[error.colno - 1 :])
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep nesting
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, or too deep nesting
                 row = not_json(path, number, 1, error)
             yield f"{path} line {number}", row
 
@@ -360,7 +365,7 @@ def rows_of_object(path, where, value, split):
     """The (where, row) of a file that is one object: the rows in its list or columns, or itself.
 
     Columns are those of pandas: {"prompt": {"0": "a", "1": "b"}, ...}, {"prompt": ["a", "b"], ...},
-    {"columns": ["prompt", ...], "data": [["a", ...], ...]}; or rows by index, {"0": {"prompt": "a", ...}, ...}.
+    {"columns": ["prompt", ...], "data": [["a", ...], ...]}; also rows by index, {"0": {"prompt": "a"}, ...}.
     """
     key = list_of_rows(value, path, split)
     columns = list(value.values())
@@ -407,7 +412,7 @@ def list_of_rows(value, path, split):
         return found[0]
     named = [key for key in lists if key.lower() in WRAPPERS] or lists
     if len(named) > 1:
-        raise UserError(f"{path}: several lists could be its rows ({', '.join(lists):.200}); keep one of them")
+        raise UserError(f"{path}: several lists could be its rows ({', '.join(lists):.200}); keep one")
     check_split(path, split)
     return named[0]
 
@@ -416,7 +421,7 @@ def list_in_object(path, key):
     """Yield the elements of the list with this key, of a file that is one object."""
     with open_text(path) as f:
         text = JsonText(f, path)
-        text.peek()
+        text.peek(BLANK)
         for name in text.keys():
             if name == key:
                 yield from text.elements()
@@ -447,10 +452,10 @@ class JsonText:
         self.column += len(done) - done.rfind("\n") - 1
         return True
 
-    def peek(self):
+    def peek(self, space=SPACE):
         """Move to the next character that is not white space and return it; "" at the end of the file."""
         while True:
-            self.at = SPACE.match(self.text, self.at).end()
+            self.at = space.match(self.text, self.at).end()
             if self.at < len(self.text) or not self.grow():
                 return self.text[self.at : self.at + 1]
 
@@ -539,9 +544,9 @@ class JsonText:
 
     def objects(self):
         """Yield objects one after another, each of any number of lines."""
-        while self.peek():
+        while self.peek(BLANK):
             yield self.value()
-            if self.peek() not in ("", "{"):
+            if self.peek(BLANK) not in ("", "{"):
                 raise self.error_at(self.at, "expected { or the end of the file; objects with commas between "
                                              "them need [ before the first and ] after the last")
 

@@ -19,7 +19,8 @@ ROLES = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observ
          "function_tag": "function_call", "system_tag": "system"}  # tag: its default, as ShareGPT has it
 OPENAI_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 REFUSED = {"chosen": "preferred and rejected answers", "rejected": "preferred and rejected answers",
-           "kto_tag": "judgements of answers (KTO)", "images": "images", "videos": "videos", "audios": "audio"}
+           "kto_tag": "judgements of answers (KTO)", "images": "images", "videos": "videos",
+           "audios": "audio"}
 # Columns that the reader of rows would take for conversation text, although the entry does not name them.
 CONVERSATION = {"prompt", "response", "completion", "instruction", "input", "output", "history", "messages",
                 "conversations", "text", "question", "answer", "query", "system", "tools", "context"}
@@ -64,18 +65,19 @@ class Entry(NamedTuple):
 
 
 def read_entry(path, name):
-    """(Entry, {"path", "config", "split"} of its data, number of rows or None) of an entry of dataset_info.json.
+    """(Entry, {"path", "config", "split"} of its data, number of rows or None) of one entry.
 
     Raises UserError if there is no such entry, or if it describes what can't be trained on here.
     """
     entries = read_json(path)
-    entries = {key: value for key, value in entries.items() if isinstance(value, dict)} if isinstance(
-        entries, dict) else {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} must be an object of entries: {{name: {{file_name, ...}}}}")
+    entries = {key: value for key, value in entries.items() if isinstance(value, dict)}
     entry = entries.get(name)
     if entry is None:
         wrong = f"{path}:{name}: no such entry" if name else f"{path}: name one of its entries"
-        names = ", ".join(entries)
-        raise UserError(f"{wrong}, as in {path}:{next(iter(entries), 'ENTRY')}; it has {names or 'none':.1000}")
+        names = ", ".join(entries) or "none"
+        raise UserError(f"{wrong}, as in {path}:{next(iter(entries), 'ENTRY')}; it has {names:.1000}")
     where = f"{path}:{name}"
     formatting = entry.get("formatting", "alpaca")
     if formatting not in SHAPES:
@@ -83,8 +85,8 @@ def read_entry(path, name):
     columns, tags = (texts(entry, key, where) for key in ("columns", "tags"))
     for key, what in REFUSED.items():
         if columns.get(key) or key == "chosen" and entry.get("ranking"):
-            raise UserError(f"{where}: this entry has {what}, which supervised fine-tuning on text can't use; choose "
-                            "an entry with prompts and answers")
+            raise UserError(f"{where}: this entry has {what}, which supervised fine-tuning on text can't "
+                            "use; choose an entry with prompts and answers")
     # LLaMA-Factory: without "columns" the defaults count, with them only those that are named
     defaults = {key: value for key, value in DEFAULTS.items() if key in SHAPES[formatting]}
     columns = columns or defaults if formatting == "alpaca" else {**defaults, **columns}
@@ -123,6 +125,6 @@ def place_of(entry, path, where):
     reasons = {"script_url": "is a Python script, which is not run here; pass the files that it reads",
                "ms_hub_url": "is on ModelScope, which is not read here; download it and pass the directory",
                "om_hub_url": "is on Openmind, which is not read here; download it and pass the directory",
-               "cloud_file_name": "is in a cloud store, which is not read here; download it and pass the file"}
+               "cloud_file_name": "is in a cloud store, which is not read; download it and pass the file"}
     reason = next((f"{key} {text}" for key, text in reasons.items() if entry.get(key)), None)
     raise UserError(f"{where}: {reason or 'it has no file_name and no hf_hub_url, so no data'}")

@@ -1,4 +1,4 @@
-"""Which files --train_data and --val_data name: paths, directories and hub datasets, with rows and weights."""
+"""Which files --train_data and --val_data name: paths, directories, hub datasets, their rows, weights."""
 
 import fnmatch
 import glob
@@ -18,16 +18,16 @@ from text.containers import ENDINGS, SPLITS, read_rows, split_order
 
 EXAMPLE = "./data/example_sft.json"
 GRAMMAR = "[NAME=]SOURCE[:CONFIG or ENTRY][@SPLIT][[ROWS]][:WEIGHT]"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-SUFFIX = re.compile(r"\s*(?::(?P<config>[^,:@\[\]]+))??(?:@(?P<split>[^,:@\[\]]+))?(?:\[(?P<rows>[^,\[\]]*)\])?"
-                    r"(?::(?P<weight>\s*\d*\.?\d+(?:[eE][-+]?\d+)?))?\s*(?:,|$)")
+HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SUFFIX = re.compile(r"\s*(?::(?P<config>[^,:@\[\]]+))??(?:@(?P<split>[^,:@\[\]]+))?"
+                    r"(?:\[(?P<rows>[^,\[\]]*)\])?(?::(?P<weight>\s*\d*\.?\d+(?:[eE][-+]?\d+)?))?\s*(?:,|$)")
 KEYS = ("path", "name", "config", "entry", "split", "rows", "weight")  # of a source that is a mapping in YAML
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")  # train-00000-of-00002.parquet
 METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|\w+_infos)\.json|cache-.*\.arrow|"
                       r"(readme|license|licence|requirements|notice)\.txt", re.IGNORECASE)
 # Files of a run or a model beside the data: they are read only if a directory has nothing else.
-LOGS = re.compile(r"(.*[^a-z])?(logs?|config|args|arguments|state|info|results|metrics|stats|metadata|schema|loss)"
-                  r"\.(json|jsonl|csv|txt)(\.gz|\.zst)?", re.IGNORECASE)
+LOGS = re.compile(r"(.*[^a-z])?(logs?|config|args|arguments|state|info|results|metrics|stats|metadata|schema|"
+                  r"loss)\.(json|jsonl|csv|txt)(\.gz|\.zst)?", re.IGNORECASE)
 
 
 class Source(NamedTuple):
@@ -55,10 +55,10 @@ class Wanted(NamedTuple):
 def data_files(spec, split=None):
     """The Sources that --train_data or --val_data names, in order.
 
-    spec   sources separated by commas, each written as GRAMMAR says: a file, a directory of files, the id of a hub
-           dataset, or dataset_info.json of LLaMA-Factory. Or a JSON list of such texts and of objects with
-           KEYS, which is how a list in a YAML file arrives. A path that exists is always taken as it is, the
-           longest one first.
+    spec   sources separated by commas, each written as GRAMMAR says: a file, a directory of files, the id of
+           a hub dataset, or dataset_info.json of LLaMA-Factory. Or a JSON list of such texts and of objects
+           with KEYS, which is how a list in a YAML file arrives. A path that exists is always taken as it
+           is, the longest one first.
            Either all sources or none have a WEIGHT, the fraction of an epoch's conversations that come from
            this source. Weights are relative, so their sum may be any number.
     split  None: train files are read; "validation" (of --val_data): validation files, or else test files
@@ -95,6 +95,8 @@ def parse(spec):
 
 def find(path):
     """The path as the file system has it, or None if it does not exist."""
+    if "\0" in path:
+        return None
     for candidate in (path, os.path.expanduser(path.strip())):
         if os.path.exists(candidate):
             return candidate
@@ -121,10 +123,11 @@ def parse_one(spec, at):
         return Wanted(match[2], match[1], *match.groups()[2:]), end + 1
     path = re.match(r"(?:([^=,:@\[\]/]+)=)?([^:@\[]*)", text)[2]
     if find(path):
-        raise UserError(f"{text}: can't read {text[len(path):]!r} after the path {path}; write {GRAMMAR}, for example "
-                        "rows.jsonl[:1000]:0.5 or DIRECTORY@test")
-    raise UserError(f"{path or text or spec}: no such data file; pass a JSON, JSON Lines, CSV, text or parquet file, a "
-                    f"directory, the id of a hub dataset, or several of these separated by commas: {GRAMMAR}")
+        raise UserError(f"{text}: can't read {text[len(path):]!r} after the path {path}; write {GRAMMAR}, "
+                        "for example rows.jsonl[:1000]:0.5 or DIRECTORY@test")
+    raise UserError(f"{path or text or spec}: no such data file; pass a JSON, JSON Lines, CSV, text or "
+                    "parquet file, a directory, the id of a hub dataset, or several of these separated by "
+                    f"commas: {GRAMMAR}")
 
 
 def from_mapping(item):
@@ -133,23 +136,22 @@ def from_mapping(item):
     if unknown or not item.get("path"):
         raise UserError(f"a source that is a mapping needs path, and may have {', '.join(KEYS[1:])}; it has "
                         f"{', '.join(map(str, item)) or 'nothing'}")
-    texts = {key: None if value in (None, "", "null", "~") else str(value) for key, value in item.items()}
-    rows = texts.get("rows")
-    weight = texts.get("weight")
+    texts = {key: str(value) for key, value in item.items() if value not in (None, "", "null", "~")}
+    path, rows, weight = texts["path"], texts.get("rows"), texts.get("weight")
     if weight is not None and not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", weight):
-        raise UserError(f"{item['path']}: weight must be a number above 0, it is {weight}")
-    return Wanted(find(texts["path"]) or texts["path"], texts.get("name"), texts.get("config") or texts.get("entry"),
+        raise UserError(f"{path}: weight must be a number above 0, it is {weight}")
+    return Wanted(find(path) or path, texts.get("name"), texts.get("config") or texts.get("entry"),
                   texts.get("split"), rows.strip("[]") if rows else None, weight)
 
 
 def row_slice(rows, path):
     """The slice of a text such as "10:20"; all rows if it is None."""
-    match = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", ":" if rows is None else rows)
-    start, stop = (int(text) if text else None for text in match.groups()) if match else (0, 0)
-    if not match or stop is not None and (start or 0) >= stop:
-        raise UserError(f"{path}[{rows}]: rows must be [START:STOP], counted from 0, without STOP itself: [:1000] is "
-                        "the first thousand, [1000:] all others")
-    return slice(start, stop)
+    match = re.fullmatch(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*", ":" if rows is None else rows)
+    limits = [int(text) if text else None for text in (match.groups() if match else "00")]
+    if limits[1] is not None and (limits[0] or 0) >= limits[1]:
+        raise UserError(f"{path}[{rows}]: rows must be [START:STOP], counted from 0, without STOP itself: "
+                        "[:1000] is the first thousand, [1000:] all others")
+    return slice(*limits)
 
 
 # ---- what is written -> files ---------------------------------------------------------------------------
@@ -167,11 +169,12 @@ def resolve(wanted, split):
         path = wanted.path
     in_file = None  # the split of a file that has several
     if os.path.isdir(path):
-        files = [os.path.join(path, name) for name in choose(list_files(path), read_readme(path), path, wanted, split)]
+        names = choose(list_files(path), read_readme(path), path, wanted, split)
+        files = [os.path.join(path, name) for name in names]
     elif os.path.exists(path):
         if wanted.config:
-            raise UserError(f"{path}:{wanted.config}: a file has no configs, only a directory or a hub dataset has; "
-                            "pass the file alone, or with a weight above 0, such as :0.5")
+            raise UserError(f"{path}:{wanted.config}: a file has no configs, only a directory or a hub "
+                            "dataset has; pass the file alone, or with a weight above 0, such as :0.5")
         files, in_file = [path], wanted.split or split
     elif HUB_NAME.fullmatch(path) and not path.lower().endswith(ENDINGS):
         files = hub_files(path, wanted, split)
@@ -179,19 +182,19 @@ def resolve(wanted, split):
         raise UserError(f"{path}: no such data file")
     for file in files:
         if not os.path.isfile(file):
-            raise UserError(f"{file} is not a file; write the data to a file first: it is read more than once")
+            raise UserError(f"{file} is not a file; write the data to a file: it is read more than once")
     stems = {}  # name without its ending: files
     for file in files:
         stems.setdefault(re.sub(r"(\.[a-z]+)(\.gz|\.zst)?$", "", file, flags=re.IGNORECASE), []).append(file)
     twice = next((names for names in stems.values() if len(names) > 1), None)
     if twice:
-        raise UserError(f"{listed(twice)}: the same name in several formats, so probably the same rows twice; name "
-                        "the files to read, or move the others away")
+        raise UserError(f"{listed(twice)}: the same name in several formats, so probably the same rows "
+                        "twice; name the files to read, or move the others away")
     return Source(weight, wanted.name, files, rows, columns, in_file)
 
 
 def list_files(directory):
-    """The data files of a directory, as paths relative to it, sorted. Hidden files and folders are skipped."""
+    """The data files of a directory, relative to it, sorted; hidden files and folders are skipped."""
     found, seen = [], {os.path.realpath(directory)}
     for folder, folders, names in os.walk(directory, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not is_hidden(name) and not is_seen(
@@ -201,7 +204,7 @@ def list_files(directory):
 
 
 def is_seen(path, seen):
-    """Whether a path is in the set, which it is added to: a link may lead to a folder that is read already."""
+    """Whether a path is in the set, and add it: a link may lead to a folder that is read already."""
     before = len(seen)
     seen.add(path)
     return len(seen) == before
@@ -221,7 +224,7 @@ def data_names(names):
 
 
 def split_of(path):
-    """(the split's name, which of train, validation, test it is) of a file; None for what its path doesn't say.
+    """(the split's name, which of train, validation, test it is) of a file; None for what is not in its path.
 
     The words of the name count, then those of the folders from the inner to the outer ones. A part that names
     several splits, such as train_test_split, says nothing.
@@ -251,8 +254,9 @@ def choose(names, configs, where, wanted, split):
         config = wanted.config or ("default" if "default" in configs else None)
         if config is None and len(configs) == 1:
             config = next(iter(configs))
-        if config is None or config not in configs and not wanted.config:
-            raise UserError(f"{where} has several configs: {listed(configs)}; choose one: {where}:{next(iter(configs))}")
+        if config is None:
+            raise UserError(f"{where} has several configs: {listed(configs)}; choose one: "
+                            f"{where}:{next(iter(configs))}")
         if config in configs:
             splits = {file: (name, split_of(name)[1]) for name, patterns in configs[config].items()
                       for file in names if any(matches(file, pattern) for pattern in patterns)}
@@ -299,7 +303,7 @@ def by_split(splits, where, word):
 
 
 def in_folder(names, configs, where, config):
-    """The files of a config that is a folder. Without one, folders that hold splits of their own are an error."""
+    """The files of a config that is a folder. Without one, several folders with splits are an error."""
     folders = {}
     for name in names:
         folder, inner, rest = name.partition(os.sep)
@@ -308,11 +312,13 @@ def in_folder(names, configs, where, config):
     if config is not None:
         found = [name for name in names if name.startswith(config.rstrip("/") + os.sep)]
         if not found:
-            raise UserError(f"{where}:{config}: no such config; it has {listed(configs or folders) or 'none'}")
+            there = listed(configs or folders) or "none"
+            raise UserError(f"{where}:{config}: no such config; it has {there}")
         return found
     with_splits = [folder for folder, rest in folders.items() if any(split_of(name)[1] for name in rest)]
     if len(with_splits) > 1:
-        raise UserError(f"{where} has several configs: {listed(with_splits)}; choose one: {where}:{with_splits[0]}")
+        raise UserError(f"{where} has several configs: {listed(with_splits)}; choose one: "
+                        f"{where}:{with_splits[0]}")
     return names
 
 
@@ -344,13 +350,14 @@ def read_readme(directory):
             for item in files:
                 item = item if isinstance(item, dict) else {"split": "train", "path": item}
                 patterns = [item["path"]] if isinstance(item["path"], str) else item["path"]
+                folder = config.get("data_dir", "")
                 splits.setdefault(str(item.get("split", "train")), []).extend(
-                    os.path.normpath(os.path.join(config.get("data_dir", ""), pattern)) for pattern in patterns)
+                    os.path.normpath(os.path.join(folder, pattern)) for pattern in patterns)
             if not files:  # a config without data_files: all of its data_dir, or of its folder
                 configs.pop(str(config["config_name"]))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its configs can't be read: {' '.join(str(error).split()):.200}; correct them, or "
-                        "name the data files themselves") from error
+        raise UserError(f"{path}: its configs can't be read: {' '.join(str(error).split()):.200}; correct "
+                        "them, or name the data files themselves") from error
     return configs
 
 
@@ -367,12 +374,13 @@ def matches(name, pattern):
 
 
 def hub_files(name, wanted, split):
-    """Download those files of a hub dataset that are meant, or find them in the hub's cache. Returns paths."""
+    """Download the files of a hub dataset that are meant, or find them in the hub's cache. Returns paths."""
     check_hub_endpoint()
     # imported here: most runs read local files
     from huggingface_hub import HfApi, snapshot_download
     from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError,
+                                        OfflineModeIsEnabled)
 
     try:
         directory = snapshot_download(name, repo_type="dataset", allow_patterns=["README.md"])
@@ -381,8 +389,9 @@ def hub_files(name, wanted, split):
         except (HTTPError, OfflineModeIsEnabled, OSError):  # the hub's cache may have the files
             names = list_files(directory)
         chosen = choose(names, read_readme(directory), name, wanted, split)
-        directory = snapshot_download(name, repo_type="dataset", allow_patterns=[glob.escape(f) for f in chosen])
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        patterns = [glob.escape(file) for file in chosen]
+        directory = snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"{name} is neither a local file nor reachable as a hub dataset: "
                         f"{str(error).strip().splitlines()[-1]}") from error
     return [os.path.join(directory, file) for file in chosen]

@@ -1,7 +1,8 @@
 """Random files: each is used correctly, or refused with one error line that names it.
 
     python tests/hostile/fuzz.py data --cases 100000 [--seed N]
-    targets: data (rows), json and parquet (bytes of data files), template, tokenizer, config, weights, resume
+    targets: data (rows), json, parquet and tables (bytes of data files), sources (--train_data), template,
+    tokenizer, config, weights, resume
 
 Hypothesis generates the cases. Each ends in a value, which is compared with a count made here, or in an error
 that settings.errors.run prints as one line, see helpers.attempt. Any other error, or a case that takes too
@@ -37,7 +38,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import data  # noqa: E402
-from text import containers, formats  # noqa: E402
+from settings.errors import UserError  # noqa: E402
+from text import containers, formats, sources  # noqa: E402
 from text.template import ChatTokenizer  # noqa: E402
 
 outcomes = Counter()  # how often each outcome was, for the report
@@ -369,22 +371,40 @@ def files(draw):
 
 
 def by_python(content):
-    """The rows of a file by json.loads of the full text or of each line; None if it is not JSON."""
+    """The rows of a file by json.loads of the full text, of each line, or of one object after another; None if it
+    is not JSON."""
     try:
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-        text = io.StringIO(text, newline=None).read()  # line ends as in a text file
+        text = io.StringIO(text, newline=None).read().lstrip("\ufeff")  # line ends as in a text file
         if text.lstrip()[:1] == "[":
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+            return json.loads(text, object_pairs_hook=containers.unique)
+        texts = [line.lstrip("\ufeff") for line in text.split("\n")]
+        first = next(filter(str.strip, texts), "")
+        if not first.lstrip().startswith("{") or not containers.continues(first):
+            return [json.loads(line, object_pairs_hook=containers.unique) for line in texts if line.strip()]
+        found, text = [], text.lstrip()
+        while text[:1] == "{":
+            value, end = containers.DECODER.raw_decode(text)
+            found, text = [*found, value], text[end:].lstrip()
+        return None if text else found
     except (ValueError, EOFError, OSError, zlib.error, RecursionError):
         return None
+
+
+def rows_in(path):
+    """The rows of a file; a line that is not JSON raises its error, as data.render does."""
+    found = [row for _, row in containers.read_rows(path)]
+    for row in found:
+        if isinstance(row, UserError):
+            raise row
+    return found
 
 
 def check_bytes(path, content):
     """The rows equal those of Python's parser, and are then trained or refused like other rows."""
     Path(path).write_bytes(content)
     expected = by_python(content)
-    got, refusal = attempt(lambda: list(containers.read_rows(path)), naming=path)
+    got, refusal = attempt(rows_in, path, naming=path)
     if content[:4] != b"PAR1":
         assert (expected is None) == (got is None), refusal
         assert repr(got) == repr(expected)
@@ -400,6 +420,61 @@ def case_json(directory):
     """The example files, damaged."""
     path = os.path.join(directory, "rows.json")
     return lambda content: check_bytes(path, content), st.tuples(files())
+
+
+def case_tables(directory):
+    """CSV, TSV, text, zstd, objects that hold rows, arrow: rows, or one line that names the file."""
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist([{"prompt": f"q{i}", "response": ["a"] * i} for i in range(20)])
+    arrow = []
+    for make in (pyarrow.ipc.new_file, pyarrow.ipc.new_stream):
+        sink = pyarrow.BufferOutputStream()
+        with make(sink, table.schema) as writer:
+            writer.write_table(table)
+        arrow.append(("rows.arrow", sink.getvalue().to_pybytes()))
+    row = {"prompt": "q", "response": "a"}
+    contents = [("rows.csv", b'prompt,response\nq,"a, b\nc"\nr,"x ""y"""\n'),
+                ("rows.tsv", b"prompt\tresponse\nq\ta\n"), ("rows.txt", "One.\n\nTwo 界.\n".encode()),
+                ("rows.json", json.dumps({"v": 1, "data": [row] * 3}).encode()),
+                ("rows.json", json.dumps({"train": [row], "test": [row]}, indent=1).encode()),
+                ("rows.json", json.dumps({"prompt": {"0": "q"}, "response": {"0": "a"}}).encode()),
+                ("rows.jsonl", json.dumps(row).encode("utf-16")), *arrow,
+                ("rows.jsonl.zst", pyarrow.compress(EXAMPLES[0], "zstd", asbytes=True))]
+
+    def check(name, content, split, chunk):
+        path = os.path.join(directory, name)
+        Path(path).write_bytes(content)
+        containers.CHUNK = chunk
+        found, refusal = attempt(lambda: list(containers.read_rows(path, split)), naming=path)
+        assert refusal or all(where.startswith(path) for where, _ in found)
+        count_outcome(refusal or f"{name} read")
+
+    cases = st.one_of(st.sampled_from(contents), st.sampled_from(contents).flatmap(
+        lambda case: st.tuples(st.just(case[0]), broken(case[1], 2))))
+    return lambda case, *more: check(*case, *more), st.tuples(
+        cases, st.sampled_from([None, "validation", "test"]), st.sampled_from([7, 2**20]))
+
+
+def case_sources(directory):
+    """The grammar of --train_data: sources, or one line that has what is written."""
+    for name in ("a.json", "b,c:d.csv", "d/train.jsonl", "d/en/test.jsonl", "x=y@z[1].txt"):
+        os.makedirs(os.path.dirname(os.path.join(directory, name)), exist_ok=True)
+        Path(directory, name).write_text('{"prompt": "q", "response": "a"}', encoding="utf-8")
+    os.chdir(directory)
+    parts = st.sampled_from(["a.json", "b,c:d.csv", "d", "d/en", "x=y@z[1].txt", "n=", ":en", "@test", "@", "[:5]",
+                             "[5]", ":0.5", ":1", ",", ":", "[", "]", " ", "=", "~", "-1", "\0", "界", '{"path": "d"}',
+                             "/"])
+    a_value = st.one_of(st.sampled_from(["a.json", "d", "1:2", "0.5"]), st.integers(), st.none())
+    keys = st.sampled_from(["path", "split", "rows", "weight", "x"])
+    mappings = st.lists(st.dictionaries(keys, a_value, max_size=3), max_size=2).map(json.dumps)
+
+    def check(spec):
+        found, refusal = attempt(sources.data_files, spec)
+        assert refusal or all(os.path.isfile(file) for source in found for file in source.files)
+        count_outcome(refusal or "found")
+
+    return check, st.tuples(st.one_of(st.lists(parts, max_size=8).map("".join), mappings))
 
 
 def case_parquet(directory):
@@ -672,7 +747,8 @@ def case_resume(directory):
 
 # ----------------------------------------------------------------------------------------------------------
 
-TARGETS = {"data": case_data, "json": case_json, "parquet": case_parquet, "template": case_template,
+TARGETS = {"data": case_data, "json": case_json, "parquet": case_parquet, "tables": case_tables,
+           "sources": case_sources, "template": case_template,
            "tokenizer": case_tokenizer, "config": case_config, "weights": case_weights, "resume": case_resume}
 
 

@@ -296,7 +296,7 @@ TRAPS = {
     "NaN as an answer": ('{"prompt": "q", "response": ', "NaN", 1, "}", "must be a string, it is NaN"),
     "NaN as a weight": ('{"messages": [{"role": "user", "content": "q", "weight": ', "NaN", 1, "}]}",
                         "it is nan"),
-    "a key again and again": ('{"prompt": "q", "response": ', '5, "response": ', 10**5, '"a"}', None),
+    "a key again and again": ('{"prompt": "q", "response": ', '5, "response": ', 10**5, '"a"}', "appears twice"),
 }
 
 

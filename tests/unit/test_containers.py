@@ -48,7 +48,8 @@ def refusal(path, content=None, split=None):
 @pytest.mark.parametrize("content", [
     ARRAY, LINES, BOM + ARRAY, BOM + LINES, gzip.compress(ARRAY), gzip.compress(LINES),
     gzip.compress(BOM + ARRAY), b" \n\t" + ARRAY, b"\n\n" + LINES, BOM + b"\r\n " + ARRAY,
-    LINES.replace(b"\n", b"\r\n"), LINES.replace(b"\n", b"\n\n"), LINES.rstrip(), BOM + LINES.replace(b"\n", b"\n" + BOM),
+    LINES.replace(b"\n", b"\r\n"), LINES.replace(b"\n", b"\n\n"), LINES.rstrip(), BOM + LINES.replace(b"\n",
+        b"\n" + BOM),
     ARRAY.decode().encode("utf-16"), LINES.decode().encode("utf-16"), LINES.decode().encode("utf-32"),
     LINES.decode().encode("utf-16-le"), gzip.compress(ARRAY.decode().encode("utf-16")),
     json.dumps(ROWS, indent=1).encode(), json.dumps(ROWS).encode(),
@@ -94,7 +95,8 @@ def test_places_are_lines_in_json_lines_and_indices_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("content, expected", [
-    ({"train": [{"a": 1}], "validation": [{"a": 2}], "test": [{"a": 3}]}, {None: 1, "validation": 2, "test": 3, "val": 2}),
+    ({"train": [{"a": 1}], "validation": [{"a": 2}], "test": [{"a": 3}]}, {None: 1, "validation": 2, "test": 3,
+                                                                           "val": 2}),
     ({"train": [{"a": 1}], "test": [{"a": 3}]}, {None: 1, "validation": 3, "train": 1, "dev": None}),
     ({"train": [{"a": 1}]}, {None: 1, "validation": None}), ({"dev": [{"a": 2}]}, {None: None, "validation": 2})])
 @pytest.mark.parametrize("chunk", [10, 2**20])
@@ -217,7 +219,8 @@ def test_an_array_in_chunks_equals_json_loads(rows, chunk, indent, ascii_only, d
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.text(), VALUES, max_size=3), st.lists(st.fixed_dictionaries({"prompt": st.text()}), min_size=1),
+@given(st.dictionaries(st.text(), VALUES, max_size=3), st.lists(st.fixed_dictionaries({"prompt": st.text()}),
+                                                                min_size=1),
        st.sampled_from([1, 3, 17, 1000]), st.sampled_from([None, 1]))
 def test_an_object_in_chunks_equals_json_loads(about, rows, chunk, indent):
     """A list of rows in an object is found and read in any chunk size."""
@@ -259,7 +262,8 @@ def test_a_row_that_is_too_long_is_refused(content, tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_ROW", 2000)
     monkeypatch.setattr(containers, "CHUNK", 100)
     name = "rows.csv" if content.startswith("a,b") else "rows.json"
-    assert re.search("may have at most|larger than field limit", refusal(tmp_path / name, gzip.compress(content.encode())))
+    assert re.search("may have at most|larger than field limit", refusal(tmp_path / name,
+                                                                         gzip.compress(content.encode())))
 
 
 # ---- CSV, TSV, text -------------------------------------------------------------------------------------
@@ -269,7 +273,8 @@ def test_a_row_that_is_too_long_is_refused(content, tmp_path, monkeypatch):
     ("rows.csv", "prompt,response\na,b\n为什么,d \u2028 e\n"),
     ("rows.CSV", "\ufeffprompt, response\r\na,b\r\n\r\n为什么,d \u2028 e\r\n,\r\n"),
     ("rows.csv", "prompt;response\na;b\n为什么;d \u2028 e"), ("rows.csv", "prompt\tresponse\na\tb\n为什么\td \u2028 e"),
-    ("rows.tsv", "prompt\tresponse\na\tb\n为什么\td \u2028 e\n"), ("rows.csv", '"prompt","response"\n"a","b"\n为什么,d \u2028 e')])
+    ("rows.tsv", "prompt\tresponse\na\tb\n为什么\td \u2028 e\n"), ("rows.csv",
+                                                                '"prompt","response"\n"a","b"\n为什么,d \u2028 e')])
 def test_a_table_is_its_rows(name, content, tmp_path):
     """The header names the columns; semicolons and tabs are detected; blank lines are skipped."""
     for packed in (content.encode(), content.encode("utf-16")):
@@ -367,7 +372,8 @@ def test_a_damaged_parquet_or_arrow_file_is_named(content, tmp_path):
 
 def test_parquet_without_the_package_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    assert re.search("parquet file and needs pyarrow; .*-m pip install pyarrow$", refusal(tmp_path / "a.parquet", b"PAR1"))
+    assert re.search("parquet file and needs pyarrow; .*-m pip install pyarrow$", refusal(tmp_path / "a.parquet",
+        b"PAR1"))
 
 
 @pytest.mark.full

@@ -27,7 +27,8 @@ def make(tmp_path, *names, content=LINE):
 
 def chosen(directory, suffix="", split=None):
     """The files that are read of a directory, relative to it."""
-    return [os.path.relpath(file, directory) for source in data_files(directory + suffix, split) for file in source.files]
+    return [os.path.relpath(file, directory) for source in data_files(directory + suffix, split)
+            for file in source.files]
 
 
 def refused(spec, split=None):
@@ -56,7 +57,8 @@ def test_each_part_of_the_grammar(text, expected, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "a,b.json", "a, b.json", "a:0.5", "a.json:0.5", "org:name@split", "x@test", "a[:5]", "a[1].json", "x=y.json", "名字 é.json",
+    "a,b.json", "a, b.json", "a:0.5", "a.json:0.5", "org:name@split", "x@test", "a[:5]", "a[1].json", "x=y.json",
+    "名字 é.json",
     " lead.json", "a=b,c:d@e[f].jsonl", "[a].json", "{a}.json", "a'b\".json", "a\\b.json", "%41.json", "-x.json"])
 def test_an_existing_path_wins(name, tmp_path, monkeypatch):
     """Any file name can be passed, alone, between others, with all that may follow; the longest one wins."""
@@ -86,7 +88,8 @@ def test_a_path_in_the_home_directory(tmp_path, monkeypatch):
     ("a.json,a.json:0.5", "either every source needs a weight"), ("", "no such data file"),
     ("a.json,,a.json", "no such data file"), ("missing.json", "^missing.json: no such data file; pass a JSON"),
     ("a.json,data/missing.json:0.5", "^data/missing.json: no such data file"),
-    ("x=missing.csv", "^missing.csv: no such data file"), ('[{"path": "a.json", "splits": "x"}]', "it has path, splits"),
+    ("x=missing.csv", "^missing.csv: no such data file"), ('[{"path": "a.json", "splits": "x"}]',
+                                                           "it has path, splits"),
     ('[{"split": "x"}]', "needs path"), ('[{"path": "a.json", "weight": "x"}]', "weight must be a number"),
     ('[{"path": "a.json"', "must be JSON or YAML"), ('[{"path": "a.json", "rows": "5"}]', "rows must be"),
 ])
@@ -170,7 +173,8 @@ def test_a_mapping_names_all_parts():
     (["train.jsonl", "val.jsonl", "test.jsonl"], ["train.jsonl"], ["val.jsonl"]),
     (["a_train.csv", "a_dev.csv", "a_test.csv"], ["a_train.csv"], ["a_dev.csv"]),
     (["Training-1.json", "Training-2.json", "Eval.json"], ["Training-1.json", "Training-2.json"], ["Eval.json"]),
-    (["train/a.jsonl", "train/b.jsonl", "validation/a.jsonl"], ["train/a.jsonl", "train/b.jsonl"], ["validation/a.jsonl"]),
+    (["train/a.jsonl", "train/b.jsonl", "validation/a.jsonl"], ["train/a.jsonl", "train/b.jsonl"],
+     ["validation/a.jsonl"]),
     (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
      ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], ["data/test-00000-of-00001.parquet"]),
     (["train/data-00000-of-00001.arrow", "train/state.json", "test/data-00000-of-00001.arrow", "dataset_dict.json",
@@ -180,12 +184,14 @@ def test_a_mapping_names_all_parts():
     (["contest.jsonl", "latest.jsonl", "device.jsonl", "retrieval.jsonl"],
      ["contest.jsonl", "device.jsonl", "latest.jsonl", "retrieval.jsonl"], None),
     (["strain.jsonl", "trainer.jsonl", "test.jsonl"], ["strain.jsonl", "trainer.jsonl"], ["test.jsonl"]),
-    (["rows.jsonl", "training_log.json", "train_config.json", "trainer_state.json", "dataset_infos.json"], ["rows.jsonl"], None),
+    (["rows.jsonl", "training_log.json", "train_config.json", "trainer_state.json", "dataset_infos.json"],
+     ["rows.jsonl"], None),
     (["train.jsonl", "train_test_split/test.jsonl"], ["train.jsonl"], ["train_test_split/test.jsonl"]),
     (["train_test_split.jsonl", "train.jsonl", "val.jsonl"], ["train.jsonl"], ["val.jsonl"]),
     (["rows.jsonl", ".hidden.jsonl", "._rows.jsonl", ".ipynb_checkpoints/rows-checkpoint.jsonl", "__MACOSX/rows.jsonl"],
      ["rows.jsonl"], None),
-    (["a.jsonl", "b.json", "c.jsonl.gz", "d.csv", "e.tsv.zst", "f.parquet", "g.ndjson", "README.md", "notes.txt", "x.bak"],
+    (["a.jsonl", "b.json", "c.jsonl.gz", "d.csv", "e.tsv.zst", "f.parquet", "g.ndjson", "README.md", "notes.txt",
+      "x.bak"],
      ["a.jsonl", "b.json", "c.jsonl.gz", "d.csv", "e.tsv.zst", "f.parquet", "g.ndjson"], None),
     (["a.txt", "b.txt", "README.txt"], ["a.txt", "b.txt"], None), (["log.json"], ["log.json"], None),
     (["dialog.jsonl", "catalog.json"], ["catalog.json", "dialog.jsonl"], None),
@@ -212,8 +218,10 @@ def test_a_folder_that_bears_the_name_of_the_split(tmp_path):
 
 
 @pytest.mark.parametrize("word, expected", [
-    ("train", ["train.jsonl"]), ("validation", ["val_easy.jsonl", "val_hard.jsonl"]), ("valid", ["val_easy.jsonl", "val_hard.jsonl"]),
-    ("hard", ["val_hard.jsonl"]), ("extra", ["extra-00000-of-00001.parquet"]), ("test", None), ("har", None), ("rain", None)])
+    ("train", ["train.jsonl"]), ("validation", ["val_easy.jsonl", "val_hard.jsonl"]), ("valid", ["val_easy.jsonl",
+        "val_hard.jsonl"]),
+    ("hard", ["val_hard.jsonl"]), ("extra", ["extra-00000-of-00001.parquet"]), ("test", None), ("har", None), ("rain",
+        None)])
 def test_a_split_is_chosen_by_its_word(word, expected, tmp_path):
     directory = make(tmp_path, "train.jsonl", "val_easy.jsonl", "val_hard.jsonl", "extra-00000-of-00001.parquet")
     if expected is None:
@@ -223,7 +231,8 @@ def test_a_split_is_chosen_by_its_word(word, expected, tmp_path):
 
 
 @pytest.mark.parametrize("names, say, suffix, expected", [
-    (["train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"], "has several splits: train_gen, train_sft",
+    (["train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"],
+     "has several splits: train_gen, train_sft",
      "@train_sft", ["train_sft-00000-of-00001.parquet"]),
     (["en-00000-of-00001.parquet", "zh-00000-of-00001.parquet"], "has several splits: en, zh", "@zh",
      ["zh-00000-of-00001.parquet"]),
@@ -261,7 +270,8 @@ def test_the_configs_of_readme_md(tmp_path):
     make(tmp_path, "README.md", content=README)
     assert "has several configs: en, zh; choose one" in refused(directory)
     assert chosen(directory, ":en") == ["data/en-1.jsonl", "data/en-2.jsonl"]
-    assert chosen(directory, ":en", "validation") == chosen(directory, ":en@test") == ["held/en.jsonl", "more/a/x.jsonl"]
+    assert chosen(directory, ":en", "validation") == chosen(directory, ":en@test") == ["held/en.jsonl",
+        "more/a/x.jsonl"]
     assert chosen(directory, ":zh") == ["data/zh.jsonl"]
     assert "no such config; it has en, zh" in refused(directory + ":fr")
     assert "no validation or test file" in refused(directory + ":zh", "validation")
@@ -373,7 +383,8 @@ def entry(tmp_path, entry, rows, name="e", **more):
     return f"{tmp_path / 'dataset_info.json'}:{name}"
 
 
-OPENAI_TAGS = dict(role_tag="role", content_tag="content", user_tag="user", assistant_tag="assistant", system_tag="system")
+OPENAI_TAGS = dict(role_tag="role", content_tag="content", user_tag="user", assistant_tag="assistant",
+                   system_tag="system")
 
 
 @pytest.mark.parametrize("info, row, expected", [
@@ -429,10 +440,13 @@ def test_num_samples_and_weights_of_entries(tmp_path):
 
 
 @pytest.mark.parametrize("info, say", [
-    ({"columns": {"chosen": "c", "rejected": "r"}, "ranking": True}, "preferred and rejected answers"), ({"ranking": True}, "preferred"),
-    ({"columns": {"kto_tag": "label"}}, "KTO"), ({"columns": {"images": "i"}}, "images"), ({"columns": {"videos": "v"}}, "videos"),
+    ({"columns": {"chosen": "c", "rejected": "r"}, "ranking": True}, "preferred and rejected answers"),
+    ({"ranking": True}, "preferred"),
+    ({"columns": {"kto_tag": "label"}}, "KTO"), ({"columns": {"images": "i"}}, "images"),
+    ({"columns": {"videos": "v"}}, "videos"),
     ({"columns": {"audios": "a"}}, "audio"), ({"formatting": "chatml"}, "alpaca, sharegpt, openai"),
-    ({"columns": ["a"]}, "columns must be an object of texts"), ({"tags": {"role_tag": 5}}, "tags must be an object of texts"),
+    ({"columns": ["a"]}, "columns must be an object of texts"), ({"tags": {"role_tag": 5}},
+                                                                 "tags must be an object of texts"),
     ({"num_samples": 0}, "num_samples must be"), ({"file_name": "gone.json"}, "gone.json does not exist"),
     ({"file_name": None, "script_url": "x"}, "script_url is a Python script"),
     ({"file_name": None, "ms_hub_url": "a/b"}, "ms_hub_url is on ModelScope"),
