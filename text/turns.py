@@ -97,6 +97,7 @@ class Turns:
     header            what every assistant turn begins with, e.g. "assistant\\n"
     headers           beginnings of the generation prompt that turns may begin with, longest first: some
                       templates put <think> there, and write earlier turns without it. The last is `header`
+    leads             what a template may write between header and answer, longest first
     is_closing        the header also closes every user turn, e.g. [/INST], so it is between two user turns too
     ends              texts that end a turn; the first one ends the last turn of a conversation
     call_ends         ends, and those of a turn with calls
@@ -192,6 +193,10 @@ class Turns:
         if not headers or not headers[-1].strip():  # there is no generation prompt
             headers = [header(betweens[0])]
         self.headers, self.header = headers, headers[-1]
+        # What the template writes between header and answer, e.g. an empty think block
+        leads = [between.rpartition(h)[2] for between in betweens
+                 for h in [next((h for h in headers if h in between), None)] if h]
+        self.leads = sorted({lead for lead in leads if lead}, key=len, reverse=True)
 
     def learn_tools(self, arguments, by_prompt):
         """Set call_ends and after_tool. Raises TemplateError or ValueError if the template has no calls."""
@@ -300,6 +305,7 @@ class Turns:
         reasoning = reasoning_of(message) if self.splits_reasoning else ""
         if reasoning and (place := locate(text, reasoning, start, at_end)):
             start = self.skip_joint(text, place[1])
+        start += len(next((lead for lead in self.leads if text.startswith(lead, start)), ""))
         place = locate(text, content, start, at_end)
         end, has_end = self.find_end(text, place, calls)
         if not (place and not text[start : place[0]].strip() and has_end and not calls):  # not plain

@@ -392,3 +392,20 @@ def test_reasoning_is_counted(made):
     for name, expected in (("qwen3", (0, 1)), ("deepseek_r1_distill", (0, 1)), ("cohere", (1, 0))):
         notes = made(name).render_spans(formats.to_messages({"messages": inline}, "here"), "here").notes
         assert (notes.reasoning_rendered, notes.reasoning_dropped) == expected, name
+
+
+SHORT = ["a", "final", "think", "o", ">", "message", "4", "model", "<", "s"]
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "gptoss", "gemma4_v5", "glm4moe", "qwen3_5_think", "qwen3_5_nothink", "cohere2",
+                                  "qwen3", "muse_glimmer"])
+def test_short_answers_end_their_turns(name, made):
+    """Answers whose text also stands in the template's own text before them, three turns of the same text."""
+    tokenizer = made(name)
+    for answer in SHORT:
+        text, spans, _ = tokenizer.render_spans(
+            formats.to_messages({"messages": chat("q1", answer, "q2", answer, answer, answer)}, "here"), "here")
+        assert len(spans) == 3 and all(span.has_stop_token for span in spans)
+        for span in spans:
+            turn = text[span.start : span.stop]
+            assert re.search(re.escape(answer) + r"(<\|?[^<>|]+\|?>)+$", turn) and "q2" not in turn and "<|user" not in turn[:-8]
