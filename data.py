@@ -152,7 +152,8 @@ def render(file, number, row, where, tokenizer, options):
     if options.train_on == "last":
         for message in [m for m in messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
-    text, spans, _ = tokenizer.render_spans(messages, where, row.get("tools"), row.get("chat_template_kwargs"))
+    text, spans, _ = tokenizer.render_spans(
+        messages, where, row.get("tools"), row.get("chat_template_kwargs"))
     try:
         text.encode()
     except UnicodeEncodeError as error:

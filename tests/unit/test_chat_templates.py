@@ -342,8 +342,8 @@ def test_where_a_template_is_found(tmp_path):
 # ---- several templates, and what they read ----------------------------------------------------------------
 
 TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {}}}]
-NAMED = {"tool_use": chatml("'tool ' + (tools | default([]) | tojson) + m.content"), "rag": chatml("'rag ' + m.content"),
-         "default": chatml("'plain ' + m.content")}
+NAMED = {"tool_use": chatml("'tool ' + (tools | default([]) | tojson) + m.content"),
+         "rag": chatml("'rag ' + m.content"), "default": chatml("'plain ' + m.content")}
 
 
 def write_named(directory, how, names):
@@ -413,8 +413,8 @@ def test_the_template_reads_kwargs_of_the_run_and_of_the_row(tmp_path):
         text = theirs.apply_chat_template(chat("q"), add_generation_prompt=True, tokenize=False,
                                           **{"enable_thinking": False, **kwargs})
         assert tokenizer.render(chat("q"), add_generation_prompt=True, template_kwargs=kwargs) == text
-    rows = [{"messages": chat("q", "a")}, {"messages": chat("q", "a"), "chat_template_kwargs": {"enable_thinking": True}},
-            {"messages": chat("q", "a"), "chat_template_kwargs": None}]
+    rows = [{"messages": chat("q", "a"), "chat_template_kwargs": kwargs} for kwargs in (
+        {}, {"enable_thinking": True}, None)]
     dataset = data.load(write(tmp_path / "rows.json", rows), tokenizer, 2048)
     assert [target_texts(dataset, i) for i in range(3)] == [
         ["a<|im_end|>"], ["<think>\n\n</think>\n\na<|im_end|>"], ["a<|im_end|>"]]
@@ -432,7 +432,8 @@ def test_kwargs_that_collide_are_refused(kwargs, say, tmp_path):
         data.load(path, tiny, 2048)
 
 
-@pytest.mark.parametrize("date, says", [("2024-02-29", "29 Feb 2024 00:00"), (datetime(2001, 2, 3, 4, 5), "03 Feb 2001 04:05"),
+@pytest.mark.parametrize("date, says", [("2024-02-29", "29 Feb 2024 00:00"),
+                                        (datetime(2001, 2, 3, 4, 5), "03 Feb 2001 04:05"),
                                         (day(2001, 2, 3), "03 Feb 2001 00:00")], ids=str)
 def test_a_template_prints_the_date_of_the_run(date, says, tmp_path):
     """A date, a datetime or an ISO text; its ISO text can be saved and given again. Without one it is today."""
@@ -484,7 +485,7 @@ def test_a_late_system_message_may_be_dropped(tmp_path):
     """Templates that drop it are an error; those that move it to the front are not."""
     late = [*chat("q", "a"), {"role": "system", "content": "Now in French."}, *chat("r", "b")]
     skips = chatml("m.content").replace("messages %}", "messages if m.role != 'system' or m == messages[0] %}", 1)
-    moves = ("{%- set first = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join %}{{- first }}"
+    moves = ("{{- messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join }}"
              + chatml("m.content").replace("messages %}", "messages if m.role != 'system' %}", 1))
     path = write(tmp_path / "rows.json", [{"messages": late}])
     with pytest.raises(UserError, match=re.escape(f"{path}[0]: the system message 'Now in French.' can't be found")):
