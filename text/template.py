@@ -28,7 +28,7 @@ from text.turns import Span, Turns
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 MAX_TEMPLATE = 2**20  # characters; the longest known templates have 30,000
-TEMPLATE_FILE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # as transformers saves them
+TEMPLATE_FILE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # those of transformers
 OWN_VARIABLES = "messages", "tools", "add_generation_prompt"  # of a template: template_kwargs can't set them
 SHORT = 24  # characters of a message that may stand in a template by chance
 # What switches reasoning on and off in a system message; some templates read it and remove it
@@ -132,7 +132,7 @@ class ChatTokenizer:
         self.directory = directory
         config = self.read_tokenizer(vocab_size)
         try:
-            now = datetime.fromisoformat(date or Date.today().isoformat()) if not isinstance(date, Date) else date
+            now = date if isinstance(date, Date) else datetime.fromisoformat(date or str(Date.today()))
         except (TypeError, ValueError) as error:
             raise UserError(f"the date must be like 2026-01-31, it is {date!r:.60}") from error
         self.date = now.isoformat().removesuffix("T00:00:00")
@@ -146,7 +146,8 @@ class ChatTokenizer:
         self.files = self.saved_files(sources)
         self.learned, self.written = {}, {}  # Turns, and which messages a template writes, by kind
         specials = [token.content for token in self.added.values() if token.special and token.content.strip()]
-        self.specials, self.special_lengths = set(specials), sorted({len(token) for token in specials}, reverse=True)
+        self.specials = set(specials)
+        self.special_lengths = sorted({len(token) for token in specials}, reverse=True)
         self.at_special = turns.any_of({token[:2] for token in specials})
         self.has_parts, self.text_arguments = False, set()
         learned = self.learn_default()
@@ -212,7 +213,7 @@ class ChatTokenizer:
             return by_file
         if isinstance(source, list):  # several templates by name
             if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in source):
-                raise UserError(f'{directory}: its chat templates must be [{{"name", "template"}}, ...], they are '
+                raise UserError(f'{directory}: its chat templates must be [{{"name", "template"}}, ...], not '
                                 f"{source!r:.60}")
             source = {t["name"]: t.get("template") for t in source}
         else:
@@ -233,8 +234,8 @@ class ChatTokenizer:
                                 f"{self.directory}, which has: {names}")
             return {"default": sources[chat_template]}
         if sources and "default" not in sources:
-            raise UserError(f"{self.directory} has several chat templates and none is named default; choose one "
-                            f"with --chat_template: {names}")
+            raise UserError(f"{self.directory} has several chat templates and none is named default; choose "
+                            f"one with --chat_template: {names}")
         if sources:
             return {name: sources[name] for name in ("default", "tool_use") if name in sources}
         self.is_fallback = True
@@ -242,7 +243,8 @@ class ChatTokenizer:
         end = "<|im_end|>" if has_chatml_end else self.special.get("eos_token")
         if end is None:
             raise UserError(f"{self.directory}: no chat template, and neither <|im_end|> nor an eos_token to "
-                            "end turns with; set --tokenizer to a directory with a template, or --chat_template")
+                            "end turns with; set --tokenizer to a directory with a template, or "
+                            "--chat_template")
         return {"default": CHATML.replace("<|im_end|>", end)}
 
     def compile(self, source):
@@ -258,7 +260,7 @@ class ChatTokenizer:
     def saved_files(self, sources):
         """{path in a saved directory: bytes} of the template, where the model's own files do not hold it.
 
-        A chosen template, or ChatML, is the only one of what is saved. Otherwise these are the model's further
+        A chosen template, or ChatML, is the only one that is saved. Otherwise these are the model's further
         templates, which are in a folder of their own.
         """
         if self.is_chosen or self.is_fallback:
@@ -270,14 +272,15 @@ class ChatTokenizer:
         if kwargs is None:
             return {}
         if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
-            raise UserError(f'{where} must be an object like {{"enable_thinking": false}}, it is {kwargs!r:.60}')
+            raise UserError(f'{where} must be an object like {{"enable_thinking": false}}, it is '
+                            f"{kwargs!r:.60}")
         for name in OWN_VARIABLES:
             if name in kwargs:
                 raise UserError(f"{where} sets {name}, which a row's own keys set; remove it there")
         return kwargs
 
     def learn_default(self):
-        """The Turns of the default template. Some templates read only lists of parts, so these are tried too."""
+        """The Turns of the default template. Some templates read only lists of parts: they are tried too."""
         try:
             return self.turns_of("default")
         except jinja2.TemplateError as error:
@@ -336,7 +339,8 @@ class ChatTokenizer:
     def marks(self, tools, name=None):
         return self.templates[name or self.name_of(tools)].marks_answers
 
-    def render_marked(self, messages, add_generation_prompt=False, tools=None, template_kwargs=None, name=None):
+    def render_marked(self, messages, add_generation_prompt=False, tools=None, template_kwargs=None,
+                      name=None):
         """As render(), with the marks of GenerationBlock left in the text."""
         # Keys whose value is None are dropped, as in transformers: rows of a parquet file have all keys.
         messages = [{k: v for k, v in m.items() if k != "weight" and v is not None} for m in messages]
@@ -401,7 +405,8 @@ class ChatTokenizer:
         text, spans = "", []
         for i, piece in enumerate(re.split(f"[{''.join(GenerationBlock.MARKS)}]", marked)):
             if i % 2:  # inside a {% generation %} block
-                spans.append((len(text), len(text) + len(piece), learned.at_call_end.search(piece) is not None))
+                has_end = learned.at_call_end.search(piece) is not None
+                spans.append((len(text), len(text) + len(piece), has_end))
             text += piece
         if len(spans) != len(answers):
             raise UserError(f"{where}: the chat template marks {len(spans)} answers as generated, but the "
@@ -409,8 +414,8 @@ class ChatTokenizer:
         for (start, stop, _), message in zip(spans, answers):
             visible = message["content"].rpartition(turns.THINK_END)[2].strip()
             if not turns.locate_forms(text, visible, start, None, stop):
-                raise UserError(f"{where}: the answer {visible!r:.60} can't be found in what the chat template "
-                                f"made of it: {text[start:stop]!r:.200}")
+                raise UserError(f"{where}: the answer {visible!r:.60} can't be found in what the chat "
+                                f"template made of it: {text[start:stop]!r:.200}")
         return text, [Span(*span, message["weight"]) for span, message in zip(spans, answers)]
 
     def cover_quoted_headers(self, text, messages, where, tools, kwargs, learned, tail):
@@ -435,12 +440,16 @@ class ChatTokenizer:
     # ---- nothing is lost ----------------------------------------------------------------------------------
 
     def check_prompts(self, text, messages, spans, missing, where, tools, kwargs, name):
-        """Raise UserError if the text lacks a message: many templates drop those of a role they do not know."""
+        """Raise UserError if the text lacks a message: many templates drop those of a role unknown to them.
+
+        missing  indices of the messages that are not at their place in the text
+        """
         source = self.templates[name].source
         for i, message in enumerate(messages):
             content = message["content"].strip()
-            # A short text that is not missing may be the template's own.
-            if message["role"] == "assistant" or i not in missing and (len(content) > SHORT or content not in source):
+            # The text of a short message that seems to be there may be the template's own.
+            is_certain = i not in missing and (len(content) > SHORT or content not in source)
+            if message["role"] == "assistant" or is_certain:
                 continue
             is_written = True
             if i in missing:  # a template may move a system message, and remove a switch from it
@@ -451,9 +460,9 @@ class ChatTokenizer:
                 is_written = (message["role"] in ("system", "developer")
                               and turns.locate_forms(context, plain, 0, None) is not None)
             if content and not (is_written and self.writes(messages, i, tools, kwargs, name)):
-                raise UserError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be found in what "
-                                f"the chat template made of the conversation: {text!r:.300}; use a role that the "
-                                "template knows, or a template that writes it (--chat_template)")
+                raise UserError(f"{where}: the {message['role']:.60} message {content!r:.60} can't be found "
+                                f"in what the chat template made of the conversation: {text!r:.300}; use a "
+                                "role that it knows, or a template that writes the message (--chat_template)")
 
     def writes(self, messages, i, tools, kwargs, name):
         """Whether a template writes message i: one with another text, in its place, is rendered once."""
@@ -473,9 +482,9 @@ class ChatTokenizer:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise UserError(f'{where}: "tools" must be a list of objects, they are {tools!r:.60}')
         key = name, "tools", repr(sorted(kwargs))
-        if key not in self.written:  # their names may be elsewhere in the text, so tools with another are rendered
-            probe = "probe_tool"
-            function = {"name": probe, "description": probe, "parameters": {"type": "object", "properties": {}}}
+        if key not in self.written:  # a name may be elsewhere in the text, so a tool with another is rendered
+            probe, parameters = "probe_tool", {"type": "object", "properties": {}}
+            function = {"name": probe, "description": probe, "parameters": parameters}
             other = [{"type": "function", "function": function, **function}]
             try:
                 self.written[key] = probe in self.render_marked(messages, tools=other, template_kwargs=kwargs)
@@ -485,9 +494,9 @@ class ChatTokenizer:
             function = tool.get("function")
             tool_name = (function if isinstance(function, dict) else tool).get("name")
             if not self.written[key] or isinstance(tool_name, str) and tool_name not in text:
-                raise UserError(f"{where}: the tool {tool_name!r:.60} can't be found in what the chat template made of "
-                                "the conversation, so the template ignores tools; use one that writes them "
-                                "(--chat_template), or remove the tools")
+                raise UserError(f"{where}: the tool {tool_name!r:.60} can't be found in what the chat "
+                                "template made of the conversation, so it ignores tools; use one that writes "
+                                "them (--chat_template), or remove the tools")
 
     def quoted_special(self, messages, where):
         """A warning if a prompt holds special tokens, as if a template had rendered it; otherwise None."""
@@ -500,8 +509,8 @@ class ChatTokenizer:
                 for length in self.special_lengths:
                     if content[start : start + length] in self.specials:
                         return (f"{where}: the {message['role']:.60} message holds the special token "
-                                f"{content[start : start + length]}; if a chat template has already been applied to "
-                                "this row, pass the messages without it")
+                                f"{content[start : start + length]}; if a chat template has already been "
+                                "applied to this row, pass the messages without it")
         return None
 
 

@@ -1,7 +1,7 @@
 """How a chat template writes an assistant's turn, and where the answers of a conversation are in its text.
 
-Turns learns the first by rendering short conversations. Its find() uses that to search the text of a real one.
-Answers are found by characters, in order; what can't be found is an error, never a guess.
+Turns learns the first by rendering short conversations. Its find() uses that to search the text of a real
+one. Answers are found by characters, in order; what can't be found is an error, never a guess.
 """
 
 import contextlib
@@ -66,7 +66,8 @@ def end_of(content, text):
 def locate(text, content, start, barrier, stop=None):
     """(start, stop) of content in text[start:stop]; white space may differ, as some templates re-indent.
 
-    None if it is not found, or if the pattern `barrier` matches before it: then it belongs to another message.
+    None if it is not found, or if the pattern `barrier` matches before it: then it belongs to another
+    message.
     """
     stop = len(text) if stop is None else stop
     position = text.find(content, start, stop)
@@ -97,7 +98,8 @@ class Turns:
     header            what every assistant turn begins with, e.g. "assistant\\n"
     headers           beginnings of the generation prompt that turns may begin with, longest first: some
                       templates put <think> there, and write earlier turns without it. The last is `header`
-    is_closing        the header also closes every user turn, e.g. [/INST], so it is between two user turns too
+    leads             what a template may write between header and answer, longest first
+    is_closing        the header also closes every user turn, e.g. [/INST], so it is between two user turns
     ends              texts that end a turn; the first one ends the last turn of a conversation
     call_ends         ends, and those of a turn with calls
     is_appended       the first token of the next turn ends a turn, as with GLM-4: nothing ends the last one
@@ -161,7 +163,8 @@ class Turns:
         if middle not in (None, last) and middle in by_prompt:  # it may open every turn, and end none
             is_end = middle in closing and not closing.endswith(middle)
             middle = middle if is_end else None
-        # Several tokens may end a turn, e.g. Cohere's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>; the last is the eos.
+        # Several tokens may end a turn, e.g. Cohere's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>; the last is the
+        # eos token.
         shared = os.path.commonprefix([after_last, after_reply])
         run = ""
         if last and eos and last in shared and eos in shared:
@@ -173,8 +176,9 @@ class Turns:
         self.between_end = middle or last
 
     def learn_headers(self, prompt, by_prompt, betweens, after_reply):
-        # Between question and answer, a template closes the user's turn and writes the header. After an answer
-        # it closes the turn too. So the common beginning of these two texts closes a turn; the rest is the header.
+        # Between question and answer, a template closes the user's turn and writes the header. After an
+        # answer it closes the turn too. So the common beginning of these two texts closes a turn; the rest
+        # is the header.
         def header(between):
             closing = os.path.commonprefix([between, after_reply])
             opening = closing.rpartition(self.between_end)[2].lstrip() if self.between_end else ""
@@ -183,7 +187,8 @@ class Turns:
         # How much of the generation prompt the turns begin with: all of it, or all of theirs. If they differ
         # from it in the reasoning, the header ends before that.
         begins = [os.path.commonprefix([prompt, between]) for between in betweens]
-        begins = [b if b in (prompt, between) else b.partition(THINK)[0] for b, between in zip(begins, betweens)]
+        begins = [begin if begin in (prompt, between) else begin.partition(THINK)[0]
+                  for begin, between in zip(begins, betweens)]
         begins += [prompt, by_prompt.partition(THINK)[0]]
         headers = {header(begin) for begin in begins}
         for end in self.ends:  # that of a user's turn may be a part of it, as with Cohere
@@ -192,6 +197,10 @@ class Turns:
         if not headers or not headers[-1].strip():  # there is no generation prompt
             headers = [header(betweens[0])]
         self.headers, self.header = headers, headers[-1]
+        # What the template writes between header and answer, e.g. an empty think block
+        leads = [between.rpartition(h)[2] for between in betweens
+                 for h in [next((h for h in headers if h in between), None)] if h]
+        self.leads = sorted({lead for lead in leads if lead}, key=len, reverse=True)
 
     def learn_tools(self, arguments, by_prompt):
         """Set call_ends and after_tool. Raises TemplateError or ValueError if the template has no calls."""
@@ -200,7 +209,8 @@ class Turns:
             call = call_message(call_id, arguments)
             result = {"role": "tool", "content": RESULT, "tool_call_id": call_id, "name": CALL}
             called, returned = self.probe(ASK, call), self.probe(ASK, call, result)
-            prompt, answered = self.probe(ASK, call, result, prompt=True), self.probe(ASK, call, result, REPLY)
+            prompt = self.probe(ASK, call, result, prompt=True)
+            answered = self.probe(ASK, call, result, REPLY)
             tail = answered[end_of(RESULT, answered) : answered.index(REPLY["content"])]
             offered = prompt[end_of(RESULT, prompt) :]
             shared = os.path.commonprefix([tail, offered])
@@ -239,7 +249,7 @@ class Turns:
 
         Raises UserError, which names the row, if an answer is not found.
         """
-        spans, missing, cursor, prompt_end = [], [], 0, 0  # prompt_end: where the last prompt that was found ends
+        spans, missing, cursor, prompt_end = [], [], 0, 0  # prompt_end: of the last prompt that was found
         results, results_start = [], 0  # contents of the last tool messages, and where they begin
         for i, (message, after) in enumerate(zip(messages, [*messages[1:], REPLY])):
             content = message["content"].strip()
@@ -260,7 +270,8 @@ class Turns:
                 if self.is_closing and message["role"] == after["role"] == "user" and header >= 0:
                     cursor = prompt_end = header + len(self.header)
             else:
-                header_end = self.begin(text, results_start if results and self.after_tool else cursor, results, where)
+                begin = results_start if results and self.after_tool else cursor
+                header_end = self.begin(text, begin, results, where)
                 results = []
                 place, end, has_end = self.find_answer(text, message, header_end, where)
                 if not place:
@@ -279,8 +290,8 @@ class Turns:
         if results and self.after_tool:
             before, more, is_repeated = self.after_tool
             if any(before in content for content in results):
-                raise UserError(f"{where}: a result of a tool contains {before!r}, so where the answer to it begins "
-                                "is ambiguous")
+                raise UserError(f"{where}: a result of a tool contains {before!r}, so where the answer to it "
+                                "begins is ambiguous")
             for _ in range(len(results) if is_repeated else 1):
                 cursor = text.find(before, cursor) + len(before)
                 if cursor < len(before):
@@ -300,6 +311,7 @@ class Turns:
         reasoning = reasoning_of(message) if self.splits_reasoning else ""
         if reasoning and (place := locate(text, reasoning, start, at_end)):
             start = self.skip_joint(text, place[1])
+        start += len(next((lead for lead in self.leads if text.startswith(lead, start)), ""))
         place = locate(text, content, start, at_end)
         end, has_end = self.find_end(text, place, calls)
         if not (place and not text[start : place[0]].strip() and has_end and not calls):  # not plain
@@ -341,11 +353,11 @@ class Turns:
         return (end.end(), bool(calls or not text[start : end.start()].strip())) if end else (-1, False)
 
 
-# ---- every message is in the text -----------------------------------------------------------------------------
+# ---- every message is in the text ----------------------------------------------------------------------
 
 
 def locate_forms(text, content, start, barrier, stop=None):
-    """locate() of a content as it is, or as a JSON text: gpt-oss's template writes results of tools as JSON."""
+    """locate() of a content as it is, or as JSON: gpt-oss's template writes results of tools as JSON."""
     if place := locate(text, content, start, barrier, stop):
         return place
     for ensure_ascii in (False, True):
@@ -356,7 +368,7 @@ def locate_forms(text, content, start, barrier, stop=None):
 
 
 def unfound(text, messages, spans):
-    """Indices of the messages, other than answers, whose text is not where it should be: between the answers."""
+    """Indices of the messages, other than answers, whose text is not where it should be."""
     missing, cursor, answers = [], 0, iter(spans)
     stops = [span.start for span in spans] + [len(text)]
     for i, message in enumerate(messages):
@@ -408,6 +420,7 @@ def check_calls(calls, turn, where):
                 arguments = json.loads(arguments)
         plain = turn.replace("\\", "")  # some templates escape quotes in their own way
         for leaf in leaves(arguments if arguments is not None else {}):
-            if not is_in(leaf, turn) and not is_in(leaf.replace("\\", "") if isinstance(leaf, str) else leaf, plain):
-                raise UserError(f"{where}: the argument {leaf!r:.60} of the call of {name:.60} can't be found in "
-                                f"what the chat template made of its turn: {turn!r:.200}")
+            unescaped = leaf.replace("\\", "") if isinstance(leaf, str) else leaf
+            if not is_in(leaf, turn) and not is_in(unescaped, plain):
+                raise UserError(f"{where}: the argument {leaf!r:.60} of the call of {name:.60} can't be "
+                                f"found in what the chat template made of its turn: {turn!r:.200}")
