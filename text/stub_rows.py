@@ -22,12 +22,12 @@ def read_row(row, where, keys):
         mask = row.get("loss_mask") or [float(label != -100) for label in row["labels"]]
         return Row(tokens=(row["input_ids"], mask))
     turns = row.get("messages") if isinstance(row, dict) else None
-    weights = [turn.get("weight") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    turns = turns if isinstance(turns, list) else []
+    weights = [turn.get("weight") for turn in turns if isinstance(turn, dict)]
     if any(isinstance(weight, float) for weight in weights):
-        row = {**row, "messages": [{**turn, "weight": float(turn.get("weight") != 0)} for turn in row["messages"]]}
-        messages = to_messages(row, where, keys)
-        for message, weight in zip(messages, weights):
-            message["weight"] = 1.0 if weight is None else float(weight)
-        return Row(messages=messages, tools=row.get("tools"))
+        row = {**row, "messages": [{k: v for k, v in turn.items() if k != "weight"} for turn in turns]}
     messages = to_messages(row, where, keys)
+    for message, weight in zip(messages, weights):
+        if isinstance(weight, float):
+            message["weight"] = weight
     return Row(messages=messages, tools=row.get("tools"))
