@@ -67,6 +67,15 @@ def by_hand(messages, raw=RAW):
     return ids, mask
 
 
+def ends_a_turn(messages, max_length, on_prompt=False):
+    """Whether a trained turn of the conversation has its end among the first max_length tokens."""
+    if on_prompt:
+        messages = [{key: value for key, value in m.items() if key != "train"} for m in messages]
+    ids, mask = by_hand(messages)
+    return any(target and token == RAW.token_to_id("<|im_end|>")
+               for token, target in zip(ids[:max_length], mask))
+
+
 WORDS = ["assistant", "user", "system", "assistant\n", "user\n", "im_start", "<|im_", "end|>",
          "{{ messages }}", "\n", "\n\n", " ", "  ", "\t", "\r\n", "你好", "，世界。", "🙂", "👩‍👩‍👧", "é", "e\u0301",
          "\u3000", "\u00a0", "Hello", " there", "def f(x):\n    return x\n", "a=1", "0", "42", "</s>",

@@ -239,7 +239,7 @@ def assert_counts(dataset, path, kept, expected):
     assert ledger["rows"] == ledger["trained"] + sum(ledger["dropped"].values())
     parts = "target context truncated in_dropped_rows".split()
     assert ledger["tokens"] == sum(ledger[name] for name in parts)
-    assert 0.99 * ledger["turns"] <= ledger["turns_stopped"] <= ledger["turns"]
+    assert 0.99 * ledger["turns"] <= ledger["turns_stopped"] <= ledger["turns"] != 0
     assert len(dataset) == len(kept) == ledger["trained"]
     for i, (row, ids, mask) in enumerate(kept):
         here = slice(dataset.starts[i], dataset.starts[i + 1])
@@ -262,6 +262,9 @@ def check_load(path, conversations_, how, tokenizer):
         assert "more than --max_length" in refusal
     elif not kept:
         assert "no row is left to train on" in refusal
+    elif refusal and "all assistant turns" in refusal:
+        lengths = [len(by_pieces(conversations_[row])[0]) for row, *_ in kept]
+        assert min(lengths) > how["max_length"]
     else:
         assert refusal is None, refusal
         assert_counts(dataset, path, kept, expected)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, processors
 import data
 import sft
 from settings.errors import run
+from text import masks
 from text.template import ChatTokenizer
 
 END, BOS = RAW.token_to_id("<|im_end|>"), RAW.token_to_id("<|endoftext|>")
@@ -325,8 +326,8 @@ def test_truncated_turns_cost_nothing(tmp_path, monkeypatch):
     """Finding the tokens of a turn walks over those of the conversation. Of 2,000 turns only those within
     max_length are searched."""
     messages, looked = chat("q", "a") * 2000, []
-    token_range = data.token_range
-    monkeypatch.setattr(data, "token_range", lambda *arguments: (looked.append(1), token_range(*arguments))[1])
+    token_range = masks.token_range
+    monkeypatch.setattr(masks, "token_range", lambda *arguments: (looked.append(1), token_range(*arguments))[1])
     (tmp_path / "rows.json").write_text(json.dumps([{"messages": messages}]))
     dataset, (ids, mask) = data.load(str(tmp_path / "rows.json"), tiny, 64), by_pieces(messages)
     assert dataset.tokens.tolist() == ids[:64] and dataset.loss_mask.tolist() == mask[:64]

@@ -368,8 +368,8 @@ def test_selfcheck_passes_and_detects_a_wrong_loss(models, tmp_path, monkeypatch
     assert "one data-parallel rank" not in printed
     forward = sft.CausalLM.forward
 
-    def averaged(self, tokens, documents, target_positions, targets):
-        out = forward(self, tokens, documents, target_positions, targets)
+    def averaged(self, tokens, documents, target_positions, targets, weights):
+        out = forward(self, tokens, documents, target_positions, targets, weights)
         return out._replace(total=out.total / len(out.each))
 
     monkeypatch.setattr(sft.CausalLM, "forward", averaged)

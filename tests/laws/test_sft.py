@@ -230,7 +230,8 @@ def interrupt_after(monkeypatch, last_step):
     monkeypatch.setattr(checkpoint, "save", save_and_die)
 
 
-EXACT = ("loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "val_loss", "val_tokens")
+EXACT = ("loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "target_weight", "val_loss",
+         "val_tokens", "val_weight")
 
 
 def test_resume_is_exact(train, monkeypatch, tmp_path):
@@ -401,8 +402,8 @@ def test_the_screen_shows_the_run_and_its_result(train, capsys):
     assert "step 9 of 9: loss" in out
     assert "saved    out/checkpoints/latest -> step_9 (Hugging Face model directory)" in out
     assert re.search(r"try it   .*chat.py out/checkpoints/latest", out)
-    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "seconds",
-                             "tokens_per_second", "peak_memory_gb", "changed"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "target_weight",
+                             "seconds", "tokens_per_second", "peak_memory_gb", "changed"}
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert lines[-1]["epoch"] == 1.0
 
@@ -460,7 +461,7 @@ def rows(path, value):
 BAD = {  # name: (function of a directory that returns flags, text of the error)
     "no data file": (lambda p: ("--train_data", "nowhere.json"), "nowhere.json: no such data file"),
     "not JSON": (lambda p: rows(p, '[{"prompt": "a",\n "response": }]'), "line 2, column 14"),
-    "unknown shape": (lambda p: rows(p, [{"line": "a"}]), "[0]: unrecognised columns 'line'; accepted"),
+    "unknown shape": (lambda p: rows(p, [{"words": "a"}]), "[0]: unrecognised columns 'words'; accepted"),
     "messages is a text": (lambda p: rows(p, [{"messages": "hello"}]), 'non-empty list of {"role", "content"} objects'),
     "messages is empty": (lambda p: rows(p, [{"messages": []}]), "it is []"),
     "conversations is a number": (lambda p: rows(p, [{"conversations": 7}]), '"conversations" must be a non-empty list'),

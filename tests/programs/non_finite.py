@@ -17,8 +17,8 @@ from settings import errors
 def plant(tokens, how):
     forward, faulty_conversation = sft.CausalLM.forward, torch.tensor(tokens)
 
-    def faulty(self, tokens, documents, target_positions, targets):
-        out = forward(self, tokens, documents, target_positions, targets)
+    def faulty(self, tokens, documents, target_positions, targets, weights):
+        out = forward(self, tokens, documents, target_positions, targets, weights)
         conversations = enumerate(tokens.split(documents.lengths))
         hits = [i for i, conversation in conversations if torch.equal(conversation, faulty_conversation)]
         if hits and how == "loss":

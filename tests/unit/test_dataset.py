@@ -1,16 +1,23 @@
 """A loaded dataset: its ledger balances to the token, rows keep their order, and the digest depends on the content."""
 
 import dataclasses
+import os
 import re
 from collections import Counter
 
 import pytest
-from data_helpers import assert_is, by_hand, conversations, repeatable, sources, tiny
-from helpers import chat, target_texts, write
+from data_helpers import assert_is, by_hand, conversations, ends_a_turn, repeatable, sources, tiny
+from helpers import RAW, TINY, chat, chatml, make_directory, target_texts, write
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 import data
+import sft
+from text.ledger import check_settings
+from text.template import ChatTokenizer
 
 LEDGER_ROWS = [  # tokens, targets: 18, 2; 21, 5; 38, 3 and 3; 30, 2
     {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b c d e"},
@@ -84,8 +91,9 @@ def test_the_ledger_balances_for_any_data(tmp_path):
     @given(st.lists(conversations(), min_size=1, max_size=6), st.integers(2, 60),
            st.sampled_from(["truncate", "drop"]), st.booleans())
     def check(batch, max_length, too_long, on_prompt):
-        kept, dropped, expected = [], Counter(), Counter(rows=len(batch))
-        for ids, mask in map(by_hand, batch):
+        kept, ends, dropped, expected = [], [], Counter(), Counter(rows=len(batch))
+        for messages in batch:
+            ids, mask = by_hand(messages)
             if on_prompt:
                 mask = [False] + [True] * (len(ids) - 1)
             expected["tokens"] += len(ids)
@@ -97,6 +105,7 @@ def test_the_ledger_balances_for_any_data(tmp_path):
                 expected["in_dropped_rows"] += len(ids)
                 continue
             kept.append((ids[:max_length], mask[:max_length]))
+            ends.append(ends_a_turn(messages, max_length, on_prompt))
             expected["trained"] += 1
             expected["target"] += sum(mask[:max_length])
             expected["context"] += min(len(ids), max_length) - sum(mask[:max_length])
@@ -104,8 +113,8 @@ def test_the_ledger_balances_for_any_data(tmp_path):
             expected["rows_truncated"] += long
         path = write(tmp_path / "rows.json", [{"messages": messages} for messages in batch])
         how = dict(too_long=too_long, train_on_prompt=on_prompt)
-        if not kept:
-            with pytest.raises(ValueError, match="no row is left"):
+        if not any(ends):
+            with pytest.raises(ValueError, match="all assistant turns" if kept else "no row is left"):
                 data.load(path, tiny, max_length, **how)
             return
         dataset = data.load(path, tiny, max_length, **how)
@@ -146,3 +155,133 @@ def test_the_digest_depends_on_tokens_targets_order_and_borders(tmp_path):
     assert len(set(digests)) == len(digests)
     assert [digest(variant) for variant in variants] == digests[: len(variants)]
     assert digest([{"messages": chat("a", "b c")}, {"instruction": "d", "output": "e f"}]) == digests[0]
+
+
+# ---- rows without messages ------------------------------------------------------------------------------
+
+EOS = RAW.token_to_id("<|endoftext|>")
+TEXT = "one two three four five six seven eight nine ten"
+
+
+def with_post_processor(path, **config):
+    """A directory whose tokenizer.json adds <s> before each text, as Llama's does."""
+    raw = Tokenizer.from_file(os.path.join(TINY, "tokenizer.json"))
+    raw.add_special_tokens(["<s>"])
+    raw.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))])
+    return ChatTokenizer(make_directory(path, chatml("m.content"), raw=raw, bos_token="<s>", **config))
+
+
+def test_every_token_of_a_text_is_a_target_but_the_first(tmp_path):
+    """As transformers encodes it, with its EOS at the end. The text's own EOS is not doubled."""
+    rows = [{"text": TEXT}, {"text": TEXT + "<|endoftext|>"}]
+    dataset = data.load(write(tmp_path / "rows.json", rows), tiny, 100)
+    ids = AutoTokenizer.from_pretrained(TINY)(TEXT)["input_ids"] + [EOS]
+    assert_is(dataset, [(ids, [False] + [True] * (len(ids) - 1))] * 2)
+    assert dataset.ledger.lines()[-1] == "turns    no row has messages, so whether turns end was not checked"
+
+
+def test_a_text_begins_as_the_tokenizer_says(tmp_path):
+    """The post-processor's BOS comes first, and once if the text brings its own; a chat gets none."""
+    tokenizer = with_post_processor(tmp_path / "model")
+    rows = [{"text": TEXT}, {"text": "<s>" + TEXT}, {"prompt": "a", "response": "b"}]
+    dataset = data.load(write(tmp_path / "rows.json", rows), tokenizer, 100)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "model")(TEXT)["input_ids"]
+    assert ids[0] == tokenizer.tokenizer.token_to_id("<s>")
+    expected = ids + [EOS], [False] + [True] * len(ids)
+    assert_is(dataset, [expected, expected, by_hand(chat("a", "b"))])
+
+
+def test_a_tokenizer_without_eos_adds_none(tmp_path):
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", chatml("m.content"), eos_token=None))
+    dataset = data.load(write(tmp_path / "rows.json", [{"text": TEXT}]), tokenizer, 100)
+    assert dataset.tokens.tolist() == RAW.encode(TEXT).ids
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 4, 5, 7, 10, 11, 12, 13, 50])
+def test_long_texts_are_cut_into_pieces_and_nothing_is_lost(max_length, tmp_path):
+    """The pieces of a text are its tokens, in order; all but the first of each are targets, EOS always is.
+
+    Only pieces of 2 tokens can't hold the last of an odd number of tokens; it is counted as truncated.
+    """
+    for n in range(1, 14):
+        text = TEXT[: 3 * n]
+        dataset = data.load(write(tmp_path / "rows.json", [{"text": text}, {"text": "b"}]), tiny, max_length)
+        ids = RAW.encode(text).ids + [EOS]
+        lost = int(max_length == 2 and len(ids) % 2)
+        pieces = [dataset.tokens[a:b].tolist() for a, b in zip(dataset.starts, dataset.starts[1:])]
+        assert sum(pieces[:-1], []) == ids[: len(ids) - lost]
+        assert all(2 <= len(piece) <= max_length for piece in pieces)
+        assert len(pieces) - 1 == -(-(len(ids) - lost) // max_length)
+        for a, b in zip(dataset.starts, dataset.starts[1:]):
+            assert dataset.loss_mask[a:b].tolist() == [False] + [True] * (b - a - 1)
+        ledger = dataset.ledger
+        assert (ledger.rows, ledger.trained, ledger.truncated) == (2, 2, lost)
+        assert (ledger.context, ledger.target) == (len(pieces), len(dataset.tokens) - len(pieces))
+        if len(pieces) > 2:
+            assert f"pieces   1 texts longer than --max_length are cut into {len(pieces) - 1}" in ledger.lines()
+        assert set(sources(dataset)[:-1]) == {f"{tmp_path / 'rows.json'}[0]"}
+
+
+def test_tokens_are_trained_as_they_are(tmp_path):
+    """Ids and targets of the row, without BOS or EOS; the first is never a target; --too_long holds."""
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]},
+            {"input_ids": [9, 10, 11], "loss_mask": [0, 0.5, 1]}]
+    path = write(tmp_path / "rows.json", rows)
+    dataset = data.load(path, tiny, 100)
+    assert_is(dataset, [([5, 6, 7, 8], [False, False, True, True]), ([9, 10, 11], [False, True, True])])
+    assert dataset.weights_of(1).tolist() == [0, 0.5, 1]
+    assert_is(data.load(path, tiny, 3), [([5, 6, 7], [False, False, True]), ([9, 10, 11], [False, True, True])])
+    assert sources(data.load(path, tiny, 3, too_long="drop")) == [f"{path}[1]"]
+    with pytest.raises(ValueError, match="has 4 tokens, more than --max_length 3"):
+        data.load(path, tiny, 3, too_long="error")
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"input_ids": [1, tiny.size], "loss_mask": [0, 1]}, f"has the ids 0 to {tiny.size - 1}, but not {tiny.size};"),
+    ({"input_ids": [1, -1], "loss_mask": [0, 1]}, "but not -1;"),
+    ({"input_ids": [1, 2], "loss_mask": [1]}, "2 tokens, but 1 labels or weights"),
+    ({"input_ids": [1, 2], "loss_mask": [0, -1]}, "the weight -1 must be 0"),
+    ({"input_ids": [1, 2], "loss_mask": [0, float("nan")]}, "the weight nan must be 0"),
+])
+def test_unusable_tokens_name_the_row(row, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape("rows.json[0]: ") + ".*" + re.escape(message)):
+        data.load(write(tmp_path / "rows.json", [row]), tiny, 100)
+
+
+def test_conversations_without_a_complete_turn_do_not_start(tmp_path):
+    """All answers are cut: no end of a turn is trained. Texts beside them do not change that; alone they are fine."""
+    long = {"prompt": "a", "response": "b c d e f g h"}
+    for rows in ([long] * 9, [long, {"text": TEXT}]):
+        with pytest.raises(ValueError, match="all assistant turns of the .* are truncated.*raise --max_length 18"):
+            data.load(write(tmp_path / "rows.json", rows), tiny, 18)
+    dataset = data.load(write(tmp_path / "rows.json", [long, {"prompt": "a", "response": "b"}]), tiny, 18)
+    assert dataset.ledger.turns == 1
+
+
+def test_only_conversations_count_in_the_stop_gate(tmp_path):
+    """A thousand texts don't hide one conversation whose turn has no end."""
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", "{% for m in messages %}{{ m.role + ': ' + "
+                                             "m.content + '\n' }}{% endfor %}"))
+    rows = [{"text": TEXT}] * 1000 + [{"prompt": "a", "response": "b"}]
+    with pytest.raises(ValueError, match="only 0 of 1 assistant turns"):
+        data.load(write(tmp_path / "rows.json", rows), tokenizer, 100)
+
+
+def test_settings_without_effect_on_the_rows_are_errors(tmp_path):
+    """--too_long where all rows are plain texts; --train_on and --train_on_prompt where no row has messages."""
+    def check(train, val=None, **settings):
+        sets = [data.load(write(tmp_path / f"{i}.json", rows), tiny, 100) for i, rows in enumerate((train, val)) if rows]
+        check_settings(sft.Config(**settings), sets[0], sets[1] if val else None)
+
+    text, tokens = [{"text": TEXT}], [{"input_ids": [1, 2], "loss_mask": [0, 1]}]
+    conversation = [{"prompt": "a", "response": "b"}]
+    for how in "truncate", "drop", "error":
+        with pytest.raises(ValueError, match=f"--too_long {how}: no effect, because plain texts are cut"):
+            check(text, too_long=how)
+        check(tokens, too_long=how)
+        check(text, conversation, too_long=how)
+    for settings in dict(train_on="last"), dict(train_on_prompt=True):
+        with pytest.raises(ValueError, match="--train_on.*no row has messages"):
+            check(text, tokens, **settings)
+        check(text + conversation, **settings)
+    check(text)

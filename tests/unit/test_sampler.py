@@ -213,3 +213,29 @@ def test_bad_weights_are_one_line(spec, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         dataset = data.load(spec.format(a=a, b=b), tiny, 100)
         data.Sampler(dataset.n_inputs, epochs=1, seed=1, batch_size=5, mix=dataset.mix())
+
+
+# ---- fractions of an epoch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs, total", [(0.5, 5), (0.01, 1), (1.1, 11), (1.5, 15), (2.75, 28), (2, 20), (2.0, 20)])
+def test_a_fraction_of_an_epoch_is_its_first_steps(epochs, total):
+    """10 steps an epoch, rounded up; 1.1 epochs are 11 steps although 1.1 is more than 11 / 10 in binary. The steps are
+    those of whole epochs."""
+    n_inputs = np.full(40, 10)
+    part = data.Sampler(n_inputs, epochs=epochs, seed=3, batch_size=4)
+    full = data.Sampler(n_inputs, epochs=3, seed=3, batch_size=4)
+    assert len(part) == total
+    for step in range(1, total + 1):
+        a, b = part.step(step), full.step(step)
+        assert a.epoch == b.epoch and (a.ids == b.ids).all()
+    assert part.is_due(total, None)
+
+
+def test_a_fraction_of_an_epoch_with_batch_tokens():
+    """The fraction is one of the steps of its own epoch."""
+    n_inputs = np.random.default_rng(0).integers(2, 50, 60)
+    full = data.Sampler(n_inputs, epochs=3, seed=3, batch_size=1, batch_tokens=90)
+    part = data.Sampler(n_inputs, epochs=2.5, seed=3, batch_size=1, batch_tokens=90)
+    assert part.per_epoch == full.per_epoch
+    assert len(part) == sum(full.per_epoch[:2]) + -(-full.per_epoch[2] // 2)

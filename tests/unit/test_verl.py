@@ -225,7 +225,7 @@ MEANINGS = [  # keys of verl in a file -> settings that differ from our defaults
       {"prompt_key": "extra_info.question", "response_key": "extra_info.a.b"}),
     ({"data.messages_key": "chat"}, {"messages_key": "chat"}),
     ({"data.multiturn.enable": True, "data.multiturn.messages_key": "chat"}, {"messages_key": "chat"}),
-    ({"data.truncation": "error"}, {"too_long": "error"}), ({"data.truncation": "right"}, {"too_long": "truncate"}),
+    ({"data.truncation": "error"}, {"too_long": "error"}), ({"data.truncation": "right"}, {}),
     ({"model.partial_pretrain": "~/m"}, {"model": f"{HOME}/m"}), ({"model.path": "m"}, {"model": "m"}),
     ({"model.tokenizer_path": "t"}, {"tokenizer": "t"}),
     ({"model.enable_gradient_checkpointing": False}, {"gradient_checkpointing": False}),
