@@ -151,8 +151,8 @@ def check_tokenizer(directory, flag="--tokenizer"):
                   f"{CONVERT_TOKENIZER.format(source=directory)} (pip install transformers sentencepiece "
                   "protobuf)")
     elif code := sorted(name for name in names if re.fullmatch(r"tokenization_.*\.py|.*\.tiktoken", name)):
-        remedy = (f"its tokenizer is code ({code[0]}), which is not run here; use a version of the model that "
-                  f"has tokenizer.json, or {flag} DIR with that file")
+        remedy = (f"its tokenizer is code ({code[0]}), which is not run here; use a version of the model "
+                  f"that has tokenizer.json, or {flag} DIR with that file")
     else:
         remedy = (f"use {flag} DIR with the tokenizer of the model, for a fine-tuned model that of the "
                   "model it was made from")

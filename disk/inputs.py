@@ -45,7 +45,8 @@ def check(cfg):
         check_tokenizer(cfg.tokenizer)
     if cfg.resume_adapter:
         check_adapter(cfg.resume_adapter)
-    template = getattr(cfg, "chat_template", None) or ""  # a file, or the name of one of the model's templates
+    # a file, or the name of one of the model's templates
+    template = getattr(cfg, "chat_template", None) or ""
     if (os.sep in template or template.endswith((".jinja", ".txt"))) and not os.path.isfile(template):
         raise UserError(f"--chat_template {template}: no such file; use a file with a Jinja template")
     if not cfg.resume_from or cfg.use_lora:  # a resumed full model is read from its checkpoint

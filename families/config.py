@@ -16,15 +16,14 @@ LARGEST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20
 # What config.json does not say about a family: which linear layers have biases, whether queries and keys are
 # normalised, and the defaults of Hugging Face's configuration classes for optional keys.
 FAMILIES = {
-    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None, kv_heads=32, window=4096,
-                  positions=2**15),
-    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128, kv_heads=32, window=4096,
-                  positions=2**15),
-    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None, kv_heads=None, window=None,
-                  positions=2**11),
-    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None, kv_heads=8, window=4096,
-                    positions=2**17),
+    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None, kv_heads=32, window=4096),
+    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128, kv_heads=32, window=4096),
+    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None, kv_heads=None, window=None),
+    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None, kv_heads=8, window=4096),
 }  # None: config.json decides (attention_bias; hidden_size / num_attention_heads; num_attention_heads)
+
+# max_position_embeddings where config.json lacks it; a family that is not here gets no warning
+POSITIONS = {"qwen2": 2**15, "qwen3": 2**15, "llama": 2**11, "mistral": 2**17}
 
 
 @dataclass
@@ -170,7 +169,7 @@ def max_positions(config):
     The other scalings come with a max_position_embeddings that includes their factor.
     """
     check_number(config, "max_position_embeddings", 1)
-    positions = config.get("max_position_embeddings") or FAMILIES[config["model_type"]]["positions"]
+    positions = config.get("max_position_embeddings") or POSITIONS.get(config["model_type"], 2**30)
     scaling = rope_fields(config)["rope_scaling"]
     return int(positions * scaling["factor"] if scaling.get("rope_type") == "linear" else positions)
 

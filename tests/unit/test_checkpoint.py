@@ -303,7 +303,7 @@ def test_a_missing_weight_file_is_named(sharded):
     """As after a download that stopped between two files."""
     path = max(sharded.glob("model-*.safetensors"))
     os.remove(path)
-    assert str(path) in refusal(sharded, FileNotFoundError)
+    assert path.name in refusal(sharded)
 
 
 @pytest.mark.parametrize("content", [b"{'model_type': 'llama'}", b"", b'{"a": 1', b"\xff\xfe{}"])
