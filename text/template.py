@@ -469,6 +469,8 @@ class ChatTokenizer:
         around = [m["role"] for m in messages[max(i - 1, 0) : i + 2]]
         key = name, repr(sorted(kwargs)) if kwargs else None, i == 0, *around
         if key not in self.written:
+            if len(self.written) > 1000:
+                self.written.clear()
             probe = "probe message"
             other = [{**m, "content": probe} if m is messages[i] else m for m in messages]
             try:
