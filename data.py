@@ -20,9 +20,11 @@ from ops.attention import Documents
 from ops.packing import ceil_div, mixed_quotas, pack
 from settings.errors import UserError
 from text.formats import KEYS, read_row
+from text.bad_rows import BadRows
 from text.ledger import Ledger
 from text.masks import check_text, mask
 from text.sources import data_files, read_sources
+from text.template import Notes
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
 # The arrays of a Dataset, with their dtypes in the cache
@@ -44,7 +46,8 @@ class Options:
     too_long: str = "truncate"
     train_on: str = "all"
     train_on_prompt: bool = False
-    keys: tuple = KEYS  # column names, see formats.to_messages
+    bad_rows: str = "error"
+    keys: tuple = KEYS  # column names, see formats.read_row
     limit: int | None = None  # read at most this many rows
 
 
@@ -168,13 +171,22 @@ class Conversation(NamedTuple):
     tokens: tuple | None = None  # (ids, weights) if the row is tokens already
     dropped: str | None = None  # why the row is not trained, from its reader
     unused: tuple = ()  # columns, see formats.Row
+    notes: Notes | None = None  # what else the template's owner should know, see template.Notes
 
 
 def conversations(sources, tokenizer, options):
     """Yield lists of up to a thousand Conversations."""
     rows = itertools.islice(read_sources(sources), options.limit)
+    bad = BadRows(drop if options.bad_rows == "drop" else None)
     while batch := list(itertools.islice(rows, 1000)):
-        yield [render(*row, tokenizer, options) for row in batch]
+        made = (bad.attempt(render, *row, tokenizer, options) for row in batch)
+        yield [conversation for conversation in made if conversation]
+    bad.check()
+
+
+def drop(file, number, row, where, error):
+    """The Conversation of a row that can't be used, for --bad_rows drop."""
+    return Conversation(file, number, where, "", None, dropped="bad", notes=Notes(0, 0, str(error)))
 
 
 def render(file, number, row, where, tokenizer, options):
@@ -188,15 +200,15 @@ def render(file, number, row, where, tokenizer, options):
     if options.train_on == "last":
         for message in [m for m in row.messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
-    text, spans, _ = tokenizer.render_spans(row.messages, where, row.tools, row.template_kwargs)
+    text, spans, notes = tokenizer.render_spans(row.messages, where, row.tools, row.template_kwargs)
     check_text(text, where)
-    return Conversation(file, number, where, text, spans, unused=row.unused)
+    return Conversation(file, number, where, text, spans, unused=row.unused, notes=notes)
 
 
 def append(conversation, encoding, options, tokenizer, ledger, writer):
     """Mask one row, account for its tokens, and write it if it has a target; a long text in pieces."""
     at, masked = ledger.written, mask(conversation, encoding, options, tokenizer)
-    ledger.count(masked, conversation.unused)
+    ledger.count(masked, conversation.unused, conversation.notes)
     is_target = masked.weights > 0
     weighted = np.flatnonzero(is_target & (masked.weights != 1))
     writer.add(weighted=at + weighted, weight=masked.weights[weighted])

@@ -56,6 +56,9 @@ class Config:
     model: str = setting("Qwen/Qwen2.5-0.5B", "hub id or directory; tiny: the embedded test model",
                          env="MODEL_PATH", presets=("tiny",), group="model and data")
     tokenizer: str | None = setting(None, "directory of another tokenizer and template", env="TOKENIZER_PATH")
+    chat_template: str | None = setting(None, "Jinja file, or the name of one of the model's templates",
+                                        env="CHAT_TEMPLATE")
+    template_kwargs: str | None = setting(None, "variables of the template: '{\"enable_thinking\": false}'")
     resize_embeddings: bool = setting(False, "add rows for a tokenizer with more ids than the embedding")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
@@ -65,6 +68,8 @@ class Config:
     train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
                             unless="train_on_prompt")
     train_on_prompt: bool = setting(False, "all tokens contribute to the loss, not only the assistant's")
+    bad_rows: str = setting("error", "rows that can't be read: error lists them, drop counts them",
+                            ("error", "drop"))
     prompt_key: str = setting("prompt", "column with the question; a.b for nested columns")
     response_key: str = setting("response", "column with the answer")
     messages_key: str = setting("messages", "column with the list of messages; conversations also works")
@@ -278,7 +283,8 @@ def train(cfg, ranks):
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks)  # a new run, or one that resumes from a verified checkpoint
-    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size)
+    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
+                              cfg.template_kwargs, run.date)
     ranks.set_phase("tokenise")
     train_set, val_set = load_data(cfg, tokenizer)
     run.identify(train_set)

@@ -72,6 +72,7 @@ def write_model(directory, model, optimizer, shard_map, exported):
     by_rank_0 = list(exported)
     if is_rank_0():
         for name, content in exported.items():
+            os.makedirs(os.path.dirname(os.path.join(directory, name)), exist_ok=True)
             files.write_file(os.path.join(directory, name), content)
     if len(names_by_file) > 1:
         by_rank_0.append(pretrained.INDEX_FILE)

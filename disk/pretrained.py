@@ -548,8 +548,7 @@ def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter
             directory, config_json, tokenizer.stop_token_id)
     else:
         exported["adapter_config.json"] = adapter_config
-    if tokenizer.is_fallback:
-        exported["chat_template.jinja"] = tokenizer.source.encode()
+    exported.update(tokenizer.files)  # templates that are not the model's own
     return exported
 
 

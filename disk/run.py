@@ -6,6 +6,7 @@ what is restored, and what a checkpoint stores for the next resume.
 
 import collections
 import dataclasses
+import datetime
 import math
 import os
 import statistics
@@ -97,12 +98,13 @@ class RunState:
                      validations after it
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
+    date             of the first start, an ISO text: a chat template may print it
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
     chosen           what `auto` means in this run, {"micro_batch_size": conversations,
                      "checkpointed_blocks": number}, and the "world_size" and "tp" that it was chosen for
 
-    state.json of a checkpoint stores them as "step", "best", "norms", "chosen" and, for owes_evaluation,
-    "is_cut".
+    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date" and, for
+    owes_evaluation, "is_cut".
     """
 
     def __init__(self, cfg, ranks):
@@ -128,6 +130,8 @@ class RunState:
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
         self.chosen = {}
+        today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
+        self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
         self.paths = self.find_paths()
 
     def find_paths(self):
@@ -306,6 +310,7 @@ class RunState:
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
             "chosen": self.chosen,
+            "date": self.date,
         }
         checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
                         exported=self.exported, state=state, links=links)

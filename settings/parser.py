@@ -23,7 +23,7 @@ import typing
 
 import yaml
 
-from settings import verl
+from settings import other_trainers, verl
 from settings.errors import UserError
 from settings.venv import PROJECT
 
@@ -380,6 +380,8 @@ def field_name(name, fields):
     if accepts_verl and verl.entry_name(key):
         return key
     other_names = verl.other_trainers()
+    if accepts_verl and (advice := other_trainers.suggestion(name)):
+        raise UserError(f"unknown setting {name!r:.200}, of another trainer: {advice}")
     near = difflib.get_close_matches(candidate, [*fields, *other_names], n=1, cutoff=0.6)
     if accepts_verl and ("." in name or not near):
         near = difflib.get_close_matches(key, verl.entries(), n=1, cutoff=0.6) or near
@@ -486,6 +488,9 @@ def yaml_values(node, name, path, seen):
     if isinstance(node, yaml.MappingNode):
         if name and not node.value:
             yield name, "{}", place
+        if name == "template_kwargs":  # an object of its own
+            yield name, json.dumps(yaml.safe_load(yaml.serialize(node))), place
+            return
         for key, times in collections.Counter(str(key.value) for key, _ in node.value).items():
             if times > 1:
                 raise UserError(f"{place}: the key {key:.200} appears twice")

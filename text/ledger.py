@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from settings.errors import UserError
 
 
+N_WARNINGS = 3  # that are printed
+
+
 @dataclass
 class Ledger:
     """Counts of rows, tokens and assistant turns.
@@ -31,20 +34,30 @@ class Ledger:
     weighted: int = 0  # targets whose weight is not 1
     weight: float = 0.0  # sum of the weights of all targets
     unused: dict = field(default_factory=dict)  # column -> rows that have it, see formats.Row
+    reasoning_rendered: int = 0  # assistant messages whose reasoning the template renders
+    reasoning_dropped: int = 0  # assistant messages whose reasoning it does not
+    warned: int = 0  # rows with a warning
+    warnings: list = field(default_factory=list)  # the first few
 
     @property
     def written(self):
         """Tokens of the rows that are trained."""
         return self.target + self.context
 
-    def count(self, masked, unused=()):
-        """Count a row (masks.Masked), and the columns of it that are not used."""
+    def count(self, masked, unused=(), notes=None):
+        """Count a row (masks.Masked), the columns of it that are not used, and its template.Notes."""
         self.rows += 1
         self.tokens += masked.length
         self.turns += masked.turns
         self.turns_stopped += masked.stopped
         for name in unused:
             self.unused[name] = self.unused.get(name, 0) + 1
+        if notes:
+            self.reasoning_rendered += notes.reasoning_rendered
+            self.reasoning_dropped += notes.reasoning_dropped
+        if notes and notes.warning:
+            self.warned += 1
+            self.warnings = [*self.warnings, notes.warning][:N_WARNINGS]
         if masked.kind:
             self.kinds[masked.kind] = self.kinds.get(masked.kind, 0) + 1
         if masked.dropped:
@@ -88,10 +101,16 @@ class Ledger:
                          f"targets is {self.weight:,.10g}")
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
+        if self.reasoning_rendered or self.reasoning_dropped:
+            lines.append(f"thoughts {self.reasoning_rendered:,} answers have their reasoning in the text + "
+                         f"{self.reasoning_dropped:,} whose reasoning the chat template drops")
         if self.unused:
             names = [f"{name:.60}" for name in self.unused]
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             lines.append(f"columns not used: {', '.join(names[:20])}{more}")
+        lines += [f"warning  {warning}" for warning in self.warnings]
+        if self.warned > len(self.warnings):
+            lines.append(f"warning  and {self.warned - len(self.warnings):,} more rows like these")
         return tuple(lines)
 
     def check(self, spec, max_length):

@@ -50,7 +50,7 @@ def mask(conversation, encoding, options, tokenizer):
     turns = stopped = 0
     if kind == "chat":
         weights, turns, stopped = make_weights(
-            encoding, conversation.spans, conversation.text, kept=kept, stop_token_id=tokenizer.stop_token_id,
+            encoding, conversation.spans, conversation.text, kept=kept, stop_token_ids=tokenizer.stop_token_ids,
             train_on_prompt=options.train_on_prompt)
     weights = check_weights(weights[:kept], where)
     if not weights.any():
@@ -62,7 +62,7 @@ def mask(conversation, encoding, options, tokenizer):
 # ---- chats -----------------------------------------------------------------------------------------------
 
 
-def make_weights(encoding, spans, text, *, kept, train_on_prompt, stop_token_id):
+def make_weights(encoding, spans, text, *, kept, train_on_prompt, stop_token_ids):
     """The weights of the tokens of one conversation; 0: no target.
 
     A token is a target if it lies entirely inside a trained span.
@@ -73,7 +73,7 @@ def make_weights(encoding, spans, text, *, kept, train_on_prompt, stop_token_id)
                      template rendered that token; the weight of its losses, 0 if it is not trained
     kept             n, or fewer if the conversation is truncated
     train_on_prompt  every token but the first is a target: those outside trained spans have weight 1
-    stop_token_id    the token that ends a turn, or None
+    stop_token_ids   the tokens that end a turn: one with calls may end with another one
 
     Returns (kept,) fp64, the number of trained turns that are not truncated, and how many of these have their
     stop token among the targets.
@@ -88,7 +88,7 @@ def make_weights(encoding, spans, text, *, kept, train_on_prompt, stop_token_id)
         weights[first:after] = weight
         if weight and after <= kept:
             turns += 1
-            stopped += int(has_stop_token and stop_token_id in ids[first:after])
+            stopped += int(has_stop_token and not set(stop_token_ids).isdisjoint(ids[first:after]))
     weights[:1] = 0  # nothing predicts the first token
     return weights[:kept], turns, stopped
 

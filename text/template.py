@@ -179,7 +179,7 @@ class ChatTokenizer:
         if vocab_size is not None and self.size > vocab_size:
             raise UserError(f"{directory}: the tokenizer has ids up to {self.size - 1}, the model's "
                             f"embedding has {vocab_size} rows; --tokenizer must be the tokenizer that "
-                            "the model was trained with")
+                            "the model was trained with; if it has new tokens, add --resize_embeddings")
         config = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if os.path.exists(path := os.path.join(directory, name)):
@@ -271,6 +271,9 @@ class ChatTokenizer:
     def checked_kwargs(self, kwargs, where):
         if kwargs is None:
             return {}
+        if isinstance(kwargs, str):  # --template_kwargs
+            with contextlib.suppress(ValueError, RecursionError):
+                kwargs = json.loads(kwargs)
         if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
             raise UserError(f'{where} must be an object like {{"enable_thinking": false}}, it is '
                             f"{kwargs!r:.60}")
