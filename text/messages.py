@@ -102,7 +102,13 @@ def read_turn(turn, columns, trained=True):
 
 
 def read_role(turn, columns):
-    """The role of a turn: user, assistant, system, tool, or function_call, whose content is calls."""
+    """The role of a turn: user, assistant, system, tool, or function_call, whose content is calls.
+
+    A `role` that is none of them goes to the chat template: its own roles have any name, and a message that
+    it does not write is an error (ChatTokenizer.render_spans).
+    """
+    if "from" not in turn and isinstance(turn["role"], str) and turn["role"].lower() not in ROLES:
+        return turn["role"]
     roles = {turn[key].lower() if isinstance(turn[key], str) else shown(turn[key])
              for key in ("role", "from") if key in turn}
     found = {ROLES.get(role) for role in roles}

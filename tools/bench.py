@@ -459,12 +459,10 @@ def bench_start(cfg, directory):
 
 
 def write_full_rows(directory, length, n):
-    """Write n conversations of `length` tokens after truncation, nearly all targets; return the path."""
-    answer = "the " * length  # one token each
-    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": answer}]
+    """Write n rows of `length` tokens, nearly all targets; return the path."""
     path = os.path.join(directory, "rows.json")
     with open(path, "w", encoding="utf-8") as f:
-        json.dump([{"messages": turns}] * n, f)
+        json.dump([{"input_ids": [7] * length}] * n, f)
     return path
 
 

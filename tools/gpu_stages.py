@@ -20,6 +20,7 @@ import time
 import warnings
 
 import torch
+from tokenizers import Tokenizer
 
 import sft
 from screen.log import Log
@@ -144,8 +145,23 @@ def rows(report, kind):
         else:  # random words, at least one token each
             words = report.pick(4200 if kind == "4096" else 2100, 200)
             bench.write_rows(path + ".tmp", report.pick(64, 24), 2.3, math.log(words), 0.0)
+            shorten(path + ".tmp", report.pick(4096 if kind == "4096" else 2048, 256))
         os.replace(path + ".tmp", path)
     return path
+
+
+def shorten(path, length):
+    """Cut the answers of a file of conversations so that each has nearly `length` tokens, and its end."""
+    tokenizer = Tokenizer.from_file(os.path.join(bench.pretrained.model_directory("tiny"), "tokenizer.json"))
+    with open(path, encoding="utf-8") as f:
+        conversations = json.load(f)
+    for row in conversations:
+        question, answer = row["messages"]
+        used = len(tokenizer.encode(question["content"])) + 24  # of the template
+        offsets = tokenizer.encode(answer["content"]).offsets[: length - used]
+        answer["content"] = answer["content"][: offsets[-1][1]]
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(conversations, f)
 
 
 def start(*arguments, environment=None):

@@ -420,15 +420,16 @@ def test_the_template_reads_kwargs_of_the_run_and_of_the_row(tmp_path):
         ["a<|im_end|>"], ["<think>\n\n</think>\n\na<|im_end|>"], ["a<|im_end|>"]]
 
 
-@pytest.mark.parametrize("kwargs, say", [({"messages": []}, "sets messages"), ({"tools": 1}, "sets tools"),
-                                         ({"add_generation_prompt": True}, "sets add_generation_prompt"),
-                                         ([1], "must be an object"), ("x", "must be an object")], ids=str)
-def test_kwargs_that_collide_are_refused(kwargs, say, tmp_path):
+@pytest.mark.parametrize("kwargs, say, of_row", [
+    ({"messages": []}, "sets messages", 'has "messages"'), ({"tools": 1}, "sets tools", 'has "tools"'),
+    ({"add_generation_prompt": True}, "sets add_generation_prompt", 'has "add_generation_prompt"'),
+    ([1], "must be an object", "must be an object"), ("x", "must be an object", "is a text")], ids=str)
+def test_kwargs_that_collide_are_refused(kwargs, say, of_row, tmp_path):
     """A row's are named by the row, those of the run by the setting."""
     with pytest.raises(UserError, match="^--template_kwargs " + say):
         ChatTokenizer(TINY, template_kwargs=kwargs)
     path = write(tmp_path / "rows.json", [{"messages": chat("q", "a"), "chat_template_kwargs": kwargs}])
-    with pytest.raises(UserError, match=re.escape(f"{path}[0]: chat_template_kwargs ") + say):
+    with pytest.raises(UserError, match=re.escape(f'{path}[0]: "chat_template_kwargs" ') + of_row):
         data.load(path, tiny, 2048)
 
 

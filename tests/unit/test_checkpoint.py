@@ -354,11 +354,11 @@ def test_exported_files_of_a_model_and_of_an_adapter(tmp_path):
     tokenizer_directory.mkdir()
     (tokenizer_directory / "tokenizer.json").write_bytes(b"{}")
     config = files.read_json(base / "config.json")
-    tokenizer = SimpleNamespace(stop_token_id=9, is_fallback=False, source="{{ own }}")
+    tokenizer = SimpleNamespace(stop_token_id=9, files={})
     assert pretrained.export_files(base, config, base, tokenizer) == {
         **TOKENIZER, "config.json": (base / "config.json").read_bytes(),
         "generation_config.json": pretrained.generation_config(base, config, 9)}
-    tokenizer.is_fallback = True
+    tokenizer.files = {"chat_template.jinja": b"{{ own }}"}
     assert pretrained.export_files(base, config, tokenizer_directory, tokenizer, {"r": 8}) == {
         "tokenizer.json": b"{}", "adapter_config.json": {"r": 8}, "chat_template.jinja": b"{{ own }}"}
 

@@ -377,9 +377,9 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
 
 @pytest.mark.parametrize("arguments, say", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'"),
-    (["--learning_rate=1"], "unknown setting 'learning_rate'; the nearest is 'lr'"),
-    (["--max_seq_length", "9"], "unknown setting 'max_seq_length'; the nearest is 'max_length'"),
-    (["--num-train-epochs", "9"], "unknown setting 'num-train-epochs'; the nearest is 'epochs'"),
+    (["--learning_rate=1"], "unknown setting 'learning_rate', of another trainer: learning_rate of other trainers is --lr X here"),
+    (["--max_seq_length", "9"], "max_seq_length of other trainers is --max_length N here"),
+    (["--num-train-epochs", "9"], "num_train_epochs of other trainers is --epochs N here"),
     (["epoch=3"], "unknown setting 'epoch'; the nearest is 'epochs'"),
     (["++optim.lrr=3"], "unknown setting 'optim.lrr'; the nearest is 'optim.lr'"),
     (["--no-pakcing"], "unknown setting 'pakcing'; the nearest is 'packing'"),

@@ -238,10 +238,10 @@ def test_tokens_are_trained_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("row, message", [
     ({"input_ids": [1, tiny.size], "loss_mask": [0, 1]}, f"has the ids 0 to {tiny.size - 1}, but not {tiny.size};"),
-    ({"input_ids": [1, -1], "loss_mask": [0, 1]}, "but not -1;"),
-    ({"input_ids": [1, 2], "loss_mask": [1]}, "2 tokens, but 1 labels or weights"),
-    ({"input_ids": [1, 2], "loss_mask": [0, -1]}, "the weight -1 must be 0"),
-    ({"input_ids": [1, 2], "loss_mask": [0, float("nan")]}, "the weight nan must be 0"),
+    ({"input_ids": [1, -1], "loss_mask": [0, 1]}, "a list of token ids, it is [1, -1]"),
+    ({"input_ids": [1, 2], "loss_mask": [1]}, "a number for each of the 2 input_ids"),
+    ({"input_ids": [1, 2], "loss_mask": [0, -1]}, "numbers of at least 0, it has -1"),
+    ({"input_ids": [1, 2], "loss_mask": [0, float("nan")]}, "it is [0, NaN]"),
 ])
 def test_unusable_tokens_name_the_row(row, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape("rows.json[0]: ") + ".*" + re.escape(message)):

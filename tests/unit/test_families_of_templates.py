@@ -357,7 +357,7 @@ def test_targets_of(name, kwargs, messages, expected, made, tmp_path):
     ("gptoss", [ASK, says("", call("sky", city="Graz"), call("sky", city="Linz"))], "the call of sky can't be found"),
     ("gptoss", [ASK, says("", call("sky", city="Graz"), call("see", city="Linz"))], "the call of see can't be found"),
     ("gptoss", [*chat("q", "a"), {"role": "developer", "content": "Be short."}, *chat("r", "b")],
-     "the developer message 'Be short.' can't be found"),
+     "the system message 'Be short.' can't be found"),
     ("mistral_v3", chat("q", "a", "r", "b", system="Be kind."), "the system message 'Be kind.' can't be found"),
     ("mistral_v3", [ASK, says("I look.", call("sky", city="Graz")), returns("1"), says("1")],
      "the answer 'I look.' can't be found"),

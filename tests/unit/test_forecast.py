@@ -188,7 +188,7 @@ def test_the_peak_is_within_5_percent_of_the_allocators(train, tmp_path, monkeyp
     length, model = 1024 if "--use_lora" in flags else 256, TINY  # with 256, LoRA's peak would be in loading
     if "--max_length" in flags:  # few tokens, a large vocabulary: the peak is the embedding's gradient
         length, model = 32, two_layers(tmp_path, vocab_size=16384)
-    rows = [{"prompt": "Go on.", "response": "the " * length}] * 6
+    rows = [{"messages": chat("q", "a", "Go on.", "the " * length)}] * 6  # one turn has its end
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     batch_size = () if "--batch_size" in flags else ("--batch_size", 1)
     arguments = ("--train_data", tmp_path / "rows.json", "--max_length", length, *batch_size, *flags)
@@ -367,7 +367,7 @@ def test_the_planned_run_of_a_loaded_model_is_that_of_a_model_on_meta(train, mon
 @pytest.mark.parametrize("flags", [(), ("--use_lora",)])
 def test_the_peak_of_a_chosen_run_is_within_5_percent(train, tmp_path, monkeypatch, flags, capsys):
     """With memory for one and a half blocks less than all: the forecast on the screen is what the allocator counts."""
-    rows = [{"prompt": "Go on.", "response": "the " * 1024}] * 6
+    rows = [{"input_ids": [7] * 1024}] * 6
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     arguments = ("--train_data", tmp_path / "rows.json", "--max_length", 512, "--batch_size", 2, *flags)
     run = dataclasses.replace(planned_by(monkeypatch, "--model", TINY, *arguments), micro_batch_size=2)

@@ -173,11 +173,11 @@ ONE = Handmade((1, "user:"), (2, "hi\n"), (3, "bot:"), (4, "oh "), (5, "yes"), (
 TWO = Handmade((3, "bot:"), (4, "a"), (STOP, "<end>"), (2, "hi\n"), (3, "bot:"), (5, "b"), (STOP, "<end>"))
 
 
-def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_id=STOP):
+def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_ids=(STOP,)):
     """(loss mask as text, turns, turns whose stop token is a target)."""
     kept = len(encoding) if kept is None else kept
     weights, turns, stopped = masks.make_weights(
-        encoding, spans, encoding.text, kept=kept, stop_token_id=stop_token_id, train_on_prompt=train_on_prompt)
+        encoding, spans, encoding.text, kept=kept, stop_token_ids=stop_token_ids, train_on_prompt=train_on_prompt)
     assert weights.dtype == np.float64 and weights.shape == (kept,)
     assert type(turns) is type(stopped) is int
     return "".join(".x"[target] for target in (weights > 0).tolist()), turns, stopped
@@ -185,8 +185,8 @@ def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_id=STOP
 
 @pytest.mark.parametrize("how, expected", [
     ({}, ("...xxx.", 1, 1)),
-    (dict(stop_token_id=None), ("...xxx.", 1, 0)),
-    (dict(stop_token_id=7), ("...xxx.", 1, 0)),
+    (dict(stop_token_ids=()), ("...xxx.", 1, 0)),
+    (dict(stop_token_ids=(7,)), ("...xxx.", 1, 0)),
     (dict(train_on_prompt=True), (".xxxxxx", 1, 1)),
     (dict(kept=6), ("...xxx", 1, 1)),
     (dict(kept=5), ("...xx", 0, 0)),  # a truncated turn is trained, but does not count as a turn that has to stop

@@ -390,7 +390,7 @@ def test_entries_that_are_not_used_are_removed(cache, tmp_path, capfd):
 def test_progress_is_shown_while_an_entry_is_written(cache, rows):
     """cached() calls its own `progress` too: another node may wait for this one."""
     calls = []
-    key = token_cache.cache_key([(None, [rows])], tiny, "options", progress=lambda: calls.append("hash"))
+    key = token_cache.cache_key([Source(None, None, [rows])], tiny, "options", progress=lambda: calls.append("hash"))
     assert calls == ["hash"]
 
     def write_entry(directory, progress):
