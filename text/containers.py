@@ -302,7 +302,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique)
 def json_rows(path, split, first):
     """Yield (where, row) of JSON text whose first character is `first`: an array, JSON Lines, other objects.
 
-    An object that is no row but holds the rows stands for them, see rows_of_object.
+    An object that is no row but holds the rows stands for them, see rows_inside.
     """
     is_lines = True
     with open_text(path) as f:
@@ -318,13 +318,13 @@ def json_rows(path, split, first):
             line, newline, _ = text.text[text.at :].partition("\n")
             is_lines = not (newline and continues(line))
             if text.is_long() and (key := text.key_of_rows(split)):
-                yield from numbered(path, list_in_object(path, key))
+                yield from numbered(path, list_at_key(path, key))
                 return
     with open_text(path) as f:
         rows = json_lines(f, path) if is_lines else numbered(path, JsonText(f, path).objects())
         some = list(itertools.islice(rows, 2))
         if len(some) == 1 and isinstance(some[0][1], dict):  # the only object of the file
-            yield from rows_of_object(path, *some[0], split)
+            yield from rows_inside(path, *some[0], split)
             return
         check_split(path, split)
         yield from some
@@ -361,7 +361,7 @@ def json_lines(f, path):
             yield f"{path} line {number}", row
 
 
-def rows_of_object(path, where, value, split):
+def rows_inside(path, where, value, split):
     """The (where, row) of a file that is one object: the rows in its list or columns, or itself.
 
     Columns are those of pandas: {"prompt": {"0": "a", "1": "b"}, ...}, {"prompt": ["a", "b"], ...},
@@ -417,7 +417,7 @@ def list_of_rows(value, path, split):
     return named[0]
 
 
-def list_in_object(path, key):
+def list_at_key(path, key):
     """Yield the elements of the list with this key, of a file that is one object."""
     with open_text(path) as f:
         text = JsonText(f, path)

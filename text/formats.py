@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from settings.errors import UserError
 from text.keys import ROLES, STRONG, row_use
-from text.messages import (EMPTY, decoded, flag_of, is_turns, listed, read_text, read_turn, read_turns,
-                           shown)
+from text.messages import (EMPTY, decoded, flag_of, is_finite, is_turns, listed, read_text, read_turn,
+                           read_turns, shown)
 
 TURNS = '[{"role", "content"}, ...]'
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": '
@@ -492,7 +492,7 @@ def of_each_token(columns, name, ids):
     """The value of a column that has a number for each token."""
     values = columns.value(name)
     if not isinstance(values, list) or len(values) != len(ids) or not all(
-            isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            map(is_finite, values)):
         raise columns.error(f'"{name}" must have a number for each of the {len(ids)} input_ids, it is '
                             f"{shown(values)}")
     return values

@@ -50,8 +50,8 @@ def mask(conversation, encoding, options, tokenizer):
     turns = stopped = 0
     if kind == "chat":
         weights, turns, stopped = make_weights(
-            encoding, conversation.spans, conversation.text, kept=kept, stop_token_ids=tokenizer.stop_token_ids,
-            train_on_prompt=options.train_on_prompt)
+            encoding, conversation.spans, conversation.text, kept=kept,
+            stop_token_ids=tokenizer.stop_token_ids, train_on_prompt=options.train_on_prompt)
     weights = check_weights(weights[:kept], where)
     if not weights.any():
         dropped = "without targets" + (" after truncation" if length > kept else "")

@@ -20,6 +20,14 @@ def shown(value):
     return f"{json.dumps(value, default=str):.60}"
 
 
+def is_finite(value):
+    """Whether a value is a number that a float can hold: not NaN, nor an integer of 400 digits."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def listed(names):
     return ", ".join(f'"{name:.60}"' for name in names)
 
@@ -122,7 +130,7 @@ def read_role(turn, columns):
 def read_content(turn, role, message, columns):
     """Set content, reasoning_content and tool_calls of a message."""
     contents = [turn[key] for key in ("content", "value", "text") if key in turn]
-    if any(content != contents[0] for content in contents):
+    if any(content != contents[0] for content in contents[1:]):
         raise columns.error(f"a message has two different contents: {contents!r:.80}")
     content = contents[0] if contents else None
     reasoning = {key: turn[key] for key in REASONING if key in turn}
@@ -161,7 +169,7 @@ def read_text(value, role, columns):
     """The text of a content: a string, a number as JSON has it, or a list of text parts, which are joined."""
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if is_finite(value) and not isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, dict) and "type" in value:
         value = [value]
@@ -203,7 +211,7 @@ def read_message_weight(turn, role, trained, columns):
                                     "number")
             flags[key] = flag != (use == "mask")
         elif use == "weight":
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not is_finite(value) or value < 0:
                 raise columns.error(f'"{key}" must be a number of at least 0, it is {value!r:.60}')
             weights[key] = float(value)
     if len(set(flags.values())) > 1 or len(set(weights.values())) > 1:

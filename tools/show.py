@@ -28,7 +28,7 @@ from settings import venv
 from settings.errors import UserError, run
 from settings.parser import check, parse, setting
 from text import token_cache
-from text.sources import data_files, read_files
+from text.sources import data_files, read_sources
 from text.template import ChatTokenizer
 
 EVERYTHING = 2**31 - 1  # --max_length that truncates nothing
@@ -57,10 +57,14 @@ class Own:
 
 
 def data_settings():
-    """The fields of sft.Config that decide what is trained: its first group, except what `data` replaces."""
+    """The fields of sft.Config that decide what is trained: its first group.
+
+    Except what `data` replaces, and what changes the model only.
+    """
     fields = dataclasses.fields(sft.Config)
     after = next(i for i, field in enumerate(fields) if field.metadata["group"] and i)
-    return [field for field in fields[:after] if field.name not in ("train_data", "val_data")]
+    others = "train_data", "val_data", "resize_embeddings"
+    return [field for field in fields[:after] if field.name not in others]
 
 
 def config_class():
@@ -80,15 +84,15 @@ Config = config_class()
 
 
 def arguments_of(function, cfg):
-    """{name: value} of the settings that are parameters of a function: --max_length is max_length of load."""
+    """{name: value} of the settings that are parameters of a function or class, which have the same names."""
     return {name: getattr(cfg, name) for name in inspect.signature(function).parameters if hasattr(cfg, name)}
 
 
 def load(cfg, tokenizer, **changes):
     """The Dataset that sft.py would train on, not cached."""
     keys = cfg.prompt_key, cfg.response_key, cfg.messages_key
-    options = {**arguments_of(data.load, cfg), "tokenizer": tokenizer, "keys": keys, "cache_dir": None}
-    return data.load(cfg.data, **{**options, **changes})
+    options = {**arguments_of(data.Options, cfg), "too_long": cfg.too_long or "truncate", "keys": keys}
+    return data.load(cfg.data, tokenizer, **{**options, **changes})
 
 
 # ---- show -------------------------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ def show(dataset, tokenizer, chosen, ids, style, full=None):
 
     for i in chosen:
         span = slice(dataset.starts[i], dataset.starts[i + 1])
-        tokens, loss_mask, weights = dataset.tokens[span], dataset.loss_mask[span], weights_of(dataset, span)
+        tokens, loss_mask, weights = dataset.tokens[span], dataset.loss_mask[span], dataset.weights_of(i)
         lost, lost_targets = truncated_part(dataset, full, i)
         more = f", {len(lost):,} more tokens with {lost_targets:,} targets truncated" if len(lost) else ""
         print(f"--- {printable(dataset.source(i))}: {len(tokens)} tokens, {dataset.n_targets[i]} targets"
@@ -147,13 +151,6 @@ def show(dataset, tokenizer, chosen, ids, style, full=None):
             is_all = len(lost) <= SHOWN and len(text) <= SHOWN
             print(f"{before}truncated: {text[:SHOWN]}{'' if is_all else '…'}{after}", end="")
         print()
-
-
-def weights_of(dataset, span):
-    """The weight of each token's loss in a slice of the tokens."""
-    weights = getattr(dataset, "weights", None)
-    is_per_token = isinstance(weights, np.ndarray)
-    return np.array(weights[span] if is_per_token else dataset.loss_mask[span], np.float32)
 
 
 def truncated_part(dataset, full, i):
@@ -190,16 +187,17 @@ def choose(dataset, cfg):
 def show_command(cfg, tokenizer):
     limit = None if cfg.random else cfg.n
     if cfg.row is not None:
-        n_files = sum(len(files) for _, files in data_files(cfg.data))
+        n_files = sum(len(source.files) for source in data_files(cfg.data))
         limit = cfg.row + 1 if n_files == 1 else None
     dataset = load(cfg, tokenizer, limit=limit)
     chosen = choose(dataset, cfg)
-    is_long = cfg.too_long == "truncate" and np.any(dataset.n_tokens[chosen] == cfg.max_length)
+    is_long = cfg.too_long in (None, "truncate") and np.any(dataset.n_tokens[chosen] == cfg.max_length)
     full = load(cfg, tokenizer, limit=limit, max_length=EVERYTHING) if is_long else None
     show(dataset, tokenizer, chosen, cfg.ids,
          COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN, full)
-    if dataset.ledger.dropped:
-        print(printable(dataset.ledger.lines()[0]))
+    counts, _, *remarks = dataset.ledger.lines()  # of all rows that were read, not only of those shown
+    for line in [counts] * bool(dataset.ledger.dropped) + remarks:
+        print(printable(line))
 
 
 # ---- stats ------------------------------------------------------------------------------------------------
@@ -228,7 +226,7 @@ def print_keys(rows, most=40):
             print(f"{name:<12} {', '.join(found)}{more}")
 
 
-def stats(dataset, capacity, batch_size, too_long="truncate"):
+def stats(dataset, capacity, batch_size, too_long=None):
     """Print how long conversations are, what --max_length would truncate, and how full micro-batches are.
 
     dataset   without truncation
@@ -243,10 +241,10 @@ def stats(dataset, capacity, batch_size, too_long="truncate"):
     print(f"{'tokens':>22} {'conversations':>18}")
     for low, high, n in zip(edges, edges[1:], counts):
         print(f"{low:>9,} to {high - 1:<9,} {n:>18,} {'#' * round(34 * n / counts.max())}")
-    verb = {"truncate": "truncates", "drop": "drops", "error": "refuses"}[too_long]
+    verb = {"drop": "drops", "error": "refuses"}.get(too_long, "truncates")
     for max_length in sorted({*LENGTHS, capacity}):
         long = np.flatnonzero(n_tokens > max_length)
-        kept = max_length if too_long == "truncate" else 0
+        kept = 0 if too_long in ("drop", "error") else max_length
         spans = (slice(dataset.starts[i] + kept, dataset.starts[i + 1]) for i in long)
         lost = sum(int(dataset.loss_mask[span].sum()) for span in spans)
         print(f"--max_length {max_length:<5,} {verb} {len(long):,} rows ({len(long) / len(n_tokens):.2%}) "
@@ -264,7 +262,7 @@ def stats(dataset, capacity, batch_size, too_long="truncate"):
 def stats_command(cfg, tokenizer):
     dataset = load(cfg, tokenizer, max_length=EVERYTHING)
     print(*map(printable, dataset.ledger.lines()), sep="\n")
-    print_keys(row for _, row in read_files(cfg.data))
+    print_keys(row for _, _, row, _ in read_sources(data_files(cfg.data)))
     stats(dataset, cfg.max_length, cfg.batch_size, cfg.too_long)
 
 

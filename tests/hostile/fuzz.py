@@ -295,7 +295,7 @@ def check_damaged_rows(path, batch, how):
         if refusal:
             _, first = attempt(data.load, path, tiny, **{**how, "too_long": "truncate"}, naming=path)
             place = len(f"{path}[{i}]: half a character")
-            assert first and first.startswith(refusal[:place]), (first, refusal)
+            assert first and refusal[:place] in first, (first, refusal)  # the error of two rows lists both
             return count_outcome(refusal)
         messages.append(read)
     check_load(path, messages, how, tiny)

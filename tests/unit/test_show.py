@@ -61,10 +61,11 @@ def rows(tmp_path):
 def test_every_data_setting_of_sft_is_a_setting_here():
     """With its type, default and help, and it reaches the function that sft.py passes it to."""
     fields = {field.name: field for field in dataclasses.fields(show.Config)}
-    used = {*inspect.signature(data.load).parameters, *inspect.signature(ChatTokenizer).parameters,
+    used = {*inspect.signature(data.Options).parameters, *inspect.signature(ChatTokenizer).parameters,
             "model", "tokenizer", "prompt_key", "response_key", "messages_key", "cache_dir"}
     theirs = {field.name: field for field in show.data_settings()}
-    assert {"model", "tokenizer", "max_length", "too_long", "train_on", "train_on_prompt", "cache_dir"} <= theirs.keys()
+    assert {"model", "tokenizer", "max_length", "too_long", "train_on", "train_on_prompt", "bad_rows",
+            "chat_template", "template_kwargs", "cache_dir"} <= theirs.keys()
     assert not {"train_data", "val_data", "batch_size", "lr"} & theirs.keys()
     for name, field in theirs.items():
         assert name in used, f"--{name} of sft.py changes nothing in show.py"
@@ -100,6 +101,37 @@ def test_a_row_of_the_file(output, rows):
                                                     {"role": "assistant", "content": "word "}])).ids)
     with pytest.raises(UserError, match=r"--row 9: .* 9 too long"):
         output("show", rows, "--row", 9, "--too_long", "drop", "--max_length", length)
+
+
+def test_a_row_of_a_source_that_begins_later(output, rows):
+    """--row counts from the beginning of the file, also if the source names some of its rows only."""
+    out = output("show", f"{rows}[5:9]", "--row", 7)
+    assert out.count("---") == 1 and "rows.json[7]" in out and "question 7" in out
+    with pytest.raises(UserError, match="--row 4: no conversation comes from this row"):
+        output("show", f"{rows}[5:9]", "--row", 4)
+
+
+def test_bad_rows_and_what_is_not_used_are_printed(output, tmp_path):
+    """Bad rows end the program unless --bad_rows drop counts them, even lines that are not JSON."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "response": "a", "score": 1}\n{"broken": 1}\n{"prompt": 1,,}\n', encoding="utf-8")
+    for command in "show", "stats":
+        with pytest.raises(UserError, match="2 rows can't be used"):
+            output(command, path)
+        out = output(command, path, "--bad_rows", "drop")
+        assert "rows     3 in = 1 trained + 2 dropped, 2 bad" in out
+        assert "columns not used: score" in out
+        assert "rows.jsonl line 2: " in out and "rows.jsonl is not JSON: line 3" in out
+
+
+def test_a_plain_text_and_tokens_are_shown(output, tmp_path):
+    """A text in pieces of --max_length, and tokens with the weights of the row."""
+    text = write(tmp_path / "text.json", [{"text": "word " * 30}])
+    pieces = re.findall(r"text.json\[0\]: (\d+) tokens, (\d+) targets\n", output("show", text, "--row", 0,
+                                                                            "--max_length", 8))
+    assert len(pieces) > 3 and all(int(targets) == int(tokens) - 1 for tokens, targets in pieces)
+    tokens = write(tmp_path / "tokens.json", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "weight": 0.5}])
+    assert "5 «6 7 »×0.5" in output("show", tokens, "--ids")
 
 
 def test_random_conversations_are_drawn_with_a_seed(output, rows):
@@ -146,10 +178,9 @@ def test_weights_are_marked(rows, capsys):
     dataset = data.load(rows, tiny, 100, limit=2)
     show.show(dataset, tiny, [0, 1], False, show.PLAIN)
     assert "×" not in capsys.readouterr().out
-    weights = dataset.loss_mask.astype(np.float32)
-    weights[dataset.starts[1] :] *= 0.5
-    weights[np.flatnonzero(dataset.loss_mask)[-1]] = 2
-    show.show(dataclasses.replace(dataset, weights=weights), tiny, [0, 1], False, show.PLAIN)
+    weighted = dataset.starts[1] + np.flatnonzero(dataset.loss_mask[dataset.starts[1] :])
+    weight = np.array([0.5] * (len(weighted) - 1) + [2], np.float32)
+    show.show(dataclasses.replace(dataset, weighted=weighted, weight=weight), tiny, [0, 1], False, show.PLAIN)
     first, second = capsys.readouterr().out.split("---")[1:]
     assert "×" not in first
     assert re.search("«word word »×0.5«<.im_end.>»×2\n", second)
