@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, model_loss, program, small_model, two_layers
+from helpers import TINY, chat, model_loss, program, small_model, two_layers
 
 import fsdp
 import sft
