@@ -5,6 +5,7 @@ The functions take the Columns of text/formats.py: for errors, which name the ro
 
 import json
 import math
+import re
 
 from settings.errors import UserError
 from text.keys import CALL_ROLES, PAIRS, ROLES, message_use
@@ -115,8 +116,10 @@ def read_role(turn, columns):
     A `role` that is none of them goes to the chat template: its own roles have any name, and a message that
     it does not write is an error (ChatTokenizer.render_spans).
     """
-    if "from" not in turn and isinstance(turn["role"], str) and turn["role"].lower() not in ROLES:
-        return turn["role"]
+    role = turn.get("role")
+    is_name = isinstance(role, str) and re.fullmatch(r"[\w .-]{1,60}", role)
+    if is_name and "from" not in turn and role.lower() not in ROLES:
+        return role
     roles = {turn[key].lower() if isinstance(turn[key], str) else shown(turn[key])
              for key in ("role", "from") if key in turn}
     found = {ROLES.get(role) for role in roles}
