@@ -15,6 +15,7 @@ import sys
 import zlib
 
 from settings.errors import UserError
+from text import keys
 
 CHUNK = 2**20  # characters of JSON text that are read at a time
 MAX_ROW = 2**26  # characters of one row: without a limit, a gzip bomb would exhaust host memory
@@ -28,6 +29,7 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
           "test": "test", "testing": "test"}  # word in a name: the split that it means
 WRAPPERS = {"data", "rows", "examples", "instances", "items", "samples", "records", "entries", "dataset",
             "results"}  # keys of the list of rows in an object
+ROW_COLUMNS = {name for key in keys.ROW_KEYS for name in key.names.split()} - WRAPPERS - {*SPLITS}
 ROW_KEYS = {"prompt", "response", "completion", "instruction", "output", "messages", "conversations", "text",
             "question", "answer", "input_ids", "chosen", "rejected"}  # an object with one of these is a row
 MESSAGE_KEYS = {"role", "from"}
@@ -391,9 +393,14 @@ def rows_inside(path, where, value, split):
 def list_of_rows(value, path, split):
     """The key of the list that holds the rows, if an object is no row itself; otherwise None.
 
-    A list that begins with a message, {"role", "content"}, holds no rows.
+    A list that begins with a message, {"role", "content"}, holds no rows. Nor does one of any name beside
+    columns of a row, such as system or label: they would be lost.
     """
+    has_columns = any(key.lower() in ROW_COLUMNS for key in value)
+
     def may_hold_rows(key, items):
+        if has_columns and key.lower() not in (*WRAPPERS, *SPLITS):
+            return False
         if not isinstance(items, list) or not items:
             return items == [] and key in WRAPPERS
         if not isinstance(items[0], dict) or MESSAGE_KEYS & items[0].keys():
