@@ -396,10 +396,10 @@ def list_of_rows(value, path, split):
     A list that begins with a message, {"role", "content"}, holds no rows. Nor does one of any name beside
     columns of a row, such as system or label: they would be lost.
     """
-    has_columns = any(key.lower() in ROW_COLUMNS for key in value)
+    columns = {key for key in value if key.lower() in ROW_COLUMNS}
 
     def may_hold_rows(key, items):
-        if has_columns and key.lower() not in (*WRAPPERS, *SPLITS):
+        if columns - {key} and key.lower() not in (*WRAPPERS, *SPLITS):
             return False
         if not isinstance(items, list) or not items:
             return items == [] and key in WRAPPERS
