@@ -5,6 +5,7 @@ loss mask from character offsets. Sampler decides which conversations each step 
 step's conversations for one data-parallel rank. This file knows ranks only as two integers.
 """
 
+import collections
 import functools
 import itertools
 import math
@@ -19,12 +20,12 @@ import torch
 from ops.attention import Documents
 from ops.packing import ceil_div, mixed_quotas, pack
 from settings.errors import UserError
-from text.formats import KEYS, read_row
 from text.bad_rows import BadRows
+from text.conversations import dropped, render
+from text.formats import KEYS
 from text.ledger import Ledger
-from text.masks import check_text, mask
+from text.masks import mask
 from text.sources import data_files, read_sources
-from text.template import Notes
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
 # The arrays of a Dataset, with their dtypes in the cache
@@ -40,15 +41,18 @@ HASHED = "tokens", "loss_mask", "n_tokens", "weighted", "weight"
 class Options:
     """How conversations become masked tokens. The token cache's key includes all of it.
 
-    A field is the setting of sft.py of this name, except `keys` and `limit`.
+    A field is the setting of sft.py of this name, except the last three.
     """
     max_length: int  # plain texts are cut into pieces of this length, whatever too_long is
     too_long: str = "truncate"
     train_on: str = "all"
     train_on_prompt: bool = False
+    train_reasoning: bool = True
+    split_turns: bool = False
     bad_rows: str = "error"
     keys: tuple = KEYS  # column names, see formats.read_row
     limit: int | None = None  # read at most this many rows
+    compared: int = 1000  # rows of each file whose prompts are compared with those of inference
 
 
 @dataclass
@@ -113,7 +117,7 @@ class Dataset:
 
 def options_of(cfg):
     """The arguments of load() that settings of sft.py decide, as a dict."""
-    names = [f.name for f in fields(Options) if f.name not in ("too_long", "keys", "limit")]
+    names = [f.name for f in fields(Options) if f.name not in ("too_long", "keys", "limit", "compared")]
     settings = {name: getattr(cfg, name) for name in (*names, "cache_dir", "timeout")}
     return dict(settings, too_long=cfg.too_long or "truncate",
                 keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
@@ -154,6 +158,8 @@ def tokenise(spec, sources, tokenizer, options, directory, progress=None):
     for batch, encodings in tokenizer.encode_ahead(conversations(sources, tokenizer, options)):
         for conversation, encoding in zip(batch, encodings, strict=True):
             append(conversation, encoding, options, tokenizer, ledger, writer)
+        ledger.reasoning_tokens_dropped += tokenizer.count(
+            text for item in batch if item.notes for text in item.notes.reasoning_dropped)
         writer.flush()
         if progress:
             progress()
@@ -162,53 +168,28 @@ def tokenise(spec, sources, tokenizer, options, directory, progress=None):
     writer.close(dict(files=files, weights=weights, ledger=asdict(ledger), digest=writer.hash.hexdigest()))
 
 
-class Conversation(NamedTuple):
-    file: int
-    row: int
-    where: str  # "file[row]" or "file line 7", for messages
-    text: str  # rendered with the chat template, or a plain text
-    spans: list | None  # the assistant's turns in text, see ChatTokenizer.render_spans; None: no messages
-    tokens: tuple | None = None  # (ids, weights) if the row is tokens already
-    dropped: str | None = None  # why the row is not trained, from its reader
-    unused: tuple = ()  # columns, see formats.Row
-    notes: Notes | None = None  # what else the template's owner should know, see template.Notes
-
-
 def conversations(sources, tokenizer, options):
     """Yield lists of up to a thousand Conversations."""
     rows = itertools.islice(read_sources(sources), options.limit)
-    bad = BadRows(drop if options.bad_rows == "drop" else None)
-    while batch := list(itertools.islice(rows, 1000)):
-        made = (bad.attempt(render, *row, tokenizer, options) for row in batch)
-        yield [conversation for conversation in made if conversation]
+    bad, seen = BadRows(dropped if options.bad_rows == "drop" else None), collections.Counter()
+
+    def rendered():
+        for row in rows:
+            seen[row[0]] += 1
+            compares = seen[row[0]] <= options.compared
+            yield from bad.attempt(render, *row, tokenizer, options, compares)
+
+    made = rendered()
+    while batch := list(itertools.islice(made, 1000)):
+        yield batch
     bad.check()
-
-
-def drop(file, number, row, where, error):
-    """The Conversation of a row that can't be used, for --bad_rows drop."""
-    return Conversation(file, number, where, "", None, dropped="bad", notes=Notes(0, 0, str(error)))
-
-
-def render(file, number, row, where, tokenizer, options):
-    """The Conversation of one row. Raises UserError, which names the row."""
-    if isinstance(row, UserError):  # a line that is not JSON
-        raise row
-    row = read_row(row, where, options.keys)
-    if row.messages is None:
-        check_text(row.text or "", where)
-        return Conversation(file, number, where, row.text or "", None, row.tokens, row.dropped, row.unused)
-    if options.train_on == "last":
-        for message in [m for m in row.messages if m["role"] == "assistant"][:-1]:
-            message["weight"] = 0.0
-    text, spans, notes = tokenizer.render_spans(row.messages, where, row.tools, row.template_kwargs)
-    check_text(text, where)
-    return Conversation(file, number, where, text, spans, unused=row.unused, notes=notes)
 
 
 def append(conversation, encoding, options, tokenizer, ledger, writer):
     """Mask one row, account for its tokens, and write it if it has a target; a long text in pieces."""
     at, masked = ledger.written, mask(conversation, encoding, options, tokenizer)
-    ledger.count(masked, conversation.unused, conversation.notes)
+    ledger.count(masked, conversation)
+    ledger.compare(conversation.prompts, encoding)
     is_target = masked.weights > 0
     weighted = np.flatnonzero(is_target & (masked.weights != 1))
     writer.add(weighted=at + weighted, weight=masked.weights[weighted])

@@ -68,6 +68,10 @@ class Config:
     train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
                             unless="train_on_prompt")
     train_on_prompt: bool = setting(False, "all tokens contribute to the loss, not only the assistant's")
+    train_reasoning: bool = setting(True, "off: the loss begins behind <think> ... </think>, at the answer",
+                                    unless="train_on_prompt")
+    split_turns: bool = setting(False, "one sample per assistant turn, rendered as inference will",
+                                unless="train_on_prompt")
     bad_rows: str = setting("error", "rows that can't be read: error lists them, drop counts them",
                             ("error", "drop"))
     prompt_key: str = setting("prompt", "column with the question; a.b for nested columns")

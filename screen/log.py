@@ -241,9 +241,9 @@ class Log:
         model_line = (f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
                       f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
                       f"{strategy}")
-        train_lines, val_lines = train_set.ledger.lines(), []
+        train_lines, val_lines = train_set.ledger.lines(train_set.files), []
         if val_set:
-            val_lines = [f"{line} (validation)" for line in val_set.ledger.lines()]
+            val_lines = [f"{line} (validation)" for line in val_set.ledger.lines(val_set.files)]
         path = os.path.join(self.directory, "config.yaml")
         with files.naming(path):
             write_yaml(run.cfg, path)  # auto stays auto: another machine chooses

@@ -17,20 +17,20 @@ class BadRows:
         self.drop, self.errors, self.n_bad, self.n_good, self.file = drop, [], 0, 0, None
 
     def attempt(self, render, file, number, row, where, *arguments):
-        """render(file, number, row, where, ...); None for a bad row. Raises UserError as check() does."""
+        """The list that render() makes of a row; [] for a bad row. Raises UserError as check() does."""
         if file != self.file or (self.n_bad >= HOPELESS and not self.n_good):
             self.check()
         self.file = file
         try:
-            conversation = render(file, number, row, where, *arguments)
+            conversations = render(file, number, row, where, *arguments)
         except UserError as error:
             if self.drop:
                 return self.drop(file, number, row, where, error)
             self.n_bad += 1
             self.errors = [*self.errors, str(error)][:SHOWN]
-            return None
+            return []
         self.n_good += 1
-        return conversation
+        return conversations
 
     def check(self):
         """Raise a UserError that names the bad rows so far, if there are any."""

@@ -1,9 +1,11 @@
 """The ledger of a dataset: an account of every row and token, trained or not."""
 
+import math
 from dataclasses import dataclass, field
 
 from settings.errors import UserError
-
+from text import inference
+from text.sources import describe_files
 
 N_WARNINGS = 3  # that are printed
 
@@ -34,8 +36,13 @@ class Ledger:
     weighted: int = 0  # targets whose weight is not 1
     weight: float = 0.0  # sum of the weights of all targets
     unused: dict = field(default_factory=dict)  # column -> rows that have it, see formats.Row
-    reasoning_rendered: int = 0  # assistant messages whose reasoning the template renders
-    reasoning_dropped: int = 0  # assistant messages whose reasoning it does not
+    of_rows: int = 0  # rows of the files; `rows` counts more with --split_turns, where each turn is one
+    reasoning_rendered: int = 0  # trained answers whose reasoning the template renders
+    reasoning_tokens: int = 0  # tokens of reasoning in trained turns, also if they are no targets
+    reasoning_dropped: int = 0  # trained answers whose reasoning the template does not render
+    reasoning_tokens_dropped: int = 0
+    compared: int = 0  # trained turns whose prompt is compared with that of inference
+    differing: dict = field(default_factory=dict)  # how it differs -> [turns, the first one]
     warned: int = 0  # rows with a warning
     warnings: list = field(default_factory=list)  # the first few
 
@@ -44,18 +51,21 @@ class Ledger:
         """Tokens of the rows that are trained."""
         return self.target + self.context
 
-    def count(self, masked, unused=(), notes=None):
-        """Count a row (masks.Masked), the columns of it that are not used, and its template.Notes."""
+    def count(self, masked, conversation):
+        """Count a row: its masks.Masked and its conversations.Conversation."""
+        notes = conversation.notes
         self.rows += 1
+        self.of_rows += conversation.is_first
         self.tokens += masked.length
         self.turns += masked.turns
         self.turns_stopped += masked.stopped
-        for name in unused:
+        self.reasoning_tokens += masked.reasoning
+        for name in conversation.unused if conversation.is_first else ():
             self.unused[name] = self.unused.get(name, 0) + 1
         if notes:
             self.reasoning_rendered += notes.reasoning_rendered
-            self.reasoning_dropped += notes.reasoning_dropped
-        if notes and notes.warning:
+            self.reasoning_dropped += len(notes.reasoning_dropped)
+        if notes and notes.warning and conversation.is_first:
             self.warned += 1
             self.warnings = [*self.warnings, notes.warning][:N_WARNINGS]
         if masked.kind:
@@ -64,6 +74,15 @@ class Ledger:
             self.drop(masked.dropped, masked.length)
         else:
             self.keep(masked)
+
+    def compare(self, prompts, encoding):
+        """Count the inference.Prompts of a conversation, whose text has this encoding."""
+        for end, difference, example in prompts:
+            self.compared += 1
+            if not difference and inference.crosses(encoding, end):
+                difference = inference.TOKEN
+            if difference:
+                self.differing.setdefault(difference, [0, example])[0] += 1
 
     def drop(self, reason, length):
         """Count a row of `length` tokens that is not trained."""
@@ -85,15 +104,20 @@ class Ledger:
         self.weighted += int((weights != 1).sum())
         self.weight += float(weights.sum(dtype="float64"))
 
-    def lines(self):
-        """The lines on the screen: for rows and tokens, and what else there is to say."""
+    def lines(self, files=()):
+        """The lines on the screen: files if they are given, rows, tokens, and what else there is to say."""
         n_dropped = sum(self.dropped.values())
         dropped = "".join(f", {count} {reason}" for reason, count in self.dropped.items())
         cut = f" (of {self.rows_truncated} rows)" if self.rows_truncated else ""
         extra = f" + {self.in_dropped_rows:,} in dropped rows" if self.in_dropped_rows else ""
-        lines = [f"rows     {self.rows:,} in = {self.trained:,} trained + {n_dropped:,} dropped{dropped}",
-                 f"tokens   {self.tokens:,} in = {self.target:,} target + {self.context:,} context + "
-                 f"{self.truncated:,} truncated{cut}{extra}"]
+        name, turns = "rows", ""
+        if self.rows > self.of_rows:
+            name, turns = "samples", f"; one for each trained turn of {self.of_rows:,} rows"
+        lines = [f"files    {describe_files(files)}"] if files else []
+        lines += [f"{name:<8} {self.rows:,} in = {self.trained:,} trained + {n_dropped:,} dropped{dropped}"
+                  f"{turns}",
+                  f"tokens   {self.tokens:,} in = {self.target:,} target + {self.context:,} context + "
+                  f"{self.truncated:,} truncated{cut}{extra}"]
         if self.cut:
             lines.append(f"pieces   {self.cut:,} texts longer than --max_length are cut into {self.pieces:,}")
         if self.weighted:
@@ -102,8 +126,10 @@ class Ledger:
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
         if self.reasoning_rendered or self.reasoning_dropped:
-            lines.append(f"thoughts {self.reasoning_rendered:,} answers have their reasoning in the text + "
-                         f"{self.reasoning_dropped:,} whose reasoning the chat template drops")
+            lines.append(f"thoughts {self.reasoning_rendered:,} answers have their reasoning in the text "
+                         f"({self.reasoning_tokens:,} tokens) + {self.reasoning_dropped:,} whose reasoning "
+                         f"the chat template drops ({self.reasoning_tokens_dropped:,} tokens)")
+        lines += self.inference_lines()
         if self.unused:
             names = [f"{name:.60}" for name in self.unused]
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -112,6 +138,17 @@ class Ledger:
         if self.warned > len(self.warnings):
             lines.append(f"warning  and {self.warned - len(self.warnings):,} more rows like these")
         return tuple(lines)
+
+    def inference_lines(self):
+        """How many trained turns follow the prompt that inference renders, and how the others differ."""
+        n_same = self.compared - sum(count for count, _ in self.differing.values())
+        if not self.compared:
+            return []
+        share = math.floor(1000 * n_same / self.compared) / 10  # 100 % only if it is all of them
+        lines = [f"prompts  {n_same:,} of {self.compared:,} trained turns ({share:g} %) follow the prompt "
+                 "that inference renders"]
+        return lines + [f"prompts  {count:,} not: {difference}, e.g. {example}"
+                        for difference, (count, example) in self.differing.items()]
 
     def check(self, spec, max_length):
         """Raise UserError if no row is trained, or if the model would not learn to end its turn.
@@ -149,6 +186,9 @@ def check_settings(cfg, train_set, val_set):
          "plain texts are cut into pieces of --max_length tokens"),
         (cfg.train_on != "all" and no_chats, f"--train_on {cfg.train_on}", "no row has messages"),
         (cfg.train_on_prompt and no_chats, "--train_on_prompt", "no row has messages"),
+        (cfg.split_turns and no_chats, "--split_turns", "no row has messages"),
+        (not cfg.train_reasoning and not any(s.ledger.reasoning_tokens for s in (train_set, val_set) if s),
+         "--train_reasoning false", "no trained answer has reasoning in the text"),
         (val_set and val_set.mix(), f"the weights in --val_data {cfg.val_data}",
          "validation reads every conversation"),
     ]:

@@ -22,6 +22,7 @@ class Masked(NamedTuple):
     pieces: list = []  # [(start, stop), ...] of ids; each becomes a conversation of its own
     turns: int = 0  # assistant turns that are trained and not truncated
     stopped: int = 0  # turns among these whose stop token is a target
+    reasoning: int = 0  # tokens of the reasoning of the turns that are trained, also if they are no targets
 
 
 def mask(conversation, encoding, options, tokenizer):
@@ -47,50 +48,54 @@ def mask(conversation, encoding, options, tokenizer):
                         "--too_long to truncate or drop")
     if length > kept and options.too_long == "drop":
         return Masked(kind, length, "too long")
-    turns = stopped = 0
+    turns = stopped = reasoning = 0
     if kind == "chat":
-        weights, turns, stopped = make_weights(
+        weights, turns, stopped, reasoning = make_weights(
             encoding, conversation.spans, conversation.text, kept=kept,
-            stop_token_ids=tokenizer.stop_token_ids, train_on_prompt=options.train_on_prompt)
+            stop_token_ids=tokenizer.stop_token_ids, train_on_prompt=options.train_on_prompt,
+            train_reasoning=options.train_reasoning)
     weights = check_weights(weights[:kept], where)
     if not weights.any():
         dropped = "without targets" + (" after truncation" if length > kept else "")
         return Masked(kind, length, dropped, turns=turns, stopped=stopped)
-    return Masked(kind, length, None, ids[:kept], weights, [(0, kept)], turns, stopped)
+    return Masked(kind, length, None, ids[:kept], weights, [(0, kept)], turns, stopped, reasoning)
 
 
 # ---- chats -----------------------------------------------------------------------------------------------
 
 
-def make_weights(encoding, spans, text, *, kept, train_on_prompt, stop_token_ids):
+def make_weights(encoding, spans, text, *, kept, train_on_prompt, train_reasoning, stop_token_ids):
     """The weights of the tokens of one conversation; 0: no target.
 
     A token is a target if it lies entirely inside a trained span.
 
     encoding         of `text`, by the tokenizers library: n tokens
-    spans            [(start, end, has_stop_token, weight), ...], the assistant's turns in order: the
-                     characters from the end of the turn's header to the end of its stop token; whether the
-                     template rendered that token; the weight of its losses, 0 if it is not trained
+    spans            turns.Spans, the assistant's turns in order
     kept             n, or fewer if the conversation is truncated
     train_on_prompt  every token but the first is a target: those outside trained spans have weight 1
+    train_reasoning  False: a span is trained from its answer on, without its reasoning
     stop_token_ids   the tokens that end a turn: one with calls may end with another one
 
-    Returns (kept,) fp64, the number of trained turns that are not truncated, and how many of these have their
-    stop token among the targets.
+    Returns (kept,) fp64, the number of trained turns that are not truncated, how many of these have their
+    stop token among the targets, and the number of tokens of their reasoning.
     """
     ids, weights = encoding.ids, np.full(len(encoding), float(train_on_prompt))
-    turns = stopped = 0
-    for start, end, has_stop_token, weight in spans:
+    turns = stopped = reasoning = 0
+    for start, end, has_stop_token, weight, answer in spans:
         first, after = token_range(encoding, start, end, len(text))
         if kept < len(ids) and first >= kept:
             break  # this turn and all later ones are truncated; searching for their tokens would take long
+        if weight and answer not in (None, start):
+            begin = token_range(encoding, answer, end, len(text))[0]
+            reasoning += begin - first
+            first = first if train_reasoning else begin
         weight = weight or float(train_on_prompt)
         weights[first:after] = weight
         if weight and after <= kept:
             turns += 1
             stopped += int(has_stop_token and not set(stop_token_ids).isdisjoint(ids[first:after]))
     weights[:1] = 0  # nothing predicts the first token
-    return weights[:kept], turns, stopped
+    return weights[:kept], turns, stopped, reasoning
 
 
 # ---- plain texts -----------------------------------------------------------------------------------------

@@ -428,4 +428,5 @@ def describe_files(files, count=3):
     """The names of files in a line: "data/train.jsonl, org/name/en.parquet and 4 more"."""
     names = [re.sub(r"^.*/datasets--([^/]+)/snapshots/[^/]+/", lambda m: m[1].replace("--", "/") + "/", file)
              for file in files]
-    return listed(names, count)
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -38,8 +38,8 @@ SWITCH = re.compile(r"/(?:no_?)?think\b")
 class Notes(NamedTuple):
     """What else is known of a rendered conversation."""
 
-    reasoning_rendered: int  # assistant messages whose reasoning is in the text
-    reasoning_dropped: int  # assistant messages whose reasoning the template does not render
+    reasoning_rendered: int  # trained answers whose reasoning is in the text
+    reasoning_dropped: tuple  # the reasoning of the trained answers without it
     warning: str | None  # names the row
 
 
@@ -331,6 +331,11 @@ class ChatTokenizer:
                 waiting, encodings = batch, pool.submit(encode, batch)
             if waiting:
                 yield waiting, encodings.result()
+
+    def count(self, texts):
+        """The number of tokens of some texts."""
+        return sum(map(len, self.tokenizer.encode_batch(list(texts), add_special_tokens=False)))
+
     def render(self, messages, add_generation_prompt=False, tools=None, template_kwargs=None, name=None):
         """The text of a conversation, identical to that of transformers' apply_chat_template."""
         text = self.render_marked(messages, add_generation_prompt, tools, template_kwargs, name)
@@ -382,11 +387,12 @@ class ChatTokenizer:
             text = rendered + tail
             searched, covered = self.cover_quoted_headers(text, messages, where, tools, kwargs, learned, tail)
             spans, missing = learned.find(searched, covered, where)
-        counts = check_answers(text, answers, spans, where)
+        check_calls(text, answers, spans, where)
+        spans, n_rendered, dropped = find_reasoning(text, answers, spans, learned)
         self.check_prompts(text, messages, spans, missing, where, tools, kwargs, name)
         if tools:
             self.check_tools(text, messages, tools, where, kwargs, name)
-        return Rendered(text, spans, Notes(*counts, self.quoted_special(messages, where)))
+        return Rendered(text, spans, Notes(n_rendered, dropped, self.quoted_special(messages, where)))
 
     def switch_of(self, messages, name):
         """/no_think, /think or None: what in the system message a template reads, and removes."""
@@ -519,16 +525,37 @@ class ChatTokenizer:
         return None
 
 
-def check_answers(text, answers, spans, where):
-    """Count the answers with reasoning: (rendered, dropped). Raises UserError if a call is not rendered."""
-    counts = [0, 0]
+def check_calls(text, answers, spans, where):
+    """Raise UserError if the text lacks a call of an answer."""
     for span, message in zip(spans, answers):
-        reasoning, calls = turns.reasoning_of(message), message.get("tool_calls")
-        if calls:
+        if calls := message.get("tool_calls"):
             turns.check_calls(calls, text[span.start : span.stop], where)
-        if reasoning:
-            counts[turns.locate_forms(text, reasoning, span.start, None, span.stop) is None] += 1
-    return counts
+
+
+def find_reasoning(text, answers, spans, learned):
+    """Where the answers begin, behind their reasoning.
+
+    Returns (spans with these places, number of trained answers whose reasoning is in the text, the reasoning
+    of the other trained answers).
+    """
+    found, n_rendered, dropped = [], 0, ()
+    for span, message in zip(spans, answers):
+        reasoning = turns.reasoning_of(message)
+        answer = learned.answer_after(text, span, reasoning)
+        is_rendered = bool(reasoning) and answer is not None
+        if reasoning and not is_rendered:
+            turn = text[span.start : span.stop]
+            visible = message["content"].rpartition(turns.THINK_END)[2].strip()
+            before = turn.rpartition(visible)[0] if visible else turn
+            is_rendered = turns.locate_forms(before, reasoning, 0, None) is not None
+            answer = None if is_rendered else learned.answer_after(text, span, "")
+        if answer is None and not is_rendered:
+            answer = span.start
+        found.append(span._replace(answer=answer))
+        if reasoning and span.weight:
+            n_rendered += is_rendered
+            dropped += () if is_rendered else (reasoning,)
+    return found, n_rendered, dropped
 
 
 def token_range(encoding, start, end, text_length):

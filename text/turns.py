@@ -33,6 +33,8 @@ class Span(NamedTuple):
     stop: int
     has_stop_token: bool  # the text of the token that ends the turn is in the span
     weight: float  # of the losses of its tokens; 0: it is not trained
+    # Where the answer begins, behind its reasoning: `start` without reasoning, None if that is unknown
+    answer: int | None = None
 
 
 def first_token(text, tokens):
@@ -104,6 +106,7 @@ class Turns:
     call_ends         ends, and those of a turn with calls
     is_appended       the first token of the next turn ends a turn, as with GLM-4: nothing ends the last one
     splits_reasoning  reasoning is a part of the turn with a header of its own, as with gpt-oss
+    thoughts          [(what is before reasoning, what is after it), ...], e.g. <think> and </think>
     after_tool        (what is before an answer to a tool, what a generation prompt adds to it, whether each
                       result of a tool has the first), if such an answer has no header; otherwise None
     arguments_as_text  the template wants a call's arguments as a JSON text
@@ -140,15 +143,16 @@ class Turns:
         self.is_closing = bool(self.header.strip()) and self.header in before_second
         self.splits_reasoning, self.after_tool, self.arguments_as_text = False, None, False
         self.call_ends = self.ends
-        with contextlib.suppress(jinja2.TemplateError, ValueError):  # it has no reasoning
-            thought = self.probe(ASK, {**REPLY, "reasoning_content": THOUGHT, "thinking": THOUGHT})
-            between = thought[thought.index(THOUGHT) :].partition(REPLY["content"])[0]
-            self.splits_reasoning = bool(self.header.strip()) and self.header in between
         for arguments in ({"key": VALUE}, json.dumps({"key": VALUE})):
             with contextlib.suppress(jinja2.TemplateError, ValueError):  # it has no calls
                 self.learn_tools(arguments, by_prompt)
                 self.arguments_as_text = isinstance(arguments, str)
                 break
+        self.thoughts = [(THINK, THINK_END)]
+        self.learn_reasoning(arguments)
+        befores, afters = zip(*self.thoughts)
+        self.before_thought = re.compile(rf"\s*(?:{any_of(befores).pattern})?\s*")
+        self.after_thought = re.compile(rf"\s*(?:{any_of(afters).pattern})(?:\s*\n)?")
         self.at_header = any_of([self.header] if self.header.strip() else ())
         self.at_end, self.at_call_end = any_of(self.ends), any_of(self.call_ends)
         # Between two parts of one turn: the token that ends the first, and a header
@@ -235,12 +239,47 @@ class Turns:
             count = results[results.index(RESULT) :].count(before) if before.strip() else 0
             self.after_tool = (before, more, count > 1) if count else None
 
+    def learn_reasoning(self, arguments):
+        """Set splits_reasoning and thoughts: probe an answer and a call, each with reasoning."""
+        parts = []
+        for message in (REPLY, call_message(CALL_IDS[0], arguments)):
+            with contextlib.suppress(jinja2.TemplateError, ValueError):  # it omits reasoning there
+                text = self.probe(ASK, {**message, "reasoning_content": THOUGHT, "thinking": THOUGHT})
+                at = text.index(THOUGHT)
+                before = text[end_of(ASK["content"], text) : at]
+                after = text[at + len(THOUGHT) :].partition(message["content"] or CALL)[0]
+                parts.append((before.rpartition(self.header)[2] if self.header.strip() else "", after))
+        if not parts:
+            return
+        before, after = parts[0]
+        self.splits_reasoning = bool(self.header.strip()) and self.header in after
+        if self.splits_reasoning:
+            after = after[: after.index(self.header) + len(self.header)]
+        elif shared := os.path.commonprefix([after for _, after in parts]).strip():
+            after = shared
+        if len(parts) == 1:  # it may include what begins an answer or a call
+            after = first_token(after, [*self.added, THINK_END]) or after
+        if after.strip():
+            self.thoughts.append((before.strip(), after.strip()))
+
     def tail(self, messages):
         """What ends the last turn if the template does not: its text must be appended."""
         last = messages[-1]
         if not self.is_appended or last["role"] != "assistant":
             return ""
         return self.call_ends[0] if last.get("tool_calls") else self.ends[0]
+
+    def answer_after(self, text, span, reasoning):
+        """Where an answer begins behind this reasoning, with which its turn begins; None if it does not."""
+        start = self.before_thought.match(text, span.start, span.stop).end()
+        stop = start + len(reasoning)
+        if not text.startswith(reasoning, start):  # white space may differ
+            place = locate(text, reasoning, start, None, span.stop)
+            if not place or text[start : place[0]].strip():
+                return None
+            stop = place[1]
+        end = self.after_thought.match(text, stop, span.stop)
+        return end.end() if end else None
 
     # ---- finding ------------------------------------------------------------------------------------------
 

@@ -260,8 +260,8 @@ def stats(dataset, capacity, batch_size, too_long=None):
 
 
 def stats_command(cfg, tokenizer):
-    dataset = load(cfg, tokenizer, max_length=EVERYTHING)
-    print(*map(printable, dataset.ledger.lines()), sep="\n")
+    dataset = load(cfg, tokenizer, max_length=EVERYTHING, compared=EVERYTHING)
+    print(*map(printable, dataset.ledger.lines(dataset.files)), sep="\n")
     print_keys(row for _, _, row, _ in read_sources(data_files(cfg.data)))
     stats(dataset, cfg.max_length, cfg.batch_size, cfg.too_long)
 

@@ -456,7 +456,7 @@ def test_a_prompt_with_special_tokens_is_a_warning(role, tmp_path):
         formats.to_messages({"messages": quoting}, "row 7"), "row 7")
     assert len(spans) == 1 and notes.warning.startswith(f"row 7: the {role} message holds the special token <|im_end|>")
     plain = formats.to_messages({"messages": chat("<|im_ <| end|> |>", "It is <|im_end|>.")}, "row 7")
-    assert tiny.render_spans(plain, "row 7").notes == (0, 0, None)
+    assert tiny.render_spans(plain, "row 7").notes == (0, (), None)
 
 
 def test_a_template_that_reads_parts_of_contents(tmp_path):

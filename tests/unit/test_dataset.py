@@ -56,7 +56,9 @@ def test_the_ledger_is_printed_as_it_balances(tmp_path):
     dataset = data.load(write(tmp_path / "rows.json", LEDGER_ROWS), tiny, 20)
     assert dataset.ledger.lines() == (
         "rows     4 in = 3 trained + 1 dropped, 1 without targets after truncation",
-        "tokens   107 in = 10 target + 48 context + 19 truncated (of 2 rows) + 30 in dropped rows")
+        "tokens   107 in = 10 target + 48 context + 19 truncated (of 2 rows) + 30 in dropped rows",
+        "prompts  5 of 5 trained turns (100 %) follow the prompt that inference renders")
+    assert dataset.ledger.lines(dataset.files)[0] == f"files    {tmp_path}/rows.json"
 
 
 def test_an_error_for_long_conversations_names_the_row_and_both_lengths(tmp_path):

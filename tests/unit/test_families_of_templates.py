@@ -4,19 +4,22 @@ The package trl has copies of many models' templates. pip downloads it into a te
 tests of those templates are skipped. The others are written here with the traits of the family's own template.
 """
 
+import functools
 import os
 import re
 import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
-from helpers import chat, make_directory, target_texts, write
+from data_helpers import tiny
+from helpers import chat, chatml, make_directory, target_texts, write
 from transformers import AutoTokenizer
 
 import data
 from settings.errors import UserError
-from text import formats
+from text import formats, inference
 from text.template import ChatTokenizer
 
 TRL = "trl-1.16.0-py3-none-any.whl"
@@ -165,7 +168,19 @@ COMMAND_R7B = """\
     {{- '<|END_OF_TURN_TOKEN|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{%- endif %}"""
-WRITTEN = {"mistral_v3": MISTRAL_V3, "mistral_v7": MISTRAL_V7, "phi4": PHI_4, "phi4_mini": PHI_4_MINI,
+# Reasoning stands in the last turns only, as with Qwen3; `opens`: the generation prompt ends in <think>\n
+THINKER = """\
+{%- set last = namespace(question=0) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set last.question = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' and loop.index0 > last.question %}
+        {{- '<think>\\n' + m.reasoning_content | default('') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' + ('<think>\\n' if opens else '') }}{%- endif %}"""
+WRITTEN = {"thinker": THINKER, "mistral_v3": MISTRAL_V3, "mistral_v7": MISTRAL_V7, "phi4": PHI_4, "phi4_mini": PHI_4_MINI,
            "smollm3": SMOLLM3, "granite": GRANITE, "olmo3": OLMO_3, "command_r7b": COMMAND_R7B}
 SPECIAL = re.compile(r"<\|[^|<>{}'\s]+\|?>|<[a-z_]+\|>|\[/?[A-Z_]{3,}\]|<｜[^｜]+｜>|<(?:start|end)_of_turn>")
 EOS = {"cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>", "command_r7b": "<|END_OF_TURN_TOKEN|>",
@@ -394,11 +409,197 @@ def test_reasoning_is_counted(made):
     for name, expected in (("qwen3_5_think", (1, 1)), ("gptoss", (1, 1)), ("qwen3_instruct_2507", (0, 2)),
                            ("gemma4", (0, 2))):
         notes = made(name).render_spans(formats.to_messages({"messages": THINKS}, "here"), "here").notes
-        assert (notes.reasoning_rendered, notes.reasoning_dropped) == expected, name
+        assert (notes.reasoning_rendered, len(notes.reasoning_dropped)) == expected, name
     inline = chat("q", "<think>\nhm\n</think>\n\n4", "r", "<think>\n\n</think>\n\n5")
     for name, expected in (("qwen3", (0, 1)), ("deepseek_r1_distill", (0, 1)), ("cohere", (1, 0))):
         notes = made(name).render_spans(formats.to_messages({"messages": inline}, "here"), "here").notes
-        assert (notes.reasoning_rendered, notes.reasoning_dropped) == expected, name
+        assert (notes.reasoning_rendered, len(notes.reasoning_dropped)) == expected, name
+
+
+# ---- --train_reasoning, --split_turns, the prompts of inference -----------------------------------------------------
+
+THINK = "<think>\n{}\n</think>\n\n".format
+EMPTY_CALL = [ASK, says("", call("sky", city="Graz"), reasoning="Look.")]
+
+
+@pytest.mark.parametrize("name, kwargs, messages, expected", [
+    ("thinker", None, THINKS, ["Hi there." + END, "Bye." + END]),
+    ("thinker", {"opens": True}, THINKS[:2], ["Hi there." + END]),
+    ("thinker", None, chat("q", "4"), ["4" + END]),  # an empty block is no answer
+    ("thinker", None, chat("q", "Yes."), ["Yes." + END]),
+    ("phi4", None, chat("q", "<think>Yes.</think>  Yes.", "r", "<think>a\n\nb</think>\n\n5"),
+     ["  Yes." + END, "5" + END]),  # a template that writes answers as they are
+    ("olmo3", {"thinks": True}, chat("q", "<think>hm</think>4", "r", "<think>ah</think>5"),
+     ["4" + END, "5<|endoftext|>"]),
+    ("command_r7b", None, EMPTY_CALL, [f"<|START_ACTION|>[{JSON_CALL}]<|END_ACTION|><|END_OF_TURN_TOKEN|>"]),
+    ("qwen3", None, THINKS, ["Hi there." + END, "Bye." + END]),
+    ("qwen3", None, EMPTY_CALL, [f"<tool_call>\n{JSON_CALL}\n</tool_call>" + END]),
+    ("qwen3_5_think", None, THINKS, ["Hi there." + END, "Bye." + END]),
+    ("qwen3_5_nothink", None, THINKS, ["Hi there." + END, "Bye." + END]),
+    ("qwen3_6", {"preserve_thinking": True}, THINKS, ["Hi there." + END, "Bye." + END]),
+    ("gptoss", None, THINKS, [FINAL("Hi there.<|end|>"), FINAL("Bye.<|return|>")]),
+    ("gptoss", None, EMPTY_CALL, [OSS_CALL("Graz")]),
+    ("glm4moe", None, THINKS, ["Hi there.<|user|>", "Bye.<|user|>"]),
+    ("gemma4_v5", None, THINKS, ["Hi there.<turn|>", "Bye.<turn|>"]),
+    ("deepseek_r1_distill", None, chat("q", "<think>\nhm\n</think>\n\n4"),
+     ["\n\n4<｜end▁of▁sentence｜>"]),  # the template drops the reasoning, and not what follows it
+], ids=str)
+def test_without_train_reasoning_answers_alone_are_targets(name, kwargs, messages, expected, made, tmp_path):
+    """The reasoning and what is around it are context; the rest of each turn is a target, and only that."""
+    tokenizer = made(name, template_kwargs=kwargs)
+    row = {"messages": messages, **({"tools": TOOLS} if any(m.get("tool_calls") for m in messages) else {})}
+    path = write(tmp_path / "rows.json", [row, *[{"messages": chat("q", "fine")}] * 300])
+    without = data.load(path, tokenizer, 4096, train_reasoning=False)
+    assert target_texts(without, 0, tokenizer.tokenizer) == expected
+    trained = data.load(path, tokenizer, 4096)
+    assert np.array_equal(trained.tokens, without.tokens) and not (without.loss_mask & ~trained.loss_mask).any()
+    assert trained.ledger.reasoning_tokens == without.ledger.reasoning_tokens
+    assert trained.ledger.target == without.ledger.target + without.ledger.reasoning_tokens
+    assert bool(without.ledger.reasoning_tokens) == bool(trained.ledger.target - without.ledger.target)
+
+
+def test_reasoning_whose_end_is_unknown_is_an_error(made, tmp_path):
+    """Without --train_reasoning; nothing says where the answer begins. With it, the reasoning is trained."""
+    template = WRITTEN["thinker"].replace("<think>\\n", "I think: ").replace("\\n</think>\\n\\n", " ")
+    directory = make_directory(tmp_path / "model", template, ["<|endoftext|>"], eos_token="<|endoftext|>")
+    path = write(tmp_path / "rows.json", [{"messages": THINKS[2:]}])
+    dataset = data.load(path, ChatTokenizer(directory), 4096)
+    assert target_texts(dataset) == ["I think: Second thought. Bye." + END]
+    assert dataset.ledger.reasoning_rendered == 1
+    with pytest.raises(UserError, match=r"rows.json\[0\]: .* where it ends can't be found, so --train_reasoning false"):
+        data.load(path, ChatTokenizer(directory), 4096, train_reasoning=False)
+
+
+def test_an_answer_that_repeats_dropped_reasoning_is_trained(made, tmp_path):
+    """The reasoning is dropped; the same text in the answer is no reasoning."""
+    row = {"messages": [*chat("q"), says("Yes. Yes, indeed.", reasoning="Yes."), *chat("r"), says("No.", reasoning="No.")]}
+    dataset = data.load(write(tmp_path / "rows.json", [row]), made("thinker"), 4096, train_reasoning=False)
+    assert target_texts(dataset) == ["Yes. Yes, indeed." + END, "No." + END]
+    assert (dataset.ledger.reasoning_rendered, dataset.ledger.reasoning_dropped) == (1, 1)
+
+
+@pytest.mark.parametrize("name, kwargs, messages, expected", [
+    ("thinker", None, THINKS, [THINK("First thought.") + "Hi there." + END, THINK("Second thought.") + "Bye." + END]),
+    ("qwen3", None, THINKS, [THINK("First thought.") + "Hi there." + END, THINK("Second thought.") + "Bye." + END]),
+    ("qwen3_5_think", None, THINKS, ["First thought.\n</think>\n\nHi there." + END,
+                                     "Second thought.\n</think>\n\nBye." + END]),
+    ("gptoss", None, THINKS, ["<|channel|>analysis<|message|>First thought.<|end|><|start|>assistant"
+                              + FINAL("Hi there.<|return|>"), "<|channel|>analysis<|message|>Second thought.<|end|>"
+                              "<|start|>assistant" + FINAL("Bye.<|return|>")]),
+    ("qwen3_5_think", None, USES_TWICE, [NONE + XML("Graz") + END, NONE + XML("Linz") + END, NONE + "Linz is dry." + END,
+                                         NONE + "Welcome." + END]),
+    ("thinker", None, [*THINKS[:1], {**THINKS[1], "weight": 0}, *THINKS[2:]], [THINK("Second thought.") + "Bye." + END]),
+], ids=str)
+def test_split_turns_renders_each_turn_as_inference_does(name, kwargs, messages, expected, made, tmp_path):
+    """One sample a trained turn: transformers' text of the messages up to it; its own turn is the only target."""
+    tokenizer = made(name, template_kwargs=kwargs)
+    tools = TOOLS if any(m.get("tool_calls") for m in messages) else None
+    row = {"messages": messages, **({"tools": tools} if tools else {})}
+    path = write(tmp_path / "rows.json", [row, {"prompt": "q", "response": "a"}])
+    dataset = data.load(path, tokenizer, 4096, split_turns=True)
+    assert len(dataset) == len(expected) + 1 and list(dataset.row) == [0] * len(expected) + [1]
+    theirs = AutoTokenizer.from_pretrained(os.path.join(tmp_path, name))
+    ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant" and m.get("weight") != 0]
+    for i, (end, target) in enumerate(zip(ends, expected, strict=True)):
+        assert target_texts(dataset, i, tokenizer.tokenizer) == [target]
+        plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages[:end]]
+        text = tokenizer.tokenizer.decode(dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tolist(),
+                                          skip_special_tokens=False)
+        assert text == theirs.apply_chat_template(plain, tools=tools, tokenize=False, **(kwargs or {}))
+    ledger = dataset.ledger
+    assert (ledger.of_rows, ledger.rows, ledger.reasoning_dropped) == (2, len(expected) + 1, 0)
+    assert ledger.compared == len(expected) + 1 and not ledger.differing
+    if len(expected) > 1:
+        assert ledger.lines()[0] == (f"samples  {len(expected) + 1} in = {len(expected) + 1} trained + 0 dropped; one "
+                                     "for each trained turn of 2 rows")
+
+
+def test_a_conversation_without_a_trained_turn_is_not_split(made, tmp_path):
+    """It stays one row, which is dropped with its reason."""
+    rows = [{"messages": [{**m, "weight": 0} if m["role"] == "assistant" else m for m in THINKS]}, {"messages": THINKS}]
+    ledger = data.load(write(tmp_path / "rows.json", rows), made("thinker"), 4096, split_turns=True).ledger
+    assert ledger.dropped == {"without targets": 1} and (ledger.rows, ledger.of_rows, ledger.trained) == (3, 2, 2)
+
+
+@pytest.mark.parametrize("name, kwargs, messages, expected", [
+    ("thinker", None, THINKS, (2, {})),
+    ("thinker", {"opens": True}, THINKS[:2], (1, {})),
+    ("thinker", {"opens": True}, THINKS, (2, {inference.BEGIN: (
+        1, "answer 1: inference has '<think>\\n', training 'Hi there.<|im_end|>\\n<|im_start|>user\\nAnd' after "
+           "'\\nHello?<|im_end|>\\n<|im_start|>assistant\\n'")})),
+    # After the result of a tool, the prompt of inference has the reasoning of the call before; training has not,
+    # as another question follows.
+    ("thinker", None, [ASK, says("Look.", reasoning="First."), returns("wet"), says("Wet."), *chat("Thanks.", "Welcome.")],
+     (3, {inference.REASONING: (1, "answer 2: inference has '<think>\\nFirst.")})),
+    ("thinker", None, [ASK, says("Look."), returns("wet"), says("Wet."), *chat("Thanks.", "Welcome.")],
+     (3, {inference.TEXT: (1, "answer 2: inference has '<think>\\n\\n</think>")})),
+    ("qwen3_5_think", None, TWO, (2, {inference.BEGIN: (1, "answer 1: inference has '<think>\\n', training 'Hi there.")})),
+    ("qwen3_5_think", None, USES, (2, {})),
+    ("qwen3", {"enable_thinking": False}, TWO[:2], (1, {})),
+    ("mistral_v7", None, TWO, (2, {})),
+    ("gptoss", None, USES_TWICE, (4, {})),
+    ("deepseekv3", None, TWO[:2], (1, {inference.BEGIN: (1, "answer 1: inference has '<think>\\n', training 'Hi")})),
+], ids=str)
+def test_prompts_of_inference_are_compared(name, kwargs, messages, expected, made, tmp_path):
+    """How many trained turns follow the prompt that inference renders, and which do not, with why."""
+    tokenizer = made(name, template_kwargs=kwargs)
+    row = {"messages": messages, **({"tools": TOOLS} if any(m.get("tool_calls") for m in messages) else {})}
+    path = write(tmp_path / "rows.json", [row])
+    ledger = data.load(path, tokenizer, 4096).ledger
+    compared, differing = expected
+    assert ledger.compared == compared and ledger.differing.keys() == differing.keys()
+    for kind, (count, example) in differing.items():
+        assert ledger.differing[kind][0] == count
+        assert ledger.differing[kind][1].startswith(f"{path}[0], {example}")
+    # By transformers: is the prompt the beginning of the text?
+    theirs = AutoTokenizer.from_pretrained(os.path.join(tmp_path, name))
+    apply = functools.partial(theirs.apply_chat_template, tools=row.get("tools"), tokenize=False, **(kwargs or {}))
+    same = [apply(messages).startswith(apply(messages[:i], add_generation_prompt=True))
+            for i, m in enumerate(messages) if m["role"] == "assistant"]
+    assert same.count(False) == sum(count for count, _ in differing.values())
+    share = f"({100 * same.count(True) // len(same)}"
+    assert f"prompts  {same.count(True)} of {len(same)} trained turns {share}" in "\n".join(ledger.lines())
+
+
+def test_a_token_that_crosses_the_end_of_the_prompt_is_a_difference(tmp_path):
+    """The text begins with the prompt, but its tokens do not: inference sends another token than was trained."""
+    template = ("{%- for m in messages %}{{- m.role + ': ' + m.content + ('<|im_end|>' if m.role == 'assistant' else "
+                "'\\n') }}{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}")
+    directory = make_directory(tmp_path / "model", template)
+    rows = [{"prompt": "q", "response": answer} for answer in ("Hello there.", "42 is it.")]
+    tokenizer = ChatTokenizer(directory)
+    ledger = data.load(write(tmp_path / "rows.json", rows), tokenizer, 100).ledger
+    crossing = []
+    for row in rows:
+        prompt = tokenizer.render([{"role": "user", "content": row["prompt"]}], True)
+        encode = functools.partial(tokenizer.tokenizer.encode, add_special_tokens=False)
+        ids, whole = encode(prompt).ids, encode(prompt + row["response"]).ids
+        crossing.append(whole[: len(ids)] != ids)
+    assert any(crossing) and ledger.compared == 2
+    assert {kind: count for kind, (count, _) in ledger.differing.items()} == {inference.TOKEN: sum(crossing)}
+
+
+def test_a_prompt_that_the_template_refuses_is_a_difference(tmp_path):
+    """A template may refuse to render a prompt, e.g. one without messages."""
+    template = "{%- if not messages %}{{- raise_exception('No messages!') }}{%- endif %}" + chatml("m.content")
+    directory = make_directory(tmp_path / "model", template)
+    row = {"messages": [says("Hello."), *chat("q", "a")]}
+    path = write(tmp_path / "rows.json", [row])
+    ledger = data.load(path, ChatTokenizer(directory), 100).ledger
+    assert ledger.compared == 2 and ledger.differing == {inference.REFUSED: [1, f"{path}[0], answer 1: No messages!"]}
+
+
+def test_the_first_rows_of_each_file_are_compared(tmp_path):
+    """`compared` rows of each file; the share is rounded down, so that 100 % means all."""
+    paths = [write(tmp_path / f"{name}.json", [{"prompt": "q", "response": "a"}] * 5) for name in "ab"]
+    for compared, turns in ((1000, 10), (3, 6), (0, 0)):
+        ledger = data.load(",".join(paths), tiny, 100, compared=compared).ledger
+        assert ledger.compared == turns
+        assert sum("prompts" in line for line in ledger.lines()) == bool(turns)
+    ledger.compared, ledger.differing = 10_000, {inference.TEXT: [1, "x[0], answer 1: y"]}
+    assert ledger.lines()[-2:] == (
+        "prompts  9,999 of 10,000 trained turns (99.9 %) follow the prompt that inference renders",
+        f"prompts  1 not: {inference.TEXT}, e.g. x[0], answer 1: y")
 
 
 SHORT = ["a", "final", "think", "o", ">", "message", "4", "model", "<", "s"]

@@ -406,9 +406,9 @@ def test_the_ledger_lists_unused_columns_once(tmp_path):
     rows = [{"prompt": "q", "response": "a", "id": i, "source": "web"} for i in range(3)] + [
         {"messages": [Q, {**A, "rating": 5}], "id": 3}, {"prompt": "q", "response": "a", "label": False, "url": "x"}]
     ledger = data.load(write(tmp_path / "rows.json", rows), tiny, 100, cache_dir=str(tmp_path / "cache")).ledger
-    assert ledger.lines()[2:] == ("columns not used: id, source, messages.rating, url",)
+    assert ledger.lines()[3:] == ("columns not used: id, source, messages.rating, url",)
     assert ledger.unused == {"id": 4, "source": 3, "messages.rating": 1, "url": 1}
-    assert len(data.load(write(tmp_path / "b.json", [{"prompt": "q", "response": "a"}]), tiny, 100).ledger.lines()) == 2
+    assert len(data.load(write(tmp_path / "b.json", [{"prompt": "q", "response": "a"}]), tiny, 100).ledger.lines()) == 3
 
 
 def test_unknown_keys_of_messages_reach_the_template():

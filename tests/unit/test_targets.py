@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 import data
 from text import masks
 from text.template import ChatTokenizer
+from text.turns import Span
 
 LITERAL = [
     ("example_sft.json", 0, [
@@ -173,14 +174,16 @@ ONE = Handmade((1, "user:"), (2, "hi\n"), (3, "bot:"), (4, "oh "), (5, "yes"), (
 TWO = Handmade((3, "bot:"), (4, "a"), (STOP, "<end>"), (2, "hi\n"), (3, "bot:"), (5, "b"), (STOP, "<end>"))
 
 
-def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_ids=(STOP,)):
-    """(loss mask as text, turns, turns whose stop token is a target)."""
+def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_ids=(STOP,), train_reasoning=True):
+    """(loss mask as text, turns, turns whose stop token is a target[, tokens of reasoning if there are any])."""
     kept = len(encoding) if kept is None else kept
-    weights, turns, stopped = masks.make_weights(
-        encoding, spans, encoding.text, kept=kept, stop_token_ids=stop_token_ids, train_on_prompt=train_on_prompt)
+    weights, turns, stopped, reasoning = masks.make_weights(
+        encoding, [Span(*span) for span in spans], encoding.text, kept=kept, stop_token_ids=stop_token_ids,
+        train_on_prompt=train_on_prompt, train_reasoning=train_reasoning)
     assert weights.dtype == np.float64 and weights.shape == (kept,)
     assert type(turns) is type(stopped) is int
-    return "".join(".x"[target] for target in (weights > 0).tolist()), turns, stopped
+    counts = (turns, stopped, reasoning) if reasoning else (turns, stopped)
+    return "".join(".x"[target] for target in (weights > 0).tolist()), *counts
 
 
 @pytest.mark.parametrize("how, expected", [
@@ -233,6 +236,22 @@ def test_mask_skips_characters_without_a_token():
     encoding = Handmade((3, "bot:"), "  ", (4, "a"), " ", (STOP, "<end>"), " ")
     assert encoding.text[4:13] == "  a <end>"
     assert masked(encoding, [(4, 13, True, True)]) == (".xx", 1, 1)
+
+
+THINKING = Handmade((3, "bot:"), (7, "<t>"), (4, "hm"), (8, "</t>\n"), (5, "yes"), (STOP, "<end>"), (6, "\n"))
+
+
+@pytest.mark.parametrize("answer, how, expected", [
+    (14, {}, (".xxxxx.", 1, 1, 3)),
+    (14, dict(train_reasoning=False), ("....xx.", 1, 1, 3)),
+    (13, dict(train_reasoning=False), ("....xx.", 1, 1, 3)),  # a token that is in part reasoning is no target
+    (4, dict(train_reasoning=False), (".xxxxx.", 1, 1)),  # no reasoning
+    (14, dict(train_reasoning=False, kept=3), ("...", 0, 0, 3)),
+], ids=str)
+def test_mask_of_reasoning(answer, how, expected):
+    """Without --train_reasoning the targets begin at the answer; tokens of reasoning are counted either way."""
+    assert THINKING.text[4:22] == "<t>hm</t>\nyes<end>"
+    assert masked(THINKING, [(4, 22, True, True, answer)], **how) == expected
 
 
 def test_mask_of_nothing():

@@ -1,0 +1,71 @@
+"""A row of a data file -> its conversations, rendered, with the places of their answers."""
+
+from typing import NamedTuple
+
+from settings.errors import UserError
+from text import inference
+from text.formats import read_row
+from text.masks import check_text
+from text.template import Notes
+
+
+class Conversation(NamedTuple):
+    """What is trained of a row, before it is tokenised: a chat, a plain text, or tokens."""
+
+    file: int
+    row: int
+    where: str  # "file[row]" or "file line 7", for messages
+    text: str = ""  # rendered with the chat template, or a plain text
+    spans: list | None = None  # the assistant's turns in the text, see turns.Span; None: no messages
+    tokens: tuple | None = None  # (ids, weights) if the row is tokens already
+    dropped: str | None = None  # why the row is not trained, from its reader
+    unused: tuple = ()  # columns, see formats.Row
+    notes: Notes | None = None  # what else the template's owner should know, see template.Notes
+    prompts: list = []  # of inference.Prompts, one for each trained turn that is compared
+    is_first: bool = True  # False: --split_turns has made another one of the same row
+
+
+def dropped(file, number, row, where, error):
+    """[the Conversation] of a row that can't be used, for --bad_rows drop."""
+    return [Conversation(file, number, where, dropped="bad", notes=Notes(0, (), str(error)))]
+
+
+def render(file, number, row, where, tokenizer, options, compares):
+    """The Conversations of a row: one, or with --split_turns one for each trained turn.
+
+    options   data.Options
+    compares  whether its prompts are compared with those of inference
+
+    Raises UserError, which names the row.
+    """
+    if isinstance(row, UserError):  # a line that is not JSON
+        raise row
+    row = read_row(row, where, options.keys)
+    if row.messages is None:
+        check_text(row.text or "", where)
+        return [Conversation(file, number, where, row.text or "", None, row.tokens, row.dropped, row.unused)]
+    if options.train_on == "last":
+        for message in [m for m in row.messages if m["role"] == "assistant"][:-1]:
+            message["weight"] = 0.0
+    made = []
+    for messages in split_turns(row.messages) if options.split_turns else [row.messages]:
+        text, spans, notes = tokenizer.render_spans(messages, where, row.tools, row.template_kwargs)
+        check_text(text, where)
+        if not options.train_reasoning and any(span.answer is None and span.weight for span in spans):
+            raise UserError(f"{where}: the chat template writes reasoning, but where it ends can't be found, "
+                            "so --train_reasoning false can't mask it; write it between <think> and </think> "
+                            "at the start of the answer")
+        prompts = inference.compare(tokenizer, messages, text, spans, row, where) if compares else []
+        made.append(Conversation(file, number, where, text, spans, unused=row.unused, notes=notes,
+                                 prompts=prompts, is_first=not made))
+    return made
+
+
+def split_turns(messages):
+    """A conversation as several: each ends with a trained turn, and trains that turn only.
+
+    A conversation without a trained turn stays as it is.
+    """
+    ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant" and m["weight"]]
+    return [[*({**m, "weight": 0.0} if m["role"] == "assistant" else m for m in messages[: end - 1]),
+             messages[end - 1]] for end in ends] or [messages]
