@@ -125,10 +125,11 @@ class Ledger:
                          f"targets is {self.weight:,.10g}")
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
-        if self.reasoning_rendered or self.reasoning_dropped:
-            lines.append(f"thoughts {self.reasoning_rendered:,} answers have their reasoning in the text "
-                         f"({self.reasoning_tokens:,} tokens) + {self.reasoning_dropped:,} whose reasoning "
-                         f"the chat template drops ({self.reasoning_tokens_dropped:,} tokens)")
+        if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:
+            lost = (f"; the chat template drops the others' ({self.reasoning_tokens_dropped:,} tokens)"
+                    if self.reasoning_dropped else "")
+            lines.append(f"thoughts {self.reasoning_rendered:,} of {n_thoughts:,} answers have their reasoning "
+                         f"in the text ({self.reasoning_tokens:,} tokens, with tags and empty blocks){lost}")
         lines += self.inference_lines()
         if self.unused:
             names = [f"{name:.60}" for name in self.unused]

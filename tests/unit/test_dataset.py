@@ -1,6 +1,7 @@
 """A loaded dataset: its ledger balances to the token, rows keep their order, and the digest depends on the content."""
 
 import dataclasses
+import json
 import os
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 import data
 import sft
+from settings.errors import UserError
 from text.ledger import check_settings
 from text.template import ChatTokenizer
 
@@ -270,7 +272,8 @@ def test_only_conversations_count_in_the_stop_gate(tmp_path):
 
 
 def test_settings_without_effect_on_the_rows_are_errors(tmp_path):
-    """--too_long where all rows are plain texts; --train_on and --train_on_prompt where no row has messages."""
+    """--too_long where all rows are plain texts; those about turns where no row has messages; --train_reasoning false
+    where no answer has reasoning."""
     def check(train, val=None, **settings):
         sets = [data.load(write(tmp_path / f"{i}.json", rows), tiny, 100) for i, rows in enumerate((train, val)) if rows]
         check_settings(sft.Config(**settings), sets[0], sets[1] if val else None)
@@ -282,8 +285,72 @@ def test_settings_without_effect_on_the_rows_are_errors(tmp_path):
             check(text, too_long=how)
         check(tokens, too_long=how)
         check(text, conversation, too_long=how)
-    for settings in dict(train_on="last"), dict(train_on_prompt=True):
-        with pytest.raises(ValueError, match="--train_on.*no row has messages"):
+    for settings in dict(train_on="last"), dict(train_on_prompt=True), dict(split_turns=True):
+        with pytest.raises(ValueError, match="--(train_on|split_turns).*no row has messages"):
             check(text, tokens, **settings)
         check(text + conversation, **settings)
+    with pytest.raises(ValueError, match="--train_reasoning false: no effect, because no trained answer has reasoning"):
+        check(conversation, conversation, train_reasoning=False)
+    thought = [{"prompt": "a", "response": "<think>\nhm\n</think>\n\nb"}]
+    check(thought, conversation, train_reasoning=False)
+    check(conversation, thought, train_reasoning=False)
     check(text)
+
+
+# ---- rows that can't be used ------------------------------------------------------------------------------
+
+
+GOOD = {"prompt": "a", "response": "b"}
+
+
+def lines_of(rows):
+    """JSON Lines; a text is written as it is."""
+    return "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+
+
+def test_all_bad_rows_of_a_file_are_in_one_error(tmp_path):
+    """By row, or by line where a line is not JSON: each with its own reason; the rows of another file are not read."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text(lines_of([GOOD, {"prompt": "a"}, "{nonsense\n", GOOD, {"messages": []}]))
+    second.write_text(lines_of([{"prompt": "c"}]))
+    with pytest.raises(UserError) as error:
+        data.load(f"{first},{second}", tiny, 100)
+    head, *rows = str(error.value).splitlines()
+    assert head == "3 rows can't be used; correct them, or drop them with --bad_rows drop:"
+    places = [f"{first} line 2: no answer to", f"{first} is not JSON: line 3", f'{first} line 5: "messages" must be a non-empty list']
+    assert [row.strip()[: len(place)] for row, place in zip(rows, places, strict=True)] == places
+
+
+@pytest.mark.parametrize("n_bad, named", [(1, 1), (2, 2), (20, 20), (21, 20), (400, 20)])
+def test_the_first_bad_rows_are_named_and_all_are_counted(n_bad, named, tmp_path):
+    path = write(tmp_path / "rows.json", [GOOD, *[{"prompt": "a"}] * n_bad, GOOD])
+    with pytest.raises(UserError) as error:
+        data.load(path, tiny, 100)
+    text = str(error.value)
+    assert text.count(f"{path}[") == named and f"{path}[1]" in text and f"{path}[{named}]" in text
+    assert (f"{n_bad} rows can't be used" in text) == (n_bad > 1)
+    assert (f"and {n_bad - 20} more" in text) == (n_bad > 20)
+
+
+def test_a_file_of_nothing_but_bad_rows_is_not_read_to_its_end(tmp_path):
+    """After a thousand bad rows without a good one; a good one before keeps it reading."""
+    path = write(tmp_path / "rows.json", [{"prompt": "a"}] * 1500)
+    with pytest.raises(UserError, match="^1,000 rows can't be used"):
+        data.load(path, tiny, 100)
+    path = write(tmp_path / "rows.json", [GOOD] + [{"prompt": "a"}] * 1500)
+    with pytest.raises(UserError, match="^1,500 rows can't be used"):
+        data.load(path, tiny, 100)
+
+
+def test_bad_rows_are_dropped_and_counted(tmp_path):
+    """With --bad_rows drop. Their reasons are warnings: three, and the number of the others."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines_of([GOOD, *[{"prompt": "a"}] * 4, "{nonsense\n", {"prompt": "c", "response": "d"}]))
+    dataset = data.load(str(path), tiny, 100, bad_rows="drop")
+    assert list(dataset.row) == [0, 6] and dataset.ledger.dropped == {"bad": 5}
+    lines = dataset.ledger.lines()
+    assert lines[0] == "rows     7 in = 2 trained + 5 dropped, 5 bad"
+    assert [line.partition(": ")[0] for line in lines[-4:]] == [
+        *(f"warning  {path} line {i}" for i in (2, 3, 4)), "warning  and 2 more rows like these"]
+    with pytest.raises(UserError, match="no row is left .* all dropped .1 bad."):
+        data.load(write(tmp_path / "bad.json", [{"prompt": "a"}]), tiny, 100, bad_rows="drop")

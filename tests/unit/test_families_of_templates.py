@@ -514,6 +514,21 @@ def test_split_turns_renders_each_turn_as_inference_does(name, kwargs, messages,
                                      "for each trained turn of 2 rows")
 
 
+def test_the_ledger_counts_the_tokens_of_reasoning(made, tmp_path):
+    """Those in the text with the tags around them, and those that the template drops, of trained answers only."""
+    tokenizer = made("thinker")
+    encode = functools.partial(tokenizer.tokenizer.encode, add_special_tokens=False)
+    path = write(tmp_path / "rows.json", [{"messages": THINKS}, {"messages": [
+        *chat("q"), {**says("a", reasoning="Not trained."), "weight": 0}, *chat("r", "b")]}])
+    kept = len(encode(THINK("Second thought."))) + len(encode(THINK("")))
+    first, second = len(encode("First thought.")), len(encode(THINK("First thought.")))
+    assert data.load(path, tokenizer, 4096).ledger.lines()[2] == (
+        f"thoughts 1 of 2 answers have their reasoning in the text ({kept} tokens, with tags and empty blocks); the "
+        f"chat template drops the others' ({first} tokens)")
+    assert data.load(path, tokenizer, 4096, split_turns=True).ledger.lines()[2] == (
+        f"thoughts 2 of 2 answers have their reasoning in the text ({kept + second} tokens, with tags and empty blocks)")
+
+
 def test_a_conversation_without_a_trained_turn_is_not_split(made, tmp_path):
     """It stays one row, which is dropped with its reason."""
     rows = [{"messages": [{**m, "weight": 0} if m["role"] == "assistant" else m for m in THINKS]}, {"messages": THINKS}]
