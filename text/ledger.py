@@ -128,8 +128,9 @@ class Ledger:
         if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:
             lost = (f"; the chat template drops the others' ({self.reasoning_tokens_dropped:,} tokens)"
                     if self.reasoning_dropped else "")
-            lines.append(f"thoughts {self.reasoning_rendered:,} of {n_thoughts:,} answers have their reasoning "
-                         f"in the text ({self.reasoning_tokens:,} tokens, with tags and empty blocks){lost}")
+            lines.append(f"thoughts {self.reasoning_rendered:,} of {n_thoughts:,} answers have their "
+                         f"reasoning in the text ({self.reasoning_tokens:,} tokens, with tags and empty "
+                         f"blocks){lost}")
         lines += self.inference_lines()
         if self.unused:
             names = [f"{name:.60}" for name in self.unused]

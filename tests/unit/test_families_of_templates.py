@@ -458,6 +458,21 @@ def test_without_train_reasoning_answers_alone_are_targets(name, kwargs, message
     assert bool(without.ledger.reasoning_tokens) == bool(trained.ledger.target - without.ledger.target)
 
 
+def test_reasoning_inside_a_generation_block_is_masked(tmp_path):
+    """A template that marks answers, with their reasoning or without."""
+    template = THINKER.replace("{%- if m.role == 'assistant' and", "{%- generation %}{%- if m.role == 'assistant' and")
+    template = template.replace("    {{- m.content + '<|im_end|>\\n' }}", "    {{- m.content }}{%- endgeneration %}")
+    template = template.replace("{%- generation %}", "{%- if m.role != 'assistant' %}{{- m.content + '<|im_end|>\\n' }}"
+                                "{%- else %}{%- generation %}")
+    template = template.replace("{%- endgeneration %}", "{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}{%- endif %}")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    path = write(tmp_path / "rows.json", [{"messages": THINKS}])
+    assert tokenizer.marks_answers
+    for on, expected in ((True, THINK("Second thought.") + "Bye."), (False, "Bye.")):
+        dataset = data.load(path, tokenizer, 4096, train_reasoning=on)
+        assert target_texts(dataset, 0, tokenizer.tokenizer) == ["Hi there." + END, expected + END]
+
+
 def test_reasoning_whose_end_is_unknown_is_an_error(made, tmp_path):
     """Without --train_reasoning; nothing says where the answer begins. With it, the reasoning is trained."""
     template = WRITTEN["thinker"].replace("<think>\\n", "I think: ").replace("\\n</think>\\n\\n", " ")
