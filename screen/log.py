@@ -22,6 +22,7 @@ from tqdm import tqdm
 from disk import files
 from ops import flops, memory
 from screen import report
+from screen.trend import Trend
 from settings import venv
 from settings.errors import UserError
 from settings.parser import write_yaml
@@ -229,6 +230,7 @@ class Log:
                 Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
             self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last_step)
             self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last_step)
+            self.trend, self.has_diagnosed = Trend(self.metrics.path), False
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
@@ -330,6 +332,7 @@ class Log:
             self.warnings.collect()
         self.warn_if_unchanged(step, values)
         self.metrics.write(step=step, **values)
+        self.trend.add(step, **values)
         self.send("train", step, values)
         val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""
         mfu = f"{100 * values['mfu']:.0f} % MFU, " if "mfu" in values else ""
@@ -367,10 +370,19 @@ class Log:
             self.val_loss = val_loss
             self.metrics.write(step=step, val_loss=val_loss, val_tokens=n_targets, val_weight=weight)
             self.send("val", step, {"loss": val_loss, "tokens": n_targets, "weight": weight})
+            self.trend.add(step, val_loss=val_loss)
             self.say(f"step {step}: val_loss {val_loss:.4f}")
+            if step >= self.total_steps / 4 and not self.has_diagnosed:  # earlier, the lr may still rise
+                self.diagnose()
         for prompt, answer in answers:
             self.samples.write(step=step, kind="sample", prompt=prompt, answer=answer)
             self.say(f"step {step}: {prompt!r:.60} -> {answer!r:.100}")
+
+    def diagnose(self):
+        """Print a line if the loss does not fall as it should."""
+        if diagnosis := self.trend.diagnosis():
+            self.has_diagnosed = True
+            self.say(f"warning: {diagnosis}")
 
     def extremes(self, step, texts):
         """Record the conversations of highest and lowest loss (samples.ConversationLosses.extremes)."""
@@ -405,6 +417,8 @@ class Log:
             return
         if self.warnings:
             self.warnings.collect()
+        if not self.is_already_done:
+            self.diagnose()
         for logger in self.loggers:
             logger.close()
         self.metrics.file.close()
