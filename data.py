@@ -203,7 +203,8 @@ def render(file, number, row, where, tokenizer, options):
             message["weight"] = 0.0
     text, spans, notes = tokenizer.render_spans(row.messages, where, row.tools, row.template_kwargs)
     check_text(text, where)
-    return Conversation(file, number, where, text, spans, unused=row.unused, notes=notes)
+    unused = row.unused + tokenizer.unread(row.template_kwargs, row.tools)
+    return Conversation(file, number, where, text, spans, unused=unused, notes=notes)
 
 
 def append(conversation, encoding, options, tokenizer, ledger, writer):

@@ -104,16 +104,16 @@ def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
 def test_the_key_depends_on_what_the_template_reads(made, tmp_path):
     """On template_kwargs and named templates, and on the date of the run only if a template prints it."""
     tool_use = {"name": "tool_use", "template": chatml("m.content + 'tool'")}
-    prints = "{{- strftime_now('%Y') }}" + chatml("m.content")
-    for template, dated in ((chatml("m.content"), False), (prints, True)):
+    reads = "{{- x }}" + chatml("m.content")
+    for template, dated in ((reads, False), ("{{- strftime_now('%Y') }}" + reads, True)):
         directory = make_directory(tmp_path / f"model{dated}", template)
         assert made(ChatTokenizer(directory, date="2000-01-01"))
         assert made(ChatTokenizer(directory, date="2001-01-01")) == dated
         assert not made(ChatTokenizer(directory, date="2001-01-01"))
         assert made(ChatTokenizer(directory, date="2001-01-01", template_kwargs={"x": 1}))
-    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}])
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": reads}])
     assert not made(ChatTokenizer(directory))  # the same text, from another place
-    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}, tool_use])
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": reads}, tool_use])
     assert made(ChatTokenizer(directory))
 
 
