@@ -316,6 +316,15 @@ EXPLAINED = {
 }
 
 
+def settings():
+    """{name elsewhere: the setting here} of those that differ in name only: a name may be misspelt.
+
+    Names with a dot are missing: those are of verl, which has more of them.
+    """
+    return {name: re.findall(r"--(?:no-)?(\w+)", here.partition(",")[0])[-1]
+            for here, names in RENAMED.items() for name in names.split() if "." not in name}
+
+
 def suggestion(name):
     """What to type here for a setting of another trainer, as one line; None if no trainer has it.
 
