@@ -38,6 +38,25 @@ def test_a_cached_dataset_equals_a_tokenised_one(tmp_path, monkeypatch):
     assert same(fresh, cached) and isinstance(cached.tokens, np.memmap)
 
 
+def test_progress_is_shown_while_data_is_read_written_or_found(tmp_path, monkeypatch):
+    """Other nodes wait for as long: at each chunk of the data file and of the cached arrays, and at each thousand rows."""
+    monkeypatch.setattr(token_cache, "CHUNK", 100)
+    path = write(tmp_path / "rows.json", [{"messages": chat("q", "answer")}] * 2500)
+    chunks, calls = os.path.getsize(path) // 100, []
+
+    def load():
+        calls.clear()
+        data.load(path, tiny, 64, cache_dir=str(tmp_path / "cache"), progress=lambda: calls.append(1))
+        return len(calls)
+
+    assert load() >= 2 * chunks + 3  # the file is hashed before and after it is tokenised
+    size = sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*") if f.name in data.ARRAYS)
+    assert load() >= chunks + size // 100 - len(data.ARRAYS) > chunks + 100
+    calls.clear()
+    data.load(path, tiny, 64, progress=lambda: calls.append(1))
+    assert len(calls) == 3
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A function: options of load -> whether load() has tokenised tmp_path/rows.json again."""
