@@ -78,6 +78,9 @@ def test_other_names_have_none(name):
     ("--per-device-train-batch-size", ["--batch_size", "gradient_accumulation_steps", "number of GPUs"]),
     ("numTrainEpochs", ["--epochs"]), ("trainer.lora_r", ["--lora_rank"]), ("neftune_noise_alpha", ["no NEFTune"]),
     ("micro_batch_size", ["N × max_length tokens", "--batch_size"]),
+    ("split_thinking", ["nothing to type", "--split_turns", "--train_reasoning false"]),
+    ("dataset.mask_reasoning_content", ["is --train_reasoning false here"]), ("train_on_what", ["--split_turns"]),
+    ("loss_scale", ["--train_on last", "--train_on_prompt", "ignore_empty_think is --train_reasoning false", "weight"]),
     ("assistant_only_loss", ["happens anyway", "--train_on_prompt"]), ("load_in_4bit", ["--use_lora --quantize nf4"])])
 def test_suggestions_say_what_differs(name, words):
     assert [word for word in words if word not in suggestion(name)] == []
