@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import sft
-from disk import peft, pretrained
+from disk import checkpoint, peft, pretrained
 from disk.run import ModelPaths
 from model import generate, sample_function
 from ranks import processes
@@ -41,6 +41,7 @@ class Config:
     base: str | None = setting(None, "base model of an adapter; none: as adapter_config.json names it")
     prompt: str | None = setting(None, "answer this prompt, then exit")
     system: str | None = setting(None, "system message")
+    template_kwargs: str | None = setting(None, "variables of the template; none: as in the model's training")
     temperature: float = setting(0.0, "0: the most likely token; 1: sample from the model's distribution",
                                  low=0, high=100)
     top_p: float = setting(1.0, "sample from the most likely tokens with this total probability",
@@ -52,20 +53,22 @@ class Config:
         check(self)
 
 
-def load(name, base=None):
+def load(name, base=None, template_kwargs=None):
     """(model, tokenizer, ids that end an answer) of a model directory, or of an adapter and its base model.
+
+    A prompt is rendered as in training: a step directory has the template, and what the run set for it.
 
     Raises UserError if `base` is given for a full model, or if an adapter has no base model.
     """
     directory = pretrained.model_directory(name)
-    adapter = None
+    adapter, template_kwargs = None, template_kwargs or checkpoint.template_kwargs(directory)
     if base and not pretrained.is_adapter(directory):
         raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove --base")
     if pretrained.is_adapter(directory):
         adapter = directory
         directory = peft.base_directory(adapter, base)
     paths = ModelPaths.find(directory, adapter)
-    tokenizer = ChatTokenizer(paths.tokenizer)
+    tokenizer = ChatTokenizer(paths.tokenizer, template_kwargs=template_kwargs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = sft.Config(dtype="fp32", use_lora=adapter is not None, gradient_checkpointing=False)
     model, _ = sft.build(cfg, paths, processes.single_process(device), trains=False)
@@ -93,7 +96,7 @@ def answer(model, tokenizer, eos_ids, messages, cfg):
 def main():
     cfg, _ = parse(Config, sys.argv[1:], positional=["model"])
     torch.manual_seed(cfg.seed)
-    model, tokenizer, eos_ids = load(cfg.model, cfg.base)
+    model, tokenizer, eos_ids = load(cfg.model, cfg.base, cfg.template_kwargs)
     start = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages = list(start)
     is_interactive = cfg.prompt is None and sys.stdin.isatty()

@@ -123,12 +123,13 @@ def options_of(cfg):
                 keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
 
 
-def load(spec, tokenizer, max_length, *, split=None, cache_dir=None, timeout=600, **options):
+def load(spec, tokenizer, max_length, *, split=None, cache_dir=None, timeout=600, progress=None, **options):
     """Read, render, tokenise and mask the conversations of `spec` (--train_data). Returns a Dataset.
 
     split      "validation": which files of a directory are meant, see data_files
     cache_dir  keep the arrays there and memory-map them, see token_cache.cached
     timeout    seconds to wait for another process that holds the cache's lock and makes no progress
+    progress   called again and again meanwhile, see Ranks.show_progress
     options    of Options
 
     Raises UserError, with file and row, for data that cannot be trained on.
@@ -137,10 +138,10 @@ def load(spec, tokenizer, max_length, *, split=None, cache_dir=None, timeout=600
     sources = data_files(spec, split)
     write = functools.partial(tokenise, spec, sources, tokenizer, options)
     if cache_dir is not None:
-        key = cache_key(sources, tokenizer, options, program=[__file__])
-        return open_dataset(cached(cache_dir, key, timeout, write))
+        key = cache_key(sources, tokenizer, options, program=[__file__], progress=progress)
+        return open_dataset(cached(cache_dir, key, timeout, write, progress))
     with tempfile.TemporaryDirectory() as directory:  # a mapped file stays readable after it is deleted
-        write(directory)
+        write(directory, progress)
         return open_dataset(directory)
 
 

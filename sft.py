@@ -224,9 +224,9 @@ def evaluate(model, dataset, cfg, ranks):
     return ranks.all_reduce(total).item() / dataset.ledger.weight
 
 
-def load_data(cfg, tokenizer):
+def load_data(cfg, tokenizer, progress=None):
     """The training set and the validation set (or None), tokenised."""
-    options = data.options_of(cfg)
+    options = dict(data.options_of(cfg), progress=progress)
     train_set = data.load(cfg.train_data, tokenizer, **options)
     val_set = data.load(cfg.val_data, tokenizer, split="validation", **options) if cfg.val_data else None
     check_settings(cfg, train_set, val_set)
@@ -290,7 +290,8 @@ def train(cfg, ranks):
     tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
                               cfg.template_kwargs, run.date)
     ranks.set_phase("tokenise")
-    train_set, val_set = load_data(cfg, tokenizer)
+    train_set, val_set = load_data(cfg, tokenizer, ranks.show_progress)
+    ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
     run.identify(train_set)
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())

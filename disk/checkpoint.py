@@ -282,6 +282,12 @@ def load_state(directory):
     return state
 
 
+def template_kwargs(directory):
+    """--template_kwargs of the run that saved a step directory; None without, and for other directories."""
+    has_state = os.path.exists(os.path.join(directory, STATE))
+    return load_state(directory).get("template_kwargs") if has_state else None
+
+
 def load_training_tensors(directory, model, optimizer):
     """Restore the optimizer's state, its count of updates and the master weights, exactly.
 

@@ -46,7 +46,7 @@ def check(cfg):
     if cfg.resume_adapter:
         check_adapter(cfg.resume_adapter)
     # a file, or the name of one of the model's templates
-    template = getattr(cfg, "chat_template", None) or ""
+    template = cfg.chat_template or ""
     if (os.sep in template or template.endswith((".jinja", ".txt"))) and not os.path.isfile(template):
         raise UserError(f"--chat_template {template}: no such file; use a file with a Jinja template")
     if not cfg.resume_from or cfg.use_lora:  # a resumed full model is read from its checkpoint
@@ -66,15 +66,9 @@ def check_data(flag, spec, split=None):
     The id of a hub dataset is not checked: to see what it has, it would have to be downloaded.
     """
     try:
-        if hasattr(sources, "parse"):
-            for wanted in sources.parse(spec):
-                if os.path.exists(wanted.path):
-                    sources.resolve(wanted, split)
-            return
-        for source in map(str.strip, spec.split(",")):
-            name = source.split(":")[0]
-            if not is_hub_id(name) or os.path.exists(name):
-                sources.data_files(source)
+        for wanted in sources.parse(spec):
+            if os.path.exists(wanted.path):
+                sources.resolve(wanted, split)
     except UserError as error:
         raise UserError(f"{flag} {error}") from error
 

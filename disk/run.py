@@ -104,7 +104,7 @@ class RunState:
                      "checkpointed_blocks": number}, and the "world_size" and "tp" that it was chosen for
 
     state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date" and, for
-    owes_evaluation, "is_cut".
+    owes_evaluation, "is_cut". It also has "template_kwargs", the setting.
     """
 
     def __init__(self, cfg, ranks):
@@ -311,6 +311,7 @@ class RunState:
             "norms": list(self.norms),
             "chosen": self.chosen,
             "date": self.date,
+            "template_kwargs": self.cfg.template_kwargs,  # for chat.py
         }
         checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
                         exported=self.exported, state=state, links=links)

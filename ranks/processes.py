@@ -24,6 +24,9 @@ from ranks.launch import EXIT_CODES, OUT_OF_MEMORY
 from settings.errors import OutOfMemory, UserError
 
 
+END_OF = "end of "  # a phase in which a rank waits for the others
+
+
 class Whereabouts(NamedTuple):
     """What a rank last wrote to the store for the others."""
 
@@ -56,12 +59,40 @@ class Ranks:
     micro_batch: object = None  # the data.MicroBatch that is being computed; an out-of-memory error names it
     planned: object = None  # the forecast.PlannedRun, from which that error computes what would help
     has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
+    shown: float = 0.0  # when this rank last showed its progress, a time.monotonic()
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
 
     def set_phase(self, phase):
         """Write to the store what this rank is doing, for the others to report if it stops responding."""
         self.phase = phase
         self.store.set(f"rank {self.rank}", f"{phase}|{time.time()}|{socket.gethostname()}|{os.getpid()}")
+
+    def show_progress(self):
+        """Write to the store, at most once a second, that this rank is at work in its phase."""
+        if self.world_size > 1 and time.monotonic() - self.shown > 1:
+            self.shown = time.monotonic()
+            self.set_phase(self.phase)
+            self.store.add("progress", 1)
+
+    def wait_for_slower(self):
+        """Wait for all ranks at the end of a phase that may take some of them much longer than others.
+
+        The limit of a collective is --timeout for all of it. Here it begins anew whenever a rank shows
+        progress. Raises RuntimeError if none does for that long.
+        """
+        phase = self.phase
+        self.set_phase(END_OF + phase)
+        done, seen, since = self.store.add(f"{phase} done", 1), None, None
+        # 2 s more: the wait for a lock, whose error names the holder, ends first
+        limit = self.store.timeout.total_seconds() + 2
+        while done < self.world_size:
+            now = done, self.store.add("progress", 0)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since > limit:
+                raise RuntimeError(f"timed out: no rank made progress for {limit:.0f} s")
+            time.sleep(0.1)
+            done = self.store.add(f"{phase} done", 0)
 
     def all_reduce(self, tensor):
         """Sum a tensor over the data-parallel ranks, in place: one all-reduce."""
@@ -182,6 +213,8 @@ class Ranks:
             phase, since, host, pid = self.store.get(key).decode().split("|")
             others.append(Whereabouts(rank, phase, float(since), host, int(pid)))
         others.pop(self.rank)
+        if self.phase.startswith(END_OF):  # those that wait as this rank does are not the culprit
+            others = [other for other in others if other.phase != self.phase]
         if isinstance(error, LockTimeout):
             holder = socket.gethostname(), error.pid
             others = [other for other in others if (other.host, other.pid) == holder]

@@ -66,7 +66,9 @@ RENAMED = {
     "--use_lora --quantize nf4":
         "load_in_4bit qlora quantization_bit use_qlora quant_bits bnb_4bit load_in_nf4",
     "--train_on last":
-        "mask_history train_on_last_turn last_round_loss",
+        "mask_history train_on_last_turn train_on_last_turn_only last_round_loss",
+    "--train_reasoning false":
+        "mask_reasoning_content ignore_empty_think ignore_think_prefix",
     "--train_on_prompt":
         "train_on_inputs train_on_input train_on_source",
     "--prompt_key NAME":
@@ -156,7 +158,18 @@ EXPLAINED = {
         "it is 1e-8, as everywhere; nothing to type",
     "galore use_galore use_apollo use_badam optim_target_modules use_muon use_adam_mini":
         "there is no such optimizer; --use_lora or --optimizer_offload save memory",
-    "completion_only_loss assistant_only_loss train_on_responses_only response_template loss_scale "
+    "loss_scale":
+        "default is what happens anyway: only what the assistant says is trained; last_round is "
+        "--train_on last, all is --train_on_prompt, ignore_empty_think is --train_reasoning false. `weight` "
+        "in a row or a message scales its losses",
+    "split_thinking field_thinking template_thinking_key":
+        "nothing to type: reasoning is read from `reasoning_content`, or from before </think>, and the chat "
+        "template decides where it is written. --split_turns makes a sample of each assistant turn, as at "
+        "inference; --train_reasoning false keeps reasoning from being trained",
+    "drop_history_reasoning_content train_on_what":
+        "all assistant turns are trained, and the chat template decides which earlier reasoning they see; "
+        "--split_turns makes a sample of each turn, as at inference, and --train_on last trains the last one",
+    "completion_only_loss assistant_only_loss train_on_responses_only response_template "
     "instruction_template only_train_response":
         "it is what happens anyway: only what the assistant says is trained. All tokens: "
         "--train_on_prompt; only the last answer: --train_on last",
@@ -314,6 +327,15 @@ EXPLAINED = {
         "the token that ends a turn is read from the chat template, and there is no padding; other "
         "tokens: put a tokenizer that has them in a directory, --tokenizer DIR",
 }
+
+
+def settings():
+    """{name elsewhere: the setting here} of those that differ in name only: a name may be misspelt.
+
+    Names with a dot are missing: those are of verl, which has more of them.
+    """
+    return {name: re.findall(r"--(?:no-)?(\w+)", here.partition(",")[0])[-1]
+            for here, names in RENAMED.items() for name in names.split() if "." not in name}
 
 
 def suggestion(name):

@@ -379,7 +379,7 @@ def field_name(name, fields):
     accepts_verl = verl.fields_set() <= fields.keys()  # chat.py lacks the settings of training
     if accepts_verl and verl.entry_name(key):
         return key
-    other_names = verl.other_trainers()
+    other_names = other_trainers.settings()
     if accepts_verl and (advice := other_trainers.suggestion(name)):
         raise UserError(f"unknown setting {name!r:.200}, of another trainer: {advice}")
     near = difflib.get_close_matches(candidate, [*fields, *other_names], n=1, cutoff=0.6)

@@ -35,12 +35,6 @@ def entries():
     return found
 
 
-@functools.cache
-def other_trainers():
-    """{name in TRL, torchtune or LLaMA-Factory: the setting of sft.py}"""
-    return {other: field for field, names in tables()["other_trainers"].items() for other in names.split()}
-
-
 def fields_set():
     """The settings that keys of verl can set."""
     return {field for entry in entries().values() for field in entry.get("sets", "").split()}

@@ -29,10 +29,14 @@ def val_files(key, values, warnings):
 
 
 def integer(key, values):
+    """The integer that a text is; it may be written 2048.0 or 1e3."""
     try:
-        return int(values[key])
+        number = float(values[key])
     except ValueError:
-        raise UserError(f"{key} can't be {values[key]!r}; it must be an integer") from None
+        number = None
+    if number is None or not number.is_integer():
+        raise UserError(f"{key} can't be {values[key]!r}; it must be an integer")
+    return int(number)
 
 
 def micro_batch(key, values, warnings):

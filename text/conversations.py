@@ -47,7 +47,7 @@ def render(file, number, row, where, tokenizer, options, compares):
     if options.train_on == "last":
         for message in [m for m in row.messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
-    made = []
+    made, unused = [], row.unused + tokenizer.unread(row.template_kwargs, row.tools)
     for messages in split_turns(row.messages) if options.split_turns else [row.messages]:
         text, spans, notes = tokenizer.render_spans(messages, where, row.tools, row.template_kwargs)
         check_text(text, where)
@@ -56,7 +56,7 @@ def render(file, number, row, where, tokenizer, options, compares):
                             "so --train_reasoning false can't mask it; write it between <think> and </think> "
                             "at the start of the answer")
         prompts = inference.compare(tokenizer, messages, text, spans, row, where) if compares else []
-        made.append(Conversation(file, number, where, text, spans, unused=row.unused, notes=notes,
+        made.append(Conversation(file, number, where, text, spans, unused=unused, notes=notes,
                                  prompts=prompts, is_first=not made))
     return made
 

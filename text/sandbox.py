@@ -14,6 +14,7 @@ import types
 from collections.abc import MappingView
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 import jinja2.visitor
 
@@ -105,6 +106,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """The template of a source text. Raises jinja2.TemplateError if it is wrong."""
         with template_errors():
             return self.from_string(source)
+
+    def variables(self, source):
+        """Names of the variables that the template of a source text reads, in its macros too."""
+        with template_errors():
+            return frozenset(jinja2.meta.find_undeclared_variables(self.parse(source)))
 
     def render(self, template, **values):
         """The text that a template makes of a conversation.

@@ -53,6 +53,7 @@ class Template(NamedTuple):
     source: str
     compiled: jinja2.Template
     marks_answers: bool  # with {% generation %}
+    variables: frozenset  # names of those that it reads
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -142,7 +143,8 @@ class ChatTokenizer:
         sources = self.named_templates(config.get("chat_template"))
         sources = self.chosen(sources, chat_template)
         self.templates = {name: self.compile(source) for name, source in sources.items()}
-        self.source, _, self.marks_answers = self.templates["default"]
+        self.check_read(self.template_kwargs)
+        self.source, _, self.marks_answers, _ = self.templates["default"]
         self.files = self.saved_files(sources)
         self.learned, self.written = {}, {}  # Turns, and which messages a template writes, by kind
         specials = [token.content for token in self.added.values() if token.special and token.content.strip()]
@@ -252,10 +254,11 @@ class ChatTokenizer:
             raise UserError(f"{self.directory}: its chat template has {len(source):,} characters; at most "
                             f"{MAX_TEMPLATE:,} are allowed")
         try:
-            compiled = self.sandbox.load(source)
+            compiled, variables = self.sandbox.load(source), self.sandbox.variables(source)
         except jinja2.TemplateError as error:
             raise UserError(f"{self.directory}: its chat template can't be used: {error!s:.300}") from error
-        return Template(source, compiled, re.search(r"\{%[-+]?\s*generation\b", source) is not None)
+        marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
+        return Template(source, compiled, marks_answers, variables)
 
     def saved_files(self, sources):
         """{path in a saved directory: bytes} of the template, where the model's own files do not hold it.
@@ -281,6 +284,19 @@ class ChatTokenizer:
             if name in kwargs:
                 raise UserError(f"{where} sets {name}, which a row's own keys set; remove it there")
         return kwargs
+
+    def check_read(self, kwargs):
+        """Raise UserError if --template_kwargs has a variable that none of the templates reads."""
+        read = frozenset().union(*(template.variables for template in self.templates.values()))
+        if unread := sorted(kwargs.keys() - read):
+            others = ", ".join(sorted(read - {*OWN_VARIABLES, *self.special})) or "no others"
+            raise UserError(f"--template_kwargs sets {', '.join(unread):.200}, which the chat template does "
+                            f"not read, so it would have no effect; it reads {others:.500}")
+
+    def unread(self, kwargs, tools):
+        """The variables of a row that its template does not read, as names of columns that are not used."""
+        unread = kwargs.keys() - self.templates[self.name_of(tools)].variables if kwargs else ()
+        return tuple(f"chat_template_kwargs.{name}" for name in sorted(unread))
 
     def learn_default(self):
         """The Turns of the default template. Some templates read only lists of parts: they are tried too."""

@@ -148,7 +148,7 @@ def cached(cache_dir, key, timeout, write, progress=None):
     Other processes of the node wait for the lock. The process that writes must call progress() at least once
     in `timeout` seconds; otherwise take_lock raises in those that wait. Call this before any collective.
 
-    progress  called at least as often, while this process writes
+    progress  called at least as often, while this process writes or reads
 
     An entry is used without the lock, so a cache that can't be written is still read. Raises UserError if the
     entry can't be written, or if a data file changes meanwhile; then nothing is left of the entry.
@@ -157,7 +157,7 @@ def cached(cache_dir, key, timeout, write, progress=None):
     path = os.path.join(cache_dir, key.name)
     with contextlib.suppress(OSError):  # before it is read, so that nobody removes it
         os.utime(path)
-    if fault(path):
+    if fault(path, progress):
         with explained(cache_dir), contextlib.ExitStack() as stack:
             os.makedirs(cache_dir, exist_ok=True)
             try:
@@ -207,7 +207,7 @@ def store(path, key, write, progress):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def fault(directory):
+def fault(directory, progress=None):
     """What is wrong with an entry: a text, or None if all of its arrays are as they were written.
 
     This costs little beside the hash of the data files: they are larger, and crc32 is faster than blake2b.
@@ -219,19 +219,21 @@ def fault(directory):
         if not isinstance(arrays, dict):
             return f"{METADATA} names no arrays"
         for name, expected in arrays.items():
-            size, crc32 = extent(os.path.join(directory, name))
+            size, crc32 = extent(os.path.join(directory, name), progress)
             if {"bytes": size, "crc32": crc32} != expected:
                 return f"{name}, {size:,} bytes, is not what was written"
     except (OSError, ValueError, RecursionError) as error:
         return f"{error!s:.200}"
 
 
-def extent(path):
+def extent(path, progress=None):
     """(bytes, crc32) of a file."""
     size = crc32 = 0
     with open(path, "rb") as f:
         while chunk := f.read(CHUNK):
             size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+            if progress:
+                progress()
     return size, crc32
 
 

@@ -107,6 +107,9 @@ class Turns:
     is_appended       the first token of the next turn ends a turn, as with GLM-4: nothing ends the last one
     splits_reasoning  reasoning is a part of the turn with a header of its own, as with gpt-oss
     thoughts          [(what is before reasoning, what is after it), ...], e.g. <think> and </think>
+    reminder          what a template writes after all turns and before a generation prompt; mostly nothing.
+                      No text of probe() has it
+    at_last           what it writes after that if there is no generation prompt
     after_tool        (what is before an answer to a tool, what a generation prompt adds to it, whether each
                       result of a tool has the first), if such an answer has no header; otherwise None
     arguments_as_text  the template wants a call's arguments as a JSON text
@@ -123,6 +126,9 @@ class Turns:
         Raises jinja2.TemplateError if the template can't render them or omits a message.
         """
         self.render, self.added, self.before = render, added, list(before)
+        self.reminder = self.at_last = ""
+        with contextlib.suppress(jinja2.TemplateError):  # it refuses a conversation without an answer
+            self.learn_reminder()
         prompt, one = self.probe(ASK, prompt=True), self.probe(ASK, REPLY)
         two = self.probe(ASK, REPLY, AGAIN)
         question_end = end_of(ASK["content"], one)
@@ -159,7 +165,32 @@ class Turns:
         self.at_joint = re.compile(rf"\s*(?:{any_of(added).pattern})?\s*{re.escape(self.header)}")
 
     def probe(self, *messages, prompt=False):
-        return self.render([*self.before, *messages], prompt)
+        """The text of a conversation, without the reminder."""
+        text = offered = self.render([*self.before, *messages], prompt)
+        if not self.reminder:
+            return text
+        if prompt:
+            text = self.render([*self.before, *messages], False)
+        body = text.removesuffix(self.reminder + self.at_last)
+        before = body + self.reminder
+        return body + offered[len(before) :] if body != text and offered.startswith(before) else offered
+
+    def learn_reminder(self):
+        """Set `reminder` and `at_last`: a question that is answered lacks both.
+
+        A generation prompt, which begins with a header, comes after the reminder and in place of at_last.
+        """
+        asked, prompt, one = self.probe(ASK), self.probe(ASK, prompt=True), self.probe(ASK, REPLY)
+        tail, offered, between = (text[end_of(ASK["content"], text) :] for text in (asked, prompt, one))
+        offered = offered.partition(THINK)[0]
+        if between.startswith(offered):
+            return
+        shared = len(os.path.commonprefix([offered, between]))
+        for header in range(len(os.path.commonprefix([tail, offered])), 0, -1):  # where it may begin
+            end = between.find(offered[header:], 0, shared + len(offered) - header)
+            if offered[header:].strip() and 0 <= end < header:
+                self.reminder, self.at_last = offered[end:header], tail[header:]
+                return
 
     def learn_ends(self, by_prompt, after_last, after_reply, eos):
         last, middle = (first_token(text, self.added) for text in (after_last, after_reply))
@@ -177,6 +208,9 @@ class Turns:
             last = middle = run
         self.ends = tuple(dict.fromkeys(end for end in (last, middle) if end))
         self.is_appended = last is None and middle is not None
+        if self.is_appended and self.reminder:
+            raise jinja2.TemplateError(f"it writes {self.reminder!r:.60} after the last turn, and no token "
+                                       "ends that turn before it, so the model would not learn where to stop")
         self.between_end = middle or last
 
     def learn_headers(self, prompt, by_prompt, betweens, after_reply):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from disk import files, peft, pretrained
+from disk.run import ModelPaths
 from settings import venv
 from settings.errors import UserError, run
 from settings.parser import parse, setting
@@ -49,7 +50,8 @@ def merge(cfg):
         raise UserError(f"{cfg.out} exists already; choose a new directory")
     peft_config = peft.read_config(cfg.adapter)
     base = peft.base_directory(cfg.adapter, cfg.base)
-    model_config = files.read_json(os.path.join(base, "config.json"))
+    paths = ModelPaths.find(base, cfg.adapter)
+    model_config = paths.config_json  # a run with --resize_embeddings had more rows than the base
     base_entries, adapter_entries = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)
     lora_ranks = peft.lora_ranks(adapter_entries)
 
@@ -87,22 +89,23 @@ def merge(cfg):
         else:
             adapter_entries.pop(head, None)
     check_names(cfg.adapter, base, adapter_entries, base_entries, lora_ranks)
+    shapes = {name: adapter_entries.get(name, entry).shape for name, entry in base_entries.items()}
+    check_rows(cfg.adapter, shapes, model_config)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
     temporary = cfg.out.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted merge
     os.makedirs(temporary)
     for key in {"dtype", "torch_dtype"} & set(model_config):
         model_config[key] = str(dtype).removeprefix("torch.")
-    has_tokenizer = os.path.exists(os.path.join(cfg.adapter, "tokenizer.json"))
-    tokenizer = template.ChatTokenizer(cfg.adapter if has_tokenizer else base)
+    tokenizer = template.ChatTokenizer(paths.tokenizer)
     exported = {**files.read_bytes(base, pretrained.TOKENIZER_FILES),
                 **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
                 "generation_config.json": pretrained.generation_config(
-                    base, model_config, tokenizer.stop_token_id)}
+                    base, model_config, tokenizer.stop_token_id), **tokenizer.files}
     for name, content in exported.items():
+        os.makedirs(os.path.dirname(os.path.join(temporary, name)), exist_ok=True)
         files.write_file(os.path.join(temporary, name), content)
-    outputs = {
-        name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in base_entries.items()}
+    outputs = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     n_bytes = sum(t.nbytes for t in outputs.values())
     names_by_file = pretrained.assign_to_files(outputs, "model", math.ceil(n_bytes / FILE_BYTES))
     for file, names in names_by_file.items():
@@ -124,6 +127,16 @@ def check_names(adapter, base, adapter_entries, base_entries, lora_ranks):
     unexpected |= {f"{module}.weight" for module in lora_ranks} - set(base_entries)
     if unexpected:
         raise UserError(f"{adapter} does not fit {base}, which has no {min(unexpected)}; pass another --base")
+
+
+def check_rows(adapter, shapes, model_config):
+    """Raise UserError if not all embeddings have the rows that config.json will say."""
+    vocab_size = model_config.get("vocab_size")
+    for name in pretrained.EMBEDDINGS:
+        if name in shapes and shapes[name][0] != vocab_size:
+            raise UserError(f"{adapter}: {name} would have {shapes[name][0]} rows, but another embedding, or "
+                            f"config.json, has {vocab_size}; an adapter for a resized model must have both "
+                            "embed_tokens and lm_head (--lora_modules_to_save)")
 
 
 def main():

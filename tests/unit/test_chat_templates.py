@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 import transformers
 from data_helpers import DROPS_THINKING, FAMILIES, PLAIN, QWEN3, assert_is, by_hand, tiny
-from helpers import RAW, TINY, chat, chatml, make_directory, mask_spans, target_texts, write
+from helpers import RAW, TINY, attempt, chat, chatml, make_directory, mask_spans, target_texts, write
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
 
@@ -407,7 +407,7 @@ def test_a_chat_template_is_a_file_or_a_name(tmp_path):
 def test_the_template_reads_kwargs_of_the_run_and_of_the_row(tmp_path):
     """Those of a row have precedence. Where targets begin depends on them."""
     directory = make_directory(tmp_path / "model", QWEN3)
-    tokenizer = ChatTokenizer(directory, template_kwargs={"enable_thinking": False, "unknown": [1]})
+    tokenizer = ChatTokenizer(directory, template_kwargs={"enable_thinking": False})
     theirs = AutoTokenizer.from_pretrained(directory)
     for kwargs in ({}, {"enable_thinking": True}):
         text = theirs.apply_chat_template(chat("q"), add_generation_prompt=True, tokenize=False,
@@ -418,6 +418,45 @@ def test_the_template_reads_kwargs_of_the_run_and_of_the_row(tmp_path):
     dataset = data.load(write(tmp_path / "rows.json", rows), tokenizer, 2048)
     assert [target_texts(dataset, i) for i in range(3)] == [
         ["a<|im_end|>"], ["<think>\n\n</think>\n\na<|im_end|>"], ["a<|im_end|>"]]
+
+
+READS = ("{%- set switch = switch if switch is defined else 1 %}{%- macro text(m) %}{{- m.content }}{{- in_macro }}"
+         "{%- endmacro %}{%- set own = 2 %}{{- switch }}{{- bos_token }}{{- own }}" + chatml("text(m)"))
+
+
+@pytest.mark.parametrize("kwargs, unread", [
+    ({"switch": 2}, ""), ({"in_macro": "x"}, ""), ({"of_tools": 1}, ""), ({"bos_token": "<s>"}, ""),
+    ({"swich": 2}, "swich"), ({"own": 3}, "own"), ({"b": 1, "switch": 2, "a": None}, "a, b"), ({"m": 1}, "m")], ids=str)
+def test_a_variable_of_the_run_that_no_template_reads_is_an_error(kwargs, unread, tmp_path):
+    """One that any of the named templates reads is right: in a macro, or before it is assigned."""
+    directory = make_directory(tmp_path / "model", [
+        {"name": "default", "template": READS}, {"name": "tool_use", "template": chatml("m.content + of_tools|string")},
+        {"name": "rag", "template": chatml("m.content", more="{{ a }}")}], bos_token="<|endoftext|>")
+    tokenizer, error = attempt(ChatTokenizer, directory, template_kwargs=kwargs)
+    if not unread:
+        assert tokenizer.render(chat("q"))
+    else:
+        assert error == (f"--template_kwargs sets {unread}, which the chat template does not read, so it would have "
+                         "no effect; it reads in_macro, of_tools, switch")
+    if unread == "swich":
+        with pytest.raises(UserError, match="it reads no others$"):
+            ChatTokenizer(TINY, template_kwargs=kwargs)
+
+
+def test_a_variable_of_a_row_that_its_template_does_not_read_is_counted(tmp_path):
+    """A data set may be made for several models. Which template it is depends on the row's tools."""
+    directory = make_directory(tmp_path / "model", [
+        {"name": "default", "template": READS},
+        {"name": "tool_use", "template": chatml("m.content + (tools|tojson if loop.first else '')")}])
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    messages = chat("q", "a")
+    rows = [{"messages": messages, "chat_template_kwargs": {"switch": 1, "enable_thinking": False}},
+            {"messages": messages, "chat_template_kwargs": {"switch": 1}, "tools": [tool]},
+            {"messages": messages, "enable_thinking": True, "id": 7}, {"messages": messages}]
+    ledger = data.load(write(tmp_path / "rows.json", rows), ChatTokenizer(directory), 2048).ledger
+    assert ledger.unused == {"chat_template_kwargs.enable_thinking": 2, "chat_template_kwargs.switch": 1, "id": 1}
+    assert ("columns not used: chat_template_kwargs.enable_thinking, chat_template_kwargs.switch, id"
+            in ledger.lines())
 
 
 @pytest.mark.parametrize("kwargs, say, of_row", [

@@ -394,10 +394,11 @@ def test_a_message_that_is_lost_is_an_error(name, messages, say, made):
 @pytest.mark.parametrize("name", ["mistral_v3", "mistral_v7", "gemma4_v5", "gptoss", "glm4moe", "qwen3_5_think"])
 def test_short_results_of_tools_are_no_targets(name, made):
     """Results that also stand in ids, names and the template's own text: targets are the call and the answer only."""
+    kwargs = {"enable_thinking": False} if name in ("gemma4_v5", "glm4moe", "qwen3_5_think") else None
     for results in (["1", "2"], ["", "a"], ["content", "}"], ["sky", "sky"]):
         calls = [call("sky", city="Graz")] if name == "gptoss" else [call("sky", city="Graz"), call("sky", city="Linz")]
         messages = [ASK, says("", *calls), *map(returns, results), says("Sunny."), *chat("1", "2")]
-        text, spans, _ = made(name, template_kwargs={"enable_thinking": False}).render_spans(
+        text, spans, _ = made(name, template_kwargs=kwargs).render_spans(
             formats.to_messages({"messages": messages}, "here"), "here", TOOLS)
         first, second, third = (text[span.start : span.stop] for span in spans)
         assert "Sunny" not in first and re.fullmatch(r"\s*(<\|channel\|>final<\|message\|>)?Sunny\.\S+", second)

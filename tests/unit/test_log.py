@@ -10,7 +10,7 @@ import sys
 import termios
 
 import pytest
-from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, program
+from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, chatml, program
 
 import chat
 from ops import memory
@@ -226,6 +226,24 @@ def test_samples_are_what_chat_answers(train, tmp_path, capsys, monkeypatch):
         messages = [{"role": "user", "content": line["prompt"]}]
         assert line["answer"] == "".join(chat.answer(model, tokenizer, eos_ids, messages, cfg)).rstrip("\ufffd")
     assert "step 18: 'What is supervised fine-tuning?' -> " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [(), ("--use_lora",)], ids=["full", "lora"])
+def test_chat_renders_a_prompt_as_in_training(flags, train, tmp_path):
+    """With the run's template and its variables, without a word about either; other variables may be given."""
+    more = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{{- 'Now: ' if not thinks }}{%- endif %}"
+    template = chatml("('Now: ' if m.role == 'assistant' and not thinks else '') + m.content")
+    template = template.partition("{%- if add_generation_prompt")[0] + more
+    (tmp_path / "mine.jinja").write_text(template, encoding="utf-8")
+    train("--max_steps", 1, "--max_length", 128, "--chat_template", "mine.jinja", "--template_kwargs", '{"thinks": true}',
+          *flags)
+    step, messages = str(tmp_path / "out/checkpoints/latest"), [{"role": "user", "content": "q"}]
+    prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    for given, ends in ((None, ""), ('{"thinks": false}', "Now: ")):
+        tokenizer = chat.load(step, template_kwargs=given)[1]
+        assert tokenizer.render(messages, add_generation_prompt=True) == prompt + ends
+    with pytest.raises(ValueError, match="--template_kwargs sets thinx, which the chat template does not read"):
+        chat.load(step, template_kwargs='{"thinx": 1}')
 
 
 def test_sample_prompts_may_be_rows(train, tmp_path):

@@ -8,12 +8,12 @@ import pytest
 from helpers import ROOT
 
 import sft
-from settings import verl
+from settings import other_trainers, parser
+from settings.errors import UserError
 from settings.other_trainers import EXPLAINED, RENAMED, suggestion
 
 FIELDS = {field.name: field for field in dataclasses.fields(sft.Config)}
 ELSEWHERE = {"revision", "local-dir", "n_gpus", "nproc_per_node"}  # of hf download, train.sh and torchrun
-PENDING = {"chat_template", "template_kwargs"}  # remove them from here once they are in sft.Config
 NAMES = [name for names in (*RENAMED.values(), *EXPLAINED) for name in names.split()]
 KNOWN = """per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate cutoff_len
     max_seq_length dataset_text_field lora_r lora_target_modules lora_target load_in_4bit load_in_8bit flash_attn
@@ -43,7 +43,7 @@ def test_settings_that_suggestions_name_exist():
     for text in [*RENAMED, *EXPLAINED.values()]:
         for name, value in re.findall(r"--([\w-]+)(?: ([\w,.-]+))?", text):
             field = FIELDS.get(name.removeprefix("no-"))
-            assert field or name in ELSEWHERE | PENDING, f"--{name} in {text!r}"
+            assert field or name in ELSEWHERE, f"--{name} in {text!r}"
             choices = field.metadata["choices"] if field else ()
             if choices and value and value not in ("NAME", "lists"):
                 assert value.strip(",") in choices, text
@@ -58,10 +58,15 @@ def test_each_name_has_one_suggestion():
     assert set(NAMES) & set(FIELDS) == {"micro_batch_size"}
 
 
-def test_the_older_table_of_names_is_covered():
-    """verl.yaml has some names of other trainers, for the nearest name."""
-    for name, setting in verl.other_trainers().items():
-        assert f"--{setting}" in suggestion(name), name
+def test_a_misspelt_name_of_another_trainer_has_a_nearest_setting():
+    """The setting is the last one that the suggestion names: --use_lora --quantize nf4 is about quantize."""
+    settings = other_trainers.settings()
+    assert len(settings) > 150 and "learning_rate" in settings and "optimizer.lr" not in settings
+    assert set(settings.values()) <= FIELDS.keys()
+    for typed, nearest in (("learing_rate", "lr"), ("load_in_4bits", "quantize"), ("resize_vocabs", "resize_embeddings"),
+                           ("disable_gradient_checkpoint", "gradient_checkpointing"), ("ddp_timeouts", "timeout")):
+        with pytest.raises(UserError, match=f"unknown setting {typed!r}; the nearest is {nearest!r}"):
+            parser.field_name(typed, FIELDS)
 
 
 @pytest.mark.parametrize("name", ["", "--", "lernrate", "model.path.to.nothing", "x" * 5000, "lora_rr"])
@@ -73,6 +78,9 @@ def test_other_names_have_none(name):
     ("--per-device-train-batch-size", ["--batch_size", "gradient_accumulation_steps", "number of GPUs"]),
     ("numTrainEpochs", ["--epochs"]), ("trainer.lora_r", ["--lora_rank"]), ("neftune_noise_alpha", ["no NEFTune"]),
     ("micro_batch_size", ["N × max_length tokens", "--batch_size"]),
+    ("split_thinking", ["nothing to type", "--split_turns", "--train_reasoning false"]),
+    ("dataset.mask_reasoning_content", ["is --train_reasoning false here"]), ("train_on_what", ["--split_turns"]),
+    ("loss_scale", ["--train_on last", "--train_on_prompt", "ignore_empty_think is --train_reasoning false", "weight"]),
     ("assistant_only_loss", ["happens anyway", "--train_on_prompt"]), ("load_in_4bit", ["--use_lora --quantize nf4"])])
 def test_suggestions_say_what_differs(name, words):
     assert [word for word in words if word not in suggestion(name)] == []

@@ -1,5 +1,6 @@
 """ranks/processes.py without a process group: a single process, and which rank a failure is attributed to."""
 
+import datetime
 import fcntl
 import os
 import socket
@@ -97,3 +98,38 @@ def test_a_lock_names_its_holder(tmp_path):
         with pytest.raises(files.LockTimeout) as info:
             files.take_lock(second, 0.2)
     assert info.value.pid is None
+
+
+def test_a_rank_waits_for_slower_ones_that_make_progress(monkeypatch):
+    """Longer than --timeout, here 1 s; until one is stuck. Then that one is the culprit, not another that waits."""
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=1))
+    slow, waiting, first = (processes.Ranks(rank=rank, world_size=3, dp_rank=rank, dp_size=3, mesh=None,
+                                            device=torch.device("cpu"), store=store) for rank in range(3))
+    clock, end = [100.0], None
+
+    def sleep(seconds):  # meanwhile the slow rank works
+        clock[0] += seconds
+        if clock[0] < 160:
+            slow.show_progress()
+        elif end == "done":
+            store.add("tokenise done", 1)
+
+    monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(processes.time, "time", lambda: clock[0])
+    monkeypatch.setattr(processes.time, "sleep", sleep)
+    for end in "done", "stuck":
+        clock[0] = 100.0
+        slow.shown = 0.0
+        for rank in slow, waiting, first:
+            rank.set_phase("tokenise")
+        store.add("tokenise done", 1 - store.add("tokenise done", 0))  # `waiting` is done
+        waiting.set_phase("end of tokenise")
+        if end == "done":
+            first.wait_for_slower()
+            assert 160 <= clock[0] < 161
+    with pytest.raises(RuntimeError, match="timed out: no rank made progress for 3 s") as info:
+        first.wait_for_slower()
+    assert 159 + 3 < clock[0] < 160 + 4  # the last progress was shown between 158.9 and 160
+    assert store.add("progress", 0) < 2 * 61  # once a second, of 600 calls
+    assert first.find_culprit(info.value).rank == 0

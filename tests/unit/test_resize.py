@@ -20,7 +20,7 @@ from helpers import (
     two_layers,
     write,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chat
@@ -29,6 +29,8 @@ from disk import files, pretrained
 from disk.run import ModelPaths, tokenizer_size
 from ops.attention import Documents
 from settings.errors import UserError
+from tools.merge import Config as MergeConfig
+from tools.merge import merge
 
 EMBEDDING, HEAD = pretrained.EMBEDDINGS
 NEW = 700  # so many that on four ranks the last one has new rows only
@@ -157,6 +159,37 @@ def test_with_lora_the_adapter_has_the_new_rows(kind, modules, resize, inputs, t
     with torch.no_grad():
         ours = model(tokens[0], Documents.of([4]))
         torch.testing.assert_close(ours, theirs(tokens).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind, modules", [("tied", "embed_tokens"), ("untied", "embed_tokens,lm_head")])
+def test_an_adapter_with_new_rows_can_be_merged(kind, modules, resize, inputs, tmp_path):
+    """The result is that of the adapter, here and in transformers; a part of the rows is refused."""
+    resize(kind, "--use_lora", "--lora_modules_to_save", modules, "--lr", 1e-2, "--max_steps", 2)
+    step, merged = tmp_path / "out/checkpoints/step_2", tmp_path / "merged"
+    (step / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (step / name).write_text(chatml("m.content"), encoding="utf-8")
+    merge(MergeConfig(str(step), str(merged)))
+    assert (merged / "additional_chat_templates/rag.jinja").exists()
+    assert files.read_json(merged / "config.json") == {
+        **files.read_json(os.path.join(inputs[kind], "config.json")), "vocab_size": OLD + NEW, "torch_dtype": "float32"}
+    rows = {name: tensor.shape[0] for name, tensor in tensors_of(merged).items() if name in (EMBEDDING, HEAD)}
+    assert rows == {EMBEDDING: OLD + NEW, **({HEAD: OLD + NEW} if kind == "untied" else {})}
+    tokens = torch.tensor([1, OLD, OLD + NEW - 1, 5])
+    with torch.no_grad():
+        expected = chat.load(str(step), str(inputs[kind]))[0](tokens, Documents.of([4]))
+        ours = chat.load(str(merged))[0](tokens, Documents.of([4]))
+        theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(tokens[None]).logits[0]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(merged)("<new_699>")["input_ids"] == [OLD + NEW - 1]
+
+    tensors = load_file(step / "adapter_model.safetensors")
+    del tensors[f"base_model.model.{HEAD}"]
+    save_file(tensors, step / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight would have 2048 rows, but another embedding, or config.json, has"):
+        merge(MergeConfig(str(step), str(tmp_path / "half")))
+    assert not (tmp_path / "half").exists()
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -15,6 +15,7 @@ from helpers import chat, chatml, make_directory, mask_spans, target_texts, writ
 from transformers import AutoTokenizer
 
 import data
+from settings.errors import UserError
 from text.template import ChatTokenizer
 
 # family: beginnings of the tokens before an answer, as in the vocabulary; text of the token that ends it
@@ -346,6 +347,12 @@ MARKED = """\
 QUOTE = "4<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
 RESULT = {"role": "tool", "content": "7"}
+REMINDERS = [
+    "{{- 'Be nice.' }}", "{{- '\\nBe nice.\\n\\n' }}", "{{- eos_token }}", "{{- '<|im_start|>system\\nBe nice.<|im_end|>\\n' }}",
+    "{{- 'After <|im_start|>assistant, be nice.' }}", "{{- 'Be nice. <|im_end|>' }}",
+    "{%- if messages[-1].role != 'assistant' %}{{- 'Be nice.' }}{%- endif %}",
+    "{%- if not add_generation_prompt %}{{- 'Be nice.' }}{%- endif %}",
+    "{{- 'Be nice.' }}{%- if not add_generation_prompt %}{{- eos_token }}{%- endif %}"]
 TRAITS = {  # name: (template, [(conversation, target texts), ...])
     "drops the thinking of turns but the last": (chatml(f"({LAST_WORDS} if not loop.last else m.content)"), [
         (chat("q", THOUGHT + "so far", "so far", THOUGHT + "so far"), ["so far" + END, THOUGHT + "so far" + END])]),
@@ -375,6 +382,13 @@ TRAITS = {  # name: (template, [(conversation, target texts), ...])
         (chat("q", THOUGHT + "One.", QUOTE, THOUGHT + "Two.", system="s"), ["One." + END, THOUGHT + "Two." + END]),
         ([*chat("q"), CALL, RESULT, {"role": "assistant", "content": "7"}], ['[{"name": "f"}]' + END, "7" + END]),
         ([*chat("q"), {**CALL, "train": False}, *chat("7", "7")], ["7" + END])]),
+    **{f"writes {more!r} after the last turn": (
+        chatml("m.content + (m.tool_calls | tojson if m.tool_calls is defined else '')", more=more), [
+            (chat("q", "One.", "r", "Be nice."), ["One." + END, "Be nice." + END]),
+            (chat("Be nice.", "nice", system="s"), ["nice" + END]),
+            ([*chat("q"), {**CALL, "content": "I call."}, RESULT, *chat("r", "7")[1:]],
+             ['I call.[{"name": "f"}]' + END, "7" + END])])
+       for more in REMINDERS},
     "asks whether a key is there": (
         chatml("m.content + (m.tool_calls | tojson if m.tool_calls is defined else '')"), [
             ([*chat("q"), {**CALL, "reasoning_content": None}, *chat("r"),  # as rows of a parquet file are
@@ -439,3 +453,15 @@ def test_a_template_whose_marks_exclude_the_stop_token_is_refused(tmp_path):
     tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
     with pytest.raises(ValueError, match="only 0 of 101 assistant turns .* would never stop"):
         loaded(tmp_path / "rows.json", tokenizer, chat("q", "a"))
+
+
+@pytest.mark.parametrize("reminder", ["Be nice.", "<|endoftext|>"])
+def test_a_template_that_writes_a_reminder_where_no_token_ends_the_turn_is_refused(reminder, tmp_path):
+    """The next turn's first token ends a turn, and the reminder is before it: where an answer stops is ambiguous."""
+    template = ("{%- for m in messages %}{{- '<|' + m.role + '|>' + m.content }}{%- endfor %}{{- 'REMINDER' }}"
+                "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}")
+    special = "<|user|>", "<|assistant|>", "<|system|>"
+    assert ChatTokenizer(make_directory(tmp_path / "a", template.replace("REMINDER", ""), special)).turn_end == "<|user|>"
+    with pytest.raises(UserError, match=re.escape(f"can't be used: it writes {reminder!r} after the last turn, and no "
+                                                  "token ends that turn")):
+        ChatTokenizer(make_directory(tmp_path / "b", template.replace("REMINDER", reminder), special))

@@ -38,6 +38,25 @@ def test_a_cached_dataset_equals_a_tokenised_one(tmp_path, monkeypatch):
     assert same(fresh, cached) and isinstance(cached.tokens, np.memmap)
 
 
+def test_progress_is_shown_while_data_is_read_written_or_found(tmp_path, monkeypatch):
+    """Other nodes wait for as long: at each chunk of the data file and of the cached arrays, and at each thousand rows."""
+    monkeypatch.setattr(token_cache, "CHUNK", 100)
+    path = write(tmp_path / "rows.json", [{"messages": chat("q", "answer")}] * 2500)
+    chunks, calls = os.path.getsize(path) // 100, []
+
+    def load():
+        calls.clear()
+        data.load(path, tiny, 64, cache_dir=str(tmp_path / "cache"), progress=lambda: calls.append(1))
+        return len(calls)
+
+    assert load() >= 2 * chunks + 3  # the file is hashed before and after it is tokenised
+    size = sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*") if f.name in data.ARRAYS)
+    assert load() >= chunks + size // 100 - len(data.ARRAYS) > chunks + 100
+    calls.clear()
+    data.load(path, tiny, 64, progress=lambda: calls.append(1))
+    assert len(calls) == 3
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A function: options of load -> whether load() has tokenised tmp_path/rows.json again."""
@@ -104,16 +123,16 @@ def test_the_key_depends_on_the_tokenizer(made, monkeypatch):
 def test_the_key_depends_on_what_the_template_reads(made, tmp_path):
     """On template_kwargs and named templates, and on the date of the run only if a template prints it."""
     tool_use = {"name": "tool_use", "template": chatml("m.content + 'tool'")}
-    prints = "{{- strftime_now('%Y') }}" + chatml("m.content")
-    for template, dated in ((chatml("m.content"), False), (prints, True)):
+    reads = "{{- x }}" + chatml("m.content")
+    for template, dated in ((reads, False), ("{{- strftime_now('%Y') }}" + reads, True)):
         directory = make_directory(tmp_path / f"model{dated}", template)
         assert made(ChatTokenizer(directory, date="2000-01-01"))
         assert made(ChatTokenizer(directory, date="2001-01-01")) == dated
         assert not made(ChatTokenizer(directory, date="2001-01-01"))
         assert made(ChatTokenizer(directory, date="2001-01-01", template_kwargs={"x": 1}))
-    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}])
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": reads}])
     assert not made(ChatTokenizer(directory))  # the same text, from another place
-    directory = make_directory(tmp_path / "named", [{"name": "default", "template": chatml("m.content")}, tool_use])
+    directory = make_directory(tmp_path / "named", [{"name": "default", "template": reads}, tool_use])
     assert made(ChatTokenizer(directory))
 
 
