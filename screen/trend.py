@@ -1,4 +1,4 @@
-"""Does the loss fall? A line if it rose, did not move, or falls on the training data only, with likely causes."""
+"""Does the loss fall? A line, with likely causes, if it rose, did not move, or fell in training only."""
 
 import json
 import statistics
@@ -72,9 +72,10 @@ class Trend:
                     "needs more than full training), or more steps. Otherwise prompts do not determine their "
                     "answers, or the model knew them before: look at the rows with tools/show.py")
         if self.val_losses:
-            (best_step, best), (step, now) = min(self.val_losses, key=lambda pair: pair[1]), self.val_losses[-1]
+            best_step, best = min(self.val_losses, key=lambda pair: pair[1])
+            step, now = self.val_losses[-1]
             if now - best > SMALL * best:
-                return (f"val_loss rose from {best:.4g} at step {best_step} to {now:.4g} at step {step} while "
-                        f"the loss fell {change}. The model learns its training data by heart: lower --epochs, "
-                        "use more data, or keep the best step with --keep_best --early_stopping 2")
+                return (f"val_loss rose from {best:.4g} at step {best_step} to {now:.4g} at step {step} "
+                        f"while the loss fell {change}. The model learns its training data by heart: lower "
+                        "--epochs, use more data, or keep the best step with --keep_best --early_stopping 2")
         return None
