@@ -10,9 +10,9 @@ import re
 from typing import NamedTuple
 
 from settings.errors import UserError
-from text.keys import ROLES, STRONG, row_use
+from text.keys import ROLES, STRONG, plain, row_use
 from text.messages import (EMPTY, decoded, flag_of, is_finite, is_turns, listed, read_text, read_turn,
-                           read_turns, shown)
+                           read_turns, said_by, shown)
 
 TURNS = '[{"role", "content"}, ...]'
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": '
@@ -57,7 +57,7 @@ def read_row(row, where, keys=KEYS):
     weight, dropped = read_weight(columns)
     if "tokens" in columns.by_use:
         ids, weights = read_tokens(columns)
-        tokens = ids, [weight * w for w in weights]
+        tokens = ids, [product(weight, w, columns) for w in weights]
         return Row(tokens=None if dropped else tokens, dropped=dropped, unused=columns.unused())
     messages = read_conversation(columns)
     if messages is None:
@@ -68,7 +68,7 @@ def read_row(row, where, keys=KEYS):
         return Row(text=None if dropped else text, dropped=dropped, unused=columns.unused())
     dropped = dropped or read_label(columns)
     for message in messages:
-        message["weight"] *= weight
+        message["weight"] = product(weight, message["weight"], columns)
     tools, template_kwargs = read_tools(columns), read_template_kwargs(columns)
     return Row(None if dropped else messages, tools=tools, template_kwargs=template_kwargs, dropped=dropped,
                unused=columns.unused())
@@ -182,8 +182,8 @@ def read_conversation(columns):
     lists, pair = choose(columns)
     if not lists and not pair:
         is_half = columns.by_use.get("prompt") or columns.by_use.get("response")
-        text = columns.row.get("text")
-        if isinstance(text, str) and text.strip() and not is_half:
+        texts = [columns.row[name] for name in columns.by_use.get("text", [])]
+        if texts and isinstance(texts[0], str) and texts[0].strip() and not is_half:
             return None
         raise no_shape(columns)
     messages = read_list(columns, lists) if lists else read_pair(columns, *pair)
@@ -196,7 +196,41 @@ def read_conversation(columns):
                                 "message, which is a system message too; remove one")
     if not any(m["role"] == "assistant" for m in messages):
         raise columns.error("no assistant message, so there is nothing to train")
+    if not is_named(columns):
+        check_depends(columns, messages)
     return messages
+
+
+def is_named(columns):
+    """Whether the user has named the columns that hold this row's conversation."""
+    return any(key != default and values_of(columns.row, key) for key, default in zip(columns.keys, KEYS))
+
+
+def check_depends(columns, messages):
+    """Raise UserError for choices, passages, ... that the answer may depend on and that no prompt has."""
+    prompts = " ".join(shown_text(m["content"]) for m in messages if m["role"] != "assistant")
+    names = columns.by_use.get("depends", [])
+    letters = [name for name in columns.row if len(name) == 1 and name in "ABCDEFGHIJ"]  # MMLU's choices
+    for name in [*names, *(letters if {"A", "B"} <= set(letters) else [])]:
+        texts = texts_in(columns.row[name])
+        texts = [text for text in texts if len(text) > 1] or texts  # without the labels A, B, C, D
+        if all(re.search(rf"(?<![0-9A-Za-z]){re.escape(text)}(?![0-9A-Za-z])", prompts) for text in texts):
+            continue
+        roles = "prompt", "response", "messages"
+        way = "write it into the prompt, or remove the column if answers do not depend on it"
+        found = [next(iter(columns.by_use.get(role, [])), None) for role in roles[:2]]
+        if all(found) and tuple(found) != KEYS[:2]:
+            way += f". To train without them pass --prompt_key {found[0]:.60} --response_key {found[1]:.60}"
+        raise columns.error(f'no prompt has the text of column "{name:.60}", {shown(columns.row[name])}; '
+                            f"{way}")
+
+
+def texts_in(value):
+    """All texts in a JSON value, of lists and objects too."""
+    if isinstance(value, (list, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        return [text for item in items for text in texts_in(item)]
+    return [shown_text(value)] if value not in EMPTY else []
 
 
 def choose(columns):
@@ -223,7 +257,7 @@ def choose(columns):
     if len(responses) > 1:
         texts = {shown_text(row[name]): name for name in reversed(responses)}
         responses = [name for name in responses if name in texts.values()]
-        strong = [name for name in responses if name.lower() in STRONG]
+        strong = [name for name in responses if plain(name) in STRONG]
         responses = strong if len(strong) == 1 else responses
     if prompts and responses and len(prompts + responses) > 2:
         raise columns.error(f"the columns {listed([*prompts, *responses])} may all be the question or the "
@@ -322,7 +356,7 @@ def read_list(columns, names):
     for name in columns.by_use.get("context", []) if not by_user else []:
         check_said(columns, name, messages)
     for name in columns.by_use.get("response", []) if not by_user else []:
-        if name.lower() not in STRONG or is_said(columns.row[name], messages):
+        if plain(name) not in STRONG or is_said(columns.row[name], messages):
             continue
         prompts, way = columns.by_use.get("prompt", []), "remove what should not be trained"
         if messages[-1]["role"] != "assistant":
@@ -413,17 +447,36 @@ def read_template_kwargs(columns):
     kwargs = decoded(columns.take("kwargs"), '"chat_template_kwargs"', columns.where) or {}
     if not isinstance(kwargs, dict):
         raise columns.error(f'"chat_template_kwargs" must be an object or its JSON, it is {shown(kwargs)}')
-    kwargs = dict(kwargs)
-    for name in columns.by_use.get("kwarg", []):
-        value, kind = columns.value(name), str if name == "reasoning_effort" else bool
-        if not isinstance(value, kind) or kwargs.get(name, value) != value:
-            raise columns.error(f'column "{name}" is {shown(value)}; it must be a {kind.__name__}, and may '
-                                'not differ from "chat_template_kwargs"')
-        kwargs[name] = value
+    kwargs = {name: read_variable(name, value, columns) for name, value in kwargs.items()}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    for column in columns.by_use.get("kwarg", []):
+        name = plain(column)
+        value = read_variable(name, columns.value(column), columns)
+        if kwargs.get(name, value) != value:
+            raise columns.error(f'column "{column}" is {shown(value)}; it may not differ from '
+                                '"chat_template_kwargs"')
+        if value is not None:
+            kwargs[name] = value
     for name in kwargs:
         if name in RESERVED or name.endswith("_token"):
             raise columns.error(f'"chat_template_kwargs" has "{name:.60}", which the trainer sets; remove it')
     return kwargs
+
+
+def read_variable(name, value, columns):
+    """The value of a variable of the chat template; a flag may be 0, 1 or a text, as tables have it."""
+    if name == "reasoning_effort":
+        if not isinstance(value, str):
+            raise columns.error(f'"{name}" must be a text, it is {shown(value)}')
+    elif row_use(name) == "kwarg":
+        flag = flag_of(value)
+        if flag is None and said_by(value) is not None:
+            raise columns.error(f'"{name}" must be true or false, it is {shown(value)}')
+        return flag
+    elif isinstance(value, str) and isinstance(said_by(value), bool):
+        raise columns.error(f'"{name:.60}" is the text {shown(value)}, which templates take for true; write '
+                            "true or false without quotes")
+    return value
 
 
 def read_label(columns):
@@ -439,23 +492,31 @@ def read_weight(columns):
     """(weight of the losses of a row, why it is not trained or None)."""
     dropped = None
     for name in [*columns.by_use.get("train", []), *columns.by_use.get("mask", [])]:
-        flag = flag_of(columns.row[name])
-        if flag is None or isinstance(columns.row[name], float):
+        value = columns.row[name]
+        if isinstance(value, list):
+            raise columns.error(f'column "{name:.60}" is a list; write "train" into each message instead')
+        flag = flag_of(value)
+        if flag is None or isinstance(said_by(value), float):
             continue  # "loss": 0.7 is a score
         columns.used.add(name)
         if flag == (row_use(name) == "mask"):
             dropped = f"{name} is {str(flag).lower()}"
-    weight = columns.take("weight")
+    weight = said_by(columns.take("weight"))
     if weight is None:
         return 1.0, dropped
-    try:
-        number = float(weight) if isinstance(weight, (int, float, str)) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not 0 <= number < math.inf:
+    if not is_finite(weight) or weight < 0:
         raise columns.error(f"{listed(columns.by_use['weight'])} must be a number of at least 0, it is "
                             f"{shown(weight)}; rename the column if it is no weight of the loss")
-    return number, dropped
+    return float(weight), dropped
+
+
+def product(of_row, weight, columns):
+    """The weight of a row times that of a message or a token, which must not become 0 or infinite."""
+    result = of_row * weight
+    if math.isinf(result) or (not result and of_row and weight):
+        raise columns.error(f"the weight {of_row:g} of the row times {weight:g} in it is {result:g}; write "
+                            "weights nearer to 1")
+    return result
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------

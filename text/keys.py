@@ -21,6 +21,7 @@ class Key(NamedTuple):
 
 REASONS = "the reasoning before the answer"
 UNSEEN = "refused: the model would be trained on answers about what it can't see"
+DEPENDS = "refused if the prompt lacks its texts, as answers depend on them; not used otherwise"
 ROW_KEYS = (
     Key("messages conversations conversation dialog dialogue chat", "messages",
         "the turns: a list, or its JSON", "OpenAI, TRL, ShareGPT, LLaMA-Factory, axolotl, ms-swift"),
@@ -31,9 +32,11 @@ ROW_KEYS = (
     Key("input inputs context passage document", "context",
         "added to the prompt after a line break; it is the prompt if there is no other",
         "Alpaca, Dolly, SQuAD"),
-    Key("history", "history", 'earlier turns, trained too: [["question", "answer"], ...], or messages',
+    Key("history chat_history dialogue_history conversation_history", "history",
+        'earlier turns, trained too: [["question", "answer"], ...], or messages',
         "LLaMA-Factory, ms-swift"),
-    Key("system system_prompt", "system", "the system message", "LLaMA-Factory, ms-swift, OpenOrca"),
+    Key("system system_prompt system_message system_instruction sys_prompt", "system", "the system message",
+        "LLaMA-Factory, ms-swift, OpenOrca"),
     Key("reasoning_content reasoning thinking cot complex_cot", "reasoning", REASONS, "DeepSeek, medical-o1"),
     Key("tools functions", "tools", "tools that the model may call: a list, or its JSON",
         "OpenAI, TRL, LLaMA-Factory, ms-swift, verl"),
@@ -64,8 +67,10 @@ ROW_KEYS = (
         "TRL, LLaMA-Factory, LLaVA"),
     Key("segments", "refused", "refused: pieces of a text without template; write messages, or tokens",
         "axolotl"),
-    Key("documents contexts passages", "refused",
-        "refused: texts that answers depend on; join them to the prompt", "Cohere, RAG data"),
+    Key("documents contexts passages article paragraph story background knowledge", "depends", DEPENDS,
+        "Cohere, RAG data, RACE, HaluEval"),
+    Key("choices options candidates endings choice_list option_list", "depends", DEPENDS,
+        "MMLU, ARC, CommonsenseQA, HellaSwag"),
     Key("train_on_input train_on_inputs train_on_prompt", "refused",
         "refused: pass --train_on_prompt instead", "axolotl, LLaMA-Factory"),
 )
@@ -104,29 +109,41 @@ STRONG = {"response", "completion", "output"}  # beside one of these, "answer", 
 
 # Media have many more names: image_path, audio_url, video_files, ...
 MEDIA = re.compile(r"(image|picture|photo|video|audio|speech)s?(_?(id|url|path|file|list|byte|data)s?)?$")
+# Choices of a question in columns of their own: option_a, choice1, opa
+CHOICE = re.compile(r"(option|choice|ending)_?[a-j0-9]|op[a-e]")
 # Unknown names that may say what is trained are errors. A row has columns of all kinds, so fewer count there.
-DOUBTFUL_IN_ROW = re.compile(r"(^|_)masks?$|(^|_)(loss|train)_(mask|weight|scale|flag|on)")
+DOUBTFUL_IN_ROW = re.compile(
+    r"(^|_)masks?$|^weights$|(^|_)(loss|train(able|ed)?)_(mask|weight|scale|flag|on|turn)")
 DOUBTFUL_IN_MESSAGE = re.compile(r"loss|train|mask|weight|label|target|ignore|skip|learn|supervis")
 ROW = {name: key for key in ROW_KEYS for name in key.names.split()}
 MESSAGE = {name: key for key in MESSAGE_KEYS for name in key.names.split()}
 
 
 @functools.lru_cache(4096)
+def plain(name):
+    """The name of a column or key as the tables write it: " System Prompt" is system_prompt."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+@functools.lru_cache(4096)
 def row_use(name):
-    """What a column is used for, or None. Upper and lower case are the same."""
-    name = name.lower()
+    """What a column is used for, or None. Upper and lower case, and blanks around it, are the same."""
+    name = plain(name)
     if name in ROW:
         return ROW[name].use
     if MEDIA.match(name):
         return "media"
+    if CHOICE.fullmatch(name):
+        return "depends"
     return "doubtful" if DOUBTFUL_IN_ROW.search(name) else None
 
 
 @functools.lru_cache(4096)
 def message_use(name):
     """What a key of a message is used for, or None."""
+    name = plain(name)
     if name in MESSAGE:
         return MESSAGE[name].use
-    if MEDIA.match(name.lower()):
+    if MEDIA.match(name):
         return "media"
-    return "doubtful" if DOUBTFUL_IN_MESSAGE.search(name.lower()) else None
+    return "doubtful" if DOUBTFUL_IN_MESSAGE.search(name) else None

@@ -8,10 +8,12 @@ import math
 import re
 
 from settings.errors import UserError
-from text.keys import CALL_ROLES, PAIRS, ROLES, message_use
+from text.keys import CALL_ROLES, MESSAGE, PAIRS, ROLES, message_use, plain
 
 REASONING = "reasoning_content", "thinking", "reasoning"  # keys of a message that may hold its reasoning
 EMPTY = None, "", [], {}
+WORDS = {"": None, "null": None, "true": True, "false": False}
+NUMBER = re.compile(r"[+-]?(\d{1,18}\.?\d{0,18}|\.\d{1,18})(e[+-]?\d{1,3})?")
 REFUSED = {"media": "text training can't use it", "refused": "it is not supported, see docs/data.md",
            "doubtful": 'it may say what is trained, but it is not known; use "train" or "weight"'}
 
@@ -50,7 +52,23 @@ def decoded(value, what, where):
 def is_turns(value):
     """Whether a value is a list of messages."""
     return isinstance(value, list) and bool(value) and all(
-        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+        isinstance(turn, dict) and has_role(turn) for turn in value)
+
+
+def has_role(turn):
+    return "role" in turn or "from" in turn or any(plain(key) in ("role", "from") for key in turn)
+
+
+def with_plain_keys(turn, columns):
+    """A turn with its known keys as the tables write them: "Role" and " role" are role."""
+    result = {}
+    for key, value in turn.items():
+        name = plain(key)
+        name = name if name in MESSAGE or name in PAIRS else key
+        if name in result and result[name] != value:
+            raise columns.error(f'a message has two different values of "{name}": {shown(turn)}')
+        result[name] = value
+    return result
 
 
 def read_turns(turns, columns, trained=True):
@@ -63,6 +81,8 @@ def read_turns(turns, columns, trained=True):
     """
     messages = []
     for turn in turns:
+        if isinstance(turn, dict) and turn.keys() != {"role", "content"}:
+            turn = with_plain_keys(turn, columns)
         for message in read_turn(turn, columns, trained):
             last = messages[-1] if messages else {}
             is_call = str(turn.get("role", turn.get("from"))).lower() in CALL_ROLES
@@ -195,10 +215,21 @@ def read_text(value, role, columns):
 # ---- weights ----------------------------------------------------------------------------------------------
 
 
+def said_by(value):
+    """The number, true, false or null that a text says, as tables have them; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word in WORDS:
+        return WORDS[word]
+    if not NUMBER.fullmatch(word):
+        return value
+    return int(word) if word.isdigit() else float(word)
+
+
 def flag_of(value):
-    """True or False, as true, 1 or "true" say; None for anything else."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.lower())
+    """True or False, as true, 1, "true" or "1" say; None for anything else."""
+    value = said_by(value)
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
@@ -207,6 +238,8 @@ def read_message_weight(turn, role, trained, columns):
     flags, weights = {}, {}
     for key, value in turn.items():
         use = message_use(key)
+        if use in ("train", "mask", "weight") and (value := said_by(value)) is None:
+            continue
         if use in ("train", "mask"):
             flag = flag_of(value)
             if flag is None:

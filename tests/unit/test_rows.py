@@ -110,6 +110,13 @@ TURNS = [("user", "q?"), ("assistant", "a.")]
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "q?", "image": None}], "images": []},
                   {"role": "assistant", "content": "a.", "tool_calls": [], "audio": None}], "images": None},
     {"question": "q?", "prompt": "q?", "response": "a.", "answer": "reference", "solution": "another"},
+    {"messages": [{"Role": "user", "Content": "q?"}, {" role": "assistant", "content ": "a.", "WEIGHT": 1}]},
+    {"Conversations": [{"From": "human", "Value": "q?"}, {"from": "gpt", "VALUE": "a.", "From": None}]},
+    {"conversation": [{"Human": "q?", "Assistant ": "a."}]},
+    {"messages": {"Role": ["user", "assistant"], "Content": ["q?", "a."]}},
+    [{"Role": "user", "Content": "q?"}, {"Role": "assistant", "Content": "a."}],
+    {"prompt ": "q?", " response": "a."}, {"Prompt\n": "q?", "RESPONSE\t": "a.", "System Prompt": None},
+    {"Prompt": [{"Role": "user", "content": "q?"}], " Completion": [{"Role": "assistant", "content": "a."}]},
 ], ids=str)
 def test_the_same_conversation_in_other_words(row):
     assert said(row) == TURNS and weights(row) == [1.0]
@@ -167,6 +174,7 @@ def test_results_of_tools_have_many_names(role):
     ({"prompt": "q?", "chosen": chat("q?", "a."), "rejected": chat("q?", "b.")}, ("prompt", "response", "chosen")),
     ({"conversations": [{"from": "human", "value": "q?"}], "chosen": {"from": "gpt", "value": "a."},
       "rejected": {"from": "gpt", "value": "b."}}, ("conversations", "chosen", "messages")),
+    ({"question": "q?", "choices": ["a", "b"], "answer": "a."}, ("question", "answer", "messages")),
     ({"question": "q?", "hint": None, "solution": "x", "answer": "a."}, ("question", "answer", "messages")),
     ({"conversations": [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]},
      ("question", "answer", "chat"))
@@ -181,8 +189,11 @@ def test_keys_of_rows_may_be_named(row, names):
 
 @pytest.mark.parametrize("mark, weight", [
     *(({key: value}, 0.0) for key in ("train", "training", "trainable", "train_on_turn", "loss")
-      for value in (False, 0, "false", "False", 0.0)),
-    *(({key: value}, 1.0) for key in ("train", "training", "loss") for value in (True, 1, None, "true", 1.0)),
+      for value in (False, 0, "false", "False", 0.0, "0", " FALSE ", "0.0")),
+    *(({key: value}, 1.0) for key in ("train", "training", "loss")
+      for value in (True, 1, None, "true", 1.0, "1", "", "null")),
+    ({"masked": "1"}, 0.0), ({"masked": ""}, 1.0), ({"weight": "null"}, 1.0), ({"weight": ""}, 1.0),
+    *(({"weight": text}, float(text)) for text in ("0", "1", "1.0", "0.5", ".5", "5e-1")), ({"Weight": "0"}, 0.0),
     ({"masked": True}, 0.0), ({"mask": 1}, 0.0), ({"masked": False}, 1.0), ({"masked": None}, 1.0),
     *(({key: value}, value) for key in ("weight", "loss_weight", "loss_scale") for value in (0.0, 0.5, 1.0, 2.5)),
     ({"weight": 0}, 0.0), ({"weight": True}, 1.0), ({"weight": None}, 1.0), ({"weight": 3, "loss_weight": 3}, 3.0),
@@ -225,7 +236,9 @@ def test_a_prompt_may_be_marked_as_not_trained(mark):
 
 @pytest.mark.parametrize("row, expected", [
     ({"prompt": "q", "response": "a", "weight": 0.5}, [0.5]),
-    ({"prompt": "q", "response": "a", "weight": "0.5"}, [0.5]),
+    *(({"prompt": "q", "response": "a", "weight": value}, [0.5]) for value in ("0.5", " .5", "5e-1")),
+    *(({"prompt": "q", "response": "a", "weight": value}, [1.0]) for value in ("", "null", "1", "true", None)),
+    ({"prompt": "q", "response": "a", "train": "1", "masked": "0", "loss": "0.0"}, [1.0]),
     ({**answers({}, {"weight": 4}, {"loss": False}), "loss_weight": 0.25}, [0.25, 1.0, 0.0]),
     ({"prompt": "q", "response": "a", "train": True, "masked": False, "loss": 0.731}, [1.0]),
     ({"prompt": chat("q", "x", "r"), "completion": [A]}, [0.0, 1.0]),  # TRL trains the completion only
@@ -239,7 +252,8 @@ def test_weights_of_rows(row, expected):
 @pytest.mark.parametrize("mark, reason", [
     ({"label": False}, "label is false"), ({"kto_tag": False}, "kto_tag is false"),
     ({"train": False}, "train is false"),
-    ({"trainable": 0}, "trainable is false"), ({"masked": True}, "masked is true")], ids=str)
+    ({"trainable": 0}, "trainable is false"), ({"train": "0"}, "train is false"), ({"masked": "1"}, "masked is true"),
+    ({"Train": "False"}, "Train is false"), ({"masked": True}, "masked is true")], ids=str)
 @pytest.mark.parametrize("row", [{"prompt": "q", "response": "a"}, answers({}), {"prompt": [Q], "completion": [A]}],
                          ids=str)
 def test_a_row_that_is_not_to_be_trained_is_dropped_and_counted(row, mark, reason, tmp_path):
@@ -343,7 +357,11 @@ def test_reasoning(row):
     ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
     ({"chat_template_kwargs": '{"enable_thinking": false, "x": 1}'}, {"enable_thinking": False, "x": 1}),
     ({"enable_thinking": True, "reasoning_effort": "low"}, {"enable_thinking": True, "reasoning_effort": "low"}),
-    ({"chat_template_kwargs": {"x": None}, "enable_thinking": None}, {}), ({}, {})], ids=str)
+    ({"chat_template_kwargs": {"x": None}, "enable_thinking": None}, {}), ({}, {}),
+    *(({"enable_thinking": value}, {"enable_thinking": False}) for value in ("false", "False ", 0, "0", 0.0)),
+    *(({"chat_template_kwargs": {"preserve_thinking": value}}, {"preserve_thinking": True}) for value in ("true", 1)),
+    ({"chat_template_kwargs": '{"enable_thinking": "false"}', "Enable Thinking": 0}, {"enable_thinking": False}),
+    ({"enable_thinking": "", "chat_template_kwargs": {"enable_thinking": "null"}}, {})], ids=str)
 def test_variables_of_the_template(columns, expected):
     assert read_row({"messages": [Q, A], **columns}, "here").template_kwargs == expected
 
@@ -397,7 +415,11 @@ def test_wrong_rows_of_tokens(columns, say):
      ("loss", "avg_weight", "split", "label_name")),
     ({"messages": [Q, A], "problem": "p", "solution": "s", "answer": "42"}, ("problem", "solution", "answer")),
     ({"messages": [Q, A], "prompt": "q", "prompt_id": "x"}, ("prompt", "prompt_id")),
-    ({"question": "q", "response": "a", "meta": {"question": "x"}}, ("meta",))], ids=str)
+    ({"question": "q", "response": "a", "meta": {"question": "x"}}, ("meta",)),
+    ({"question": "red or blue?", "choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "answer": "red"},
+     ("choices",)),
+    ({"question": "红还是蓝", "options": ["红", "蓝"], "response": "红"}, ("options",)),
+    ({"question": "q", "response": "a", "A": "x"}, ("A",))], ids=str)
 def test_columns_that_are_not_used_are_listed(row, unused):
     assert len(read_row(row, "here").messages) == 2 and read_row(row, "here").unused == unused
 
@@ -469,7 +491,16 @@ BAD_ROWS = {
     "weight below 0": (answers({"weight": -1}), '"weight" must be a number of at least 0, it is -1'),
     "weight infinite": (answers({"weight": float("inf")}), "it is inf"),
     "weight NaN": (answers({"loss_weight": float("nan")}), "it is nan"),
-    "weight a text": (answers({"weight": "1"}), "it is '1'"),
+    "weight a word": (answers({"weight": "heavy"}), '"weight" must be a number of at least 0, it is .heavy'),
+    "keys that differ": ({"messages": [{"role": "user", "content": "q", "Content": "x"}, A]},
+                         'two different values of "content"'),
+    "flags of turns in a row": ({**PAIR, "loss": [False, True]}, 'column "loss" is a list; write "train" into each'),
+    "weights of turns in a row": ({**PAIR, "weights": [0, 1]}, 'column "weights": its name says'),
+    "weights whose product is 0": ({**answers({"weight": 1e-200}), "weight": 1e-200},
+                                   "the weight 1e-200 of the row times 1e-200 in it is 0; write weights nearer to 1"),
+    "weights whose product is infinite": ({**answers({"weight": "1e200"}), "weight": 1e200}, "in it is inf"),
+    "weights of tokens whose product is 0": (
+        {"input_ids": [7, 8], "loss_mask": [0, 1e-200], "weight": 1e-200}, "in it is 0"),
     "train a word": (answers({"train": "no"}), "\"train\" must be true or false.*'no'"),
     "loss a number": (answers({"loss": 0.5}), '"loss" must be true or false.*"weight" may be a number'),
     "train a list": (answers({"train": []}), "\"train\" must be true or false"),
@@ -483,7 +514,15 @@ BAD_ROWS = {
     "a mask without tokens": ({**PAIR, "loss_mask": [0, 1]}, 'no "input_ids"'),
     "train_on_inputs": ({**PAIR, "train_on_inputs": True}, 'column "train_on_inputs": it is not supported'),
     "segments": ({"segments": [{"label": True, "text": "x"}]}, 'column "segments"'),
-    "documents": ({**PAIR, "documents": ["x"]}, 'column "documents"'),
+    **{f"column {name}": ({**PAIR, name: value}, f'no prompt has the text of column "{name}"') for name, value in (
+        ("documents", ["x"]), ("choices", ["3", "4"]), ("options", {"A": "red", "B": "a"}), ("option_a", "red"),
+        ("candidates", ["3"]), ("opb", "red"), ("Article", "Once."), ("choice1", "red"),
+        ("choices", {"text": ["red", "blue"], "label": ["A", "B"]}))},
+    "choices that only the answer has": ({**PAIR, "choices": ["a"]}, 'column "choices", ."a".; write it into the'),
+    "choices that are a part of another word": ({"prompt": "34?", "response": "a", "choices": ["3", "4"]}, '"choices"'),
+    "choices in columns": ({"question": "q", "A": "red", "B": "blue", "answer": "A"},
+                           'text of column "A", "red"; .* pass --prompt_key question --response_key answer$'),
+    "choices beside messages": ({**answers({}), "options": ["red"]}, 'column "options"'),
     "system that differs": ({"messages": chat("q", "a", system="s"), "system": "t"}, '"system" differs from the first'),
     "systems that differ": (
         {**PAIR, "system": "s", "system_prompt": "t"}, 'the columns "system", "system_prompt" differ'),
@@ -551,7 +590,11 @@ BAD_ROWS = {
     "kwargs a list": ({**answers({}), "chat_template_kwargs": [1]}, "must be an object"),
     "kwargs of the trainer": (
         {**answers({}), "chat_template_kwargs": {"tools": []}}, 'has "tools", which the trainer sets'),
-    "thinking a word": ({**answers({}), "enable_thinking": "yes"}, "must be a bool"),
+    "thinking a word": ({**answers({}), "enable_thinking": "yes"}, '"enable_thinking" must be true or false, it is'),
+    "thinking 2": ({**answers({}), "chat_template_kwargs": {"enable_thinking": 2}}, "must be true or false, it is 2"),
+    "an effort that is a number": ({**answers({}), "reasoning_effort": 2}, '"reasoning_effort" must be a text'),
+    "a variable that is the text of a flag": ({**answers({}), "chat_template_kwargs": {"x": "False"}},
+                                              '"x" is the text "False", which templates take for true'),
     "thinking that differs": (
         {**answers({}), "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
                               "may not differ"),
