@@ -351,8 +351,10 @@ def read_list(columns, names):
             raise columns.error(f"the columns {listed([names[0], name])} have different messages; pass "
                                 f"--messages_key {name:.60} to train on those, or remove one")
     messages, by_user = found[0], names[0] == columns.keys[2] != KEYS[2]
-    if columns.by_use.get("history"):
-        raise columns.error(f'column "history" beside "{names[0]:.60}"; put its turns into the messages')
+    histories = columns.by_use.get("history", [])
+    if any(not is_said(text, messages) for name in histories for text in texts_in(columns.row[name])):
+        raise columns.error(f'column "{histories[0]:.60}" beside "{names[0]:.60}"; put its turns into the '
+                            "messages")
     for name in columns.by_use.get("context", []) if not by_user else []:
         check_said(columns, name, messages)
     for name in columns.by_use.get("response", []) if not by_user else []:

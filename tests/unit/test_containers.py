@@ -79,7 +79,9 @@ def test_the_first_bytes_decide_the_container(content, name, tmp_path):
     {"input_ids": [1, 2], "labels": [1, 2]}, {"prompt": "a", "response": "b", "data": [{"x": 1}]},
     {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
     {"messages": [{"role": "user", "content": "q"}], "tags": ["x"]}, {"data": [{"role": "user", "content": "q"}]},
-    {"a": {"x": 1}, "b": {"x": 2}}, {}], ids=str)
+    {"a": {"x": 1}, "b": {"x": 2}}, {}, {"dialogue": [{"who": "human", "text": "q"}]},
+    {"conversations": [{"speaker": "human", "text": "q"}]}, {"turns": [{"speaker": "human", "text": "q"}]},
+    {"Messages": [{"Type": "human", "text": "q"}]}], ids=str)
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_object_that_is_a_row_stays_one(row, indent, tmp_path):
     """Its lists are conversation, tools or tokens, not rows."""
