@@ -10,14 +10,16 @@ import re
 from typing import NamedTuple
 
 from settings.errors import UserError
-from text.keys import ROLES, STRONG, plain, row_use
-from text.messages import (EMPTY, decoded, flag_of, is_finite, is_turns, listed, read_text, read_turn,
-                           read_turns, said_by, shown)
+from text.keys import MEDIA_MARK, NAMES, ROLES, STRONG, plain, row_use
+from text.messages import (EMPTY, decoded, decoded_turns, flag_of, has_role, is_empty, is_finite, is_pair,
+                           is_turns, listed, read_text, read_turn, read_turns, said_by, shown)
 
 TURNS = '[{"role", "content"}, ...]'
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": '
           f'{TURNS}}} or {{"conversations": [{{"from", "value"}}, ...]}}')
 KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_key and --messages_key
+# Values of a column "reasoning" that say whether there is any, as in Nemotron's data
+NO_THOUGHTS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # no row may set these of a template
 
 
@@ -170,8 +172,9 @@ def refuse_columns(columns):
         reasons["refused"] = "it is not supported, see docs/data.md"
         reasons["token_mask"] = 'it masks tokens, but the row has no "input_ids"'
     for use, reason in reasons.items():
-        if names := columns.by_use.get(use):
-            raise columns.error(f'column "{names[0]:.60}": {reason}')
+        for name in columns.by_use.get(use, []):
+            if not is_empty(columns.row[name]):
+                raise columns.error(f'column "{name:.60}": {reason}')
 
 
 # ---- conversations ----------------------------------------------------------------------------------------
@@ -195,7 +198,14 @@ def read_conversation(columns):
             raise columns.error(f"the column {listed(columns.by_use['system'])} differs from the first "
                                 "message, which is a system message too; remove one")
     if not any(m["role"] == "assistant" for m in messages):
-        raise columns.error("no assistant message, so there is nothing to train")
+        roles = dict.fromkeys(m["role"] for m in messages)
+        raise columns.error("no assistant message, so there is nothing to train; the roles are "
+                            f"{listed(roles)}")
+    for message in messages:
+        content = message["content"]
+        if "<" in content and message["role"] == "user" and MEDIA_MARK.search(content):
+            raise columns.error(f"the user message {shown(content)} has the place of an image, video or "
+                                "audio; text training can't use it")
     if not is_named(columns):
         check_depends(columns, messages)
     return messages
@@ -249,6 +259,8 @@ def choose(columns):
         return lists, None
     prompts = columns.names("prompt") or columns.names("context")[:1]
     responses = columns.names("response")
+    if not prompts and not responses:
+        prompts, responses = ([name for name in row if plain(name) in NAMES[role].split()] for role in NAMES)
     if len(prompts) > 1:  # a column that another one quotes is no second prompt
         texts, prompts = {name: shown_text(row[name]) for name in prompts}, []
         for name in sorted(texts, key=lambda name: -len(texts[name])):
@@ -271,9 +283,11 @@ def refuse_preference(columns):
     lists, prompts = columns.by_use.get("messages", []), columns.by_use.get("prompt", [])
     if not names or (lists and row.get("chosen") == row[lists[0]]):
         return
-    better = next((name for name in names if name in ("chosen", "chosen_response", "preferred_output")), None)
+    better = next((name for name in names if plain(name) in (
+        "chosen", "chosen_response", "preferred_output")), None)
     turns = row[better] if better and is_turns(row[better]) else []
     prompts = [*prompts, *lists, *(["input.messages"] if values_of(row, "input.messages") else [])]
+    prompts = prompts or columns.by_use.get("context", [])
     if any(ROLES.get(str(turn.get("role") or turn.get("from")).lower()) == "user" for turn in turns):
         way = f"to train on the better answers, pass --messages_key {better}"
     elif better and prompts:
@@ -324,8 +338,11 @@ def no_shape(columns):
     prompts = columns.by_use.get("prompt")
     lack = f"no answer to {listed(prompts)}; " if prompts and not columns.by_use.get("response") else ""
     found = ", ".join(map(repr, names)) or "(none)"
-    return columns.error(f"{lack}unrecognised columns {found:.200}; accepted are {SHAPES}, or "
-                         f"{column_flags([] if lack else names, keys)}")
+    lists = [name for name in names if is_turns(turns := values_of(given, name)[0]) and any(
+        ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant" for turn in turns)]
+    way = column_flags([] if lack else names, keys)
+    way = f"pass --messages_key {lists[0]:.60}" if lists else way
+    return columns.error(f"{lack}unrecognised columns {found:.200}; accepted are {SHAPES}, or {way}")
 
 
 def not_a_list(columns, name, value):
@@ -338,9 +355,12 @@ def read_list(columns, names):
     found = []
     for name in names:
         turns = columns.value(name)
-        if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
+        if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{", '"'):
             turns = without_nulls(decoded(turns, f'"{name:.60}"', columns.where), columns.where)
-        if isinstance(turns, dict) and turns and all(isinstance(value, list) for value in turns.values()):
+        if isinstance(turns, list) and all(isinstance(turn, str) and turn[:1] == "{" for turn in turns):
+            turns = [decoded(turn, f'a message in "{name:.60}"', columns.where) for turn in turns]
+        is_struct = isinstance(turns, dict) and (has_role(turns) or is_pair(turns))
+        if is_struct and all(isinstance(value, list) for value in turns.values()):
             turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # Arrow's struct of lists
             turns = without_nulls(turns, columns.where)
         if not isinstance(turns, list) or not turns:
@@ -393,14 +413,21 @@ def check_said(columns, name, messages):
 
 def read_pair(columns, prompt_key, response_key):
     """The messages of a row with a prompt and an answer, each of them a text or a list of messages."""
-    prompt, answer = columns.value(prompt_key), columns.value(response_key)
+    prompt, answer = (decoded_turns(columns.value(key), columns) for key in (prompt_key, response_key))
+    prompt = [prompt] if is_turns([prompt]) else prompt
     contexts = [name for name in columns.by_use.get("context", []) if name not in columns.used]
     if is_turns(prompt):
         messages = read_turns(prompt, columns, trained=False)
         for name in contexts:
             check_said(columns, name, messages)
     else:
-        texts = [read_text(value, "user", columns) for value in (prompt, *map(columns.value, contexts))]
+        texts = [read_text(prompt, "user", columns)]
+        for name in contexts:
+            value = columns.value(name)
+            if not isinstance(value, str) and not is_finite(value):
+                raise columns.error('the content of the user message must be a string, but column '
+                                    f'"{name:.60}" is {shown(value)}')
+            texts += [read_text(value, "user", columns)] * (value != prompt)
         messages = [{"role": "user", "content": "\n".join(filter(None, texts)), "weight": 1.0}]
     messages = read_history(columns) + messages
     turns = [answer] if isinstance(answer, dict) else answer
@@ -411,7 +438,8 @@ def read_pair(columns, prompt_key, response_key):
             answers = answers[max(repeated, default=0) :]
         return messages + answers
     turn = {"role": "assistant", "content": answer}
-    if isinstance(columns.row.get((columns.by_use.get("reasoning") or [None])[0]), str):
+    thoughts = [columns.row[name] for name in columns.by_use.get("reasoning", [])]
+    if thoughts and isinstance(thoughts[0], str) and thoughts[0].strip().lower() not in NO_THOUGHTS:
         turn["reasoning_content"] = columns.take("reasoning")
     return messages + read_turn(turn, columns)
 
@@ -420,10 +448,11 @@ def read_history(columns):
     """The messages of the column "history": pairs of texts, or messages. Its answers are trained."""
     history = decoded(columns.take("history"), '"history"', columns.where)
     history = [] if history is None else history
-    if is_turns(history):
+    if is_turns(history) or (isinstance(history, list) and history and all(map(is_pair, history))):
         return read_turns(history, columns)
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
-        raise columns.error(f'"history" must be [["question", "answer"], ...], it is {history!r:.60}')
+        raise columns.error('"history" must be [["question", "answer"], ...] or a list of messages, it is '
+                            f"{history!r:.60}")
     return [message for pair in history for role, text in zip(("user", "assistant"), pair)
             for message in read_turn({"role": role, "content": text}, columns)]
 
@@ -432,7 +461,7 @@ def read_history(columns):
 
 
 def read_tools(columns):
-    """The list of tools of a row, or None. LLaMA-Factory's {"name", "parameters"} gets OpenAI's form."""
+    """The list of tools of a row, or None."""
     tools, what = columns.take("tools"), listed(columns.by_use.get("tools", []))
     tools = decoded(tools, what, columns.where)
     if tools in EMPTY:
@@ -440,8 +469,22 @@ def read_tools(columns):
     tools = [decoded(tool, "a tool", columns.where) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise columns.error(f"{what} must be a list of objects or its JSON, it is {shown(tools)}")
-    return [{"type": "function", "function": tool}
-            if {"name", "parameters"} <= tool.keys() and "function" not in tool else tool for tool in tools]
+    return [as_tool(tool, columns) for tool in tools]
+
+
+def as_tool(tool, columns):
+    """A tool in OpenAI's form. Others write the function alone, or its "input_schema" (Anthropic)."""
+    function = decoded(tool.get("function"), "a function", columns.where)
+    if function is None and isinstance(tool.get("name"), str):
+        function = {key: value for key, value in tool.items() if key != "type"}
+        tool = {}
+    if not isinstance(function, dict):
+        return tool
+    names = {"input_schema": "parameters"} if "parameters" not in function else {}
+    function = {names.get(key, key): value for key, value in function.items()}
+    if isinstance(function.get("parameters"), str):
+        function["parameters"] = decoded(function["parameters"], "the parameters of a tool", columns.where)
+    return {"type": "function", **tool, "function": function}
 
 
 def read_template_kwargs(columns):
@@ -485,8 +528,12 @@ def read_label(columns):
     """Why a conversation that is labelled as a bad one is not trained, or None."""
     dropped = None
     for name in columns.by_use.get("label", []):
-        if isinstance(columns.row[name], bool) and not columns.value(name):
-            dropped = f"{name} is false"
+        if not isinstance(columns.row[name], bool) and plain(name) == "label":
+            continue  # of a classification
+        flag = flag_of(columns.value(name))
+        if flag is None:
+            raise columns.error(f'"{name:.60}" must be true or false, it is {shown(columns.row[name])}')
+        dropped = dropped if flag else f"{name} is false"
     return dropped
 
 
@@ -545,6 +592,10 @@ def read_tokens(columns):
     for name in columns.by_use.get("attention", []):
         if any(value != 1 for value in of_each_token(columns, name, ids)):
             raise columns.error(f'"{name}" has a 0; remove the padding, rows may have any length')
+    for name in columns.by_use.get("packed", []):
+        lengths = columns.value(name)
+        if not isinstance(lengths, list) or len(lengths) > 1 + plain(name).startswith("cu"):
+            raise columns.error(f'"{name}" has several documents; write each as a row of its own')
     for name in columns.by_use.get("positions", []):
         if of_each_token(columns, name, ids) != list(range(len(ids))):
             raise columns.error(f'"{name}" must be 0, 1, 2, ...; write packed documents as rows of their own')

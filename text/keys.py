@@ -38,13 +38,14 @@ ROW_KEYS = (
     Key("system system_prompt system_message system_instruction sys_prompt", "system", "the system message",
         "LLaMA-Factory, ms-swift, OpenOrca"),
     Key("reasoning_content reasoning thinking cot complex_cot", "reasoning", REASONS, "DeepSeek, medical-o1"),
-    Key("tools functions", "tools", "tools that the model may call: a list, or its JSON",
-        "OpenAI, TRL, LLaMA-Factory, ms-swift, verl"),
+    Key("tools functions available_tools tools_json tool_list function_list", "tools",
+        "tools that the model may call: a list, or its JSON", "OpenAI, TRL, LLaMA-Factory, ms-swift, verl"),
     Key("chat_template_kwargs", "kwargs", "variables of the chat template: an object, or its JSON",
         "TRL, ms-swift"),
     Key("enable_thinking preserve_thinking reasoning_effort", "kwarg", "one variable of the chat template",
         "verl, Qwen3, gpt-oss"),
-    Key("label kto_tag", "label", "false: a bad answer, the row is dropped; not used if it is not a boolean",
+    Key("label kto_tag", "label",
+        "false: a bad answer, the row is dropped; a label that is not a boolean is not used",
         "TRL and LLaMA-Factory for KTO"),
     Key("train trainable loss", "train", "false: the row is dropped; not used if it is a number or a text",
         "axolotl"),
@@ -60,6 +61,8 @@ ROW_KEYS = (
         "of input_ids: 0 is no target, other numbers are weights", "TRL, verl, nanochat"),
     Key("attention_mask", "attention", "of input_ids: 1 everywhere, as rows have no padding", "transformers"),
     Key("position_ids", "positions", "of input_ids: 0, 1, 2, ...", "transformers"),
+    Key("seq_lengths cu_seqlens", "packed",
+        "of input_ids: refused if there are several documents in a row", "TRL"),
     Key("chosen rejected chosen_response rejected_response rejected_messages preferred_output "
         "non_preferred_output", "preference", "refused: pass the column with the better answer",
         "TRL, LLaMA-Factory, ms-swift, OpenAI"),
@@ -83,8 +86,13 @@ MESSAGE_KEYS = (
     Key("masked mask", "mask", "true: the turn is not trained", "torchtune"),
     Key("weight loss_weight loss_scale", "weight", "multiplies the losses of the turn; 0: not trained",
         "OpenAI, axolotl, LLaMA-Factory, ms-swift"),
-    Key("reasoning_content thinking reasoning", "reasoning", REASONS, "DeepSeek, OpenAI, Qwen"),
-    Key("tool_calls function_call", "calls", "calls of the assistant: a list, or its JSON", "OpenAI"),
+    Key("reasoning_content thinking reasoning thought cot", "reasoning", REASONS, "DeepSeek, OpenAI, Qwen"),
+    Key("tool_calls tool_call function_call", "calls", "calls of the assistant: a list, or its JSON",
+        "OpenAI"),
+    Key("channel", "channel", "final, or empty: anything else is refused, write it as reasoning_content",
+        "gpt-oss"),
+    Key("recipient", "recipient", "all, or empty: anything else is refused, write calls as tool_calls",
+        "gpt-oss"),
     Key("name tool_call_id", "template", "passed to the chat template", "OpenAI"),
     Key("image images video videos audio audios", "media", UNSEEN, "ms-swift"),
     Key("tools functions", "refused", "refused: write them into the column tools of the row", "Hermes"),
@@ -94,10 +102,10 @@ MESSAGE_KEYS = (
 ROLES = {  # in lower case -> role; the content of a function_call is the JSON of calls
     **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "chatbot", "ai", "model", "answer"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "tool_result", "function_response",
-                     "ipython", "environment"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
+                     "tool_responses", "tool_results", "ipython", "environment"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls", "function_calls"), "function_call"),
 }
 CALL_ROLES = {name for name, role in ROLES.items() if role == "function_call"}
 PAIRS = {  # keys of a turn that has both a question and its answer (ms-swift, XTuner) -> role
@@ -105,16 +113,21 @@ PAIRS = {  # keys of a turn that has both a question and its answer (ms-swift, X
     **dict.fromkeys(("human", "user", "question", "prompt", "query", "instruction", "input"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "answer", "response", "output"), "assistant"),
 }
+NAMES = {"user": "user human", "assistant": "assistant gpt bot"}  # of columns, if there is no other pair
 STRONG = {"response", "completion", "output"}  # beside one of these, "answer", "solution", ... are references
 
 # Media have many more names: image_path, audio_url, video_files, ...
-MEDIA = re.compile(r"(image|picture|photo|video|audio|speech)s?(_?(id|url|path|file|list|byte|data)s?)?$")
-# Choices of a question in columns of their own: option_a, choice1, opa
-CHOICE = re.compile(r"(option|choice|ending)_?[a-j0-9]|op[a-e]")
+MEDIA = re.compile(r"(image|img|picture|photo|video|audio|speech|screenshot)s?"
+                   r"(_?(id|url|path|file|list|byte|data|base64)s?)?$|(media|jpe?g|png|webp|wav|mp[34])$")
+# A line of a prompt, or its beginning, that stands for media (LLaMA-Factory, ms-swift, LLaVA)
+MEDIA_MARK = re.compile(r"(?:^|\n)\s*<(?:image|video|audio)>[ \t]*(?:\n|$)|^<image>|<image>$")
+# Choices of a question in columns of their own, option_a, choice1, opa; and texts: retrieved_contexts
+CHOICE = re.compile(r"(option|choice|ending)_?[a-j0-9]|op[a-e]|\w+_(context|passage|document|paragraph)s?")
 # Unknown names that may say what is trained are errors. A row has columns of all kinds, so fewer count there.
 DOUBTFUL_IN_ROW = re.compile(
-    r"(^|_)masks?$|^weights$|(^|_)(loss|train(able|ed)?)_(mask|weight|scale|flag|on|turn)")
-DOUBTFUL_IN_MESSAGE = re.compile(r"loss|train|mask|weight|label|target|ignore|skip|learn|supervis")
+    r"(^|_)masks?$|^mask_|^weights$|_to_train$|(^|_)(loss|train(able|ed)?)_(mask|weight|scale|flag|on|turn)")
+DOUBTFUL_IN_MESSAGE = re.compile(
+    r"loss|train|mask|weight|label|target|ignore|skip|learn|supervis|exclude|no_grad")
 ROW = {name: key for key in ROW_KEYS for name in key.names.split()}
 MESSAGE = {name: key for key in MESSAGE_KEYS for name in key.names.split()}
 

@@ -116,6 +116,14 @@ TURNS = [("user", "q?"), ("assistant", "a.")]
     {"messages": {"Role": ["user", "assistant"], "Content": ["q?", "a."]}},
     [{"Role": "user", "Content": "q?"}, {"Role": "assistant", "Content": "a."}],
     {"prompt ": "q?", " response": "a."}, {"Prompt\n": "q?", "RESPONSE\t": "a.", "System Prompt": None},
+    {"user": "q?", "assistant": "a.", "id": 1}, {"Human": "q?", "GPT": "a."}, {"human": "q?", "bot": "a."},
+    {"messages": [json.dumps(Q | {"content": "q?"}), json.dumps(A | {"content": "a."})]},
+    {"messages": json.dumps(json.dumps(chat("q?", "a.")))},
+    {"prompt": json.dumps(chat("q?")), "completion": json.dumps([{"role": "assistant", "content": "a."}])},
+    {"prompt": Q | {"content": "q?"}, "completion": "a."}, {"prompt": "q?", "input": "q?", "output": "a."},
+    {"messages": [{"role": " USER", "content": "q?"}, {"role": "Assistant ", "content": "a.", "channel": "final"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q?", "train": None}]},
+                  {"role": "assistant", "content": "a.", "images": [None], "recipient": "all"}], "images": [[], None]},
     {"Prompt": [{"Role": "user", "content": "q?"}], " Completion": [{"Role": "assistant", "content": "a."}]},
 ], ids=str)
 def test_the_same_conversation_in_other_words(row):
@@ -131,6 +139,10 @@ def test_the_same_conversation_in_other_words(row):
      [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
     ({"prompt": "r", "completion": "b", "history": chat("q", "a")},
      [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"prompt": "r", "response": "b", "chat_history": [{"human": "q", "assistant": "a"}]},
+     [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"prompt": "q", "response": "a", "sys_prompt": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+    ({"messages": chat("q", "a"), "history": [["q", "a"]]}, [("user", "q"), ("assistant", "a")]),
     ({"prompt": "r", "response": "b", "history": '[["q", "a"]]'},
      [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
     ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
@@ -251,6 +263,7 @@ def test_weights_of_rows(row, expected):
 
 @pytest.mark.parametrize("mark, reason", [
     ({"label": False}, "label is false"), ({"kto_tag": False}, "kto_tag is false"),
+    ({"kto_tag": "False"}, "kto_tag is false"), ({"KTO_tag": 0}, "KTO_tag is false"),
     ({"train": False}, "train is false"),
     ({"trainable": 0}, "trainable is false"), ({"train": "0"}, "train is false"), ({"masked": "1"}, "masked is true"),
     ({"Train": "False"}, "Train is false"), ({"masked": True}, "masked is true")], ids=str)
@@ -276,14 +289,23 @@ def test_other_labels_are_columns_that_are_not_used(label):
 
 @pytest.mark.parametrize("tools", [
     [TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], [TOOL["function"]], json.dumps([TOOL["function"]]),
-    [{**TOOL, "strict": None}],
+    [{**TOOL, "strict": None}], json.dumps(json.dumps([TOOL])), [{"type": "function", **TOOL["function"]}],
+    [{"type": "function", "function": json.dumps(TOOL["function"])}],
+    [{"name": "weather", "parameters": json.dumps(TOOL["function"]["parameters"])}],
+    [{"name": "weather", "input_schema": TOOL["function"]["parameters"]}],  # Anthropic
     [{"type": "function",
       "function": {"name": "weather", "parameters": {"type": "object", "properties": {}, "x": None}}}],
 ], ids=str)
 def test_tools_are_decoded(tools):
     """As a list or as JSON, in OpenAI's form or in LLaMA-Factory's, without Arrow's nulls."""
     assert read_row({"messages": [Q, A], "tools": tools}, "here").tools == [TOOL]
-    assert read_row({"prompt": "q", "response": "a", "functions": tools}, "here").tools == [TOOL]
+    for name in ("functions", "available_tools", "tools_json"):
+        assert read_row({"prompt": "q", "response": "a", name: tools}, "here").tools == [TOOL]
+
+
+def test_a_tool_without_parameters_gets_the_form_too():
+    assert read_row({"messages": [Q, A], "tools": [{"name": "f"}, {"type": "code"}]}, "here").tools == [
+        {"type": "function", "function": {"name": "f"}}, {"type": "code"}]
 
 
 @pytest.mark.parametrize("tools", [None, "", " ", "[]", "null", []], ids=str)
@@ -297,7 +319,11 @@ def test_no_tools(tools):
     {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"town": "Graz"}'}}]},
     {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"town": "Graz", "zone": None}},
                      "id": None}]},
-    {"function_call": {"name": "weather", "arguments": '{"town": "Graz"}'}}], ids=str)
+    {"function_call": {"name": "weather", "arguments": '{"town": "Graz"}'}},
+    {"tool_calls": [CALL["function"]]}, {"tool_calls": [{"name": "weather", "parameters": {"town": "Graz"}}]},
+    {"tool_calls": [{"type": "function", "function": {"name": "weather", "args": '{"town": "Graz"}'}}]},
+    {"tool_calls": [{"type": "function", "function": json.dumps(CALL["function"])}]}, {"tool_call": CALL["function"]},
+    {"tool_calls": [{**CALL["function"], "arguments": json.dumps(json.dumps({"town": "Graz"}))}]}], ids=str)
 def test_calls_are_decoded(calls):
     """Templates read arguments as objects; OpenAI and data sets of Arrow have them as texts."""
     for content in ("", None):
@@ -307,6 +333,13 @@ def test_calls_are_decoded(calls):
             "role": "assistant", "content": "", "tool_calls": [CALL], "weight": 1.0}
 
 
+def test_a_call_keeps_its_id_and_gets_arguments():
+    """As templates read it: {"id", "function": {"name", "arguments"}}."""
+    for call in ({"name": "f", "id": "1"}, {"name": "f", "id": "1", "arguments": None}):
+        message = read_row({"messages": [Q, {"role": "assistant", "tool_calls": [call]}]}, "here").messages[1]
+        assert message["tool_calls"] == [{"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}]
+
+
 def test_arguments_keep_their_nulls_in_json():
     """A null in the JSON text of arguments is no null of Arrow."""
     call = {"function": {"name": "f", "arguments": '{"unit": null}'}}
@@ -314,7 +347,7 @@ def test_arguments_keep_their_nulls_in_json():
     assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"unit": None}}}]
 
 
-@pytest.mark.parametrize("role", ["function_call", "tool_call", "Function_Call"])
+@pytest.mark.parametrize("role", ["function_call", "tool_call", "Function_Call", "tool_calls", "function-call"])
 @pytest.mark.parametrize("content", ['{"name": "weather", "arguments": {"town": "Graz"}}',
                                      '[{"name": "weather", "arguments": "{\\"town\\": \\"Graz\\"}"}]',
                                      {"name": "weather", "arguments": {"town": "Graz"}}], ids=str)
@@ -346,11 +379,19 @@ def test_calls_in_a_row_are_one_message():
     {"messages": [Q, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"},
                                                        {"type": "text", "text": "a"}]}]},
     {"prompt": "q", "response": "a", "reasoning_content": "hm"},
-    {"Question": "q", "Complex_CoT": "hm", "Response": "a"},
+    {"Question": "q", "Complex_CoT": "hm", "Response": "a"}, {"messages": [Q, {**A, "thought": "hm"}]},
+    {"messages": [Q, {**A, "thinking": "hm", "reasoning": "hm "}]},
 ], ids=str)
 def test_reasoning(row):
     message = read_row(row, "here").messages[1]
     assert (message["content"], message["reasoning_content"], message["thinking"]) == ("a", "hm", "hm")
+
+
+@pytest.mark.parametrize("value", ["on", "Off", "low", True, ["x"]], ids=str)
+def test_a_column_that_says_whether_there_is_reasoning_is_none(value):
+    """Nemotron's data have "reasoning": "on"."""
+    read = read_row({"input": [Q], "output": "a", "reasoning": value}, "here")
+    assert "reasoning_content" not in read.messages[1] and read.unused == ("reasoning",)
 
 
 @pytest.mark.parametrize("columns, expected", [
@@ -380,6 +421,7 @@ def test_plain_text():
     ({"loss_mask": [0, 1, 0]}, [0.0, 1.0, 0.0]), ({"completion_mask": [0, 0.5, 2]}, [0.0, 0.5, 2.0]),
     ({"assistant_masks": [False, True, True]}, [0.0, 1.0, 1.0]), ({"labels": [-100, 8, 9], "loss_mask": [1, 1, 0]},
                                                                   [0.0, 1.0, 0.0]),
+    ({"seq_lengths": [3], "cu_seqlens": [0, 3]}, [1.0, 1.0, 1.0]),
     ({"attention_mask": [1, 1, 1], "position_ids": [0, 1, 2], "token_type_ids": None}, [1.0, 1.0, 1.0]),
     ({"labels": None, "weight": 2}, [2.0, 2.0, 2.0]), ({"labels": [-100, 8, 9], "text": "x", "documents": ["x"]},
                                                        [0.0, 1.0, 1.0])], ids=str)
@@ -396,6 +438,8 @@ def test_rows_of_tokens(columns, expected):
     ({"loss_mask": [0, -1, 1]}, "at least 0, it has -1"),
     ({"loss_mask": [0, float("nan"), 1]}, "must have a number for each"),
     ({"attention_mask": [1, 1, 0]}, "remove the padding"),
+    ({"seq_lengths": [1, 2]}, '"seq_lengths" has several documents; write each as a row'),
+    ({"cu_seqlens": [0, 1, 3]}, '"cu_seqlens" has several documents'),
     ({"position_ids": [0, 1, 0]}, "packed documents as rows of their own"), ({"pixel_values": [1.5]}, "text training"),
     ({"prompt_mask": [1, 0, 0]}, "it is not known"), ({"input_ids": [[7], [8]]}, "must be a list of token ids"),
     ({"input_ids": [7, -1]}, "must be a list of token ids"), ({"input_ids": "7 8"}, "must be a list of token ids"),
@@ -431,6 +475,19 @@ def test_the_ledger_lists_unused_columns_once(tmp_path):
     assert ledger.lines()[2:] == ("columns not used: id, source, messages.rating, url",)
     assert ledger.unused == {"id": 4, "source": 3, "messages.rating": 1, "url": 1}
     assert len(data.load(write(tmp_path / "b.json", [{"prompt": "q", "response": "a"}]), tiny, 100).ledger.lines()) == 2
+
+
+@pytest.mark.parametrize("content", ["See <image> there", "<video> in HTML", "<images>", "a\n<audio src=x>\n"])
+def test_tags_inside_a_text_are_text(content):
+    assert said({"prompt": content, "response": "a"})[0] == ("user", content)
+
+
+def test_a_role_that_is_not_known_is_listed():
+    """The template may write it, or refuse it."""
+    row = {"messages": [{"role": "critic", "content": "x"}, Q, {**A, "content": [{"text": "a", "annotations": [1]}]}]}
+    read = read_row(row, "here")
+    assert [m["role"] for m in read.messages] == ["critic", "user", "assistant"]
+    assert read.unused == ("messages.role critic", "messages.content.annotations")
 
 
 def test_unknown_keys_of_messages_reach_the_template():
@@ -488,6 +545,34 @@ BAD_ROWS = {
     "blank answer": ({"messages": [Q, {"role": "assistant", "content": " \n\t"}]}, "empty answer"),
     "empty output": ({**ALPACA, "output": ""}, "empty answer"),
     "no assistant": ({"messages": [Q]}, "no assistant message"),
+    "roles of one's own": ({"messages": [{"role": "client", "content": "q"}, {"role": "agent", "content": "a"}]},
+                           'no assistant message.*; the roles are "client", "agent"$'),
+    "messages under another name": ({"turns": chat("q", "a"), "id": 1}, "or pass --messages_key turns$"),
+    "messages inside": ({"x": {"conv": chat("q", "a")}}, "or pass --messages_key x.conv$"),
+    "only the prompt of verl": ({"prompt": [Q], "reward_model": {"ground_truth": "4"}}, 'no answer to "prompt"; .*'
+                                "--prompt_key COLUMN --response_key COLUMN$"),
+    "content under another key": ({"messages": [Q, {"role": "assistant", "message": "a"}]},
+                                  'it is null; its keys are "role", "message"; write the text as "content" or "value"'),
+    "a list of messages as Python writes it": ({"prompt": str([Q]), "completion": "a"}, "not the text of JSON"),
+    "messages as texts": ({"messages": ["q", "a"]}, "a message must be"),
+    "messages in messages": ({"messages": {"messages": chat("q", "a")}}, "must be a non-empty list"),
+    "a mark of a part": ({"messages": [Q, {"role": "assistant", "content": [{"text": "a", "train": False}]}]},
+                         '"train" of a part of a content; marks are for whole messages'),
+    "thoughts that differ": (answers({"reasoning_content": "x", "thinking": "y"}),
+                             '"reasoning_content", "thinking" of a message differ'),
+    "a channel": (answers({"channel": "analysis"}), 'key "channel" of a message: only final may be trained'),
+    "a recipient": (answers({"recipient": "functions.f"}), 'key "recipient" of a message: write a call as tool_calls'),
+    "a part that is a call": ({"messages": [Q, {"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]},
+                              'a part is .*; write a call as "tool_calls"'),
+    **{f"an unknown mark {name}": ({**PAIR, name: True}, f'column "{name}": its name says')
+       for name in ("mask_history", "roles_to_train", "trainable_turns")},
+    "a message that is excluded": (answers({"exclude": True}), 'key "exclude" of a message: it may say'),
+    "the place of an image": ({"prompt": "<image>\nWhat?", "response": "a"}, "the place of an image"),
+    "the place of an image at the end": ({"prompt": "What?<image>", "response": "a"}, "the place of an image"),
+    "the place of a video": ({"messages": [{"role": "user", "content": "See\n<video>\nhere"}, A]}, "the place of an"),
+    "kto_tag a word": ({**PAIR, "kto_tag": "bad"}, '"kto_tag" must be true or false, it is "bad"'),
+    "Chosen": ({"question": "q", "Chosen": "a", "Rejected": "b"}, "pass --prompt_key question --response_key Chosen$"),
+    "chosen answers to an input": ({"input": "q", "chosen": "a", "rejected": "b"}, "--prompt_key input --response_key"),
     "weight below 0": (answers({"weight": -1}), '"weight" must be a number of at least 0, it is -1'),
     "weight infinite": (answers({"weight": float("inf")}), "it is inf"),
     "weight NaN": (answers({"loss_weight": float("nan")}), "it is nan"),
@@ -563,7 +648,7 @@ BAD_ROWS = {
         {**answers({}), "chosen": chat("q", "b"), "rejected": chat("q", "c")}, "chosen$"),
     **{f"column {name}": ({**answers({}), name: ["x.jpg"]}, f'column "{name}": text training can\'t use it')
        for name in ("image", "images", "videos", "audio", "audios", "image_path", "image_urls", "Images",
-                    "video_file")},
+                    "video_file", "img", "img_path", "screenshot", "jpg", "audio_base64")},
     "an image in a message": (
         {"messages": [{**Q, "images": ["x.jpg"]}, A]}, 'key "images" of a message: text training'),
     "a part that is an image": ({"messages": [{"role": "user", "content": [
