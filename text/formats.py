@@ -475,7 +475,7 @@ def read_tools(columns):
 def as_tool(tool, columns):
     """A tool in OpenAI's form. Others write the function alone, or its "input_schema" (Anthropic)."""
     function = decoded(tool.get("function"), "a function", columns.where)
-    if function is None and isinstance(tool.get("name"), str):
+    if function is None and "name" in tool and {"parameters", "input_schema", "description"} & tool.keys():
         function = {key: value for key, value in tool.items() if key != "type"}
         tool = {}
     if not isinstance(function, dict):

@@ -196,8 +196,6 @@ def read_content(turn, role, message, columns):
         if not all(isinstance(text, str) for text in reasoning.values()):
             raise columns.error(f"the reasoning of a message must be a string, it is {shown(reasoning)}")
         text = next(iter(reasoning.values()))
-        if len({value.strip() for value in reasoning.values()} - {""}) > 1:
-            raise columns.error(f"{listed(reasoning)} of a message differ; remove all but one")
         message.update({"thinking": text, **reasoning, "reasoning_content": text})
     calls = read_calls(turn.get("tool_calls", turn.get("tool_call")), columns)
     if role == "function_call":
@@ -320,7 +318,10 @@ def read_calls(calls, columns, what='"tool_calls"'):
             raise columns.error('"tool_calls" must be a list of objects {"function": {"name", "arguments"}}, '
                                 f"as templates read them, not {calls!r:.60}")
         what = f"the arguments of the call of {function['name']:.60}"
-        name = next((key for key in ARGUMENTS if key in function), "arguments")
+        name = next((key for key in ARGUMENTS if key in function), None)
+        if name is None and function is call:  # a form of the template's own
+            read.append(call)
+            continue
         arguments = decoded(function.get(name), what, columns.where)
         if not isinstance(arguments, dict) and arguments is not None:
             raise columns.error(f"{what} must be an object or its JSON, they are {shown(arguments)}")

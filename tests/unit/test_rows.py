@@ -304,8 +304,10 @@ def test_tools_are_decoded(tools):
 
 
 def test_a_tool_without_parameters_gets_the_form_too():
-    assert read_row({"messages": [Q, A], "tools": [{"name": "f"}, {"type": "code"}]}, "here").tools == [
-        {"type": "function", "function": {"name": "f"}}, {"type": "code"}]
+    """What no trainer writes is left to the template."""
+    tools = [{"name": "f", "description": "d"}, {"name": "g"}, {"type": "code"}]
+    assert read_row({"messages": [Q, A], "tools": tools}, "here").tools == [
+        {"type": "function", "function": {"name": "f", "description": "d"}}, {"name": "g"}, {"type": "code"}]
 
 
 @pytest.mark.parametrize("tools", [None, "", " ", "[]", "null", []], ids=str)
@@ -335,9 +337,12 @@ def test_calls_are_decoded(calls):
 
 def test_a_call_keeps_its_id_and_gets_arguments():
     """As templates read it: {"id", "function": {"name", "arguments"}}."""
-    for call in ({"name": "f", "id": "1"}, {"name": "f", "id": "1", "arguments": None}):
+    for call, expected in (
+            ({"name": "f", "id": "1", "arguments": ""},
+             {"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}),
+            ({"function": {"name": "f"}}, {"function": {"name": "f", "arguments": {}}}), ({"name": "f"}, {"name": "f"})):
         message = read_row({"messages": [Q, {"role": "assistant", "tool_calls": [call]}]}, "here").messages[1]
-        assert message["tool_calls"] == [{"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}]
+        assert message["tool_calls"] == [expected]
 
 
 def test_arguments_keep_their_nulls_in_json():
@@ -558,8 +563,6 @@ BAD_ROWS = {
     "messages in messages": ({"messages": {"messages": chat("q", "a")}}, "must be a non-empty list"),
     "a mark of a part": ({"messages": [Q, {"role": "assistant", "content": [{"text": "a", "train": False}]}]},
                          '"train" of a part of a content; marks are for whole messages'),
-    "thoughts that differ": (answers({"reasoning_content": "x", "thinking": "y"}),
-                             '"reasoning_content", "thinking" of a message differ'),
     "a channel": (answers({"channel": "analysis"}), 'key "channel" of a message: only final may be trained'),
     "a recipient": (answers({"recipient": "functions.f"}), 'key "recipient" of a message: write a call as tool_calls'),
     "a part that is a call": ({"messages": [Q, {"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]},
