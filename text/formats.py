@@ -69,7 +69,7 @@ def read_row(row, where, keys=KEYS):
         text = columns.take("text")
         return Row(text=None if dropped else text, dropped=dropped, unused=columns.unused())
     dropped = dropped or read_label(columns)
-    for message in messages:
+    for message in messages if weight != 1 else ():
         message["weight"] = product(weight, message["weight"], columns)
     tools, template_kwargs = read_tools(columns), read_template_kwargs(columns)
     return Row(None if dropped else messages, tools=tools, template_kwargs=template_kwargs, dropped=dropped,
@@ -206,8 +206,7 @@ def read_conversation(columns):
         if "<" in content and message["role"] == "user" and MEDIA_MARK.search(content):
             raise columns.error(f"the user message {shown(content)} has the place of an image, video or "
                                 "audio; text training can't use it")
-    if not is_named(columns):
-        check_depends(columns, messages)
+    check_depends(columns, messages)
     return messages
 
 
@@ -218,10 +217,13 @@ def is_named(columns):
 
 def check_depends(columns, messages):
     """Raise UserError for choices, passages, ... that the answer may depend on and that no prompt has."""
-    prompts = " ".join(shown_text(m["content"]) for m in messages if m["role"] != "assistant")
     names = columns.by_use.get("depends", [])
-    letters = [name for name in columns.row if len(name) == 1 and name in "ABCDEFGHIJ"]  # MMLU's choices
-    for name in [*names, *(letters if {"A", "B"} <= set(letters) else [])]:
+    if "A" in columns.row and "B" in columns.row:  # MMLU's choices
+        names = [*names, *(name for name in columns.row if len(name) == 1 and name in "ABCDEFGHIJ")]
+    if not names or is_named(columns):
+        return
+    prompts = " ".join(shown_text(m["content"]) for m in messages if m["role"] != "assistant")
+    for name in names:
         texts = texts_in(columns.row[name])
         texts = [text for text in texts if len(text) > 1] or texts  # without the labels A, B, C, D
         if all(re.search(rf"(?<![0-9A-Za-z]){re.escape(text)}(?![0-9A-Za-z])", prompts) for text in texts):
@@ -414,7 +416,7 @@ def check_said(columns, name, messages):
 def read_pair(columns, prompt_key, response_key):
     """The messages of a row with a prompt and an answer, each of them a text or a list of messages."""
     prompt, answer = (decoded_turns(columns.value(key), columns) for key in (prompt_key, response_key))
-    prompt = [prompt] if is_turns([prompt]) else prompt
+    prompt = [prompt] if isinstance(prompt, dict) and has_role(prompt) else prompt
     contexts = [name for name in columns.by_use.get("context", []) if name not in columns.used]
     if is_turns(prompt):
         messages = read_turns(prompt, columns, trained=False)

@@ -3,6 +3,7 @@
 The functions take the Columns of text/formats.py: for errors, which name the row, and to list unknown keys.
 """
 
+import functools
 import json
 import math
 import re
@@ -87,12 +88,21 @@ def has_role(turn):
     return "role" in turn or "from" in turn or any(plain(key) in ("role", "from") for key in turn)
 
 
+@functools.lru_cache(4096)
+def plain_keys(keys):
+    """{key: how the tables write it} of a tuple of a message's keys; None if each is as they write it."""
+    names = {key: plain(key) if plain(key) in MESSAGE or plain(key) in PAIRS else key for key in keys}
+    return None if names == {key: key for key in keys} else names
+
+
 def with_plain_keys(turn, columns):
     """A turn with its known keys as the tables write them: "Role" and " role" are role."""
+    names = plain_keys(tuple(turn))
+    if names is None:
+        return turn
     result = {}
     for key, value in turn.items():
-        name = plain(key)
-        name = name if name in MESSAGE or name in PAIRS else key
+        name = names[key]
         if name in result and result[name] != value:
             raise columns.error(f'a message has two different values of "{name}": {shown(turn)}')
         result[name] = value
@@ -109,11 +119,10 @@ def read_turns(turns, columns, trained=True):
     """
     messages = []
     for turn in turns:
-        if isinstance(turn, dict) and turn.keys() != {"role", "content"}:
-            turn = with_plain_keys(turn, columns)
+        turn = with_plain_keys(turn, columns) if isinstance(turn, dict) else turn
         for message in read_turn(turn, columns, trained):
             last = messages[-1] if messages else {}
-            is_call = plain(str(turn.get("role", turn.get("from")))) in CALL_ROLES
+            is_call = "tool_calls" in message and plain(str(turn.get("role", turn.get("from")))) in CALL_ROLES
             if is_call and (last.get("role"), last.get("weight")) == ("assistant", message["weight"]):
                 last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
                 last["content"] += message["content"]
