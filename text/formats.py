@@ -20,6 +20,7 @@ SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messag
 KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_key and --messages_key
 # Values of a column "reasoning" that say whether there is any, as in Nemotron's data
 NO_THOUGHTS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}
+UNCLEAR = {"yes", "no", "y", "n", "on", "off", "t", "f"}  # flags that are not read
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # no row may set these of a template
 
 
@@ -547,14 +548,18 @@ def read_weight(columns):
         if isinstance(value, list):
             raise columns.error(f'column "{name:.60}" is a list; write "train" into each message instead')
         flag = flag_of(value)
+        if isinstance(value, str) and value.strip().lower() in UNCLEAR:
+            raise columns.error(f'column "{name:.60}" must be true or false, it is {shown(value)}')
         if flag is None or isinstance(said_by(value), float):
-            continue  # "loss": 0.7 is a score
+            continue  # "loss": 0.7 is a score, "train": "train" a split
         columns.used.add(name)
         if flag == (row_use(name) == "mask"):
             dropped = f"{name} is {str(flag).lower()}"
-    weight = said_by(columns.take("weight"))
-    if weight is None:
-        return 1.0, dropped
+    weights = [said_by(columns.value(name)) for name in columns.by_use.get("weight", [])]
+    weights = [weight for weight in weights if weight is not None] or [1.0]
+    weight = weights[0]
+    if any(other != weight for other in weights):
+        raise columns.error(f"the columns {listed(columns.by_use['weight'])} differ; remove all but one")
     if not is_finite(weight) or weight < 0:
         raise columns.error(f"{listed(columns.by_use['weight'])} must be a number of at least 0, it is "
                             f"{shown(weight)}; rename the column if it is no weight of the loss")

@@ -137,14 +137,15 @@ def parse_one(spec, at):
 
 def missing(path, text):
     """The UserError for a path that does not exist, with what to write where others write `text`."""
-    found = []
+    parts = sorted(glob.glob(path)) or re.split(r"[;\s]+", text)
+    found = [",".join(parts)] if parts != [text] and all(map(os.path.exists, parts)) else []
     for written in (text.rstrip("/"), re.split(r"/*[:@\[](?!.*/)", text.rstrip("/"))[0]):
         found += [f"{file}:{written}" for file in LISTS if written and os.path.isfile(file)
                   and llamafactory.has_entry(file, written)]
         found += local_split(written)
         matches = ((re.fullmatch(pattern, written), here) for pattern, here in OTHERS)
         found += [match.expand(here) for match, here in matches if match]
-    way = "".join(f"write {here}; or " for here in found[:1])
+    way = "".join(f"write {here:.200}; or " for here in found[:1])
     return UserError(f"{path}: no such data file; {way}pass a JSON, JSON Lines, CSV, text or parquet file, a "
                      f"directory, the id of a hub dataset, or several of these separated by commas: "
                      f"{GRAMMAR}")
@@ -310,7 +311,8 @@ def choose(names, configs, where, wanted, split):
     if not found:
         what = "train" if split is None else "validation or test"
         names = sorted({name for name, _ in splits.values() if name})
-        raise UserError(f"{where} has no {what} file; it has {listed(splits)}; pass a file, or {where}@"
+        raise UserError(f"{where} has no {what} file; it has {listed(splits)}; pass a file, or "
+                        f"{where}{':' * bool(wanted.config)}{wanted.config or ''}@"
                         f"{names[0] if names else 'all'}")
     several = sorted({name or "files without a split" for name in found.values()})
     if len(several) > 1 and kind in several:  # train beside train_extra

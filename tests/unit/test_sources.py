@@ -276,6 +276,7 @@ def test_the_configs_of_readme_md(tmp_path):
     assert chosen(directory, ":zh") == ["data/zh.jsonl"]
     assert "no such config; it has en, zh" in refused(directory + ":fr")
     assert "no validation or test file" in refused(directory + ":zh", "validation")
+    assert f"or {directory}:zh@train" in refused(directory + ":zh", "validation")
     make(tmp_path, "README.md", content=README.replace("config_name: zh", "config_name: default"))
     assert chosen(directory) == ["data/zh.jsonl"]
     make(tmp_path, "README.md", content="---\nconfigs:\n- [a\n---\n")
@@ -397,6 +398,15 @@ def test_a_split_that_is_written_otherwise_is_named(spec, way, hub, tmp_path, mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "DIR"))
     write(tmp_path / "a.json", [])
     assert f"write {way}" in refused(spec)
+
+
+def test_several_files_are_separated_by_commas(tmp_path, monkeypatch):
+    """The error for a pattern, and for other separators, has the files."""
+    make(tmp_path, "a.json", "b.json")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("d/*.json", "d/a.json;d/b.json", "d/a.json d/b.json", "d/?.json", '[{"path": "d/*.json"}]'):
+        assert "write d/a.json,d/b.json; or" in refused(spec)
+    assert "write" not in refused("d/*.csv")
 
 
 def test_a_folder_of_a_split_is_its_files(tmp_path):
