@@ -32,6 +32,7 @@ WRAPPERS = {"data", "rows", "examples", "instances", "items", "samples", "record
 ROW_COLUMNS = {name for key in keys.ROW_KEYS for name in key.names.split()} - WRAPPERS - {*SPLITS}
 ROW_KEYS = {"prompt", "response", "completion", "instruction", "output", "messages", "conversations", "text",
             "question", "answer", "input_ids", "chosen", "rejected"}  # an object with one of these is a row
+BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 MESSAGE_KEYS = {"role", "from", "speaker"}
 NOT_DATA = {b"PK\x03\x04": "a zip archive or an Excel file; unpack it, or save it as CSV",
             b"BZh": "compressed with bzip2; run bunzip2", b"\xfd7zXZ": "compressed with xz; run xz -d",
@@ -199,6 +200,7 @@ def csv_rows(path, delimiter):
                     continue
                 if names is None:
                     names = [name.strip("\ufeff ") or f"column {i}" for i, name in enumerate(cells, 1)]
+                    labels = [name for name in names if keys.row_use(name) == "label"]
                     twice = [name for name in names if names.count(name) > 1]
                     if twice:
                         raise UserError(f"{path} line {number}: the column {twice[0]!r:.60} appears twice in "
@@ -207,7 +209,10 @@ def csv_rows(path, delimiter):
                     raise UserError(f"{path} line {number}: {len(cells)} cells, and the header has "
                                     f"{len(names)}; put a cell with {delimiter!r} in it into double quotes")
                 else:
-                    yield f"{path} line {number}", dict(itertools.zip_longest(names, cells))
+                    row = dict(itertools.zip_longest(names, cells))
+                    for name in labels:  # a table has no booleans, and only those say that an answer is bad
+                        row[name] = BOOLEANS.get(row[name], row[name])
+                    yield f"{path} line {number}", row
         except csv.Error as error:
             raise UserError(f"{path} line {before + 1}: not valid CSV: {error}; a cell in double quotes must "
                             "end with one, and quotes inside it are doubled") from error

@@ -21,6 +21,7 @@ KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_
 # Values of a column "reasoning" that say whether there is any, as in Nemotron's data
 NO_THOUGHTS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}
 UNCLEAR = {"yes", "no", "y", "n", "on", "off", "t", "f"}  # flags that are not read
+NO_CONTEXT = {"nan", "NaN", "null", "None", "<noinput>"}  # how tables and Alpaca's data write no input
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # no row may set these of a template
 
 
@@ -335,6 +336,10 @@ def no_shape(columns):
     for name in given:
         if uses[name] == "messages":
             return not_a_list(columns, name, given[name])
+    kinds = {uses[name] for name in given} & {"text", "prompt", "response"}
+    text = columns.names("text")
+    if kinds == {"text"} and text and not isinstance(columns.row[text[0]], str):
+        return columns.error(f'"{text[0]:.60}" must be a text, it is {shown(columns.row[text[0]])}')
     names = []  # of columns, or of those inside them
     for name, value in given.items():
         names += [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]
@@ -426,6 +431,8 @@ def read_pair(columns, prompt_key, response_key):
     else:
         texts = [read_text(prompt, "user", columns)]
         for name in contexts:
+            if isinstance(columns.row[name], str) and columns.row[name].strip() in NO_CONTEXT:
+                continue  # it is listed as not used
             value = columns.value(name)
             if not isinstance(value, str) and not is_finite(value):
                 raise columns.error('the content of the user message must be a string, but column '

@@ -294,6 +294,14 @@ def test_cells_of_a_table(tmp_path):
                    (f"{path} line 5", {"prompt": "d", "response": None, "column 3": None})]
 
 
+def test_a_label_in_a_table_is_a_boolean(tmp_path):
+    """Judgements of answers (KTO) in CSV; any other label, and any other column, is a text."""
+    content = "prompt,response,Label,x\nq,a,False,True\nq,b,TRUE,true\nq,c,sports,1\n"
+    assert [(row["Label"], row["x"]) for row in rows_of(tmp_path / "rows.csv", content)] == [
+        (False, "True"), (True, "true"), ("sports", "1")]
+    assert data.load(str(tmp_path / "rows.csv"), tiny, 100).ledger.dropped == {"Label is false": 1}
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")), min_size=2,
                          max_size=2), max_size=5), st.sampled_from([",", "\t"]))

@@ -341,7 +341,8 @@ def test_a_call_keeps_its_id_and_gets_arguments():
     for call, expected in (
             ({"name": "f", "id": "1", "arguments": ""},
              {"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}),
-            ({"function": {"name": "f"}}, {"function": {"name": "f", "arguments": {}}}), ({"name": "f"}, {"name": "f"})):
+            ({"function": {"name": "f"}}, {"function": {"name": "f", "arguments": {}}}),
+            ({"name": "f"}, {"name": "f"})):
         message = read_row({"messages": [Q, {"role": "assistant", "tool_calls": [call]}]}, "here").messages[1]
         assert message["tool_calls"] == [expected]
 
@@ -455,6 +456,12 @@ def test_wrong_rows_of_tokens(columns, say):
 
 
 # ---- columns that are not used ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "null", "None", "<noinput>"])
+def test_an_input_that_says_that_there_is_none_is_not_used(value):
+    read = read_row({"instruction": "i", "input": value, "output": "o"}, "here")
+    assert read.messages[0]["content"] == "i" and read.unused == ("input",)
 
 
 @pytest.mark.parametrize("row, unused", [
@@ -690,6 +697,7 @@ BAD_ROWS = {
         {**answers({}), "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
                               "may not differ"),
     "text and an answer": ({"text": "q", "answer": "a"}, "unrecognised columns 'text', 'answer'"),
+    "a text that is a list": ({"text": ["x"], "id": 1}, '"text" must be a text, it is ."x".'),
     "an empty text": ({"text": " "}, "unrecognised columns 'text'"),
     "weight of a text": ({"text": "x", "weight": 2}, '"weight" of a plain text must be 1'),
 }
