@@ -217,8 +217,8 @@ def read_content(turn, role, message, columns):
         message["tool_calls"] = calls
         content = "" if content is None else content
     if not contents and not calls:
-        raise columns.error(f"the content of the {role} message must be a string, it is null; its keys are "
-                            f'{listed(turn)}; write the text as "content" or "value"')
+        raise columns.error(f"the content of the {role} message must be a string, it is null; remove the "
+                            f'row or write the text as "content", not in one of {listed(turn)}')
     message["content"] = read_text(content, message["role"], columns)
     if message["role"] == "assistant" and not calls and not message["content"].strip():
         raise columns.error("an empty answer; remove the row or write what the model should say")

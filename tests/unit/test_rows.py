@@ -565,7 +565,7 @@ BAD_ROWS = {
     "only the prompt of verl": ({"prompt": [Q], "reward_model": {"ground_truth": "4"}}, 'no answer to "prompt"; .*'
                                 "--prompt_key COLUMN --response_key COLUMN$"),
     "content under another key": ({"messages": [Q, {"role": "assistant", "message": "a"}]},
-                                  'it is null; its keys are "role", "message"; write the text as "content" or "value"'),
+                                  'it is null; .* write the text as "content", not in one of "role", "message"'),
     "a list of messages as Python writes it": ({"prompt": str([Q]), "completion": "a"}, "not the text of JSON"),
     "messages as texts": ({"messages": ["q", "a"]}, "a message must be"),
     "messages in messages": ({"messages": {"messages": chat("q", "a")}}, "must be a non-empty list"),
