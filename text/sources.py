@@ -137,7 +137,7 @@ def parse_one(spec, at):
 
 def missing(path, text):
     """The UserError for a path that does not exist, with what to write where others write `text`."""
-    parts = sorted(glob.glob(path)) or re.split(r"[;\s]+", text)
+    parts = sorted(glob.glob(path) if "\0" not in path else []) or re.split(r"[;\s]+", text)
     found = [",".join(parts)] if parts != [text] and all(map(os.path.exists, parts)) else []
     for written in (text.rstrip("/"), re.split(r"/*[:@\[](?!.*/)", text.rstrip("/"))[0]):
         found += [f"{file}:{written}" for file in LISTS if written and os.path.isfile(file)

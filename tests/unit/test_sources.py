@@ -407,6 +407,7 @@ def test_several_files_are_separated_by_commas(tmp_path, monkeypatch):
     for spec in ("d/*.json", "d/a.json;d/b.json", "d/a.json d/b.json", "d/?.json", '[{"path": "d/*.json"}]'):
         assert "write d/a.json,d/b.json; or" in refused(spec)
     assert "write" not in refused("d/*.csv")
+    assert "no such data file" in refused("\0d/*.json")
 
 
 def test_a_folder_of_a_split_is_its_files(tmp_path):
