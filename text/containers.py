@@ -32,19 +32,21 @@ WRAPPERS = {"data", "rows", "examples", "instances", "items", "samples", "record
 ROW_COLUMNS = {name for key in keys.ROW_KEYS for name in key.names.split()} - WRAPPERS - {*SPLITS}
 ROW_KEYS = {"prompt", "response", "completion", "instruction", "output", "messages", "conversations", "text",
             "question", "answer", "input_ids", "chosen", "rejected"}  # an object with one of these is a row
-MESSAGE_KEYS = {"role", "from"}
+BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+MESSAGE_KEYS = {"role", "from", "speaker"}
 NOT_DATA = {b"PK\x03\x04": "a zip archive or an Excel file; unpack it, or save it as CSV",
             b"BZh": "compressed with bzip2; run bunzip2", b"\xfd7zXZ": "compressed with xz; run xz -d",
             b"version https://git-lfs": "a pointer of Git LFS, without the data; run git lfs pull"}
 
 
-def read_rows(path, split=None):
+def read_rows(path, split=None, named=frozenset()):
     """Yield (where, row) for each row of a file. Only a chunk of the file is in memory at a time.
 
     where  "path[3]", the fourth row; in CSV and JSON Lines "path line 4", counted from 1
     row    as the file has it; in JSON Lines a UserError stands for a line that is not JSON, so that all such
            lines can be reported at once
     split  which rows of an object like {"train": [...], "test": [...]}: see split_order
+    named  columns that the rows have, as dataset_info.json says; an object with one of them is a row
 
     The first bytes decide the container, the name only whether a text is CSV, TSV or plain text.
     Raises UserError, with file and place, for what can't be read.
@@ -70,7 +72,7 @@ def read_rows(path, split=None):
         elif name.endswith(".txt") and not is_json:
             yield from text_rows(path)
         else:
-            yield from json_rows(path, split, head[:1])
+            yield from json_rows(path, split, head[:1], named)
 
 
 def numbered(path, rows):
@@ -198,6 +200,7 @@ def csv_rows(path, delimiter):
                     continue
                 if names is None:
                     names = [name.strip("\ufeff ") or f"column {i}" for i, name in enumerate(cells, 1)]
+                    labels = [name for name in names if keys.row_use(name) == "label"]
                     twice = [name for name in names if names.count(name) > 1]
                     if twice:
                         raise UserError(f"{path} line {number}: the column {twice[0]!r:.60} appears twice in "
@@ -206,7 +209,10 @@ def csv_rows(path, delimiter):
                     raise UserError(f"{path} line {number}: {len(cells)} cells, and the header has "
                                     f"{len(names)}; put a cell with {delimiter!r} in it into double quotes")
                 else:
-                    yield f"{path} line {number}", dict(itertools.zip_longest(names, cells))
+                    row = dict(itertools.zip_longest(names, cells))
+                    for name in labels:  # a table has no booleans, and only those say that an answer is bad
+                        row[name] = BOOLEANS.get(row[name], row[name])
+                    yield f"{path} line {number}", row
         except csv.Error as error:
             raise UserError(f"{path} line {before + 1}: not valid CSV: {error}; a cell in double quotes must "
                             "end with one, and quotes inside it are doubled") from error
@@ -301,7 +307,7 @@ SPACE, BLANK = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r\ufeff]*")  # BLA
 DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
-def json_rows(path, split, first):
+def json_rows(path, split, first, named=frozenset()):
     """Yield (where, row) of JSON text whose first character is `first`: an array, JSON Lines, other objects.
 
     An object that is no row but holds the rows stands for them, see rows_inside.
@@ -319,14 +325,14 @@ def json_rows(path, split, first):
             text.peek(BLANK)
             line, newline, _ = text.text[text.at :].partition("\n")
             is_lines = not (newline and continues(line))
-            if text.is_long() and (key := text.key_of_rows(split)):
+            if text.is_long() and (key := text.key_of_rows(split, named)):
                 yield from numbered(path, list_at_key(path, key))
                 return
     with open_text(path) as f:
         rows = json_lines(f, path) if is_lines else numbered(path, JsonText(f, path).objects())
         some = list(itertools.islice(rows, 2))
         if len(some) == 1 and isinstance(some[0][1], dict):  # the only object of the file
-            yield from rows_inside(path, *some[0], split)
+            yield from rows_inside(path, *some[0], split, named)
             return
         check_split(path, split)
         yield from some
@@ -363,13 +369,13 @@ def json_lines(f, path):
             yield f"{path} line {number}", row
 
 
-def rows_inside(path, where, value, split):
+def rows_inside(path, where, value, split, named):
     """The (where, row) of a file that is one object: the rows in its list or columns, or itself.
 
     Columns are those of pandas: {"prompt": {"0": "a", "1": "b"}, ...}, {"prompt": ["a", "b"], ...},
     {"columns": ["prompt", ...], "data": [["a", ...], ...]}; also rows by index, {"0": {"prompt": "a"}, ...}.
     """
-    key = list_of_rows(value, path, split)
+    key = list_of_rows(value, path, split, named)
     columns = list(value.values())
     if key is not None:
         return numbered(path, value[key])
@@ -390,7 +396,7 @@ def rows_inside(path, where, value, split):
     return iter([(where, value)])
 
 
-def list_of_rows(value, path, split):
+def list_of_rows(value, path, split, named):
     """The key of the list that holds the rows, if an object is no row itself; otherwise None.
 
     A list that begins with a message, {"role", "content"}, holds no rows. Nor does one of any name beside
@@ -405,10 +411,12 @@ def list_of_rows(value, path, split):
             return items == [] and key in WRAPPERS
         if not isinstance(items[0], dict) or MESSAGE_KEYS & items[0].keys():
             return False
+        if keys.row_use(key) == "messages" or key in named:  # or its turns have keys of their own
+            return bool((ROW_KEYS - {"text"} | named) & items[0].keys())
         return key not in ROW_KEYS or bool(ROW_KEYS & items[0].keys())
 
     lists = [key for key, items in value.items() if may_hold_rows(key, items)]
-    if ROW_KEYS & (value.keys() - set(lists)) or not lists:
+    if (ROW_KEYS | named) & (value.keys() - set(lists)) or not lists:
         return None
     marked = {key: SPLITS[key.lower()] for key in lists if key.lower() in SPLITS}
     if marked:
@@ -544,10 +552,10 @@ class JsonText:
             pass
         return False
 
-    def key_of_rows(self, split):
+    def key_of_rows(self, split, named):
         """list_of_rows of the object that begins here, which is read; None if other text follows it."""
         outline = {key: self.skip() for key in self.keys()}
-        return None if self.peek() else list_of_rows(outline, self.path, split)
+        return None if self.peek() else list_of_rows(outline, self.path, split, named)
 
     def objects(self):
         """Yield objects one after another, each of any number of lines."""

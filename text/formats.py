@@ -10,14 +10,18 @@ import re
 from typing import NamedTuple
 
 from settings.errors import UserError
-from text.keys import ROLES, STRONG, row_use
-from text.messages import (EMPTY, decoded, flag_of, is_finite, is_turns, listed, read_text, read_turn,
-                           read_turns, shown)
+from text.keys import MEDIA_MARK, NAMES, ROLES, STRONG, plain, row_use
+from text.messages import (EMPTY, decoded, decoded_turns, flag_of, has_role, is_empty, is_finite, is_pair,
+                           is_turns, listed, read_text, read_turn, read_turns, said_by, shown)
 
 TURNS = '[{"role", "content"}, ...]'
 SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": '
           f'{TURNS}}} or {{"conversations": [{{"from", "value"}}, ...]}}')
 KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_key and --messages_key
+# Values of a column "reasoning" that say whether there is any, as in Nemotron's data
+NO_THOUGHTS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}
+UNCLEAR = {"yes", "no", "y", "n", "on", "off", "t", "f"}  # flags that are not read
+NO_CONTEXT = {"nan", "NaN", "null", "None", "<noinput>"}  # how tables and Alpaca's data write no input
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # no row may set these of a template
 
 
@@ -57,7 +61,7 @@ def read_row(row, where, keys=KEYS):
     weight, dropped = read_weight(columns)
     if "tokens" in columns.by_use:
         ids, weights = read_tokens(columns)
-        tokens = ids, [weight * w for w in weights]
+        tokens = ids, [product(weight, w, columns) for w in weights]
         return Row(tokens=None if dropped else tokens, dropped=dropped, unused=columns.unused())
     messages = read_conversation(columns)
     if messages is None:
@@ -67,8 +71,8 @@ def read_row(row, where, keys=KEYS):
         text = columns.take("text")
         return Row(text=None if dropped else text, dropped=dropped, unused=columns.unused())
     dropped = dropped or read_label(columns)
-    for message in messages:
-        message["weight"] *= weight
+    for message in messages if weight != 1 else ():
+        message["weight"] = product(weight, message["weight"], columns)
     tools, template_kwargs = read_tools(columns), read_template_kwargs(columns)
     return Row(None if dropped else messages, tools=tools, template_kwargs=template_kwargs, dropped=dropped,
                unused=columns.unused())
@@ -170,8 +174,9 @@ def refuse_columns(columns):
         reasons["refused"] = "it is not supported, see docs/data.md"
         reasons["token_mask"] = 'it masks tokens, but the row has no "input_ids"'
     for use, reason in reasons.items():
-        if names := columns.by_use.get(use):
-            raise columns.error(f'column "{names[0]:.60}": {reason}')
+        for name in columns.by_use.get(use, []):
+            if not is_empty(columns.row[name]):
+                raise columns.error(f'column "{name:.60}": {reason}')
 
 
 # ---- conversations ----------------------------------------------------------------------------------------
@@ -182,8 +187,8 @@ def read_conversation(columns):
     lists, pair = choose(columns)
     if not lists and not pair:
         is_half = columns.by_use.get("prompt") or columns.by_use.get("response")
-        text = columns.row.get("text")
-        if isinstance(text, str) and text.strip() and not is_half:
+        texts = [columns.row[name] for name in columns.by_use.get("text", [])]
+        if texts and isinstance(texts[0], str) and texts[0].strip() and not is_half:
             return None
         raise no_shape(columns)
     messages = read_list(columns, lists) if lists else read_pair(columns, *pair)
@@ -195,8 +200,51 @@ def read_conversation(columns):
             raise columns.error(f"the column {listed(columns.by_use['system'])} differs from the first "
                                 "message, which is a system message too; remove one")
     if not any(m["role"] == "assistant" for m in messages):
-        raise columns.error("no assistant message, so there is nothing to train")
+        roles = dict.fromkeys(m["role"] for m in messages)
+        raise columns.error("no assistant message, so there is nothing to train; the roles are "
+                            f"{listed(roles)}")
+    for message in messages:
+        content = message["content"]
+        if "<" in content and message["role"] == "user" and MEDIA_MARK.search(content):
+            raise columns.error(f"the user message {shown(content)} has the place of an image, video or "
+                                "audio; text training can't use it")
+    check_depends(columns, messages)
     return messages
+
+
+def is_named(columns):
+    """Whether the user has named the columns that hold this row's conversation."""
+    return any(key != default and values_of(columns.row, key) for key, default in zip(columns.keys, KEYS))
+
+
+def check_depends(columns, messages):
+    """Raise UserError for choices, passages, ... that the answer may depend on and that no prompt has."""
+    names = columns.by_use.get("depends", [])
+    if "A" in columns.row and "B" in columns.row:  # MMLU's choices
+        names = [*names, *(name for name in columns.row if len(name) == 1 and name in "ABCDEFGHIJ")]
+    if not names or is_named(columns):
+        return
+    prompts = " ".join(shown_text(m["content"]) for m in messages if m["role"] != "assistant")
+    for name in names:
+        texts = texts_in(columns.row[name])
+        texts = [text for text in texts if len(text) > 1] or texts  # without the labels A, B, C, D
+        if all(re.search(rf"(?<![0-9A-Za-z]){re.escape(text)}(?![0-9A-Za-z])", prompts) for text in texts):
+            continue
+        roles = "prompt", "response", "messages"
+        way = "write it into the prompt, or remove the column if answers do not depend on it"
+        found = [next(iter(columns.by_use.get(role, [])), None) for role in roles[:2]]
+        if all(found) and tuple(found) != KEYS[:2]:
+            way += f". To train without them pass --prompt_key {found[0]:.60} --response_key {found[1]:.60}"
+        raise columns.error(f'no prompt has the text of column "{name:.60}", {shown(columns.row[name])}; '
+                            f"{way}")
+
+
+def texts_in(value):
+    """All texts in a JSON value, of lists and objects too."""
+    if isinstance(value, (list, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        return [text for item in items for text in texts_in(item)]
+    return [shown_text(value)] if value not in EMPTY else []
 
 
 def choose(columns):
@@ -215,6 +263,8 @@ def choose(columns):
         return lists, None
     prompts = columns.names("prompt") or columns.names("context")[:1]
     responses = columns.names("response")
+    if not prompts and not responses:
+        prompts, responses = ([name for name in row if plain(name) in NAMES[role].split()] for role in NAMES)
     if len(prompts) > 1:  # a column that another one quotes is no second prompt
         texts, prompts = {name: shown_text(row[name]) for name in prompts}, []
         for name in sorted(texts, key=lambda name: -len(texts[name])):
@@ -223,7 +273,7 @@ def choose(columns):
     if len(responses) > 1:
         texts = {shown_text(row[name]): name for name in reversed(responses)}
         responses = [name for name in responses if name in texts.values()]
-        strong = [name for name in responses if name.lower() in STRONG]
+        strong = [name for name in responses if plain(name) in STRONG]
         responses = strong if len(strong) == 1 else responses
     if prompts and responses and len(prompts + responses) > 2:
         raise columns.error(f"the columns {listed([*prompts, *responses])} may all be the question or the "
@@ -237,9 +287,11 @@ def refuse_preference(columns):
     lists, prompts = columns.by_use.get("messages", []), columns.by_use.get("prompt", [])
     if not names or (lists and row.get("chosen") == row[lists[0]]):
         return
-    better = next((name for name in names if name in ("chosen", "chosen_response", "preferred_output")), None)
+    better = next((name for name in names if plain(name) in (
+        "chosen", "chosen_response", "preferred_output")), None)
     turns = row[better] if better and is_turns(row[better]) else []
     prompts = [*prompts, *lists, *(["input.messages"] if values_of(row, "input.messages") else [])]
+    prompts = prompts or columns.by_use.get("context", [])
     if any(ROLES.get(str(turn.get("role") or turn.get("from")).lower()) == "user" for turn in turns):
         way = f"to train on the better answers, pass --messages_key {better}"
     elif better and prompts:
@@ -284,14 +336,21 @@ def no_shape(columns):
     for name in given:
         if uses[name] == "messages":
             return not_a_list(columns, name, given[name])
+    kinds = {uses[name] for name in given} & {"text", "prompt", "response"}
+    text = columns.names("text")
+    if kinds == {"text"} and text and not isinstance(columns.row[text[0]], str):
+        return columns.error(f'"{text[0]:.60}" must be a text, it is {shown(columns.row[text[0]])}')
     names = []  # of columns, or of those inside them
     for name, value in given.items():
         names += [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]
     prompts = columns.by_use.get("prompt")
     lack = f"no answer to {listed(prompts)}; " if prompts and not columns.by_use.get("response") else ""
     found = ", ".join(map(repr, names)) or "(none)"
-    return columns.error(f"{lack}unrecognised columns {found:.200}; accepted are {SHAPES}, or "
-                         f"{column_flags([] if lack else names, keys)}")
+    lists = [name for name in names if is_turns(turns := values_of(given, name)[0]) and any(
+        ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant" for turn in turns)]
+    way = column_flags([] if lack else names, keys)
+    way = f"pass --messages_key {lists[0]:.60}" if lists else way
+    return columns.error(f"{lack}unrecognised columns {found:.200}; accepted are {SHAPES}, or {way}")
 
 
 def not_a_list(columns, name, value):
@@ -304,9 +363,12 @@ def read_list(columns, names):
     found = []
     for name in names:
         turns = columns.value(name)
-        if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
+        if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{", '"'):
             turns = without_nulls(decoded(turns, f'"{name:.60}"', columns.where), columns.where)
-        if isinstance(turns, dict) and turns and all(isinstance(value, list) for value in turns.values()):
+        if isinstance(turns, list) and all(isinstance(turn, str) and turn[:1] == "{" for turn in turns):
+            turns = [decoded(turn, f'a message in "{name:.60}"', columns.where) for turn in turns]
+        is_struct = isinstance(turns, dict) and (has_role(turns) or is_pair(turns))
+        if is_struct and all(isinstance(value, list) for value in turns.values()):
             turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # Arrow's struct of lists
             turns = without_nulls(turns, columns.where)
         if not isinstance(turns, list) or not turns:
@@ -317,12 +379,14 @@ def read_list(columns, names):
             raise columns.error(f"the columns {listed([names[0], name])} have different messages; pass "
                                 f"--messages_key {name:.60} to train on those, or remove one")
     messages, by_user = found[0], names[0] == columns.keys[2] != KEYS[2]
-    if columns.by_use.get("history"):
-        raise columns.error(f'column "history" beside "{names[0]:.60}"; put its turns into the messages')
+    histories = columns.by_use.get("history", [])
+    if any(not is_said(text, messages) for name in histories for text in texts_in(columns.row[name])):
+        raise columns.error(f'column "{histories[0]:.60}" beside "{names[0]:.60}"; put its turns into the '
+                            "messages")
     for name in columns.by_use.get("context", []) if not by_user else []:
         check_said(columns, name, messages)
     for name in columns.by_use.get("response", []) if not by_user else []:
-        if name.lower() not in STRONG or is_said(columns.row[name], messages):
+        if plain(name) not in STRONG or is_said(columns.row[name], messages):
             continue
         prompts, way = columns.by_use.get("prompt", []), "remove what should not be trained"
         if messages[-1]["role"] != "assistant":
@@ -357,14 +421,23 @@ def check_said(columns, name, messages):
 
 def read_pair(columns, prompt_key, response_key):
     """The messages of a row with a prompt and an answer, each of them a text or a list of messages."""
-    prompt, answer = columns.value(prompt_key), columns.value(response_key)
+    prompt, answer = (decoded_turns(columns.value(key), columns) for key in (prompt_key, response_key))
+    prompt = [prompt] if isinstance(prompt, dict) and has_role(prompt) else prompt
     contexts = [name for name in columns.by_use.get("context", []) if name not in columns.used]
     if is_turns(prompt):
         messages = read_turns(prompt, columns, trained=False)
         for name in contexts:
             check_said(columns, name, messages)
     else:
-        texts = [read_text(value, "user", columns) for value in (prompt, *map(columns.value, contexts))]
+        texts = [read_text(prompt, "user", columns)]
+        for name in contexts:
+            if isinstance(columns.row[name], str) and columns.row[name].strip() in NO_CONTEXT:
+                continue  # it is listed as not used
+            value = columns.value(name)
+            if not isinstance(value, str) and not is_finite(value):
+                raise columns.error('the content of the user message must be a string, but column '
+                                    f'"{name:.60}" is {shown(value)}')
+            texts += [read_text(value, "user", columns)] * (value != prompt)
         messages = [{"role": "user", "content": "\n".join(filter(None, texts)), "weight": 1.0}]
     messages = read_history(columns) + messages
     turns = [answer] if isinstance(answer, dict) else answer
@@ -375,7 +448,8 @@ def read_pair(columns, prompt_key, response_key):
             answers = answers[max(repeated, default=0) :]
         return messages + answers
     turn = {"role": "assistant", "content": answer}
-    if isinstance(columns.row.get((columns.by_use.get("reasoning") or [None])[0]), str):
+    thoughts = [columns.row[name] for name in columns.by_use.get("reasoning", [])]
+    if thoughts and isinstance(thoughts[0], str) and thoughts[0].strip().lower() not in NO_THOUGHTS:
         turn["reasoning_content"] = columns.take("reasoning")
     return messages + read_turn(turn, columns)
 
@@ -384,10 +458,11 @@ def read_history(columns):
     """The messages of the column "history": pairs of texts, or messages. Its answers are trained."""
     history = decoded(columns.take("history"), '"history"', columns.where)
     history = [] if history is None else history
-    if is_turns(history):
+    if is_turns(history) or (isinstance(history, list) and history and all(map(is_pair, history))):
         return read_turns(history, columns)
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
-        raise columns.error(f'"history" must be [["question", "answer"], ...], it is {history!r:.60}')
+        raise columns.error('"history" must be [["question", "answer"], ...] or a list of messages, it is '
+                            f"{history!r:.60}")
     return [message for pair in history for role, text in zip(("user", "assistant"), pair)
             for message in read_turn({"role": role, "content": text}, columns)]
 
@@ -396,7 +471,7 @@ def read_history(columns):
 
 
 def read_tools(columns):
-    """The list of tools of a row, or None. LLaMA-Factory's {"name", "parameters"} gets OpenAI's form."""
+    """The list of tools of a row, or None."""
     tools, what = columns.take("tools"), listed(columns.by_use.get("tools", []))
     tools = decoded(tools, what, columns.where)
     if tools in EMPTY:
@@ -404,8 +479,22 @@ def read_tools(columns):
     tools = [decoded(tool, "a tool", columns.where) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise columns.error(f"{what} must be a list of objects or its JSON, it is {shown(tools)}")
-    return [{"type": "function", "function": tool}
-            if {"name", "parameters"} <= tool.keys() and "function" not in tool else tool for tool in tools]
+    return [as_tool(tool, columns) for tool in tools]
+
+
+def as_tool(tool, columns):
+    """A tool in OpenAI's form. Others write the function alone, or its "input_schema" (Anthropic)."""
+    function = decoded(tool.get("function"), "a function", columns.where)
+    if function is None and "name" in tool and {"parameters", "input_schema", "description"} & tool.keys():
+        function = {key: value for key, value in tool.items() if key != "type"}
+        tool = {}
+    if not isinstance(function, dict):
+        return tool
+    names = {"input_schema": "parameters"} if "parameters" not in function else {}
+    function = {names.get(key, key): value for key, value in function.items()}
+    if isinstance(function.get("parameters"), str):
+        function["parameters"] = decoded(function["parameters"], "the parameters of a tool", columns.where)
+    return {"type": "function", **tool, "function": function}
 
 
 def read_template_kwargs(columns):
@@ -413,25 +502,48 @@ def read_template_kwargs(columns):
     kwargs = decoded(columns.take("kwargs"), '"chat_template_kwargs"', columns.where) or {}
     if not isinstance(kwargs, dict):
         raise columns.error(f'"chat_template_kwargs" must be an object or its JSON, it is {shown(kwargs)}')
-    kwargs = dict(kwargs)
-    for name in columns.by_use.get("kwarg", []):
-        value, kind = columns.value(name), str if name == "reasoning_effort" else bool
-        if not isinstance(value, kind) or kwargs.get(name, value) != value:
-            raise columns.error(f'column "{name}" is {shown(value)}; it must be a {kind.__name__}, and may '
-                                'not differ from "chat_template_kwargs"')
-        kwargs[name] = value
+    kwargs = {name: read_variable(name, value, columns) for name, value in kwargs.items()}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    for column in columns.by_use.get("kwarg", []):
+        name = plain(column)
+        value = read_variable(name, columns.value(column), columns)
+        if kwargs.get(name, value) != value:
+            raise columns.error(f'column "{column}" is {shown(value)}; it may not differ from '
+                                '"chat_template_kwargs"')
+        if value is not None:
+            kwargs[name] = value
     for name in kwargs:
         if name in RESERVED or name.endswith("_token"):
             raise columns.error(f'"chat_template_kwargs" has "{name:.60}", which the trainer sets; remove it')
     return kwargs
 
 
+def read_variable(name, value, columns):
+    """The value of a variable of the chat template; a flag may be 0, 1 or a text, as tables have it."""
+    if name == "reasoning_effort":
+        if not isinstance(value, str):
+            raise columns.error(f'"{name}" must be a text, it is {shown(value)}')
+    elif row_use(name) == "kwarg":
+        flag = flag_of(value)
+        if flag is None and said_by(value) is not None:
+            raise columns.error(f'"{name}" must be true or false, it is {shown(value)}')
+        return flag
+    elif isinstance(value, str) and isinstance(said_by(value), bool):
+        raise columns.error(f'"{name:.60}" is the text {shown(value)}, which templates take for true; write '
+                            "true or false without quotes")
+    return value
+
+
 def read_label(columns):
     """Why a conversation that is labelled as a bad one is not trained, or None."""
     dropped = None
     for name in columns.by_use.get("label", []):
-        if isinstance(columns.row[name], bool) and not columns.value(name):
-            dropped = f"{name} is false"
+        if not isinstance(columns.row[name], bool) and plain(name) == "label":
+            continue  # of a classification
+        flag = flag_of(columns.value(name))
+        if flag is None:
+            raise columns.error(f'"{name:.60}" must be true or false, it is {shown(columns.row[name])}')
+        dropped = dropped if flag else f"{name} is false"
     return dropped
 
 
@@ -439,23 +551,35 @@ def read_weight(columns):
     """(weight of the losses of a row, why it is not trained or None)."""
     dropped = None
     for name in [*columns.by_use.get("train", []), *columns.by_use.get("mask", [])]:
-        flag = flag_of(columns.row[name])
-        if flag is None or isinstance(columns.row[name], float):
-            continue  # "loss": 0.7 is a score
+        value = columns.row[name]
+        if isinstance(value, list):
+            raise columns.error(f'column "{name:.60}" is a list; write "train" into each message instead')
+        flag = flag_of(value)
+        if isinstance(value, str) and value.strip().lower() in UNCLEAR:
+            raise columns.error(f'column "{name:.60}" must be true or false, it is {shown(value)}')
+        if flag is None or isinstance(said_by(value), float):
+            continue  # "loss": 0.7 is a score, "train": "train" a split
         columns.used.add(name)
         if flag == (row_use(name) == "mask"):
             dropped = f"{name} is {str(flag).lower()}"
-    weight = columns.take("weight")
-    if weight is None:
-        return 1.0, dropped
-    try:
-        number = float(weight) if isinstance(weight, (int, float, str)) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not 0 <= number < math.inf:
+    weights = [said_by(columns.value(name)) for name in columns.by_use.get("weight", [])]
+    weights = [weight for weight in weights if weight is not None] or [1.0]
+    weight = weights[0]
+    if any(other != weight for other in weights):
+        raise columns.error(f"the columns {listed(columns.by_use['weight'])} differ; remove all but one")
+    if not is_finite(weight) or weight < 0:
         raise columns.error(f"{listed(columns.by_use['weight'])} must be a number of at least 0, it is "
                             f"{shown(weight)}; rename the column if it is no weight of the loss")
-    return number, dropped
+    return float(weight), dropped
+
+
+def product(of_row, weight, columns):
+    """The weight of a row times that of a message or a token, which must not become 0 or infinite."""
+    result = of_row * weight
+    if math.isinf(result) or (not result and of_row and weight):
+        raise columns.error(f"the weight {of_row:g} of the row times {weight:g} in it is {result:g}; write "
+                            "weights nearer to 1")
+    return result
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------
@@ -482,6 +606,10 @@ def read_tokens(columns):
     for name in columns.by_use.get("attention", []):
         if any(value != 1 for value in of_each_token(columns, name, ids)):
             raise columns.error(f'"{name}" has a 0; remove the padding, rows may have any length')
+    for name in columns.by_use.get("packed", []):
+        lengths = columns.value(name)
+        if not isinstance(lengths, list) or len(lengths) > 1 + plain(name).startswith("cu"):
+            raise columns.error(f'"{name}" has several documents; write each as a row of its own')
     for name in columns.by_use.get("positions", []):
         if of_each_token(columns, name, ids) != list(range(len(ids))):
             raise columns.error(f'"{name}" must be 0, 1, 2, ...; write packed documents as rows of their own')

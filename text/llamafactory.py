@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from disk.files import read_json
 from settings.errors import UserError
+from text.keys import row_use
 
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history",
           "system": "system", "tools": "tools"}  # LLaMA-Factory's name of a column: ours
@@ -17,13 +18,16 @@ SHAPES = {"alpaca": ALPACA, "sharegpt": SHAREGPT, "openai": OPENAI}
 DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 ROLES = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation",
          "function_tag": "function_call", "system_tag": "system"}  # tag: its default, as ShareGPT has it
+TURN = ("from", "value"), ("role", "content")  # keys of a message: ShareGPT's, OpenAI's
 OPENAI_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 REFUSED = {"chosen": "preferred and rejected answers", "rejected": "preferred and rejected answers",
            "kto_tag": "judgements of answers (KTO)", "images": "images", "videos": "videos",
            "audios": "audio"}
-# Columns that the reader of rows would take for conversation text, although the entry does not name them.
-CONVERSATION = {"prompt", "response", "completion", "instruction", "input", "output", "history", "messages",
-                "conversations", "text", "question", "answer", "query", "system", "tools", "context"}
+# Uses of text/keys.py: a column that the entry does not name is not read as one of these.
+CONVERSATION = {"messages", "prompt", "response", "context", "history", "system", "tools", "text",
+                "reasoning", "preference", "depends"}
+NEEDED = ("prompt", "query"), ("response",), ("messages",)  # of each, a row has one that its entry names
+UNNAMED = "not named in dataset_info.json"
 
 
 class Entry(NamedTuple):
@@ -34,34 +38,74 @@ class Entry(NamedTuple):
     role: str  # keys of a message
     content: str
     roles: tuple  # ((the value of the role, ours), ...)
+    keys: tuple = ()  # ((LLaMA-Factory's name, their column), ...), as the entry has it
 
-    def to_row(self, row):
-        """The row in a shape that formats.py reads. What does not fit stays as it is, and is reported there.
+    def to_row(self, row, where):
+        """(the row in a shape that formats.py reads, its place for errors).
+
+        A UserError stands for a row without a column that the entry names. What does not fit otherwise stays
+        as it is, and is reported by formats.py; the place says which columns have other names there.
 
         A column that the entry does not name and that would be read as text gets another name, so that it is
         listed among the columns that are not used.
         """
         named, ours = dict(self.columns), {}
+        keys = dict(self.keys)
+        for needed in NEEDED:
+            absent = [key for key in needed if key in keys]
+            if absent and not any(keys[key] in row for key in absent):
+                return self.lacks(absent[0], row, where), where
         for key, value in row.items():
             if key in named:
                 ours[named[key]] = value
-            elif key in CONVERSATION:
-                ours[f"{key} (not named in dataset_info.json)"] = value
+            elif row_use(key) in CONVERSATION:
+                ours[f"{key} ({UNNAMED})"] = value
             else:
                 ours[key] = value
         for key in ("conversations", "messages"):
             if key in named.values() and isinstance(ours.get(key), list):
                 ours[key] = [self.to_turn(turn) for turn in ours[key]]
-        return ours
+        return ours, where + self.note
+
+    def turn_keys(self):
+        """{their key of a message: ours} of role and content."""
+        return dict(zip((self.role, self.content), TURN[self.formatting == "openai"]))
+
+    @property
+    def note(self):
+        """What to add to the place of a row: which columns and keys have other names for formats.py."""
+        pairs = [*self.columns, *(self.turn_keys().items() if self.formatting != "alpaca" else ())]
+        renamed = ", ".join(f"{theirs} as {ours}" for theirs, ours in pairs if theirs != ours)
+        return f" (read {renamed})" if renamed else ""
+
+    def check(self, seen, where):
+        """Raise UserError if no row had a column that the entry gives another name, as `seen` has all."""
+        for key, column in self.keys:
+            if column not in seen and dict(self.columns)[column] != column:
+                raise self.lacks(key, seen, where)
+
+    def lacks(self, key, row, where):
+        """The UserError for rows without a column that the entry names."""
+        there = ", ".join(f'"{name:.60}"' for name in row) or "none"
+        return UserError(f'{where}: dataset_info.json has "{key}": "{dict(self.keys)[key]}", but there is no '
+                         f"such column; there are {there:.300}; correct the columns of the entry")
 
     def to_turn(self, turn):
         if not isinstance(turn, dict):
             return turn
-        role, content = ("role", "content") if self.formatting == "openai" else ("from", "value")
-        turn = {{self.role: role, self.content: content}.get(key, key): value for key, value in turn.items()}
+        ours = self.turn_keys()
+        role = ours[self.role]
+        theirs = {our: their for their, our in ours.items() if their != our and their in turn}
+        turn = {ours.get(key) or (f"{key} ({UNNAMED})" if key in theirs else key): value
+                for key, value in turn.items()}
         if isinstance(turn.get(role), str):
             turn[role] = dict(self.roles).get(turn[role], turn[role])
         return turn
+
+
+def has_entry(path, name):
+    entries = read_json(path)
+    return isinstance(entries, dict) and name in entries
 
 
 def read_entry(path, name):
@@ -95,9 +139,10 @@ def read_entry(path, name):
         shape["prompt"] = "text"  # for pre-training
     ours = OPENAI_ROLES if formatting == "openai" else {}
     roles = {tags.get(tag, default): ours.get(default, default) for tag, default in ROLES.items()}
-    role, content = ("role", "content") if formatting == "openai" else ("from", "value")
+    role, content = TURN[formatting == "openai"]
     result = Entry(formatting, tuple((columns[key], shape[key]) for key in shape if key in columns),
-                   tags.get("role_tag", role), tags.get("content_tag", content), tuple(roles.items()))
+                   tags.get("role_tag", role), tags.get("content_tag", content), tuple(roles.items()),
+                   tuple((key, columns[key]) for key in shape if key in columns))
     samples = entry.get("num_samples")
     if samples is not None and (not isinstance(samples, int) or samples < 1):
         raise UserError(f"{where}: num_samples must be a whole number above 0, it is {samples!r:.60}")

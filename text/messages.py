@@ -3,16 +3,33 @@
 The functions take the Columns of text/formats.py: for errors, which name the row, and to list unknown keys.
 """
 
+import functools
 import json
 import math
 import re
 
 from settings.errors import UserError
-from text.keys import CALL_ROLES, PAIRS, ROLES, message_use
+from text.keys import CALL_ROLES, MESSAGE, PAIRS, ROLES, message_use, plain
 
-REASONING = "reasoning_content", "thinking", "reasoning"  # keys of a message that may hold its reasoning
+REASONING = [key for key in MESSAGE if MESSAGE[key].use == "reasoning"]
 EMPTY = None, "", [], {}
+
+
+def is_empty(value):
+    """Whether a JSON value holds nothing: [null] and {"bytes": null} are as empty as null."""
+    if isinstance(value, (list, dict)):
+        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+    return value in EMPTY
+
+
+ARGUMENTS = "arguments", "parameters", "args", "input"  # keys of a call
+TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from)["']\s*:""")
+WORDS = {"": None, "null": None, "true": True, "false": False}
+NUMBER = re.compile(r"[+-]?(\d{1,18}\.?\d{0,18}|\.\d{1,18})(e[+-]?\d{1,3})?")
+HARMLESS = {"channel": ("final",), "recipient": ("all", "assistant")}  # of gpt-oss
 REFUSED = {"media": "text training can't use it", "refused": "it is not supported, see docs/data.md",
+           "channel": "only final may be trained; write thoughts as reasoning_content of the answer",
+           "recipient": "write a call as tool_calls",
            "doubtful": 'it may say what is trained, but it is not known; use "train" or "weight"'}
 
 
@@ -33,12 +50,21 @@ def listed(names):
     return ", ".join(f'"{name:.60}"' for name in names)
 
 
+def decoded_turns(value, columns):
+    """A value whose text is that of a list of messages, as such a list; any other value as it is."""
+    if not isinstance(value, str) or not TURNS.match(value):
+        return value
+    turns = decoded(value, "a list of messages", columns.where)
+    return turns if is_turns(turns) else value
+
+
 def decoded(value, what, where):
     """A JSON value that may be written as the text of one. An empty text is null."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
+        decoded = json.loads(value) if value.strip() else None
+        return json.loads(decoded) if isinstance(decoded, str) and decoded[:1] in ("[", "{") else decoded
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {what} is a text, but not the text of JSON ({error!s:.80}): "
                         f"{shown(value)}") from error
@@ -50,7 +76,37 @@ def decoded(value, what, where):
 def is_turns(value):
     """Whether a value is a list of messages."""
     return isinstance(value, list) and bool(value) and all(
-        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+        isinstance(turn, dict) and has_role(turn) for turn in value)
+
+
+def is_pair(turn):
+    """Whether a value is a turn that has both a question and its answer."""
+    return isinstance(turn, dict) and {"user", "assistant"} <= {PAIRS.get(plain(key)) for key in turn}
+
+
+def has_role(turn):
+    return "role" in turn or "from" in turn or any(plain(key) in ("role", "from") for key in turn)
+
+
+@functools.lru_cache(4096)
+def plain_keys(keys):
+    """{key: how the tables write it} of a tuple of a message's keys; None if each is as they write it."""
+    names = {key: plain(key) if plain(key) in MESSAGE or plain(key) in PAIRS else key for key in keys}
+    return None if names == {key: key for key in keys} else names
+
+
+def with_plain_keys(turn, columns):
+    """A turn with its known keys as the tables write them: "Role" and " role" are role."""
+    names = plain_keys(tuple(turn))
+    if names is None:
+        return turn
+    result = {}
+    for key, value in turn.items():
+        name = names[key]
+        if name in result and result[name] != value:
+            raise columns.error(f'a message has two different values of "{name}": {shown(turn)}')
+        result[name] = value
+    return result
 
 
 def read_turns(turns, columns, trained=True):
@@ -63,9 +119,10 @@ def read_turns(turns, columns, trained=True):
     """
     messages = []
     for turn in turns:
+        turn = with_plain_keys(turn, columns) if isinstance(turn, dict) else turn
         for message in read_turn(turn, columns, trained):
             last = messages[-1] if messages else {}
-            is_call = str(turn.get("role", turn.get("from"))).lower() in CALL_ROLES
+            is_call = "tool_calls" in message and plain(str(turn.get("role", turn.get("from")))) in CALL_ROLES
             if is_call and (last.get("role"), last.get("weight")) == ("assistant", message["weight"]):
                 last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
                 last["content"] += message["content"]
@@ -99,7 +156,7 @@ def read_turn(turn, columns, trained=True):
     message = {"role": "assistant" if role == "function_call" else role}
     for key, value in turn.items():
         use = message_use(key)
-        if use in REFUSED and value not in EMPTY:
+        if use in REFUSED and not is_empty(value) and value not in HARMLESS.get(use, ()):
             raise columns.error(f'key "{key:.60}" of a message: {REFUSED[use]}')
         if use is None and value not in EMPTY:
             columns.message_keys[key] = None
@@ -118,9 +175,10 @@ def read_role(turn, columns):
     """
     role = turn.get("role")
     is_name = isinstance(role, str) and re.fullmatch(r"[\w .-]{1,60}", role)
-    if is_name and "from" not in turn and role.lower() not in ROLES:
+    if is_name and "from" not in turn and plain(role) not in ROLES:
+        columns.message_keys[f"role {role}"] = None
         return role
-    roles = {turn[key].lower() if isinstance(turn[key], str) else shown(turn[key])
+    roles = {plain(turn[key]) if isinstance(turn[key], str) else shown(turn[key])
              for key in ("role", "from") if key in turn}
     found = {ROLES.get(role) for role in roles}
     if len(found) > 1 or None in found:
@@ -148,7 +206,7 @@ def read_content(turn, role, message, columns):
             raise columns.error(f"the reasoning of a message must be a string, it is {shown(reasoning)}")
         text = next(iter(reasoning.values()))
         message.update({"thinking": text, **reasoning, "reasoning_content": text})
-    calls = read_calls(turn.get("tool_calls"), columns)
+    calls = read_calls(turn.get("tool_calls", turn.get("tool_call")), columns)
     if role == "function_call":
         calls, content = read_function_calls(content, columns)
     elif turn.get("function_call") not in EMPTY:  # OpenAI's older form
@@ -158,6 +216,9 @@ def read_content(turn, role, message, columns):
             raise columns.error(f"calls in a {message['role']} message; only the assistant makes calls")
         message["tool_calls"] = calls
         content = "" if content is None else content
+    if not contents and not calls:
+        raise columns.error(f"the content of the {role} message must be a string, it is null; remove the "
+                            f'row or write the text as "content", not in one of {listed(turn)}')
     message["content"] = read_text(content, message["role"], columns)
     if message["role"] == "assistant" and not calls and not message["content"].strip():
         raise columns.error("an empty answer; remove the row or write what the model should say")
@@ -185,9 +246,17 @@ def read_text(value, role, columns):
         if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
             text = next((part[key] for key in ("text", "value", "content") if key in part), None)
         if not isinstance(text, str):
+            kind = str(part.get("type")) if isinstance(part, dict) else ""
+            way = "text training can't use it"
+            if kind.startswith(("tool", "function")):
+                way = 'write a call as "tool_calls", and its result as a message of the role tool'
             raise columns.error(f"the content of the {role} message must be a string or a list of "
-                                f'{{"type": "text", "text"}}, but a part is {shown(part)}; text training '
-                                "can't use it")
+                                f'{{"type": "text", "text"}}, but a part is {shown(part)}; {way}')
+        for key in part.keys() - {"type", "text", "value", "content"}:
+            if message_use(key) in ("train", "mask", "weight", "doubtful"):
+                raise columns.error(f'"{key:.60}" of a part of a content; marks are for whole messages, so '
+                                    "write its parts as messages")
+            columns.message_keys[f"content.{key}"] = None
         texts.append(text)
     return "".join(texts)
 
@@ -195,10 +264,21 @@ def read_text(value, role, columns):
 # ---- weights ----------------------------------------------------------------------------------------------
 
 
+def said_by(value):
+    """The number, true, false or null that a text says, as tables have them; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word in WORDS:
+        return WORDS[word]
+    if not NUMBER.fullmatch(word):
+        return value
+    return int(word) if word.isdigit() else float(word)
+
+
 def flag_of(value):
-    """True or False, as true, 1 or "true" say; None for anything else."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.lower())
+    """True or False, as true, 1, "true" or "1" say; None for anything else."""
+    value = said_by(value)
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
@@ -207,6 +287,8 @@ def read_message_weight(turn, role, trained, columns):
     flags, weights = {}, {}
     for key, value in turn.items():
         use = message_use(key)
+        if use in ("train", "mask", "weight") and (value := said_by(value)) is None:
+            continue
         if use in ("train", "mask"):
             flag = flag_of(value)
             if flag is None:
@@ -232,24 +314,30 @@ def read_message_weight(turn, role, trained, columns):
 # ---- calls ------------------------------------------------------------------------------------------------
 
 
-def read_calls(calls, columns):
-    """The list "tool_calls" of a message, or []. Arguments become objects, as templates read them."""
-    calls = decoded(calls, '"tool_calls"', columns.where)
+def read_calls(calls, columns, what='"tool_calls"'):
+    """The list "tool_calls" of a message, or []. They get OpenAI's form, with arguments that are objects."""
+    calls = decoded(calls, what, columns.where)
     calls = [] if calls is None else calls
     calls = calls if isinstance(calls, list) else [calls]
     read = []
     for call in [decoded(call, "a call", columns.where) for call in calls]:
         function = (call.get("function") or call) if isinstance(call, dict) else None
+        function = decoded(function, "a function", columns.where)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise columns.error('"tool_calls" must be a list of objects {"function": {"name", "arguments"}}, '
                                 f"as templates read them, not {calls!r:.60}")
-        if "arguments" in function:
-            what = f"the arguments of the call of {function['name']:.60}"
-            arguments = decoded(function["arguments"], what, columns.where)
-            if not isinstance(arguments, dict) and arguments is not None:
-                raise columns.error(f"{what} must be an object or its JSON, they are {shown(arguments)}")
-            function = {**function, "arguments": arguments or {}}
-        read.append({**call, "function": function} if call.get("function") else function)
+        what = f"the arguments of the call of {function['name']:.60}"
+        name = next((key for key in ARGUMENTS if key in function), None)
+        if name is None and function is call:  # a form of the template's own
+            read.append(call)
+            continue
+        arguments = decoded(function.get(name), what, columns.where)
+        if not isinstance(arguments, dict) and arguments is not None:
+            raise columns.error(f"{what} must be an object or its JSON, they are {shown(arguments)}")
+        inner = {key: function[key] for key in function if key != name}
+        if function is call:  # {"name", "arguments"} alone
+            call = {"type": "function", **{key: inner.pop(key) for key in ("id", "type") if key in inner}}
+        read.append({**call, "function": {**inner, "arguments": arguments or {}}})
     return read
 
 
@@ -259,7 +347,7 @@ def read_function_calls(content, columns):
     if isinstance(content, str):  # reasoning may come before
         before, mark, content = content.rpartition("</think>")
         text = before + mark
-    calls = read_calls(content, columns)
+    calls = read_calls(content, columns, '"function_call"')
     if not calls:
         raise columns.error(f"a function_call without a call: {shown(content)}")
-    return [call if "function" in call else {"type": "function", "function": call} for call in calls], text
+    return calls, text

@@ -19,10 +19,17 @@ from text.containers import ENDINGS, SPLITS, read_rows, split_order
 EXAMPLE = "./data/example_sft.json"
 GRAMMAR = "[NAME=]SOURCE[:CONFIG or ENTRY][@SPLIT][[ROWS]][:WEIGHT]"
 HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-SUFFIX = re.compile(r"\s*(?::(?P<config>[^,:@\[\]]+))??(?:@(?P<split>[^,:@\[\]]+))?"
+SUFFIX = re.compile(r"\s*(?::(?P<config>[^,:@\[\]#]+))??(?:@(?P<split>[^,:@\[\]]+))?"
                     r"(?:\[(?P<rows>[^,\[\]]*)\])?(?::(?P<weight>\s*\d*\.?\d+(?:[eE][-+]?\d+)?))?\s*(?:,|$)")
 KEYS = ("path", "name", "config", "entry", "split", "rows", "weight")  # of a source that is a mapping in YAML
+# What others write for a hub dataset -> what to write here
+HUB, SPLIT = HUB_NAME.pattern, rf"((?:{'|'.join(SPLITS)})(?:_\w+)?)"
+OTHERS = ((rf"(?:https?://[^/]+/|hf://)datasets/({HUB})/viewer/([\w.-]+)/([\w.-]+)", r"\1:\2@\3"),
+          (rf"(?:(?:https?://[^/]+/|hf://|HF::|hf::)(?:datasets/)?|datasets/)({HUB})", r"\1"),
+          (rf"({HUB}(?::[\w.-]+)?)#(\d+)", r"\1[:\2]"),
+          (rf"({HUB})/{SPLIT}", r"\1@\2"), (rf"({HUB})/([\w.-]+)/{SPLIT}", r"\1:\2@\3"))
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")  # train-00000-of-00002.parquet
+LISTS = "dataset_info.json", "data/dataset_info.json"  # where LLaMA-Factory looks for the names of --dataset
 METADATA = re.compile(r"(dataset_infos?|dataset_dict|state|\w+_infos)\.json|cache-.*\.arrow|"
                       r"(readme|license|licence|requirements|notice)\.txt", re.IGNORECASE)
 # Files of a run or a model beside the data: they are read only if a directory has nothing else.
@@ -125,9 +132,32 @@ def parse_one(spec, at):
     if find(path):
         raise UserError(f"{text}: can't read {text[len(path):]!r} after the path {path}; write {GRAMMAR}, "
                         "for example rows.jsonl[:1000]:0.5 or DIRECTORY@test")
-    raise UserError(f"{path or text or spec}: no such data file; pass a JSON, JSON Lines, CSV, text or "
-                    "parquet file, a directory, the id of a hub dataset, or several of these separated by "
-                    f"commas: {GRAMMAR}")
+    raise missing(path or text or spec, text.removeprefix(f"{name[1]}=") if name else text)
+
+
+def missing(path, text):
+    """The UserError for a path that does not exist, with what to write where others write `text`."""
+    parts = sorted(glob.glob(path) if "\0" not in path else []) or re.split(r"[;\s]+", text)
+    found = [",".join(parts)] if parts != [text] and all(map(os.path.exists, parts)) else []
+    for written in (text.rstrip("/"), re.split(r"/*[:@\[](?!.*/)", text.rstrip("/"))[0]):
+        found += [f"{file}:{written}" for file in LISTS if written and os.path.isfile(file)
+                  and llamafactory.has_entry(file, written)]
+        found += local_split(written)
+        matches = ((re.fullmatch(pattern, written), here) for pattern, here in OTHERS)
+        found += [match.expand(here) for match, here in matches if match]
+    way = "".join(f"write {here:.200}; or " for here in found[:1])
+    return UserError(f"{path}: no such data file; {way}pass a JSON, JSON Lines, CSV, text or parquet file, a "
+                     f"directory, the id of a hub dataset, or several of these separated by commas: "
+                     f"{GRAMMAR}")
+
+
+def local_split(path):
+    """["DIR@train"] for a path DIR/train that does not exist, if DIR has such a split; otherwise []."""
+    folder, _, word = path.rpartition("/")
+    if not folder or not os.path.isdir(folder):
+        return []
+    splits = {split for file in list_files(folder) for split in split_of(file)}
+    return [f"{folder}@{word}"] if {word, SPLITS.get(word.lower(), word)} & splits else []
 
 
 def from_mapping(item):
@@ -173,13 +203,14 @@ def resolve(wanted, split):
         files = [os.path.join(path, name) for name in names]
     elif os.path.exists(path):
         if wanted.config:
+            way = f"; for a split write {path}@{wanted.config}" if wanted.config.lower() in SPLITS else ""
             raise UserError(f"{path}:{wanted.config}: a file has no configs, only a directory or a hub "
-                            "dataset has; pass the file alone, or with a weight above 0, such as :0.5")
+                            f"dataset has{way}; pass the file alone, or with a weight above 0, such as :0.5")
         files, in_file = [path], wanted.split or split
-    elif HUB_NAME.fullmatch(path) and not path.lower().endswith(ENDINGS):
+    elif HUB_NAME.fullmatch(path) and not path.lower().endswith(ENDINGS) and not local_split(path):
         files = hub_files(path, wanted, split)
     else:
-        raise UserError(f"{path}: no such data file")
+        raise missing(path, path)
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"{file} is not a file; write the data to a file: it is read more than once")
@@ -250,6 +281,9 @@ def choose(names, configs, where, wanted, split):
     if not names:
         raise UserError(f"{where}: no data file in this directory ({', '.join(ENDINGS)})")
     splits = None
+    if wanted.name in configs and not wanted.config:
+        raise UserError(f"{where} has a config {wanted.name}, but a name is a label here; write {where}:"
+                        f"{wanted.name}, in YAML config: {wanted.name}; or choose another name")
     if configs:
         config = wanted.config or ("default" if "default" in configs else None)
         if config is None and len(configs) == 1:
@@ -277,7 +311,8 @@ def choose(names, configs, where, wanted, split):
     if not found:
         what = "train" if split is None else "validation or test"
         names = sorted({name for name, _ in splits.values() if name})
-        raise UserError(f"{where} has no {what} file; it has {listed(splits)}; pass a file, or {where}@"
+        raise UserError(f"{where} has no {what} file; it has {listed(splits)}; pass a file, or "
+                        f"{where}{':' * bool(wanted.config)}{wanted.config or ''}@"
                         f"{names[0] if names else 'all'}")
     several = sorted({name or "files without a split" for name in found.values()})
     if len(several) > 1 and kind in several:  # train beside train_extra
@@ -313,7 +348,9 @@ def in_folder(names, configs, where, config):
         found = [name for name in names if name.startswith(config.rstrip("/") + os.sep)]
         if not found:
             there = listed(configs or folders) or "none"
-            raise UserError(f"{where}:{config}: no such config; it has {there}")
+            splits = {split for name in names for split in split_of(name)}.union(*configs.values(), SPLITS)
+            way = f"; for a split write {where}@{config}" if {config, config.lower()} & splits else ""
+            raise UserError(f"{where}:{config}: no such config; it has {there}{way}")
         return found
     with_splits = [folder for folder, rest in folders.items() if any(split_of(name)[1] for name in rest)]
     if len(with_splits) > 1:
@@ -407,12 +444,16 @@ def read_sources(sources):
     """
     first = 0
     for source in sources:
+        named, seen = frozenset(dict(source.columns.columns) if source.columns else ()), {}
         rows = ((first + i, n, row, where) for i, file in enumerate(source.files)
-                for n, (where, row) in enumerate(read_rows(file, source.split)))
+                for n, (where, row) in enumerate(read_rows(file, source.split, named)))
         for file, n, row, where in itertools.islice(rows, source.rows.start, source.rows.stop):
             if source.columns and isinstance(row, dict):
-                row = source.columns.to_row(row)
+                seen.update(row)
+                row, where = source.columns.to_row(row, where)
             yield file, n, row, where
+        if source.columns and source.rows == slice(None):
+            source.columns.check(seen, source.files[0])
         first += len(source.files)
 
 

@@ -79,7 +79,9 @@ def test_the_first_bytes_decide_the_container(content, name, tmp_path):
     {"input_ids": [1, 2], "labels": [1, 2]}, {"prompt": "a", "response": "b", "data": [{"x": 1}]},
     {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
     {"messages": [{"role": "user", "content": "q"}], "tags": ["x"]}, {"data": [{"role": "user", "content": "q"}]},
-    {"a": {"x": 1}, "b": {"x": 2}}, {}], ids=str)
+    {"a": {"x": 1}, "b": {"x": 2}}, {}, {"dialogue": [{"who": "human", "text": "q"}]},
+    {"conversations": [{"speaker": "human", "text": "q"}]}, {"turns": [{"speaker": "human", "text": "q"}]},
+    {"Messages": [{"Type": "human", "text": "q"}]}], ids=str)
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_object_that_is_a_row_stays_one(row, indent, tmp_path):
     """Its lists are conversation, tools or tokens, not rows."""
@@ -290,6 +292,14 @@ def test_cells_of_a_table(tmp_path):
     assert got == [(f"{path} line 2", {"prompt": "a\r\nb", "response": 'say "x", y', "column 3": "1"}),
                    (f"{path} line 4", {"prompt": "", "response": "c", "column 3": ""}),
                    (f"{path} line 5", {"prompt": "d", "response": None, "column 3": None})]
+
+
+def test_a_label_in_a_table_is_a_boolean(tmp_path):
+    """Judgements of answers (KTO) in CSV; any other label, and any other column, is a text."""
+    content = "prompt,response,Label,x\nq,a,False,True\nq,b,TRUE,true\nq,c,sports,1\n"
+    assert [(row["Label"], row["x"]) for row in rows_of(tmp_path / "rows.csv", content)] == [
+        (False, "True"), (True, "true"), ("sports", "1")]
+    assert data.load(str(tmp_path / "rows.csv"), tiny, 100).ledger.dropped == {"Label is false": 1}
 
 
 @settings(max_examples=100, deadline=None)

@@ -110,6 +110,21 @@ TURNS = [("user", "q?"), ("assistant", "a.")]
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "q?", "image": None}], "images": []},
                   {"role": "assistant", "content": "a.", "tool_calls": [], "audio": None}], "images": None},
     {"question": "q?", "prompt": "q?", "response": "a.", "answer": "reference", "solution": "another"},
+    {"messages": [{"Role": "user", "Content": "q?"}, {" role": "assistant", "content ": "a.", "WEIGHT": 1}]},
+    {"Conversations": [{"From": "human", "Value": "q?"}, {"from": "gpt", "VALUE": "a.", "From": None}]},
+    {"conversation": [{"Human": "q?", "Assistant ": "a."}]},
+    {"messages": {"Role": ["user", "assistant"], "Content": ["q?", "a."]}},
+    [{"Role": "user", "Content": "q?"}, {"Role": "assistant", "Content": "a."}],
+    {"prompt ": "q?", " response": "a."}, {"Prompt\n": "q?", "RESPONSE\t": "a.", "System Prompt": None},
+    {"user": "q?", "assistant": "a.", "id": 1}, {"Human": "q?", "GPT": "a."}, {"human": "q?", "bot": "a."},
+    {"messages": [json.dumps(Q | {"content": "q?"}), json.dumps(A | {"content": "a."})]},
+    {"messages": json.dumps(json.dumps(chat("q?", "a.")))},
+    {"prompt": json.dumps(chat("q?")), "completion": json.dumps([{"role": "assistant", "content": "a."}])},
+    {"prompt": Q | {"content": "q?"}, "completion": "a."}, {"prompt": "q?", "input": "q?", "output": "a."},
+    {"messages": [{"role": " USER", "content": "q?"}, {"role": "Assistant ", "content": "a.", "channel": "final"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q?", "train": None}]},
+                  {"role": "assistant", "content": "a.", "images": [None], "recipient": "all"}], "images": [[], None]},
+    {"Prompt": [{"Role": "user", "content": "q?"}], " Completion": [{"Role": "assistant", "content": "a."}]},
 ], ids=str)
 def test_the_same_conversation_in_other_words(row):
     assert said(row) == TURNS and weights(row) == [1.0]
@@ -124,6 +139,10 @@ def test_the_same_conversation_in_other_words(row):
      [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
     ({"prompt": "r", "completion": "b", "history": chat("q", "a")},
      [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"prompt": "r", "response": "b", "chat_history": [{"human": "q", "assistant": "a"}]},
+     [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ({"prompt": "q", "response": "a", "sys_prompt": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+    ({"messages": chat("q", "a"), "history": [["q", "a"]]}, [("user", "q"), ("assistant", "a")]),
     ({"prompt": "r", "response": "b", "history": '[["q", "a"]]'},
      [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
     ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
@@ -167,6 +186,7 @@ def test_results_of_tools_have_many_names(role):
     ({"prompt": "q?", "chosen": chat("q?", "a."), "rejected": chat("q?", "b.")}, ("prompt", "response", "chosen")),
     ({"conversations": [{"from": "human", "value": "q?"}], "chosen": {"from": "gpt", "value": "a."},
       "rejected": {"from": "gpt", "value": "b."}}, ("conversations", "chosen", "messages")),
+    ({"question": "q?", "choices": ["a", "b"], "answer": "a."}, ("question", "answer", "messages")),
     ({"question": "q?", "hint": None, "solution": "x", "answer": "a."}, ("question", "answer", "messages")),
     ({"conversations": [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]},
      ("question", "answer", "chat"))
@@ -181,8 +201,11 @@ def test_keys_of_rows_may_be_named(row, names):
 
 @pytest.mark.parametrize("mark, weight", [
     *(({key: value}, 0.0) for key in ("train", "training", "trainable", "train_on_turn", "loss")
-      for value in (False, 0, "false", "False", 0.0)),
-    *(({key: value}, 1.0) for key in ("train", "training", "loss") for value in (True, 1, None, "true", 1.0)),
+      for value in (False, 0, "false", "False", 0.0, "0", " FALSE ", "0.0")),
+    *(({key: value}, 1.0) for key in ("train", "training", "loss")
+      for value in (True, 1, None, "true", 1.0, "1", "", "null")),
+    ({"masked": "1"}, 0.0), ({"masked": ""}, 1.0), ({"weight": "null"}, 1.0), ({"weight": ""}, 1.0),
+    *(({"weight": text}, float(text)) for text in ("0", "1", "1.0", "0.5", ".5", "5e-1")), ({"Weight": "0"}, 0.0),
     ({"masked": True}, 0.0), ({"mask": 1}, 0.0), ({"masked": False}, 1.0), ({"masked": None}, 1.0),
     *(({key: value}, value) for key in ("weight", "loss_weight", "loss_scale") for value in (0.0, 0.5, 1.0, 2.5)),
     ({"weight": 0}, 0.0), ({"weight": True}, 1.0), ({"weight": None}, 1.0), ({"weight": 3, "loss_weight": 3}, 3.0),
@@ -225,7 +248,10 @@ def test_a_prompt_may_be_marked_as_not_trained(mark):
 
 @pytest.mark.parametrize("row, expected", [
     ({"prompt": "q", "response": "a", "weight": 0.5}, [0.5]),
-    ({"prompt": "q", "response": "a", "weight": "0.5"}, [0.5]),
+    *(({"prompt": "q", "response": "a", "weight": value}, [0.5]) for value in ("0.5", " .5", "5e-1")),
+    *(({"prompt": "q", "response": "a", "weight": value}, [1.0]) for value in ("", "null", "1", "true", None)),
+    ({"prompt": "q", "response": "a", "weight": "0.5", "loss_weight": 0.5, "train": "train"}, [0.5]),
+    ({"prompt": "q", "response": "a", "train": "1", "masked": "0", "loss": "0.0"}, [1.0]),
     ({**answers({}, {"weight": 4}, {"loss": False}), "loss_weight": 0.25}, [0.25, 1.0, 0.0]),
     ({"prompt": "q", "response": "a", "train": True, "masked": False, "loss": 0.731}, [1.0]),
     ({"prompt": chat("q", "x", "r"), "completion": [A]}, [0.0, 1.0]),  # TRL trains the completion only
@@ -238,8 +264,10 @@ def test_weights_of_rows(row, expected):
 
 @pytest.mark.parametrize("mark, reason", [
     ({"label": False}, "label is false"), ({"kto_tag": False}, "kto_tag is false"),
+    ({"kto_tag": "False"}, "kto_tag is false"), ({"KTO_tag": 0}, "KTO_tag is false"),
     ({"train": False}, "train is false"),
-    ({"trainable": 0}, "trainable is false"), ({"masked": True}, "masked is true")], ids=str)
+    ({"trainable": 0}, "trainable is false"), ({"train": "0"}, "train is false"), ({"masked": "1"}, "masked is true"),
+    ({"Train": "False"}, "Train is false"), ({"masked": True}, "masked is true")], ids=str)
 @pytest.mark.parametrize("row", [{"prompt": "q", "response": "a"}, answers({}), {"prompt": [Q], "completion": [A]}],
                          ids=str)
 def test_a_row_that_is_not_to_be_trained_is_dropped_and_counted(row, mark, reason, tmp_path):
@@ -262,14 +290,25 @@ def test_other_labels_are_columns_that_are_not_used(label):
 
 @pytest.mark.parametrize("tools", [
     [TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], [TOOL["function"]], json.dumps([TOOL["function"]]),
-    [{**TOOL, "strict": None}],
+    [{**TOOL, "strict": None}], json.dumps(json.dumps([TOOL])), [{"type": "function", **TOOL["function"]}],
+    [{"type": "function", "function": json.dumps(TOOL["function"])}],
+    [{"name": "weather", "parameters": json.dumps(TOOL["function"]["parameters"])}],
+    [{"name": "weather", "input_schema": TOOL["function"]["parameters"]}],  # Anthropic
     [{"type": "function",
       "function": {"name": "weather", "parameters": {"type": "object", "properties": {}, "x": None}}}],
 ], ids=str)
 def test_tools_are_decoded(tools):
     """As a list or as JSON, in OpenAI's form or in LLaMA-Factory's, without Arrow's nulls."""
     assert read_row({"messages": [Q, A], "tools": tools}, "here").tools == [TOOL]
-    assert read_row({"prompt": "q", "response": "a", "functions": tools}, "here").tools == [TOOL]
+    for name in ("functions", "available_tools", "tools_json"):
+        assert read_row({"prompt": "q", "response": "a", name: tools}, "here").tools == [TOOL]
+
+
+def test_a_tool_without_parameters_gets_the_form_too():
+    """What no trainer writes is left to the template."""
+    tools = [{"name": "f", "description": "d"}, {"name": "g"}, {"type": "code"}]
+    assert read_row({"messages": [Q, A], "tools": tools}, "here").tools == [
+        {"type": "function", "function": {"name": "f", "description": "d"}}, {"name": "g"}, {"type": "code"}]
 
 
 @pytest.mark.parametrize("tools", [None, "", " ", "[]", "null", []], ids=str)
@@ -283,7 +322,11 @@ def test_no_tools(tools):
     {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": '{"town": "Graz"}'}}]},
     {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"town": "Graz", "zone": None}},
                      "id": None}]},
-    {"function_call": {"name": "weather", "arguments": '{"town": "Graz"}'}}], ids=str)
+    {"function_call": {"name": "weather", "arguments": '{"town": "Graz"}'}},
+    {"tool_calls": [CALL["function"]]}, {"tool_calls": [{"name": "weather", "parameters": {"town": "Graz"}}]},
+    {"tool_calls": [{"type": "function", "function": {"name": "weather", "args": '{"town": "Graz"}'}}]},
+    {"tool_calls": [{"type": "function", "function": json.dumps(CALL["function"])}]}, {"tool_call": CALL["function"]},
+    {"tool_calls": [{**CALL["function"], "arguments": json.dumps(json.dumps({"town": "Graz"}))}]}], ids=str)
 def test_calls_are_decoded(calls):
     """Templates read arguments as objects; OpenAI and data sets of Arrow have them as texts."""
     for content in ("", None):
@@ -293,6 +336,17 @@ def test_calls_are_decoded(calls):
             "role": "assistant", "content": "", "tool_calls": [CALL], "weight": 1.0}
 
 
+def test_a_call_keeps_its_id_and_gets_arguments():
+    """As templates read it: {"id", "function": {"name", "arguments"}}."""
+    for call, expected in (
+            ({"name": "f", "id": "1", "arguments": ""},
+             {"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}),
+            ({"function": {"name": "f"}}, {"function": {"name": "f", "arguments": {}}}),
+            ({"name": "f"}, {"name": "f"})):
+        message = read_row({"messages": [Q, {"role": "assistant", "tool_calls": [call]}]}, "here").messages[1]
+        assert message["tool_calls"] == [expected]
+
+
 def test_arguments_keep_their_nulls_in_json():
     """A null in the JSON text of arguments is no null of Arrow."""
     call = {"function": {"name": "f", "arguments": '{"unit": null}'}}
@@ -300,7 +354,7 @@ def test_arguments_keep_their_nulls_in_json():
     assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"unit": None}}}]
 
 
-@pytest.mark.parametrize("role", ["function_call", "tool_call", "Function_Call"])
+@pytest.mark.parametrize("role", ["function_call", "tool_call", "Function_Call", "tool_calls", "function-call"])
 @pytest.mark.parametrize("content", ['{"name": "weather", "arguments": {"town": "Graz"}}',
                                      '[{"name": "weather", "arguments": "{\\"town\\": \\"Graz\\"}"}]',
                                      {"name": "weather", "arguments": {"town": "Graz"}}], ids=str)
@@ -332,18 +386,30 @@ def test_calls_in_a_row_are_one_message():
     {"messages": [Q, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"},
                                                        {"type": "text", "text": "a"}]}]},
     {"prompt": "q", "response": "a", "reasoning_content": "hm"},
-    {"Question": "q", "Complex_CoT": "hm", "Response": "a"},
+    {"Question": "q", "Complex_CoT": "hm", "Response": "a"}, {"messages": [Q, {**A, "thought": "hm"}]},
+    {"messages": [Q, {**A, "thinking": "hm", "reasoning": "hm "}]},
 ], ids=str)
 def test_reasoning(row):
     message = read_row(row, "here").messages[1]
     assert (message["content"], message["reasoning_content"], message["thinking"]) == ("a", "hm", "hm")
 
 
+@pytest.mark.parametrize("value", ["on", "Off", "low", True, ["x"]], ids=str)
+def test_a_column_that_says_whether_there_is_reasoning_is_none(value):
+    """Nemotron's data have "reasoning": "on"."""
+    read = read_row({"input": [Q], "output": "a", "reasoning": value}, "here")
+    assert "reasoning_content" not in read.messages[1] and read.unused == ("reasoning",)
+
+
 @pytest.mark.parametrize("columns, expected", [
     ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
     ({"chat_template_kwargs": '{"enable_thinking": false, "x": 1}'}, {"enable_thinking": False, "x": 1}),
     ({"enable_thinking": True, "reasoning_effort": "low"}, {"enable_thinking": True, "reasoning_effort": "low"}),
-    ({"chat_template_kwargs": {"x": None}, "enable_thinking": None}, {}), ({}, {})], ids=str)
+    ({"chat_template_kwargs": {"x": None}, "enable_thinking": None}, {}), ({}, {}),
+    *(({"enable_thinking": value}, {"enable_thinking": False}) for value in ("false", "False ", 0, "0", 0.0)),
+    *(({"chat_template_kwargs": {"preserve_thinking": value}}, {"preserve_thinking": True}) for value in ("true", 1)),
+    ({"chat_template_kwargs": '{"enable_thinking": "false"}', "Enable Thinking": 0}, {"enable_thinking": False}),
+    ({"enable_thinking": "", "chat_template_kwargs": {"enable_thinking": "null"}}, {})], ids=str)
 def test_variables_of_the_template(columns, expected):
     assert read_row({"messages": [Q, A], **columns}, "here").template_kwargs == expected
 
@@ -362,6 +428,7 @@ def test_plain_text():
     ({"loss_mask": [0, 1, 0]}, [0.0, 1.0, 0.0]), ({"completion_mask": [0, 0.5, 2]}, [0.0, 0.5, 2.0]),
     ({"assistant_masks": [False, True, True]}, [0.0, 1.0, 1.0]), ({"labels": [-100, 8, 9], "loss_mask": [1, 1, 0]},
                                                                   [0.0, 1.0, 0.0]),
+    ({"seq_lengths": [3], "cu_seqlens": [0, 3]}, [1.0, 1.0, 1.0]),
     ({"attention_mask": [1, 1, 1], "position_ids": [0, 1, 2], "token_type_ids": None}, [1.0, 1.0, 1.0]),
     ({"labels": None, "weight": 2}, [2.0, 2.0, 2.0]), ({"labels": [-100, 8, 9], "text": "x", "documents": ["x"]},
                                                        [0.0, 1.0, 1.0])], ids=str)
@@ -378,6 +445,8 @@ def test_rows_of_tokens(columns, expected):
     ({"loss_mask": [0, -1, 1]}, "at least 0, it has -1"),
     ({"loss_mask": [0, float("nan"), 1]}, "must have a number for each"),
     ({"attention_mask": [1, 1, 0]}, "remove the padding"),
+    ({"seq_lengths": [1, 2]}, '"seq_lengths" has several documents; write each as a row'),
+    ({"cu_seqlens": [0, 1, 3]}, '"cu_seqlens" has several documents'),
     ({"position_ids": [0, 1, 0]}, "packed documents as rows of their own"), ({"pixel_values": [1.5]}, "text training"),
     ({"prompt_mask": [1, 0, 0]}, "it is not known"), ({"input_ids": [[7], [8]]}, "must be a list of token ids"),
     ({"input_ids": [7, -1]}, "must be a list of token ids"), ({"input_ids": "7 8"}, "must be a list of token ids"),
@@ -389,6 +458,12 @@ def test_wrong_rows_of_tokens(columns, say):
 # ---- columns that are not used ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", ["nan", "NaN", "null", "None", "<noinput>"])
+def test_an_input_that_says_that_there_is_none_is_not_used(value):
+    read = read_row({"instruction": "i", "input": value, "output": "o"}, "here")
+    assert read.messages[0]["content"] == "i" and read.unused == ("input",)
+
+
 @pytest.mark.parametrize("row, unused", [
     ({"prompt": "q", "response": "a", "id": 1, "source": "web", "lang": None, "tags": []}, ("id", "source")),
     ({"messages": [{**Q, "id": 1}, {**A, "rating": 5, "html": ""}], "score": 0.5},
@@ -397,7 +472,11 @@ def test_wrong_rows_of_tokens(columns, say):
      ("loss", "avg_weight", "split", "label_name")),
     ({"messages": [Q, A], "problem": "p", "solution": "s", "answer": "42"}, ("problem", "solution", "answer")),
     ({"messages": [Q, A], "prompt": "q", "prompt_id": "x"}, ("prompt", "prompt_id")),
-    ({"question": "q", "response": "a", "meta": {"question": "x"}}, ("meta",))], ids=str)
+    ({"question": "q", "response": "a", "meta": {"question": "x"}}, ("meta",)),
+    ({"question": "red or blue?", "choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "answer": "red"},
+     ("choices",)),
+    ({"question": "红还是蓝", "options": ["红", "蓝"], "response": "红"}, ("options",)),
+    ({"question": "q", "response": "a", "A": "x"}, ("A",))], ids=str)
 def test_columns_that_are_not_used_are_listed(row, unused):
     assert len(read_row(row, "here").messages) == 2 and read_row(row, "here").unused == unused
 
@@ -409,6 +488,19 @@ def test_the_ledger_lists_unused_columns_once(tmp_path):
     assert ledger.lines()[3:] == ("columns not used: id, source, messages.rating, url",)
     assert ledger.unused == {"id": 4, "source": 3, "messages.rating": 1, "url": 1}
     assert len(data.load(write(tmp_path / "b.json", [{"prompt": "q", "response": "a"}]), tiny, 100).ledger.lines()) == 3
+
+
+@pytest.mark.parametrize("content", ["See <image> there", "<video> in HTML", "<images>", "a\n<audio src=x>\n"])
+def test_tags_inside_a_text_are_text(content):
+    assert said({"prompt": content, "response": "a"})[0] == ("user", content)
+
+
+def test_a_role_that_is_not_known_is_listed():
+    """The template may write it, or refuse it."""
+    row = {"messages": [{"role": "critic", "content": "x"}, Q, {**A, "content": [{"text": "a", "annotations": [1]}]}]}
+    read = read_row(row, "here")
+    assert [m["role"] for m in read.messages] == ["critic", "user", "assistant"]
+    assert read.unused == ("messages.role critic", "messages.content.annotations")
 
 
 def test_unknown_keys_of_messages_reach_the_template():
@@ -466,10 +558,47 @@ BAD_ROWS = {
     "blank answer": ({"messages": [Q, {"role": "assistant", "content": " \n\t"}]}, "empty answer"),
     "empty output": ({**ALPACA, "output": ""}, "empty answer"),
     "no assistant": ({"messages": [Q]}, "no assistant message"),
+    "roles of one's own": ({"messages": [{"role": "client", "content": "q"}, {"role": "agent", "content": "a"}]},
+                           'no assistant message.*; the roles are "client", "agent"$'),
+    "messages under another name": ({"turns": chat("q", "a"), "id": 1}, "or pass --messages_key turns$"),
+    "messages inside": ({"x": {"conv": chat("q", "a")}}, "or pass --messages_key x.conv$"),
+    "only the prompt of verl": ({"prompt": [Q], "reward_model": {"ground_truth": "4"}}, 'no answer to "prompt"; .*'
+                                "--prompt_key COLUMN --response_key COLUMN$"),
+    "content under another key": ({"messages": [Q, {"role": "assistant", "message": "a"}]},
+                                  'it is null; .* write the text as "content", not in one of "role", "message"'),
+    "a list of messages as Python writes it": ({"prompt": str([Q]), "completion": "a"}, "not the text of JSON"),
+    "messages as texts": ({"messages": ["q", "a"]}, "a message must be"),
+    "messages in messages": ({"messages": {"messages": chat("q", "a")}}, "must be a non-empty list"),
+    "a mark of a part": ({"messages": [Q, {"role": "assistant", "content": [{"text": "a", "train": False}]}]},
+                         '"train" of a part of a content; marks are for whole messages'),
+    "a channel": (answers({"channel": "analysis"}), 'key "channel" of a message: only final may be trained'),
+    "a recipient": (answers({"recipient": "functions.f"}), 'key "recipient" of a message: write a call as tool_calls'),
+    "a part that is a call": ({"messages": [Q, {"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]},
+                              'a part is .*; write a call as "tool_calls"'),
+    **{f"an unknown mark {name}": ({**PAIR, name: True}, f'column "{name}": its name says')
+       for name in ("mask_history", "roles_to_train", "trainable_turns")},
+    "a message that is excluded": (answers({"exclude": True}), 'key "exclude" of a message: it may say'),
+    "the place of an image": ({"prompt": "<image>\nWhat?", "response": "a"}, "the place of an image"),
+    "the place of an image at the end": ({"prompt": "What?<image>", "response": "a"}, "the place of an image"),
+    "the place of a video": ({"messages": [{"role": "user", "content": "See\n<video>\nhere"}, A]}, "the place of an"),
+    "kto_tag a word": ({**PAIR, "kto_tag": "bad"}, '"kto_tag" must be true or false, it is "bad"'),
+    "Chosen": ({"question": "q", "Chosen": "a", "Rejected": "b"}, "pass --prompt_key question --response_key Chosen$"),
+    "chosen answers to an input": ({"input": "q", "chosen": "a", "rejected": "b"}, "--prompt_key input --response_key"),
     "weight below 0": (answers({"weight": -1}), '"weight" must be a number of at least 0, it is -1'),
     "weight infinite": (answers({"weight": float("inf")}), "it is inf"),
     "weight NaN": (answers({"loss_weight": float("nan")}), "it is nan"),
-    "weight a text": (answers({"weight": "1"}), "it is '1'"),
+    "weight a word": (answers({"weight": "heavy"}), '"weight" must be a number of at least 0, it is .heavy'),
+    "keys that differ": ({"messages": [{"role": "user", "content": "q", "Content": "x"}, A]},
+                         'two different values of "content"'),
+    "flags of turns in a row": ({**PAIR, "loss": [False, True]}, 'column "loss" is a list; write "train" into each'),
+    "a flag that is a word": ({**PAIR, "train": "No"}, 'column "train" must be true or false, it is "No"'),
+    "weights of a row that differ": ({**PAIR, "weight": "1", "loss_weight": 2}, '"weight", "loss_weight" differ'),
+    "weights of turns in a row": ({**PAIR, "weights": [0, 1]}, 'column "weights": its name says'),
+    "weights whose product is 0": ({**answers({"weight": 1e-200}), "weight": 1e-200},
+                                   "the weight 1e-200 of the row times 1e-200 in it is 0; write weights nearer to 1"),
+    "weights whose product is infinite": ({**answers({"weight": "1e200"}), "weight": 1e200}, "in it is inf"),
+    "weights of tokens whose product is 0": (
+        {"input_ids": [7, 8], "loss_mask": [0, 1e-200], "weight": 1e-200}, "in it is 0"),
     "train a word": (answers({"train": "no"}), "\"train\" must be true or false.*'no'"),
     "loss a number": (answers({"loss": 0.5}), '"loss" must be true or false.*"weight" may be a number'),
     "train a list": (answers({"train": []}), "\"train\" must be true or false"),
@@ -483,7 +612,15 @@ BAD_ROWS = {
     "a mask without tokens": ({**PAIR, "loss_mask": [0, 1]}, 'no "input_ids"'),
     "train_on_inputs": ({**PAIR, "train_on_inputs": True}, 'column "train_on_inputs": it is not supported'),
     "segments": ({"segments": [{"label": True, "text": "x"}]}, 'column "segments"'),
-    "documents": ({**PAIR, "documents": ["x"]}, 'column "documents"'),
+    **{f"column {name}": ({**PAIR, name: value}, f'no prompt has the text of column "{name}"') for name, value in (
+        ("documents", ["x"]), ("choices", ["3", "4"]), ("options", {"A": "red", "B": "a"}), ("option_a", "red"),
+        ("candidates", ["3"]), ("opb", "red"), ("Article", "Once."), ("choice1", "red"),
+        ("choices", {"text": ["red", "blue"], "label": ["A", "B"]}))},
+    "choices that only the answer has": ({**PAIR, "choices": ["a"]}, 'column "choices", ."a".; write it into the'),
+    "choices that are a part of another word": ({"prompt": "34?", "response": "a", "choices": ["3", "4"]}, '"choices"'),
+    "choices in columns": ({"question": "q", "A": "red", "B": "blue", "answer": "A"},
+                           'text of column "A", "red"; .* pass --prompt_key question --response_key answer$'),
+    "choices beside messages": ({**answers({}), "options": ["red"]}, 'column "options"'),
     "system that differs": ({"messages": chat("q", "a", system="s"), "system": "t"}, '"system" differs from the first'),
     "systems that differ": (
         {**PAIR, "system": "s", "system_prompt": "t"}, 'the columns "system", "system_prompt" differ'),
@@ -524,7 +661,7 @@ BAD_ROWS = {
         {**answers({}), "chosen": chat("q", "b"), "rejected": chat("q", "c")}, "chosen$"),
     **{f"column {name}": ({**answers({}), name: ["x.jpg"]}, f'column "{name}": text training can\'t use it')
        for name in ("image", "images", "videos", "audio", "audios", "image_path", "image_urls", "Images",
-                    "video_file")},
+                    "video_file", "img", "img_path", "screenshot", "jpg", "audio_base64")},
     "an image in a message": (
         {"messages": [{**Q, "images": ["x.jpg"]}, A]}, 'key "images" of a message: text training'),
     "a part that is an image": ({"messages": [{"role": "user", "content": [
@@ -551,11 +688,16 @@ BAD_ROWS = {
     "kwargs a list": ({**answers({}), "chat_template_kwargs": [1]}, "must be an object"),
     "kwargs of the trainer": (
         {**answers({}), "chat_template_kwargs": {"tools": []}}, 'has "tools", which the trainer sets'),
-    "thinking a word": ({**answers({}), "enable_thinking": "yes"}, "must be a bool"),
+    "thinking a word": ({**answers({}), "enable_thinking": "yes"}, '"enable_thinking" must be true or false, it is'),
+    "thinking 2": ({**answers({}), "chat_template_kwargs": {"enable_thinking": 2}}, "must be true or false, it is 2"),
+    "an effort that is a number": ({**answers({}), "reasoning_effort": 2}, '"reasoning_effort" must be a text'),
+    "a variable that is the text of a flag": ({**answers({}), "chat_template_kwargs": {"x": "False"}},
+                                              '"x" is the text "False", which templates take for true'),
     "thinking that differs": (
         {**answers({}), "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
                               "may not differ"),
     "text and an answer": ({"text": "q", "answer": "a"}, "unrecognised columns 'text', 'answer'"),
+    "a text that is a list": ({"text": ["x"], "id": 1}, '"text" must be a text, it is ."x".'),
     "an empty text": ({"text": " "}, "unrecognised columns 'text'"),
     "weight of a text": ({"text": "x", "weight": 2}, '"weight" of a plain text must be 1'),
 }

@@ -6,12 +6,13 @@ import re
 
 import pytest
 from data_helpers import sources, tiny
-from helpers import write
+from helpers import target_texts, write
 
 import data
 import sft
 from settings import parser
 from settings.errors import UserError
+from text import containers
 from text.sources import describe_files, data_files, parse, read_files, read_sources
 
 LINE = '{"prompt": "q", "response": "a"}\n'
@@ -275,6 +276,7 @@ def test_the_configs_of_readme_md(tmp_path):
     assert chosen(directory, ":zh") == ["data/zh.jsonl"]
     assert "no such config; it has en, zh" in refused(directory + ":fr")
     assert "no validation or test file" in refused(directory + ":zh", "validation")
+    assert f"or {directory}:zh@train" in refused(directory + ":zh", "validation")
     make(tmp_path, "README.md", content=README.replace("config_name: zh", "config_name: default"))
     assert chosen(directory) == ["data/zh.jsonl"]
     make(tmp_path, "README.md", content="---\nconfigs:\n- [a\n---\n")
@@ -373,6 +375,65 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
     assert "no such data file" in refused("owner/name.jsonl")  # what names a file is not looked up
 
 
+@pytest.mark.parametrize("spec, way", [
+    ("owner/name:train", "owner/name@train"), ("owner/name:test[:10]", "owner/name@test"),
+    ("owner/name:train_sft:0.5", "owner/name@train_sft"), ("owner/name:Validation", "owner/name@Validation"),
+    ("owner/name/train", "owner/name@train"), ("x=owner/name/train/:0.5", "owner/name@train"),
+    ("owner/name/train_sft", "owner/name@train_sft"), ("owner/name/en/train", "owner/name:en@train"),
+    ("owner/name#500", "owner/name[:500]"), ("owner/name:en#500", "owner/name:en[:500]"),
+    ("hf://datasets/owner/name", "owner/name"), ("https://huggingface.co/datasets/owner/name", "owner/name"),
+    ("https://huggingface.co/datasets/owner/name/viewer/en/test", "owner/name:en@test"),
+    ("https://hf-mirror.com/datasets/owner/name/", "owner/name"), ("HF::owner/name", "owner/name"),
+    ("datasets/owner/name", "owner/name"), ("DIR:train", "DIR@train"), ("DIR/train", "DIR@train"),
+    ("DIR/test/[:5]", "DIR@test"), ("DIR:validation", "DIR@validation"), ("a.json:train", "a.json@train"),
+    ("DIR/train_sft", "DIR@train_sft"), ('[{"path": "owner/name", "config": "train"}]', "owner/name@train"),
+    ('[{"path": "DIR/train"}]', "DIR@train"),
+])
+def test_a_split_that_is_written_otherwise_is_named(spec, way, hub, tmp_path, monkeypatch):
+    """What other trainers call a subset, a folder, or a part of a URL: the error says how to write it here."""
+    hub("train_sft-00000-of-00001.json", "test-00000.json", "train.json", "validation.json")
+    (tmp_path / "d").rename(tmp_path / "DIR")
+    monkeypatch.chdir(tmp_path)
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "DIR"))
+    write(tmp_path / "a.json", [])
+    assert f"write {way}" in refused(spec)
+
+
+def test_several_files_are_separated_by_commas(tmp_path, monkeypatch):
+    """The error for a pattern, and for other separators, has the files."""
+    make(tmp_path, "a.json", "b.json")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("d/*.json", "d/a.json;d/b.json", "d/a.json d/b.json", "d/?.json", '[{"path": "d/*.json"}]'):
+        assert "write d/a.json,d/b.json; or" in refused(spec)
+    assert "write" not in refused("d/*.csv")
+    assert "no such data file" in refused("\0d/*.json")
+
+
+def test_a_folder_of_a_split_is_its_files(tmp_path):
+    """DIR:train and DIR/train are what they look like where there is such a folder."""
+    directory = make(tmp_path, "train/a.json", "test/b.json")
+    assert chosen(directory, ":train") == chosen(directory, "/train") == ["train/a.json"]
+
+
+def test_a_config_that_is_passed_as_a_name_is_named(tmp_path):
+    """axolotl and TRL call the config of a hub dataset its name."""
+    make(tmp_path, "data/en-1.jsonl", "data/zh.jsonl", "held/en.jsonl")
+    directory = make(tmp_path, "README.md", content=README)
+    for spec in (json.dumps([{"path": directory, "name": "zh"}]), f"zh={directory}"):
+        assert f"but a name is a label here; write {directory}:zh, in YAML config: zh" in refused(spec)
+    assert data_files(f"zh={directory}:zh")[0].name == "zh"
+
+
+def test_an_entry_without_its_file_is_named(tmp_path, monkeypatch):
+    """LLaMA-Factory's --dataset has names of entries only."""
+    (tmp_path / "data").mkdir()
+    entry(tmp_path / "data", {}, [], name="identity")
+    monkeypatch.chdir(tmp_path)
+    assert "write data/dataset_info.json:identity" in refused("identity")
+    assert "dataset_info" not in refused("other")
+
+
 # ---- LLaMA-Factory --------------------------------------------------------------------------------------
 
 
@@ -423,7 +484,74 @@ OPENAI_TAGS = dict(role_tag="role", content_tag="content", user_tag="user", assi
 def test_an_entry_says_what_columns_mean(info, row, expected, tmp_path):
     """Each column and tag of LLaMA-Factory; other columns stay, under a name that is not read as conversation text."""
     [(where, got)] = read_files(entry(tmp_path, info, [row]))
-    assert got == expected and where == f"{tmp_path / 'r.json'}[0]"
+    assert got == expected and where.split(" (")[0] == f"{tmp_path / 'r.json'}[0]"
+
+
+TAGS = dict(role_tag="who", content_tag="what", user_tag="Q", assistant_tag="A")
+
+
+@pytest.mark.parametrize("info, row, say", [
+    ({"columns": dict(prompt="ques", response="ans")}, {"question": "q", "ans": "a"},
+     r'r.json: dataset_info.json has "prompt": "ques", but there is no such column; there are "question", "ans"; '
+     "correct"),
+    ({"columns": dict(prompt="q", response="ans")}, {"q": "q", "answer": "a"},
+     '"response": "ans", but .* "q", "answer"'),
+    ({"formatting": "sharegpt", "columns": dict(messages="chat")}, {"conversations": []}, '"messages": "chat", but'),
+    ({"formatting": "sharegpt"}, {"messages": []}, '"messages": "conversations", but .* there are "messages"'),
+    ({}, {"prompt": "q", "response": "a"}, '"prompt": "instruction", but .* there are "prompt", "response"'),
+    ({"columns": dict(prompt="q", response="a", system="sys")}, {"q": "q", "a": "a", "persona": "s"},
+     'r.json: dataset_info.json has "system": "sys", but there is no such column; there are "q", "a", "persona"'),
+    ({"columns": dict(prompt="q", query="in", response="a")}, {"q": "q", "a": "a"}, '"query": "in", but'),
+    ({"columns": dict(prompt="q", response="a")}, {"q": None, "a": "a"},
+     r'r.json\[0\] \(read q as instruction, a as output\): .* write the text of "instruction"'),
+    ({"formatting": "sharegpt", "columns": dict(messages="m"), "tags": TAGS}, {"m": [{"who": "X", "what": "q"}]},
+     r'\(read m as conversations, who as from, what as value\): unknown "from"'),
+], ids=str)
+def test_a_column_that_rows_lack_is_named_as_the_entry_has_it(info, row, say, tmp_path):
+    """With the key of the entry, and the columns that there are; later errors say which columns were renamed."""
+    spec = entry(tmp_path, info, [row])
+    with pytest.raises(UserError) as error:
+        data.load(spec, tiny, 100)
+    assert re.search(say, str(error.value)) and len(str(error.value)) < 700
+
+
+def test_a_column_that_some_rows_lack_is_no_error(tmp_path):
+    """JSON has no fixed columns: a row without a system prompt, or with the query only, is one of many."""
+    info = {"columns": dict(prompt="q", query="more", response="a", system="s")}
+    rows = [{"q": "q", "a": "a"}, {"more": "m", "a": "a", "s": "S"}]
+    with pytest.raises(UserError, match=r'r.json\[2\]: .* has "response": "a", but .* there are "q", "b"'):
+        data.load(entry(tmp_path, info, [*rows, {"q": "q", "b": "a"}]), tiny, 100)
+    assert [row for _, row in read_files(entry(tmp_path, info, rows))] == [
+        {"instruction": "q", "output": "a"}, {"input": "m", "output": "a", "system": "S"}]
+    assert len(list(read_files(entry(tmp_path, info, rows) + "[:1]"))) == 1  # other rows may have the columns
+
+
+def test_columns_that_an_entry_does_not_name_are_not_read(tmp_path):
+    """Under any name that the reader of rows knows, and in turns too."""
+    more = {"Question": "x", "choices": ["y"], "chosen": "a", "rejected": "b", "reasoning": "z", "id": 1}
+    spec = entry(tmp_path, {"columns": dict(prompt="q", response="chosen")}, [{"q": "q", **more}])
+    dataset = data.load(spec, tiny, 100)
+    assert dataset.ledger.unused == {f"{name} (not named in dataset_info.json)" if name != "id" else name: 1
+                                     for name in more if name != "chosen"}
+    assert target_texts(dataset, 0) == ["a<|im_end|>"]
+    spec = entry(tmp_path, {"formatting": "sharegpt", "tags": TAGS}, [{"conversations": [
+        {"from": "web", "who": "Q", "what": "q"}, {"who": "A", "what": "a", "value": "5"}]}])
+    dataset = data.load(spec, tiny, 100)
+    assert target_texts(dataset, 0) == ["a<|im_end|>"] and sorted(dataset.ledger.unused) == [
+        "messages.from (not named in dataset_info.json)", "messages.value (not named in dataset_info.json)"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("chunk", [10, 2**20])
+def test_a_single_conversation_under_tags_of_its_own_is_one_row(indent, chunk, tmp_path, monkeypatch):
+    """The only list of an object holds its turns if the entry says so, and its rows if those have the columns."""
+    monkeypatch.setattr(containers, "CHUNK", chunk)
+    row = {"m": [{"who": "Q", "what": "q"}, {"who": "A", "what": "a"}]}
+    spec = entry(tmp_path, {"formatting": "sharegpt", "columns": dict(messages="m"), "tags": TAGS}, [])
+    for content, count in ((row, 1), ({"all": [row, row]}, 2), ({"m": [row]}, 1)):
+        (tmp_path / "r.json").write_text(json.dumps(content, indent=indent))
+        dataset = data.load(spec, tiny, 100)
+        assert [target_texts(dataset, i) for i in range(len(dataset))] == [["a<|im_end|>"]] * count
 
 
 def test_an_entry_is_trained(tmp_path):
@@ -433,7 +561,8 @@ def test_an_entry_is_trained(tmp_path):
 
 
 def test_num_samples_and_weights_of_entries(tmp_path):
-    spec = entry(tmp_path, {"num_samples": 2}, [{"n": i} for i in range(5)], identity={"file_name": "r.json"})
+    rows = [{"instruction": "q", "output": "a", "n": i} for i in range(5)]
+    spec = entry(tmp_path, {"num_samples": 2}, rows, identity={"file_name": "r.json"})
     assert [row["n"] for _, row in read_files(spec)] == [0, 1]
     assert [row["n"] for _, row in read_files(spec + "[3:]")] == [3, 4]
     assert [s.weight for s in data_files(f"{spec}:0.5,{tmp_path / 'dataset_info.json'}:identity:2")] == [0.5, 2]
