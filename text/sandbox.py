@@ -108,7 +108,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         with template_errors():
             return self.from_string(source)
 
-    def render(self, template, **values):
+    def render(self, template, /, **values):
         """The text that a template makes of a conversation.
 
         Raises jinja2.TemplateError if the template fails or exceeds a limit.
@@ -117,7 +117,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             size = sum(len(repr(value)) for value in values.values())
         self.start(size)
         with template_errors():
-            text = template.render(**values)
+            text = template.render(values)  # a variable may have any name, self too
         if len(text) > OUTPUT + 16 * size:
             refuse(f"it makes {len(text):,} characters from a conversation of {size:,}")
         return text
