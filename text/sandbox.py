@@ -203,8 +203,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             at = int(getattr(function, "jinja_pass_arg", None) is not None)  # where the filtered value is
             if name == "join" and isinstance(values[at], types.GeneratorType):
                 values = (*values[:at], list(values[at]), *values[at + 1 :])
-            is_constant = name in self.constant_filters
-            self.spend(1 if is_constant else self.cost(name, values[at], [*values[at + 1 :], *named.values()]))
+            if name in self.constant_filters:
+                self.spend(1)
+            else:
+                self.spend(self.cost(name, values[at], [*values[at + 1 :], *named.values()]))
             return function(*values, **named)
 
         return counted_filter

@@ -335,7 +335,7 @@ def case_data(directory):
 
 @st.composite
 def token_rows(draw):
-    """(a row of tokens or of plain text, its ids and the weights of them), or (a row, None) if it has to be refused."""
+    """(a row of tokens or of plain text, its ids and their weights), or (a row, None) if it has to be refused."""
     if draw(st.integers(0, 3)) == 0:
         text = draw(answers.filter(str.strip))
         ids = RAW.encode(text).ids
@@ -576,7 +576,8 @@ def case_info(directory):
 
     @st.composite
     def sharegpt(draw):
-        messages = [{"role": role, "content": draw(answers)} for role in ("user", "assistant") * draw(st.integers(1, 3))]
+        roles = ("user", "assistant") * draw(st.integers(1, 3))
+        messages = [{"role": role, "content": draw(answers)} for role in roles]
         tags = dict(zip(("role_tag", "content_tag"), draw(st.lists(words, min_size=2, max_size=2, unique=True))))
         roles = dict(zip(("user_tag", "assistant_tag"), draw(st.lists(
             words.filter(lambda word: word != "system"), min_size=2, max_size=2, unique=True))))

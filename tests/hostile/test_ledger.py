@@ -240,7 +240,8 @@ def test_any_file_is_counted_or_refused(target, cases, tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", ["data", "tokens", "json", "tables", "parquet", "sources", "info", "template", "kwargs"])
+@pytest.mark.parametrize("target", [
+    "data", "tokens", "json", "tables", "parquet", "sources", "info", "template", "kwargs"])
 def test_a_hundred_thousand_cases(target, tmp_path):
     """Takes about half an hour each: python tests/hostile/fuzz.py TARGET --cases 100000 --seed N"""
     command = [sys.executable, os.path.join(ROOT, "tests", "hostile", "fuzz.py"), target, "--cases", "100000"]

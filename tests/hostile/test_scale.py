@@ -60,7 +60,8 @@ def test_attributes_are_those_of_jinja():
     theirs = jinja2.sandbox.ImmutableSandboxedEnvironment()
     ours = tiny.sandbox
     names = "role items keys pop update copy mro get __class__ _x append format upper missing".split()
-    values = [dict.fromkeys(names, 1), {}, [1], "text", 5, None, ours.globals["namespace"](role=1), dict, len, "".format]
+    namespace = ours.globals["namespace"](role=1)
+    values = [dict.fromkeys(names, 1), {}, [1], "text", 5, None, namespace, dict, len, "".format]
     for value in values:
         for name in names * 2:  # the second time from memory
             a, b = (env.getattr(value, name) for env in (ours, theirs))
