@@ -405,11 +405,16 @@ def said(messages):
 
 def is_said(value, messages):
     """Whether a column only repeats what is in the messages."""
-    if isinstance(value, list):
-        return all(isinstance(turn, dict) and is_said(turn.get("content", turn.get("value")), messages)
-                   for turn in value)
-    text = shown_text(value)
-    return any(text in shown_text(message["content"]) for message in messages)
+    contents = dict.fromkeys(shown_text(message["content"]) for message in messages)
+
+    def is_there(value):
+        if isinstance(value, list):
+            return all(isinstance(turn, dict) and is_there(turn.get("content", turn.get("value")))
+                       for turn in value)
+        text = shown_text(value)
+        return text in contents or any(text in content for content in contents)
+
+    return is_there(value)
 
 
 def check_said(columns, name, messages):
@@ -443,8 +448,9 @@ def read_pair(columns, prompt_key, response_key):
     turns = [answer] if isinstance(answer, dict) else answer
     if is_turns(turns):
         answers = read_turns(turns, columns)
-        repeated = [n for n in range(1, len(answers)) if said(messages)[-n:] == said(answers)[:n]]
         if answers[0]["role"] != "assistant":  # they repeat the prompt, or its end
+            before, after = said(messages), said(answers)
+            repeated = [n for n in range(1, len(answers)) if before[-n:] == after[:n]]
             answers = answers[max(repeated, default=0) :]
         return messages + answers
     turn = {"role": "assistant", "content": answer}

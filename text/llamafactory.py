@@ -124,7 +124,7 @@ def read_entry(path, name):
         raise UserError(f"{wrong}, as in {path}:{next(iter(entries), 'ENTRY')}; it has {names:.1000}")
     where = f"{path}:{name}"
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in SHAPES:
+    if not isinstance(formatting, str) or formatting not in SHAPES:
         raise UserError(f"{where}: formatting must be one of {', '.join(SHAPES)}, it is {formatting!r:.60}")
     columns, tags = (texts(entry, key, where) for key in ("columns", "tags"))
     for key, what in REFUSED.items():
@@ -165,7 +165,8 @@ def place_of(entry, path, where):
     if entry.get("file_name"):
         file = os.path.join(os.path.dirname(path), str(entry["file_name"]))
         if not os.path.exists(file):
-            raise UserError(f"{where}: its file_name {file} does not exist; correct it, or download the file")
+            raise UserError(f"{where}: its file_name {file:.300} does not exist; correct it, or download the "
+                            "file")
         return dict(path=file, config=None, split=None)
     reasons = {"script_url": "is a Python script, which is not run here; pass the files that it reads",
                "ms_hub_url": "is on ModelScope, which is not read here; download it and pass the directory",

@@ -124,7 +124,7 @@ def read_turns(turns, columns, trained=True):
             last = messages[-1] if messages else {}
             is_call = "tool_calls" in message and plain(str(turn.get("role", turn.get("from")))) in CALL_ROLES
             if is_call and (last.get("role"), last.get("weight")) == ("assistant", message["weight"]):
-                last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
+                last.setdefault("tool_calls", []).extend(message["tool_calls"])  # both lists are our own
                 last["content"] += message["content"]
             else:
                 messages.append(message)

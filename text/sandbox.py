@@ -11,7 +11,6 @@ import json
 import re
 import time
 import types
-from collections.abc import MappingView
 
 import jinja2
 import jinja2.meta
@@ -23,7 +22,7 @@ SECONDS = 10  # time to render it
 COST = 2**28  # characters of all values that the template makes, plus 64 times those of the conversation
 OUTPUT = 2**18  # characters of the rendered text, plus 16 times those of the conversation
 ITEM = 32  # cost of an item of a list, in characters: about the memory that it takes
-
+LISTS = list, tuple, type({}.keys()), type({}.values()), type({}.items())
 
 # What a template can make Python raise. SyntaxError: jinja compiles a break outside a loop to Python.
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError, RecursionError)
@@ -85,8 +84,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     list_filters = frozenset(  # filters that do not make text from the items of a list
-        "attr batch count d default dictsort first groupby items last length list literal map max min reject "
-        "rejectattr reverse select selectattr slice sort unique".split())
+        "batch dictsort groupby items list literal map max min reject rejectattr reverse select selectattr "
+        "slice sort unique".split())
+    # Filters that do not read the items. Templates ask for messages|length at each message.
+    constant_filters = frozenset("attr count d default first last length".split())
 
     def __init__(self, extensions, now):
         """now: the datetime or date that strftime_now prints."""
@@ -100,6 +101,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["iteration"] = jinja2.pass_context(lambda context, value: self.spend(1))
         self.globals["raise_exception"] = refuse
         self.globals["strftime_now"] = now.strftime
+        self.safe_attributes = {}  # (type, name): whether templates may read it
         self.start(0)
 
     def load(self, source):
@@ -112,7 +114,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         with template_errors():
             return frozenset(jinja2.meta.find_undeclared_variables(self.parse(source)))
 
-    def render(self, template, **values):
+    def render(self, template, /, **values):
         """The text that a template makes of a conversation.
 
         Raises jinja2.TemplateError if the template fails or exceeds a limit.
@@ -121,7 +123,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             size = sum(len(repr(value)) for value in values.values())
         self.start(size)
         with template_errors():
-            text = template.render(**values)
+            text = template.render(values)  # a variable may have any name, self too
         if len(text) > OUTPUT + 16 * size:
             refuse(f"it makes {len(text):,} characters from a conversation of {size:,}")
         return text
@@ -153,11 +155,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if isinstance(value, dict):
                 pending += value.keys() if as_text else ()
                 value = value.values()
-            if isinstance(value, (list, tuple, MappingView)):
+            if isinstance(value, str):
+                size += len(value) if as_text else 0
+            elif isinstance(value, LISTS):
                 pending += value
                 size += ITEM * len(value)
-            elif as_text and isinstance(value, str):
-                size += len(value)
             if size > self.budget:
                 break  # a small value may hold the same list a billion times
         return size
@@ -184,6 +186,21 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 cost *= max(1, abs(number))
         return cost
 
+    def getattr(self, obj, attribute):
+        """Every x.name in a template; as jinja's, but faster for the keys of messages."""
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj, attr, value):
+        """As jinja's, which looks only at the type and the name, but takes long."""
+        key = type(obj), attr
+        if key not in self.safe_attributes:
+            if len(self.safe_attributes) > 1000:
+                self.safe_attributes.clear()
+            self.safe_attributes[key] = super().is_safe_attribute(obj, attr, value)
+        return self.safe_attributes[key]
+
     def counted(self, name, function):
         """A filter that spends its cost before it runs."""
 
@@ -192,7 +209,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             at = int(getattr(function, "jinja_pass_arg", None) is not None)  # where the filtered value is
             if name == "join" and isinstance(values[at], types.GeneratorType):
                 values = (*values[:at], list(values[at]), *values[at + 1 :])
-            self.spend(self.cost(name, values[at], [*values[at + 1 :], *named.values()]))
+            if name in self.constant_filters:
+                self.spend(1)
+            else:
+                self.spend(self.cost(name, values[at], [*values[at + 1 :], *named.values()]))
             return function(*values, **named)
 
         return counted_filter

@@ -469,7 +469,10 @@ class ChatTokenizer:
 
         missing  indices of the messages that are not at their place in the text
         """
-        source = self.templates[name].source
+        source, missing = self.templates[name].source, set(missing)
+        if missing:  # the text without its answers
+            begins, ends = [0, *(span.stop for span in spans)], [*(span.start for span in spans), len(text)]
+            context = "\0".join(text[begin:end] for begin, end in zip(begins, ends))
         for i, message in enumerate(messages):
             content = message["content"].strip()
             # The text of a short message that seems to be there may be the template's own.
@@ -478,9 +481,6 @@ class ChatTokenizer:
                 continue
             is_written = True
             if i in missing:  # a template may move a system message, and remove a switch from it
-                context = text
-                for span in reversed(spans):
-                    context = context[: span.start] + "\0" * (span.stop - span.start) + context[span.stop :]
                 plain = SWITCH.sub(lambda switch: "" if switch[0] in source else switch[0], content).strip()
                 is_written = (message["role"] in ("system", "developer")
                               and turns.locate_forms(context, plain, 0, None) is not None)

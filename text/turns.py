@@ -5,6 +5,7 @@ one. Answers are found by characters, in order; what can't be found is an error,
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ AGAIN = {"role": "user", "content": "second question"}
 THOUGHT, CALL, VALUE, RESULT = "probe thought", "probe_call", "probe value", "probe result"
 CALL_IDS = "abcDEF123", "987zyxWVU"  # Mistral's templates want nine characters
 THINK, THINK_END = "<think>", "</think>"
+WORD = re.compile(r"\S+")
 
 
 class Span(NamedTuple):
@@ -75,9 +77,30 @@ def locate(text, content, start, barrier, stop=None):
     position = text.find(content, start, stop)
     place = (position, position + len(content)) if position >= 0 else None
     if not place or barrier and barrier.search(text, start, position):
-        match = re.compile(r"\s+".join(map(re.escape, content.split()))).search(text, start, stop)
-        place = match.span() if match else None
+        limit = barrier and barrier.search(text, start, stop)  # it has to begin before this ends
+        if limit:
+            beyond = itertools.islice(WORD.finditer(text, limit.end(), stop), len(content.split()), None)
+            stop = next((word.start() for word in beyond), stop)
+        place = locate_words(text, content, start, stop)
     return None if place and barrier and barrier.search(text, start, place[0]) else place
+
+
+def locate_words(text, content, start, stop):
+    """(start, stop) of content in text[start:stop], where white space may differ; None if it is not there.
+
+    A pattern of all words would take minutes and gigabytes for a content of megabytes.
+    """
+    flat, wanted = " ".join(text[start:stop].split()), " ".join(content.split())
+    first = flat.find(wanted)
+    if first < 0 or start > stop:
+        return None
+    if not wanted:
+        return start, start
+    places = []
+    for at in (first, first + len(wanted) - 1):  # of its first and its last character
+        word = next(itertools.islice(WORD.finditer(text, start, stop), flat.count(" ", 0, at), None))
+        places.append(word.start() + at - flat.rfind(" ", 0, at) - 1)
+    return places[0], places[1] + 1
 
 
 def reasoning_of(message):
@@ -339,9 +362,9 @@ class Turns:
                 cursor = prompt_end = place[1] if place else cursor
                 if not place and content:
                     missing.append(i)
-                header = text.find(self.header, cursor)
-                if self.is_closing and message["role"] == after["role"] == "user" and header >= 0:
-                    cursor = prompt_end = header + len(self.header)
+                if self.is_closing and message["role"] == after["role"] == "user":
+                    header = text.find(self.header, cursor)
+                    cursor = prompt_end = cursor if header < 0 else header + len(self.header)
             else:
                 begin = results_start if results and self.after_tool else cursor
                 header_end = self.begin(text, begin, results, where)
@@ -470,15 +493,24 @@ def leaves(value):
         yield value
 
 
-def is_in(value, text):
-    """Whether a text or a number is in a text, as JSON or Python write it; white space may differ."""
-    if not isinstance(value, str):
-        return any(form in text for form in (json.dumps(value), str(value)))
-    return not value.strip() or locate_forms(text, value.strip(), 0, None) is not None
+def value_end(value, text, start=0):
+    """Where a text or a number ends in text[start:], as JSON or Python write it; None if it is not there.
+
+    White space may differ.
+    """
+    if isinstance(value, str):
+        forms = [json.dumps(value.strip(), ensure_ascii=False)[1:-1]]
+    else:
+        forms = [json.dumps(value), str(value)]
+    ends = [at + len(form) for form in forms if (at := text.find(form, start)) >= 0]
+    if not ends and isinstance(value, str):
+        ends = [place[1] for place in [locate_forms(text, value.strip(), start, None)] if place]
+    return min(ends, default=None)
 
 
 def check_calls(calls, turn, where):
     """Raise UserError if a call, or an argument of one, is not in the text of its turn."""
+    plain = turn.replace("\\", "")  # some templates escape quotes in their own way
     position = 0
     for call in calls:
         function = call.get("function") or call
@@ -491,9 +523,11 @@ def check_calls(calls, turn, where):
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
-        plain = turn.replace("\\", "")  # some templates escape quotes in their own way
+        cursor = position  # most templates write the arguments in their order
         for leaf in leaves(arguments if arguments is not None else {}):
+            end = value_end(leaf, turn, cursor)
+            cursor = cursor if end is None else end
             unescaped = leaf.replace("\\", "") if isinstance(leaf, str) else leaf
-            if not is_in(leaf, turn) and not is_in(unescaped, plain):
+            if end is None and value_end(leaf, turn) is None and value_end(unescaped, plain) is None:
                 raise UserError(f"{where}: the argument {leaf!r:.60} of the call of {name:.60} can't be "
                                 f"found in what the chat template made of its turn: {turn!r:.200}")

@@ -1,7 +1,8 @@
 """Random files: each is used correctly, or refused with one error line that names it.
 
     python tests/hostile/fuzz.py data --cases 100000 [--seed N]
-    targets: data (rows), json, parquet and tables (bytes of data files), sources (--train_data), template,
+    targets: data (rows), tokens (rows that are tokens or plain texts), json, parquet and tables (bytes of data
+    files), sources (--train_data), info (dataset_info.json), template, kwargs (--template_kwargs, and those of rows),
     tokenizer, config, weights, resume
 
 Hypothesis generates the cases. Each ends in a value, which is compared with a count made here, or in an error
@@ -34,14 +35,16 @@ sys.path[:0] = [os.path.dirname(TESTS), TESTS]  # when started as a program
 os.environ["HF_HUB_OFFLINE"] = "1"
 from data_helpers import FAMILIES, tiny  # noqa: E402
 from helpers import RAW, ROOT, TINY, attempt, chatml, make_directory  # noqa: E402
+import numpy as np  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import data  # noqa: E402
 from settings.errors import UserError  # noqa: E402
-from text import containers, formats, sources  # noqa: E402
+from text import containers, formats, masks, sources  # noqa: E402
 from text.template import ChatTokenizer  # noqa: E402
 
+END = RAW.token_to_id(tiny.special["eos_token"])
 outcomes = Counter()  # how often each outcome was, for the report
 
 
@@ -330,6 +333,81 @@ def case_data(directory):
         st.tuples(st.just(False), st.lists(damaged_rows(), min_size=1, max_size=2), options))
 
 
+@st.composite
+def token_rows(draw):
+    """(a row of tokens or of plain text, its ids and their weights), or (a row, None) if it has to be refused."""
+    if draw(st.integers(0, 3)) == 0:
+        text = draw(answers.filter(str.strip))
+        ids = RAW.encode(text).ids
+        ids += [END] * (ids[-1:] != [END])
+        return {"text": text}, (ids, [1.0] * len(ids))
+    ids = draw(st.lists(st.integers(0, tiny.size - 1), min_size=1, max_size=9))
+    row, weights, is_wrong = {"input_ids": ids}, [1.0] * len(ids), False
+    numbers = st.sampled_from([0, 1, True, False, 0.5, 2.5, 1e-3])
+    if draw(st.booleans()):
+        kept = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+        row["labels"] = [i if keep else -100 for i, keep in zip(ids, kept)]
+        weights = [float(keep) for keep in kept]
+    for name in draw(st.sets(st.sampled_from(["loss_mask", "completion_mask", "assistant_masks"]))):
+        row[name] = draw(st.lists(numbers, min_size=len(ids), max_size=len(ids)))
+        weights = [weight * value for weight, value in zip(weights, row[name])]
+    more = {"attention_mask": [1] * len(ids), "position_ids": list(range(len(ids))), "id": "x", "text": "x"}
+    row |= {name: more[name] for name in draw(st.sets(st.sampled_from(sorted(more))))}
+    if draw(st.booleans()):
+        row["weight"] = draw(st.sampled_from([0, 1, 0.5, 3]))
+        weights = [weight * row["weight"] for weight in weights]
+    lists = [name for name, value in row.items() if isinstance(value, list) and value]
+    if lists and draw(st.integers(0, 3)) == 0:
+        name = draw(st.sampled_from(lists))
+        wrong = {"input_ids": [-1, tiny.size, 1.5, "5", None, True], "labels": [tiny.size + 1, None, "x", 10**400],
+                 "attention_mask": [0, None], "position_ids": [77, None]}.get(name, [-1, None, "1", float("nan")])
+        is_wrong, at = True, draw(st.integers(0, len(row[name]) - 1))
+        row[name] = [*row[name][:at], draw(st.sampled_from(wrong)), *row[name][at + 1 :]]
+    elif lists and draw(st.integers(0, 5)) == 0:
+        row[draw(st.sampled_from(lists))].append(1)
+        is_wrong = len(lists) > 1
+        if not is_wrong:
+            weights.append(weights[0] and row.get("weight", 1))
+    return row, None if is_wrong else (row.get("input_ids"), [0.0, *weights[1:]])
+
+
+def case_tokens(directory):
+    """Rows that are tokens, or plain texts: ids and weights are what the rows say, or the rows are refused."""
+    path = os.path.join(directory, "rows.jsonl")
+
+    def check(batch, max_length):
+        write(path, [row for row, _ in batch], lines=True)
+        dataset, refusal = attempt(data.load, path, tiny, max_length, naming=path)
+        count_outcome(refusal or "trained")
+        if any(expected is None for _, expected in batch):
+            assert refusal
+            return
+        ids, weights, total = [], [], 0
+        for row, (row_ids, row_weights) in batch:
+            total += len(row_ids)
+            cuts = masks.pieces(len(row_ids), max_length) if "text" in row and "input_ids" not in row else [
+                (0, max_length)]
+            for start, stop in cuts:
+                here = [0.0, *row_weights[start + 1 : stop]]
+                if any(here):
+                    ids, weights = [*ids, row_ids[start:stop]], [*weights, here]
+        assert (refusal is None) == bool(ids), refusal
+        if refusal:
+            return
+        ledger = dataset.ledger
+        assert ledger.rows == len(batch) == ledger.trained + sum(ledger.dropped.values())
+        assert ledger.tokens == ledger.target + ledger.context + ledger.truncated + ledger.in_dropped_rows == total
+        assert len(dataset) == len(ids)
+        for i, (row_ids, row_weights) in enumerate(zip(ids, weights)):
+            assert dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tolist() == row_ids
+            assert dataset.weights_of(i).tolist() == np.array(row_weights, np.float32).tolist()
+        assert ledger.target == sum(weight > 0 for row_weights in weights for weight in row_weights)
+        assert math.isclose(ledger.weight, sum(map(sum, weights)), rel_tol=1e-6)
+
+    return check, st.tuples(st.lists(token_rows(), min_size=1, max_size=3),
+                            st.one_of(st.integers(3, 12), st.just(2048)))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # bytes
 
@@ -480,6 +558,56 @@ def case_sources(directory):
     return check, st.tuples(st.one_of(st.lists(parts, max_size=8).map("".join), mappings))
 
 
+def case_info(directory):
+    """An entry of dataset_info.json: its columns and tags mean what it says, or it is refused by name."""
+    path, info = os.path.join(directory, "rows.json"), os.path.join(directory, "dataset_info.json")
+    words = st.sampled_from(["a", "b c", "prompt", "output", "system", "Text", "来", "x.y", "role", "tools"])
+    how = dict(max_length=10**6, too_long="truncate", train_on_prompt=False, train_on="all")
+
+    @st.composite
+    def alpaca(draw):
+        keys = ["prompt", "query", "response", "system"]
+        columns = dict(zip(keys, draw(st.lists(words, min_size=4, max_size=4, unique=True))))
+        row = {columns[key]: draw(answers) for key in keys}
+        messages = [{"role": role, "content": row[columns[key]]} for role, key in
+                    (("system", "system"), ("user", "prompt"), ("assistant", "response"))]
+        messages[1]["content"] += "\n" + row[columns["query"]]
+        return {"columns": columns}, row, messages
+
+    @st.composite
+    def sharegpt(draw):
+        roles = ("user", "assistant") * draw(st.integers(1, 3))
+        messages = [{"role": role, "content": draw(answers)} for role in roles]
+        tags = dict(zip(("role_tag", "content_tag"), draw(st.lists(words, min_size=2, max_size=2, unique=True))))
+        roles = dict(zip(("user_tag", "assistant_tag"), draw(st.lists(
+            words.filter(lambda word: word != "system"), min_size=2, max_size=2, unique=True))))
+        turns = [{tags["role_tag"]: roles[m["role"] + "_tag"], tags["content_tag"]: m["content"]} for m in messages]
+        column = draw(words)
+        return ({"formatting": "sharegpt", "columns": {"messages": column}, "tags": {**tags, **roles}},
+                {column: turns}, messages)
+
+    def check(case, damage):
+        entry, row, messages = case
+        entries = {"rows": {"file_name": "rows.json", **entry}}
+        Path(path).write_text(json.dumps([row]), encoding="utf-8")
+        if damage:
+            Path(info).write_bytes(damage[0](json.dumps(entries).encode()) if callable(damage[0])
+                                   else json.dumps(damage[0]).encode())
+            dataset, refusal = attempt(data.load, f"{info}:rows", tiny, 2048, naming=directory)
+            assert refusal or dataset.ledger.rows == 1
+            return count_outcome(refusal or "trained, damaged")
+        Path(info).write_text(json.dumps(entries), encoding="utf-8")
+        kept, expected = count([messages], **how)
+        dataset, refusal = attempt(data.load, f"{info}:rows", tiny, **how, naming=directory)
+        count_outcome(refusal or "trained")
+        assert refusal is None, refusal
+        assert_counts(dataset, path, kept, expected)
+
+    good = st.one_of(alpaca(), sharegpt())
+    whole = st.one_of(good.flatmap(lambda case: damaged({"rows": {"file_name": "rows.json", **case[0]}})))
+    return check, st.tuples(good, st.one_of(st.just(()), st.tuples(whole)))
+
+
 def case_parquet(directory):
     """A parquet file of rows, damaged; needs pyarrow."""
     import pyarrow
@@ -586,6 +714,42 @@ def case_template(directory):
                             st.one_of(st.none(), st.lists(st.dictionaries(names, leaves, max_size=2),
                                                           max_size=2)),
                             st.one_of(st.just(()), st.tuples(edits())))
+
+
+def case_kwargs(directory):
+    """Variables of a chat template, of the run and of rows: the text is that of transformers, or they are refused."""
+    from transformers import AutoTokenizer
+
+    shown = ("{{ x | tojson if x is defined }}{{ y if y is string }}{% if z is mapping %}{{ z | length }}{% endif %}")
+    path = make_directory(Path(directory) / "model", shown + FAMILIES[
+        "puts an empty think block into the last turn, like Qwen3"][0], [], eos_token="<|im_end|>")
+    theirs = AutoTokenizer.from_pretrained(path)
+    names_ = st.sampled_from(["x", "y", "z", "enable_thinking", "reasoning_effort", "messages", "tools", "eos_token",
+                              "documents", "self", "template", "loop", "", "\ud800", "date_string"])
+    plain = st.dictionaries(names_, values, max_size=3)
+    written = st.one_of(plain.map(json.dumps), plain, values, texts)
+
+    def check(of_run, of_row, messages):
+        tokenizer, refusal = attempt(ChatTokenizer, path, template_kwargs=of_run)
+        if refusal:
+            return count_outcome(refusal)
+        row = {"messages": messages, "chat_template_kwargs": of_row}
+        read, refusal = attempt(formats.read_row, row, "here[0]", naming="here[0]")
+        if refusal:
+            return count_outcome(refusal)
+        rendered, refusal = attempt(tokenizer.render_spans, read.messages, "here[0]", read.tools,
+                                    read.template_kwargs, naming="here[0]")
+        count_outcome(refusal or "rendered")
+        if refusal:
+            return
+        kwargs = {**tokenizer.template_kwargs, **read.template_kwargs}
+        plain = [{k: v for k, v in m.items() if k != "weight"} for m in read.messages]
+        if not {"self", "documents"} & kwargs.keys():  # transformers can't pass them, or wants lists
+            assert rendered.text == theirs.apply_chat_template(plain, tokenize=False, **kwargs)
+        assert [span.weight for span in rendered.spans] == [
+            m["weight"] for m in read.messages if m["role"] == "assistant"]
+
+    return check, st.tuples(st.one_of(st.none(), written), st.one_of(st.none(), written), conversations())
 
 
 def case_tokenizer(directory):
@@ -750,8 +914,9 @@ def case_resume(directory):
 
 # ----------------------------------------------------------------------------------------------------------
 
-TARGETS = {"data": case_data, "json": case_json, "parquet": case_parquet, "tables": case_tables,
-           "sources": case_sources, "template": case_template,
+TARGETS = {"data": case_data, "tokens": case_tokens, "json": case_json, "parquet": case_parquet,
+           "tables": case_tables, "sources": case_sources, "info": case_info, "template": case_template,
+           "kwargs": case_kwargs,
            "tokenizer": case_tokenizer, "config": case_config, "weights": case_weights, "resume": case_resume}
 
 

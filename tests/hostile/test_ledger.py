@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -16,13 +17,13 @@ import fuzz
 import pytest
 from data_helpers import FAMILIES, tiny
 from fuzz import by_pieces
-from helpers import RAW, TINY, attempt, chat, chatml, make_directory
+from helpers import RAW, ROOT, TINY, attempt, chat, chatml, make_directory
 from tokenizers import Tokenizer, processors
 
 import data
 import sft
 from settings.errors import run
-from text import masks
+from text import containers, masks
 from text.template import ChatTokenizer
 
 END, BOS = RAW.token_to_id("<|im_end|>"), RAW.token_to_id("<|endoftext|>")
@@ -226,12 +227,26 @@ def test_99_percent_of_the_turns_must_train_their_stop_token(model, ledger, refu
 # random files: fuzz.py
 
 
-@pytest.mark.parametrize("target, cases", [("data", 200), ("json", 200), ("parquet", 60), ("tokenizer", 60)])
-def test_any_file_is_counted_or_refused(target, cases, tmp_path):
+@pytest.mark.parametrize("target, cases", [
+    ("data", 200), ("json", 200), ("parquet", 60), ("tokenizer", 60), ("tokens", 100), ("info", 30), ("kwargs", 30),
+    ("tables", 60), ("sources", 30), ("template", 30)])
+def test_any_file_is_counted_or_refused(target, cases, tmp_path, monkeypatch):
     """Each case is trained as counted here, or ends in one error line that names the file."""
-    if target == "parquet":
+    if target in ("parquet", "tables"):
         pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)  # `sources` changes it
+    monkeypatch.setattr(containers, "CHUNK", containers.CHUNK)  # `tables` changes it
     fuzz.fuzz(target, cases, str(tmp_path))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", [
+    "data", "tokens", "json", "tables", "parquet", "sources", "info", "template", "kwargs"])
+def test_a_hundred_thousand_cases(target, tmp_path):
+    """Takes about half an hour each: python tests/hostile/fuzz.py TARGET --cases 100000 --seed N"""
+    command = [sys.executable, os.path.join(ROOT, "tests", "hostile", "fuzz.py"), target, "--cases", "100000"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
 MISTRAL = list(FAMILIES).index("has [INST] in plain text, like Mistral")
@@ -268,6 +283,9 @@ FOUND = {  # cases of the targets that once ended in a traceback or a page of te
         {"role": "assistant", "content": "x"}, *chat("y"), *chat("x"), *chat("z")], {}, None, ())),
     "a page of a tokenizer's error": (
         "tokenizer", ("tokenizer.json", b'{"added_tokens": ["' + b"x" * 3000 + b'"]}')),
+    "a variable of the name of an argument": ("kwargs", ('{"self": 1, "template": 2}', None, chat("q", "a"))),
+    "a format that is an object": ("info", (({}, {}, []), ({"rows": {"file_name": "rows.json", "formatting": {}}},))),
+    "a page of a file's name": ("info", (({}, {}, []), ({"rows": {"file_name": "x" * 3000}},))),
     "calls that are a number": ("json", (CALLS % b"5",)),
     "a call of a number": ("json", (CALLS % b'[{"function": 5}]',)),
     "a call of a list": ("json", (CALLS % b"[[1]]",)),
