@@ -442,7 +442,8 @@ def read_pair(columns, prompt_key, response_key):
             if not isinstance(value, str) and not is_finite(value):
                 raise columns.error('the content of the user message must be a string, but column '
                                     f'"{name:.60}" is {shown(value)}')
-            texts += [read_text(value, "user", columns)] * (value != prompt)
+            if value != prompt or plain(prompt_key) == "instruction":  # Alpaca joins the two in any case
+                texts.append(read_text(value, "user", columns))
         messages = [{"role": "user", "content": "\n".join(filter(None, texts)), "weight": 1.0}]
     messages = read_history(columns) + messages
     turns = [answer] if isinstance(answer, dict) else answer
