@@ -283,6 +283,10 @@ class ChatTokenizer:
         for name in OWN_VARIABLES:
             if name in kwargs:
                 raise UserError(f"{where} sets {name}, which a row's own keys set; remove it there")
+        for name, value in kwargs.items():
+            if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+                raise UserError(f'{where} sets {name:.60} to the text "{value}", which templates take for '
+                                "true; write it without quotes")
         return kwargs
 
     def check_read(self, kwargs):
@@ -427,21 +431,22 @@ class ChatTokenizer:
 
     def split_marked(self, marked, answers, where, learned):
         """(text without marks, Spans) of a text in which a template has marked the answers."""
-        text, spans = "", []
+        text, blocks = "", []
         for i, piece in enumerate(re.split(f"[{''.join(GenerationBlock.MARKS)}]", marked)):
             if i % 2:  # inside a {% generation %} block
-                has_end = learned.at_call_end.search(piece) is not None
-                spans.append((len(text), len(text) + len(piece), has_end))
+                blocks.append((len(text), len(text) + len(piece)))
             text += piece
+        spans = blocks if len(blocks) == len(answers) else joined(blocks)
         if len(spans) != len(answers):
             raise UserError(f"{where}: the chat template marks {len(spans)} answers as generated, but the "
                             f"conversation has {len(answers)}")
-        for (start, stop, _), message in zip(spans, answers):
+        for (start, stop), message in zip(spans, answers):
             visible = message["content"].rpartition(turns.THINK_END)[2].strip()
             if not turns.locate_forms(text, visible, start, None, stop):
                 raise UserError(f"{where}: the answer {visible!r:.60} can't be found in what the chat "
                                 f"template made of it: {text[start:stop]!r:.200}")
-        return text, [Span(*span, message["weight"]) for span, message in zip(spans, answers)]
+        return text, [Span(start, stop, learned.at_call_end.search(text, start, stop) is not None, m["weight"])
+                      for (start, stop), m in zip(spans, answers)]
 
     def cover_quoted_headers(self, text, messages, where, tools, kwargs, learned, tail):
         """(text, messages) in which other characters replace the headers that prompts quote.
@@ -526,11 +531,17 @@ class ChatTokenizer:
                                 "them (--chat_template), or remove the tools")
 
     def quoted_special(self, messages, where):
-        """A warning if a prompt holds special tokens, as if a template had rendered it; otherwise None."""
+        """A warning if a message looks as if a template had rendered it: by its special tokens; or None.
+
+        In an answer only the token that ends its turn says so.
+        """
         for message in messages:
-            if message["role"] == "assistant":
-                continue
             content = message["content"]
+            if message["role"] == "assistant":
+                if self.turn_end and content.rstrip().endswith(self.turn_end):
+                    return (f"{where}: an answer ends with {self.turn_end}, which the chat template adds once "
+                            "more; remove it from the row")
+                continue
             for found in self.at_special.finditer(content):
                 start = found.start()
                 for length in self.special_lengths:
@@ -539,6 +550,17 @@ class ChatTokenizer:
                                 f"{content[start : start + length]}; if a chat template has already been "
                                 "applied to this row, pass the messages without it")
         return None
+
+
+def joined(blocks):
+    """The (start, stop) of blocks, those that touch as one: a template may mark the parts of a turn."""
+    made = []
+    for start, stop in blocks:
+        if made and made[-1][1] == start:
+            start = made.pop()[0]
+        if stop > start:
+            made.append((start, stop))
+    return made
 
 
 def check_calls(text, answers, spans, where):

@@ -328,15 +328,18 @@ class Turns:
 
     def answer_after(self, text, span, reasoning):
         """Where an answer begins behind this reasoning, with which its turn begins; None if it does not."""
-        start = self.before_thought.match(text, span.start, span.stop).end()
-        stop = start + len(reasoning)
-        if not text.startswith(reasoning, start):  # white space may differ
-            place = locate(text, reasoning, start, None, span.stop)
-            if not place or text[start : place[0]].strip():
-                return None
-            stop = place[1]
-        end = self.after_thought.match(text, stop, span.stop)
-        return end.end() if end else None
+        header = next((h for h in self.headers if h.strip() and text.startswith(h, span.start)), "")
+        start = span.start + len(header)  # a marked turn may begin with it
+        lead = next((lead for lead in self.leads if text.startswith(lead, start)), "")
+        for begin in (start, start + len(lead)) if reasoning else (start,):
+            begin = self.before_thought.match(text, begin, span.stop).end()
+            place = begin, begin + len(reasoning)
+            if not text.startswith(reasoning, begin):  # white space may differ
+                place = locate(text, reasoning, begin, None, span.stop)
+            if place and not text[begin : place[0]].strip():
+                if end := self.after_thought.match(text, place[1], span.stop):
+                    return end.end()
+        return None
 
     # ---- finding ------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Chat templates of each kind, compared with transformers: where answers are, and which errors there are."""
 
+import json
 import os
 import re
 from datetime import date as day
@@ -472,6 +473,16 @@ def test_kwargs_that_collide_are_refused(kwargs, say, of_row, tmp_path):
         data.load(path, tiny, 2048)
 
 
+@pytest.mark.parametrize("text", ["false", "True", " FALSE "])
+def test_a_text_that_says_false_is_refused(text, tmp_path):
+    """A template takes every text but the empty one for true."""
+    directory = make_directory(tmp_path / "model", "{{- 'on' if switch }}" + chatml("m.content"))
+    with pytest.raises(UserError, match=f'^--template_kwargs sets switch to the text "{text}", .* without quotes'):
+        ChatTokenizer(directory, template_kwargs=json.dumps({"switch": text}))
+    assert ChatTokenizer(directory, template_kwargs='{"switch": false}').render([]) == ""
+    assert ChatTokenizer(directory, template_kwargs='{"switch": "falsehood"}').render([]) == "on"
+
+
 @pytest.mark.parametrize("date, says", [("2024-02-29", "29 Feb 2024 00:00"),
                                         (datetime(2001, 2, 3, 4, 5), "03 Feb 2001 04:05"),
                                         (day(2001, 2, 3), "03 Feb 2001 00:00")], ids=str)
@@ -494,6 +505,8 @@ def test_a_prompt_with_special_tokens_is_a_warning(role, tmp_path):
     _, spans, notes = ChatTokenizer(make_directory(tmp_path / "model", chatml("m.content"))).render_spans(
         formats.to_messages({"messages": quoting}, "row 7"), "row 7")
     assert len(spans) == 1 and notes.warning.startswith(f"row 7: the {role} message holds the special token <|im_end|>")
+    twice = formats.to_messages({"messages": chat("q", "a<|im_end|>\n")}, "row 7")
+    assert tiny.render_spans(twice, "row 7").notes.warning.startswith("row 7: an answer ends with <|im_end|>, which")
     plain = formats.to_messages({"messages": chat("<|im_ <| end|> |>", "It is <|im_end|>.")}, "row 7")
     assert tiny.render_spans(plain, "row 7").notes == (0, (), None)
 

@@ -343,6 +343,10 @@ CASES = [
      [f"<|START_THINKING|>Look.<|END_THINKING|><|START_ACTION|>[{JSON_CALL}]<|END_ACTION|><|END_OF_TURN_TOKEN|>",
       "<|START_RESPONSE|>Sunny.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]),
     ("deepseekv3", None, TWO, ["Hi there.<｜end▁of▁sentence｜>", "你好 🙂<｜end▁of▁sentence｜>"]),
+    # Templates that mark the parts of a turn one by one
+    ("phi3_training", None, TWO, ["Hi there.<|end|>\n", "你好 🙂<|end|>\n<|endoftext|>"]),
+    ("diffusion_gemma_training", None, THINKS, [
+        "Hi there.<turn|>\n", "<|channel>thought\nSecond thought.\n<channel|>Bye.<turn|>\n"]),
 ]
 
 
@@ -442,6 +446,10 @@ EMPTY_CALL = [ASK, says("", call("sky", city="Graz"), reasoning="Look.")]
     ("gptoss", None, EMPTY_CALL, [OSS_CALL("Graz")]),
     ("glm4moe", None, THINKS, ["Hi there.<|user|>", "Bye.<|user|>"]),
     ("gemma4_v5", None, THINKS, ["Hi there.<turn|>", "Bye.<turn|>"]),
+    ("gptoss", None, chat("q", "<think>\nhm\n</think>\n\n4"), ["4<|return|>"]),
+    ("qwen3_8", None, chat("q", "<think>\nhm\n</think>\n\n4"), ["4" + END]),
+    ("gptoss_training", None, THINKS, ["<|start|>assistant" + FINAL("Hi there.<|end|>"), FINAL("Bye.<|return|>")]),
+    ("diffusion_gemma_training", None, THINKS, ["Hi there.<turn|>\n", "Bye.<turn|>\n"]),
     ("deepseek_r1_distill", None, chat("q", "<think>\nhm\n</think>\n\n4"),
      ["\n\n4<｜end▁of▁sentence｜>"]),  # the template drops the reasoning, and not what follows it
 ], ids=str)
@@ -484,6 +492,20 @@ def test_reasoning_whose_end_is_unknown_is_an_error(made, tmp_path):
     assert dataset.ledger.reasoning_rendered == 1
     with pytest.raises(UserError, match=r"rows.json\[0\]: .* where it ends can't be found, so --train_reasoning false"):
         data.load(path, ChatTokenizer(directory), 4096, train_reasoning=False)
+
+
+def test_parts_of_two_turns_are_not_joined(tmp_path):
+    """Marks of different turns may touch; then there is one for each, or the number is an error."""
+    template = ("{%- for m in messages %}{%- if m.role == 'assistant' %}{%- generation %}{{- m.content + '<|im_end|>' }}"
+                "{%- endgeneration %}{%- else %}{{- m.content + '\\n' }}{%- endif %}{%- endfor %}")
+    messages = [*chat("q", "a"), says("b")]
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "one", template))
+    text, spans, _ = tokenizer.render_spans(formats.to_messages({"messages": messages}, "here"), "here")
+    assert [text[s.start : s.stop] for s in spans] == ["a" + END, "b" + END]
+    parts = template.replace("+ '<|im_end|>' }}", "}}{%- endgeneration %}{%- generation %}{{- '<|im_end|>' }}")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "two", parts))
+    with pytest.raises(UserError, match="marks 1 answers as generated, but the conversation has 2"):
+        tokenizer.render_spans(formats.to_messages({"messages": messages}, "here"), "here")
 
 
 def test_an_answer_that_repeats_dropped_reasoning_is_trained(made, tmp_path):

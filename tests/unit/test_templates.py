@@ -430,8 +430,8 @@ REFUSED = {  # name: (template, conversation, the error after the name of the ro
     "marks the last answer only": (
         MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"), chat("q", "a", "r", "b"),
         "marks 1 answers as generated, but the conversation has 2"),
-    "marks text and stop token separately": (
-        MARKED.replace("{{- '<|im_end|>' }}", "{%- endgeneration %}{%- generation %}{{- '<|im_end|>' }}"),
+    "marks text and stop token, and not what is between": (
+        MARKED.replace("{{- '<|im_end|>' }}", "{%- endgeneration %}{{- '|' }}{%- generation %}{{- '<|im_end|>' }}"),
         chat("q", "a", "r", "b"), "marks 4 answers as generated, but the conversation has 2"),
 }
 
