@@ -4,6 +4,7 @@ import errno
 import os
 import select
 import sys
+import unicodedata
 
 # What to do about an OSError, by its number.
 ADVICE = {
@@ -28,6 +29,18 @@ class NonFiniteError(FloatingPointError):
 
 class OutOfMemory(Exception):
     """The memory of a device or of the host is too small. The message says where, and what would help."""
+
+
+def printable(text):
+    """A text with control characters escaped: in raw form they could change what the terminal shows.
+
+    Characters that format text, such as those that reverse it, are escaped too, except the two that join
+    letters and emoji.
+    """
+    hidden = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+    return "".join(char.encode("unicode_escape").decode()
+                   if unicodedata.category(char) in hidden and char not in "\n\t\u200c\u200d" else char
+                   for char in text)
 
 
 def is_stdout_closed():
@@ -64,10 +77,10 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (NonFiniteError, OutOfMemory) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
@@ -77,5 +90,5 @@ def run(main):
             message += f"; {advice}"
             if program == "sft.py":
                 message += "; --resume_from auto then continues from the newest complete checkpoint, if any"
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from settings.errors import UserError
+from settings.errors import UserError, printable
 from text import inference
 from text.sources import describe_files
 
@@ -133,13 +133,13 @@ class Ledger:
                          f"blocks){lost}")
         lines += self.inference_lines()
         if self.unused:
-            names = [f"{name:.60}" for name in self.unused]
+            names = [" ".join(name[:60].split()) for name in self.unused]
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             lines.append(f"columns not used: {', '.join(names[:20])}{more}")
         lines += [f"warning  {warning}" for warning in self.warnings]
         if self.warned > len(self.warnings):
             lines.append(f"warning  and {self.warned - len(self.warnings):,} more rows like these")
-        return tuple(lines)
+        return tuple(map(printable, lines))  # names of columns and files may hold anything
 
     def inference_lines(self):
         """How many trained turns follow the prompt that inference renders, and how the others differ."""

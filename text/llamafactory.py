@@ -9,6 +9,7 @@ from typing import NamedTuple
 from disk.files import read_json
 from settings.errors import UserError
 from text.keys import row_use
+from text.messages import listed
 
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history",
           "system": "system", "tools": "tools"}  # LLaMA-Factory's name of a column: ours
@@ -86,7 +87,7 @@ class Entry(NamedTuple):
 
     def lacks(self, key, row, where):
         """The UserError for rows without a column that the entry names."""
-        there = ", ".join(f'"{name:.60}"' for name in row) or "none"
+        there = listed(row) or "none"
         return UserError(f'{where}: dataset_info.json has "{key}": "{dict(self.keys)[key]}", but there is no '
                          f"such column; there are {there:.300}; correct the columns of the entry")
 

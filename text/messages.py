@@ -47,7 +47,7 @@ def is_finite(value):
 
 
 def listed(names):
-    return ", ".join(f'"{name:.60}"' for name in names)
+    return ", ".join(f'"{" ".join(name[:60].split())}"' for name in names)  # in one line
 
 
 def decoded_turns(value, columns):

@@ -445,8 +445,8 @@ class ChatTokenizer:
             if not turns.locate_forms(text, visible, start, None, stop):
                 raise UserError(f"{where}: the answer {visible!r:.60} can't be found in what the chat "
                                 f"template made of it: {text[start:stop]!r:.200}")
-        return text, [Span(start, stop, learned.at_call_end.search(text, start, stop) is not None, m["weight"])
-                      for (start, stop), m in zip(spans, answers)]
+        has_end = [learned.at_call_end.search(text, *span) is not None for span in spans]
+        return text, [Span(*span, end, m["weight"]) for span, end, m in zip(spans, has_end, answers)]
 
     def cover_quoted_headers(self, text, messages, where, tools, kwargs, learned, tail):
         """(text, messages) in which other characters replace the headers that prompts quote.
@@ -539,8 +539,8 @@ class ChatTokenizer:
             content = message["content"]
             if message["role"] == "assistant":
                 if self.turn_end and content.rstrip().endswith(self.turn_end):
-                    return (f"{where}: an answer ends with {self.turn_end}, which the chat template adds once "
-                            "more; remove it from the row")
+                    return (f"{where}: an answer ends with {self.turn_end}, which the chat template adds "
+                            "once more; remove it from the row")
                 continue
             for found in self.at_special.finditer(content):
                 start = found.start()

@@ -16,7 +16,6 @@ import itertools
 import os
 import sys
 import time
-import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ import data
 import sft
 from disk import pretrained
 from settings import venv
-from settings.errors import UserError, run
+from settings.errors import UserError, printable, run
 from settings.parser import check, parse, setting
 from text import token_cache
 from text.sources import data_files, read_sources
@@ -109,18 +108,6 @@ PLAIN = Style(("«", "»"), ("⟪", "⟫"))
 COLOURS = Style(("\033[32m", "\033[0m"), ("\033[31m", "\033[0m"))
 
 
-def printable(text):
-    """A text with control characters escaped: in raw form they could change what the terminal shows.
-
-    Characters that format text, such as those that reverse it, are escaped too, except the two that join
-    letters and emoji.
-    """
-    hidden = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-    return "".join(char.encode("unicode_escape").decode()
-                   if unicodedata.category(char) in hidden and char not in "\n\t\u200c\u200d" else char
-                   for char in text)
-
-
 def show(dataset, tokenizer, chosen, ids, style, full=None):
     """Print conversations as the model sees them.
 
@@ -197,7 +184,7 @@ def show_command(cfg, tokenizer):
          COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN, full)
     counts, _, *remarks = dataset.ledger.lines()  # of all rows that were read, not only of those shown
     for line in [counts] * bool(dataset.ledger.dropped) + remarks:
-        print(printable(line))
+        print(line)
 
 
 # ---- stats ------------------------------------------------------------------------------------------------
@@ -261,7 +248,7 @@ def stats(dataset, capacity, batch_size, too_long=None):
 
 def stats_command(cfg, tokenizer):
     dataset = load(cfg, tokenizer, max_length=EVERYTHING, compared=EVERYTHING)
-    print(*map(printable, dataset.ledger.lines(dataset.files)), sep="\n")
+    print(*dataset.ledger.lines(dataset.files), sep="\n")
     print_keys(row for _, _, row, _ in read_sources(data_files(cfg.data)))
     stats(dataset, cfg.max_length, cfg.batch_size, cfg.too_long)
 

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 from data_helpers import assert_is, by_hand, conversations, ends_a_turn, repeatable, sources, tiny
-from helpers import RAW, TINY, chat, chatml, make_directory, target_texts, write
+from helpers import RAW, ROOT, TINY, chat, chatml, make_directory, target_texts, write
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -354,3 +356,14 @@ def test_bad_rows_are_dropped_and_counted(tmp_path):
         *(f"warning  {path} line {i}" for i in (2, 3, 4)), "warning  and 2 more rows like these"]
     with pytest.raises(UserError, match="no row is left .* all dropped .1 bad."):
         data.load(write(tmp_path / "bad.json", [{"prompt": "a"}]), tiny, 100, bad_rows="drop")
+
+
+def test_names_of_columns_cannot_change_the_terminal(tmp_path):
+    """Control characters and line breaks in them are escaped, on the ledger's lines and in errors."""
+    name = "note\n\n\x1b[31mred\u202e"
+    ledger = data.load(write(tmp_path / "rows.json", [{**GOOD, name: 1}]), tiny, 100).ledger
+    assert ledger.lines()[-1] == r"columns not used: note \x1b[31mred\u202e"
+    path = write(tmp_path / "bad.json", [{name: "a", "x": "b"}])
+    command = [sys.executable, os.path.join(ROOT, "tools", "show.py"), "show", path, "--model", "tiny"]
+    error = subprocess.run(command, capture_output=True, text=True).stderr
+    assert error.startswith("show.py: error: ") and error.endswith("\n") and error[:-1].isprintable()
