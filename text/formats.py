@@ -5,24 +5,20 @@ the reason, or listed as not used. text/keys.py has the tables of those that are
 """
 
 import json
-import math
 import re
 from typing import NamedTuple
 
 from settings.errors import UserError
+from text.annotations import product, read_label, read_template_kwargs, read_tokens, read_tools, read_weight
+from text.columns import SHAPES, TURNS, Columns, is_null, values_of, without_nulls
 from text.keys import MEDIA_MARK, NAMES, ROLES, STRONG, plain, row_use
-from text.messages import (EMPTY, decoded, decoded_turns, flag_of, has_role, is_empty, is_finite, is_pair,
-                           is_turns, listed, read_text, read_turn, read_turns, said_by, shown)
+from text.messages import (EMPTY, decoded, decoded_turns, has_role, is_empty, is_finite, is_pair, is_turns,
+                           listed, read_text, read_turn, read_turns, shown)
 
-TURNS = '[{"role", "content"}, ...]'
-SHAPES = ('{"prompt", "response"}, {"instruction", "input"?, "output"}, {"messages" or "conversations": '
-          f'{TURNS}}} or {{"conversations": [{{"from", "value"}}, ...]}}')
 KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_key and --messages_key
 # Values of a column "reasoning" that say whether there is any, as in Nemotron's data
 NO_THOUGHTS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}
-UNCLEAR = {"yes", "no", "y", "n", "on", "off", "t", "f"}  # flags that are not read
 NO_CONTEXT = {"nan", "NaN", "null", "None", "<noinput>"}  # how tables and Alpaca's data write no input
-RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # no row may set these of a template
 
 
 class Row(NamedTuple):
@@ -88,79 +84,6 @@ def to_messages(row, where, keys=KEYS):
 
 
 # ---- columns ----------------------------------------------------------------------------------------------
-
-
-class Columns:
-    """The columns of one row. It remembers which have been used.
-
-    given         the row as it is
-    row           column -> value, without nulls
-    by_use        use (see text/keys.py) -> the columns that have a value, in the order of the row
-    used          columns
-    message_keys  unknown keys of messages, as the keys of a dict, which keeps their order
-    """
-
-    def __init__(self, row, where, keys):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row must be an object, not {type(row).__name__}; accepted are "
-                            f"{SHAPES}")
-        self.where, self.keys, self.given = where, keys, row
-        self.row = {name: value for name, value in row.items() if not is_null(value)}
-        self.used, self.message_keys, self.by_use = set(), {}, {}
-        for name, value in self.row.items():
-            if (use := row_use(name)) and value not in EMPTY:
-                self.by_use.setdefault(use, []).append(name)
-
-    def error(self, text):
-        return UserError(f"{self.where}: {text}")
-
-    def names(self, use):
-        """The columns of this use that have a value, or else the first one that is an empty text or list."""
-        return self.by_use.get(use) or [name for name in self.row if row_use(name) == use][:1]
-
-    def value(self, name):
-        """The value of a column, which counts as used; without nulls. "a.b" may be b inside a."""
-        self.used.add(name if name in self.row else name.partition(".")[0])
-        values = values_of(self.row, name)
-        return without_nulls(values[0], self.where) if values and not is_null(values[0]) else None
-
-    def take(self, use):
-        """The value of the column of this use, or None. Two columns with different values are an error."""
-        names = self.by_use.get(use, [])
-        values = [self.value(name) for name in names]
-        if any(value != values[0] for value in values):
-            raise self.error(f"the columns {listed(names)} differ; remove all but one")
-        return values[0] if values else None
-
-    def unused(self):
-        columns = [name for name, value in self.row.items() if name not in self.used and value not in EMPTY]
-        return (*columns, *(f"messages.{key:.60}" for key in self.message_keys))
-
-
-def is_null(value):
-    """Whether a value counts as absent: null, or pandas' NaN."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def without_nulls(value, where):
-    """A JSON value without keys whose value is null, at any depth: Arrow gives all objects the same keys."""
-    def copied(value):
-        if isinstance(value, dict):
-            return {key: copied(item) for key, item in value.items() if item is not None}
-        return [copied(item) for item in value] if isinstance(value, list) else value
-
-    try:
-        return copied(value)
-    except RecursionError as error:
-        raise UserError(f"{where}: lists and objects are nested too deep") from error
-
-
-def values_of(row, key):
-    """[the value of a key], or [] if the row does not have it. If there is no key "a.b", it is b inside a."""
-    if key in row:
-        return [row[key]]
-    outer, _, inner = key.partition(".")
-    return values_of(row[outer], inner) if inner and isinstance(row.get(outer), dict) else []
 
 
 def refuse_columns(columns):
@@ -472,162 +395,3 @@ def read_history(columns):
                             f"{history!r:.60}")
     return [message for pair in history for role, text in zip(("user", "assistant"), pair)
             for message in read_turn({"role": role, "content": text}, columns)]
-
-
-# ---- what else a row says ---------------------------------------------------------------------------------
-
-
-def read_tools(columns):
-    """The list of tools of a row, or None."""
-    tools, what = columns.take("tools"), listed(columns.by_use.get("tools", []))
-    tools = decoded(tools, what, columns.where)
-    if tools in EMPTY:
-        return None
-    tools = [decoded(tool, "a tool", columns.where) for tool in tools] if isinstance(tools, list) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise columns.error(f"{what} must be a list of objects or its JSON, it is {shown(tools)}")
-    return [as_tool(tool, columns) for tool in tools]
-
-
-def as_tool(tool, columns):
-    """A tool in OpenAI's form. Others write the function alone, or its "input_schema" (Anthropic)."""
-    function = decoded(tool.get("function"), "a function", columns.where)
-    if function is None and "name" in tool and {"parameters", "input_schema", "description"} & tool.keys():
-        function = {key: value for key, value in tool.items() if key != "type"}
-        tool = {}
-    if not isinstance(function, dict):
-        return tool
-    names = {"input_schema": "parameters"} if "parameters" not in function else {}
-    function = {names.get(key, key): value for key, value in function.items()}
-    if isinstance(function.get("parameters"), str):
-        function["parameters"] = decoded(function["parameters"], "the parameters of a tool", columns.where)
-    return {"type": "function", **tool, "function": function}
-
-
-def read_template_kwargs(columns):
-    """The variables that a row sets for the chat template."""
-    kwargs = decoded(columns.take("kwargs"), '"chat_template_kwargs"', columns.where) or {}
-    if not isinstance(kwargs, dict):
-        raise columns.error(f'"chat_template_kwargs" must be an object or its JSON, it is {shown(kwargs)}')
-    kwargs = {name: read_variable(name, value, columns) for name, value in kwargs.items()}
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    for column in columns.by_use.get("kwarg", []):
-        name = plain(column)
-        value = read_variable(name, columns.value(column), columns)
-        if kwargs.get(name, value) != value:
-            raise columns.error(f'column "{column}" is {shown(value)}; it may not differ from '
-                                '"chat_template_kwargs"')
-        if value is not None:
-            kwargs[name] = value
-    for name in kwargs:
-        if name in RESERVED or name.endswith("_token"):
-            raise columns.error(f'"chat_template_kwargs" has "{name:.60}", which the trainer sets; remove it')
-    return kwargs
-
-
-def read_variable(name, value, columns):
-    """The value of a variable of the chat template; a flag may be 0, 1 or a text, as tables have it."""
-    if name == "reasoning_effort":
-        if not isinstance(value, str):
-            raise columns.error(f'"{name}" must be a text, it is {shown(value)}')
-    elif row_use(name) == "kwarg":
-        flag = flag_of(value)
-        if flag is None and said_by(value) is not None:
-            raise columns.error(f'"{name}" must be true or false, it is {shown(value)}')
-        return flag
-    elif isinstance(value, str) and isinstance(said_by(value), bool):
-        raise columns.error(f'"{name:.60}" is the text {shown(value)}, which templates take for true; write '
-                            "true or false without quotes")
-    return value
-
-
-def read_label(columns):
-    """Why a conversation that is labelled as a bad one is not trained, or None."""
-    dropped = None
-    for name in columns.by_use.get("label", []):
-        if not isinstance(columns.row[name], bool) and plain(name) == "label":
-            continue  # of a classification
-        flag = flag_of(columns.value(name))
-        if flag is None:
-            raise columns.error(f'"{name:.60}" must be true or false, it is {shown(columns.row[name])}')
-        dropped = dropped if flag else f"{name} is false"
-    return dropped
-
-
-def read_weight(columns):
-    """(weight of the losses of a row, why it is not trained or None)."""
-    dropped = None
-    for name in [*columns.by_use.get("train", []), *columns.by_use.get("mask", [])]:
-        value = columns.row[name]
-        if isinstance(value, list):
-            raise columns.error(f'column "{name:.60}" is a list; write "train" into each message instead')
-        flag = flag_of(value)
-        if isinstance(value, str) and value.strip().lower() in UNCLEAR:
-            raise columns.error(f'column "{name:.60}" must be true or false, it is {shown(value)}')
-        if flag is None or isinstance(said_by(value), float):
-            continue  # "loss": 0.7 is a score, "train": "train" a split
-        columns.used.add(name)
-        if flag == (row_use(name) == "mask"):
-            dropped = f"{name} is {str(flag).lower()}"
-    weights = [said_by(columns.value(name)) for name in columns.by_use.get("weight", [])]
-    weights = [weight for weight in weights if weight is not None] or [1.0]
-    weight = weights[0]
-    if any(other != weight for other in weights):
-        raise columns.error(f"the columns {listed(columns.by_use['weight'])} differ; remove all but one")
-    if not is_finite(weight) or weight < 0:
-        raise columns.error(f"{listed(columns.by_use['weight'])} must be a number of at least 0, it is "
-                            f"{shown(weight)}; rename the column if it is no weight of the loss")
-    return float(weight), dropped
-
-
-def product(of_row, weight, columns):
-    """The weight of a row times that of a message or a token, which must not become 0 or infinite."""
-    result = of_row * weight
-    if math.isinf(result) or (not result and of_row and weight):
-        raise columns.error(f"the weight {of_row:g} of the row times {weight:g} in it is {result:g}; write "
-                            "weights nearer to 1")
-    return result
-
-
-# ---- tokens -----------------------------------------------------------------------------------------------
-
-
-def read_tokens(columns):
-    """(ids, weights) of a tokenised row: input_ids with labels, with a mask, with both or with neither."""
-    ids = columns.take("tokens")
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise columns.error(f'"input_ids" must be a list of token ids, it is {shown(ids)}')
-    weights = [1.0] * len(ids)
-    for name in columns.by_use.get("labels", []):
-        labels = of_each_token(columns, name, ids)
-        for i, (token, label) in enumerate(zip(ids, labels)):
-            if label >= 0 and label != token:
-                raise columns.error(f'"{name}" is {label} at {i}, where input_ids is {token}; a label is the '
-                                    "token at its own place, not shifted, or -100")
-        weights = [weight * (label >= 0) for weight, label in zip(weights, labels)]
-    for name in columns.by_use.get("token_mask", []):
-        mask = of_each_token(columns, name, ids)
-        if min(mask) < 0:
-            raise columns.error(f'"{name}" must have numbers of at least 0, it has {min(mask)}')
-        weights = [weight * float(value) for weight, value in zip(weights, mask)]
-    for name in columns.by_use.get("attention", []):
-        if any(value != 1 for value in of_each_token(columns, name, ids)):
-            raise columns.error(f'"{name}" has a 0; remove the padding, rows may have any length')
-    for name in columns.by_use.get("packed", []):
-        lengths = columns.value(name)
-        if not isinstance(lengths, list) or len(lengths) > 1 + plain(name).startswith("cu"):
-            raise columns.error(f'"{name}" has several documents; write each as a row of its own')
-    for name in columns.by_use.get("positions", []):
-        if of_each_token(columns, name, ids) != list(range(len(ids))):
-            raise columns.error(f'"{name}" must be 0, 1, 2, ...; write packed documents as rows of their own')
-    return ids, weights
-
-
-def of_each_token(columns, name, ids):
-    """The value of a column that has a number for each token."""
-    values = columns.value(name)
-    if not isinstance(values, list) or len(values) != len(ids) or not all(
-            map(is_finite, values)):
-        raise columns.error(f'"{name}" must have a number for each of the {len(ids)} input_ids, it is '
-                            f"{shown(values)}")
-    return values
