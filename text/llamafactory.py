@@ -121,8 +121,8 @@ def read_entry(path, name):
     entry = entries.get(name)
     if entry is None:
         wrong = f"{path}:{name}: no such entry" if name else f"{path}: name one of its entries"
-        names = ", ".join(entries) or "none"
-        raise UserError(f"{wrong}, as in {path}:{next(iter(entries), 'ENTRY')}; it has {names:.1000}")
+        names = " ".join(", ".join(entries).split()) or "none"
+        raise UserError(f"{wrong}, as in {path}:ENTRY; it has {names:.1000}")
     where = f"{path}:{name}"
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in SHAPES:

@@ -4,6 +4,7 @@ The functions take the Columns of text/formats.py: for errors, which name the ro
 """
 
 import functools
+import contextlib
 import json
 import math
 import re
@@ -54,6 +55,10 @@ def decoded_turns(value, columns):
     """A value whose text is that of a list of messages, as such a list; any other value as it is."""
     if not isinstance(value, str) or not TURNS.match(value):
         return value
+    text = value.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        if json.JSONDecoder().raw_decode(text)[1] < len(text):
+            return value  # a text that begins with JSON
     turns = decoded(value, "a list of messages", columns.where)
     return turns if is_turns(turns) else value
 

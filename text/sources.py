@@ -360,8 +360,8 @@ def in_folder(names, configs, where, config):
 
 
 def listed(names, count=20):
-    """Names for an error, shortened."""
-    names = [str(name)[:80] for name in names]
+    """Names for an error, shortened, in one line."""
+    names = [" ".join(str(name)[:80].split()) for name in names]
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 

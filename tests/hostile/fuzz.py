@@ -42,6 +42,7 @@ from hypothesis import strategies as st  # noqa: E402
 import data  # noqa: E402
 from settings.errors import UserError  # noqa: E402
 from text import containers, formats, masks, sources  # noqa: E402
+from text.formats import NO_CONTEXT  # noqa: E402
 from text.template import ChatTokenizer  # noqa: E402
 
 END = RAW.token_to_id(tiny.special["eos_token"])
@@ -571,7 +572,8 @@ def case_info(directory):
         row = {columns[key]: draw(answers) for key in keys}
         messages = [{"role": role, "content": row[columns[key]]} for role, key in
                     (("system", "system"), ("user", "prompt"), ("assistant", "response"))]
-        messages[1]["content"] += "\n" + row[columns["query"]]
+        if row[columns["query"]].strip() not in NO_CONTEXT:
+            messages[1]["content"] += "\n" + row[columns["query"]]
         return {"columns": columns}, row, messages
 
     @st.composite

@@ -50,6 +50,8 @@ def refusal(row, names=formats.KEYS):
     ({"instruction": "i", "input": float("nan"), "output": "a"}, chat("i", "a")),
     ({"instruction": "i", "input": "x", "output": "a"}, chat("i\nx", "a")),
     ({"instruction": "x", "input": "x", "output": "a"}, chat("x\nx", "a")),
+    ({"prompt": '[{"role": "user", "content": "q"}] Translate.', "response": "a"},
+     chat('[{"role": "user", "content": "q"}] Translate.', "a")),  # a text that begins with JSON
     ({"instruction": "i", "output": "a", "system": "", "history": []}, chat("i", "a")),
     ({"instruction": "i", "output": "a", "system": None, "history": None}, chat("i", "a")),
     ({"instruction": "i", "input": "x", "output": "a", "system": "s", "history": [["p", "o"], ["n", "m"]]},
