@@ -228,7 +228,9 @@ class RunState:
             then = self.saved.get(key)
             if then != now and key in ("data", "base"):
                 changes.append("another base model" if key == "base" else "other training data, or a setting "
-                               "that changes it: --tokenizer, --max_length, --train_on")
+                               "that changes it: --tokenizer, --chat_template, --template_kwargs, "
+                               "--max_length, --too_long, --train_on, --train_on_prompt, "
+                               "--train_reasoning, --split_turns, --bad_rows")
             elif then != now:
                 then, now = ("none" if value is None else value for value in (then, now))
                 changes.append(f"{key} {then} then, {now} now")

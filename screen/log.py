@@ -432,8 +432,8 @@ class Log:
         kind = "PEFT adapter" if run.cfg.use_lora else "Hugging Face model"
         if self.is_already_done:
             limit = "--max_steps" if run.cfg.max_steps else "--epochs"
-            print(f"done     step {run.step} of {self.total_steps} was already done; nothing to do. "
-                  f"Raise {limit} to train longer")
+            print(f"done     the checkpoint has step {run.step}, and {limit} ends the run after step "
+                  f"{self.total_steps}: nothing to do. Raise {limit} to train longer")
         else:
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
         print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")

@@ -48,13 +48,18 @@ def render(file, number, row, where, tokenizer, options, compares):
         for message in [m for m in row.messages if m["role"] == "assistant"][:-1]:
             message["weight"] = 0.0
     made, unused = [], row.unused + tokenizer.unread(row.template_kwargs, row.tools)
-    for messages in split_turns(row.messages) if options.split_turns else [row.messages]:
+    samples = split_turns(row.messages) if options.split_turns else [row.messages]
+    if len(samples[-1]) < len(row.messages):
+        unused += ("messages after the last trained turn",)
+    for messages in samples:
         text, spans, notes = tokenizer.render_spans(messages, where, row.tools, row.template_kwargs)
         check_text(text, where)
         if not options.train_reasoning and any(span.answer is None and span.weight for span in spans):
             raise UserError(f"{where}: the chat template writes reasoning, but where it ends can't be found, "
                             "so --train_reasoning false can't mask it; write it between <think> and </think> "
                             "at the start of the answer")
+        if not made and any(str(m["name"]) not in text for m in messages if m.get("name")):
+            unused += ("messages.name",)
         prompts = inference.compare(tokenizer, messages, text, spans, row, where) if compares else []
         made.append(Conversation(file, number, where, text, spans, unused=unused, notes=notes,
                                  prompts=prompts, is_first=not made))

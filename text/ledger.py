@@ -39,6 +39,7 @@ class Ledger:
     of_rows: int = 0  # rows of the files; `rows` counts more with --split_turns, where each turn is one
     reasoning_rendered: int = 0  # trained answers whose reasoning the template renders
     reasoning_tokens: int = 0  # tokens of reasoning in trained turns, also if they are no targets
+    reasoning_masked: int = 0  # tokens among these that are no targets, by --train_reasoning false
     reasoning_dropped: int = 0  # trained answers whose reasoning the template does not render
     reasoning_tokens_dropped: int = 0
     compared: int = 0  # trained turns whose prompt is compared with that of inference
@@ -60,6 +61,7 @@ class Ledger:
         self.turns += masked.turns
         self.turns_stopped += masked.stopped
         self.reasoning_tokens += masked.reasoning
+        self.reasoning_masked += masked.reasoning_masked
         for name in conversation.unused if conversation.is_first else ():
             self.unused[name] = self.unused.get(name, 0) + 1
         if notes:
@@ -126,11 +128,13 @@ class Ledger:
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
         if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:
-            lost = (f"; the chat template drops the others' ({self.reasoning_tokens_dropped:,} tokens)"
-                    if self.reasoning_dropped else "")
+            masked = ", no targets" if self.reasoning_masked else ""
+            lost = (f"; the chat template drops that of {self.reasoning_dropped:,} "
+                    f"({self.reasoning_tokens_dropped:,} tokens)" if self.reasoning_dropped else "")
+            hint = "; --split_turns may keep it" if lost and self.rows == self.of_rows else ""
             lines.append(f"thoughts {self.reasoning_rendered:,} of {n_thoughts:,} answers have their "
                          f"reasoning in the text ({self.reasoning_tokens:,} tokens, with tags and empty "
-                         f"blocks){lost}")
+                         f"blocks{masked}){lost}{hint}")
         lines += self.inference_lines()
         if self.unused:
             names = [" ".join(name[:60].split()) for name in self.unused]
@@ -138,7 +142,7 @@ class Ledger:
             lines.append(f"columns not used: {', '.join(names[:20])}{more}")
         lines += [f"warning  {warning}" for warning in self.warnings]
         if self.warned > len(self.warnings):
-            lines.append(f"warning  and {self.warned - len(self.warnings):,} more rows like these")
+            lines.append(f"warning  {self.warned - len(self.warnings):,} more rows have one")
         return tuple(map(printable, lines))  # names of columns and files may hold anything
 
     def inference_lines(self):
@@ -149,8 +153,9 @@ class Ledger:
         share = math.floor(1000 * n_same / self.compared) / 10  # 100 % only if it is all of them
         lines = [f"prompts  {n_same:,} of {self.compared:,} trained turns ({share:g} %) follow the prompt "
                  "that inference renders"]
-        return lines + [f"prompts  {count:,} not: {difference}, e.g. {example}"
-                        for difference, (count, example) in self.differing.items()]
+        lines += [f"prompts  {count:,} not: {difference}, e.g. {example}"
+                  for difference, (count, example) in self.differing.items()]
+        return lines + ["prompts  what to do: docs/data.md, Reasoning"] * bool(self.differing)
 
     def check(self, spec, max_length):
         """Raise UserError if no row is trained, or if the model would not learn to end its turn.
@@ -165,6 +170,8 @@ class Ledger:
         if not self.trained:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             remedy = "mark at least one assistant message as trained"
+            if "bad" in self.dropped:
+                remedy = f"the first: {self.warnings[0]}"
             if any("too long" in reason or "truncation" in reason for reason in self.dropped):
                 remedy = f"raise --max_length {max_length}"
             raise UserError(f"{spec}: no row is left to train on: {self.rows} in, all dropped ({reasons}); "
@@ -175,8 +182,8 @@ class Ledger:
                             f"--max_length {max_length}")
         if self.turns_stopped < 0.99 * self.turns:
             raise UserError(f"{spec}: only {self.turns_stopped} of {self.turns} assistant turns train a "
-                            "token that ends them: the model would never stop; use a tokenizer directory "
-                            "(--tokenizer) whose chat template ends each turn with a special token")
+                            "token that ends them: the model would never stop; use a chat template that ends "
+                            "each turn with a special token (--chat_template, or --tokenizer DIR)")
 
 
 def check_settings(cfg, train_set, val_set):

@@ -121,8 +121,9 @@ def read_entry(path, name):
     entry = entries.get(name)
     if entry is None:
         wrong = f"{path}:{name}: no such entry" if name else f"{path}: name one of its entries"
-        names = " ".join(", ".join(entries).split()) or "none"
-        raise UserError(f"{wrong}, as in {path}:ENTRY; it has {names:.1000}")
+        names = " ".join(", ".join(entries).split()) or "none"  # in one line
+        example = " ".join(next(iter(entries), "ENTRY").split())
+        raise UserError(f"{wrong}; it has {names:.1000}; write {path}:{example}")
     where = f"{path}:{name}"
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in SHAPES:

@@ -23,6 +23,7 @@ class Masked(NamedTuple):
     turns: int = 0  # assistant turns that are trained and not truncated
     stopped: int = 0  # turns among these whose stop token is a target
     reasoning: int = 0  # tokens of the reasoning of the turns that are trained, also if they are no targets
+    reasoning_masked: int = 0  # tokens among these that are no targets
 
 
 def mask(conversation, encoding, options, tokenizer):
@@ -58,7 +59,8 @@ def mask(conversation, encoding, options, tokenizer):
     if not weights.any():
         dropped = "without targets" + (" after truncation" if length > kept else "")
         return Masked(kind, length, dropped, turns=turns, stopped=stopped)
-    return Masked(kind, length, None, ids[:kept], weights, [(0, kept)], turns, stopped, reasoning)
+    return Masked(kind, length, None, ids[:kept], weights, [(0, kept)], turns, stopped, reasoning,
+                  0 if options.train_reasoning else reasoning)
 
 
 # ---- chats -----------------------------------------------------------------------------------------------

@@ -110,9 +110,21 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return self.from_string(source)
 
     def variables(self, source):
-        """Names of the variables that the template of a source text reads, in its macros too."""
+        """Names of the variables that the template of a source text reads, in its macros too.
+
+        A name that loops set is the template's own, unless it is tested: then its value may come from outside.
+        """
         with template_errors():
-            return frozenset(jinja2.meta.find_undeclared_variables(self.parse(source)))
+            tree = self.parse(source)
+            read = jinja2.meta.find_undeclared_variables(tree)
+        tested = {node.node.name for node in tree.find_all(jinja2.nodes.Test)
+                  if isinstance(node.node, jinja2.nodes.Name)}
+        tested |= {node.node.name for node in tree.find_all(jinja2.nodes.Filter)
+                   if isinstance(node.node, jinja2.nodes.Name) and node.name in ("default", "d")}
+        own = {target.name for loop in tree.find_all(jinja2.nodes.For)
+               for node in loop.find_all((jinja2.nodes.Assign, jinja2.nodes.AssignBlock))
+               for target in [node.target] if isinstance(target, jinja2.nodes.Name)}
+        return frozenset(read - (own - tested))
 
     def render(self, template, /, **values):
         """The text that a template makes of a conversation.

@@ -140,6 +140,8 @@ class ChatTokenizer:
         self.sandbox = Sandbox([GenerationBlock, jinja2.ext.loopcontrols], now)
         self.template_kwargs = self.checked_kwargs(template_kwargs, "--template_kwargs")
         self.is_fallback, self.is_chosen = False, chat_template is not None
+        is_file = self.is_chosen and os.path.isfile(chat_template)
+        self.place = f"--chat_template {chat_template}" if is_file else f"{directory}: its chat template"
         sources = self.named_templates(config.get("chat_template"))
         sources = self.chosen(sources, chat_template)
         self.templates = {name: self.compile(source) for name, source in sources.items()}
@@ -256,7 +258,7 @@ class ChatTokenizer:
         try:
             compiled, variables = self.sandbox.load(source), self.sandbox.variables(source)
         except jinja2.TemplateError as error:
-            raise UserError(f"{self.directory}: its chat template can't be used: {error!s:.300}") from error
+            raise UserError(f"{self.place} can't be used: {error!s:.300}") from error
         marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         return Template(source, compiled, marks_answers, variables)
 
@@ -310,15 +312,14 @@ class ChatTokenizer:
             self.has_parts = True
             with contextlib.suppress(jinja2.TemplateError):
                 return self.turns_of("default")
-            raise UserError(f"{self.directory}: its chat template can't be used: {error!s:.300}") from error
+            raise UserError(f"{self.place} can't be used: {error!s:.300}") from error
 
     def turns_of(self, name, kwargs=None, system=None):
         """The Turns of a template, with these variables and this system message; learned at the first use."""
         if not kwargs and not system and (name, None, None) in self.learned:
             return self.learned[name, None, None]
         kwargs = kwargs or {}
-        plain = {key: value for key, value in kwargs.items() if isinstance(value, (str, int, float))}
-        key = name, repr(sorted(plain.items())) if plain else None, system
+        key = name, repr(sorted(kwargs.items())) if kwargs else None, system
         if key not in self.learned:
             if len(self.learned) > 100:
                 self.learned.clear()
@@ -408,6 +409,7 @@ class ChatTokenizer:
             searched, covered = self.cover_quoted_headers(text, messages, where, tools, kwargs, learned, tail)
             spans, missing = learned.find(searched, covered, where)
         check_calls(text, answers, spans, where)
+        check_visible(text, answers, spans, where)
         spans, n_rendered, dropped = find_reasoning(text, answers, spans, learned)
         self.check_prompts(text, messages, spans, missing, where, tools, kwargs, name)
         if tools:
@@ -497,7 +499,7 @@ class ChatTokenizer:
     def writes(self, messages, i, tools, kwargs, name):
         """Whether a template writes message i: one with another text, in its place, is rendered once."""
         around = [m["role"] for m in messages[max(i - 1, 0) : i + 2]]
-        key = name, repr(sorted(kwargs)) if kwargs else None, i == 0, *around
+        key = name, repr(sorted(kwargs.items())) if kwargs else None, i == 0, *around
         if key not in self.written:
             if len(self.written) > 1000:
                 self.written.clear()
@@ -513,7 +515,7 @@ class ChatTokenizer:
         """Raise UserError if the text lacks a tool: many templates ignore tools."""
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise UserError(f'{where}: "tools" must be a list of objects, they are {tools!r:.60}')
-        key = name, "tools", repr(sorted(kwargs))
+        key = name, "tools", repr(sorted(kwargs.items()))
         if key not in self.written:  # a name may be elsewhere in the text, so a tool with another is rendered
             probe, parameters = "probe_tool", {"type": "object", "properties": {}}
             function = {"name": probe, "description": probe, "parameters": parameters}
@@ -538,6 +540,9 @@ class ChatTokenizer:
         for message in messages:
             content = message["content"]
             if message["role"] == "assistant":
+                if content.lstrip().startswith(turns.THINK) and turns.THINK_END not in content:
+                    return (f"{where}: an answer begins with {turns.THINK} and has no {turns.THINK_END}: it "
+                            "may have been cut")
                 if self.turn_end and content.rstrip().endswith(self.turn_end):
                     return (f"{where}: an answer ends with {self.turn_end}, which the chat template adds "
                             "once more; remove it from the row")
@@ -570,6 +575,20 @@ def check_calls(text, answers, spans, where):
             turns.check_calls(calls, text[span.start : span.stop], where)
 
 
+def check_visible(text, answers, spans, where):
+    """Raise UserError if the text lacks a piece of an answer: templates drop what is around think blocks."""
+    for span, message in zip(spans, answers):
+        cursor = span.start
+        has_block = turns.THINK_END in message["content"]
+        for piece in turns.split_content(message["content"])[1] if has_block else ():
+            place = turns.locate_forms(text, piece, cursor, None, span.stop)
+            if not place:
+                raise UserError(f"{where}: the text {piece!r:.60} of an answer can't be found in what the "
+                                f"chat template made of it: {text[span.start : span.stop]!r:.200}; write "
+                                "<think> ... </think> once, at the start of the answer")
+            cursor = place[1]
+
+
 def find_reasoning(text, answers, spans, learned):
     """Where the answers begin, behind their reasoning.
 
@@ -587,8 +606,10 @@ def find_reasoning(text, answers, spans, learned):
             before = turn.rpartition(visible)[0] if visible else turn
             is_rendered = turns.locate_forms(before, reasoning, 0, None) is not None
             answer = None if is_rendered else learned.answer_after(text, span, "")
-        if answer is None and not is_rendered:
-            answer = span.start
+        if not is_rendered or answer is not None:
+            answer = span.start if answer is None else answer
+            if learned.has_more_reasoning(text, span, answer):
+                answer, is_rendered = None, bool(reasoning)
         found.append(span._replace(answer=answer))
         if reasoning and span.weight:
             n_rendered += is_rendered

@@ -21,6 +21,10 @@ AGAIN = {"role": "user", "content": "second question"}
 THOUGHT, CALL, VALUE, RESULT = "probe thought", "probe_call", "probe value", "probe result"
 CALL_IDS = "abcDEF123", "987zyxWVU"  # Mistral's templates want nine characters
 THINK, THINK_END = "<think>", "</think>"
+BLOCK = re.compile(r"(?s)<think>.*?</think>")
+# Tags of reasoning in other people's data, which few templates know
+OTHER_TAGS = re.compile(r"(?i)\s*(?:<(?:thinking|thoughts?|reasoning|reflection|seed:think)>|\[think\]|"
+                        r"<\|begin_of_thought\|>)|\s*<T(?:hink|HINK)>")
 WORD = re.compile(r"\S+")
 
 
@@ -104,12 +108,27 @@ def locate_words(text, content, start, stop):
 
 
 def reasoning_of(message):
-    """The text of a message's reasoning: of its own key, or of the block before its answer."""
+    """The text of a message's reasoning: of its own key, or of the block with which its content begins."""
     text = message.get("reasoning_content") or message.get("thinking") or ""
     if isinstance(text, str) and text.strip():
         return text.strip()
-    before, end, _ = message["content"].rpartition(THINK_END)
-    return before.strip().removeprefix(THINK).strip() if end else ""
+    return split_content(message["content"])[0]
+
+
+def split_content(content):
+    """(reasoning, pieces of the answer) of a content. The pieces are between and after its think blocks.
+
+    The first block may lack its <think>: then a generation prompt had it.
+    """
+    start, end = content.find(THINK), content.find(THINK_END)
+    if end < 0:
+        return "", [content.strip()]
+    reasoning = ""
+    if not 0 <= start < end:
+        reasoning, content = content[:end], content[end + len(THINK_END) :]
+    elif not content[:start].strip():
+        reasoning = content[start + len(THINK) : end]
+    return reasoning.strip(), [piece for piece in map(str.strip, BLOCK.split(content)) if piece]
 
 
 def call_message(call_id, arguments, count=1):
@@ -179,8 +198,8 @@ class Turns:
                 break
         self.thoughts = [(THINK, THINK_END)]
         self.learn_reasoning(arguments)
-        befores, afters = zip(*self.thoughts)
-        self.before_thought = re.compile(rf"\s*(?:{any_of(befores).pattern})?\s*")
+        self.befores, afters = zip(*self.thoughts)
+        self.before_thought = re.compile(rf"\s*({any_of(self.befores).pattern})?\s*")
         self.after_thought = re.compile(rf"\s*(?:{any_of(afters).pattern})(?:\s*\n)?")
         self.at_header = any_of([self.header] if self.header.strip() else ())
         self.at_end, self.at_call_end = any_of(self.ends), any_of(self.call_ends)
@@ -326,13 +345,20 @@ class Turns:
             return ""
         return self.call_ends[0] if last.get("tool_calls") else self.ends[0]
 
-    def answer_after(self, text, span, reasoning):
-        """Where an answer begins behind this reasoning, with which its turn begins; None if it does not."""
+    def turn_begins(self, text, span):
+        """[where a turn begins behind its header, where behind what a template may write before answers]"""
         header = next((h for h in self.headers if h.strip() and text.startswith(h, span.start)), "")
         start = span.start + len(header)  # a marked turn may begin with it
         lead = next((lead for lead in self.leads if text.startswith(lead, start)), "")
-        for begin in (start, start + len(lead)) if reasoning else (start,):
-            begin = self.before_thought.match(text, begin, span.stop).end()
+        return [start, start + len(lead)]
+
+    def answer_after(self, text, span, reasoning):
+        """Where an answer begins behind this reasoning, with which its turn begins; None if it does not."""
+        for start in self.turn_begins(text, span)[: 2 if reasoning else 1]:
+            before = self.before_thought.match(text, start, span.stop)
+            begin = before.end()
+            if not before[1] and not text[max(begin - 80, 0) : begin].rstrip().endswith(self.befores):
+                continue  # reasoning begins with its tag, here or at the end of the header
             place = begin, begin + len(reasoning)
             if not text.startswith(reasoning, begin):  # white space may differ
                 place = locate(text, reasoning, begin, None, span.stop)
@@ -340,6 +366,14 @@ class Turns:
                 if end := self.after_thought.match(text, place[1], span.stop):
                     return end.end()
         return None
+
+    def has_more_reasoning(self, text, span, start):
+        """Whether a turn from `start` on seems to have reasoning: a tag at its start, or a block anywhere."""
+        if text.find(THINK, start, span.stop) >= 0 and BLOCK.search(text, start, span.stop):
+            return True
+        starts = self.turn_begins(text, span) if start == span.start else [start]
+        return any(self.before_thought.match(text, at, span.stop)[1]
+                   or OTHER_TAGS.match(text, at, span.stop) for at in starts)
 
     # ---- finding ------------------------------------------------------------------------------------------
 

@@ -347,7 +347,8 @@ def test_resuming_a_finished_run_changes_nothing(train, capsys):
     assert "saved    out/checkpoints/latest -> step_2 (Hugging Face model directory)" in capsys.readouterr().out
     assert train(*FAST, "--max_steps", 2, "--resume_from", "auto") == first
     out = capsys.readouterr().out
-    assert "done     step 2 of 2 was already done; nothing to do. Raise --max_steps to train longer" in out
+    assert ("done     the checkpoint has step 2, and --max_steps ends the run after step 2: nothing to do. Raise "
+            "--max_steps to train longer") in out
     assert "saved " not in out
 
 

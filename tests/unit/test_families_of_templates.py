@@ -482,6 +482,92 @@ def test_reasoning_inside_a_generation_block_is_masked(tmp_path):
         assert target_texts(dataset, 0, tokenizer.tokenizer) == ["Hi there." + END, expected + END]
 
 
+@pytest.mark.parametrize("name, content, says", [
+    ("phi4", "<think>R1</think><think>R2</think>A", None), ("phi4", "<think>R1</think>mid<think>R2</think>A", None),
+    ("phi4", "<think>R1 never ends", None), ("phi4", "<thinking>R1</thinking>A", None), ("phi4", "[THINK]R1[/THINK]A", None),
+    ("phi4", "<Think>R1</Think>A", None), ("phi4", "Use the </think> tag.", None), ("thinker", "<think>R1</think>A", "A"),
+    ("thinker", "<reasoning>R1</reasoning>A", None),
+    ("phi4", "Use the <think> tag.", "Use the <think> tag."), ("phi4", "<b>A</b>", "<b>A</b>"),
+    ("phi4", "<think>R1</think>Use the <think> tag.", "Use the <think> tag."),
+    ("phi4", "<think></think>A", "A"), ("phi4", "<think>\n\n</think>\n\nA", "A")], ids=str)
+def test_reasoning_is_masked_whole_or_refused(name, content, says, made, tmp_path):
+    """Without --train_reasoning: no reasoning is a target. What can't be told apart from it is an error."""
+    rows = [{"messages": chat("q", content)}, {"messages": chat("q", "<think>R</think>fine")}]
+    path = write(tmp_path / "rows.json", rows)
+    trained = data.load(path, made(name), 4096)
+    assert content[-4:] in target_texts(trained)[0]
+    if says is None:
+        with pytest.raises(UserError, match=r"rows.json\[0\]: the chat template writes reasoning, but where it ends"):
+            data.load(path, made(name), 4096, train_reasoning=False)
+    else:
+        assert target_texts(data.load(path, made(name), 4096, train_reasoning=False))[0] == says + END
+
+
+@pytest.mark.parametrize("content, lost", [
+    ("Sure. <think>R1</think> A", "Sure."), ("<think>R1</think>mid<think>R2</think>A", "mid"),
+    ("<think>the </think> tag</think>A", "tag</think>A")], ids=str)
+def test_text_around_reasoning_is_not_lost(content, lost, made, tmp_path):
+    """Qwen3's template drops what is before the last </think> but the first block."""
+    path = write(tmp_path / "rows.json", [{"messages": chat("q", content)}])
+    with pytest.raises(UserError, match=f"the text '{lost}' of an answer can't be found .* once, at the start"):
+        data.load(path, made("qwen3"), 4096)
+
+
+def test_reasoning_that_a_template_changes_is_in_the_text(tmp_path):
+    """It counts as rendered, and masking it is refused: where it ends is unknown."""
+    template = THINKER.replace("m.reasoning_content | default('')", "m.reasoning_content | default('') | upper")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    path = write(tmp_path / "rows.json", [{"messages": THINKS[2:]}])
+    ledger = data.load(path, tokenizer, 4096).ledger
+    assert (ledger.reasoning_rendered, ledger.reasoning_dropped) == (1, 0)
+    with pytest.raises(UserError, match="where it ends can't be found"):
+        data.load(path, tokenizer, 4096, train_reasoning=False)
+
+
+def test_a_cut_reasoning_is_a_warning(made):
+    read = formats.to_messages({"messages": chat("q", "<think>\nhm, so")}, "row 7")
+    assert made("phi4").render_spans(read, "row 7").notes.warning.startswith("row 7: an answer begins with <think> and")
+
+
+def test_what_split_turns_leaves_is_listed(made, tmp_path):
+    """Messages after the last trained turn are in no sample."""
+    path = write(tmp_path / "rows.json", [{"messages": [*THINKS, *chat("Bye.")]}, {"messages": THINKS}])
+    unused = data.load(path, made("thinker"), 4096, split_turns=True).ledger.unused
+    assert unused == {"messages after the last trained turn": 1}
+
+
+@pytest.mark.parametrize("value, unused", [("Bob", {"messages.name": 1}), ("user", {})])
+def test_a_name_that_the_template_omits_is_listed(value, unused, made, tmp_path):
+    row = {"messages": [{"role": "user", "content": "q", "name": value}, says("a")]}
+    assert data.load(write(tmp_path / "rows.json", [row]), made("phi4"), 4096).ledger.unused == unused
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_a_template_that_writes_tools_by_a_variable(order, tmp_path):
+    """Each value of a row's variable is looked at: with one the tools are written, with the other not."""
+    template = "{%- if tools and writes %}{{- tools | tojson }}{%- endif %}" + chatml("m.content")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    for on in order:
+        row = {"messages": chat("sky?", "a"), "tools": TOOLS, "chat_template_kwargs": {"writes": on}}
+        path = write(tmp_path / f"{on}.json", [row])
+        if on:
+            assert data.load(path, tokenizer, 4096).ledger.trained == 1
+        else:
+            with pytest.raises(UserError, match="the tool 'sky' can't be found"):
+                data.load(path, tokenizer, 4096)
+
+
+def test_the_turns_of_a_template_by_a_list(tmp_path):
+    """A header that a variable writes is no target, whatever the type of the variable."""
+    template = chatml("m.content", role="(m.role + (style[0] if style else '') if m.role == 'assistant' else m.role)")
+    template = template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant' + (style[0] if style else '') + '\\n'")
+    tokenizer = ChatTokenizer(make_directory(tmp_path / "model", template))
+    for style in (["\nin style"], ["\nplain"], []):
+        row = {"messages": chat("q", "a"), "chat_template_kwargs": {"style": style}}
+        dataset = data.load(write(tmp_path / "rows.json", [row]), tokenizer, 4096)
+        assert target_texts(dataset, 0, tokenizer.tokenizer) == ["a" + END]
+
+
 def test_reasoning_whose_end_is_unknown_is_an_error(made, tmp_path):
     """Without --train_reasoning; nothing says where the answer begins. With it, the reasoning is trained."""
     template = WRITTEN["thinker"].replace("<think>\\n", "I think: ").replace("\\n</think>\\n\\n", " ")
@@ -562,7 +648,7 @@ def test_the_ledger_counts_the_tokens_of_reasoning(made, tmp_path):
     first, second = len(encode("First thought.")), len(encode(THINK("First thought.")))
     assert data.load(path, tokenizer, 4096).ledger.lines()[2] == (
         f"thoughts 1 of 2 answers have their reasoning in the text ({kept} tokens, with tags and empty blocks); the "
-        f"chat template drops the others' ({first} tokens)")
+        f"chat template drops that of 1 ({first} tokens); --split_turns may keep it")
     assert data.load(path, tokenizer, 4096, split_turns=True).ledger.lines()[2] == (
         f"thoughts 2 of 2 answers have their reasoning in the text ({kept + second} tokens, with tags and empty blocks)")
 
@@ -650,7 +736,7 @@ def test_the_first_rows_of_each_file_are_compared(tmp_path):
         assert ledger.compared == turns
         assert sum("prompts" in line for line in ledger.lines()) == bool(turns)
     ledger.compared, ledger.differing = 10_000, {inference.TEXT: [1, "x[0], answer 1: y"]}
-    assert ledger.lines()[-2:] == (
+    assert ledger.lines()[-3:-1] == (
         "prompts  9,999 of 10,000 trained turns (99.9 %) follow the prompt that inference renders",
         f"prompts  1 not: {inference.TEXT}, e.g. x[0], answer 1: y")
 

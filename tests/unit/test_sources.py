@@ -590,8 +590,8 @@ def test_an_entry_must_be_named(tmp_path):
     """The error lists the entries."""
     spec = entry(tmp_path, {}, [], other={"file_name": "x"})
     path = spec.removesuffix(":e")
-    assert refused(path) == f"{path}: name one of its entries, as in {path}:e; it has e, other"
-    assert refused(path + ":x") == f"{path}:x: no such entry, as in {path}:e; it has e, other"
+    assert refused(path) == f"{path}: name one of its entries; it has e, other; write {path}:e"
+    assert refused(path + ":x") == f"{path}:x: no such entry; it has e, other; write {path}:e"
 
 
 def test_an_entry_on_the_hub(hub, tmp_path):
