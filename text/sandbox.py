@@ -112,7 +112,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def variables(self, source):
         """Names of the variables that the template of a source text reads, in its macros too.
 
-        A name that loops set is the template's own, unless it is tested: then its value may come from outside.
+        A name that loops set is the template's own, unless it is tested: then it may come from outside.
         """
         with template_errors():
             tree = self.parse(source)

@@ -33,8 +33,8 @@ CHUNK = 2**22  # bytes that are read at a time
 # The packages that text/ and data.py import. A missing one counts too: it may decide what can be read.
 PACKAGES = ("httpx", "huggingface_hub", "jinja2", "numpy", "pyarrow", "pyyaml", "tokenizers", "torch",
             "zstandard")
-# Attributes of a tokenizer that its result does not depend on: two are for people, `date` is part of `variant`
-# for templates that print it, and two are what it remembers.
+# Attributes of a tokenizer that its result does not depend on: two are for people, `date` is part of
+# `variant` for templates that print it, and two are what it remembers.
 NOT_IN_KEY = "directory", "place", "date", "learned", "written"
 
 

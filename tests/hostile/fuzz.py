@@ -746,7 +746,7 @@ def case_kwargs(directory):
             return
         kwargs = {**tokenizer.template_kwargs, **read.template_kwargs}
         plain = [{k: v for k, v in m.items() if k != "weight"} for m in read.messages]
-        if not {"self", "documents"} & kwargs.keys():  # transformers can't pass them, or wants lists
+        if not {"self", "documents", "conversations"} & kwargs.keys():  # transformers can't pass them, or wants lists
             assert rendered.text == theirs.apply_chat_template(plain, tokenize=False, **kwargs)
         assert [span.weight for span in rendered.spans] == [
             m["weight"] for m in read.messages if m["role"] == "assistant"]
