@@ -354,7 +354,7 @@ def test_bad_rows_are_dropped_and_counted(tmp_path):
     assert lines[0] == "rows     7 in = 2 trained + 5 dropped, 5 bad"
     assert [line.partition(": ")[0] for line in lines[-4:]] == [
         *(f"warning  {path} line {i}" for i in (2, 3, 4)), "warning  2 more rows have one"]
-    with pytest.raises(UserError, match="no row is left .* all dropped .1 bad."):
+    with pytest.raises(UserError, match=r"no row is left .* all dropped \(1 bad\); the first: .*bad.json\[0\]: no answer"):
         data.load(write(tmp_path / "bad.json", [{"prompt": "a"}]), tiny, 100, bad_rows="drop")
 
 
