@@ -40,9 +40,9 @@ def write_rows(path, count, seed):
     kinds = []  # of texts: English, Chinese, code
     for names in patterns:
         paths = sorted(path for name in names for path in glob.glob(os.path.join(ROOT, name)))
-        # without what a row may not quote: special tokens, tags of reasoning, torn lists of messages
+        # without special tokens, tags of reasoning and images, and torn lists of messages, which rows may not quote
         text = "\n".join(open(path, encoding="utf-8").read() for path in paths)
-        kinds.append(text.replace("<|", "< |").replace("[{", "(").replace("think>", "think >"))
+        kinds.append(text.replace("<", "(").replace("[{", "("))
 
     def text():
         kind = generator.choices(kinds, (6, 2, 2))[0]
