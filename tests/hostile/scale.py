@@ -120,7 +120,8 @@ def main():
             memory.start()
             dataset, (seconds, _) = timed(lambda: data.load(path, tokenizer, 4096))
             memory.ended.set()
-            assert dataset.ledger.rows == dataset.ledger.trained == asked.rows
+            assert dataset.ledger.rows == asked.rows  # a few prompts are longer than 4,096 tokens
+            assert dataset.ledger.dropped.keys() <= {"without targets after truncation"}
             result |= {"rows": asked.rows, "file_gb": round(os.path.getsize(path) / 1e9, 2),
                        "tokens": dataset.ledger.tokens, "rows_per_second": round(asked.rows / seconds),
                        "peak_gb": round(memory.peak / 1e9, 3)}
