@@ -8,6 +8,7 @@ from text import inference
 from text.sources import describe_files
 
 N_WARNINGS = 3  # that are printed
+N_COLUMNS = 1000  # that are not used and remembered: a file may have new ones in each row
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Ledger:
         self.reasoning_tokens += masked.reasoning
         self.reasoning_masked += masked.reasoning_masked
         for name in conversation.unused if conversation.is_first else ():
-            self.unused[name] = self.unused.get(name, 0) + 1
+            if name in self.unused or len(self.unused) < N_COLUMNS:
+                self.unused[name] = self.unused.get(name, 0) + 1
         if notes:
             self.reasoning_rendered += notes.reasoning_rendered
             self.reasoning_dropped += len(notes.reasoning_dropped)

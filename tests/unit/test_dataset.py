@@ -367,3 +367,8 @@ def test_names_of_columns_cannot_change_the_terminal(tmp_path):
     command = [sys.executable, os.path.join(ROOT, "tools", "show.py"), "show", path, "--model", "tiny"]
     error = subprocess.run(command, capture_output=True, text=True).stderr
     assert error.startswith("show.py: error: ") and error.endswith("\n") and error[:-1].isprintable()
+
+
+def test_columns_that_are_new_in_each_row_take_bounded_memory(tmp_path):
+    ledger = data.load(write(tmp_path / "rows.json", [{**GOOD, f"c{i}": 1} for i in range(1500)]), tiny, 100).ledger
+    assert len(ledger.unused) == 1000 and ledger.lines()[-1].endswith("c18, c19 and 980 more")
