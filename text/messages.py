@@ -347,10 +347,10 @@ def check_part(part, known, columns):
         if key == "type" or key in known or is_empty(value) or (use in MARKS and said_by(value) is None):
             continue
         if use in MARKS:
-            raise columns.error(f'"{key:.60}" of a part of a content; marks are for whole messages, so '
+            raise columns.error(f'{listed([key])} of a part of a content; marks are for whole messages, so '
                                 "write its parts as messages")
         if use == "media":
-            raise columns.error(f'"{key:.60}" of a part of a content: {REFUSED[use]}')
+            raise columns.error(f'{listed([key])} of a part of a content: {REFUSED[use]}')
         columns.message_keys[f"content.{key}"] = None
 
 
@@ -441,7 +441,7 @@ def read_call(call, calls, columns):
     if call.get("name", name) != name:
         raise columns.error(f"a call has two different names: {shown(call)}")
     outer = {} if is_flat else {key: value for key, value in call.items() if key != "function"}
-    arguments, what = {}, f"the arguments of the call of {name:.60}"
+    arguments, what = {}, f"the arguments of the call of {' '.join(name[:60].split())}"
     pairs = [*function.items(), *outer.items()]
     for key, value in pairs:
         if plain(key) in ARGUMENTS:
@@ -451,12 +451,12 @@ def read_call(call, calls, columns):
             if not isinstance(value, dict):
                 raise columns.error(f"{what} must be an object or its JSON, they are {shown(value)}")
             if arguments and arguments != value:
-                raise columns.error(f'{what} are given twice: {shown(arguments)}, and "{key:.60}": '
+                raise columns.error(f'{what} are given twice: {shown(arguments)}, and {listed([key])}: '
                                     f"{shown(value)}; remove one")
             arguments = value
         elif key not in ("name", "id", "type", "function") and not is_empty(value):
             if message_use(key) in MARKS:
-                raise columns.error(f'"{key:.60}" of a call; marks are for whole messages')
+                raise columns.error(f"{listed([key])} of a call; marks are for whole messages")
             columns.message_keys[f"tool_calls.{key}"] = None
     if is_flat and not any(plain(key) in ARGUMENTS for key in call):
         return call  # a form of the template's own
