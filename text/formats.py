@@ -269,7 +269,7 @@ def no_shape(columns):
     prompts = columns.by_use.get("prompt")
     lack = f"no answer to {listed(prompts)}; " if prompts and not columns.by_use.get("response") else ""
     found = ", ".join(map(repr, names)) or "(none)"
-    lists = [name for name in names if is_turns(turns := values_of(given, name)[0]) and any(
+    lists = [name for name in names for turns in values_of(given, name) if is_turns(turns) and any(
         ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant" for turn in turns)]
     way = column_flags([] if lack else names, keys)
     way = f"pass --messages_key {lists[0]:.60}" if lists else way

@@ -717,6 +717,7 @@ BAD_ROWS = {
     "unknown shape of three": (
         {"id": 1, "data": {"q": "q", "a": "a"}}, "unrecognised columns 'id', 'data.q', 'data.a'; .*"
                                "--prompt_key COLUMN --response_key COLUMN$"),
+    "columns without a name": ({"": {"": {}}, "x": {"": 1}}, "unrecognised columns '.', 'x.'; accepted"),
     "no keys": ({}, r"unrecognised columns \(none\); accepted"),
     "half a pair": ({"prompt": "q"}, 'no answer to "prompt"; unrecognised columns \'prompt\'; accepted'),
     "half an Alpaca row": ({"instruction": "q", "input": ""}, 'no answer to "instruction"; .*--prompt_key COLUMN'),
