@@ -29,8 +29,12 @@ def as_tool(tool, columns):
         tool = {}
     if not isinstance(function, dict):
         return tool
-    names = {"input_schema": "parameters"} if "parameters" not in function else {}
-    function = {names.get(key, key): value for key, value in function.items()}
+    if function.get("input_schema") not in EMPTY:
+        if function.get("parameters") not in (*EMPTY, function["input_schema"]):
+            raise columns.error('"parameters" and "input_schema" of a tool differ; remove one: '
+                                f"{shown(function)}")
+        function = {key: value for key, value in function.items() if key != "parameters"}
+        function = {{"input_schema": "parameters"}.get(key, key): value for key, value in function.items()}
     if isinstance(function.get("parameters"), str):
         function["parameters"] = decoded(function["parameters"], "the parameters of a tool", columns.where)
     return {"type": "function", **tool, "function": function}
@@ -96,8 +100,8 @@ def read_weight(columns):
         flag = flag_of(value)
         if isinstance(value, str) and value.strip().lower() in UNCLEAR:
             raise columns.error(f'column "{name:.60}" must be true or false, it is {shown(value)}')
-        if flag is None or isinstance(said_by(value), float):
-            continue  # "loss": 0.7 is a score, "train": "train" a split
+        if flag is None or (plain(name) == "loss" and isinstance(said_by(value), float)):
+            continue  # "loss": 1.0 is a score, "train": "train" a split; pandas has 1.0 for true beside gaps
         columns.used.add(name)
         if flag == (row_use(name) == "mask"):
             dropped = f"{name} is {str(flag).lower()}"

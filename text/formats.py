@@ -13,7 +13,7 @@ from text.annotations import product, read_label, read_template_kwargs, read_tok
 from text.columns import SHAPES, TURNS, Columns, is_null, values_of, without_nulls
 from text.keys import MEDIA_MARK, NAMES, ROLES, STRONG, plain, row_use
 from text.messages import (EMPTY, decoded, decoded_turns, has_role, is_empty, is_finite, is_pair, is_turns,
-                           listed, read_text, read_turn, read_turns, shown)
+                           listed, one_reasoning, read_text, read_turn, read_turns, shown)
 
 KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_key and --messages_key
 # Values of a column "reasoning" that say whether there is any, as in Nemotron's data
@@ -269,7 +269,7 @@ def no_shape(columns):
     prompts = columns.by_use.get("prompt")
     lack = f"no answer to {listed(prompts)}; " if prompts and not columns.by_use.get("response") else ""
     found = ", ".join(map(repr, names)) or "(none)"
-    lists = [name for name in names if is_turns(turns := values_of(given, name)[0]) and any(
+    lists = [name for name in names for turns in values_of(given, name) if is_turns(turns) and any(
         ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant" for turn in turns)]
     way = column_flags([] if lack else names, keys)
     way = f"pass --messages_key {lists[0]:.60}" if lists else way
@@ -378,9 +378,11 @@ def read_pair(columns, prompt_key, response_key):
             answers = answers[max(repeated, default=0) :]
         return messages + answers
     turn = {"role": "assistant", "content": answer}
-    thoughts = [columns.row[name] for name in columns.by_use.get("reasoning", [])]
-    if thoughts and isinstance(thoughts[0], str) and thoughts[0].strip().lower() not in NO_THOUGHTS:
-        turn["reasoning_content"] = columns.take("reasoning")
+    thoughts = {name: columns.row[name] for name in columns.by_use.get("reasoning", [])}
+    thoughts = {name: columns.value(name) for name, text in thoughts.items()
+                if isinstance(text, str) and text.strip().lower() not in NO_THOUGHTS}
+    if text := one_reasoning(thoughts, columns):
+        turn["reasoning_content"] = text
     return messages + read_turn(turn, columns)
 
 

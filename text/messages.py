@@ -24,6 +24,16 @@ def is_empty(value):
 
 
 ARGUMENTS = "arguments", "parameters", "args", "input"  # keys of a call
+CALLS = [key for key in MESSAGE if MESSAGE[key].use == "calls"]
+TEXTS = "text", "value", "content"  # keys of a part of a content
+THOUGHTS = "thinking", "reasoning", *TEXTS  # of a thinking part
+MARKS = "train", "mask", "weight", "doubtful"
+# A block of reasoning before an answer; templates read the first kind, also if it lacks its first tag
+BLOCK = re.compile("|".join(rf"\s*{re.escape(begin)}(.*?){re.escape(end)}" for begin, end in (
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"), ("<|START_THINKING|>", "<|END_THINKING|>"))) + r"|((?:(?!<think>).)*?)</think>",
+    re.DOTALL | re.IGNORECASE)
 TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|from)["']\s*:""")
 WORDS = {"": None, "null": None, "true": True, "false": False}
 NUMBER = re.compile(r"[+-]?(\d{1,18}\.?\d{0,18}|\.\d{1,18})(e[+-]?\d{1,3})?")
@@ -108,9 +118,10 @@ def with_plain_keys(turn, columns):
     result = {}
     for key, value in turn.items():
         name = names[key]
-        if name in result and result[name] != value:
+        value = result.get(name) if value in EMPTY else value
+        if result.get(name) not in (*EMPTY, value):
             raise columns.error(f'a message has two different values of "{name}": {shown(turn)}')
-        result[name] = value
+        result[name] = turn[key] if value is None else value
     return result
 
 
@@ -118,7 +129,7 @@ def read_turns(turns, columns, trained=True):
     """The messages of a list of turns.
 
     A turn function_call after an answer of the same weight is a part of its message: calls in parallel, or an
-    answer that ends in a call (ms-swift).
+    answer that ends in a call (ms-swift). With a reasoning of its own it is a message of its own.
 
     trained  whether answers without a mark of their own are trained
     """
@@ -128,9 +139,9 @@ def read_turns(turns, columns, trained=True):
         for message in read_turn(turn, columns, trained):
             last = messages[-1] if messages else {}
             is_call = "tool_calls" in message and plain(str(turn.get("role", turn.get("from")))) in CALL_ROLES
-            if is_call and (last.get("role"), last.get("weight")) == ("assistant", message["weight"]):
+            is_more = is_call and not message["content"].strip() and "reasoning_content" not in message
+            if is_more and (last.get("role"), last.get("weight")) == ("assistant", message["weight"]):
                 last.setdefault("tool_calls", []).extend(message["tool_calls"])  # both lists are our own
-                last["content"] += message["content"]
             else:
                 messages.append(message)
     return messages
@@ -196,42 +207,105 @@ def read_role(turn, columns):
 def read_content(turn, role, message, columns):
     """Set content, reasoning_content and tool_calls of a message."""
     contents = [turn[key] for key in ("content", "value", "text") if key in turn]
-    if any(content != contents[0] for content in contents[1:]):
+    filled = [content for content in contents if content not in EMPTY]
+    if any(content != filled[0] for content in filled[1:]):
         raise columns.error(f"a message has two different contents: {contents!r:.80}")
-    content = contents[0] if contents else None
+    content = next(iter([*filled, *contents]), None)
     reasoning = {key: turn[key] for key in REASONING if key in turn}
-    if isinstance(content, list):
-        thoughts = [{"text": part.get("thinking", part.get("reasoning", part.get("value")))}
-                    for part in content if is_thought(part)]
-        if thoughts:
-            content = [part for part in content if not is_thought(part)]
-            reasoning["reasoning_content"] = read_text(thoughts, "reasoning of the assistant", columns)
-    if reasoning:  # set both keys that templates read, as transformers does
-        if not all(isinstance(text, str) for text in reasoning.values()):
-            raise columns.error(f"the reasoning of a message must be a string, it is {shown(reasoning)}")
-        text = next(iter(reasoning.values()))
-        message.update({"thinking": text, **reasoning, "reasoning_content": text})
-    calls = read_calls(turn.get("tool_calls", turn.get("tool_call")), columns)
+    if message["role"] != "assistant":
+        for key, value in reasoning.items():
+            if value not in EMPTY:
+                columns.message_keys[f"{key} of {message['role']}"] = None
+        reasoning = {}
+    if isinstance(content, list) and any(map(is_thought, content)):
+        content, reasoning["a part of the content"] = split_thoughts(content, message["role"], columns)
     if role == "function_call":
+        if any(not is_empty(decoded(turn.get(key), f'"{key}"', columns.where)) for key in CALLS):
+            raise columns.error("a message whose content is a call has other calls in a key of its own; "
+                                f"remove one: {shown(turn)}")
         calls, content = read_function_calls(content, columns)
-    elif turn.get("function_call") not in EMPTY:  # OpenAI's older form
-        calls += read_function_calls(turn["function_call"], columns)[0]
+    else:
+        calls = read_calls_of(turn, columns)
     if calls:
         if message["role"] != "assistant":
             raise columns.error(f"calls in a {message['role']} message; only the assistant makes calls")
         message["tool_calls"] = calls
-        content = "" if content is None else content
+        content = "" if content in EMPTY else content
     if not contents and not calls:
         raise columns.error(f"the content of the {role} message must be a string, it is null; remove the "
                             f'row or write the text as "content", not in one of {listed(turn)}')
     message["content"] = read_text(content, message["role"], columns)
+    set_reasoning(message, reasoning, columns)
     if message["role"] == "assistant" and not calls and not message["content"].strip():
         raise columns.error("an empty answer; remove the row or write what the model should say")
+
+
+# ---- reasoning --------------------------------------------------------------------------------------------
+
+
+def one_reasoning(found, columns):
+    """The reasoning that {name: text} have, or None. An empty one is absent; two that differ are an error.
+
+    White space may differ: then it is the first one.
+    """
+    found = {name: text for name, text in found.items()
+             if text not in EMPTY and not (isinstance(text, str) and not text.strip())}
+    if not all(isinstance(text, str) for text in found.values()):
+        raise columns.error(f"the reasoning of a message must be a string, it is {shown(found)}")
+    if len({squeezed(text) for text in found.values()}) > 1:
+        texts = ", ".join(f"{listed([name])}: {shown(text)}" for name, text in found.items())
+        raise columns.error(f"an answer has two different reasonings; remove one: {texts}")
+    return next(iter(found.values()), None)
+
+
+def squeezed(text):
+    return "".join(text.split())
+
+
+def set_reasoning(message, reasoning, columns):
+    """Set the reasoning of a message: {where it is: text}, unless its content begins with the same.
+
+    A content that begins with reasoning stays as it is: templates read that too, and some would write both.
+    """
+    text = one_reasoning(reasoning, columns)
+    if text is None:
+        return
+    if block := BLOCK.match(message["content"]):
+        inner = next(group for group in block.groups() if group is not None)
+        if one_reasoning({**reasoning, "the beginning of the content": inner}, columns) and inner.strip():
+            return
+        message["content"] = message["content"][block.end() :].lstrip()  # an empty block
+    keys = [key for key in REASONING if key in reasoning]
+    message.update(dict.fromkeys(["reasoning_content", "thinking", *keys], text))  # as transformers does
 
 
 def is_thought(part):
     """Whether a part of a content is the reasoning before an answer."""
     return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
+
+
+def split_thoughts(parts, role, columns):
+    """(the parts of a content that are not thinking parts, the text of those that are)."""
+    thoughts, rest = [], []
+    for part in parts:
+        if not is_thought(part):
+            rest.append(part)
+            continue
+        check_part(part, THOUGHTS, columns)
+        text = one_reasoning({key: part[key] for key in THOUGHTS if key in part}, columns)
+        if text is None:
+            continue
+        if role != "assistant":
+            columns.message_keys[f"content.{part['type']} of {role}"] = None
+            continue
+        if rest and read_text(rest, role, columns).strip():
+            raise columns.error("reasoning behind a text of the same message; write it before the text, or "
+                                f"as a message of its own: {shown(part)}")
+        thoughts.append(text)
+    return rest, "".join(thoughts)
+
+
+# ---- texts ------------------------------------------------------------------------------------------------
 
 
 def read_text(value, role, columns):
@@ -249,7 +323,11 @@ def read_text(value, role, columns):
     for part in value:
         text = None
         if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
-            text = next((part[key] for key in ("text", "value", "content") if key in part), None)
+            given = [part[key] for key in TEXTS if key in part]
+            filled = [text for text in given if text not in EMPTY]
+            if any(text != filled[0] for text in filled):
+                raise columns.error(f"a part of a content has two different texts: {shown(part)}; remove one")
+            text = next(iter([*filled, *given]), None)
         if not isinstance(text, str):
             kind = str(part.get("type")) if isinstance(part, dict) else ""
             way = "text training can't use it"
@@ -257,13 +335,23 @@ def read_text(value, role, columns):
                 way = 'write a call as "tool_calls", and its result as a message of the role tool'
             raise columns.error(f"the content of the {role} message must be a string or a list of "
                                 f'{{"type": "text", "text"}}, but a part is {shown(part)}; {way}')
-        for key in part.keys() - {"type", "text", "value", "content"}:
-            if message_use(key) in ("train", "mask", "weight", "doubtful"):
-                raise columns.error(f'"{key:.60}" of a part of a content; marks are for whole messages, so '
-                                    "write its parts as messages")
-            columns.message_keys[f"content.{key}"] = None
+        check_part(part, TEXTS, columns)
         texts.append(text)
     return "".join(texts)
+
+
+def check_part(part, known, columns):
+    """List the unknown keys of a part of a content. Raises UserError for a mark, or for media."""
+    for key, value in part.items():
+        use = message_use(key)
+        if key == "type" or key in known or is_empty(value) or (use in MARKS and said_by(value) is None):
+            continue
+        if use in MARKS:
+            raise columns.error(f'{listed([key])} of a part of a content; marks are for whole messages, so '
+                                "write its parts as messages")
+        if use == "media":
+            raise columns.error(f'{listed([key])} of a part of a content: {REFUSED[use]}')
+        columns.message_keys[f"content.{key}"] = None
 
 
 # ---- weights ----------------------------------------------------------------------------------------------
@@ -319,31 +407,65 @@ def read_message_weight(turn, role, trained, columns):
 # ---- calls ------------------------------------------------------------------------------------------------
 
 
+def read_calls_of(turn, columns):
+    """The calls in the keys of a message, or []. Two keys that have different calls are an error."""
+    found = {}
+    for key in CALLS:
+        value = decoded(turn.get(key), f'"{key}"', columns.where)
+        if value not in EMPTY and not (isinstance(value, dict) and is_empty(value)):
+            found[key] = read_calls(value, columns)
+    said = [[(f["name"], f.get("arguments") or {}) for f in (call.get("function") or call for call in calls)]
+            for calls in found.values()]
+    if any(calls != said[0] for calls in said):
+        raise columns.error(f"{listed(found)} of a message have different calls; remove one")
+    return next(iter(found.values()), [])
+
+
 def read_calls(calls, columns, what='"tool_calls"'):
-    """The list "tool_calls" of a message, or []. They get OpenAI's form, with arguments that are objects."""
+    """A list of calls, or []. They get OpenAI's form, with arguments that are objects."""
     calls = decoded(calls, what, columns.where)
     calls = [] if calls is None else calls
     calls = calls if isinstance(calls, list) else [calls]
-    read = []
-    for call in [decoded(call, "a call", columns.where) for call in calls]:
-        function = (call.get("function") or call) if isinstance(call, dict) else None
-        function = decoded(function, "a function", columns.where)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise columns.error('"tool_calls" must be a list of objects {"function": {"name", "arguments"}}, '
-                                f"as templates read them, not {calls!r:.60}")
-        what = f"the arguments of the call of {function['name']:.60}"
-        name = next((key for key in ARGUMENTS if key in function), None)
-        if name is None and function is call:  # a form of the template's own
-            read.append(call)
-            continue
-        arguments = decoded(function.get(name), what, columns.where)
-        if not isinstance(arguments, dict) and arguments is not None:
-            raise columns.error(f"{what} must be an object or its JSON, they are {shown(arguments)}")
-        inner = {key: function[key] for key in function if key != name}
-        if function is call:  # {"name", "arguments"} alone
-            call = {"type": "function", **{key: inner.pop(key) for key in ("id", "type") if key in inner}}
-        read.append({**call, "function": {**inner, "arguments": arguments or {}}})
-    return read
+    return [read_call(call, calls, columns) for call in calls]
+
+
+def read_call(call, calls, columns):
+    """A call in OpenAI's form; one that is only a name stays as it is, and its other keys are listed."""
+    call = decoded(call, "a call", columns.where)
+    function = (call.get("function") or call) if isinstance(call, dict) else None
+    function = decoded(function, "a function", columns.where)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise columns.error('"tool_calls" must be a list of objects {"function": {"name", "arguments"}}, '
+                            f"as templates read them, not {calls!r:.60}")
+    is_flat, name = function is call, function["name"]
+    if call.get("name", name) != name:
+        raise columns.error(f"a call has two different names: {shown(call)}")
+    outer = {} if is_flat else {key: value for key, value in call.items() if key != "function"}
+    arguments, what = {}, f"the arguments of the call of {' '.join(name[:60].split())}"
+    pairs = [*function.items(), *outer.items()]
+    for key, value in pairs:
+        if plain(key) in ARGUMENTS:
+            value = decoded(value, what, columns.where)
+            if value in EMPTY:
+                continue
+            if not isinstance(value, dict):
+                raise columns.error(f"{what} must be an object or its JSON, they are {shown(value)}")
+            if arguments and arguments != value:
+                raise columns.error(f'{what} are given twice: {shown(arguments)}, and {listed([key])}: '
+                                    f"{shown(value)}; remove one")
+            arguments = value
+        elif key not in ("name", "id", "type", "function") and not is_empty(value):
+            if message_use(key) in MARKS:
+                raise columns.error(f"{listed([key])} of a call; marks are for whole messages")
+            columns.message_keys[f"tool_calls.{key}"] = None
+    if is_flat and not any(plain(key) in ARGUMENTS for key in call):
+        return call  # a form of the template's own
+    inner, outer = ({key: value for key, value in part.items() if plain(key) not in ARGUMENTS}
+                    for part in (function, outer))
+    if is_flat:  # {"name", "arguments"} alone
+        inner.pop("function", None)
+        outer = {"type": "function", **{key: inner.pop(key) for key in ("id", "type") if key in inner}}
+    return {**outer, "function": {**inner, "arguments": arguments}}
 
 
 def read_function_calls(content, columns):

@@ -314,6 +314,16 @@ def test_a_tool_without_parameters_gets_the_form_too():
         {"type": "function", "function": {"name": "f", "description": "d"}}, {"name": "g"}, {"type": "code"}]
 
 
+def test_a_tool_with_two_schemas():
+    """An empty one is absent; two that differ are an error."""
+    schema = TOOL["function"]["parameters"]
+    for parameters in ({}, "", schema):
+        tools = [{"name": "weather", "parameters": parameters, "input_schema": schema}]
+        assert read_row({"messages": [Q, A], "tools": tools}, "here").tools == [TOOL]
+    tools = [{"name": "weather", "parameters": {"type": "object"}, "input_schema": schema}]
+    assert '"parameters" and "input_schema" of a tool differ' in refusal({"messages": [Q, A], "tools": tools})
+
+
 @pytest.mark.parametrize("tools", [None, "", " ", "[]", "null", []], ids=str)
 def test_no_tools(tools):
     assert read_row({"messages": [Q, A], "tools": tools}, "here").tools is None
@@ -395,6 +405,193 @@ def test_calls_in_a_row_are_one_message():
 def test_reasoning(row):
     message = read_row(row, "here").messages[1]
     assert (message["content"], message["reasoning_content"], message["thinking"]) == ("a", "hm", "hm")
+
+
+BLOCK = "<think>\nhm\n</think>\n\na"
+THOUGHT = {"type": "thinking", "thinking": "hm"}
+KEYS_OF_REASONING = "reasoning_content", "thinking", "reasoning", "thought", "cot"
+
+
+def parts(*thoughts, text="a", **more):
+    """An answer of thinking parts and a text."""
+    return {"role": "assistant", "content": [*thoughts, {"type": "text", "text": text}], **more}
+
+
+@pytest.mark.parametrize("message", [
+    *({**A, a: empty, b: "hm"} for a in KEYS_OF_REASONING for b in KEYS_OF_REASONING if a != b
+      for empty in ("", " \n", [])),
+    *({**A, a: "hm", b: "h m\n"} for a, b in zip(KEYS_OF_REASONING, KEYS_OF_REASONING[1:])),
+    {**A, "Thinking": "", "thinking": "hm"}, {**A, "Thinking": "hm", "thinking": ""},
+    parts(THOUGHT, reasoning_content="hm "), parts(THOUGHT, thinking=""), parts(reasoning="hm"),
+    parts({**THOUGHT, "thinking": ""}, thinking="hm"), parts({**THOUGHT, "reasoning": "hm"}),
+    parts({**THOUGHT, "text": "", "thinking": "", "reasoning": "hm"}), parts({"type": "reasoning", "text": "hm"}),
+    {**A, "content": "<think></think>a", "reasoning": "hm"}, {**A, "content": "<think>\n\n</think>\n\na", "cot": "hm"},
+    parts(THOUGHT, text="<think> </think>a"), {**A, "content": "</think>a", "thinking": "hm"},
+], ids=str)
+def test_reasoning_that_is_said_twice_is_one(message):
+    """An empty one is absent, in a key, in a part and in the text; white space may differ."""
+    read = read_row({"messages": [Q, message]}, "here")
+    assert read.messages[1]["content"] == "a" and not read.unused
+    assert {squeezed(read.messages[1][key]) for key in ("reasoning_content", "thinking")} == {"hm"}
+
+
+def squeezed(text):
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("content", [
+    BLOCK, "<think>hm</think>a", "hm</think>a", "<thinking>hm</thinking>a", "<THINK>h m</THINK>a", "[THINK]hm[/THINK]a",
+    " <reasoning>hm</reasoning>a"])
+def test_reasoning_in_a_key_and_in_the_text_is_read_as_the_text_alone(content):
+    """Templates write the key before the text, so a row with both would have its reasoning twice."""
+    alone = read_row({"messages": [Q, {**A, "content": content}]}, "here")
+    for row in ({"messages": [Q, {**A, "content": content, "reasoning_content": "hm", "thinking": " hm"}]},
+                {"messages": [Q, parts(THOUGHT, text=content)]},
+                {"prompt": "q", "response": content, "reasoning": "hm"},
+                {"Question": "q", "Complex_CoT": "hm", "Response": content},
+                {"prompt": "q", "response": content, "reasoning": "on", "cot": "hm", "thinking": "h m"}):
+        read = read_row(row, "here")
+        assert read.messages == alone.messages and read.unused in ((), ("reasoning",))
+
+
+@pytest.mark.parametrize("message, say", [
+    *(({**A, a: "R1", b: "R2"}, rf'reasonings; remove one: "{a}": "R1", "{b}": "R2"')
+      for a, b in zip(KEYS_OF_REASONING, KEYS_OF_REASONING[1:])),
+    ({**A, "content": BLOCK, "reasoning_content": "R1"},
+     '"reasoning_content": "R1", "the beginning of the content": ".nhm.n"'),
+    ({**A, "content": "<thinking>R2</thinking>a", "thinking": "R1"}, '"thinking": "R1", "the beginning'),
+    ({**A, "content": "R2</think>a", "thinking": "R1"}, '"thinking": "R1", "the beginning of the content": "R2"'),
+    (parts(THOUGHT, cot="R1"), '"cot": "R1", "a part of the content": "hm"'),
+    (parts(THOUGHT, text="<think>R2</think>a"), '"a part of the content": "hm", "the beginning'),
+    (parts({**THOUGHT, "reasoning": "R2"}), '"thinking": "hm", "reasoning": "R2"'),
+    (parts({**THOUGHT, "text": "R2"}), '"thinking": "hm", "text": "R2"'),
+    ({"role": "assistant", "content": [{"type": "text", "text": "a"}, THOUGHT]}, "reasoning behind a text"),
+    ({"role": "function_call", "content": '<think>R2</think>{"name": "f"}', "thinking": "R1"}, '"thinking": "R1"'),
+], ids=str)
+def test_reasonings_that_differ_are_an_error(message, say):
+    assert re.search(say, refusal({"messages": [Q, message]}))
+
+
+def test_columns_with_other_reasoning_are_an_error():
+    say = refusal({"prompt": "q", "response": "a", "reasoning": "R1", "Complex_CoT": "R2"})
+    assert '"reasoning": "R1", "Complex_CoT": "R2"' in say
+    assert '"reasoning_content": "R1", "the ' in refusal({"prompt": "q", "response": BLOCK, "thinking": "R1"})
+
+
+@pytest.mark.parametrize("role", ["user", "system", "tool", "human"])
+def test_reasoning_of_another_message_than_an_answer_is_listed(role):
+    """It would reach no template. An empty one is absent."""
+    name = "user" if role == "human" else role
+    for key in KEYS_OF_REASONING:
+        read = read_row({"messages": [{"role": role, "content": "x", key: "R1"}, Q, A]}, "here")
+        assert read.messages[0] == {"role": name, "content": "x", "weight": 1.0}
+        assert read.unused == (f"messages.{key} of {name}",)
+    said_in_part = {"role": role, "content": [THOUGHT, {"type": "text", "text": "x"}], "thinking": ""}
+    read = read_row({"messages": [said_in_part, Q, A]}, "here")
+    assert read.messages[0] == {"role": name, "content": "x", "weight": 1.0}
+    assert read.unused == (f"messages.content.thinking of {name}",)
+
+
+def test_a_call_with_reasoning_of_its_own_is_a_message_of_its_own():
+    """Joined with the answer before, its reasoning would be lost."""
+    call = {"role": "tool_call", "content": '{"name": "weather", "arguments": {"town": "Graz"}}', "thinking": "R1"}
+    read = read_row({"messages": [Q, A, call]}, "here").messages
+    assert [m.get("reasoning_content") for m in read] == [None, None, "R1"] and read[2]["tool_calls"] == [CALL]
+    thought = {"role": "tool_call", "content": "<think>R2</think>" + call["content"]}
+    read = read_row({"messages": [Q, A, thought]}, "here").messages
+    assert [m["content"] for m in read] == ["q", "a", "<think>R2</think>"]
+
+
+def test_unknown_keys_of_parts_are_listed():
+    read = read_row({"messages": [Q, parts({**THOUGHT, "signature": "x", "id": ""}, text="a")]}, "here")
+    assert read.unused == ("messages.content.signature",) and read.messages[1]["thinking"] == "hm"
+
+
+@pytest.mark.parametrize("part, say", [
+    *((({**THOUGHT, mark: value}, {"text": "a"}), f'"{mark}" of a part of a content; marks are for whole')
+      for mark, value in (("train", False), ("weight", 0), ("Masked", True), ("ignore_loss", True))),
+    (({"text": "Q1", "content": "Q2"},), "a part of a content has two different texts"),
+    (({"type": "text", "value": "Q1", "text": "Q2"},), "two different texts"),
+    (({"text": "a", "image": "x.jpg"},), '"image" of a part of a content: text training'),
+    (({**THOUGHT, "image": "x.jpg"}, {"text": "a"}), '"image" of a part of a content: text training'),
+], ids=str)
+def test_parts_that_are_refused(part, say):
+    assert say in refusal({"messages": [Q, {"role": "assistant", "content": list(part)}]})
+
+
+@pytest.mark.parametrize("message", [
+    {"role": "assistant", "content": [{"text": "a", "content": "", "value": "a", "train": ""}]},
+    {"role": "assistant", "content": [{"text": "", "content": "a", "value": []}]},
+    {"role": "assistant", "content": "", "value": "a"}, {"role": "assistant", "Content": "", "content": "a"},
+], ids=str)
+def test_an_empty_text_beside_another_is_absent(message):
+    assert said({"messages": [Q, message]}) == [("user", "q"), ("assistant", "a")]
+
+
+EMPTY_CALLS = [[], "", "[]", "null", {}, None, {"name": "", "arguments": ""}]
+
+
+@pytest.mark.parametrize("calls", [
+    *({**dict.fromkeys(("tool_calls", "tool_call", "function_call"), empty), key: CALL} for empty in EMPTY_CALLS
+      for key in ("tool_calls", "tool_call", "function_call")),
+    {"tool_calls": [CALL], "function_call": CALL["function"]},
+    {"tool_calls": [CALL], "tool_call": json.dumps(CALL)}], ids=str)
+def test_calls_in_several_keys_are_one(calls):
+    message = read_row({"messages": [Q, {"role": "assistant", "content": "", **calls}]}, "here").messages[1]
+    assert message == {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 1.0}
+
+
+def test_an_empty_call_beside_an_answer_is_absent():
+    for empty in EMPTY_CALLS:
+        for key in ("tool_calls", "tool_call", "function_call"):
+            assert "tool_calls" not in read_row(answers({key: empty}), "here").messages[1]
+
+
+@pytest.mark.parametrize("call", [
+    {"name": "f", "arguments": {}, "input": {"b": 2}}, {"name": "f", "arguments": "{}", "parameters": {"b": 2}},
+    {"name": "f", "args": {"b": 2}, "input": {"b": 2}}, {"name": "f", "Arguments": {"b": 2}},
+    {"function": {"name": "f", "arguments": {}}, "arguments": {"b": 2}}, {"function": {"name": "f"}, "input": '{"b": 2}'},
+    {"name": "f", "function": {"name": "f", "arguments": []}, "args": {"b": 2}}], ids=str)
+def test_empty_arguments_of_a_call_are_absent(call):
+    read = read_row(answers({"tool_calls": [call]}), "here")
+    assert read.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"b": 2}} and not read.unused
+
+
+@pytest.mark.parametrize("marks, say", [
+    ({"tool_calls": [CALL], "tool_call": {"name": "g"}}, '"tool_calls", "tool_call" of a message have different calls'),
+    ({"tool_calls": [CALL], "function_call": {"name": "weather", "arguments": "{}"}}, "different calls"),
+    *(({"role": "function_call", "content": '{"name": "f"}', key: [CALL]}, "has other calls in a key of its own")
+      for key in ("tool_calls", "tool_call", "function_call")),
+    *(({"tool_calls": [{"name": "f", a: {"x": 1}, b: {"b": 2}}]}, f'call of f are given twice: {{"x": 1}}, and "{b}"')
+      for a, b in (("arguments", "input"), ("parameters", "args"), ("input", "parameters"))),
+    ({"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}, "input": {"b": 2}}]}, "given twice"),
+    ({"tool_calls": [{"function": {"name": "f"}, "name": "g"}]}, "a call has two different names"),
+    ({"tool_calls": [{**CALL, "train": False}]}, '"train" of a call; marks are for whole messages'),
+], ids=str)
+def test_calls_that_differ_are_an_error(marks, say):
+    assert say in refusal(answers(marks))
+
+
+def test_unknown_keys_of_calls_are_listed():
+    """They reach the template, which may not write them."""
+    for call in ({"name": "f", "arguments": {}, "result": "grey", "id": "1", "x": None}, {"name": "f", "result": "grey"},
+                 {"function": {"name": "f", "arguments": {}, "result": "grey"}, "type": "function", "id": "1"},
+                 {"function": {"name": "f", "arguments": {}}, "result": "grey"}):
+        assert read_row(answers({"tool_calls": [call]}), "here").unused == ("messages.tool_calls.result",)
+        assert read_row({"messages": [Q, {"role": "tool_call", "content": json.dumps(call)}]}, "here").unused == (
+            "messages.tool_calls.result",)
+
+
+@pytest.mark.parametrize("name, value, dropped", [
+    ("train", 0.0, "train is false"), ("trainable", 0.0, "trainable is false"), ("masked", 1.0, "masked is true"),
+    ("Train", "0.0", "Train is false"), ("kto_tag", 0.0, "kto_tag is false"), ("train", 1.0, None),
+    ("masked", 0.0, None)])
+def test_a_flag_of_a_row_may_be_a_float(name, value, dropped):
+    """pandas writes the booleans of a column with gaps as 0.0 and 1.0. A loss of 0.0 is a score."""
+    read = read_row({"prompt": "q", "response": "a", name: value}, "here")
+    assert read.dropped == dropped and not read.unused
+    read = read_row({"prompt": "q", "response": "a", "Loss": value, "train": 0.5}, "here")
+    assert read.dropped is None and read.unused == ("Loss", "train")
 
 
 @pytest.mark.parametrize("value", ["on", "Off", "low", True, ["x"]], ids=str)
@@ -520,6 +717,7 @@ BAD_ROWS = {
     "unknown shape of three": (
         {"id": 1, "data": {"q": "q", "a": "a"}}, "unrecognised columns 'id', 'data.q', 'data.a'; .*"
                                "--prompt_key COLUMN --response_key COLUMN$"),
+    "columns without a name": ({"": {"": {}}, "x": {"": 1}}, "unrecognised columns '.', 'x.'; accepted"),
     "no keys": ({}, r"unrecognised columns \(none\); accepted"),
     "half a pair": ({"prompt": "q"}, 'no answer to "prompt"; unrecognised columns \'prompt\'; accepted'),
     "half an Alpaca row": ({"instruction": "q", "input": ""}, 'no answer to "instruction"; .*--prompt_key COLUMN'),
