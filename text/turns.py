@@ -554,7 +554,7 @@ def check_calls(calls, turn, where):
         name, arguments = str(function.get("name")), function.get("arguments")
         found = turn.find(name, position)
         if found < 0:
-            raise UserError(f"{where}: the call of {name:.60} can't be found in what the chat "
+            raise UserError(f"{where}: the call of {name!r:.60} can't be found in what the chat "
                             f"template made of its turn: {turn!r:.200}")
         position = found + len(name)
         if isinstance(arguments, str):
@@ -566,5 +566,5 @@ def check_calls(calls, turn, where):
             cursor = cursor if end is None else end
             unescaped = leaf.replace("\\", "") if isinstance(leaf, str) else leaf
             if end is None and value_end(leaf, turn) is None and value_end(unescaped, plain) is None:
-                raise UserError(f"{where}: the argument {leaf!r:.60} of the call of {name:.60} can't be "
+                raise UserError(f"{where}: the argument {leaf!r:.60} of the call of {name!r:.60} can't be "
                                 f"found in what the chat template made of its turn: {turn!r:.200}")

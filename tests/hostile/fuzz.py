@@ -684,7 +684,7 @@ def case_template(directory):
         with_stop_token = [span for span in spans if span.has_stop_token]
         assert all(ours.turn_end in text[span.start : span.stop] for span in with_stop_token)
         if not changed:  # these templates strip contents and drop reasoning, but change nothing else
-            for (start, stop, has_stop_token, _), message in zip(spans, turns):
+            for (start, stop, has_stop_token, *_), message in zip(spans, turns):
                 assert has_stop_token and text[:stop].endswith(ours.turn_end)
                 turn = text[start:stop].removesuffix(ours.turn_end).strip()
                 if thinks[which]:

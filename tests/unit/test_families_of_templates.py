@@ -373,15 +373,15 @@ def test_targets_of(name, kwargs, messages, expected, made, tmp_path):
 @pytest.mark.parametrize("name, messages, say", [
     ("gemma4_v5", [ASK, says("Let me look.", call("sky", city="Graz")), returns("wet"), says("Rain.")],
      "the answer 'Let me look.' can't be found"),  # it is after the result
-    ("gptoss", [ASK, says("", call("sky", city="Graz"), call("sky", city="Linz"))], "the call of sky can't be found"),
-    ("gptoss", [ASK, says("", call("sky", city="Graz"), call("see", city="Linz"))], "the call of see can't be found"),
+    ("gptoss", [ASK, says("", call("sky", city="Graz"), call("sky", city="Linz"))], "the call of 'sky' can't be found"),
+    ("gptoss", [ASK, says("", call("sky", city="Graz"), call("see", city="Linz"))], "the call of 'see' can't be found"),
     ("gptoss", [*chat("q", "a"), {"role": "developer", "content": "Be short."}, *chat("r", "b")],
      "the system message 'Be short.' can't be found"),
     ("mistral_v3", chat("q", "a", "r", "b", system="Be kind."), "the system message 'Be kind.' can't be found"),
     ("mistral_v3", [ASK, says("I look.", call("sky", city="Graz")), returns("1"), says("1")],
      "the answer 'I look.' can't be found"),
     ("deepseekv3", USES, "the tool 'sky' can't be found .* ignores tools"),
-    ("gemma3", [*chat("q"), says("4", call("sky", city="Graz"))], "the call of sky can't be found"),
+    ("gemma3", [*chat("q"), says("4", call("sky", city="Graz"))], "the call of 'sky' can't be found"),
     ("qwen3", [*chat("q", "a"), {"role": "context", "content": "Graz is grey."}, *chat("r", "b")],
      "the context message 'Graz is grey.' can't be found"),
     ("qwen3", [{"role": "context", "content": "user"}, *chat("r", "b")], "the context message 'user' can't be found"),
