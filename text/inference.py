@@ -18,6 +18,7 @@ BEGIN = "the turn begins otherwise"
 TEXT = "the text before the turn differs"
 TOKEN = "a token crosses the end of the prompt"
 AROUND = 40  # characters that an example shows
+MOST = 100  # turns of a conversation that are compared: each renders the conversation up to it
 
 
 class Prompt(NamedTuple):
@@ -29,7 +30,7 @@ class Prompt(NamedTuple):
 
 
 def compare(tokenizer, messages, text, spans, row, where):
-    """The Prompts of a conversation's trained turns. Each is rendered once more, which takes time.
+    """The Prompts of a conversation's first trained turns. Each is rendered once more, which takes time.
 
     text, spans  of all messages, see ChatTokenizer.render_spans
     row          formats.Row
@@ -37,7 +38,7 @@ def compare(tokenizer, messages, text, spans, row, where):
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     prompts = []
     for number, (i, span) in enumerate(zip(answers, spans), 1):
-        if not span.weight:
+        if not span.weight or len(prompts) == MOST:
             continue
         place = f"{where}, answer {number}"
         try:

@@ -735,6 +735,8 @@ def test_the_first_rows_of_each_file_are_compared(tmp_path):
         ledger = data.load(",".join(paths), tiny, 100, compared=compared).ledger
         assert ledger.compared == turns
         assert sum("prompts" in line for line in ledger.lines()) == bool(turns)
+    long = write(tmp_path / "long.json", [{"messages": chat(*"qa" * 150)}])
+    assert data.load(long, tiny, 10**5).ledger.compared == 100  # of 150 turns
     ledger.compared, ledger.differing = 10_000, {inference.TEXT: [1, "x[0], answer 1: y"]}
     assert ledger.lines()[-3:-1] == (
         "prompts  9,999 of 10,000 trained turns (99.9 %) follow the prompt that inference renders",
