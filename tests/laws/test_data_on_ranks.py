@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from helpers import EXAMPLES, TINY, chatml, launch_all, make_directory, metrics, model_directory, run_all
 
 RUN = ("--model", TINY, "--train_data", EXAMPLES, "--max_length", 128, "--batch_size", 8, "--max_steps", 1,
@@ -10,15 +11,20 @@ RUN = ("--model", TINY, "--train_data", EXAMPLES, "--max_length", 128, "--batch_
 
 
 def test_a_rank_with_cached_tokens_waits_for_one_without(tmp_path):
-    """Longer than --timeout, if that one makes progress. If it is stuck, the run ends, and says which rank it was."""
+    """Longer than --timeout, if that one makes progress."""
     result = launch_all([
         (1, ("one_cold_cache", "nothing", *RUN, "--output_dir", "one")),
         (2, ("one_cold_cache", "slow", *RUN, "--timeout", 3, "--output_dir", "two"))], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert result.stdout.count("TOKENISES 0") == result.stdout.count("TOKENISES 1") == 1
     assert len(metrics(tmp_path / "two")) == 1
-    (tmp_path / "home_1").rename(tmp_path / "unused")
+
+
+@pytest.mark.full
+def test_a_rank_that_is_stuck_in_tokenising_ends_the_run(tmp_path):
+    """The other one has its tokens in the cache, waits no longer than --timeout, and says which rank it was."""
     result = launch_all([
+        (1, ("one_cold_cache", "nothing", *RUN, "--output_dir", "one")),
         (2, ("one_cold_cache", "stuck", *RUN, "--timeout", 3, "--output_dir", "three"))], tmp_path)
     assert result.returncode != 0 and result.stdout.count("TOKENISES 1") == 1
     assert "rank 1 did not respond in tokenise" in result.stderr, result.stderr[-3000:]
