@@ -23,7 +23,7 @@ from settings.errors import UserError
 from text.bad_rows import BadRows
 from text.conversations import dropped, render
 from text.formats import KEYS
-from text.ledger import Ledger
+from text.ledger import Ledger, check_settings
 from text.masks import mask
 from text.sources import data_files, read_sources
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
@@ -143,6 +143,15 @@ def load(spec, tokenizer, max_length, *, split=None, cache_dir=None, timeout=600
     with tempfile.TemporaryDirectory() as directory:  # a mapped file stays readable after it is deleted
         write(directory, progress)
         return open_dataset(directory)
+
+
+def load_sets(cfg, tokenizer, progress=None):
+    """The training set and the validation set (or None) of an sft.Config, tokenised."""
+    options = dict(options_of(cfg), progress=progress)
+    train_set = load(cfg.train_data, tokenizer, **options)
+    val_set = load(cfg.val_data, tokenizer, split="validation", **options) if cfg.val_data else None
+    check_settings(cfg, train_set, val_set)
+    return train_set, val_set
 
 
 def open_dataset(directory):

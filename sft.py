@@ -39,7 +39,6 @@ from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
 from settings.parser import check, parse, setting
-from text.ledger import check_settings
 from text.template import ChatTokenizer
 
 # unless: a resumed adapter brings these settings with it
@@ -224,15 +223,6 @@ def evaluate(model, dataset, cfg, ranks):
     return ranks.all_reduce(total).item() / dataset.ledger.weight
 
 
-def load_data(cfg, tokenizer, progress=None):
-    """The training set and the validation set (or None), tokenised."""
-    options = dict(data.options_of(cfg), progress=progress)
-    train_set = data.load(cfg.train_data, tokenizer, **options)
-    val_set = data.load(cfg.val_data, tokenizer, split="validation", **options) if cfg.val_data else None
-    check_settings(cfg, train_set, val_set)
-    return train_set, val_set
-
-
 def build(cfg, paths, ranks, trains=True):
     """Create the model on meta, split it over the ranks, allocate it, and load it from the disk.
 
@@ -290,7 +280,7 @@ def train(cfg, ranks):
     tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
                               cfg.template_kwargs, run.date)
     ranks.set_phase("tokenise")
-    train_set, val_set = load_data(cfg, tokenizer, ranks.show_progress)
+    train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)
     ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
     run.identify(train_set)
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
