@@ -154,6 +154,12 @@ def load_sets(cfg, tokenizer, progress=None):
     return train_set, val_set
 
 
+def digests(train_set, val_set):
+    """{what: text} that must be the same on all ranks, for Ranks.agree."""
+    return {"training data": f":{train_set.digest} {train_set.weights}",
+            "validation data": f":{val_set.digest}" if val_set else "none"}
+
+
 def open_dataset(directory):
     """The Dataset that tokenise() wrote into a directory."""
     arrays, metadata = read_arrays(directory, ARRAYS)

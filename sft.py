@@ -30,11 +30,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import fsdp
 import lora
-from disk import inputs, peft, pretrained
+from disk import inputs, peft, pretrained, writer
 from disk.run import RunState
 from model import CausalLM
 from ops import compiler, forecast, memory, nf4, optim, overlap, packing
-from ranks import processes, tp
+from ranks import gate, processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
 from settings import errors
@@ -283,6 +283,7 @@ def train(cfg, ranks):
     train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)
     ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
     run.identify(train_set)
+    ranks.agree("data", data.digests(train_set, val_set))
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
     ranks.set_phase("load")
@@ -362,8 +363,8 @@ def train(cfg, ranks):
 
 def main():
     cfg = inputs.checked(parse(Config, sys.argv[1:])[0])  # wrong paths, before a model is downloaded
-    with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks,
-          out_of_memory.explained(cfg, ranks)):
+    with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic, gate.program(cfg)) as ranks,
+          out_of_memory.explained(cfg, ranks), writer.alone(cfg, ranks)):
         train(cfg, ranks)
     if ranks.stop_signal:
         sys.exit(processes.EXIT_CODES[ranks.stop_signal])

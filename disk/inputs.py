@@ -6,29 +6,21 @@ setting that was typed.
 
 import os
 import re
-import sys
 import tempfile
-import time
 
 from disk import checkpoint, files, foreign, peft, pretrained
 from families.config import ModelConfig
-from settings.errors import UserError
+from settings.errors import UserError, once_per_node
 from text import sources
 
 
 def checked(cfg):
     """Return an sft.Config after a check of all its paths.
 
-    Raises UserError for what does not exist or can't be used. Of several ranks on a node, one raises it and
-    the others exit, as they would print the same.
+    Raises UserError for what does not exist or can't be used.
     """
-    try:
+    with once_per_node():
         check(cfg)
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", "0")):
-            time.sleep(1)  # torchrun ends the other ranks when one has exited, and the first has to print
-            sys.exit(2)
-        raise
     return cfg
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, peft, pretrained
+from disk import checkpoint, files, foreign, peft, pretrained, writer
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
-from ranks import processes
+from ranks import gate, processes
 from settings.errors import UserError
 
 # Settings that decide what an adapter is. Resume refuses to change them.
@@ -118,13 +118,12 @@ class RunState:
         os.makedirs(self.root, exist_ok=True)
         self.resumed = checkpoint.resume_directory(cfg.resume_from, self.root) if cfg.resume_from else None
         self.saved = {"step": 0}
-        has_run = bool(checkpoint.steps_in(self.root))  # a run that never saved is overwritten
+        ranks.agree("resume", {"checkpoint to resume": os.path.basename(self.resumed or "none")})
+        if not cfg.selfcheck:  # which writes nothing
+            self.check_output()
         if self.resumed:
             checkpoint.verify(self.resumed)
             self.saved = checkpoint.load_state(self.resumed)
-        elif has_run and not cfg.resume_from and not cfg.selfcheck:
-            raise UserError(f"{cfg.output_dir} already contains a run; use --resume_from auto to continue "
-                            "it, or another --output_dir for a new run")
         self.step = self.saved["step"]
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
@@ -133,6 +132,28 @@ class RunState:
         today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
         self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
         self.paths = self.find_paths()
+        ranks.agree("run", self.compared())
+
+    def check_output(self):
+        """Raise UserError if this run would overwrite another one, or a file that no run wrote."""
+        if self.resumed and os.path.dirname(self.resumed) == os.path.realpath(self.root):
+            return
+        if checkpoint.steps_in(self.root):  # a run that never saved is overwritten
+            if self.resumed:
+                raise UserError(f"--resume_from {self.cfg.resume_from} belongs to another run than the one in "
+                                f"--output_dir {self.cfg.output_dir}; use another --output_dir")
+            raise UserError(f"{self.cfg.output_dir} already contains a run; use --resume_from auto to continue "
+                            "it, or another --output_dir for a new run")
+        writer.check_is_free(self.cfg.output_dir)
+
+    def compared(self):
+        """What ranks compare, see gate.compare: the step to resume, and the model on each node's disk."""
+        values = {"step to resume": str(self.step), "config.json": gate.digest(repr(self.paths.config).encode())}
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the ranks of a node read the same files
+            for what, directory in (("model", self.paths.model), ("adapter", self.paths.adapter)):
+                if directory:
+                    values[what] = ":" + pretrained.fingerprint(directory)
+        return values
 
     def find_paths(self):
         """The ModelPaths of this run. Raises UserError for an adapter without --use_lora, and the reverse."""
@@ -305,6 +326,8 @@ class RunState:
 
         Every rank calls it.
         """
+        if self.is_writer:
+            writer.check(self.cfg.output_dir)
         links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
         state = {
             **self.identity,

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disk.files import LockTimeout
+from ranks import gate
 from ranks.launch import EXIT_CODES, OUT_OF_MEMORY
-from settings.errors import OutOfMemory, UserError
+from settings.errors import OutOfMemory, UserError, once_per_node
 
 
 END_OF = "end of "  # a phase in which a rank waits for the others
@@ -107,6 +108,10 @@ class Ranks:
         number = torch.tensor(number, device=self.device)
         dist.broadcast(number, 0)
         return int(number)
+
+    def agree(self, stage, values):
+        """Raise UserError if the values of a rank differ from those of rank 0, see gate.compare."""
+        gate.compare(self.store, self.rank, self.world_size, stage, values)
 
     def on_signal(self, number, _):
         """Signal handler. os.write has no buffer, as the handler may interrupt a print."""
@@ -258,12 +263,14 @@ def check_strategy(strategy, tp):
                         "--tp 1; use --strategy megatron --tp 2, or neither")
 
 
-def start(tp, timeout, deterministic=False):
+def start(tp, timeout, deterministic=False, same=None):
     """Join the process group that torchrun describes, or create one for this single process.
 
     tp             number of ranks that split each matrix
     timeout        seconds until a rank that does not respond counts as failed
     deterministic  make results on CUDA bit-identical from run to run
+    same           {what: text} that must be the same on all ranks, see gate.compare. Here, because ranks with
+                   another tp would wait for each other to build the mesh
 
     Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes.
     """
@@ -289,6 +296,8 @@ def start(tp, timeout, deterministic=False):
         store = next(dist.rendezvous("env://", rank, world_size))[0]
     timeout = datetime.timedelta(seconds=timeout)
     store.set_timeout(timeout)  # wait_for_all() would otherwise wait for the store's default, 30 minutes
+    with once_per_node():
+        gate.compare(store, rank, world_size, "program", {"device": device.type, **(same or {})})
     if not dist.is_initialized():
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     dp_size = world_size // tp

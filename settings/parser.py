@@ -512,11 +512,15 @@ def yaml_values(node, name, path, seen):
 
 
 def write_yaml(config, path):
-    """Save a resolved configuration; --config PATH starts the same run again."""
+    """Save a resolved configuration; --config PATH starts the same run again.
+
+    The first line is how disk/writer.py knows that a run wrote the file.
+    """
     values = dataclasses.asdict(config)
     # With other characters allow_unicode would fold a Unicode line break instead of escaping it.
     is_printable = "".join(map(str, values.values())).isprintable()
     with open(path, "w", encoding="utf-8") as f:
+        print("# Settings of a run, written by sft.py; --config and this file start the same run.", file=f)
         yaml.safe_dump(values, f, sort_keys=False, allow_unicode=is_printable)
 
 
