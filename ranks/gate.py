@@ -71,7 +71,9 @@ def program(cfg):
     """{what: text} of the settings, the code and the version of torch, for compare()."""
     settings = {f"--{field.name}": str(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)
                 if field.name not in MAY_DIFFER}
-    settings["--sample_prompts"] = "given" if cfg.sample_prompts else "none"
+    if cfg.sample_prompts and os.path.isfile(cfg.sample_prompts):
+        with open(cfg.sample_prompts, "rb") as f:
+            settings["--sample_prompts"] = digest(f.read())
     settings["--val_data"] = "given" if cfg.val_data else "none"
     return {**settings, "torch": torch.__version__, **code()}
 

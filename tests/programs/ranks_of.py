@@ -22,8 +22,9 @@ from ops import nf4  # noqa: F401
 from ranks import tp  # noqa: F401
 
 
-def be_rank(rank, world_size, port, command):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+def be_rank(rank, world_size, port, command, local_rank=None):
+    local_rank = rank if local_rank is None else local_rank
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

@@ -113,6 +113,14 @@ def test_what_is_not_a_lock_stays(tmp_path):
         assert (tmp_path / writer.LOCK).read_text() == text
 
 
+def test_a_lock_that_was_taken_meanwhile_is_not_removed(tmp_path):
+    """Two processes have found the same stale lock, and this one is the slower."""
+    path = write_lock(tmp_path, **ELSEWHERE)
+    stale = {**json.loads(path.read_text()), "pid": 1}
+    assert not writer.Lock(str(tmp_path)).remove(stale)
+    assert json.loads(path.read_text())["pid"] == 4711 and os.listdir(tmp_path) == [writer.LOCK]
+
+
 def contend(directory, start, held):
     start.wait()
     lock = writer.Lock(directory)
