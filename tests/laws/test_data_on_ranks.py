@@ -10,6 +10,7 @@ RUN = ("--model", TINY, "--train_data", EXAMPLES, "--max_length", 128, "--batch_
        "--no-gradient_checkpointing")
 
 
+@pytest.mark.full
 def test_a_rank_with_cached_tokens_waits_for_one_without(tmp_path):
     """Longer than --timeout, if that one makes progress."""
     result = launch_all([
@@ -32,6 +33,7 @@ def test_a_rank_that_is_stuck_in_tokenising_ends_the_run(tmp_path):
     assert not (tmp_path / "three" / "metrics.jsonl").exists()
 
 
+@pytest.mark.full
 def test_all_ranks_print_the_date_of_rank_0_and_a_resumed_run_prints_it_again(tmp_path):
     """Two ranks whose dates differ, and a template with the date; then a resume on a day that is another on both."""
     directory = model_directory(tmp_path / "model")

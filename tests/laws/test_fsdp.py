@@ -127,6 +127,7 @@ def test_a_run_resumes_in_another_layout(models, tmp_path, train):
                 assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
 
 
+@pytest.mark.full
 def test_few_conversations_for_many_ranks(models, tmp_path, train):
     """Four ranks with one conversation per step, or a short last step: no hang, losses and val_loss of one rank."""
     with open(EXAMPLES, encoding="utf-8") as f:

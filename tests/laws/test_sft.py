@@ -598,8 +598,8 @@ def test_train_sh_then_chat(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",),
-                                   pytest.param(("--use_lora",), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("flags", [("--no-gradient_checkpointing",), ("--use_lora",)])
 def test_compiled_blocks_have_the_same_losses_and_compile_once(train, tmp_path, flags):
     """Each step packs differently, yet no graph is compiled after the first step; there are fewer than three per block.
     Losses equal those without --compile up to rounding."""

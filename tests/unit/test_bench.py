@@ -187,6 +187,7 @@ def test_compare_does_not_work_with_other_parts(other):
         parse(bench.Config, f"--compare FILE {other}".split())
 
 
+@pytest.mark.full
 def test_compare_measures_the_stages_of_a_file(tmp_path):
     """bench.py --compare FILE, FILE of the CPU: stage 0 runs on tiny shapes; its OUT can be compared again."""
     (tmp_path / "old.json").write_text(json.dumps(CPU))

@@ -130,7 +130,8 @@ def test_blocks_with_and_without_a_window_are_one_graph_each(traced):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("use_lora", [False, pytest.param(True, marks=full)])
+@pytest.mark.full
+@pytest.mark.parametrize("use_lora", [False, True])
 def test_fsdp_shares_the_graph_too(traced, use_lora):
     """FSDP2 makes each block's input a view, except where a checkpoint runs the block again."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -234,6 +235,7 @@ def on_the_cpu(monkeypatch):
 CUDA = torch.device("cuda")
 
 
+@pytest.mark.full
 def test_auto_compiles_where_a_try_succeeds(on_the_cpu, capsys):
     assert compiler.choose("auto", CUDA) is True
     assert compiler.has_compiler("cuda")

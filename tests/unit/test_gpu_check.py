@@ -76,6 +76,7 @@ def run_on_cpu(out, stages):
     check_results(out, result.stdout, [stage.name for stage in gpu_check.selected(stages)])
 
 
+@pytest.mark.full
 def test_the_first_stages_run_on_the_cpu(tmp_path):
     """Stages 0 and 1: what the machine can do, and the kernels against their references."""
     run_on_cpu(tmp_path, "0-1")

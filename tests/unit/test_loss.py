@@ -97,6 +97,7 @@ def test_weights_scale_the_total_and_the_gradient_but_not_the_loss_of_each(dtype
         assert torch.equal(loss(*given).total, total)
 
 
+@pytest.mark.full
 def test_two_ranks_share_the_vocabulary(tmp_path):
     """With weights too: tests/programs/loss_tp.py compares with one rank."""
     result = program("loss_tp", ranks=2, cwd=tmp_path)

@@ -86,6 +86,7 @@ def test_the_memory_snapshot_is_json_that_torch_can_draw(run, capsys, monkeypatc
     assert f"{tmp_path}/memory.json.gz: the memory" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_run_with_profile_computes_the_same(train, tmp_path, capsys):
     """The trace has the backward pass and the update of each traced step; the losses are those without it."""
     flags = (*FAST, "--max_length", 64, "--max_steps", 4)
