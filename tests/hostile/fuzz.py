@@ -295,7 +295,7 @@ def check_damaged_rows(path, batch, how):
             assert all(0 <= message["weight"] < math.inf for message in read)
             _, refusal = attempt(tiny.render_spans, read, f"{path}[{i}]", tools, naming=f"{path}[{i}]")
         if refusal is None and not is_text(read):
-            refusal = f"{path}[{i}]: half a character"
+            refusal = f"{path}[{i}]: the text contains half a character"
         if refusal:
             _, first = attempt(data.load, path, tiny, **{**how, "too_long": "truncate"}, naming=path)
             place = len(f"{path}[{i}]: half a character")
