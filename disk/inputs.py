@@ -34,8 +34,9 @@ def checked(cfg):
 
 def check(cfg):
     """Check all paths of an sft.Config."""
+    resumed = None
     if cfg.resume_from:
-        checkpoint.resume_directory(cfg.resume_from, os.path.join(cfg.output_dir, "checkpoints"))
+        resumed = checkpoint.resume_directory(cfg.resume_from, os.path.join(cfg.output_dir, "checkpoints"))
     check_data("--train_data", cfg.train_data)
     if cfg.val_data:
         check_data("--val_data", cfg.val_data, "validation")
@@ -49,7 +50,7 @@ def check(cfg):
     template = cfg.chat_template or ""
     if (os.sep in template or template.endswith((".jinja", ".txt"))) and not os.path.isfile(template):
         raise UserError(f"--chat_template {template}: no such file; use a file with a Jinja template")
-    if not cfg.resume_from or cfg.use_lora:  # a resumed full model is read from its checkpoint
+    if not resumed or cfg.use_lora:  # a resumed full model is read from its checkpoint
         check_model(cfg)
     check_output(cfg.output_dir)
 

@@ -1,7 +1,7 @@
 """RunState: the directory of a run, what it continues from, and what it remembers from step to step.
 
-All of resume is here: which checkpoint is resumed, whether it is complete, whether it belongs to this run,
-what is restored, and what a checkpoint stores for the next resume.
+What is restored on resume, and what a checkpoint stores for the next one. disk/checkpoint.py chooses the
+checkpoint and verifies it; disk/resume.py compares its settings with those of this run.
 """
 
 import collections
@@ -17,16 +17,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, peft, pretrained
+from disk import checkpoint, files, foreign, peft, pretrained, resume
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
 from ranks import processes
 from settings.errors import UserError
-
-# Settings that decide what an adapter is. Resume refuses to change them.
-ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
-                    "lora_modules_to_save", "quantize")
 
 
 @dataclass
@@ -102,30 +98,39 @@ class RunState:
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
     chosen           what `auto` means in this run, {"micro_batch_size": conversations,
                      "checkpointed_blocks": number}, and the "world_size" and "tp" that it was chosen for
+    lr               the learning rate of `step`
+    lines            what the banner says about settings and resume
+    has_saved        whether this process has saved a checkpoint
 
-    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date" and, for
-    owes_evaluation, "is_cut". It also has "template_kwargs", the setting.
+    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr" and, for
+    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the fingerprint of the "model" that
+    the run started from ("base" with LoRA), and the digests of the training "data" and of "val_data".
     """
 
-    def __init__(self, cfg, ranks):
+    def __init__(self, cfg, ranks, origins):
         """Start a new run, or open and verify the checkpoint that --resume_from names.
+
+        origins  of the settings, from settings.parser.parse
 
         Raises UserError where the output directory already contains a run, or the checkpoint is incomplete or
         of the other kind (full or LoRA) than cfg asks for. A failed resume never trains.
         """
-        self.cfg, self.is_writer = cfg, ranks.rank == 0
+        self.cfg, self.is_writer, self.has_saved = cfg, ranks.rank == 0, False
         self.root = os.path.join(cfg.output_dir, "checkpoints")
         os.makedirs(self.root, exist_ok=True)
-        self.resumed = checkpoint.resume_directory(cfg.resume_from, self.root) if cfg.resume_from else None
-        self.saved = {"step": 0}
-        has_run = bool(checkpoint.steps_in(self.root))  # a run that never saved is overwritten
-        if self.resumed:
-            checkpoint.verify(self.resumed)
-            self.saved = checkpoint.load_state(self.resumed)
-        elif has_run and not cfg.resume_from and not cfg.selfcheck:
+        self.resumed, skipped, self.saved, self.settings = None, [], {"step": 0}, {}
+        # a run that never saved is overwritten
+        has_run = bool(checkpoint.steps_in(self.root)) or os.path.lexists(os.path.join(self.root, "latest"))
+        if cfg.resume_from:
+            self.resumed, skipped = checkpoint.open_newest(cfg.resume_from, self.root)
+        elif has_run and not cfg.selfcheck:
             raise UserError(f"{cfg.output_dir} already contains a run; use --resume_from auto to continue "
                             "it, or another --output_dir for a new run")
-        self.step = self.saved["step"]
+        if self.resumed:
+            self.saved = checkpoint.load_state(self.resumed)
+            self.settings = resume.saved_settings(self.resumed, cfg)
+        self.step, self.lr = self.saved["step"], self.saved.get("lr")
+        self.lines = [*resume.lines(self.resumed, self.settings, cfg, origins), *skipped]
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
@@ -209,35 +214,59 @@ class RunState:
                             f"{before!r:.60}; set --micro_batch_size and --gradient_checkpointing")
         return before
 
-    def identify(self, train_set):
-        """Record what a resume must not change: the data, the order of steps and the adapter's settings.
+    def identify(self, train_set, val_set):
+        """Record what a resume must not change: the data, the order of steps, the model, the adapter's settings.
 
         Raises UserError where the resumed checkpoint was made with other values.
         """
         cfg = self.cfg
+        self.warn_of_positions(train_set)
         self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
                              batch_tokens=cfg.batch_tokens)
         if cfg.use_lora:
-            self.identity.update({name: getattr(cfg, name) for name in ADAPTER_SETTINGS})
-            self.identity["base"] = pretrained.fingerprint(self.paths.model)
-        self.warn_of_positions(train_set)
-        if not self.resumed:
-            return
-        changes = []
-        for key, now in self.identity.items():
+            self.identity.update({name: getattr(cfg, name) for name in resume.ADAPTER})
+        if self.resumed:
+            resume.check_identity(self.saved, self.identity, self.settings, cfg)
+        self.identity.update(self.fingerprints())
+        self.identity["val_data"] = val_set.digest if val_set else None
+        has_other_set = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
+        if has_other_set and self.best["val_loss"] is not None:
+            self.lines.append(f"best     begins anew: the val_loss {self.best['val_loss']:.4f} of step "
+                              f"{self.best['step']} is of other validation data")
+            self.best = {"val_loss": None, "step": 0, "behind": 0}
+
+    def fingerprints(self):
+        """{"base" with LoRA, otherwise "model": the fingerprint of the model that the run started from}.
+
+        A resumed full run has its weights from the checkpoint. So the model itself may have moved; if it is
+        there, it must be the same. Raises UserError for another one.
+        """
+        key, model, then = "base" if self.cfg.use_lora else "model", self.paths.model, self.saved.get("base")
+        if self.resumed and not self.cfg.use_lora:
             then = self.saved.get(key)
-            if then != now and key in ("data", "base"):
-                changes.append("another base model" if key == "base" else "other training data, or a setting "
-                               "that changes it: --tokenizer, --chat_template, --template_kwargs, "
-                               "--max_length, --too_long, --train_on, --train_on_prompt, "
-                               "--train_reasoning, --split_turns, --bad_rows")
-            elif then != now:
-                then, now = ("none" if value is None else value for value in (then, now))
-                changes.append(f"{key} {then} then, {now} now")
-        if changes:
-            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} was made with other settings "
-                            f"({'; '.join(changes)}); repeat the original settings, or start a new "
-                            "run with another --output_dir")
+            model = resume.first_model(self.cfg.model, self.settings.get("model")) if then else None
+            if model is None:
+                return {key: then}
+        now = pretrained.fingerprint(model, shares=True)
+        if then and not pretrained.is_same(then, now):
+            raise UserError(f"--resume_from {self.cfg.resume_from}: {self.resumed} is of a run that started from "
+                            f"another model than --model {self.cfg.model}: their weights differ. Type --model "
+                            f"{self.settings.get('model', 'and the model of the run')}, or start a new run with "
+                            "another --output_dir")
+        return {key: now}
+
+    def schedule(self, total_steps, lr_at):
+        """Note the number of steps of the run; if a resume changes its schedule, say what the rate does.
+
+        lr_at  (step, total_steps, cfg) -> learning rate
+        """
+        self.total_steps, before = total_steps, self.saved.get("total_steps", total_steps)
+        changed = {name for name, *_ in resume.changes(self.settings, self.cfg)} & {*resume.SCHEDULE}
+        if self.lr is not None and self.step < total_steps and (changed or before != total_steps):
+            now = lr_at(self.step + 1, total_steps, self.cfg)
+            self.lines.append(f"schedule computed anew for {total_steps:,} steps, before for {before:,}: lr "
+                              f"{self.lr:.3g} at step {self.step:,} -> {now:.3g} at step {self.step + 1:,} "
+                              "(docs/checkpoints.md, Resume, says how to avoid a jump)")
 
     def warn_of_positions(self, train_set):
         """Print a warning if conversations are longer than the model's positions go."""
@@ -276,6 +305,9 @@ class RunState:
         A kill between the moves of the two links also leaves the second one out of date.
         """
         checkpoint.set_link(self.root, self.step)
+        best = os.path.join(self.root, "best")
+        if self.best["val_loss"] is None and os.path.lexists(best) and not os.path.isdir(best):
+            os.remove(best)  # of other validation data
         if self.cfg.keep_best and os.path.isdir(os.path.join(self.root, f"step_{self.best['step']}")):
             checkpoint.set_link(self.root, self.best["step"], "best")
 
@@ -287,7 +319,9 @@ class RunState:
     def judge(self, step, val_loss):
         """Compare a val_loss with the best so far; return whether it is lower."""
         self.best["behind"] += 1
-        is_best = self.best["val_loss"] is None or val_loss < self.best["val_loss"]
+        best = self.best["val_loss"]
+        # nan compares as false with everything: as the best it would stay the best
+        is_best = math.isfinite(val_loss) and (best is None or not val_loss >= best)
         if is_best:
             self.best = {"val_loss": val_loss, "step": step, "behind": 0}
         return is_best
@@ -313,10 +347,13 @@ class RunState:
             "norms": list(self.norms),
             "chosen": self.chosen,
             "date": self.date,
+            "lr": self.lr,
+            "total_steps": self.total_steps,
             "template_kwargs": self.cfg.template_kwargs,  # for chat.py
         }
         checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
-                        exported=self.exported, state=state, links=links)
+                        exported={**self.exported, **resume.export(self.cfg)}, state=state, links=links)
+        self.has_saved = True
         if self.is_writer:
             best = self.best["step"] if self.cfg.keep_best else None
             checkpoint.prune(self.root, self.cfg.keep_checkpoints, self.step, best)
