@@ -363,7 +363,7 @@ def train(cfg, ranks, origins):
 
 def main():
     cfg, origins = parse(Config, sys.argv[1:], resumed=resume.settings)
-    inputs.checked(cfg)  # wrong paths, before a model is downloaded
+    inputs.checked(cfg, origins)  # wrong paths, before a model is downloaded
     with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic) as ranks,
           out_of_memory.explained(cfg, ranks)):
         train(cfg, ranks, origins)

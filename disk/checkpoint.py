@@ -22,8 +22,8 @@ MANIFEST = os.path.join(STATE_DIRECTORY, "manifest.json")
 STATE = os.path.join(STATE_DIRECTORY, "state.json")
 CHECKED = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all files that we ever read
 
-REMEDY = ("; use --resume_from with another step directory, or start a new run from these weights with --model "
-          "and another --output_dir")
+REMEDY = ("; use --resume_from with another step directory, or start a new run from these weights with "
+          "--model and another --output_dir")
 
 
 def is_count(value, low=0):
@@ -226,14 +226,14 @@ def adopt_copy(root, path):
     neither.
     """
     step = os.path.join(root, f"step_{step_of(path)}")
-    manifests = [os.path.join(directory, MANIFEST) for directory in (path, step)]
-    if os.path.exists(manifests[0]) and not os.path.exists(step):
+    copy, original = (files.read_bytes(directory, [MANIFEST]) for directory in (path, step))
+    if copy and not os.path.exists(step):
         os.replace(path, step)
-    elif all(map(os.path.exists, manifests)) and files.read_file(manifests[0]) == files.read_file(manifests[1]):
+    elif copy and copy == original:
         files.remove(path)
     else:
-        raise UserError(f"{path} must be a link to a checkpoint, but is a directory of its own, and no copy of "
-                        "one beside it; move it elsewhere")
+        raise UserError(f"{path} must be a link to a checkpoint, but it is a directory of its own, and no "
+                        "copy of a checkpoint beside it; move it elsewhere")
 
 
 def linked_step(root, name="latest"):
@@ -318,8 +318,8 @@ def candidates(resume_from, root):
     if linked is not None and linked not in steps and os.path.isdir(latest):
         directories.insert(0, os.path.realpath(latest))  # a copy with links followed has the step only here
     if not directories and os.path.lexists(latest):
-        raise UserError(f"--resume_from {resume_from}: {root} has no checkpoint, but {latest}, which means one; "
-                        "use a step directory, or remove `latest` to start a new run")
+        raise UserError(f"--resume_from {resume_from}: {latest} means a checkpoint, but {root} has none; use "
+                        "a step directory, or remove `latest` to start a new run")
     return directories
 
 
@@ -360,8 +360,8 @@ def skipped(directory, faults):
         lines.append(f"skipped  step_{linked}: `latest` means it, but it is not there")
     newer = [f"step_{n}" for n in steps if n > step and os.path.join(root, f"step_{n}") not in faults]
     if newer:
-        lines.append(f"skipped  {', '.join(newer)}: `latest` means step_{linked}, so a run that resumed from an "
-                     "earlier step has abandoned them")
+        lines.append(f"skipped  {', '.join(newer)}: `latest` means step_{linked}, so a run that resumed from "
+                     "an earlier step has abandoned them")
     return lines
 
 

@@ -172,9 +172,9 @@ def base_directory(directory, base=None):
                         f"directory of that model (sft.py: --model DIR). {error}") from error
     then = saved_base_fingerprint(directory)
     if then and not pretrained.is_same(then, pretrained.fingerprint(found)):
-        raise UserError(f"{found} has other weights than the model that the adapter {directory} was trained on; "
-                        "pass --base DIR with that model. To use these weights anyway, delete training_state/ "
-                        "of the adapter")
+        raise UserError(f"{found} has other weights than the model that the adapter {directory} was trained "
+                        "on; pass --base DIR with that model. To use these weights anyway, delete "
+                        "training_state/ of the adapter")
     return found
 
 

@@ -216,7 +216,7 @@ def weight_entries(directory):
 
 
 def fingerprint(directory, shares=False):
-    """A short hash of all weights of a model directory: of the names, dtypes, shapes and bytes of its tensors.
+    """A short hash of a model directory's weights: the name, dtype, shape and all bytes of each tensor.
 
     The files' names and the order of the tensors do not matter. It reads every byte once, all cores together
     at about 6 GB/s each; a load that follows finds the files in the page cache.
@@ -248,7 +248,7 @@ def fingerprint(directory, shares=False):
 
 
 def tensor_hash(name, entry):
-    """Two integers below 2**40, so that 2**23 of them have a sum in int64: a hash of a tensor and its name."""
+    """Hash of a tensor and its name: two integers below 2**40, so that 2**23 of them have a sum in int64."""
     n_bytes, crc = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize, 0
     buffer = memoryview(bytearray(min(2**20, max(n_bytes, 1))))
     with files.naming(entry.file), open(entry.file, "rb", buffering=0) as f:

@@ -1,7 +1,8 @@
 """Resume means the same run: its own settings, what may change in them, and what must not.
 
-The settings of a run are in OUTPUT_DIR/config.yaml, and in training_state/config.yaml of each step directory,
-so that a step directory alone is enough. The first is read, the second says what the checkpoint was made with.
+The settings of a run are in OUTPUT_DIR/config.yaml, and in training_state/config.yaml of each step
+directory, so that a step directory alone is enough. The first is read, the second says what the checkpoint
+was made with.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ NOT_OF_THE_RUN = ("resume_from", "selfcheck", "profile")  # of one start only
 # Settings that decide what an adapter is, and what a step holds
 ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
            "lora_modules_to_save", "quantize")
-DATA = ("tokenizer", "chat_template", "template_kwargs", "max_length", "too_long", "train_on", "train_on_prompt",
-        "train_reasoning", "split_turns", "bad_rows", "prompt_key", "response_key", "messages_key", "train_data")
+DATA = ("train_data", "tokenizer", "chat_template", "template_kwargs", "max_length", "too_long", "train_on",
+        "train_on_prompt", "train_reasoning", "split_turns", "bad_rows", "prompt_key", "response_key",
+        "messages_key")
 SCHEDULE = ("lr", "scheduler", "warmup_ratio", "min_lr_ratio")
 
 
@@ -26,8 +28,8 @@ def owner(resume_from):
     """The output directory of the run that --resume_from DIR belongs to; None for a step directory alone."""
     for path in (os.path.abspath(resume_from), os.path.realpath(resume_from)):  # checkpoints/ may be a link
         for run in (path, os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
-            has_log = any(os.path.exists(os.path.join(run, name)) for name in ("config.yaml", "metrics.jsonl"))
-            if has_log and os.path.isdir(os.path.join(run, "checkpoints")):
+            is_run = os.path.exists(os.path.join(run, "metrics.jsonl"))
+            if is_run and os.path.isdir(os.path.join(run, "checkpoints")):
                 return run if os.path.isabs(resume_from) else os.path.relpath(run)
     return None
 
@@ -94,18 +96,18 @@ def changes(saved, cfg):
 
 
 def changed_lines(saved, cfg):
-    """"changed: lr 1e-3 -> 2e-5" for each setting that changes. Raises UserError for a change without effect."""
+    """"changed: lr 1e-3 -> 2e-5" for each setting that changes. Raises UserError if that has no effect."""
     different = changes(saved, cfg)
     names = {name for name, _, _ in different}
     for name, by in (("epochs", "max_steps"), ("batch_size", "batch_tokens")):
         if name in names and by not in names and getattr(cfg, by) is not None:
-            raise UserError(f"--{name} {getattr(cfg, name)} has no effect: the run has --{by} {getattr(cfg, by)}; "
-                            f"change that, or add --{by} none")
+            raise UserError(f"--{name} {getattr(cfg, name)} has no effect: the run has --{by} "
+                            f"{getattr(cfg, by)}; change that, or add --{by} none")
     return [f"changed: {name} {text_of(then)} -> {text_of(now)}" for name, then, now in different]
 
 
 def lines(resumed, saved, cfg, origins):
-    """The banner's lines about the files of settings, the checkpoint that is resumed, and settings that change.
+    """The banner's lines about files of settings, the checkpoint that is resumed, and settings that change.
 
     resumed, saved, origins  the step directory or None; its settings; of cfg, from settings.parser.parse
 
@@ -179,6 +181,7 @@ def check_identity(then, now, saved, cfg):
             remedies.append(f"--{key} {text_of(before)}")
     if faults:
         remedy = f"type {' '.join(remedies)}" if remedies else "give the data that the run had"
-        raise UserError(f"--resume_from {cfg.resume_from}: this would change what a step holds ({'; '.join(faults)}"
-                        f"); {remedy}, or start a new run with another --output_dir")
+        raise UserError(f"--resume_from {cfg.resume_from}: this would change what a step holds: "
+                        f"{'; '.join(faults)}. Instead, {remedy}, or start a new run with another "
+                        "--output_dir")
 

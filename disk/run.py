@@ -103,8 +103,8 @@ class RunState:
     has_saved        whether this process has saved a checkpoint
 
     state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr" and, for
-    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the fingerprint of the "model" that
-    the run started from ("base" with LoRA), and the digests of the training "data" and of "val_data".
+    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the fingerprint of the "model"
+    that the run started from ("base" with LoRA), and the digests of the training "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):
@@ -215,7 +215,7 @@ class RunState:
         return before
 
     def identify(self, train_set, val_set):
-        """Record what a resume must not change: the data, the order of steps, the model, the adapter's settings.
+        """Record what a resume must not change: data, order of steps, model, settings of the adapter.
 
         Raises UserError where the resumed checkpoint was made with other values.
         """
@@ -249,10 +249,11 @@ class RunState:
                 return {key: then}
         now = pretrained.fingerprint(model, shares=True)
         if then and not pretrained.is_same(then, now):
-            raise UserError(f"--resume_from {self.cfg.resume_from}: {self.resumed} is of a run that started from "
-                            f"another model than --model {self.cfg.model}: their weights differ. Type --model "
-                            f"{self.settings.get('model', 'and the model of the run')}, or start a new run with "
-                            "another --output_dir")
+            first = self.settings.get("model", self.cfg.model)
+            remedy = f"Type --model {first if first != self.cfg.model else 'DIR with that model'}"
+            raise UserError(f"--resume_from {self.cfg.resume_from}: the run started from another base model "
+                            f"than --model {self.cfg.model}: their weights differ. {remedy}, or start a new "
+                            "run with another --output_dir")
         return {key: now}
 
     def schedule(self, total_steps, lr_at):
@@ -265,7 +266,7 @@ class RunState:
         if self.lr is not None and self.step < total_steps and (changed or before != total_steps):
             now = lr_at(self.step + 1, total_steps, self.cfg)
             self.lines.append(f"schedule computed anew for {total_steps:,} steps, before for {before:,}: lr "
-                              f"{self.lr:.3g} at step {self.step:,} -> {now:.3g} at step {self.step + 1:,} "
+                              f"{self.lr:.2e} at step {self.step:,} -> {now:.2e} at step {self.step + 1:,} "
                               "(docs/checkpoints.md, Resume, says how to avoid a jump)")
 
     def warn_of_positions(self, train_set):

@@ -334,9 +334,10 @@ def resolve(assignments, fields):
         before = previous.get(name)
         if before and before.source == assignment.source == "file" and values[name] != value:
             # config.yaml has the defaults of all settings: a key of verl that was added to it wins over them
-            if before.from_verl and value == default:
+            is_mixed = before.from_verl != assignment.from_verl
+            if is_mixed and before.from_verl and value == default:
                 continue
-            if not (assignment.from_verl and values[name] == default):
+            if not (is_mixed and assignment.from_verl and values[name] == default):
                 raise UserError(f"{assignment.origin}: {name} is {value} here, and {values[name]} at "
                                 f"{origins[name]}; remove one of them")
         is_reset = value == default and values.get(name, default) != default
@@ -350,7 +351,7 @@ def resolve(assignments, fields):
 
 
 def drop_inert(values, origins, assignments, fields):
-    """Reset what only the resumed run sets and what has no effect any more: keep_best after --val_data none."""
+    """Reset what only the resumed run sets and has no effect any more: keep_best after --val_data none."""
     given = {assignment.name for assignment in assignments if assignment.source != "run"}
     for name, field in fields.items():
         changed = {n for n, value in values.items() if value != fields[n].default}
