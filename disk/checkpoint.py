@@ -6,6 +6,7 @@ run resumes only if all of them still match. Everything is safetensors or JSON: 
 """
 
 import datetime
+import errno
 import functools
 import os
 import re
@@ -22,6 +23,8 @@ MANIFEST = os.path.join(STATE_DIRECTORY, "manifest.json")
 STATE = os.path.join(STATE_DIRECTORY, "state.json")
 CHECKED = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all files that we ever read
 
+# What symlink raises on file systems without links: FAT, some of SMB and FUSE.
+NO_LINKS = errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL
 REMEDY = ("; use --resume_from with another step directory, or start a new run from these weights with "
           "--model and another --output_dir")
 
@@ -213,7 +216,9 @@ def set_link(root, step, name="latest"):
         adopt_copy(root, path)
     try:
         os.symlink(f"step_{step}", link)
-    except OSError:  # EPERM, ENOTSUP, ENOSYS, ...: each file system has its own
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
         files.write_file(link, f"step_{step}\n".encode())
     os.replace(link, path)
     files.sync(root)
