@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import sft
-from disk import checkpoint, peft, pretrained
+from disk import checkpoint, files, peft, pretrained
 from disk.run import ModelPaths
 from model import generate, sample_function
 from ranks import processes
@@ -60,7 +60,7 @@ def load(name, base=None, template_kwargs=None):
 
     Raises UserError if `base` is given for a full model, or if an adapter has no base model.
     """
-    directory = pretrained.model_directory(name)
+    directory = files.follow(pretrained.model_directory(name))  # a run may move `latest` meanwhile
     adapter, template_kwargs = None, template_kwargs or checkpoint.template_kwargs(directory)
     if base and not pretrained.is_adapter(directory):
         raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove --base")

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import fsdp
 import lora
-from disk import inputs, peft, pretrained, writer
+from disk import inputs, peft, pretrained, resume, writer
 from disk.run import RunState
 from model import CausalLM
 from ops import compiler, forecast, memory, nf4, optim, overlap, packing
@@ -272,20 +272,21 @@ def build(cfg, paths, ranks, trains=True):
     return model, optimizer
 
 
-def train(cfg, ranks):
-    """One run from start to end. Every rank calls it."""
+def train(cfg, ranks, origins):
+    """One run from start to end. Every rank calls it. origins: where each setting comes from."""
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
-    run = RunState(cfg, ranks)  # a new run, or one that resumes from a verified checkpoint
+    run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
     tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
                               cfg.template_kwargs, run.date)
     ranks.set_phase("tokenise")
     train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)
     ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
-    run.identify(train_set)
-    ranks.agree("data", data.digests(train_set, val_set))
+    run.identify(train_set, val_set)
+    ranks.agree("inputs", {**data.digests(train_set, val_set), **run.compared()})
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
+    run.schedule(len(sampler), lr_at)
     ranks.set_phase("load")
     cfg = run.choose_memory(build, ranks)  # numbers in place of `auto`
     model, optimizer = build(cfg, run.paths, ranks)
@@ -355,17 +356,18 @@ def train(cfg, ranks):
         optim.update(optimizer, loss, norm, lr=lr, grad_clip=cfg.grad_clip, norm_limit=run.norm_limit)
         figures.queue(loss=loss, grad_norm=norm, changed=meter.changed())
         log.step(step, ids, figures, run.norm_limit, epoch=epoch, lr=lr, **counts)
-        run.step = step
+        run.step, run.lr = step, lr
         after_step(step)
         figures = overlap.Figures(ranks.device)  # the next step begins: it may have to wait for its data
     log.finish(run, ranks.stop_signal)
 
 
 def main():
-    cfg = inputs.checked(parse(Config, sys.argv[1:])[0])  # wrong paths, before a model is downloaded
+    cfg, origins = parse(Config, sys.argv[1:], resumed=resume.settings)
+    inputs.checked(cfg, origins)  # wrong paths, before a model is downloaded
     with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic, gate.program(cfg)) as ranks,
           out_of_memory.explained(cfg, ranks), writer.alone(cfg, ranks)):
-        train(cfg, ranks)
+        train(cfg, ranks, origins)
     if ranks.stop_signal:
         sys.exit(processes.EXIT_CODES[ranks.stop_signal])
 

@@ -5,6 +5,9 @@ the disk and renamed; then `latest` moves. Its manifest lists the size and the c
 run resumes only if all of them still match. Everything is safetensors or JSON: no file can run code.
 """
 
+import datetime
+import errno
+import functools
 import os
 import re
 import zlib
@@ -19,6 +22,51 @@ STATE_DIRECTORY = "training_state"  # in a step directory: what resume needs bes
 MANIFEST = os.path.join(STATE_DIRECTORY, "manifest.json")
 STATE = os.path.join(STATE_DIRECTORY, "state.json")
 CHECKED = (".json", ".safetensors", ".jinja", ".txt", ".model")  # the endings of all files that we ever read
+
+# What symlink raises on file systems without links: FAT, some of SMB and FUSE.
+NO_LINKS = errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL
+REMEDY = ("; use --resume_from with another step directory, or start a new run from these weights with "
+          "--model and another --output_dir")
+
+
+def is_count(value, low=0):
+    return type(value) is int and value >= low  # True is an int
+
+
+def is_number(value):
+    return type(value) in (int, float)
+
+
+def is_best(value):
+    """Whether a value is a RunState's `best`."""
+    return (isinstance(value, dict) and value.keys() == {"val_loss", "step", "behind"}
+            and (value["val_loss"] is None or is_number(value["val_loss"]))
+            and is_count(value["step"]) and is_count(value["behind"]))
+
+
+def is_date(value):
+    try:
+        return isinstance(value, str) and bool(datetime.date.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+def is_text_or_null(value):
+    return value is None or isinstance(value, str)
+
+
+# What a run reads of state.json: {key: (whether a value is valid, the rule)}
+STATE_RULES = {
+    "step": (functools.partial(is_count, low=1), "an integer of at least 1"),
+    "updates": (is_count, "an integer of at least 0"),
+    "best": (is_best, "an object with val_loss (a number or null), step and behind (integers)"),
+    "norms": (lambda norms: isinstance(norms, list) and all(map(is_number, norms)), "a list of numbers"),
+    "is_cut": (lambda value: type(value) is bool, "true or false"),
+    "date": (is_date, "a date such as 2026-01-31"),
+    "lr": (lambda lr: lr is None or is_number(lr), "a number or null"),
+    "total_steps": (is_count, "an integer of at least 0"),
+    **dict.fromkeys(("template_kwargs", "base", "model", "val_data"), (is_text_or_null, "a text or null")),
+}
 
 
 def save(root, step, *, model, optimizer, shard_map, exported, state, links=("latest",)):
@@ -157,13 +205,63 @@ def training_tensors(trained, states, dtypes):
 
 
 def set_link(root, step, name="latest"):
-    """Point the link root/`name` at step_N. Atomic: the link exists at every moment."""
-    link = os.path.join(root, f"tmp_{name}")
+    """Point the link root/`name` at step_N. Atomic: the link exists at every moment.
+
+    Where the file system has no links, it is a file with the text step_N, which files.follow reads.
+    """
+    link, path = os.path.join(root, f"tmp_{name}"), os.path.join(root, name)
     if os.path.lexists(link):
         os.remove(link)
-    os.symlink(f"step_{step}", link)
-    os.replace(link, os.path.join(root, name))
+    if os.path.isdir(path) and not os.path.islink(path):
+        adopt_copy(root, path)
+    try:
+        os.symlink(f"step_{step}", link)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        files.write_file(link, f"step_{step}\n".encode())
+    os.replace(link, path)
     files.sync(root)
+
+
+def adopt_copy(root, path):
+    """Make room for a link where a copy with links followed has put a directory, the copy of a step.
+
+    The directory becomes that step, or is removed if the step is there as well. Raises UserError if it is
+    neither.
+    """
+    step = os.path.join(root, f"step_{step_of(path)}")
+    copy, original = (files.read_bytes(directory, [MANIFEST]) for directory in (path, step))
+    if copy and not os.path.exists(step):
+        os.replace(path, step)
+    elif copy and copy == original:
+        files.remove(path)
+    else:
+        raise UserError(f"{path} must be a link to a checkpoint, but it is a directory of its own, and no "
+                        "copy of a checkpoint beside it; move it elsewhere")
+
+
+def linked_step(root, name="latest"):
+    """The step that root/latest means, whether that exists or not; None if there is no `latest`.
+
+    It is a link, a file (see set_link), or, in a copy with links followed, a directory.
+    """
+    path = os.path.join(root, name)
+    if os.path.isdir(path) and not os.path.islink(path):
+        return step_of(path)
+    match = re.fullmatch(r"step_(\d+)", os.path.basename(files.follow(path)))
+    return int(match[1]) if match and os.path.lexists(path) else None
+
+
+def step_of(directory):
+    """The step in the manifest of a directory; None if it has none that can be read."""
+    path = os.path.join(directory, MANIFEST)
+    try:
+        content = files.read_json(path)
+    except (OSError, UserError):
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if type(step) is int else None
 
 
 def steps_in(root):
@@ -194,29 +292,82 @@ def rename_for_removal(directory):
     return temporary
 
 
-def resume_directory(resume_from, root):
-    """The step directory that --resume_from names; None if `auto` finds no checkpoint.
+def candidates(resume_from, root):
+    """The directories that --resume_from may mean, the best first; [] if `auto` finds no checkpoint.
+
+    resume_from  a step directory; a run, or its checkpoints/; auto: the run whose checkpoints are in root
+
+    Of a run, the step of `latest` comes first, then the steps before it. The steps after it come last: if
+    `latest` is complete, they are of a run that was abandoned when this one resumed from an earlier step.
 
     Raises UserError for a directory that is not a checkpoint, instead of starting from the beginning.
     """
-    directory = resume_from
-    if resume_from == "auto":
-        steps, latest = steps_in(root), os.path.join(root, "latest")
-        if not steps and not os.path.lexists(latest):
-            return None
-        # A kill between the rename of a run's first checkpoint and its link leaves no link.
-        directory = latest if os.path.lexists(latest) else os.path.join(root, f"step_{steps[-1]}")
-    if not os.path.isdir(directory):
-        raise UserError(f"--resume_from {resume_from}: {directory} is not a directory; use a step "
-                        "directory such as outputs/checkpoints/step_100, or auto")
-    if not os.path.exists(os.path.join(directory, STATE)):
-        remedy = "use another step directory, or start a new run from these weights with --model"
-        for latest in ("latest", os.path.join("checkpoints", "latest")):
-            if os.path.isdir(os.path.join(directory, latest)):
-                remedy = f"use {os.path.join(directory, latest)}"
-        raise UserError(f"--resume_from {resume_from}: {directory} has no {STATE}, so no run can resume from "
-                        f"it; {remedy}")
-    return os.path.realpath(directory)
+    if resume_from != "auto":
+        directory = files.follow(resume_from)
+        if not os.path.isdir(directory):
+            raise UserError(f"--resume_from {resume_from}: {directory} is not a directory; use a step "
+                            "directory such as outputs/checkpoints/step_100, or auto")
+        if os.path.exists(os.path.join(directory, STATE)):
+            return [directory]
+        roots = [path for path in (os.path.join(directory, "checkpoints"), directory) if steps_in(path)]
+        if not roots:
+            raise UserError(f"--resume_from {resume_from}: {directory} has no {STATE}, so no run can resume "
+                            "from it; use another step directory, or start a new run from these weights with "
+                            "--model")
+        root = roots[0]
+    root, latest = os.path.realpath(root), os.path.join(root, "latest")
+    linked, steps = linked_step(root), steps_in(root)
+    # a kill between the rename of a run's first checkpoint and its link leaves no link
+    steps.sort(key=lambda step: (linked is not None and step > linked, -step))
+    directories = [os.path.join(root, f"step_{step}") for step in steps]
+    if linked is not None and linked not in steps and os.path.isdir(latest):
+        directories.insert(0, os.path.realpath(latest))  # a copy with links followed has the step only here
+    if not directories and os.path.lexists(latest):
+        raise UserError(f"--resume_from {resume_from}: {latest} means a checkpoint, but {root} has none; use "
+                        "a step directory, or remove `latest` to start a new run")
+    return directories
+
+
+def resume_directory(resume_from, root):
+    """The first of candidates(), not verified; None if `auto` finds no checkpoint."""
+    return next(iter(candidates(resume_from, root)), None)
+
+
+def open_newest(resume_from, root):
+    """(the first of candidates() that is as it was saved, or None; lines about newer ones that were skipped).
+
+    Every rank calls it: they verify together. Raises UserError if there are candidates and none is valid.
+    """
+    directories, faults, first_error = candidates(resume_from, root), {}, None
+    for directory in directories:
+        try:
+            verify(directory)
+            load_state(directory)
+        except UserError as error:
+            faults[directory] = str(error).removesuffix(REMEDY)
+            first_error = first_error or error
+            continue
+        is_given = resume_from != "auto" and directory == files.follow(resume_from)
+        return directory, [] if is_given else skipped(directory, faults)
+    if len(faults) > 1:
+        raise UserError(f"{first_error} ({len(faults) - 1} other checkpoints are not valid either)")
+    if first_error:
+        raise first_error
+    return None, []
+
+
+def skipped(directory, faults):
+    """Lines about the checkpoints that are newer than `directory`, of which `faults` says what is wrong."""
+    root, step = os.path.dirname(directory), step_of(directory)
+    linked, steps = linked_step(root), steps_in(root)
+    lines = [f"skipped  {fault}" for fault in faults.values()]
+    if linked is not None and linked > step and linked not in steps:
+        lines.append(f"skipped  step_{linked}: `latest` means it, but it is not there")
+    newer = [f"step_{n}" for n in steps if n > step and os.path.join(root, f"step_{n}") not in faults]
+    if newer:
+        lines.append(f"skipped  {', '.join(newer)}: `latest` means step_{linked}, so a run that resumed from "
+                     "an earlier step has abandoned them")
+    return lines
 
 
 def verify(directory):
@@ -225,9 +376,7 @@ def verify(directory):
     A missing, changed or additional file is refused, and so is a directory without a manifest, the only list
     of the files that should be in it.
     """
-    path = os.path.join(directory, MANIFEST)
-    remedy = ("; use --resume_from with another step directory, or start a new run from these weights with "
-              "--model and another --output_dir")
+    path, remedy = os.path.join(directory, MANIFEST), REMEDY
     if not os.path.exists(path):
         raise UserError(f"{directory} has no {MANIFEST}, so it cannot be verified{remedy}")
     try:
@@ -266,19 +415,19 @@ def verify(directory):
 def load_state(directory):
     """The JSON state that was passed to `save`, plus "step" and "updates" (of the optimizer).
 
-    An older version did not save "updates"; it then equals "step". Raises UserError if one of the two is not
-    a valid number.
+    An older version did not save "updates"; it then equals "step". Raises UserError if one of the values that
+    a run reads has another type than RunState saves.
     """
     path = os.path.join(directory, STATE)
     state = files.read_json(path)
-    step = state.get("step") if isinstance(state, dict) else None
-    if type(step) is not int or step < 1:  # True is an int
-        raise UserError(f"{path}: step must be an integer of at least 1, it is {step!r:.60}; use "
-                        "--resume_from with another step directory")
-    updates = state.setdefault("updates", step)
-    if type(updates) is not int or updates < 0:
-        raise UserError(f"{path}: updates must be an integer of at least 0, it is {updates!r:.60}; use "
-                        "--resume_from with another step directory")
+    state = state if isinstance(state, dict) else {}
+    for key, (is_valid, rule) in STATE_RULES.items():
+        if key not in state and key != "step":
+            continue  # of an older version
+        if not is_valid(state.get(key)):
+            raise UserError(f"{path}: {key} must be {rule}, it is {state.get(key)!r:.60}; use --resume_from "
+                            "with another step directory")
+    state.setdefault("updates", state["step"])
     return state
 
 

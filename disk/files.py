@@ -61,6 +61,23 @@ def read_bytes(directory, names):
     return contents
 
 
+def follow(path):
+    """The directory that a path means, with its links resolved.
+
+    On a file system without links, `latest` and `best` are files with the name of a directory beside them.
+    A program that reads several files of `latest` resolves it once: a run may move it meanwhile.
+    """
+    if "\0" in path:  # realpath raises ValueError; any check of the path finds nothing
+        return path
+    path = os.path.realpath(path)
+    if os.path.isfile(path) and os.path.getsize(path) < 64:
+        with open(path, "rb") as f:
+            name = f.read().decode(errors="replace").strip()
+        if re.fullmatch(r"step_\d+", name):
+            return os.path.join(os.path.dirname(path), name)
+    return path
+
+
 def write_file(path, content):
     """Write bytes or a JSON value to a file and flush it to the disk."""
     with naming(path), open(path, "wb") as f:

@@ -10,24 +10,33 @@ import tempfile
 
 from disk import checkpoint, files, foreign, peft, pretrained
 from families.config import ModelConfig
+from settings import parser
 from settings.errors import UserError, once_per_node
 from text import sources
 
 
-def checked(cfg):
-    """Return an sft.Config after a check of all its paths.
+def checked(cfg, origins):
+    """Check all paths of an sft.Config.
+
+    origins  of the settings, from settings.parser.parse: the error names the file that a path is written in
 
     Raises UserError for what does not exist or can't be used.
     """
     with once_per_node():
-        check(cfg)
-    return cfg
+        try:
+            check(cfg)
+        except UserError as error:
+            name = str(error).partition(" ")[0].removeprefix("--")
+            if name in origins and parser.files_read({name: origins[name]}):
+                raise UserError(f"{error} ({name} is set in {origins[name]})") from error
+            raise
 
 
 def check(cfg):
     """Check all paths of an sft.Config."""
+    resumed = None
     if cfg.resume_from:
-        checkpoint.resume_directory(cfg.resume_from, os.path.join(cfg.output_dir, "checkpoints"))
+        resumed = checkpoint.resume_directory(cfg.resume_from, os.path.join(cfg.output_dir, "checkpoints"))
     check_data("--train_data", cfg.train_data)
     if cfg.val_data:
         check_data("--val_data", cfg.val_data, "validation")
@@ -41,7 +50,7 @@ def check(cfg):
     template = cfg.chat_template or ""
     if (os.sep in template or template.endswith((".jinja", ".txt"))) and not os.path.isfile(template):
         raise UserError(f"--chat_template {template}: no such file; use a file with a Jinja template")
-    if not cfg.resume_from or cfg.use_lora:  # a resumed full model is read from its checkpoint
+    if not resumed or cfg.use_lora:  # a resumed full model is read from its checkpoint
         check_model(cfg)
     check_output(cfg.output_dir)
 

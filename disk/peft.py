@@ -154,19 +154,34 @@ def read(directory):
 def base_directory(directory, base=None):
     """The directory of an adapter's base model: `base`, or the one that its adapter_config.json names.
 
-    Raises UserError if neither does.
+    Raises UserError if neither does, and if the directory holds other weights than those that the adapter was
+    trained on, as far as the adapter's training_state/ tells.
     """
-    if base:
-        return pretrained.model_directory(base, "--base")
-    base = read_config(directory).get("base_model_name_or_path")
-    if not base:
+    flag, name = "--base", base or read_config(directory).get("base_model_name_or_path")
+    if not name:
         raise UserError(f"{directory}: adapter_config.json does not name the base model; pass --base DIR")
-    files.check_hub_endpoint()
+    if not base:
+        flag = "base_model_name_or_path"
+        files.check_hub_endpoint()
     try:
-        return pretrained.model_directory(base, "base_model_name_or_path")
+        found = pretrained.model_directory(name, flag)
     except UserError as error:
-        raise UserError(f"{directory} is an adapter of {base}, which is not found; pass --base DIR with the "
+        if base:
+            raise
+        raise UserError(f"{directory} is an adapter of {name}, which is not found; pass --base DIR with the "
                         f"directory of that model (sft.py: --model DIR). {error}") from error
+    then = saved_base_fingerprint(directory)
+    if then and not pretrained.is_same(then, pretrained.fingerprint(found)):
+        raise UserError(f"{found} has other weights than the model that the adapter {directory} was trained "
+                        "on; pass --base DIR with that model. To use these weights anyway, delete "
+                        "training_state/ of the adapter")
+    return found
+
+
+def saved_base_fingerprint(directory):
+    """The fingerprint of the base model in a checkpoint of this trainer; None for other adapters."""
+    has_state = os.path.exists(os.path.join(directory, checkpoint.STATE))
+    return checkpoint.load_state(directory).get("base") if has_state else None
 
 
 def base_fingerprint(directory):
@@ -174,11 +189,8 @@ def base_fingerprint(directory):
 
     A checkpoint of this trainer has it. For others it is computed, if that model is on this machine.
     """
-    state = os.path.join(directory, checkpoint.STATE)
-    if os.path.exists(state):
-        saved = files.read_json(state)
-        if isinstance(saved, dict) and isinstance(saved.get("base"), str):
-            return saved["base"]
+    if saved := saved_base_fingerprint(directory):
+        return saved
     base = read_config(directory).get("base_model_name_or_path")
     if not base:
         return None
@@ -216,7 +228,7 @@ def check_base(directory, model):
         return
     model_directory = pretrained.model_directory(model)
     foreign.check_model(model_directory)
-    if pretrained.fingerprint(model_directory) != then:
+    if not pretrained.is_same(then, pretrained.fingerprint(model_directory, shares=True)):
         base = base or "another model"
         raise UserError(f"the adapter {directory} was trained on {base}, not on --model {model}: their "
                         f"weights differ; use --model with the model that it was trained on")

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -56,6 +57,8 @@ def model_directory(name, flag="--model", patterns=None):
     """
     if name == "tiny":
         return os.path.join(PROJECT, "models", "tiny")
+    if os.path.isfile(name):
+        name = files.follow(name)
     if os.path.isdir(name):
         return name
     if os.path.isfile(name):
@@ -212,18 +215,53 @@ def weight_entries(directory):
     return entries
 
 
-def fingerprint(directory):
-    """A short hash of a model directory that tells base models apart.
+def fingerprint(directory, shares=False):
+    """A short hash of a model directory's weights: the name, dtype, shape and all bytes of each tensor.
 
-    It covers the name, dtype, shape and first 256 bytes of each tensor.
+    The files' names and the order of the tensors do not matter. It reads every byte once, all cores together
+    at about 6 GB/s each; a load that follows finds the files in the page cache.
+
+    shares  every rank calls this, and those of a node share the reading; each gets the hash of its own node's
+            files
+
+    An older version hashed the first 256 bytes of each tensor; that hash comes first, see is_same.
     """
-    state = hashlib.blake2b(digest_size=16)
-    for name, entry in sorted(weight_entries(directory).items()):
+    entries, heads = weight_entries(directory), hashlib.blake2b(digest_size=16)
+    for name, entry in sorted(entries.items()):
+        size = min(256, math.prod(entry.shape) * DTYPES[entry.dtype].itemsize)
         with open(entry.file, "rb") as f:
             f.seek(entry.start)
-            size = min(256, math.prod(entry.shape) * DTYPES[entry.dtype].itemsize)
-            state.update(f"{name} {entry.dtype} {entry.shape}".encode() + f.read(size))
-    return state.hexdigest()
+            heads.update(f"{name} {entry.dtype} {entry.shape}".encode() + f.read(size))
+    (rank, world_size), n_local = rank_and_world_size() if shares else (0, 1), 1
+    if shares:
+        n_local = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    mine = sorted(entries.items())[rank % n_local :: n_local]
+    with ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // n_local))) as pool:
+        sums = list(pool.map(lambda item: tensor_hash(*item), mine))
+    # a sum, so that it does not depend on how the tensors are divided
+    by_node = torch.zeros(-(-world_size // n_local), 2, dtype=torch.int64)
+    by_node[rank // n_local] = torch.tensor([(0, 0), *sums]).sum(0)
+    if world_size > 1:
+        dist.all_reduce(by_node)
+    high, low = by_node[rank // n_local].tolist()
+    return f"{heads.hexdigest()}-{high:016x}{low:016x}"
+
+
+def tensor_hash(name, entry):
+    """Hash of a tensor and its name: two integers below 2**40, so that 2**23 of them have a sum in int64."""
+    n_bytes, crc = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize, 0
+    buffer = memoryview(bytearray(min(2**20, max(n_bytes, 1))))
+    with files.naming(entry.file), open(entry.file, "rb", buffering=0) as f:
+        f.seek(entry.start)
+        while n_bytes and (n := f.readinto(buffer[:n_bytes])):
+            crc, n_bytes = zlib.crc32(buffer[:n], crc), n_bytes - n
+    digest = hashlib.blake2b(f"{name} {entry.dtype} {entry.shape} {crc}".encode(), digest_size=10).digest()
+    return int.from_bytes(digest[:5], "little"), int.from_bytes(digest[5:], "little")
+
+
+def is_same(then, now):
+    """Whether two fingerprints are of the same weights; `then` may be of an older version."""
+    return then == now or ("-" not in then and then == now.partition("-")[0])
 
 
 def match_weights(model, directory):

@@ -1,7 +1,7 @@
 """RunState: the directory of a run, what it continues from, and what it remembers from step to step.
 
-All of resume is here: which checkpoint is resumed, whether it is complete, whether it belongs to this run,
-what is restored, and what a checkpoint stores for the next resume.
+What is restored on resume, and what a checkpoint stores for the next one. disk/checkpoint.py chooses the
+checkpoint and verifies it; disk/resume.py compares its settings with those of this run.
 """
 
 import collections
@@ -17,16 +17,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, peft, pretrained, writer
+from disk import checkpoint, files, foreign, peft, pretrained, resume, writer
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
 from ranks import gate, processes
 from settings.errors import UserError
-
-# Settings that decide what an adapter is. Resume refuses to change them.
-ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
-                    "lora_modules_to_save", "quantize")
 
 
 @dataclass
@@ -102,29 +98,38 @@ class RunState:
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
     chosen           what `auto` means in this run, {"micro_batch_size": conversations,
                      "checkpointed_blocks": number}, and the "world_size" and "tp" that it was chosen for
+    lr               the learning rate of `step`
+    lines            what the banner says about settings and resume
+    has_saved        whether this process has saved a checkpoint
 
-    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date" and, for
-    owes_evaluation, "is_cut". It also has "template_kwargs", the setting.
+    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr" and, for
+    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the fingerprint of the "model"
+    that the run started from ("base" with LoRA), and the digests of the training "data" and of "val_data".
     """
 
-    def __init__(self, cfg, ranks):
+    def __init__(self, cfg, ranks, origins):
         """Start a new run, or open and verify the checkpoint that --resume_from names.
+
+        origins  of the settings, from settings.parser.parse
 
         Raises UserError where the output directory already contains a run, or the checkpoint is incomplete or
         of the other kind (full or LoRA) than cfg asks for. A failed resume never trains.
         """
-        self.cfg, self.is_writer = cfg, ranks.rank == 0
+        self.cfg, self.is_writer, self.has_saved = cfg, ranks.rank == 0, False
         self.root = os.path.join(cfg.output_dir, "checkpoints")
         os.makedirs(self.root, exist_ok=True)
-        self.resumed = checkpoint.resume_directory(cfg.resume_from, self.root) if cfg.resume_from else None
-        self.saved = {"step": 0}
-        ranks.agree("resume", {"checkpoint to resume": os.path.basename(self.resumed or "none")})
+        self.resumed, skipped, self.saved, self.settings = None, [], {"step": 0}, {}
+        if cfg.resume_from:
+            names = map(os.path.basename, checkpoint.candidates(cfg.resume_from, self.root))
+            ranks.agree("resume", {"checkpoints to resume": ", ".join(names) or "none"})
+            self.resumed, skipped = checkpoint.open_newest(cfg.resume_from, self.root)
         if not cfg.selfcheck:  # which writes nothing
             self.check_output()
         if self.resumed:
-            checkpoint.verify(self.resumed)
             self.saved = checkpoint.load_state(self.resumed)
-        self.step = self.saved["step"]
+            self.settings = resume.saved_settings(self.resumed, cfg)
+        self.step, self.lr = self.saved["step"], self.saved.get("lr")
+        self.lines = [*resume.lines(self.resumed, self.settings, cfg, origins), *skipped]
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
@@ -132,13 +137,13 @@ class RunState:
         today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
         self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
         self.paths = self.find_paths()
-        ranks.agree("run", self.compared())
 
     def check_output(self):
         """Raise UserError if this run would overwrite another one, or a file that no run wrote."""
         if self.resumed and os.path.dirname(self.resumed) == os.path.realpath(self.root):
             return
-        if checkpoint.steps_in(self.root):  # a run that never saved is overwritten
+        has_run = checkpoint.steps_in(self.root) or os.path.lexists(os.path.join(self.root, "latest"))
+        if has_run:  # one that never saved is overwritten
             if self.resumed:
                 raise UserError(f"--resume_from {self.cfg.resume_from} belongs to another run than the one in "
                                 f"--output_dir {self.cfg.output_dir}; use another --output_dir")
@@ -147,12 +152,11 @@ class RunState:
         writer.check_is_free(self.cfg.output_dir)
 
     def compared(self):
-        """What ranks compare, see gate.compare: the step to resume, and the model on each node's disk."""
-        values = {"step to resume": str(self.step), "config.json": gate.digest(repr(self.paths.config).encode())}
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the ranks of a node read the same files
-            for what, directory in (("model", self.paths.model), ("adapter", self.paths.adapter)):
-                if directory:
-                    values[what] = ":" + pretrained.fingerprint(directory)
+        """What must be the same on all ranks beside the data, for Ranks.agree. Every rank calls it."""
+        values = {"config.json": gate.digest(repr(self.paths.config).encode()),
+                  "model": f":{self.identity.get('base') or self.identity.get('model')}"}
+        if self.paths.adapter and not self.resumed:
+            values["adapter"] = ":" + pretrained.fingerprint(self.paths.adapter, shares=True)
         return values
 
     def find_paths(self):
@@ -230,35 +234,60 @@ class RunState:
                             f"{before!r:.60}; set --micro_batch_size and --gradient_checkpointing")
         return before
 
-    def identify(self, train_set):
-        """Record what a resume must not change: the data, the order of steps and the adapter's settings.
+    def identify(self, train_set, val_set):
+        """Record what a resume must not change: data, order of steps, model, settings of the adapter.
 
         Raises UserError where the resumed checkpoint was made with other values.
         """
         cfg = self.cfg
+        self.warn_of_positions(train_set)
         self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
                              batch_tokens=cfg.batch_tokens)
         if cfg.use_lora:
-            self.identity.update({name: getattr(cfg, name) for name in ADAPTER_SETTINGS})
-            self.identity["base"] = pretrained.fingerprint(self.paths.model)
-        self.warn_of_positions(train_set)
-        if not self.resumed:
-            return
-        changes = []
-        for key, now in self.identity.items():
+            self.identity.update({name: getattr(cfg, name) for name in resume.ADAPTER})
+        if self.resumed:
+            resume.check_identity(self.saved, self.identity, self.settings, cfg)
+        self.identity.update(self.fingerprints())
+        self.identity["val_data"] = val_set.digest if val_set else None
+        has_other_set = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
+        if has_other_set and self.best["val_loss"] is not None:
+            self.lines.append(f"best     begins anew: the val_loss {self.best['val_loss']:.4f} of step "
+                              f"{self.best['step']} is of other validation data")
+            self.best = {"val_loss": None, "step": 0, "behind": 0}
+
+    def fingerprints(self):
+        """{"base" with LoRA, otherwise "model": the fingerprint of the model that the run started from}.
+
+        A resumed full run has its weights from the checkpoint. So the model itself may have moved; if it is
+        there, it must be the same. Raises UserError for another one.
+        """
+        key, model, then = "base" if self.cfg.use_lora else "model", self.paths.model, self.saved.get("base")
+        if self.resumed and not self.cfg.use_lora:
             then = self.saved.get(key)
-            if then != now and key in ("data", "base"):
-                changes.append("another base model" if key == "base" else "other training data, or a setting "
-                               "that changes it: --tokenizer, --chat_template, --template_kwargs, "
-                               "--max_length, --too_long, --train_on, --train_on_prompt, "
-                               "--train_reasoning, --split_turns, --bad_rows")
-            elif then != now:
-                then, now = ("none" if value is None else value for value in (then, now))
-                changes.append(f"{key} {then} then, {now} now")
-        if changes:
-            raise UserError(f"--resume_from {cfg.resume_from}: {self.resumed} was made with other settings "
-                            f"({'; '.join(changes)}); repeat the original settings, or start a new "
+            model = resume.first_model(self.cfg.model, self.settings.get("model")) if then else None
+            if model is None:
+                return {key: then}
+        now = pretrained.fingerprint(model, shares=True)
+        if then and not pretrained.is_same(then, now):
+            first = self.settings.get("model", self.cfg.model)
+            remedy = f"Type --model {first if first != self.cfg.model else 'DIR with that model'}"
+            raise UserError(f"--resume_from {self.cfg.resume_from}: the run started from another base model "
+                            f"than --model {self.cfg.model}: their weights differ. {remedy}, or start a new "
                             "run with another --output_dir")
+        return {key: now}
+
+    def schedule(self, total_steps, lr_at):
+        """Note the number of steps of the run; if a resume changes its schedule, say what the rate does.
+
+        lr_at  (step, total_steps, cfg) -> learning rate
+        """
+        self.total_steps, before = total_steps, self.saved.get("total_steps", total_steps)
+        changed = {name for name, *_ in resume.changes(self.settings, self.cfg)} & {*resume.SCHEDULE}
+        if self.lr is not None and self.step < total_steps and (changed or before != total_steps):
+            now = lr_at(self.step + 1, total_steps, self.cfg)
+            self.lines.append(f"schedule computed anew for {total_steps:,} steps, before for {before:,}: lr "
+                              f"{self.lr:.2e} at step {self.step:,} -> {now:.2e} at step {self.step + 1:,} "
+                              "(docs/checkpoints.md, Resume, says how to avoid a jump)")
 
     def warn_of_positions(self, train_set):
         """Print a warning if conversations are longer than the model's positions go."""
@@ -297,6 +326,9 @@ class RunState:
         A kill between the moves of the two links also leaves the second one out of date.
         """
         checkpoint.set_link(self.root, self.step)
+        best = os.path.join(self.root, "best")
+        if self.best["val_loss"] is None and os.path.lexists(best) and not os.path.isdir(best):
+            os.remove(best)  # of other validation data
         if self.cfg.keep_best and os.path.isdir(os.path.join(self.root, f"step_{self.best['step']}")):
             checkpoint.set_link(self.root, self.best["step"], "best")
 
@@ -308,7 +340,9 @@ class RunState:
     def judge(self, step, val_loss):
         """Compare a val_loss with the best so far; return whether it is lower."""
         self.best["behind"] += 1
-        is_best = self.best["val_loss"] is None or val_loss < self.best["val_loss"]
+        best = self.best["val_loss"]
+        # nan compares as false with everything: as the best it would stay the best
+        is_best = math.isfinite(val_loss) and (best is None or not val_loss >= best)
         if is_best:
             self.best = {"val_loss": val_loss, "step": step, "behind": 0}
         return is_best
@@ -336,10 +370,13 @@ class RunState:
             "norms": list(self.norms),
             "chosen": self.chosen,
             "date": self.date,
+            "lr": self.lr,
+            "total_steps": self.total_steps,
             "template_kwargs": self.cfg.template_kwargs,  # for chat.py
         }
         checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
-                        exported=self.exported, state=state, links=links)
+                        exported={**self.exported, **resume.export(self.cfg)}, state=state, links=links)
+        self.has_saved = True
         if self.is_writer:
             best = self.best["step"] if self.cfg.keep_best else None
             checkpoint.prune(self.root, self.cfg.keep_checkpoints, self.step, best)

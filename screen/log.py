@@ -262,10 +262,7 @@ class Log:
         self.print_steps(train_set, sampler)
         if run.memory_line:
             print(run.memory_line)
-        if run.resumed:
-            print(f"resume   {run.resumed}, after step {run.step}")
-        elif cfg.resume_from:
-            print(f"resume   no checkpoint in {run.root}; this is a new run")
+        print(*run.lines, sep="\n")
         self.is_already_done = run.step >= self.total_steps and not run.owes_evaluation
         if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
             # a terminal that reports a size of 0 × 0 would show an empty bar
@@ -432,9 +429,9 @@ class Log:
         kind = "PEFT adapter" if run.cfg.use_lora else "Hugging Face model"
         if self.is_already_done:
             limit = "--max_steps" if run.cfg.max_steps else "--epochs"
-            print(f"done     the checkpoint has step {run.step}, and {limit} ends the run after step "
-                  f"{self.total_steps}: nothing to do. Raise {limit} to train longer")
-        else:
+            print(f"done     already complete: raise {limit} to train longer (the checkpoint has step "
+                  f"{run.step} of {self.total_steps})")
+        elif run.has_saved:
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
         print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
 

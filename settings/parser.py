@@ -1,9 +1,9 @@
 """Flags, YAML files, environment variables and a.b=c overrides -> one flat dataclass, which sft.py declares.
 
 Every way to write a setting is read here, checked against the type, choices and range in the dataclass, and
-kept with its origin. Precedence: flag or override > environment > --config file > preset > default. If a
-flag appears twice, the last one counts. An unknown name is an error that suggests the nearest one.
-settings/verl.py knows the names of other trainers.
+kept with its origin. Precedence: flag or override > environment > --config file > on resume the settings of
+the run > preset > default. If a flag appears twice, the last one counts. An unknown name is an error that
+suggests the nearest one. settings/verl.py knows the names of other trainers.
 
 The environment is read only if the argument --environment is given; ranks/launch.py adds it.
 """
@@ -62,6 +62,10 @@ def type_of(field):
     return (typing.get_args(field.type) or (field.type,))[0]
 
 
+def is_optional(field):
+    return types.NoneType in typing.get_args(field.type)
+
+
 def type_name(field):
     """What a value of the field must be: "an integer", "an integer of at least 1, or auto"."""
     word, low = field.metadata["word"], field.metadata["low"]
@@ -108,7 +112,8 @@ def check_values(fields, values, explicit=(), origins=None):
                 raise UserError(f"{written} has no effect without {need}; unset it or add {need}")
             raise UserError(f"{written} has no effect without {need}; add {need}, or remove it")
         if other := excluded_by(field, values, changed):
-            raise UserError(f"{written} does not work with {other}; remove one of them")
+            of_run = f" ({origins[name]})" if origins and name not in explicit else ""
+            raise UserError(f"{written}{of_run} does not work with {other}; remove one of them")
 
 
 def flag_of(field, value):
@@ -152,10 +157,11 @@ def excluded_by(field, values, changed):
 # parse, and its steps in their order
 
 
-def parse(cls, argv, positional=()):
+def parse(cls, argv, positional=(), resumed=None):
     """Build cls from command-line arguments. Returns it and a dict: field name -> where its value came from.
 
     positional  fields that the arguments without a flag set, in this order
+    resumed     a function: ({field: value that was given}, fields) -> Assignments of the run that is resumed
 
     Accepts --x v, --x=v, --x and --no-x for booleans, a.b=c (also with a leading +, ++ or --, and c a list
     [x,y]), --config FILE and --config-path DIR --config-name NAME, --environment. --help and --explain print
@@ -172,7 +178,11 @@ def parse(cls, argv, positional=()):
     path = config_path(line.files)
     from_file = read_yaml(path, fields) if path else []
     assignments, warnings = translate_verl([*from_file, *line.environment, *line.flags], fields)
+    if resumed:
+        of_run = resumed(resolve(assignments, fields)[0], fields)
+        assignments = [*translate_verl(of_run, fields)[0], *assignments]
     values, origins, explicit = resolve(assignments, fields)
+    drop_inert(values, origins, assignments, fields)
     apply_presets(values, origins, fields)
     values = {name: values.get(name, field.default) for name, field in fields.items()}
     origins = {name: origins.get(name, "default") for name in fields}
@@ -199,7 +209,7 @@ class Assignment(typing.NamedTuple):
 
     name: str  # a field; before translate_verl(), possibly a key of verl
     text: str
-    source: str  # "file", "environment" or "flag"
+    source: str  # "run" (the settings of the run that is resumed), "file", "environment" or "flag"
     origin: str  # as --explain shows it
     from_verl: bool = False  # translated from a key of verl
 
@@ -305,7 +315,7 @@ def translate_verl(assignments, fields):
     groups = [[a] if a.name in fields else [] for a in assignments]
     for i, name, text in translations:
         # null for a setting that can't be empty means its default
-        if text != "none" or types.NoneType in typing.get_args(fields[name].type):
+        if text != "none" or is_optional(fields[name]):
             groups[i].append(assignments[i]._replace(name=name, text=text, from_verl=True))
     return [assignment for group in groups for assignment in group], warnings
 
@@ -321,10 +331,15 @@ def resolve(assignments, fields):
     for assignment in assignments:
         name, default = assignment.name, fields[assignment.name].default
         value = convert(fields[name], assignment.text, assignment.origin)
-        in_same_file = name in previous and previous[name].source == assignment.source == "file"
-        if in_same_file and values[name] != value:
-            raise UserError(f"{assignment.origin}: {name} is {value} here, and {values[name]} at "
-                            f"{origins[name]}; remove one of them")
+        before = previous.get(name)
+        if before and before.source == assignment.source == "file" and values[name] != value:
+            # config.yaml has the defaults of all settings: a key of verl that was added to it wins over them
+            is_mixed = before.from_verl != assignment.from_verl
+            if is_mixed and before.from_verl and value == default:
+                continue
+            if not (is_mixed and assignment.from_verl and values[name] == default):
+                raise UserError(f"{assignment.origin}: {name} is {value} here, and {values[name]} at "
+                                f"{origins[name]}; remove one of them")
         is_reset = value == default and values.get(name, default) != default
         explicit.discard(name)
         if assignment.source in ("flag", "environment") and not assignment.from_verl and not is_reset:
@@ -333,6 +348,15 @@ def resolve(assignments, fields):
         if assignment.origin == "environment WANDB_PROJECT":
             add_wandb(values, origins, fields)
     return values, origins, explicit
+
+
+def drop_inert(values, origins, assignments, fields):
+    """Reset what only the resumed run sets and has no effect any more: keep_best after --val_data none."""
+    given = {assignment.name for assignment in assignments if assignment.source != "run"}
+    for name, field in fields.items():
+        changed = {n for n, value in values.items() if value != fields[n].default}
+        if name in changed - given and unmet_need(field, changed):
+            del values[name], origins[name]
 
 
 def add_wandb(values, origins, fields):
@@ -394,8 +418,10 @@ def convert(field, text, origin):
     """Turn the text of a value into the field's type. Raises UserError if it does not fit."""
     kind = type_of(field)
     rule = f"{origin}: {field.name} can't be {text!r:.200}; it must be "
+    if not text and kind is str:  # often a variable of the shell that is not set
+        raise UserError(rule + type_name(field) + ("; none: no value" if is_optional(field) else ""))
     if text.lower() in ("none", "null", "~", "", "{}"):
-        if types.NoneType in typing.get_args(field.type):
+        if is_optional(field):
             return None
         raise UserError(rule + type_name(field))
     if text.strip().lower() == field.metadata["word"]:
@@ -497,7 +523,7 @@ def yaml_values(node, name, path, seen):
         for key, value in node.value:
             yield from yaml_values(value, f"{name}.{key.value}".lstrip("."), path, seen)
     elif isinstance(node, yaml.ScalarNode):
-        yield name, node.value, place
+        yield name, "null" if node.tag == "tag:yaml.org,2002:null" else node.value, place
     elif name == "defaults":  # Hydra's list of other files
         yield name, "a list", place
     elif name in SOURCES and any(isinstance(item, yaml.MappingNode) for item in node.value):
@@ -511,17 +537,25 @@ def yaml_values(node, name, path, seen):
         yield name, ",".join(item.value for item in node.value), place
 
 
-def write_yaml(config, path):
-    """Save a resolved configuration; --config PATH starts the same run again.
+def files_read(origins):
+    """The YAML files in the origins that parse() returned: those of --config, and of the resumed run."""
+    others = "default", "flag ", "argument ", "environment ", "preset ", "the run of "
+    return sorted({origin.rpartition(":")[0] for origin in origins.values() if not origin.startswith(others)})
 
-    The first line is how disk/writer.py knows that a run wrote the file.
-    """
+
+def write_yaml(config, path):
+    """Save a resolved configuration; --config PATH starts the same run again."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(yaml_text(config))
+
+
+def yaml_text(config):
+    """A configuration as YAML. The first line is how disk/writer.py knows that a run wrote it."""
     values = dataclasses.asdict(config)
     # With other characters allow_unicode would fold a Unicode line break instead of escaping it.
     is_printable = "".join(map(str, values.values())).isprintable()
-    with open(path, "w", encoding="utf-8") as f:
-        print("# Settings of a run, written by sft.py; --config and this file start the same run.", file=f)
-        yaml.safe_dump(values, f, sort_keys=False, allow_unicode=is_printable)
+    return ("# Settings of a run, written by sft.py; --config and this file start the same run.\n"
+            + yaml.safe_dump(values, sort_keys=False, allow_unicode=is_printable))
 
 
 def help_text(cls, fields):

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
     venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
+import dataclasses
 import math
 import os
 import shlex
@@ -48,6 +49,7 @@ def merge(cfg):
     """
     if os.path.exists(cfg.out):
         raise UserError(f"{cfg.out} exists already; choose a new directory")
+    cfg = dataclasses.replace(cfg, adapter=files.follow(cfg.adapter))  # a run may move `latest` meanwhile
     peft_config = peft.read_config(cfg.adapter)
     base = peft.base_directory(cfg.adapter, cfg.base)
     paths = ModelPaths.find(base, cfg.adapter)

@@ -592,9 +592,11 @@ def test_resume_from_a_directory_takes_that_directory(tmp_path):
 
 
 def test_resume_from_a_missing_directory_is_an_error(tmp_path):
-    """A dangling latest and a wrong path must not start a new run."""
+    """A dangling latest without a checkpoint and a wrong path must not start a new run."""
     steps(tmp_path, [1], latest=7)
-    with pytest.raises(UserError, match="latest"):
+    assert checkpoint.resume_directory("auto", tmp_path) == os.path.realpath(tmp_path / "step_1")
+    os.rename(tmp_path / "step_1", tmp_path / "moved")
+    with pytest.raises(UserError, match="latest means a checkpoint, but .* has none"):
         checkpoint.resume_directory("auto", tmp_path)
     with pytest.raises(UserError, match="step_5"):
         checkpoint.resume_directory(str(tmp_path / "step_5"), tmp_path)

@@ -188,7 +188,12 @@ def test_values_get_the_type_of_their_field():
     assert parse("--model", "1e-5").model == "1e-5"
     for empty in ("none", "None", "null", "~", ""):
         assert parse("--max_steps=5", f"--max_steps={empty}").max_steps is None
-        assert parse("--val_data=v.json", f"val_data={empty}").val_data is None
+        if empty:
+            assert parse("--val_data=v.json", f"val_data={empty}").val_data is None
+    for name in ("val_data", "resume_adapter", "resume_from", "output_dir", "tokenizer", "model"):
+        for arguments in ([f"--{name}", ""], [f"--{name}="], [f"{name}="]):  # a variable that is not set
+            with pytest.raises(ValueError, match=f"{name} can't be ''; it must be a non-empty text"):
+                parse(*arguments, "--use_lora")
 
 
 def test_keys_of_verl_set_our_settings(yaml_file):
