@@ -28,7 +28,7 @@ from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.attention import Documents
-from settings import errors
+from settings import errors, parser
 
 
 def weights(directory):
@@ -286,6 +286,7 @@ def test_auto_after_a_kill_before_the_first_checkpoint(train, tmp_path):
     """metrics.jsonl has steps, but there is no checkpoint: the run starts and removes these lines."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "lo')
+    parser.write_yaml(sft.Config(model=TINY, output_dir="out"), tmp_path / "out" / "config.yaml")
     lines = train(*FAST, "--max_steps", 1, "--resume_from", "auto")
     assert [line["step"] for line in lines] == [1] and lines[0]["loss"] > 0
 

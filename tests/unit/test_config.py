@@ -90,7 +90,7 @@ def test_a_fraction_with_a_whole_default(yaml_file):
         assert config.epochs == value and type(config.epochs) is type(value)
         parser.write_yaml(config, path)
         with open(path, encoding="utf-8") as f:
-            assert f.read() == f"epochs: {value}\n"
+            assert f.read().splitlines()[1:] == [f"epochs: {value}"]
         assert parser.parse(Config, ["--config", path])[0] == config
     for text in ("1e300", "nan", "inf", "half"):
         with pytest.raises(ValueError, match="epochs"):
