@@ -34,10 +34,10 @@ def set_phase_and_fail(self, name):
         fail()
 
 
-def fail_and_train(cfg, ranks):
+def fail_and_train(cfg, ranks, origins):
     if ranks.rank == int(rank) and phase == "start":
         fail()
-    train(cfg, ranks)
+    train(cfg, ranks, origins)
     if ranks.rank == int(rank) and phase == "end":
         fail()
 
