@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 import fsdp
 import lora
-from disk import inputs, peft, pretrained, resume, writer
+from disk import inputs, lock, peft, pretrained, resume
 from disk.run import RunState
 from model import CausalLM
 from ops import compiler, forecast, memory, nf4, optim, overlap, packing
@@ -366,7 +366,7 @@ def main():
     cfg, origins = parse(Config, sys.argv[1:], resumed=resume.settings)
     inputs.checked(cfg, origins)  # wrong paths, before a model is downloaded
     with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic, gate.program(cfg)) as ranks,
-          out_of_memory.explained(cfg, ranks), writer.alone(cfg, ranks)):
+          out_of_memory.explained(cfg, ranks), lock.alone(cfg, ranks)):
         train(cfg, ranks, origins)
     if ranks.stop_signal:
         sys.exit(processes.EXIT_CODES[ranks.stop_signal])

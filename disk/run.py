@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, peft, pretrained, resume, writer
+from disk import checkpoint, files, foreign, lock, peft, pretrained, resume
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
@@ -149,7 +149,7 @@ class RunState:
                                 f"--output_dir {self.cfg.output_dir}; use another --output_dir")
             raise UserError(f"{self.cfg.output_dir} already contains a run; use --resume_from auto to continue "
                             "it, or another --output_dir for a new run")
-        writer.check_is_free(self.cfg.output_dir)
+        lock.check_is_free(self.cfg.output_dir)
 
     def compared(self):
         """What must be the same on all ranks beside the data, for Ranks.agree. Every rank calls it."""
@@ -361,7 +361,7 @@ class RunState:
         Every rank calls it.
         """
         if self.is_writer:
-            writer.check(self.cfg.output_dir)
+            lock.check(self.cfg.output_dir)
         links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
         state = {
             **self.identity,

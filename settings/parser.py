@@ -550,7 +550,7 @@ def write_yaml(config, path):
 
 
 def yaml_text(config):
-    """A configuration as YAML. The first line is how disk/writer.py knows that a run wrote it."""
+    """A configuration as YAML. The first line is how disk/lock.py knows that a run wrote it."""
     values = dataclasses.asdict(config)
     # With other characters allow_unicode would fold a Unicode line break instead of escaping it.
     is_printable = "".join(map(str, values.values())).isprintable()

@@ -13,10 +13,10 @@ import sys
 
 from ranks_of import be_rank, keep_store
 
-from disk import writer
+from disk import lock
 from helpers import ROOT
 
-writer.PATIENCE = 0.5  # the tests share a disk
+lock.PATIENCE = 0.5  # the tests share a disk
 
 
 def be(rank, port, case, flags):

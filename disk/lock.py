@@ -197,16 +197,16 @@ def alone(cfg, ranks):
         yield
         return
     ranks.set_phase("lock")
-    lock = Lock(cfg.output_dir)
+    held = Lock(cfg.output_dir)
     if ranks.rank == 0:
-        lock.take(cfg.timeout, ranks.show_progress)
+        held.take(cfg.timeout, ranks.show_progress)
     try:
         ranks.wait_for_slower()
         ranks.agree("directory", {NOT_SHARED: ":" + seen(cfg.output_dir, ranks)})
         yield
     finally:
         if ranks.rank == 0:
-            lock.release()
+            held.release()
 
 
 def seen(directory, ranks):
@@ -224,9 +224,9 @@ def seen(directory, ranks):
 
 def check(directory):
     """Raise UserError unless this process still holds the lock of an output directory, before it writes."""
-    lock = Lock(directory)
-    if not lock.create():
-        holder = read_lock(directory) or lock.me
+    held = Lock(directory)
+    if not held.create():
+        holder = read_lock(directory) or held.me
         raise UserError(f"process {holder['pid']} on {holder['host']} writes to {directory} since "
                         f"{holder['since']}: it took the lock over while this process gave no sign of life; "
                         "this process has stopped and saves nothing")

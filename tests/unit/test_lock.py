@@ -1,4 +1,4 @@
-"""One run writes to an output directory, and nothing that no run wrote is overwritten (disk/writer.py)."""
+"""One run writes to an output directory, and nothing that no run wrote is overwritten (disk/lock.py)."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ import time
 import pytest
 from helpers import ROOT, TINY, VALIDATION
 
-from disk import writer
+from disk import lock
 from ranks import processes
 from settings.errors import UserError
 
@@ -23,7 +23,7 @@ ELSEWHERE = {"machine": "another kernel", "host": "node-b", "pid": 4711, "start"
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(writer, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
 
 
 @pytest.fixture
@@ -36,20 +36,20 @@ def other():
 
 def write_lock(directory, age=0.0, **changes):
     """Write the lock of a holder that this process is not; return its path."""
-    path = directory / writer.LOCK
-    path.write_text(json.dumps({**writer.this_process(), **changes}))
+    path = directory / lock.LOCK
+    path.write_text(json.dumps({**lock.this_process(), **changes}))
     os.utime(path, (time.time() - age,) * 2)
     return path
 
 
 def take(directory, timeout=600):
-    lock = writer.Lock(str(directory))
-    lock.take(timeout, lambda: None)
-    lock.release()
+    held = lock.Lock(str(directory))
+    held.take(timeout, lambda: None)
+    held.release()
 
 
 def of(process):
-    return {"pid": process.pid, "start": writer.start_of(process.pid)}
+    return {"pid": process.pid, "start": lock.start_of(process.pid)}
 
 
 def test_a_holder_that_touches_its_lock_is_named(tmp_path, other):
@@ -97,9 +97,9 @@ def test_a_restart_takes_the_lock_of_the_start_before_it(tmp_path, other, monkey
 def test_a_silent_holder_is_awaited_until_the_limit(tmp_path, capsys):
     """It may be another node that is gone, or one that is slow: it gets --timeout seconds, not a refusal."""
     path, waited = write_lock(tmp_path, **ELSEWHERE), []
-    lock = writer.Lock(str(tmp_path))
-    lock.take(1, lambda: waited.append(path.exists()))
-    lock.release()
+    held = lock.Lock(str(tmp_path))
+    held.take(1, lambda: waited.append(path.exists()))
+    held.release()
     lines = capsys.readouterr().err.splitlines()
     assert "process 4711 on node-b gives no sign of life; it is taken over after --timeout 1 s" in lines[0]
     assert "without a sign of life for 1 s, was taken over" in lines[1] and len(waited) > 2
@@ -107,31 +107,31 @@ def test_a_silent_holder_is_awaited_until_the_limit(tmp_path, capsys):
 
 def test_what_is_not_a_lock_stays(tmp_path):
     for text in ("my notes", "[1]", '{"pid": 1}'):
-        (tmp_path / writer.LOCK).write_text(text)
+        (tmp_path / lock.LOCK).write_text(text)
         with pytest.raises(UserError, match="run.lock is not a run's lock"):
             take(tmp_path)
-        assert (tmp_path / writer.LOCK).read_text() == text
+        assert (tmp_path / lock.LOCK).read_text() == text
 
 
 def test_a_lock_that_was_taken_meanwhile_is_not_removed(tmp_path):
     """Two processes have found the same stale lock, and this one is the slower."""
     path = write_lock(tmp_path, **ELSEWHERE)
     stale = {**json.loads(path.read_text()), "pid": 1}
-    assert not writer.Lock(str(tmp_path)).remove(stale)
-    assert json.loads(path.read_text())["pid"] == 4711 and os.listdir(tmp_path) == [writer.LOCK]
+    assert not lock.Lock(str(tmp_path)).remove(stale)
+    assert json.loads(path.read_text())["pid"] == 4711 and os.listdir(tmp_path) == [lock.LOCK]
 
 
 def contend(directory, start, held):
     start.wait()
-    lock = writer.Lock(directory)
+    mine = lock.Lock(directory)
     try:
-        lock.take(600, lambda: None)
+        mine.take(600, lambda: None)
     except UserError:
         return
     with held.get_lock():
         held.value += 1
     time.sleep(1.5)  # while the others look
-    lock.release()
+    mine.release()
 
 
 def test_of_many_processes_that_find_a_stale_lock_one_gets_it(tmp_path):
@@ -161,7 +161,7 @@ def test_a_run_whose_lock_was_taken_over_saves_nothing_more(train, tmp_path, mon
     with pytest.raises(UserError, match="process 4711 on node-b writes to out .*saves nothing"):
         train(*RUN)
     assert os.listdir(tmp_path / "out" / "checkpoints" ) and not (tmp_path / "out/checkpoints/step_2").exists()
-    assert json.loads((tmp_path / "out" / writer.LOCK).read_text())["pid"] == 4711
+    assert json.loads((tmp_path / "out" / lock.LOCK).read_text())["pid"] == 4711
 
 
 def test_the_lock_is_there_while_a_run_writes_and_gone_after(train, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_the_lock_is_there_while_a_run_writes_and_gone_after(train, tmp_path, mo
 
     def look(self, phase):
         set_phase(self, phase)
-        seen.append((phase, (tmp_path / "out" / writer.LOCK).exists()))
+        seen.append((phase, (tmp_path / "out" / lock.LOCK).exists()))
         if phase == "step 2":
             raise UserError("planted")
 
@@ -178,7 +178,7 @@ def test_the_lock_is_there_while_a_run_writes_and_gone_after(train, tmp_path, mo
     with pytest.raises(UserError, match="planted"):
         train(*RUN)
     assert {has_lock for phase, has_lock in seen if phase not in ("start", "lock")} == {True}
-    assert not (tmp_path / "out" / writer.LOCK).exists()
+    assert not (tmp_path / "out" / lock.LOCK).exists()
     path = write_lock(tmp_path / "out", **ELSEWHERE)
     train(*RUN, "--selfcheck")
     assert path.exists()
