@@ -133,6 +133,7 @@ class RunState:
         today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
         self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
         self.paths = self.find_paths()
+        self.pending = None  # the checkpoint.Save that is written in the background
 
     def find_paths(self):
         """The ModelPaths of this run. Raises UserError for an adapter without --use_lora, and the reverse."""
@@ -300,11 +301,13 @@ class RunState:
             return factor * statistics.median(self.norms)
         return math.inf
 
-    def save(self, model, optimizer, is_best):
+    def save(self, model, optimizer, is_best, is_last):
         """Write the checkpoint of the last step, then delete older ones as --keep_checkpoints says.
 
-        Every rank calls it.
+        Every rank calls it. With --async_save it returns when the host has a copy of all that is saved, unless
+        the run ends. `publish` then completes the checkpoint.
         """
+        self.publish()
         links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
         state = {
             **self.identity,
@@ -315,8 +318,27 @@ class RunState:
             "date": self.date,
             "template_kwargs": self.cfg.template_kwargs,  # for chat.py
         }
-        checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
-                        exported=self.exported, state=state, links=links)
+        contents = dict(model=model, optimizer=optimizer, shard_map=self.shard_map, exported=self.exported,
+                        state=state, links=links)
+        self.saved_best = self.best["step"] if self.cfg.keep_best else None
+        if self.cfg.async_save and not is_last:
+            self.pending = checkpoint.start_save(self.root, self.step, in_background=True, **contents)
+        else:
+            checkpoint.save(self.root, self.step, **contents)
+            self.prune(self.step)
+
+    def publish(self, waits=True):
+        """Complete the checkpoint that is written in the background, if there is one. Every rank calls it.
+
+        waits  False: only if all ranks have written their files. Costs an all-reduce on the host
+
+        Raises the error of the writing, such as a full disk.
+        """
+        if self.pending and (waits or self.pending.is_written()):
+            self.pending.finish()
+            self.prune(self.pending.step)
+            self.pending = None
+
+    def prune(self, step):
         if self.is_writer:
-            best = self.best["step"] if self.cfg.keep_best else None
-            checkpoint.prune(self.root, self.cfg.keep_checkpoints, self.step, best)
+            checkpoint.prune(self.root, self.cfg.keep_checkpoints, step, self.saved_best)
