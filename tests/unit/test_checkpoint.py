@@ -32,7 +32,7 @@ from helpers import program
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from disk import checkpoint, files, pretrained
+from disk import checkpoint, files, pretrained, writer
 from families.config import ModelConfig
 from model import CausalLM
 from ops.attention import Documents
@@ -375,7 +375,7 @@ def test_weight_files_have_the_mode_of_any_new_file(tmp_path):
     """safetensors creates files that only their owner can read. The umask stays as it is."""
     umask = os.umask(0o027)
     try:
-        pretrained.write_safetensors(str(tmp_path / "a.safetensors"), {"a": torch.ones(1)})
+        writer.write_safetensors(str(tmp_path / "a.safetensors"), {"a": torch.ones(1)})
     finally:
         umask_after = os.umask(umask)
     assert umask_after == 0o027
@@ -402,7 +402,7 @@ def break_at(monkeypatch, count):
             return operation(*args, **kwargs)
         return wrapper
 
-    for holder, name in ((pretrained, "write_safetensors"), (files, "write_file"), (files, "sync"),
+    for holder, name in ((writer.TensorFile, "write"), (files, "write_file"), (files, "sync"),
                          (os, "replace"), (os, "symlink"), (os, "makedirs"), (os, "remove"),
                          (shutil, "rmtree")):
         monkeypatch.setattr(holder, name, breaking(getattr(holder, name), name))
@@ -417,7 +417,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(run, monkey
     with monkeypatch.context() as patch:
         log = break_at(patch, 10**6)
         run.save(2)
-    assert {"write_safetensors", "write_file", "sync", "replace", "symlink"} <= set(log)
+    assert {"write", "write_file", "sync", "replace", "symlink"} <= set(log)
     step, seen = 2, set()
     for moment in range(len(log)):
         previous, step = step, step + 1
