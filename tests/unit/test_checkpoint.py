@@ -1,10 +1,12 @@
 """disk/: files round-trip byte for byte, errors name the damaged file, and a kill never costs a checkpoint."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +30,7 @@ from checkpoint_helpers import (
     published,
     train_step,
 )
-from helpers import program
+from helpers import program, run_all, tensors_of, two_layers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -659,3 +661,29 @@ def test_a_malformed_index_is_an_error(tmp_path, text, message):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=message):
         pretrained.weight_entries(str(tmp_path))
+
+
+# Many ranks
+
+
+def test_checkpoints_of_any_layout_are_read_bitwise_on_any_other(tmp_path):
+    """Weights, masters and moments, written by 1, 2, 3 and 4 ranks, with tp, offload, and in the background; each rank
+    writes its slices of the training state and no other, all write at the same time, and memory is bounded."""
+    two_layers(tmp_path / "model")
+    one, two, three, split, both = (tmp_path / name for name in ("one", "two", "three", "split", "both"))
+    tp = ("--strategy", "megatron", "--tp", 2)
+    layouts = [(1, one, (), ("--optimizer_offload",)), (3, three, (one,), ("--param_offload",)),
+               (2, split, (three, one), tp), (4, both, (split, three), tp), (2, two, (both, split), ()),
+               (1, tmp_path / "last", (two, both, three, split), ())]
+    run_all([(ranks, ("save_on_ranks", out, ",".join(f"{path}{end}/step_1" for path, end in
+                                                     zip(reads, itertools.cycle(["", ".background"]))),
+                      "--model", tmp_path / "model", *flags)) for ranks, out, reads, flags in layouts], tmp_path)
+    expected = [tensors_of(one / "step_1" / folder) for folder in ("", "training_state")]
+    for ranks, out, *_ in layouts:
+        for directory in (out, Path(f"{out}.background")):
+            for folder, tensors in zip(("", "training_state"), expected):
+                found = tensors_of(directory / "step_1" / folder)
+                assert found.keys() == tensors.keys()
+                assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+            sizes = [path.stat().st_size for path in (directory / "step_1" / "training_state").glob("tensors*")]
+            assert len(sizes) == ranks and max(sizes) < 1.3 * sum(sizes) / ranks  # no slice is written twice
