@@ -304,8 +304,8 @@ class RunState:
     def save(self, model, optimizer, is_best, is_last):
         """Write the checkpoint of the last step, then delete older ones as --keep_checkpoints says.
 
-        Every rank calls it. With --async_save it returns when the host has a copy of all that is saved, unless
-        the run ends. `publish` then completes the checkpoint.
+        Every rank calls it. With --async_save it returns when host memory has a copy of all that is saved,
+        unless the run ends; `publish` completes the checkpoint later.
         """
         self.publish()
         links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)

@@ -147,8 +147,8 @@ def widen(shard_map, exported, masters):
     config.update((key, "float32") for key in ("torch_dtype", "dtype") if key in config)
     exported["config.json"] = config
     if is_rank_0():
-        print(f"warning: values beyond fp16 (65,504) in {len(names)} tensors, such as {names[0]}: checkpoints "
-              "have these tensors, and the dtype in config.json, in fp32", file=sys.stderr)
+        print(f"warning: {len(names)} tensors have values beyond fp16 (65,504), such as {names[0]}: "
+              "checkpoints have these tensors, and the dtype in config.json, in fp32", file=sys.stderr)
 
 
 def device_of(model):
@@ -179,8 +179,8 @@ class Slice:
 def write_slices(writer, folder, tensors):
     """Write this rank's slices of {name: tensor} into its file in `folder`; return all ranks' files.
 
-    Every rank calls it. Of ranks with the same slice, the first one writes it. Nothing is gathered. The file's
-    metadata has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension.
+    Every rank calls it. Of ranks with the same slice, the first one writes it. Nothing is gathered. The
+    metadata of the file has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension.
     """
     rank, world_size = pretrained.rank_and_world_size()
     stems = [f"tensors-{i + 1:05d}-of-{world_size:05d}" for i in range(world_size)]
@@ -220,8 +220,8 @@ def first_holders(tensors):
 def read_slices(directory):
     """{name: [Slice, ...]} of all tensors in a directory's safetensors files; together they are whole.
 
-    Files of whole tensors, as older versions wrote them, have no spans. Raises UserError if a part of a tensor
-    is missing or there twice, or if its files do not agree.
+    Files of whole tensors, as older versions wrote them, have no spans. Raises UserError if a part of a
+    tensor is missing or there twice, or if its files do not agree.
     """
     slices = {}
     for file in sorted(os.listdir(directory)):
@@ -246,8 +246,8 @@ def read_slices(directory):
         starts = {tuple(start for start, _ in part.spans) for part in parts}
         if (any(part.shape != shape or part.entry.dtype != parts[0].entry.dtype for part in parts)
                 or len(starts) < len(parts) or count != count_elements([(0, size) for size in shape])):
-            raise UserError(f"{directory}: the slices of {name:.200} in its files do not make up one tensor; use "
-                            "another step directory")
+            raise UserError(f"{directory}: the slices of {name:.200} in its files do not make up one tensor; "
+                            "use another step directory")
     return slices
 
 

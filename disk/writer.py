@@ -31,8 +31,8 @@ class Writer(threading.Thread):
     device     where the tensors are
     in_memory  copy the tensors to host memory first; `finish` then writes while the training continues
 
-    At most one tensor waits for the thread, and one is being written: the main thread waits in `submit`. After
-    an error the thread does nothing more, and the main thread gets the error from `submit` or `wait`.
+    At most one tensor waits for the thread, and one is being written: the main thread waits in `submit`.
+    After an error the thread does nothing more, and the main thread gets the error from `submit` or `wait`.
     A daemon: the process can end while it writes, and what it has written then has no name yet.
     """
 
@@ -43,11 +43,14 @@ class Writer(threading.Thread):
         self.last_jobs = []  # what `finish` does
         self.sums = {}  # name of a file that this rank has written -> (size, CRC-32)
         self.start()
+        self.submit(self.prepare)
 
-    def run(self):
+    def prepare(self):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a new thread has device 0
         self.buffers = Buffers(self.device)
+
+    def run(self):
         while job := self.jobs.get():
             function, *arguments = job
             try:

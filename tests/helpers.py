@@ -124,12 +124,14 @@ def tensors_of(directory):
             with safe_open(os.path.join(directory, file), "pt") as f:
                 metadata = f.metadata() or {}
             for name, tensor in load_file(os.path.join(directory, file)).items():
-                spans = [list(map(int, re.findall("[0-9]+", span))) for span in metadata.get(name, "").split(",") if span]
+                spans = re.findall("([0-9]+):([0-9]+) of ([0-9]+)", metadata.get(name, ""))
+                spans = [list(map(int, span)) for span in spans]
                 if not spans:
                     assert name not in tensors, f"{name} is in two files of {directory}"
                     tensors[name] = tensor
                     continue
-                whole = tensors.setdefault(name, torch.full([size for *_, size in spans], torch.nan, dtype=tensor.dtype))
+                shape = [size for *_, size in spans]
+                whole = tensors.setdefault(name, torch.full(shape, torch.nan, dtype=tensor.dtype))
                 place = whole[tuple(slice(start, stop) for start, stop, _ in spans)]
                 assert place.isnan().all(), f"a part of {name} is twice in {directory}"
                 place.copy_(tensor)

@@ -112,13 +112,14 @@ def test_a_write_that_fails_costs_no_checkpoint(run, monkeypatch):
             checkpoint.verify(checkpoint.resume_directory("auto", run.root))
 
 
-def test_a_run_on_a_full_disk_ends_with_one_line_and_can_resume(train, file_limit, capsys):
+@pytest.mark.parametrize("flags", [(), ("--async_save",)], ids=["", "async_save"])
+def test_a_run_on_a_full_disk_ends_with_one_line_and_can_resume(train, file_limit, capsys, flags):
     """The line has the file, the error and the remedy; exit code 2. The run then resumes from the checkpoint before."""
     train(*FAST, "--max_steps", 1)
     capsys.readouterr()
     file_limit(3_000_000)
     with pytest.raises(SystemExit) as info:
-        errors.run(lambda: train(*FAST, "--max_steps", 3, "--save_steps", 2, "--resume_from", "auto"))
+        errors.run(lambda: train(*FAST, "--max_steps", 3, "--save_steps", 2, "--resume_from", "auto", *flags))
     file_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()

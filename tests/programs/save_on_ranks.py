@@ -1,7 +1,7 @@
 """A checkpoint of known values: save_on_ranks.py DIRECTORY TO_READ,... [flags of sft.py]
 
-Builds the model as sft.py does, on any layout. Reads the checkpoints TO_READ and asserts that every rank has bitwise the
-known values. Then saves them as DIRECTORY/step_1, once directly and once as DIRECTORY.background/step_1, from host
+Builds the model as sft.py does, on any layout. Reads the checkpoints TO_READ and asserts that every rank has bitwise
+the known values. Then saves them as DIRECTORY/step_1, once directly and once as DIRECTORY.background/step_1, from host
 memory, while the tensors change. Asserts that all ranks are writing their weights at the same time, and that no rank
 has more than three gathered tensors.
 """

@@ -809,7 +809,7 @@ def test_values_beyond_fp16_are_saved_in_fp32(tmp_path, capsys):
         parameter[3, 5] = -1e6
     saved = run.save(2)
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: values beyond fp16") and FIRST in warning
+    assert warning.startswith("warning: 1 tensors have values beyond fp16") and FIRST in warning
     with torch.no_grad():
         parameter[3, 5] = 1
     again = run.save(3)
@@ -867,12 +867,14 @@ def test_slices_are_read_as_one_tensor(run):
 
 @pytest.mark.parametrize("change, message", [
     (lambda text: text.replace("0:", "1:", 1), "shape"), (lambda text: "", "shape"), (lambda text: "9" * 5000, "shape"),
-    (lambda text: text.replace("of 24", "of 25"), "do not make up"), (lambda text: "12:24 of 24, 0:16 of 16", "do not make up"),
+    (lambda text: text.replace("of 24", "of 25"), "do not make up"),
+    (lambda text: "12:24 of 24, 0:16 of 16", "do not make up"),
     (lambda text: "12:24 of 12, 0:16 of 16", "shape"), (lambda text: text + ", 0:1 of 1", "shape")])
 def test_slices_that_are_not_one_tensor_are_refused(run, change, message):
     """Gaps, parts that are twice, and metadata that does not fit its tensor; the error names the file or directory."""
     saved = run.save(1)
-    split_state(saved, lambda metadata: metadata[0].update({f"exp_avg.{FIRST}": change(metadata[0][f"exp_avg.{FIRST}"])}))
+    name = f"exp_avg.{FIRST}"
+    split_state(saved, lambda metadata: metadata[0].update({name: change(metadata[0][name])}))
     before = [p.clone() for p in run.model.parameters()]
     with pytest.raises(UserError, match=f"(?s)training_state.*{message}"):
         checkpoint.load_training_tensors(saved, run.model, run.optimizer)
