@@ -29,7 +29,7 @@ def save(root, step, **contents):
 
 
 def start_save(root, step, *, model, optimizer, shard_map, exported, state, links=("latest",),
-               in_background=False):
+               in_background=False, timeout=600):
     """Begin to write root/step_N; return the Save, whose `finish` completes it. Every rank calls both.
 
     optimizer      from ops.optim.build; the tensors that its state_of returns are saved by name
@@ -39,6 +39,7 @@ def start_save(root, step, *, model, optimizer, shard_map, exported, state, link
     state          JSON object that resume needs; load_state returns it
     in_background  copy all to host memory first: when this returns, the training may continue. Otherwise no
                    tensor may change before `finish` returns
+    timeout        seconds without a byte written by any rank after which `finish` raises OSError
 
     Weights are written in the dtype of the model that was read. If that is narrower than the master weights
     (bf16 on the disk, fp32 in memory), training_state/ contains the masters too, so that resume is exact.
@@ -58,7 +59,7 @@ def start_save(root, step, *, model, optimizer, shard_map, exported, state, link
         writer.write_file(STATE, {"step": step, "updates": optimizer.updates, **state})
     writer.finish()
     weights = {name: (dtype, tuple(masters[name].shape)) for name, dtype in dtypes.items()}
-    return Save(root, step, links, writer, names, weights,
+    return Save(root, step, links, timeout, writer, names, weights,
                 {name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
@@ -66,6 +67,7 @@ def start_save(root, step, *, model, optimizer, shard_map, exported, state, link
 class Save:
     """A checkpoint on its way to the disk.
 
+    timeout   seconds
     writer    this rank's thread
     names     the files of all ranks
     weights   {name: (dtype, shape)} of the model's files
@@ -77,6 +79,7 @@ class Save:
     root: str
     step: int
     links: tuple
+    timeout: float
     writer: Writer
     names: list
     weights: dict
@@ -84,17 +87,14 @@ class Save:
 
     def is_written(self):
         """Whether all ranks have written their files. Raises the error of this rank's writing."""
-        n_busy = torch.tensor(int(not self.writer.is_idle()))
-        if pretrained.rank_and_world_size()[1] > 1:
-            dist.all_reduce(n_busy)
-        return not n_busy
+        return saving.progress(self.writer)[0] == 0
 
     def finish(self):
         """Wait until all ranks have written; then complete the directory, rename it and move the links.
 
-        Returns its path. Raises the error of this rank's writing.
+        Returns its path. Raises the error of this rank's writing, and OSError if all ranks hang.
         """
-        self.writer.wait()
+        saving.wait_for_all(self.writer, self.timeout)
         directory = self.writer.directory
         sums = saving.shared_sums(self.names, self.writer.sums)
         if saving.is_rank_0():

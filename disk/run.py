@@ -319,7 +319,7 @@ class RunState:
             "template_kwargs": self.cfg.template_kwargs,  # for chat.py
         }
         contents = dict(model=model, optimizer=optimizer, shard_map=self.shard_map, exported=self.exported,
-                        state=state, links=links)
+                        state=state, links=links, timeout=self.cfg.timeout)
         self.saved_best = self.best["step"] if self.cfg.keep_best else None
         if self.cfg.async_save and not is_last:
             self.pending = checkpoint.start_save(self.root, self.step, in_background=True, **contents)

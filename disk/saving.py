@@ -6,11 +6,13 @@ order of the file and makes all collectives, so that their order is the same on 
 Weights are whole tensors in Hugging Face's files. Training state is written as each rank has it, in slices.
 """
 
+import errno
 import itertools
 import json
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -282,6 +284,35 @@ def within(spans, outer):
 
 
 # what ranks exchange
+
+
+def progress(writer):
+    """(ranks that still write, bytes that all ranks have written). Every rank calls it.
+
+    Raises the error of this rank's writing.
+    """
+    counts = torch.tensor([not writer.is_idle(), writer.n_bytes], dtype=torch.int64)
+    if pretrained.rank_and_world_size()[1] > 1:
+        dist.all_reduce(counts)
+    return counts.tolist()
+
+
+def wait_for_all(writer, timeout):
+    """Wait until all ranks have written their files. Every rank calls it.
+
+    The ranks ask each other all the time. So each notices at once if another one fails, and no collective
+    waits for a slow disk, which may take longer than a collective may.
+
+    Raises the error of this rank's writing, and OSError if no rank writes anything for `timeout` seconds.
+    """
+    seen, since = None, time.monotonic()
+    while (now := progress(writer))[0]:
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since > timeout:
+            raise OSError(errno.ETIMEDOUT, f"no rank has written anything for {timeout} s", writer.directory)
+        time.sleep(0.01)
+    writer.wait()
 
 
 def shared_sums(names, mine):

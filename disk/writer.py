@@ -41,6 +41,7 @@ class Writer(threading.Thread):
         self.directory, self.device, self.in_memory = directory, device, in_memory
         self.jobs, self.error, self.buffers = queue.Queue(1), None, None
         self.last_jobs = []  # what `finish` does
+        self.n_bytes = 0  # written so far
         self.sums = {}  # name of a file that this rank has written -> (size, CRC-32)
         self.start()
         self.submit(self.prepare)
@@ -149,6 +150,7 @@ class TensorFile:
                 self.file = open(self.path, "wb")
             self.file.write(data)
         self.size += len(data)
+        self.writer.n_bytes += len(data)
         self.crc = zlib.crc32(data, self.crc)
 
     def write_held(self):

@@ -753,6 +753,18 @@ def test_the_main_thread_waits_and_gets_the_error_of_the_writing_one(tmp_path):
     assert not log
 
 
+def test_a_disk_that_hangs_is_an_error(run, monkeypatch):
+    """Not a silent hang: the line names the directory."""
+    may_go = threading.Event()
+    monkeypatch.setattr(writer.Writer, "do_last_jobs", lambda thread: may_go.wait())
+    save = checkpoint.start_save(run.root, 1, model=run.model, optimizer=run.optimizer, shard_map=run.shard_map,
+                                 exported=run.files, state={}, timeout=0.05)
+    with pytest.raises(OSError, match="no rank has written anything for 0.05 s.*tmp_step_1"):
+        save.finish()
+    may_go.set()
+    assert checkpoint.steps_in(run.root) == []
+
+
 # Checkpoints that are saved can be read
 
 
