@@ -10,8 +10,6 @@ import re
 import zlib
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
 
 from disk import files, pretrained, saving
 from disk.writer import Writer
