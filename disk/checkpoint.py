@@ -10,7 +10,6 @@ import re
 import zlib
 from dataclasses import dataclass
 
-
 from disk import files, pretrained, saving
 from disk.writer import Writer
 from settings.errors import UserError
