@@ -138,6 +138,7 @@ class Config:
                               env="OUTPUT_DIR", group="output")
     resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
     save_steps: int | None = setting(None, "save every N steps; none: each epoch", env="SAVE_STEPS", low=1)
+    async_save: bool = setting(False, "train on while a checkpoint is written, from a copy in host memory")
     keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or sample_prompts")
@@ -303,11 +304,13 @@ def train(cfg, ranks, origins):
     def read():
         """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
         if bad := log.read(run.norms):
+            run.publish()
             optimizer.zero_grad()  # the gradient of the next step
             selfcheck.stop_non_finite(backward, model, train_set, bad, cfg, ranks)
 
     def after_step(step):
         """Evaluate if due, save if due. The first step's numbers are shown at once: a user waits for them."""
+        run.publish(waits=False)
         is_best, is_stopping = False, ranks.poll_signals()
         evaluates, saves = sampler.is_due(step, cfg.eval_steps), sampler.is_due(step, cfg.save_steps)
         if not (evaluates or saves or is_stopping or step in (first_step, len(sampler))):
@@ -326,7 +329,7 @@ def train(cfg, ranks, origins):
             ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
             log.sync()  # the log reaches the disk before the checkpoint does
-            run.save(model, optimizer, is_best)
+            run.save(model, optimizer, is_best, is_last)
             log.report()
             ranks.poll_signals()
 
@@ -359,6 +362,7 @@ def train(cfg, ranks, origins):
         run.step, run.lr = step, lr
         after_step(step)
         figures = overlap.Figures(ranks.device)  # the next step begins: it may have to wait for its data
+    run.publish()
     log.finish(run, ranks.stop_signal)
 
 

@@ -11,11 +11,10 @@ import functools
 import os
 import re
 import zlib
+from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
-from disk import files, pretrained
+from disk import files, pretrained, saving
+from disk.writer import Writer
 from settings.errors import UserError
 
 STATE_DIRECTORY = "training_state"  # in a step directory: what resume needs beside the weights
@@ -69,28 +68,102 @@ STATE_RULES = {
 }
 
 
-def save(root, step, *, model, optimizer, shard_map, exported, state, links=("latest",)):
-    """Write root/step_N, then point the `links` in root at it; return its path. Every rank calls it.
+def save(root, step, **contents):
+    """Write root/step_N, then point the links at it; return its path. Every rank calls it. See start_save."""
+    return start_save(root, step, **contents).finish()
 
-    optimizer  from ops.optim.build; the tensors that its state_of returns are saved by name
-    shard_map  {file: {tensor: dtype code}}, from pretrained.shard_map or adapter_shard_map
-    exported   {file: bytes or JSON value}, the model directory's other files (pretrained.export_files)
-    state      JSON object that resume needs; load_state returns it
+
+def start_save(root, step, *, model, optimizer, shard_map, exported, state, links=("latest",),
+               in_background=False, timeout=600):
+    """Begin to write root/step_N; return the Save, whose `finish` completes it. Every rank calls both.
+
+    optimizer      from ops.optim.build; the tensors that its state_of returns are saved by name
+    shard_map      {file: {tensor: dtype code}}, from pretrained.shard_map or adapter_shard_map. A tensor in
+                   fp16 with values beyond fp16 gets F32, from now on
+    exported       {file: bytes or JSON value}, the model directory's other files (pretrained.export_files)
+    state          JSON object that resume needs; load_state returns it
+    in_background  copy all to host memory first: when this returns, the training may continue. Otherwise no
+                   tensor may change before `finish` returns
+    timeout        seconds without a byte written by any rank after which `finish` raises OSError
 
     Weights are written in the dtype of the model that was read. If that is narrower than the master weights
     (bf16 on the disk, fp32 in memory), training_state/ contains the masters too, so that resume is exact.
     """
     temporary = start_directory(root, step)
-    writers = write_model(temporary, model, optimizer, shard_map, exported)
-    writers.update(write_training_state(temporary, step, model, optimizer, shard_map, state))
-    write_manifest(temporary, step, writers)
-    return move_into_place(temporary, root, step, links)
+    masters = pretrained.master_weights(model, optimizer)
+    saving.widen(shard_map, exported, masters)
+    writer = Writer(temporary, saving.device_of(model), in_background)
+    trained = trained_weights(model, optimizer)
+    states = {name: optimizer.state_of(p) for name, p in trained.items()}
+    dtypes = saving.dtypes_of(shard_map)
+    tensors = training_tensors(trained, states, dtypes)
+    names = saving.write_model(writer, masters, shard_map, exported)
+    names += saving.write_slices(writer, STATE_DIRECTORY, tensors)
+    names.append(STATE)
+    if saving.is_rank_0():
+        writer.write_file(STATE, {"step": step, "updates": optimizer.updates, **state})
+    writer.finish()
+    weights = {name: (dtype, tuple(masters[name].shape)) for name, dtype in dtypes.items()}
+    return Save(root, step, links, timeout, writer, names, weights,
+                {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+
+
+@dataclass
+class Save:
+    """A checkpoint on its way to the disk.
+
+    timeout   seconds
+    writer    this rank's thread
+    names     the files of all ranks
+    weights   {name: (dtype, shape)} of the model's files
+    tensors   {name: shape} of the training state's files
+
+    The main thread of every rank calls the methods, in the same order: they are collectives.
+    """
+
+    root: str
+    step: int
+    links: tuple
+    timeout: float
+    writer: Writer
+    names: list
+    weights: dict
+    tensors: dict
+
+    def is_written(self):
+        """Whether all ranks have written their files. Raises the error of this rank's writing."""
+        return saving.progress(self.writer)[0] == 0
+
+    def finish(self):
+        """Wait until all ranks have written; then complete the directory, rename it and move the links.
+
+        Returns its path. Raises the error of this rank's writing, and OSError if all ranks hang.
+        """
+        saving.wait_for_all(self.writer, self.timeout)
+        directory = self.writer.directory
+        sums = saving.shared_sums(self.names, self.writer.sums)
+        if saving.is_rank_0():
+            files.write_file(os.path.join(directory, MANIFEST), manifest(self.step, sums))
+            files.sync(os.path.join(directory, STATE_DIRECTORY))
+            files.sync(directory)
+            self.check_readable()
+        return move_into_place(directory, self.root, self.step, self.links)
+
+    def check_readable(self):
+        """AssertionError unless the functions that resume uses find in the directory what was saved."""
+        directory = self.writer.directory
+        entries = pretrained.weight_entries(directory).items()
+        weights = {name: (pretrained.DTYPES[entry.dtype], entry.shape) for name, entry in entries}
+        assert weights == self.weights, f"{directory}: its weight files have other tensors than were saved"
+        slices = saving.read_slices(os.path.join(directory, STATE_DIRECTORY))
+        shapes = {name: parts[0].shape for name, parts in slices.items()}
+        assert shapes == self.tensors, f"{directory}: its training state has other tensors than were saved"
 
 
 def start_directory(root, step):
     """Remove what a killed or failed save left behind; create a temporary directory and return its path."""
     temporary = os.path.join(root, f"tmp_step_{step}")
-    if is_rank_0():
+    if saving.is_rank_0():
         os.makedirs(root, exist_ok=True)
         for name in os.listdir(root):
             if re.fullmatch(r"tmp_(old_)?step_\d+", name):
@@ -98,66 +171,14 @@ def start_directory(root, step):
             elif re.fullmatch(r"tmp_(latest|best)", name):
                 os.remove(os.path.join(root, name))
         os.makedirs(os.path.join(temporary, STATE_DIRECTORY))
-    barrier()
+    saving.barrier()
     return temporary
-
-
-def write_model(directory, model, optimizer, shard_map, exported):
-    """Write the files of a model or adapter directory; return {file: the rank that wrote it}.
-
-    The weight files have the same names and tensors as those that were read. If there are more ranks than
-    files, each rank writes one file of about equal size instead. An adapter is small and stays one file.
-    """
-    masters, dtypes = pretrained.master_weights(model, optimizer), dtypes_of(shard_map)
-    names_by_file = {file: list(codes) for file, codes in shard_map.items()}
-    is_adapter = pretrained.ADAPTER_FILE in shard_map
-    world_size = pretrained.rank_and_world_size()[1]
-    if len(names_by_file) < world_size and not is_adapter:
-        tensors = {name: masters[name] for name in dtypes}
-        names_by_file = pretrained.assign_to_files(tensors, "model", world_size)
-    prefix = pretrained.ADAPTER_PREFIX if is_adapter else ""
-    writers = pretrained.write_tensor_files(directory, names_by_file, masters, dtypes, prefix)
-    by_rank_0 = list(exported)
-    if is_rank_0():
-        for name, content in exported.items():
-            os.makedirs(os.path.dirname(os.path.join(directory, name)), exist_ok=True)
-            files.write_file(os.path.join(directory, name), content)
-    if len(names_by_file) > 1:
-        by_rank_0.append(pretrained.INDEX_FILE)
-        if is_rank_0():
-            n_bytes = sum(masters[name].numel() * dtype.itemsize for name, dtype in dtypes.items())
-            pretrained.write_index(directory, names_by_file, n_bytes)
-    return {**writers, **dict.fromkeys(by_rank_0, 0)}
-
-
-def write_training_state(directory, step, model, optimizer, shard_map, state):
-    """Write training_state/ without its manifest; return {file: the rank that wrote it}."""
-    trained = trained_weights(model, optimizer)
-    states = {name: optimizer.state_of(p) for name, p in trained.items()}
-    tensors = training_tensors(trained, states, dtypes_of(shard_map))
-    names_by_file = pretrained.assign_to_files(tensors, "tensors", pretrained.rank_and_world_size()[1])
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    writers = pretrained.write_tensor_files(
-        os.path.join(directory, STATE_DIRECTORY), names_by_file, tensors, dtypes)
-    if is_rank_0():
-        content = {"step": step, "updates": optimizer.updates, **state}
-        files.write_file(os.path.join(directory, STATE), content)
-    return {**{os.path.join(STATE_DIRECTORY, file): rank for file, rank in writers.items()}, STATE: 0}
-
-
-def write_manifest(directory, step, writers):
-    """Write the checksums of all files. After this the directory is complete and flushed to the disk."""
-    sums = checksums(directory, writers)  # each rank reads the files that it wrote: the page cache has them
-    if is_rank_0():
-        files.write_file(os.path.join(directory, MANIFEST), manifest(step, sums))
-        files.sync(os.path.join(directory, STATE_DIRECTORY))
-        files.sync(directory)
 
 
 def move_into_place(temporary, root, step, links):
     """Rename the complete directory to root/step_N, then move the links to it; return its path."""
     final = os.path.join(root, f"step_{step}")
-    if is_rank_0():
+    if saving.is_rank_0():
         # After a resume from an earlier step, a run saves the same steps again.
         old = rename_for_removal(final) if os.path.exists(final) else None
         try:
@@ -170,13 +191,8 @@ def move_into_place(temporary, root, step, links):
             set_link(root, step, link)
         if old:
             files.remove(old)
-    barrier()
+    saving.barrier()
     return final
-
-
-def dtypes_of(shard_map):
-    """{name: dtype} of the tensors in the model's files."""
-    return {name: pretrained.DTYPES[code] for codes in shard_map.values() for name, code in codes.items()}
 
 
 def trained_weights(model, optimizer):
@@ -392,10 +408,10 @@ def verify(directory):
     name_of_step = re.fullmatch(r"step_(\d+)", os.path.basename(directory))
     if name_of_step and int(name_of_step[1]) != step:
         raise UserError(f"{path} is of step {step}, not of {name_of_step[0]}{remedy}")
-    world_size = pretrained.rank_and_world_size()[1]
-    readers = {name: i % world_size for i, name in enumerate(sorted(listed))}
-    faults = []
-    for name, (length, crc) in checksums(directory, readers).items():
+    rank, world_size = pretrained.rank_and_world_size()
+    names, faults = sorted(listed), []
+    mine = {name: checksum(os.path.join(directory, name)) for name in names[rank::world_size]}
+    for name, (length, crc) in saving.shared_sums(names, mine).items():
         if length < 0:
             faults.append(f"{name} is missing")
         elif length != listed[name][0]:
@@ -445,23 +461,20 @@ def load_training_tensors(directory, model, optimizer):
     """
     state_directory = os.path.join(directory, STATE_DIRECTORY)
     updates = load_state(directory)["updates"]
-    entries = {}
-    for file in sorted(os.listdir(state_directory)):
-        if file.endswith(".safetensors"):
-            entries.update(pretrained.read_header(os.path.join(state_directory, file)))
+    slices = saving.read_slices(state_directory)
     trained = trained_weights(model, optimizer)
     states = {name: optimizer.new_state(p) for name, p in trained.items()}
     weights = pretrained.weight_entries(directory)
     dtypes = {name: pretrained.DTYPES.get(entry.dtype) for name, entry in weights.items()}
     tensors = training_tensors(trained, states, dtypes)
-    differences = sorted(set(entries) ^ set(tensors))
+    differences = sorted(set(slices) ^ set(tensors))
     if not differences:
-        differences = [name for name, tensor in tensors.items() if entries[name].shape != tensor.shape]
+        differences = [name for name, tensor in tensors.items() if slices[name][0].shape != tensor.shape]
     if differences:
         raise UserError(f"{state_directory} does not belong to this model and optimizer: "
                         f"{differences[:5]} differ")
     for name, tensor in tensors.items():
-        pretrained.read_into(entries[name], tensor)
+        saving.read_sliced(slices[name], tensor)
     optimizer.state.update({trained[name]: state for name, state in states.items()})
     optimizer.updates = updates
 
@@ -494,28 +507,3 @@ def checksum(path):
             size += n
             crc = zlib.crc32(buffer[:n], crc)
     return size, crc
-
-
-def checksums(directory, readers):
-    """{name: [size, CRC-32]} of the files in readers, {name: the rank that reads it}.
-
-    Every rank calls it. All ranks have read their files when it returns.
-    """
-    rank = pretrained.rank_and_world_size()[0]
-    sums = torch.zeros(len(readers), 2, dtype=torch.int64)
-    for (name, reader), row in zip(readers.items(), sums):
-        if reader == rank:
-            row.copy_(torch.tensor(checksum(os.path.join(directory, name))))
-    if pretrained.rank_and_world_size()[1] > 1:
-        dist.all_reduce(sums)
-    return dict(zip(readers, sums.tolist()))
-
-
-def is_rank_0():
-    return pretrained.rank_and_world_size()[0] == 0
-
-
-def barrier():
-    """Wait for all ranks, on the CPU: NCCL would have to start, and its time-out would count the writing."""
-    if pretrained.rank_and_world_size()[1] > 1:
-        dist.all_reduce(torch.zeros(()))

@@ -11,8 +11,6 @@ import shutil
 import stat
 import time
 
-from safetensors import SafetensorError
-
 from settings.errors import UserError
 
 LARGEST_FILE = 2**28  # bytes, except weights; the largest file we know is a tokenizer.json of 35 MB
@@ -107,19 +105,11 @@ def remove(directory):
 
 @contextlib.contextmanager
 def naming(path):
-    """Add the path to OSErrors raised in the block: a failed write or fsync does not name its file.
-
-    A SafetensorError that reports an OSError becomes that OSError.
-    """
+    """Add the path to OSErrors raised in the block: a failed write or fsync does not name its file."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or path) from error
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), path) from error
 
 
 class LockTimeout(UserError):

@@ -1,4 +1,4 @@
-"""Model directories in Hugging Face's format and PEFT adapters: find, read and write them tensor by tensor.
+"""Model directories in Hugging Face's format and PEFT adapters: find and read them tensor by tensor.
 
 This file knows where the bytes of each tensor are in the safetensors files, which of them belong to this
 rank's shard, and which other files such a directory needs. No file that is read here can run code.
@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import re
-import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from disk import files, foreign
 from families.config import ModelConfig
@@ -29,6 +27,7 @@ from settings.venv import PROJECT
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's file, and its prefix of every tensor's name
 ADAPTER_PREFIX = "base_model.model."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -127,7 +126,7 @@ def weight_files(directory):
 
 
 def is_adapter(directory):
-    return os.path.exists(os.path.join(directory, "adapter_config.json"))
+    return os.path.exists(os.path.join(directory, ADAPTER_CONFIG))
 
 
 @dataclass
@@ -487,79 +486,6 @@ def adapter_shard_map(model):
     """The shard_map of an adapter: one file with all trained parameters in fp32, tied ones twice."""
     named = model.named_parameters(remove_duplicate=False)
     return {ADAPTER_FILE: {name: "F32" for name, p in named if p.requires_grad}}
-
-
-def assign_to_files(tensors, stem, n_files):
-    """Assign {name: tensor}, in order, to n_files files of about equal size; returns {file: names}."""
-    total = sum(t.numel() for t in tensors.values())
-    groups, position = {}, 0
-    for name, tensor in tensors.items():
-        groups.setdefault(position * n_files // total, []).append(name)
-        position += tensor.numel()
-    stems = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
-    if len(groups) == 1:
-        stems = [stem]
-    return {f"{file}.safetensors": names for file, names in zip(stems, groups.values())}
-
-
-def write_index(directory, names_by_file, total_size):
-    """Write the index of a model with several weight files, {file: names}, of total_size bytes."""
-    weight_map = dict(sorted((name, file) for file, names in names_by_file.items() for name in names))
-    files.write_file(os.path.join(directory, INDEX_FILE),
-                     {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def write_tensor_files(directory, names_by_file, tensors, dtypes, prefix=""):
-    """Write the files {file: names} of tensors that may be sharded; return {file: the rank that wrote it}.
-
-    tensors, dtypes  {name: tensor} and {name: dtype in the file}
-    prefix           put before each name in the files
-
-    Every rank calls it. The files are distributed over the ranks, and tensors are gathered one by one: no
-    rank has more of the full model in memory than one of its files.
-    """
-    rank, world_size = rank_and_world_size()
-    writers = {file: i % world_size for i, file in enumerate(names_by_file)}
-    for file, names in names_by_file.items():
-        to_write = {}
-        for name in names:
-            tensor = gather(tensors[name].detach())
-            if writers[file] == rank:
-                tensor = tensor.to("cpu", dtypes[name])
-                is_tied = any(tensor.data_ptr() == other.data_ptr() for other in to_write.values())
-                # save_file refuses tensors that share memory
-                to_write[prefix + name] = tensor.clone() if is_tied else tensor
-        if to_write:
-            write_safetensors(os.path.join(directory, file), to_write)
-    return writers
-
-
-def gather(tensor):
-    """The full tensor. If it is sharded, every rank calls this, and the shards travel through the device."""
-    if not is_split(tensor):
-        return tensor
-    tensor = tensor.to(tensor.device_mesh.device_type)
-    if tensor.device_mesh.ndim > 1:  # dp first, then tp: full_tensor uses this order too, but with a warning
-        from torch.distributed.tensor import Replicate  # takes half a second, but tp has imported it
-
-        tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
-    return tensor.full_tensor()
-
-
-def write_safetensors(path, tensors):
-    """Write {name: tensor} and flush it to the disk. Unchanged tensors give a byte-identical file.
-
-    save_file writes a file that only its owner can read and renames it to `path`. So open() first creates a
-    file whose mode is then set again. os.umask would tell the mode too, but reading it changes it for all
-    threads.
-    """
-    with files.naming(path):
-        with open(path, "wb") as f:
-            mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
-        contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-        save_file(contiguous, path, metadata={"format": "pt"})
-        os.chmod(path, mode)
-    files.sync(path)
 
 
 def rank_and_world_size():

@@ -137,6 +137,7 @@ class RunState:
         today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
         self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
         self.paths = self.find_paths()
+        self.pending = None  # the checkpoint.Save that is written in the background
 
     def check_output(self):
         """Raise UserError if this run would overwrite another one, or a file that no run wrote."""
@@ -355,13 +356,14 @@ class RunState:
             return factor * statistics.median(self.norms)
         return math.inf
 
-    def save(self, model, optimizer, is_best):
+    def save(self, model, optimizer, is_best, is_last):
         """Write the checkpoint of the last step, then delete older ones as --keep_checkpoints says.
 
-        Every rank calls it.
+        Every rank calls it. With --async_save it returns when host memory has a copy of all that is saved,
+        unless the run ends; `publish` completes the checkpoint later.
         """
-        if self.is_writer:
-            lock.check(self.cfg.output_dir)
+        self.publish()
+        self.check_lock()
         links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
         state = {
             **self.identity,
@@ -374,9 +376,34 @@ class RunState:
             "total_steps": self.total_steps,
             "template_kwargs": self.cfg.template_kwargs,  # for chat.py
         }
-        checkpoint.save(self.root, self.step, model=model, optimizer=optimizer, shard_map=self.shard_map,
-                        exported={**self.exported, **resume.export(self.cfg)}, state=state, links=links)
+        contents = dict(model=model, optimizer=optimizer, shard_map=self.shard_map, state=state, links=links,
+                        exported={**self.exported, **resume.export(self.cfg)}, timeout=self.cfg.timeout)
         self.has_saved = True
+        self.saved_best = self.best["step"] if self.cfg.keep_best else None
+        if self.cfg.async_save and not is_last:
+            self.pending = checkpoint.start_save(self.root, self.step, in_background=True, **contents)
+        else:
+            checkpoint.save(self.root, self.step, **contents)
+            self.prune(self.step)
+
+    def publish(self, waits=True):
+        """Complete the checkpoint that is written in the background, if there is one. Every rank calls it.
+
+        waits  False: only if all ranks have written their files. Costs an all-reduce on the host
+
+        Raises the error of the writing, such as a full disk.
+        """
+        if self.pending and (waits or self.pending.is_written()):
+            self.check_lock()
+            self.pending.finish()
+            self.prune(self.pending.step)
+            self.pending = None
+
+    def check_lock(self):
+        """Raise UserError on the rank that writes if another run writes to the output directory now."""
         if self.is_writer:
-            best = self.best["step"] if self.cfg.keep_best else None
-            checkpoint.prune(self.root, self.cfg.keep_checkpoints, self.step, best)
+            lock.check(self.cfg.output_dir)
+
+    def prune(self, step):
+        if self.is_writer:
+            checkpoint.prune(self.root, self.cfg.keep_checkpoints, step, self.saved_best)

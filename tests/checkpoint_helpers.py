@@ -70,11 +70,17 @@ class Run:
         self.files = files.read_bytes(source, ["config.json", *pretrained.TOKENIZER_FILES])
         root.mkdir()
 
-    def save(self, step):
+    def save(self, step, in_background=False):
         """Train one step, so that all checkpoints differ, and save; return the step directory."""
         train_step(self.model, self.optimizer, step)
-        return checkpoint.save(self.root, step, model=self.model, optimizer=self.optimizer,
-                               shard_map=self.shard_map, exported=self.files, state={"seed": 7})
+        contents = dict(model=self.model, optimizer=self.optimizer, shard_map=self.shard_map, exported=self.files,
+                        state={"seed": 7})
+        if not in_background:
+            return checkpoint.save(self.root, step, **contents)
+        steps = checkpoint.steps_in(self.root)
+        save = checkpoint.start_save(self.root, step, in_background=True, **contents)
+        assert checkpoint.steps_in(self.root) == steps  # only `finish` names it
+        return save.finish()
 
 
 def listing(directory):

@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import groupby
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,11 +117,24 @@ def sft_main(*flags):
 
 
 def tensors_of(directory):
-    """The tensors in all safetensors files of a directory, by name."""
+    """The tensors in all safetensors files of a directory, by name; slices of one tensor are joined."""
     tensors = {}
     for file in sorted(os.listdir(directory)):
         if file.endswith(".safetensors"):
-            tensors.update(load_file(os.path.join(directory, file)))
+            with safe_open(os.path.join(directory, file), "pt") as f:
+                metadata = f.metadata() or {}
+            for name, tensor in load_file(os.path.join(directory, file)).items():
+                spans = re.findall("([0-9]+):([0-9]+) of ([0-9]+)", metadata.get(name, ""))
+                spans = [list(map(int, span)) for span in spans]
+                if not spans:
+                    assert name not in tensors, f"{name} is in two files of {directory}"
+                    tensors[name] = tensor
+                    continue
+                shape = [size for *_, size in spans]
+                whole = tensors.setdefault(name, torch.full(shape, torch.nan, dtype=tensor.dtype))
+                place = whole[tuple(slice(start, stop) for start, stop, _ in spans)]
+                assert place.isnan().all(), f"a part of {name} is twice in {directory}"
+                place.copy_(tensor)
     return tensors
 
 

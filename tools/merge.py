@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from disk import files, peft, pretrained
+from disk import files, peft, pretrained, saving, writer
 from disk.run import ModelPaths
 from settings import venv
 from settings.errors import UserError, run
@@ -109,12 +109,13 @@ def merge(cfg):
         files.write_file(os.path.join(temporary, name), content)
     outputs = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     n_bytes = sum(t.nbytes for t in outputs.values())
-    names_by_file = pretrained.assign_to_files(outputs, "model", math.ceil(n_bytes / FILE_BYTES))
+    names_by_file = saving.assign_to_files(outputs, "model", math.ceil(n_bytes / FILE_BYTES))
     for file, names in names_by_file.items():
         tensors = {name: merged(name).to(dtype) for name in names}
-        pretrained.write_safetensors(os.path.join(temporary, file), tensors)
+        writer.write_safetensors(os.path.join(temporary, file), tensors)
     if len(names_by_file) > 1:
-        pretrained.write_index(temporary, names_by_file, n_bytes)
+        files.write_file(os.path.join(temporary, pretrained.INDEX_FILE),
+                         saving.index_content(names_by_file, n_bytes))
     os.replace(temporary, cfg.out)
     print(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}")
     print(f"saved    {cfg.out} (Hugging Face model directory)")

@@ -7,7 +7,10 @@ Runs of the tiny model on one rank and on two get SIGKILL (all ranks, or only on
 auto. There are two kinds of kill:
 
 - in a phase of sft.py (Ranks.set_phase), after a random fraction of the time that the phase takes;
-- in a window: before one of the calls of os.replace or os.symlink that publish a checkpoint. The rank stops there.
+- in a window: before one of the calls of os.replace or os.symlink that publish a checkpoint, or before the thread that
+  writes it flushes a file. The rank stops there.
+
+With --async_save checkpoints are written and published while steps are computed, so the windows then come in these.
 
 There is no torchrun, which would end the surviving ranks: they must end by themselves.
 
@@ -37,7 +40,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; threads do not 
 import torch._dynamo  # noqa: E402, F401  gradient checkpointing would import it, which takes a second
 
 import sft  # noqa: E402
-from disk import checkpoint  # noqa: E402
+from disk import checkpoint, writer  # noqa: E402
 from ranks import processes  # noqa: E402
 from settings import errors  # noqa: E402
 
@@ -50,6 +53,8 @@ RUN = ("--model", os.path.join(ROOT, "models", "tiny"), "--train_data", EXAMPLES
 MORE = []  # the flags after --
 PHASES = ("start", "tokenise", "load", "step", "evaluation", "save")
 MOVES = {  # name of a window: the call that comes next, as stop_before writes it
+    "a file is not flushed": "save: model.safetensors written",
+    "training state is not flushed": "save: tensors.safetensors written",
     "a step without its name": "save: tmp_step -> step",
     "a step, no link": "save: step => tmp_latest",
     "no latest yet": "load: tmp_latest -> latest, the first",
@@ -79,7 +84,7 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-    set_phase, replace, symlink = processes.Ranks.set_phase, os.replace, os.symlink
+    set_phase, replace, symlink, flush = processes.Ranks.set_phase, os.replace, os.symlink, writer.TensorFile.flush
     phase = ""
 
     def report(word):
@@ -91,17 +96,20 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
         phase = name.split()[0]
         report(phase)
 
+    def stop_at(move):
+        if move == window:
+            report("window")
+            time.sleep(60)  # the kill comes here
+
     def stop_before(source, arrow, target):
         directory = os.path.dirname(target)
         names = [re.sub(r"_\d+$", "", os.path.basename(path)) for path in (source, target)]
-        move = f"{phase}: {names[0]} {arrow} {names[1]}"
+        move = f"{'load' if phase == 'load' else 'save'}: {names[0]} {arrow} {names[1]}"
         if names[1] == "latest" and not os.path.lexists(target):
             move += ", the first"
         if names[0] == "tmp_step" and any(name.startswith("tmp_old_step") for name in os.listdir(directory)):
             move += ", an old one renamed"
-        if move == window:
-            report("window")
-            time.sleep(60)  # the kill comes here
+        stop_at(move)
 
     def stopping_replace(source, target):
         stop_before(source, "->", target)
@@ -111,7 +119,13 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
         stop_before(source, "=>", target)
         symlink(source, target)
 
-    processes.Ranks.set_phase = reported_phase
+    def stopping_flush(file):
+        file.write_held()
+        name = re.sub(r"-\d+-of-\d+", "", os.path.basename(file.path))
+        stop_at(f"save: {name} written")
+        return flush(file)
+
+    processes.Ranks.set_phase, writer.TensorFile.flush = reported_phase, stopping_flush
     os.replace, os.symlink = stopping_replace, stopping_symlink
     sys.argv = ["sft.py", *map(str, flags)]
     errors.run(sft.main)

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, header
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from checkpoint_helpers import TIED, UNTIED, Run, listing, loaded, published
 
-from disk import checkpoint, files, pretrained
+from disk import checkpoint, files, pretrained, writer
 from screen.log import JsonLines
 from settings import errors
 from settings.errors import UserError
@@ -54,8 +53,8 @@ def fail_at(monkeypatch, count, code):
     log = []
 
     def path_of(name, args):
-        if name == "save_file":
-            return str(args[1])
+        if name == "write":
+            return args[0].path
         if name in ("symlink", "replace"):
             return str(args[-1])
         if name == "fsync":
@@ -64,20 +63,17 @@ def fail_at(monkeypatch, count, code):
 
     def failing(operation, name):
         def wrapper(*args, **kwargs):
-            if name == "open" and args[1:] != ("wb",):
+            if name == "open" and args[1:] != ("wb",) or name == "write" and args[0].size:  # a file's first write
                 return operation(*args, **kwargs)
             path = path_of(name, args)
             log.append((name, path))
             if len(log) != count + 1:
                 return operation(*args, **kwargs)
-            if name == "save_file":
-                raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} "
-                                      f"(os error {code})")
             filename = [path] if name != "fsync" else []  # the real error of os.fsync names no file
             raise OSError(code, os.strerror(code), *filename)
         return wrapper
 
-    for holder, name in ((pretrained, "save_file"), (os, "fsync"), (os, "replace"), (os, "symlink"),
+    for holder, name in ((writer.TensorFile, "write"), (os, "fsync"), (os, "replace"), (os, "symlink"),
                          (os, "makedirs"), (shutil, "rmtree")):
         monkeypatch.setattr(holder, name, failing(getattr(holder, name), name))
     monkeypatch.setattr(files, "open", failing(builtins.open, "open"), raising=False)
@@ -93,7 +89,7 @@ def test_a_write_that_fails_costs_no_checkpoint(run, monkeypatch):
         log = fail_at(patch, -1, 0)
         run.save(1)
     assert {name for name, _ in log} == {
-        "save_file", "fsync", "replace", "symlink", "makedirs", "rmtree", "open"}
+        "write", "fsync", "replace", "symlink", "makedirs", "rmtree", "open"}
     step = 1
     for is_saved_again in (False, True):
         for moment in range(len(log)):
@@ -116,13 +112,14 @@ def test_a_write_that_fails_costs_no_checkpoint(run, monkeypatch):
             checkpoint.verify(checkpoint.resume_directory("auto", run.root))
 
 
-def test_a_run_on_a_full_disk_ends_with_one_line_and_can_resume(train, file_limit, capsys):
+@pytest.mark.parametrize("flags", [(), ("--async_save",)], ids=["", "async_save"])
+def test_a_run_on_a_full_disk_ends_with_one_line_and_can_resume(train, file_limit, capsys, flags):
     """The line has the file, the error and the remedy; exit code 2. The run then resumes from the checkpoint before."""
     train(*FAST, "--max_steps", 1)
     capsys.readouterr()
     file_limit(3_000_000)
     with pytest.raises(SystemExit) as info:
-        errors.run(lambda: train(*FAST, "--max_steps", 3, "--save_steps", 2, "--resume_from", "auto"))
+        errors.run(lambda: train(*FAST, "--max_steps", 3, "--save_steps", 2, "--resume_from", "auto", *flags))
     file_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()

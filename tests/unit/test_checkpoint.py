@@ -1,10 +1,14 @@
 """disk/: files round-trip byte for byte, errors name the damaged file, and a kill never costs a checkpoint."""
 
+import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import stat
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,11 +32,12 @@ from checkpoint_helpers import (
     published,
     train_step,
 )
-from helpers import program
-from safetensors.torch import load_file
+from helpers import program, run_all, tensors_of, two_layers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from disk import checkpoint, files, pretrained
+import sft
+from disk import checkpoint, files, pretrained, writer
 from families.config import ModelConfig
 from model import CausalLM
 from ops.attention import Documents
@@ -375,7 +380,7 @@ def test_weight_files_have_the_mode_of_any_new_file(tmp_path):
     """safetensors creates files that only their owner can read. The umask stays as it is."""
     umask = os.umask(0o027)
     try:
-        pretrained.write_safetensors(str(tmp_path / "a.safetensors"), {"a": torch.ones(1)})
+        writer.write_safetensors(str(tmp_path / "a.safetensors"), {"a": torch.ones(1)})
     finally:
         umask_after = os.umask(umask)
     assert umask_after == 0o027
@@ -396,13 +401,15 @@ def break_at(monkeypatch, count):
 
     def breaking(operation, name):
         def wrapper(*args, **kwargs):
+            if name == "write" and args[0].size:
+                return operation(*args, **kwargs)  # only the first write of a file: there is one for each tensor
             log.append(name)
             if len(log) > count:
                 raise Killed(name)
             return operation(*args, **kwargs)
         return wrapper
 
-    for holder, name in ((pretrained, "write_safetensors"), (files, "write_file"), (files, "sync"),
+    for holder, name in ((writer.TensorFile, "write"), (files, "write_file"), (files, "sync"),
                          (os, "replace"), (os, "symlink"), (os, "makedirs"), (os, "remove"),
                          (shutil, "rmtree")):
         monkeypatch.setattr(holder, name, breaking(getattr(holder, name), name))
@@ -417,7 +424,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(run, monkey
     with monkeypatch.context() as patch:
         log = break_at(patch, 10**6)
         run.save(2)
-    assert {"write_safetensors", "write_file", "sync", "replace", "symlink"} <= set(log)
+    assert {"write", "write_file", "sync", "replace", "symlink"} <= set(log)
     step, seen = 2, set()
     for moment in range(len(log)):
         previous, step = step, step + 1
@@ -661,3 +668,318 @@ def test_a_malformed_index_is_an_error(tmp_path, text, message):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=message):
         pretrained.weight_entries(str(tmp_path))
+
+
+# Writing tensor by tensor
+
+
+def unusual_tensors():
+    """All dtypes, in an order that is not that of a file; a name to be escaped, no dimension, no element, a column."""
+    torch.manual_seed(0)
+    return {"z": torch.randn(7, 3), 'b "é"\n\\': torch.randn(4).bfloat16(), "a": torch.randn(65, 9).half(),
+            "scalar": torch.tensor(2.5), "none": torch.empty(0, 4), "y": torch.arange(9, dtype=torch.uint8),
+            "column": torch.randn(6, 5).T}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("buffer", [2**25, 16])
+def test_files_have_the_bytes_of_save_file(tmp_path, monkeypatch, in_memory, buffer):
+    """And the thread's sums are those of the files, which nobody has read: with many small buffers, and from memory."""
+    monkeypatch.setattr(writer, "BUFFER", buffer)
+    tensors = unusual_tensors()
+    thread = writer.Writer(str(tmp_path), torch.device("cpu"), in_memory)
+    file = thread.open("a.safetensors", {name: (t.dtype, t.shape) for name, t in tensors.items()})
+    for name in file.names:
+        thread.submit(file.add, tensors[name])
+    assert not thread.sums
+    thread.finish()
+    thread.wait()
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "b.safetensors", {"format": "pt"})
+    content = (tmp_path / "a.safetensors").read_bytes()
+    assert content == (tmp_path / "b.safetensors").read_bytes()
+    assert thread.sums == {"a.safetensors": checkpoint.checksum(tmp_path / "a.safetensors")}
+
+
+class LateStream:
+    """A CopyStream whose copies are done when they are waited for, as late as a GPU may do them."""
+
+    def __init__(self, device):
+        self.pending, self.sizes = [], []
+
+    def empty(self, size):
+        self.sizes.append(4 * size)
+        return torch.full((size,), torch.nan)
+
+    def copy(self, target, source):
+        self.pending.append((target, source))
+        assert len(self.pending) <= 2
+        return len(self.pending)
+
+    def wait(self, event):
+        target, source = self.pending.pop(0)
+        target.copy_(source)
+
+
+def test_a_buffer_is_filled_while_the_other_one_is_written(monkeypatch):
+    """Two buffers for all tensors, whatever their size. A view has its bytes although the next copy has been queued."""
+    monkeypatch.setattr(writer, "CopyStream", LateStream)
+    monkeypatch.setattr(writer, "BUFFER", 64)
+    buffers = writer.Buffers(torch.device("cpu"))
+    for n in (1, 15, 16, 17, 1000):
+        tensor = torch.randn(n)
+        views = [bytes(view) for view in buffers.views(tensor, torch.bfloat16)]
+        assert b"".join(views) == bytes(tensor.bfloat16().view(torch.uint8).numpy())
+        assert max(map(len, views)) <= 64 and not buffers.stream.pending
+    assert buffers.stream.sizes == [64, 64]
+
+
+def test_the_main_thread_waits_and_gets_the_error_of_the_writing_one(tmp_path):
+    """At most one job waits. After an error nothing more is written; `submit`, `wait` and `is_idle` raise it."""
+    thread, log, may_go = writer.Writer(str(tmp_path), torch.device("cpu")), [], threading.Event()
+
+    def fail():
+        may_go.wait()
+        raise OSError(28, "No space left on device", "a file")
+
+    thread.submit(fail)
+    thread.submit(log.append, 1)
+    with pytest.raises(queue.Full):
+        thread.jobs.put((log.append, 2), timeout=0.1)
+    assert not thread.is_idle()
+    may_go.set()
+    with pytest.raises(OSError, match="a file"):
+        thread.wait()
+    for call in (thread.is_idle, thread.finish, lambda: thread.submit(log.append, 3)):
+        with pytest.raises(OSError, match="a file"):
+            call()
+    assert not log
+
+
+def test_a_disk_that_hangs_is_an_error(run, monkeypatch):
+    """Not a silent hang: the line names the directory."""
+    may_go = threading.Event()
+    monkeypatch.setattr(writer.Writer, "do_last_jobs", lambda thread: may_go.wait())
+    save = checkpoint.start_save(run.root, 1, model=run.model, optimizer=run.optimizer, shard_map=run.shard_map,
+                                 exported=run.files, state={}, timeout=0.05)
+    with pytest.raises(OSError, match="no rank has written anything for 0.05 s.*tmp_step_1"):
+        save.finish()
+    may_go.set()
+    assert checkpoint.steps_in(run.root) == []
+
+
+# Checkpoints that are saved can be read
+
+
+def renamed(source, weight_map_of):
+    """Let an index name the weight file of a directory otherwise."""
+    name = weight_map_of
+    os.rename(source / "model.safetensors", source / name)
+    names = list(pretrained.read_header(str(source / name)))
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(
+        names, name)}))
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "adapter_model.safetensors", "x.safetensors",
+                                  "model.safetensors", "tensors.safetensors"])
+def test_weight_files_of_any_name_are_saved_such_that_they_can_be_read(tmp_path, name):
+    """With an index unless the name is the one that needs none; a name of PEFT's does not make it an adapter."""
+    source = published(tmp_path / "base", TIED, torch.bfloat16)
+    renamed(source, name)
+    run = Run(source, tmp_path / "out")
+    saved = run.save(1)
+    assert name in listing(saved)
+    resumed, _ = loaded(saved)
+    checkpoint.load_training_tensors(saved, resumed, adamw(resumed))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), run.model.parameters(), strict=True))
+    AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("lost", [EMBEDDING, "exp_avg." + FIRST])
+def test_latest_does_not_move_to_a_checkpoint_that_cannot_be_read(run, monkeypatch, lost):
+    """A tensor that does not reach its file: the save ends with an error, and latest stays at the step before."""
+    run.save(1)
+    open_file = writer.Writer.open
+
+    def open_without(thread, name, tensors, metadata=None):
+        return open_file(thread, name, {key: value for key, value in tensors.items() if key != lost}, metadata)
+
+    monkeypatch.setattr(writer.Writer, "open", open_without)
+    with pytest.raises(AssertionError, match="other tensors than were saved"):
+        run.save(2)
+    assert os.readlink(run.root / "latest") == "step_1" and checkpoint.steps_in(run.root) == [1]
+
+
+def test_values_beyond_fp16_are_saved_in_fp32(tmp_path, capsys):
+    """They would be inf. Only the tensor that has them is widened, in later saves too, and config.json says float32;
+    resume is exact, and transformers reads finite weights in the dtype of config.json."""
+    source = published(tmp_path / "base", QWEN3, torch.float16)
+    config = json.loads((source / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    run = Run(source, tmp_path / "out")
+    dtypes = {name: entry.dtype for name, entry in pretrained.weight_entries(run.save(1)).items()}
+    assert set(dtypes.values()) == {"F16"} and "warning" not in capsys.readouterr().err
+    parameter = dict(run.model.named_parameters())[FIRST]
+    with torch.no_grad():
+        parameter[3, 5] = -1e6
+    saved = run.save(2)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: 1 tensors have values beyond fp16") and FIRST in warning
+    with torch.no_grad():
+        parameter[3, 5] = 1
+    again = run.save(3)
+    assert not capsys.readouterr().err
+    for directory in (saved, again):
+        found = {name: entry.dtype for name, entry in pretrained.weight_entries(directory).items()}
+        assert found == {**dtypes, FIRST: "F32"}
+    assert files.read_json(os.path.join(saved, "config.json")) == {**config, "dtype": "float32"}
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert all(p.isfinite().all() for p in model.parameters())
+    resumed, _ = loaded(again)
+    checkpoint.load_training_tensors(again, resumed, adamw(resumed))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), run.model.parameters(), strict=True))
+
+
+# Training state in slices
+
+
+def split_state(saved, edit=lambda metadata: None):
+    """Rewrite the training state as two files that have the upper and lower rows of each matrix."""
+    path = Path(saved, "training_state", "tensors.safetensors")
+    tensors, halves, metadata = load_file(path), ({}, {}), ({}, {})
+    for name, tensor in tensors.items():
+        for i, part in enumerate(tensor.chunk(2)):
+            halves[i][name] = part.contiguous()
+            start = i * len(tensor.chunk(2)[0])
+            metadata[i][name] = ", ".join([f"{start}:{start + len(part)} of {len(tensor)}",
+                                           *(f"0:{size} of {size}" for size in tensor.shape[1:])])
+    edit(metadata)
+    for i in range(2):
+        save_file(halves[i], path.with_name(f"tensors-{i}.safetensors"), metadata[i])
+    path.unlink()
+
+
+def test_slices_are_read_as_one_tensor(run):
+    """As an independent writer makes them; whole tensors in several files, as older versions wrote them, too."""
+    saved = run.save(1)
+    expected = load_file(os.path.join(saved, "training_state", "tensors.safetensors"))
+    split_state(saved)
+    model, _ = loaded(saved)
+    optimizer = adamw(model)
+    checkpoint.load_training_tensors(saved, model, optimizer)
+    assert torch.equal(model.model.norm.weight, expected[f"master.{LAST}"])
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], expected[f"exp_avg.{name}"])
+               for name, p in model.named_parameters())
+    again = run.save(2)
+    path = Path(again, "training_state", "tensors.safetensors")
+    tensors = list(load_file(path).items())
+    for i in range(3):
+        save_file(dict(tensors[i::3]), path.with_name(f"tensors-0000{i + 1}-of-00003.safetensors"), {"format": "pt"})
+    path.unlink()
+    checkpoint.load_training_tensors(again, model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), run.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text.replace("0:", "1:", 1), "shape"), (lambda text: "", "shape"), (lambda text: "9" * 5000, "shape"),
+    (lambda text: text.replace("of 24", "of 25"), "do not make up"),
+    (lambda text: "12:24 of 24, 0:16 of 16", "do not make up"),
+    (lambda text: "12:24 of 12, 0:16 of 16", "shape"), (lambda text: text + ", 0:1 of 1", "shape")])
+def test_slices_that_are_not_one_tensor_are_refused(run, change, message):
+    """Gaps, parts that are twice, and metadata that does not fit its tensor; the error names the file or directory."""
+    saved = run.save(1)
+    name = f"exp_avg.{FIRST}"
+    split_state(saved, lambda metadata: metadata[0].update({name: change(metadata[0][name])}))
+    before = [p.clone() for p in run.model.parameters()]
+    with pytest.raises(UserError, match=f"(?s)training_state.*{message}"):
+        checkpoint.load_training_tensors(saved, run.model, run.optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+
+
+# --async_save
+
+
+def test_a_kill_at_any_moment_of_a_save_in_the_background_leaves_a_complete_checkpoint(run, monkeypatch):
+    """The name and the link come after all writing, and only in `finish`; the next save removes what is left."""
+    expected = listing(run.save(1))
+    with monkeypatch.context() as patch:
+        log = break_at(patch, 10**6)
+        run.save(2, in_background=True)
+    step = 2
+    for moment in range(len(log)):
+        previous, step = step, step + 1
+        with monkeypatch.context() as patch:
+            break_at(patch, moment)
+            with pytest.raises(Killed):
+                run.save(step, in_background=True)
+        latest = os.readlink(run.root / "latest")
+        assert latest in (f"step_{previous}", f"step_{step}")
+        assert all(listing(run.root / f"step_{n}") == expected for n in checkpoint.steps_in(run.root))
+        checkpoint.verify(str(run.root / latest))
+        run.save(step, in_background=True)
+        assert os.readlink(run.root / "latest") == f"step_{step}"
+
+
+def test_training_continues_while_a_checkpoint_is_written(train, tmp_path, monkeypatch):
+    """Step 3 begins while step 2's checkpoint is written, and latest moves when it is; the next save waits for the one
+    before. Checkpoints and metrics are bitwise those of a run without --async_save, which keeps as many."""
+    common = ("--lr", "1e-3", "--batch_size", 2, "--max_length", 64, "--max_steps", 8, "--save_steps", 2,
+              "--keep_checkpoints", 2, "--deterministic")
+    straight = train(*common, out="straight")
+    log, may_write, do_last_jobs = [], threading.Event(), writer.Writer.do_last_jobs
+
+    def slow_jobs(thread):
+        if thread.directory.endswith("step_2"):
+            assert may_write.wait(30)
+        do_last_jobs(thread)
+        log.append(f"written {thread.directory[-1]}")
+
+    def backward(*arguments, **keywords):
+        log.append("step")
+        if log.count("step") == 4:  # step 4 will save: it must wait for step 2's
+            assert not os.path.exists(tmp_path / "out" / "checkpoints" / "latest")
+            may_write.set()
+        return real_backward(*arguments, **keywords)
+
+    real_backward, move = sft.backward, checkpoint.move_into_place
+    monkeypatch.setattr(writer.Writer, "do_last_jobs", slow_jobs)
+    monkeypatch.setattr(sft, "backward", backward)
+    monkeypatch.setattr(checkpoint, "move_into_place", lambda *arguments: log.append(
+        f"moved {arguments[2]}") or move(*arguments))
+    lines = train(*common, "--async_save")
+    assert log.index("written 2") > [i for i, word in enumerate(log) if word == "step"][3]
+    moved = [word for word in log if word.startswith("moved")]
+    assert moved == [f"moved {n}" for n in (2, 4, 6, 8)]
+    assert all(log.index(f"written {n}") < log.index(f"moved {n}") for n in (2, 4, 6, 8))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in straight]
+    root = tmp_path / "out" / "checkpoints"
+    assert sorted(os.listdir(root)) == ["latest", "step_6", "step_8"] and os.readlink(root / "latest") == "step_8"
+    for step in ("step_6", "step_8"):
+        for name in listing(root / step):
+            assert (root / step / name).read_bytes() == (
+                tmp_path / "straight" / "checkpoints" / step / name).read_bytes(), name
+
+
+# Many ranks
+
+
+def test_checkpoints_of_any_layout_are_read_bitwise_on_any_other(tmp_path):
+    """Weights, masters and moments, written by 1, 2, 3 and 4 ranks, with tp, offload, and in the background; each rank
+    writes its slices of the training state and no other, all write at the same time, and memory is bounded."""
+    two_layers(tmp_path / "model")
+    one, two, three, split, both = (tmp_path / name for name in ("one", "two", "three", "split", "both"))
+    tp = ("--strategy", "megatron", "--tp", 2)
+    layouts = [(1, one, (), ("--optimizer_offload",)), (3, three, (one,), ("--param_offload",)),
+               (2, split, (three, one), tp), (4, both, (split, three), tp), (2, two, (both, split), ()),
+               (1, tmp_path / "last", (two, both, three, split), ())]
+    run_all([(ranks, ("save_on_ranks", out, ",".join(f"{path}{end}/step_1" for path, end in
+                                                     zip(reads, itertools.cycle(["", ".background"]))),
+                      "--model", tmp_path / "model", *flags)) for ranks, out, reads, flags in layouts], tmp_path)
+    expected = [tensors_of(one / "step_1" / folder) for folder in ("", "training_state")]
+    for ranks, out, *_ in layouts:
+        for directory in (out, Path(f"{out}.background")):
+            for folder, tensors in zip(("", "training_state"), expected):
+                found = tensors_of(directory / "step_1" / folder)
+                assert found.keys() == tensors.keys()
+                assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+            sizes = [path.stat().st_size for path in (directory / "step_1" / "training_state").glob("tensors*")]
+            assert len(sizes) == ranks and max(sizes) < 1.3 * sum(sizes) / ranks  # no slice is written twice

@@ -19,7 +19,7 @@ import chat
 import data
 import lora
 import sft
-from disk import checkpoint, files, pretrained
+from disk import checkpoint, files, pretrained, writer
 from disk import peft as peft_config
 from families.config import ModelConfig
 from ops import nf4, optim
@@ -525,7 +525,7 @@ def test_a_base_that_is_not_finite_can_not_be_quantised(models, train, tmp_path)
 def test_merge_has_one_file_in_memory_at_a_time(models, tmp_path, monkeypatch):
     """A model larger than FILE_BYTES is written in files of about that size, each after the one before is freed."""
     adapter = peft_adapter(models["untied"], tmp_path / "a")
-    alive, sizes, write = [], [], pretrained.write_safetensors
+    alive, sizes, write = [], [], writer.write_safetensors
 
     def watch(path, tensors):
         assert not [ref for ref in alive if ref() is not None], "tensors of an earlier file are still in memory"
@@ -533,7 +533,7 @@ def test_merge_has_one_file_in_memory_at_a_time(models, tmp_path, monkeypatch):
         sizes.append(sum(t.nbytes for t in tensors.values()))
         write(path, tensors)
 
-    monkeypatch.setattr(pretrained, "write_safetensors", watch)
+    monkeypatch.setattr(writer, "write_safetensors", watch)
     monkeypatch.setattr(merging, "FILE_BYTES", 300_000)
     arguments = ["merge.py", adapter, tmp_path / "m", "--base", models["untied"]]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
