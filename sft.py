@@ -25,7 +25,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import fsdp
@@ -211,7 +210,7 @@ def evaluate(model, dataset, cfg, ranks):
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in overlap.ahead(micro_batches(dataset, range(len(dataset)), cfg, ranks), ranks.device):
-        if ranks.poll_signals():
+        if ranks.poll_signals(late=True):
             break
         ranks.micro_batch = batch
         batch = batch.to(ranks.device)
@@ -306,7 +305,7 @@ def train(cfg, ranks):
 
     def after_step(step):
         """Evaluate if due, save if due. The first step's numbers are shown at once: a user waits for them."""
-        is_best, is_stopping = False, ranks.poll_signals()
+        is_best, is_stopping = False, ranks.poll_signals(late=True)
         evaluates, saves = sampler.is_due(step, cfg.eval_steps), sampler.is_due(step, cfg.save_steps)
         if not (evaluates or saves or is_stopping or step in (first_step, len(sampler))):
             return
@@ -370,4 +369,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(record(main))  # record: torchrun's report shows the error of the rank that failed first
+    errors.run(main)

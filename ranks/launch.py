@@ -14,7 +14,6 @@ import sys
 
 SFT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "sft.py")
 # Signals that end a run early, and its exit code: Ctrl-C, Slurm's warning before a requeue, a shutdown.
-OUT_OF_MEMORY = "out of memory"  # what a rank leaves for torchrun's report, and a key of the store
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143}
 
 
@@ -73,10 +72,13 @@ def check_settings(arguments):
 def torchrun(arguments, n_gpus, n_nodes):
     """Run sft.py under torchrun, in this process, until all workers have ended. Returns the exit code.
 
-    The code is 2 if the first worker to fail has that code: the worker has printed what is wrong with the
-    input; 1 if its memory ran out, of which it has printed the details. Any other failure raises torchrun's
-    ChildFailedError, whose text is its report.
+    A worker that fails prints why, and all have the same exit code. So torchrun's report and its log of the
+    signals that it sends, some 40 lines, are not shown. What a worker can't print is: which signal killed it.
     """
+    import logging
+
+    # when the store ends before a rank, torch would print a stack of 15 lines of C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import run  # imported here: the process that supervises this one needs no torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -86,13 +88,18 @@ def torchrun(arguments, n_gpus, n_nodes):
                       "--master_addr", variable("MASTER_ADDR", "127.0.0.1"),
                       "--master_port", variable("MASTER_PORT", "29500")]
     flags = ["--nproc_per_node", str(n_gpus), *rendezvous, "--signals_to_handle", "SIGHUP,SIGQUIT"]
+    logging.disable(logging.ERROR)
     try:
         run.run(run.parse_args([*flags, SFT, "--environment", *arguments]))
     except ChildFailedError as error:
-        failure = error.get_first_failure()[1]
-        if failure.exitcode != 2 and failure.message != OUT_OF_MEMORY:
-            raise
-        return failure.exitcode
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        reported = [code for code in codes.values() if code > 0]
+        if not reported:
+            rank, code = next(iter(codes.items()))
+            name = signal.Signals(-code).name
+            hint = "; if it was the kernel, memory ran out: see dmesg" if code == -signal.SIGKILL else ""
+            print(f"train.sh: error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
+        return reported[0] if reported else 1
     return 0
 
 

@@ -49,4 +49,4 @@ def stop(*args, **kwargs):
 processes.Ranks.set_phase, sft.train = set_phase_and_fail, fail_and_train
 if phase == "lock":
     data.tokenise = stop
-errors.run(sft.record(sft.main))
+errors.run(sft.main)
