@@ -22,7 +22,6 @@ from ranks.failures import BACKEND_TIMEOUT, Watchdog, exit_code, print_traceback
 from ranks.launch import EXIT_CODES
 from settings.errors import NonFiniteError, OutOfMemory, UserError
 
-SIGNALS = sorted(EXIT_CODES, key=EXIT_CODES.get)  # of several signals the last one of these counts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -91,14 +90,9 @@ class Ranks:
         dist.broadcast(number, 0)
         return int(number)
 
-    @staticmethod
-    def order(number):
-        """The rank of a signal among SIGNALS, from 1; 0 for none. The highest one that any rank has counts."""
-        return SIGNALS.index(number) + 1 if number else 0
-
     def on_signal(self, number, _):
         """Signal handler. os.write has no buffer, as the handler may interrupt a print."""
-        if self.watchdog and self.watchdog.failure:  # the run is ending; torchrun sends SIGTERM
+        if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun sends SIGTERM to the rest
             return
         if number == self.received_signal == signal.SIGINT:
             os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
@@ -108,7 +102,7 @@ class Ranks:
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
             os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
-        self.received_signal = SIGNALS[max(self.order(self.received_signal), self.order(number)) - 1]
+        self.received_signal = max(self.received_signal, number)
         if not self.has_polled:
             sys.exit(EXIT_CODES[self.received_signal])
 
@@ -119,16 +113,15 @@ class Ranks:
               signal is then seen one such poll later. The next poll that is not late sees it in any case
         """
         self.has_polled = True
-        order = torch.tensor(self.order(self.received_signal))  # on the CPU, by gloo: no device sync
+        number = torch.tensor(self.received_signal)  # on the CPU, by gloo: no device sync
         if self.world_size > 1:
-            work = dist.all_reduce(order, dist.ReduceOp.MAX, async_op=True)
-            before, self.late = self.late, (work, order) if late else None
+            work = dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
+            before, self.late = self.late, (work, number) if late else None
             if late:
-                work, order = before or (None, torch.tensor(0))
+                work, number = before or (None, torch.tensor(0))
             if work:
                 work.wait()
-        found = max(int(order), self.order(self.stop_signal))
-        self.stop_signal = SIGNALS[found - 1] if found else 0
+        self.stop_signal = max(self.stop_signal, int(number))
         return self.stop_signal
 
     def __enter__(self):
