@@ -126,7 +126,7 @@ def child_state(pid):
 
 
 class Watchdog:
-    """Watches this rank and the others; see the top of this file.
+    """Watches this rank and the others once start() is called; see the top of this file.
 
     store    a connection of its own: a call of the main thread may block
     timeout  seconds for which a rank that others wait for may stay where it is. Only the time in which this
@@ -149,6 +149,8 @@ class Watchdog:
         self.ages = {}  # (rank, "beat" or "place") -> [what it was, seconds for which it has not changed]
         self.is_store_gone = self.is_closed = False
         self.wake = threading.Event()
+
+    def start(self):
         for target in (self.carry, self.watch):
             threading.Thread(target=target, daemon=True).start()
 

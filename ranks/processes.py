@@ -222,6 +222,7 @@ def start(tp, timeout, deterministic=False):
         store = join(next(dist.rendezvous("env://", rank, world_size))[0], rank)
     if world_size > 1:
         watchdog = Watchdog(store.clone(), rank, world_size, timeout)
+        watchdog.start()
         store.set_timeout(BACKEND_TIMEOUT)
     if not dist.is_initialized():
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
