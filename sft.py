@@ -275,6 +275,7 @@ def train(cfg, ranks):
     """One run from start to end. Every rank calls it."""
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
+    ranks.warn_of_idle(cfg.batch_size if cfg.batch_tokens is None else ranks.dp_size)
     run = RunState(cfg, ranks)  # a new run, or one that resumes from a verified checkpoint
     tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
                               cfg.template_kwargs, run.date)

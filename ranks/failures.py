@@ -1,10 +1,10 @@
 """How a run ends when one of its ranks fails: all ranks end soon, and one line says which was first, and why.
 
-Each rank of several has a Watchdog. One of its threads carries: it writes to the store where this rank is, and
-reads whether a rank has failed. The other one counts: for how long nothing has changed here and elsewhere. It
-ends the process even while the main thread is blocked in a call of gloo or NCCL, and while the store's node is
-gone. Who is to blame follows from the number of collectives that each rank has entered: the ranks that wait
-for another have entered one more.
+Each rank of several has a Watchdog. One of its threads carries: it writes to the store where this rank is,
+and reads whether a rank has failed. The other one counts: for how long nothing has changed here and
+elsewhere. It ends the process even while the main thread is blocked in a call of gloo or NCCL, and while the
+store's node is gone. Who is to blame follows from the number of collectives that each rank has entered: the
+ranks that wait for another have entered one more.
 """
 
 import contextlib
@@ -144,7 +144,8 @@ class Watchdog:
         self.proposal = None  # the Failure that this rank knows; the first proposal in the store wins
         self.own_error = None  # the Failure for which the main thread prints an error and exits
         self.lost = None  # why the main thread can't reach other ranks
-        self.states, self.siblings = {}, {}  # {rank: State}: all ranks, read while this one waits; this node's
+        self.states = {}  # {rank: State} of all ranks, read while this one does not move
+        self.siblings = {}  # {rank: State} of this node's ranks, as they have started
         self.unread = set(range(world_size))  # the ranks that have not read the failure yet
         self.ages = {}  # (rank, "beat" or "place") -> [what it was, seconds for which it has not changed]
         self.is_store_gone = self.is_closed = False
@@ -154,7 +155,7 @@ class Watchdog:
         for target in (self.carry, self.watch):
             threading.Thread(target=target, daemon=True).start()
 
-    # ---- the main thread --------------------------------------------------------------------------------------
+    # ---- the main thread -----------------------------------------------------------------------------
 
     def state(self):
         entered = {**collectives(), "store": self.store_waits}
@@ -186,7 +187,7 @@ class Watchdog:
             time.sleep(1)
 
     def blame_for(self, error, code):
-        """The Failure that an error of the main thread stands for; None if the other thread has to find it."""
+        """The Failure that an error of the main thread stands for; None if watch() has to find it."""
         if gone := self.gone_sibling():  # torchrun then stops this rank too
             return gone
         if isinstance(error, LockTimeout):
@@ -218,7 +219,7 @@ class Watchdog:
         while self.unread and not self.is_store_gone and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    # ---- the thread that carries ------------------------------------------------------------------------------
+    # ---- the thread that carries ---------------------------------------------------------------------
 
     def carry(self):
         try:
@@ -259,7 +260,7 @@ class Watchdog:
         texts = self.store.multi_get(list(keys.values())) if keys else []
         return {rank: State(*json.loads(text)) for rank, text in zip(keys, texts)}
 
-    # ---- the thread that counts -------------------------------------------------------------------------------
+    # ---- the thread that counts ----------------------------------------------------------------------
 
     def watch(self):
         last = time.monotonic()
@@ -318,8 +319,8 @@ class Watchdog:
                                f"{self.rank} waits for it in {self.phase}")
         limit = 2 * GRACE if self.lost else TOGETHER * self.timeout
         if self.is_looking and min((self.age_of(rank, "place") for rank in others), default=0) > limit:
-            why = self.lost or (f"no rank has moved for {limit} s. All have entered the same collectives: see "
-                                "to the network and the GPUs; or raise --timeout for a longer load")
+            why = self.lost or (f"no rank has moved for {limit} s, and all are in the same collectives: check "
+                                "the network and the GPUs, or raise --timeout for a longer load")
             return Failure(self.rank, self.node, self.host, os.getpid(), self.phase, why)
         return None
 

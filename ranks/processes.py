@@ -59,7 +59,7 @@ class Ranks:
             self.store.set(f"state {self.rank}", json.dumps(self.watchdog.state()))
 
     def show_progress(self):
-        """Say that this rank is at work in its phase. Its watchdog sends it to the others, once in a while."""
+        """Say that this rank is at work in its phase. Its watchdog sends it to the others."""
         if self.watchdog:
             self.watchdog.progress += 1
 
@@ -75,6 +75,13 @@ class Ranks:
         while done < self.world_size:
             time.sleep(0.1)
             done = self.store.add(phase, 0)
+
+    def warn_of_idle(self, batch_size):
+        """Print a warning if a step has fewer conversations than there are ranks to read them."""
+        if batch_size < self.dp_size and self.rank == 0:
+            print(f"warning: --batch_size {batch_size} is less than the {self.dp_size} data-parallel ranks: "
+                  f"{self.dp_size - batch_size} of them compute nothing; set --batch_size {self.dp_size} or "
+                  "more, or use fewer ranks", file=sys.stderr)
 
     def all_reduce(self, tensor):
         """Sum a tensor over the data-parallel ranks, in place: one all-reduce."""
@@ -92,7 +99,7 @@ class Ranks:
 
     def on_signal(self, number, _):
         """Signal handler. os.write has no buffer, as the handler may interrupt a print."""
-        if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun sends SIGTERM to the rest
+        if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun ends all ranks
             return
         if number == self.received_signal == signal.SIGINT:
             os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")

@@ -2,8 +2,9 @@
 
 Planted: when rank RANK enters phase PHASE, it raises a KeyError (HOW is raise) or a UserError (user), gets SIGKILL
 (kill) or SIGSTOP (stop), or calls a function of C that sleeps, as one that releases Python's lock (block) or holds it
-(hold). Only in the first attempt of torchrun --max-restarts. PHASE is the name of a phase, or start (before training), end (after training) or lock (the rank that takes the
-lock of the token cache stops, whichever RANK is). The time of the failure is written to the file `planted`.
+(hold). Only in the first attempt of torchrun --max-restarts. PHASE is the name of a phase, or start (before training),
+end (after training) or lock (the rank that takes the lock of the token cache stops, whichever RANK is). The time of the
+failure is written to the file `planted`.
 """
 
 import ctypes
@@ -37,7 +38,8 @@ def fail():
 
 def set_phase_and_fail(self, name):
     set_phase(self, name)
-    if self.rank == int(rank) and name == phase != "start" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if is_first and self.rank == int(rank) and name == phase != "start":
         fail()
 
 

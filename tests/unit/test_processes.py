@@ -214,3 +214,15 @@ def test_child_state():
     with subprocess.Popen(["sleep", "100"]) as other:
         assert failures.child_state(other.pid) == "" == failures.child_state(2**22 + 1)
         other.kill()
+
+
+def test_ranks_without_conversations_are_counted(capsys):
+    def ranks(rank):
+        return processes.Ranks(rank=rank, world_size=8, dp_rank=rank, dp_size=8, mesh=None, device=torch.device("cpu"),
+                               store=dist.HashStore())
+
+    ranks(1).warn_of_idle(3)
+    ranks(0).warn_of_idle(8)
+    assert capsys.readouterr().err == ""
+    ranks(0).warn_of_idle(3)
+    assert "warning: --batch_size 3 is less than the 8 data-parallel ranks: 5 of them compute" in capsys.readouterr().err
