@@ -303,11 +303,12 @@ class Watchdog:
         if gone := self.gone_sibling():
             return gone
         if self.is_store_gone:
-            return self.store_failure("node 0 is gone: it has closed the connection to its store")
+            return self.store_failure("node 0 is gone: the connection to its store was closed")
         limit = GRACE if self.lost else self.timeout
         if self.age_of("store") > limit:
             self.is_store_gone = True
-            return self.store_failure(f"node 0 is gone: its store has not answered for {limit} s")
+            return self.store_failure(f"node 0 is gone, or the link to it is cut: its store has not "
+                                      f"answered for {limit} s")
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         silent = [rank for rank in others if self.age_of(rank, "beat") > limit]
         if silent:

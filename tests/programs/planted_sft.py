@@ -1,7 +1,7 @@
 """Replaces sft.py in tests of ranks/launch.py: appends to the file LOG, as a JSON line, how it was started.
 
-Planted: the fault that the environment variable PLANT names. exit N: workers exit with code N; memory: they leave the
-message of a rank that ran out of memory and exit with code 1; meet N: workers wait until N of them have started; hang:
+Planted: the fault that the environment variable PLANT names. exit N: workers exit with code N; kill: worker 1 gets
+SIGKILL, worker 0 exits later; meet N: workers wait until N of them have started; hang:
 workers sleep for a minute.
 """
 
@@ -29,10 +29,10 @@ with open(os.environ["LOG"], "a", encoding="utf-8") as f:
 fault, _, number = os.environ.get("PLANT", "").partition(" ")
 if "RANK" in os.environ and fault == "exit":
     sys.exit(int(number))
-if "RANK" in os.environ and fault == "memory":
-    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as f:
-        json.dump({"message": "out of memory", "timestamp": int(time.time())}, f)
-    sys.exit(1)
+if "RANK" in os.environ and fault == "kill":
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(2)
 while fault == "meet" and "RANK" in os.environ and started_workers() < int(number):
     time.sleep(0.05)
 if "RANK" in os.environ and fault == "hang":

@@ -194,7 +194,8 @@ def test_a_store_that_does_not_answer(watchdogs):
         watchdog.count(0.5)
         if failure := watchdog.judge():
             break
-    assert failure.line().endswith("failed in step 8: node 0 is gone: its store has not answered for 10 s")
+    assert failure.line().endswith("failed in step 8: node 0 is gone, or the link to it is cut: its "
+                                   "store has not answered for 10 s")
     watchdog.is_store_gone = True
     assert "node 0 is gone" in watchdog.judge().cause
 
