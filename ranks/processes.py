@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disk.files import LockTimeout
-from ranks.launch import EXIT_CODES, OUT_OF_MEMORY
+from ranks import cluster
+from ranks.launch import CODE_FILE, EXIT_CODES, OUT_OF_MEMORY, exit_code, handle_signals
 from settings.errors import OutOfMemory, UserError
 
 
@@ -71,6 +72,7 @@ class Ranks:
         """Write to the store, at most once a second, that this rank is at work in its phase."""
         if self.world_size > 1 and time.monotonic() - self.shown > 1:
             self.shown = time.monotonic()
+            end_if_stopped(self.store)
             self.set_phase(self.phase)
             self.store.add("progress", 1)
 
@@ -86,6 +88,7 @@ class Ranks:
         # 2 s more: the wait for a lock, whose error names the holder, ends first
         limit = self.store.timeout.total_seconds() + 2
         while done < self.world_size:
+            end_if_stopped(self.store)
             now = done, self.store.add("progress", 0)
             if now != seen:
                 seen, since = now, time.monotonic()
@@ -113,27 +116,35 @@ class Ranks:
         if number == self.received_signal == signal.SIGINT:
             os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
             os._exit(EXIT_CODES[number])
-        if self.rank == 0 and not self.received_signal:
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
             message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
             os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
         self.received_signal = max(self.received_signal, number)
         if not self.has_polled:
-            sys.exit(EXIT_CODES[self.received_signal])
+            end_by_signal(self.received_signal, has_trained=False)
 
     def poll_signals(self):
-        """The signal that any rank has received, or 0. A collective: all ranks get the same."""
-        self.has_polled = True
+        """The signal that any rank has received, or 0. A collective: all ranks get the same.
+
+        The first call, before the first step, ends the run if there is one.
+        """
+        is_first, self.has_polled = not self.has_polled, True
         number = torch.tensor(self.received_signal)  # on the CPU, by gloo: no device sync
         if self.world_size > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         self.stop_signal = int(number)
+        if is_first and self.stop_signal:
+            self.store.set("stopped", str(self.stop_signal))
+            end_by_signal(self.stop_signal, has_trained=False)
         return self.stop_signal
 
     def __enter__(self):
         self.set_phase("start")
-        self.previous_handlers = {number: signal.signal(number, self.on_signal) for number in EXIT_CODES}
+        self.previous_handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
+        handle_signals(self.on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # as ranks/launch.py has blocked them
         return self
 
     def __exit__(self, kind, error, _):
@@ -150,7 +161,7 @@ class Ranks:
         elif self.world_size == 1:
             dist.destroy_process_group()
         elif self.store.check(["stopped"]):
-            sys.exit(EXIT_CODES[int(self.store.get("stopped"))])
+            end_if_stopped(self.store)
         elif isinstance(error, OutOfMemory):
             if self.store.add(OUT_OF_MEMORY, 1) == 1:  # the first rank: others may be short of it too
                 print(f"sft.py: error: {error}", file=sys.stderr)
@@ -221,6 +232,22 @@ class Ranks:
         return min(others, key=lambda other: other.since, default=None)
 
 
+def end_by_signal(number, has_trained):
+    """Exit as signal `number` ends a run. Under train.sh that is the exit code of ranks/launch.py."""
+    code, path = exit_code(number, has_trained), os.environ.get(CODE_FILE)
+    if path is None:
+        sys.exit(code)
+    with open(path, "w") as f:
+        f.write(str(code))
+    sys.exit(0)
+
+
+def end_if_stopped(store):
+    """Exit if a signal has ended another rank before the first step."""
+    if store.check(["stopped"]):
+        end_by_signal(int(store.get("stopped")), has_trained=False)
+
+
 def leave_for_torchrun(message):
     """Write the file that torchrun's report quotes, in its format; without torchrun do nothing."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -258,6 +285,23 @@ def check_strategy(strategy, tp):
                         "--tp 1; use --strategy megatron --tp 2, or neither")
 
 
+def wait_for_start(store, world_size, timeout):
+    """Wait until every rank has reached the store. A signal ends the wait on all of them.
+
+    init_process_group would wait as well, but in a call that no signal ends. Raises RuntimeError after
+    `timeout` seconds.
+    """
+    began, started = time.monotonic(), store.add("started", 1)
+    while started < world_size:
+        if time.monotonic() - began > timeout:
+            raise RuntimeError(f"timed out: {started} of {world_size} ranks started in {timeout:.0f} s")
+        if pending := signal.sigpending() & EXIT_CODES.keys():  # blocked by ranks/launch.py until __enter__()
+            store.set("stopped", str(int(max(pending))))
+        end_if_stopped(store)
+        time.sleep(0.05)
+        started = store.add("started", 0)
+
+
 def start(tp, timeout, deterministic=False):
     """Join the process group that torchrun describes, or create one for this single process.
 
@@ -265,8 +309,13 @@ def start(tp, timeout, deterministic=False):
     timeout        seconds until a rank that does not respond counts as failed
     deterministic  make results on CUDA bit-identical from run to run
 
-    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes.
+    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes, or the
+    environment speaks of several and does not say how to meet them.
     """
+    try:
+        cluster.check_alone(os.environ)
+    except cluster.ClusterError as error:
+        raise UserError(str(error)) from error
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -285,9 +334,13 @@ def start(tp, timeout, deterministic=False):
         if world_size > 1:  # a single process has no collective, and NCCL would take a second and memory
             backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
     store = dist.HashStore()
-    if "WORLD_SIZE" in os.environ:
-        store = next(dist.rendezvous("env://", rank, world_size))[0]
     timeout = datetime.timedelta(seconds=timeout)
+    if world_size > 1:
+        if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):  # train.sh has done this already
+            master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            cluster.use_interface(cluster.local_address(*master), os.environ)
+        store = next(dist.rendezvous("env://", rank, world_size))[0]
+        wait_for_start(store, world_size, timeout.total_seconds())
     store.set_timeout(timeout)  # wait_for_all() would otherwise wait for the store's default, 30 minutes
     if not dist.is_initialized():
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
