@@ -222,7 +222,7 @@ def find_place(n_gpus):
     try:
         place, source = cluster.read(os.environ, n_gpus is not None)
     except cluster.ClusterError as error:
-        fail(error)
+        fail(str(error))
     for name in (*cluster.OF_A_RANK, *cluster.TORCHRUN):
         os.environ.pop(name, None)
     os.environ.update(place)
@@ -250,7 +250,7 @@ def meet(n_nodes, timeout):
     try:
         meeting.wait_for_nodes(nodes)
     except meeting.MeetingError as error:
-        fail(error)
+        fail(str(error))
     chosen = cluster.use_interface(nodes.interface_address, os.environ)
     if chosen:
         meeting.show(f"{n_nodes} nodes have joined; {chosen}, the interface of {nodes.interface_address}")
@@ -261,7 +261,7 @@ def check_free(port):
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        fail(f"MASTER_PORT {port}: {error.strerror}; unset it: train.sh then takes a free port")
+        fail(f"MASTER_PORT {port}: {os.strerror(error.errno)}; unset it: train.sh then takes a free port")
 
 
 def main():

@@ -11,6 +11,7 @@ This file imports only the standard library.
 import contextlib
 import errno
 import json
+import os
 import selectors
 import socket
 import sys
@@ -111,7 +112,7 @@ class Meeting:
                 self.find_other_node_0()
                 raise MeetingError(f"MASTER_PORT {self.port} is in use on this node, by another run or "
                                    "program; set another port, the same on all nodes") from error
-            raise MeetingError(f"MASTER_PORT {self.port}: {error.strerror}; set another port, the same on "
+            raise MeetingError(f"MASTER_PORT {self.port}: {os.strerror(error.errno)}; set another port, the same on "
                                "all nodes") from error
 
     def waiting_for(self, missing, own):

@@ -152,6 +152,8 @@ class Ranks:
 
         If memory ran out on one of them, that rank prints why and all exit with code 1.
         """
+        if self.stop_signal:
+            block_signals()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         if kind is SystemExit and self.received_signal:
@@ -237,9 +239,16 @@ def end_by_signal(number, has_trained):
     code, path = exit_code(number, has_trained), os.environ.get(CODE_FILE)
     if path is None:
         sys.exit(code)
+    block_signals()
     with open(path, "w") as f:
         f.write(str(code))
     sys.exit(0)
+
+
+def block_signals():
+    """Under train.sh, ignore more signals: Slurm sends each to every process, and train.sh passes it as well."""
+    if CODE_FILE in os.environ:
+        signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
 
 
 def end_if_stopped(store):
