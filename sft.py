@@ -366,7 +366,7 @@ def main():
           out_of_memory.explained(cfg, ranks)):
         train(cfg, ranks)
     if ranks.stop_signal:
-        sys.exit(processes.EXIT_CODES[ranks.stop_signal])
+        processes.end_by_signal(ranks.stop_signal, has_trained=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from disk.files import LockTimeout
+from ranks.launch import CODE_FILE
 from settings.errors import OutOfMemory, UserError, printable
 
 TICK = 0.5  # seconds between two looks at the store
@@ -43,7 +44,7 @@ class Failure:
     host: str
     pid: int
     phase: str
-    cause: str  # "" if a signal ended the run: nothing is printed
+    cause: str  # "" if a signal ended the run: nothing more is printed
     code: int = 1  # exit code of all ranks
     is_silent: bool = False  # the rank does not respond; else it ends by itself, and prints its error
 
@@ -102,7 +103,7 @@ def is_from_others(error):
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
-def exit_code(error):
+def code_of(error):
     """The exit code that settings.errors.run gives an error."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
@@ -180,7 +181,8 @@ class Watchdog:
             self.propose(failure)
             if self.failure == self.own_error:
                 is_first_on_node()  # the others need not print it
-                leave_for_torchrun(failure.line())
+                if failure.cause:
+                    leave_for_torchrun(failure.line())
                 self.await_readers()
                 return
         while True:
@@ -321,8 +323,8 @@ class Watchdog:
                                f"{self.rank} waits for it in {self.phase}")
         limit = 2 * GRACE if self.lost else TOGETHER * self.timeout
         if self.is_looking and min((self.age_of(rank, "place") for rank in others), default=0) > limit:
-            why = self.lost or (f"no rank has moved for {limit} s, and all are in the same collectives: check "
-                                "the network and the GPUs, or raise --timeout for a longer load")
+            why = self.lost or (f"no rank has moved for {limit} s, and all are in the same collectives: "
+                                "check the network and the GPUs, or raise --timeout for a longer load")
             return Failure(self.rank, self.node, self.host, os.getpid(), self.phase, why)
         return None
 
@@ -359,7 +361,8 @@ class Watchdog:
         if failure.cause and not is_own and is_first_on_node():
             with contextlib.suppress(OSError):
                 os.write(2, (failure.line() + "\n").encode())
-        leave_for_torchrun(failure.line())
+        if failure.cause:
+            leave_for_torchrun(failure.line())
         self.await_readers()
         # the rank that failed prints its error: as soon as one rank ends, torchrun ends the others
         deadline = time.monotonic() + 2 * NEWS * (is_own or (is_here and not failure.is_silent))
@@ -369,7 +372,7 @@ class Watchdog:
         if is_here and failure.is_silent and failure.rank != self.rank and child_state(failure.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(failure.pid, signal.SIGKILL)  # a stopped process could not end by itself
-        os._exit(failure.code)
+        os._exit(failure.code if failure.cause else leave_exit_code(failure.code))
 
 
 def is_first_on_node():
@@ -382,6 +385,19 @@ def is_first_on_node():
     except OSError:
         return False
     return True
+
+
+def leave_exit_code(code):
+    """Leave the exit code of a run that a signal ended for train.sh. Returns the one to exit with.
+
+    Under train.sh that is 0: for any other one, torchrun kills the other ranks.
+    """
+    path = os.environ.get(CODE_FILE)
+    if path is None:
+        return code
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(str(code))
+    return 0
 
 
 def leave_for_torchrun(message):

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ranks.failures import BACKEND_TIMEOUT, Watchdog, exit_code, print_traceback
-from ranks.launch import EXIT_CODES
+from ranks import cluster
+from ranks.failures import BACKEND_TIMEOUT, Watchdog, code_of, leave_exit_code, print_traceback
+from ranks.launch import CODE_FILE, EXIT_CODES, exit_code, handle_signals
 from settings.errors import NonFiniteError, OutOfMemory, UserError
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -104,22 +105,24 @@ class Ranks:
         if number == self.received_signal == signal.SIGINT:
             os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
             os._exit(EXIT_CODES[number])
-        if self.rank == 0 and not self.received_signal:
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
             message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
             os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
         self.received_signal = max(self.received_signal, number)
         if not self.has_polled:
-            sys.exit(EXIT_CODES[self.received_signal])
+            end_by_signal(self.received_signal, has_trained=False)
 
     def poll_signals(self, late=False):
         """The signal that any rank has received, or 0. A collective: all ranks get the same.
 
         late  return what the late poll before found, or 0 after none: no rank waits for the others here. A
               signal is then seen one such poll later. The next poll that is not late sees it in any case
+
+        The first call, before the first step, ends the run if there is one.
         """
-        self.has_polled = True
+        is_first, self.has_polled = not self.has_polled, True
         number = torch.tensor(self.received_signal)  # on the CPU, by gloo: no device sync
         if self.world_size > 1:
             work = dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
@@ -129,11 +132,15 @@ class Ranks:
             if work:
                 work.wait()
         self.stop_signal = max(self.stop_signal, int(number))
+        if is_first and self.stop_signal:
+            end_by_signal(self.stop_signal, has_trained=False)
         return self.stop_signal
 
     def __enter__(self):
         self.set_phase("start")
-        self.previous_handlers = {number: signal.signal(number, self.on_signal) for number in EXIT_CODES}
+        self.previous_handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
+        handle_signals(self.on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # as ranks/launch.py has blocked them
         return self
 
     def __exit__(self, kind, error, _):
@@ -143,12 +150,17 @@ class Ranks:
         the other ranks end with its exit code. If a signal has ended a rank before the first step, all exit
         with its code.
         """
+        if self.stop_signal:
+            block_signals()
         if error is None:
             self.wait_for_all()
         elif self.watchdog:
-            is_bug = not isinstance(error, (UserError, NonFiniteError, OutOfMemory, SystemExit))
-            self.watchdog.fail(error, exit_code(error))
-            if is_bug and exit_code(error) == 1:
+            code = code_of(error)
+            if number := self.stop_signal or self.received_signal:
+                code = exit_code(number, has_trained=False)
+            is_bug = not isinstance(error, (UserError, NonFiniteError, OutOfMemory, SystemExit)) and code == 1
+            self.watchdog.fail(error, code)
+            if is_bug:
                 print(f"sft.py: rank {self.rank} (node {self.watchdog.node}, {self.watchdog.host}) failed in "
                       f"{self.phase}:", file=sys.stderr)
                 print_traceback(error)
@@ -175,6 +187,18 @@ class Ranks:
                 self.watchdog.close()
         dist.destroy_process_group()
 
+def end_by_signal(number, has_trained):
+    """Exit as signal `number` ends a run. Under train.sh that is the exit code of ranks/launch.py."""
+    block_signals()
+    sys.exit(leave_exit_code(exit_code(number, has_trained)))
+
+
+def block_signals():
+    """Under train.sh, ignore more signals: Slurm sends each to all processes, and train.sh passes it too."""
+    if CODE_FILE in os.environ:
+        signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+
+
 
 def check_tp(tp, world_size):
     """Raise UserError if tp, the number of ranks that split each matrix, does not divide the world size."""
@@ -196,6 +220,21 @@ def check_strategy(strategy, tp):
                         "--tp 1; use --strategy megatron --tp 2, or neither")
 
 
+def wait_for_start(store, world_size, watchdog):
+    """Wait until every rank has reached the store. A signal ends the wait on all of them.
+
+    init_process_group would wait as well, but in a call that no signal ends.
+    """
+    started = store.add("started", 1)
+    while started < world_size:
+        if pending := signal.sigpending() & EXIT_CODES.keys():  # blocked by ranks/launch.py until __enter__()
+            code = exit_code(max(pending), has_trained=False)
+            watchdog.fail(SystemExit(code), code)
+            end_by_signal(max(pending), has_trained=False)
+        time.sleep(0.05)
+        started = store.add("started", 0)
+
+
 def start(tp, timeout, deterministic=False):
     """Join the process group that torchrun describes, or create one for this single process.
 
@@ -203,9 +242,14 @@ def start(tp, timeout, deterministic=False):
     timeout        seconds until a rank that does not respond counts as failed, see failures.Watchdog
     deterministic  make results on CUDA bit-identical from run to run
 
-    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes, or
-    if another run uses its store.
+    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes, if
+    another run uses the store of this one, or the environment speaks of several and does not say how to meet
+    them.
     """
+    try:
+        cluster.check_alone(os.environ)
+    except cluster.ClusterError as error:
+        raise UserError(str(error)) from error
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -225,11 +269,14 @@ def start(tp, timeout, deterministic=False):
             backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
     end_with_torchrun()
     store, watchdog = dist.HashStore(), None
-    if "WORLD_SIZE" in os.environ:
-        store = join(next(dist.rendezvous("env://", rank, world_size))[0], rank)
     if world_size > 1:
+        if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):  # train.sh has done this already
+            master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            cluster.use_interface(cluster.local_address(*master), os.environ)
+        store = join(next(dist.rendezvous("env://", rank, world_size))[0], rank)
         watchdog = Watchdog(store.clone(), rank, world_size, timeout)
         watchdog.start()
+        wait_for_start(store, world_size, watchdog)
         store.set_timeout(BACKEND_TIMEOUT)
     if not dist.is_initialized():
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
