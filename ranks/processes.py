@@ -143,7 +143,7 @@ class Ranks:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # as ranks/launch.py has blocked them
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, _, error, __):
         """End together with the other ranks.
 
         An error that was the first one of the run is raised as it is, with its traceback; the processes of
@@ -165,7 +165,7 @@ class Ranks:
                       f"{self.phase}:", file=sys.stderr)
                 print_traceback(error)
                 sys.exit(1)
-        elif dist.is_initialized() and kind is not SystemExit:
+        elif dist.is_initialized():
             dist.destroy_process_group()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
