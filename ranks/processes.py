@@ -283,8 +283,9 @@ def start(tp, timeout, deterministic=False):
                                 timeout=BACKEND_TIMEOUT)
     dp_size = world_size // tp
     mesh = init_device_mesh(device.type, (dp_size, tp), mesh_dim_names=("dp", "tp"))
-    for name in mesh.mesh_dim_names:  # else they have torch's defaults, 10 minutes for NCCL and 30 for gloo
-        dist.distributed_c10d._set_pg_timeout(BACKEND_TIMEOUT, mesh[name].get_group())
+    if world_size > 1:
+        for group in mesh.get_all_groups():  # torch's defaults are 10 minutes for NCCL and 30 for gloo
+            dist.distributed_c10d._set_pg_timeout(BACKEND_TIMEOUT, group)
     return Ranks(rank=rank, world_size=world_size, dp_rank=rank // tp, dp_size=dp_size, mesh=mesh,
                  device=device, store=store, watchdog=watchdog)
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from helpers import EXAMPLES, ROOT, TINY, metrics, program, torchrun
+from helpers import EXAMPLES, ROOT, TINY, launch_all, metrics, program, torchrun
 
 from disk import checkpoint
 
@@ -121,6 +121,14 @@ def test_a_second_run_in_the_store_of_the_first_is_refused(tmp_path):
     assert second.returncode == 2
     assert re.fullmatch(r"sft.py: error: MASTER_PORT 29518: another run uses it on 127.0.0.1, and has a rank 1 "
                         rf"\(\S+, process {first.pid}\); .*\n", second.stderr)
+
+
+@pytest.mark.full
+def test_all_groups_have_a_later_time_out_than_the_watchdog(tmp_path):
+    """Those of the mesh would have torch's, which count the time for which a run was suspended."""
+    result = launch_all([(4, ("group_timeouts", 2))], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("DAYS 20\n") == result.stdout.count("DAYS") == 4 * 3
 
 
 @pytest.mark.full

@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import os
 import subprocess
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -50,6 +51,54 @@ def test_a_lock_names_its_holder(tmp_path):
         with pytest.raises(files.LockTimeout) as info:
             files.take_lock(second, 0.2)
     assert info.value.pid is None
+
+
+@pytest.mark.parametrize("late, seen", [(True, [0, 0, 15, 15]), (False, [0, 15, 15, 15])])
+def test_a_signal_is_seen_by_all_ranks_at_the_same_poll(late, seen, monkeypatch):
+    """Rank 1 receives it before the second poll. A late poll does not wait for the other rank: it returns what the one
+    before it found."""
+    shared, waited = [], []
+
+    class Work(NamedTuple):
+        poll: int
+
+        def wait(self):
+            waited.append(self.poll)
+            for tensor in shared[self.poll]:
+                tensor.fill_(max(shared[self.poll]))
+
+    def all_reduce(tensor, operation, async_op):
+        if not shared or len(shared[-1]) == 2:
+            shared.append([])
+        shared[-1].append(tensor)
+        return Work(len(shared) - 1)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    ranks = [processes.Ranks(rank=rank, world_size=2, dp_rank=rank, dp_size=2, mesh=None, device=torch.device("cpu"),
+                             store=dist.HashStore(), has_polled=True) for rank in range(2)]
+    found = []
+    for poll in range(4):
+        if poll == 1:
+            ranks[1].received_signal = 15
+        if late:
+            found.append([rank.poll_signals(late=True) for rank in ranks])
+            assert len(shared) - 1 not in waited
+        else:  # both enter before one waits
+            shared.append([torch.tensor(rank.received_signal) for rank in ranks])
+            monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: Both(tensor, shared[-1]))
+            found.append([rank.poll_signals() for rank in ranks])
+    assert found == [[number, number] for number in seen]
+    assert late is False or [rank.poll_signals() for rank in ranks] == [15, 15]
+
+
+class Both(NamedTuple):
+    """Work of a poll that both ranks have entered."""
+
+    tensor: torch.Tensor
+    numbers: list
+
+    def wait(self):
+        self.tensor.fill_(max(self.numbers))
 
 
 # ---- who is to blame ------------------------------------------------------------------------------------------------
