@@ -131,11 +131,14 @@ class Watchdog:
 
     store    a connection of its own: a call of the main thread may block
     timeout  seconds for which a rank that others wait for may stay where it is. Only the time in which this
-             process itself ran counts: a run that was suspended as a whole goes on when it is resumed
+             process itself ran counts: a run that was suspended as a whole continues
     """
 
     def __init__(self, store, rank, world_size, timeout):
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
+        # of many ranks, each reads the others' states more seldom: n ranks read n states
+        self.stride = 1 + world_size // 128
+        self.grace = GRACE + self.stride * TICK
         self.phase, self.progress, self.store_waits, self.beat = "start", 0, 0, 0
         self.node = int(os.environ.get("GROUP_RANK", "0"))
         first = rank - int(os.environ.get("LOCAL_RANK", rank))
@@ -207,13 +210,15 @@ class Watchdog:
         return Failure(self.rank, self.node, self.host, os.getpid(), self.phase, cause, code)
 
     def propose(self, failure):
-        """Write a failure to the store unless one is there already; self.failure is the first one."""
+        """Let carry() write a failure to the store; self.failure is the first one that is there."""
         self.proposal = failure
         self.wake.set()
         deadline = time.monotonic() + NEWS
-        while self.failure is None and not self.is_store_gone and time.monotonic() < deadline:
+        while self.failure is None and self.proposal and not self.is_store_gone:
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.02)
-        self.failure = self.failure or failure
+        self.failure = self.failure or self.proposal
 
     def await_readers(self):
         """Wait until all ranks have read the failure: the store may end with this process."""
@@ -236,11 +241,7 @@ class Watchdog:
         self.beat += 1
         self.store.set(f"state {self.rank}", json.dumps(self.state()))
         if self.failure is None and self.proposal:
-            failure = self.proposal
-            if failure.is_silent and (known := self.read([failure.rank])):
-                failure = replace(failure, phase=known[failure.rank].phase)  # the last one that it wrote
-            text = self.store.compare_set("failed", "", json.dumps(asdict(failure)))
-            self.failure = Failure(**json.loads(text))
+            self.claim(self.proposal)
         elif self.failure is None and self.store.check(["failed"]):
             self.failure = Failure(**json.loads(self.store.get("failed")))
         if self.failure:
@@ -251,8 +252,18 @@ class Watchdog:
             return
         if len(self.siblings) < len(self.node_ranks):
             self.siblings = self.read(self.node_ranks)
-        if self.is_looking:
+        if self.is_looking and self.beat % self.stride == 0:
             self.states = self.read(range(self.world_size))
+
+    def claim(self, failure):
+        """Write a failure to the store unless one is there. A rank that is done may end: it is no failure."""
+        if failure.is_silent and self.store.check([f"done {failure.rank}"]):
+            self.proposal = None
+            return
+        if failure.is_silent and (known := self.read([failure.rank])):
+            failure = replace(failure, phase=known[failure.rank].phase)  # the last one that it wrote
+        text = self.store.compare_set("failed", "", json.dumps(asdict(failure)))
+        self.failure = Failure(**json.loads(text))
 
     def read(self, ranks):
         """{rank: State} of those of the ranks that have started."""
@@ -306,7 +317,7 @@ class Watchdog:
             return gone
         if self.is_store_gone:
             return self.store_failure("node 0 is gone: the connection to its store was closed")
-        limit = GRACE if self.lost else self.timeout
+        limit = self.grace if self.lost else max(self.timeout, self.grace)
         if self.age_of("store") > limit:
             self.is_store_gone = True
             return self.store_failure(f"node 0 is gone, or the link to it is cut: its store has not "
@@ -321,7 +332,7 @@ class Watchdog:
         if behind and self.rank not in behind and self.is_looking:
             return self.silent(behind[0], stuck[behind[0]], f"it has not moved for {limit} s, and rank "
                                f"{self.rank} waits for it in {self.phase}")
-        limit = 2 * GRACE if self.lost else TOGETHER * self.timeout
+        limit = 2 * self.grace if self.lost else TOGETHER * self.timeout
         if self.is_looking and min((self.age_of(rank, "place") for rank in others), default=0) > limit:
             why = self.lost or (f"no rank has moved for {limit} s, and all are in the same collectives: "
                                 "check the network and the GPUs, or raise --timeout for a longer load")
@@ -341,7 +352,7 @@ class Watchdog:
 
     def silent_failure(self, silent, limit):
         """The Failure of ranks that have not written to the store."""
-        rank, cause = silent[0], f"nothing was heard from it for {limit} s"
+        rank, cause = silent[0], f"nothing was heard from it for {limit:g} s"
         state = self.states.get(rank, State(-1, "unknown host", 0, "start", {}, 0, 0))
         if state.node == self.node and child_state(state.pid) == "T":
             cause += ": it is stopped (SIGSTOP)"

@@ -5,7 +5,9 @@ along dp read different conversations. If one rank fails, all end (failures.py).
 signal, all finish the step, save and exit.
 """
 
+import contextlib
 import ctypes
+import datetime
 import json
 import os
 import signal
@@ -179,12 +181,15 @@ class Ranks:
         if self.watchdog:
             self.watchdog.store_waits += 1
             self.watchdog.phase = "end"
-        for state in ("done", "left"):
-            self.store.set(f"{state} {self.rank}", "")
-            if state == "done" or self.rank == 0:
-                self.store.wait([f"{state} {rank}" for rank in range(self.world_size)])
-            if self.watchdog:
-                self.watchdog.close()
+        self.store.set(f"done {self.rank}", "")
+        self.store.wait([f"done {rank}" for rank in range(self.world_size)])
+        if self.watchdog:
+            self.watchdog.close()
+        self.store.set(f"left {self.rank}", "")
+        if self.rank == 0:
+            with contextlib.suppress(dist.DistStoreError):  # all are done, whatever becomes of one of them
+                limit = datetime.timedelta(seconds=60)
+                self.store.wait([f"left {rank}" for rank in range(self.world_size)], limit)
         dist.destroy_process_group()
 
 def end_by_signal(number, has_trained):
@@ -267,6 +272,8 @@ def start(tp, timeout, deterministic=False):
         torch.cuda.set_device(device)
         if world_size > 1:  # a single process has no collective, and NCCL would take a second and memory
             backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
+            # NCCL's own monitor would abort a run that was suspended for 8 minutes. Not tested on a GPU
+            os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     end_with_torchrun()
     store, watchdog = dist.HashStore(), None
     if world_size > 1:

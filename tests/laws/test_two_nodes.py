@@ -88,7 +88,7 @@ def test_a_fault_on_one_node_ends_both(fault, rank, two_nodes):
             assert fault not in BY_ITSELF or BY_ITSELF[fault] in screen
 
 
-def test_a_run_that_is_paused_goes_on(two_nodes):
+def test_a_run_that_was_suspended_continues(two_nodes):
     """Longer than --timeout. Only the time for which a process ran counts."""
     result = two_nodes("pause", 0, "--max_steps", 30)
     assert result["codes"] == [0, 0]

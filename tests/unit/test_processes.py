@@ -221,6 +221,15 @@ def test_the_first_failure_wins(watchdogs):
     assert not watchdogs[0].unread
 
 
+def test_a_rank_that_is_done_may_end(watchdogs):
+    """Its process may have ended before another one has seen that all are done."""
+    watchdogs[0].store.set("done 1", "")
+    for rank, watchdog in ((1, watchdogs[0]), (3, watchdogs[2])):
+        watchdog.proposal = watchdog.silent(rank, watchdogs[rank].state(), "its process has ended")
+        watchdog.exchange()
+    assert watchdogs[0].failure is None is watchdogs[0].proposal and watchdogs[2].failure.rank == 3
+
+
 @pytest.mark.parametrize("error, is_own", [
     (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"), False),
     (dist.DistBackendError("NCCL error"), False), (dist.DistNetworkError("x"), False),
