@@ -143,7 +143,7 @@ class Watchdog:
         self.node = int(os.environ.get("GROUP_RANK", "0"))
         first = rank - int(os.environ.get("LOCAL_RANK", rank))
         self.node_ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-        self.host, self.parent = socket.gethostname(), os.getppid()
+        self.host = socket.gethostname()
         self.failure = None  # the Failure that ends the run
         self.proposal = None  # the Failure that this rank knows; the first proposal in the store wins
         self.own_error = None  # the Failure for which the main thread prints an error and exits
@@ -389,11 +389,11 @@ class Watchdog:
 def is_first_on_node():
     """Whether this process is the first of its node to report, by a file in torchrun's directory."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
+    if not path or not os.path.isdir(os.path.dirname(path)):
         return True
     try:
         os.close(os.open(os.path.join(os.path.dirname(path), "..", "reported"), os.O_CREAT | os.O_EXCL))
-    except OSError:
+    except FileExistsError:
         return False
     return True
 

@@ -160,7 +160,8 @@ class Ranks:
             code = code_of(error)
             if number := self.stop_signal or self.received_signal:
                 code = exit_code(number, has_trained=False)
-            is_bug = not isinstance(error, (UserError, NonFiniteError, OutOfMemory, SystemExit)) and code == 1
+            reported = UserError, NonFiniteError, OutOfMemory, SystemExit, BrokenPipeError  # by errors.run
+            is_bug = code == 1 and not isinstance(error, reported)
             self.watchdog.fail(error, code)
             if is_bug:
                 print(f"sft.py: rank {self.rank} (node {self.watchdog.node}, {self.watchdog.host}) failed in "
