@@ -88,6 +88,15 @@ def test_a_fault_on_one_node_ends_both(fault, rank, two_nodes):
             assert fault not in BY_ITSELF or BY_ITSELF[fault] in screen
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_signal_to_one_node_ends_both_with_the_same_code(rank, two_nodes, tmp_path):
+    """And a checkpoint is saved."""
+    result = two_nodes("term", rank, "--epochs", 10000)
+    assert result["codes"] == [143, 143]
+    assert (tmp_path / "out" / "checkpoints" / "latest").exists()
+    assert not any("error" in screen or "Traceback" in screen for screen in result["screens"])
+
+
 def test_a_run_that_was_suspended_continues(two_nodes):
     """Longer than --timeout. Only the time for which a process ran counts."""
     result = two_nodes("pause", 0, "--max_steps", 30)

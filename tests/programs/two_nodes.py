@@ -3,7 +3,8 @@
 Each node is a network namespace with an end of one cable, and runs PROJECT's train.sh with two ranks. VICTIM is a rank,
 whose node has the fault if it is one of a node. FAULT is none, raise, memory or shape (an error in PROJECT's copy of
 sft.py), kill or stop (SIGKILL or SIGSTOP of the rank), node (SIGKILL of all processes of its node), link (the cable is
-cut), torchrun (SIGKILL of its node's torchrun) or pause (all processes of both nodes are stopped for 15 seconds).
+cut), torchrun (SIGKILL of its node's torchrun), term (SIGTERM of its node's train.sh) or pause (all processes of both
+nodes are stopped for 15 seconds).
 Writes result.json: {"codes", "seconds" from the fault until a node ended, "screens"}, of each node.
 """
 
@@ -56,7 +57,8 @@ def pid_of(rank):
 
 holders = [start_namespace() for _ in range(2)]
 a, b = (str(holder.pid) for holder in holders)
-subprocess.run(["ip", "link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b], check=True)
+cable = "type", "veth", "peer", "name", "eth0", "netns", b
+subprocess.run(["ip", "link", "add", "eth0", "netns", a, *cable], check=True)
 nodes, started = [], time.monotonic()
 for i in range(2):
     inside(i, "ip", "address", "add", f"10.0.0.{i + 1}/24", "dev", "eth0").wait()
@@ -80,6 +82,8 @@ elif fault == "torchrun":
         send(signal.SIGKILL, [int(f.read().rpartition(")")[2].split()[1])])
 elif fault == "link":
     inside(node, "ip", "link", "set", "eth0", "down").wait()
+elif fault == "term":
+    nodes[node].send_signal(signal.SIGTERM)
 elif fault == "pause":
     processes = descendants(nodes[0].pid) + descendants(nodes[1].pid)
     send(signal.SIGSTOP, processes)

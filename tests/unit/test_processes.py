@@ -285,4 +285,4 @@ def test_ranks_without_conversations_are_counted(capsys):
     ranks(0).warn_of_idle(8)
     assert capsys.readouterr().err == ""
     ranks(0).warn_of_idle(3)
-    assert "warning: --batch_size 3 is less than the 8 data-parallel ranks: 5 of them compute" in capsys.readouterr().err
+    assert "--batch_size 3 is less than the 8 data-parallel ranks: 5 of them compute" in capsys.readouterr().err
