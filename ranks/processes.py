@@ -246,7 +246,7 @@ def end_by_signal(number, has_trained):
 
 
 def block_signals():
-    """Under train.sh, ignore more signals: Slurm sends each to every process, and train.sh passes it as well."""
+    """Under train.sh, ignore more signals: Slurm sends one to every process, and train.sh passes it on."""
     if CODE_FILE in os.environ:
         signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
 
