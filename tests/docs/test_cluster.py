@@ -43,7 +43,8 @@ def place(rank, address, port=None, n_gpus=None, nodes="2"):
      place("0", "m", "24711")),  # what is set wins
     ({"SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, {}),  # sbatch, no srun
     ({**SRUN, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "NNODES": "1"}, {"NNODES": "1"}),
-    ({"WORLD_SIZE": "2"}, {}), ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "m"}, {"MASTER_ADDR": "m"}), ({}, {})],
+    ({"WORLD_SIZE": "2"}, {}), ({}, {}),
+    ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "m"}, {"MASTER_ADDR": "m"})],
     ids=lambda value: " ".join(value) or "none")
 def test_the_variables_of_a_cluster(env, expected):
     assert {name: value for name, value in cluster.read(env)[0].items() if value} == expected

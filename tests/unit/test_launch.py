@@ -206,7 +206,8 @@ def test_a_node_that_waits_says_so_and_ends_at_the_first_signal(launch):
         run.send_signal(number)
     for number, run in runs:
         out, err = run.communicate(timeout=20)
-        assert (run.returncode, err) == (128 + number, f"\n{signal.Signals(number).name}: stopped before the first step\n")
+        assert run.returncode == 128 + number
+        assert err == f"\n{signal.Signals(number).name}: stopped before the first step\n"
 
 
 def test_nohup_keeps_a_waiting_node_alive(launch):
@@ -252,9 +253,10 @@ def test_a_taken_port_is_one_line(launch):
         port = str(other.getsockname()[1])
         one, node_0 = launch("--n_gpus", "2", MASTER_PORT=port), launch(NNODES="2", NODE_RANK="0", MASTER_PORT=port)
         node_1 = launch(NNODES="2", NODE_RANK="1", MASTER_PORT=port)
-        for run, line in ((one, f"MASTER_PORT {port}: Address already in use; unset it: train.sh then takes a free port"),
-                          (node_0, f"MASTER_PORT {port} is in use on this node, by another run or program; set "
-                                   "another port, the same on all nodes")):
+        lines = {one: f"MASTER_PORT {port}: Address already in use; unset it: train.sh then takes a free port",
+                 node_0: f"MASTER_PORT {port} is in use on this node, by another run or program; set another port, "
+                         "the same on all nodes"}
+        for run, line in lines.items():
             assert run.communicate(timeout=20)[1] == f"train.sh: error: {line}\n" and run.returncode == 2
         assert "what listens there is not a train.sh that waits" in node_1.stderr.readline()
         node_1.terminate()
