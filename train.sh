@@ -12,8 +12,8 @@
 set -eu
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")") # through links; without cd, which obeys CDPATH
 
-# Python gets a file or -I, never - or -m alone: those import modules from the current directory, which may be
-# anyone's. Python 3.10 has no -P. Notes go to 3; stderr is discarded, as after a signal the shell prints source.
+# Python gets a file or -I, never - or -m alone: those import modules from the current directory, which may
+# be anyone's. Python 3.10 has no -P. Notes go to 3. Stderr is discarded: after a signal, bash prints source.
 has_packages() {
     "$1" "$here/ranks/packages.py" "$2"
 } 3>&2 2>/dev/null

@@ -147,9 +147,10 @@ def supervise(child, n_nodes, code_file):
     torchrun itself would kill a worker 30 s after a signal, in the middle of a step or a checkpoint, and exit
     with code 1 and a traceback. So torchrun blocks the signals of EXIT_CODES, and each worker gets the signal
     from here, once. The workers then leave the exit code, the same on all nodes, in the file `code_file`.
-    A second Ctrl-C kills all processes.
+    A second Ctrl-C kills all processes. So does a signal if a rank is still starting 30 s later: a call that
+    waits for the ranks of a node that is gone returns only after --timeout.
     """
-    received, signalled, give_up = None, set(), None
+    received, signalled, starting, give_up = None, set(), set(), None
 
     def on_signal(number, _):
         nonlocal received, give_up
@@ -159,15 +160,16 @@ def supervise(child, n_nodes, code_file):
             send(signal.SIGKILL, [child, *children(child)])
         if received is None:
             received = number
-            # Without workers there is nothing to save. Those of several nodes are about to start, and they
-            # end together; but if a node is gone, torchrun waits for it.
-            give_up = time.monotonic() + (30 if n_nodes > 1 else 0)
+            # Without workers there is nothing to save. But those of several nodes should end together
+            give_up = time.monotonic() + (30 if n_nodes > 1 or children(child) else 0)
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.2)
 
     def on_timer(*_):
+        nonlocal starting
         workers = set(children(child))
-        if not workers and not signalled and time.monotonic() >= give_up:
-            send(signal.SIGKILL, [child])
+        starting = {worker for worker in workers - signalled | starting & workers if blocks(worker, received)}
+        if time.monotonic() >= give_up and (starting or not signalled | workers):
+            send(signal.SIGKILL, [child, *workers])
         send(received, workers - signalled)
         signalled.update(workers)
 
@@ -177,7 +179,7 @@ def supervise(child, n_nodes, code_file):
     result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     signal.setitimer(signal.ITIMER_REAL, 0)
     if result == -signal.SIGKILL and received is not None:  # killed above
-        return exit_code(received, has_trained=received == signal.SIGINT)
+        return 128 + received
     with open(code_file) as file:
         left = file.read()
     return int(left) if left and result == 0 else shell_code(result)
@@ -212,6 +214,14 @@ def children(process):
         with contextlib.suppress(FileNotFoundError), open(f"/proc/{process}/task/{process}/children") as file:
             output = file.read()
     return [int(pid) for pid in output.split()]
+
+
+def blocks(process, number):
+    """Whether a process blocks a signal, as a rank does until it has installed its handlers. Linux only."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{process}/status") as file:
+        mask = re.search(r"^SigBlk:\s+(\w+)", file.read(), re.M)
+        return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
+    return False
 
 
 def send(number, processes):

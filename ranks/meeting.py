@@ -112,8 +112,8 @@ class Meeting:
                 self.find_other_node_0()
                 raise MeetingError(f"MASTER_PORT {self.port} is in use on this node, by another run or "
                                    "program; set another port, the same on all nodes") from error
-            raise MeetingError(f"MASTER_PORT {self.port}: {os.strerror(error.errno)}; set another port, the same on "
-                               "all nodes") from error
+            raise MeetingError(f"MASTER_PORT {self.port}: {os.strerror(error.errno)}; set another port, the "
+                               "same on all nodes") from error
 
     def waiting_for(self, missing, own):
         """The line that shows which nodes are missing. own: the connection to this node, None without."""

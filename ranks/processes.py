@@ -200,7 +200,7 @@ def end_by_signal(number, has_trained):
 
 
 def block_signals():
-    """Under train.sh, ignore more signals: Slurm sends each to all processes, and train.sh passes it too."""
+    """Under train.sh, ignore more signals: Slurm sends one to every process, and train.sh passes it on."""
     if CODE_FILE in os.environ:
         signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
 
