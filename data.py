@@ -32,6 +32,7 @@ from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "n_tokens": np.int32, "n_inputs": np.int32,
           "n_targets": np.int32, "file": np.int32, "row": np.int32, "weighted": np.int64,
           "weight": np.float32}
+BATCH_CHARACTERS = 2**20  # tokenised in a second or two: --timeout counts from one batch to the next
 HASHED = "tokens", "loss_mask", "n_tokens", "weighted", "weight"
 
 # ---- conversations -> masked tokens -----------------------------------------------------------------------
@@ -167,7 +168,7 @@ def open_dataset(directory):
 
 
 def tokenise(spec, sources, tokenizer, options, directory, progress=None):
-    """Write a Dataset's arrays and metadata into a directory; call progress() after every thousand rows."""
+    """Write a Dataset's arrays and metadata into a directory; call progress() after each batch of rows."""
     files = [file for source in sources for file in source.files]
     weights = [[group, source.weight] for group, source in enumerate(sources) for _ in source.files]
     ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, HASHED)
@@ -185,7 +186,7 @@ def tokenise(spec, sources, tokenizer, options, directory, progress=None):
 
 
 def conversations(sources, tokenizer, options):
-    """Yield lists of up to a thousand Conversations."""
+    """Yield lists of Conversations: up to a thousand, or what exceeds BATCH_CHARACTERS."""
     rows = itertools.islice(read_sources(sources), options.limit)
     bad, seen = BadRows(dropped if options.bad_rows == "drop" else None), collections.Counter()
 
@@ -195,8 +196,14 @@ def conversations(sources, tokenizer, options):
             compares = seen[row[0]] <= options.compared
             yield from bad.attempt(render, *row, tokenizer, options, compares)
 
-    made = rendered()
-    while batch := list(itertools.islice(made, 1000)):
+    batch, size = [], 0
+    for conversation in rendered():
+        batch.append(conversation)
+        size += len(conversation.text)
+        if len(batch) == 1000 or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
     bad.check()
 

@@ -25,7 +25,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 import fsdp
@@ -212,7 +211,7 @@ def evaluate(model, dataset, cfg, ranks):
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
     for batch in overlap.ahead(micro_batches(dataset, range(len(dataset)), cfg, ranks), ranks.device):
-        if ranks.poll_signals():
+        if ranks.poll_signals(late=True):
             break
         ranks.micro_batch = batch
         batch = batch.to(ranks.device)
@@ -277,6 +276,7 @@ def train(cfg, ranks, origins):
     """One run from start to end. Every rank calls it. origins: where each setting comes from."""
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
+    ranks.warn_of_idle(cfg.batch_size if cfg.batch_tokens is None else ranks.dp_size)
     run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
     tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
                               cfg.template_kwargs, run.date)
@@ -311,7 +311,7 @@ def train(cfg, ranks, origins):
     def after_step(step):
         """Evaluate if due, save if due. The first step's numbers are shown at once: a user waits for them."""
         run.publish(waits=False)
-        is_best, is_stopping = False, ranks.poll_signals()
+        is_best, is_stopping = False, ranks.poll_signals(late=True)
         evaluates, saves = sampler.is_due(step, cfg.eval_steps), sampler.is_due(step, cfg.save_steps)
         if not (evaluates or saves or is_stopping or step in (first_step, len(sampler))):
             return
@@ -373,8 +373,8 @@ def main():
           out_of_memory.explained(cfg, ranks), lock.alone(cfg, ranks)):
         train(cfg, ranks, origins)
     if ranks.stop_signal:
-        sys.exit(processes.EXIT_CODES[ranks.stop_signal])
+        processes.end_by_signal(ranks.stop_signal, has_trained=True)
 
 
 if __name__ == "__main__":
-    errors.run(record(main))  # record: torchrun's report shows the error of the rank that failed first
+    errors.run(main)

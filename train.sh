@@ -8,31 +8,15 @@
 # OPTIMIZER_OFFLOAD GRADIENT_CHECKPOINTING DTYPE COMPILE OUTPUT_DIR RESUME_FROM SAVE_STEPS KEEP_CHECKPOINTS
 # EVAL_STEPS LOGGER WANDB_PROJECT CONFIG
 # ranks/launch.py reads these, for several processes: N_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+# and, where they are not set, those of Slurm, Kubernetes, SageMaker and SkyPilot: docs/cluster.md
 set -eu
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")") # through links; without cd, which obeys CDPATH
 
-# Does this Python have the packages of a requirements file? Versions newer than tested pass, with a note.
+# Python gets a file or -I, never - or -m alone: those import modules from the current directory, which may
+# be anyone's. Python 3.10 has no -P. Notes go to 3. Stderr is discarded: after a signal, bash prints source.
 has_packages() {
-    "$1" - "$2" 2>/dev/null <<'PY'
-import os, re, sys
-from importlib.metadata import version
-def numbers(text):
-    return tuple(map(int, re.findall(r"\d+", text)[:2]))
-def check(path):
-    for line in open(path):
-        if line.startswith("-r "):
-            check(os.path.join(os.path.dirname(path), line[3:].strip()))
-        elif match := re.match(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", line):
-            have = numbers(version(match[1]))
-            if have < numbers(match[2]):
-                sys.exit(1)
-            if match[3] and have >= numbers(match[3]):
-                note = f"{match[1]} {version(match[1])} is newer than what is tested ({match[0]})"
-                os.write(3, f"train.sh: {note}\n".encode())
-sys.version_info >= (3, 10) or sys.exit(1)
-check(sys.argv[1])
-PY
-} 3>&2
+    "$1" "$here/ranks/packages.py" "$2"
+} 3>&2 2>/dev/null
 
 setup() { # requirements file -> $python
     python=$here/.venv/bin/python
@@ -43,8 +27,8 @@ setup() { # requirements file -> $python
         fi
     done
     echo "train.sh: installing $(basename "$1") into $here/.venv (first run only)" >&2
-    [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$here/.venv"
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$1" >&2
+    [ -x "$python" ] || "${PYTHON:-python3}" -I -m venv "$here/.venv"
+    "$python" -I -m pip install --quiet --disable-pip-version-check -r "$1" >&2
 }
 
 if [ "${1:-}" = --setup ]; then

@@ -2,25 +2,45 @@
 
     python ranks/launch.py [--n_gpus N] [flags of sft.py]
 
-Environment: N_GPUS (as --n_gpus), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT. This file imports only the
-standard library, so that one process starts as fast as with `python sft.py`.
+Environment: N_GPUS (as --n_gpus), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, or what cluster.py reads in
+their place. This file imports only the standard library, so that one process starts as fast as with
+`python sft.py`.
 """
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+
+if __name__ == "__main__":  # in place of ranks/, whose names could hide those of packages
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from ranks import cluster, meeting
+from settings.errors import printable
 
 SFT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "sft.py")
-# Signals that end a run early, and its exit code: Ctrl-C, Slurm's warning before a requeue, a shutdown.
-OUT_OF_MEMORY = "out of memory"  # what a rank leaves for torchrun's report, and a key of the store
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143}
+# Signals that end a run early, and its exit code: Ctrl-C, Slurm's warning before a requeue, a shutdown, a
+# lost terminal, a CPU limit. SIGUSR1 asks for a checkpoint; without a step there is none, see exit_code().
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143, signal.SIGHUP: 129,
+              signal.SIGXCPU: 152}
+# The environment variable with the path of the file in which ranks leave the exit code of a signal. They exit
+# with 0 then: for any other code, torchrun kills the other ranks and writes a report.
+CODE_FILE = "SFT_EXIT_CODE_FILE"
+
+
+def exit_code(number, has_trained):
+    """The exit code of a run that signal `number` ended. Without a step it is never 0."""
+    return EXIT_CODES[number] if has_trained else 128 + number
 
 
 def fail(message):
     """Exit with one error line and code 2, the code of an error in the input."""
-    print(f"train.sh: error: {message}", file=sys.stderr)
+    print(f"train.sh: error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -43,8 +63,8 @@ def check_range(name, text, low, high):
 
 
 def split_n_gpus(arguments):
-    """(processes on this node, the other arguments). The last --n_gpus counts; without one, N_GPUS does."""
-    arguments, others, n_gpus = list(arguments), [], variable("N_GPUS", "1")
+    """(value of the last --n_gpus or None, the other arguments)"""
+    arguments, others, n_gpus = list(arguments), [], None
     while arguments:
         argument = arguments.pop(0)
         name, equals, value = argument.partition("=")
@@ -54,29 +74,34 @@ def split_n_gpus(arguments):
             fail("--n_gpus needs a number")
         else:
             n_gpus = value if equals else arguments.pop(0)
-    return positive("--n_gpus", n_gpus), others
+    return n_gpus, others
 
 
 def check_settings(arguments):
     """Let sft.py check its settings once, before torchrun starts. Exits like sft.py if one is wrong.
 
     If the workers found the error, each would print its line, followed by torchrun's report of 70 lines.
+    Returns --timeout in seconds.
     """
     command = [sys.executable, SFT, "--explain", "--environment", *arguments]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, check=False)
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            check=False)
     if result.returncode:
         os.write(2, result.stderr)
         sys.exit(shell_code(result.returncode))
+    return int(re.search(rb"^timeout +=\s+(\d+)", result.stdout, re.M)[1])
 
 
 def torchrun(arguments, n_gpus, n_nodes):
     """Run sft.py under torchrun, in this process, until all workers have ended. Returns the exit code.
 
-    The code is 2 if the first worker to fail has that code: the worker has printed what is wrong with the
-    input; 1 if its memory ran out, of which it has printed the details. Any other failure raises torchrun's
-    ChildFailedError, whose text is its report.
+    A worker that fails prints why, and all have the same exit code. So torchrun's report and its log of the
+    signals that it sends, some 40 lines, are not shown. What a worker can't print is: which signal killed it.
     """
+    import logging
+
+    # when the store ends before a rank, torch would print a stack of 15 lines of C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import run  # imported here: the process that supervises this one needs no torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -86,70 +111,92 @@ def torchrun(arguments, n_gpus, n_nodes):
                       "--master_addr", variable("MASTER_ADDR", "127.0.0.1"),
                       "--master_port", variable("MASTER_PORT", "29500")]
     flags = ["--nproc_per_node", str(n_gpus), *rendezvous, "--signals_to_handle", "SIGHUP,SIGQUIT"]
+    logging.disable(logging.ERROR)
     try:
         run.run(run.parse_args([*flags, SFT, "--environment", *arguments]))
     except ChildFailedError as error:
-        failure = error.get_first_failure()[1]
-        if failure.exitcode != 2 and failure.message != OUT_OF_MEMORY:
-            raise
-        return failure.exitcode
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        reported = [code for code in codes.values() if code > 0]
+        if not reported:
+            rank, code = next(iter(codes.items()))
+            name = signal.Signals(-code).name
+            hint = "; if it was the kernel, memory ran out: see dmesg" if code == -signal.SIGKILL else ""
+            print(f"train.sh: error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
+        return reported[0] if reported else 1
     return 0
 
 
 def fork_torchrun(arguments, n_gpus, n_nodes):
-    """Start torchrun in a child process that ignores the signals of EXIT_CODES. Returns the child's id.
+    """Start torchrun in a child process that blocks the signals of EXIT_CODES. Returns the child's id.
 
-    The workers inherit this: they ignore signals until sft.py has installed its handlers.
+    The workers inherit this: a signal is pending until sft.py has installed its handlers and unblocks it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)  # until supervise() has installed its handlers
     child = os.fork()
     if child == 0:
         for number in EXIT_CODES:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: the run survives its terminal
+                signal.signal(number, signal.SIG_DFL)
         sys.exit(torchrun(arguments, n_gpus, n_nodes))
     return child
 
 
-def supervise(child):
+def supervise(child, n_nodes, code_file):
     """Wait for torchrun, the process `child`, and forward signals to its workers. Returns the exit code.
 
     torchrun itself would kill a worker 30 s after a signal, in the middle of a step or a checkpoint, and exit
-    with code 1 and a traceback. So torchrun ignores the signals of EXIT_CODES. After one of them, each worker
-    gets SIGUSR1 every second, and the exit code is the one that sft.py alone would have. A second Ctrl-C
-    kills all processes.
+    with code 1 and a traceback. So torchrun blocks the signals of EXIT_CODES, and each worker gets the signal
+    from here, once. The workers then leave the exit code, the same on all nodes, in the file `code_file`.
+    A second Ctrl-C kills all processes. So does a signal if a rank is still starting 30 s later: a call that
+    waits for the ranks of a node that is gone returns only after --timeout.
     """
-    code, has_workers = None, False
+    received, signalled, starting, give_up = None, set(), set(), None
 
     def on_signal(number, _):
-        nonlocal code
-        if number == signal.SIGINT and code == EXIT_CODES[number]:
-            send(signal.SIGKILL, [child, *children(child)])
-        if code is None:
-            hint = "; press Ctrl-C again to quit without saving" if number == signal.SIGINT else ""
-            message = f"\n{signal.Signals(number).name}: passed to all ranks as SIGUSR1{hint}\n"
+        nonlocal received, give_up
+        if number == received == signal.SIGINT:
             with contextlib.suppress(OSError):  # stderr may be closed
-                os.write(2, message.encode())
-            code = EXIT_CODES[number]
-            signal.setitimer(signal.ITIMER_REAL, 0.001, 1)  # at once, then every second
+                os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
+            send(signal.SIGKILL, [child, *children(child)])
+        if received is None:
+            received = number
+            # Without workers there is nothing to save. But those of several nodes should end together
+            give_up = time.monotonic() + (30 if n_nodes > 1 or children(child) else 0)
+            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.2)
 
     def on_timer(*_):
-        nonlocal has_workers
-        workers = children(child)
-        has_workers = has_workers or bool(workers)
-        if not has_workers:  # torchrun still waits for other nodes: there is nothing to save
-            send(signal.SIGKILL, [child])
-        send(signal.SIGUSR1, workers)
+        nonlocal starting
+        workers = set(children(child))
+        starting = {worker for worker in workers - signalled | starting & workers if blocks(worker, received)}
+        if time.monotonic() >= give_up and (starting or not signalled | workers):
+            send(signal.SIGKILL, [child, *workers])
+        send(received, workers - signalled)
+        signalled.update(workers)
 
     signal.signal(signal.SIGALRM, on_timer)
-    for number in EXIT_CODES:
-        signal.signal(number, on_signal)
+    handle_signals(on_signal)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
     result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if code is not None and (result == 0 or code == EXIT_CODES[signal.SIGINT] or not has_workers):
-        return code
-    return shell_code(result)
+    if result == -signal.SIGKILL and received is not None:  # killed above
+        return 128 + received
+    with open(code_file) as file:
+        left = file.read()
+    return int(left) if left and result == 0 else shell_code(result)
+
+
+def handle_signals(handler):
+    """Install the handler for the signals of EXIT_CODES; but nohup has SIGHUP ignored."""
+    for number in EXIT_CODES:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop_early(number, _):
+    """Signal handler while there are no processes yet."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{signal.Signals(number).name}: stopped before the first step\n".encode())
+    sys.exit(exit_code(number, has_trained=False))
 
 
 def shell_code(result):
@@ -169,6 +216,14 @@ def children(process):
     return [int(pid) for pid in output.split()]
 
 
+def blocks(process, number):
+    """Whether a process blocks a signal, as a rank does until it has installed its handlers. Linux only."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{process}/status") as file:
+        mask = re.search(r"^SigBlk:\s+(\w+)", file.read(), re.M)
+        return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
+    return False
+
+
 def send(number, processes):
     """Send a signal to those of the processes that still exist."""
     for process in processes:
@@ -176,23 +231,83 @@ def send(number, processes):
             os.kill(process, number)
 
 
+def find_place(n_gpus):
+    """(processes on this node, nodes): from the flag --n_gpus (or None), the environment and the cluster.
+
+    Sets the variables of train.sh, and removes those of an earlier torchrun.
+    """
+    try:
+        place, source = cluster.read(os.environ, n_gpus is not None)
+    except cluster.ClusterError as error:
+        fail(str(error))
+    for name in (*cluster.OF_A_RANK, *cluster.TORCHRUN):
+        os.environ.pop(name, None)
+    os.environ.update(place)
+    n_gpus = positive("--n_gpus", n_gpus or variable("N_GPUS", "1"))
+    n_nodes = positive("NNODES", variable("NNODES", "1"))
+    check_range("NODE_RANK", variable("NODE_RANK", "0"), 0, n_nodes - 1)
+    check_range("MASTER_PORT", variable("MASTER_PORT", "29500"), 1, 2**16 - 1)
+    if n_nodes > 1 and source:
+        meeting.show(f"from {source}: NNODES={n_nodes} NODE_RANK={variable('NODE_RANK', '0')} "
+                     f"MASTER_ADDR={variable('MASTER_ADDR', '127.0.0.1')} "
+                     f"MASTER_PORT={variable('MASTER_PORT', '29500')}, {n_gpus} processes on this node")
+    return n_gpus, n_nodes
+
+
+def meet(n_nodes, timeout):
+    """Wait for the other nodes, then choose the interface to them. Exits if they do not fit together."""
+    port = variable("MASTER_PORT", "29500")
+    if n_nodes == 1:
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # the port of this node is the one that is used
+        if variable("MASTER_PORT", ""):
+            check_free(int(port))
+        return
+    address = variable("MASTER_ADDR", "127.0.0.1")
+    nodes = meeting.Meeting(int(variable("NODE_RANK", "0")), n_nodes, address, int(port), timeout)
+    try:
+        meeting.wait_for_nodes(nodes)
+    except meeting.MeetingError as error:
+        fail(str(error))
+    chosen = cluster.use_interface(nodes.interface_address, os.environ)
+    if chosen:
+        meeting.show(f"{n_nodes} nodes have joined; {chosen}, the interface of {nodes.interface_address}")
+
+
+def check_free(port):
+    """Exit if another program listens on a port of this node."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        fail(f"MASTER_PORT {port}: {os.strerror(error.errno)}; unset it: train.sh then takes a free port")
+
+
 def main():
     n_gpus, arguments = split_n_gpus(sys.argv[1:])
-    n_nodes = positive("NNODES", variable("NNODES", "1"))
+    single = [sys.executable, SFT, "--environment", *arguments]
+    if cluster.is_one_rank(os.environ):
+        if n_gpus is not None:
+            fail("RANK, LOCAL_RANK and WORLD_SIZE are set: another launcher has started this as one rank, "
+                 f"and --n_gpus {n_gpus} would start more in it; remove --n_gpus, or unset them")
+        os.execv(sys.executable, single)
+    n_gpus, n_nodes = find_place(n_gpus)
     n_ranks = n_gpus * n_nodes
-    if n_ranks > 1:
-        check_range("NODE_RANK", variable("NODE_RANK", "0"), 0, n_nodes - 1)
-        check_range("MASTER_PORT", variable("MASTER_PORT", "29500"), 1, 2**16 - 1)
-        # as torchrun sets them for the workers: sft.py --explain checks settings against them
-        os.environ["WORLD_SIZE"] = str(n_ranks)
-        os.environ["LOCAL_WORLD_SIZE"] = str(n_gpus)
-        os.environ["GROUP_WORLD_SIZE"] = str(n_nodes)
+    if n_ranks > 1:  # as torchrun sets them for the workers: sft.py --explain checks settings against them
+        sizes = {"WORLD_SIZE": n_ranks, "LOCAL_WORLD_SIZE": n_gpus, "GROUP_WORLD_SIZE": n_nodes}
+        os.environ.update({name: str(size) for name, size in sizes.items()})
     if n_ranks == 1 or {"--help", "-h", "--explain"} & set(arguments):
-        os.execv(sys.executable, [sys.executable, SFT, "--environment", *arguments])
-    check_settings(arguments)
+        os.execv(sys.executable, single)
+    handle_signals(stop_early)
+    meet(n_nodes, check_settings(arguments))
     # otherwise, without a GPU, each process would use all cores
     os.environ["OMP_NUM_THREADS"] = variable("OMP_NUM_THREADS", "1")
-    sys.exit(supervise(fork_torchrun(arguments, n_gpus, n_nodes)))
+    descriptor, path = tempfile.mkstemp()
+    os.close(descriptor)
+    os.environ[CODE_FILE] = path
+    child = fork_torchrun(arguments, n_gpus, n_nodes)
+    try:
+        sys.exit(supervise(child, n_nodes, path))
+    finally:
+        os.unlink(path)
 
 
 if __name__ == "__main__":

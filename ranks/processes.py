@@ -1,10 +1,12 @@
 """The processes of a run: their place in the mesh, the phase that each is in, and how all end together.
 
 The mesh is (dp, tp). Ranks of one tp group read the same conversations and hold slices of each matrix; ranks
-along dp read different conversations. If one rank fails, all end, and the error names the rank that caused
-it. If one rank receives a signal, all finish the step, save and exit.
+along dp read different conversations. If one rank fails, all end (failures.py). If one rank receives a
+signal, all finish the step, save and exit.
 """
 
+import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -13,29 +15,17 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from disk.files import LockTimeout
-from ranks import gate
-from ranks.launch import EXIT_CODES, OUT_OF_MEMORY
-from settings.errors import OutOfMemory, UserError, once_per_node
+from ranks import cluster, gate
+from ranks.failures import BACKEND_TIMEOUT, Watchdog, code_of, leave_exit_code, print_traceback
+from ranks.launch import CODE_FILE, EXIT_CODES, exit_code, handle_signals
+from settings.errors import NonFiniteError, OutOfMemory, UserError
 
-
-END_OF = "end of "  # a phase in which a rank waits for the others
-
-
-class Whereabouts(NamedTuple):
-    """What a rank last wrote to the store for the others."""
-
-    rank: int
-    phase: str
-    since: float  # Unix time at which the phase began
-    host: str
-    pid: int
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass
@@ -60,40 +50,41 @@ class Ranks:
     micro_batch: object = None  # the data.MicroBatch that is being computed; an out-of-memory error names it
     planned: object = None  # the forecast.PlannedRun, from which that error computes what would help
     has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
-    shown: float = 0.0  # when this rank last showed its progress, a time.monotonic()
+    watchdog: Watchdog | None = None  # with several ranks
+    late: tuple | None = None  # the poll that poll_signals(late=True) has begun: (dist.Work, its number)
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
 
     def set_phase(self, phase):
         """Write to the store what this rank is doing, for the others to report if it stops responding."""
         self.phase = phase
-        self.store.set(f"rank {self.rank}", f"{phase}|{time.time()}|{socket.gethostname()}|{os.getpid()}")
+        if self.watchdog:
+            self.watchdog.phase = phase
+            self.store.set(f"state {self.rank}", json.dumps(self.watchdog.state()))
 
     def show_progress(self):
-        """Write to the store, at most once a second, that this rank is at work in its phase."""
-        if self.world_size > 1 and time.monotonic() - self.shown > 1:
-            self.shown = time.monotonic()
-            self.set_phase(self.phase)
-            self.store.add("progress", 1)
+        """Say that this rank is at work in its phase. Its watchdog sends it to the others."""
+        if self.watchdog:
+            self.watchdog.progress += 1
 
     def wait_for_slower(self):
         """Wait for all ranks at the end of a phase that may take some of them much longer than others.
 
-        The limit of a collective is --timeout for all of it. Here it begins anew whenever a rank shows
-        progress. Raises RuntimeError if none does for that long.
+        A rank for which the others wait may take any time as long as it shows progress.
         """
-        phase = self.phase
-        self.set_phase(END_OF + phase)
-        done, seen, since = self.store.add(f"{phase} done", 1), None, None
-        # 2 s more: the wait for a lock, whose error names the holder, ends first
-        limit = self.store.timeout.total_seconds() + 2
+        if self.watchdog:
+            self.watchdog.store_waits += 1
+        phase = f"{self.phase} done"
+        done = self.store.add(phase, 1)
         while done < self.world_size:
-            now = done, self.store.add("progress", 0)
-            if now != seen:
-                seen, since = now, time.monotonic()
-            if time.monotonic() - since > limit:
-                raise RuntimeError(f"timed out: no rank made progress for {limit:.0f} s")
             time.sleep(0.1)
-            done = self.store.add(f"{phase} done", 0)
+            done = self.store.add(phase, 0)
+
+    def warn_of_idle(self, batch_size):
+        """Print a warning if a step has fewer conversations than there are ranks to read them."""
+        if batch_size < self.dp_size and self.rank == 0:
+            print(f"warning: --batch_size {batch_size} is less than the {self.dp_size} data-parallel ranks: "
+                  f"{self.dp_size - batch_size} of them compute nothing; set --batch_size {self.dp_size} or "
+                  "more, or use fewer ranks", file=sys.stderr)
 
     def all_reduce(self, tensor):
         """Sum a tensor over the data-parallel ranks, in place: one all-reduce."""
@@ -111,136 +102,114 @@ class Ranks:
 
     def agree(self, stage, values):
         """Raise UserError if the values of a rank differ from those of rank 0, see gate.compare."""
+        if self.watchdog:
+            self.watchdog.store_waits += 1
         gate.compare(self.store, self.rank, self.world_size, stage, values)
 
     def on_signal(self, number, _):
         """Signal handler. os.write has no buffer, as the handler may interrupt a print."""
+        if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun ends all ranks
+            return
         if number == self.received_signal == signal.SIGINT:
             os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
             os._exit(EXIT_CODES[number])
-        if self.rank == 0 and not self.received_signal:
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
             message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
             os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
         self.received_signal = max(self.received_signal, number)
         if not self.has_polled:
-            sys.exit(EXIT_CODES[self.received_signal])
+            end_by_signal(self.received_signal, has_trained=False)
 
-    def poll_signals(self):
-        """The signal that any rank has received, or 0. A collective: all ranks get the same."""
-        self.has_polled = True
+    def poll_signals(self, late=False):
+        """The signal that any rank has received, or 0. A collective: all ranks get the same.
+
+        late  return what the late poll before found, or 0 after none: no rank waits for the others here. A
+              signal is then seen one such poll later. The next poll that is not late sees it in any case
+
+        The first call, before the first step, ends the run if there is one.
+        """
+        is_first, self.has_polled = not self.has_polled, True
         number = torch.tensor(self.received_signal)  # on the CPU, by gloo: no device sync
         if self.world_size > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.stop_signal = int(number)
+            work = dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
+            before, self.late = self.late, (work, number) if late else None
+            if late:
+                work, number = before or (None, torch.tensor(0))
+            if work:
+                work.wait()
+        self.stop_signal = max(self.stop_signal, int(number))
+        if is_first and self.stop_signal:
+            end_by_signal(self.stop_signal, has_trained=False)
         return self.stop_signal
 
     def __enter__(self):
         self.set_phase("start")
-        self.previous_handlers = {number: signal.signal(number, self.on_signal) for number in EXIT_CODES}
+        self.previous_handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
+        handle_signals(self.on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # as ranks/launch.py has blocked them
         return self
 
-    def __exit__(self, kind, error, _):
-        """End together with the other ranks. If a signal has ended one of them, all exit with its code.
+    def __exit__(self, _, error, __):
+        """End together with the other ranks.
 
-        If memory ran out on one of them, that rank prints why and all exit with code 1.
+        An error that was the first one of the run is raised as it is, with its traceback; the processes of
+        the other ranks end with its exit code. If a signal has ended a rank before the first step, all exit
+        with its code.
         """
+        if self.stop_signal:
+            block_signals()
+        if error is None:
+            self.wait_for_all()
+        elif self.watchdog:
+            code = code_of(error)
+            if number := self.stop_signal or self.received_signal:
+                code = exit_code(number, has_trained=False)
+            reported = UserError, NonFiniteError, OutOfMemory, SystemExit, BrokenPipeError  # by errors.run
+            is_bug = code == 1 and not isinstance(error, reported)
+            self.watchdog.fail(error, code)
+            if is_bug:
+                print(f"sft.py: rank {self.rank} (node {self.watchdog.node}, {self.watchdog.host}) failed in "
+                      f"{self.phase}:", file=sys.stderr)
+                print_traceback(error)
+                sys.exit(1)
+        elif dist.is_initialized():
+            dist.destroy_process_group()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        if kind is SystemExit and self.received_signal:
-            self.store.set("stopped", str(self.received_signal))
-        elif error is None:
-            self.wait_for_all()
-        elif self.world_size == 1:
-            dist.destroy_process_group()
-        elif self.store.check(["stopped"]):
-            sys.exit(EXIT_CODES[int(self.store.get("stopped"))])
-        elif isinstance(error, OutOfMemory):
-            if self.store.add(OUT_OF_MEMORY, 1) == 1:  # the first rank: others may be short of it too
-                print(f"sft.py: error: {error}", file=sys.stderr)
-                leave_for_torchrun(OUT_OF_MEMORY)
-            sys.exit(1)
-        elif self.store.check([OUT_OF_MEMORY]):
-            sys.exit(1)  # that rank has ended the run and says why
-        else:
-            self.report_failure(error)
 
     def wait_for_all(self):
         """Wait until all ranks are done, then close the process group.
 
-        No rank closes its connections while another is still in the last collective. Rank 0, which serves the
-        store, waits until the others have passed their wait.
+        No rank closes its connections while another is still in the last collective. Rank 0, which may serve
+        the store, waits until the others have passed their wait.
         """
-        self.phase = "end"  # for report_failure; the store keeps the last phase and the time when it began
-        try:
-            for state in ("done", "left"):
-                self.store.set(f"{state} {self.rank}", "")
-                if state == "done" or self.rank == 0:
-                    self.store.wait([f"{state} {rank}" for rank in range(self.world_size)])
-        except dist.DistStoreError as error:
-            self.report_failure(error)
-            raise
+        if self.watchdog:
+            self.watchdog.store_waits += 1
+            self.watchdog.phase = "end"
+        self.store.set(f"done {self.rank}", "")
+        self.store.wait([f"done {rank}" for rank in range(self.world_size)])
+        if self.watchdog:
+            self.watchdog.close()
+        self.store.set(f"left {self.rank}", "")
+        if self.rank == 0:
+            with contextlib.suppress(dist.DistStoreError):  # all are done, whatever becomes of one of them
+                limit = datetime.timedelta(seconds=60)
+                self.store.wait([f"left {rank}" for rank in range(self.world_size)], limit)
         dist.destroy_process_group()
 
-    def report_failure(self, error):
-        """Print which rank failed, in which phase, and why; torchrun then ends the others.
 
-        If this rank has waited in vain for another, it raises RuntimeError, which names the other rank. If
-        this rank is the first to fail, torchrun repeats the message in its report. After a time-out the
-        other rank is also killed: it may be stopped (SIGSTOP), and then it could not end by itself.
-        """
-        culprit, now = self.find_culprit(error), time.time()
-        if culprit is None:
-            print(f"sft.py: rank {self.rank} failed in {self.phase}: {type(error).__name__}: {error}",
-                  file=sys.stderr)
-            return
-        if culprit.host == socket.gethostname() and is_timeout(error):
-            os.kill(culprit.pid, signal.SIGKILL)
-        raise RuntimeError(
-            f"rank {culprit.rank} did not respond in {culprit.phase} (it exited or hung), "
-            f"{now - culprit.since:.0f} s after that began; rank {self.rank} waited for it in {self.phase}: "
-            f"{str(error).splitlines()[0]}") from error
-
-    def find_culprit(self, error):
-        """The Whereabouts of the rank that this one waited for in vain; None if the error is this rank's own.
-
-        For a lock it is the rank that holds it, if a rank does. For a collective it is the rank that has been
-        in its phase for the longest: the others have reached a later phase.
-        """
-        if not isinstance(error, (RuntimeError, LockTimeout)):
-            return None
-        keys = [f"rank {rank}" for rank in range(self.world_size)]
-        if not self.store.check(keys):
-            return None
-        others = []
-        for rank, key in enumerate(keys):
-            phase, since, host, pid = self.store.get(key).decode().split("|")
-            others.append(Whereabouts(rank, phase, float(since), host, int(pid)))
-        others.pop(self.rank)
-        if self.phase.startswith(END_OF):  # those that wait as this rank does are not the culprit
-            others = [other for other in others if other.phase != self.phase]
-        if isinstance(error, LockTimeout):
-            holder = socket.gethostname(), error.pid
-            others = [other for other in others if (other.host, other.pid) == holder]
-        return min(others, key=lambda other: other.since, default=None)
+def end_by_signal(number, has_trained):
+    """Exit as signal `number` ends a run. Under train.sh that is the exit code of ranks/launch.py."""
+    block_signals()
+    sys.exit(leave_exit_code(exit_code(number, has_trained)))
 
 
-def leave_for_torchrun(message):
-    """Write the file that torchrun's report quotes, in its format; without torchrun do nothing."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump({"message": message, "timestamp": int(time.time())}, f)
-
-
-def is_timeout(error):
-    """Whether an error means that another process did not respond in time.
-
-    If not, the connection was closed: that process has ended. gloo, NCCL and the store have no error class
-    for a time-out, so this reads the message.
-    """
-    return isinstance(error, LockTimeout) or "imed out" in str(error) or "timeout" in str(error)
+def block_signals():
+    """Under train.sh, ignore more signals: Slurm sends one to every process, and train.sh passes it on."""
+    if CODE_FILE in os.environ:
+        signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
 
 
 def check_tp(tp, world_size):
@@ -263,17 +232,38 @@ def check_strategy(strategy, tp):
                         "--tp 1; use --strategy megatron --tp 2, or neither")
 
 
+def wait_for_start(store, world_size, watchdog):
+    """Wait until every rank has reached the store. A signal ends the wait on all of them.
+
+    init_process_group would wait as well, but in a call that no signal ends.
+    """
+    started = store.add("started", 1)
+    while started < world_size:
+        if pending := signal.sigpending() & EXIT_CODES.keys():  # blocked by ranks/launch.py until __enter__()
+            code = exit_code(max(pending), has_trained=False)
+            watchdog.fail(SystemExit(code), code)
+            end_by_signal(max(pending), has_trained=False)
+        time.sleep(0.05)
+        started = store.add("started", 0)
+
+
 def start(tp, timeout, deterministic=False, same=None):
     """Join the process group that torchrun describes, or create one for this single process.
 
     tp             number of ranks that split each matrix
-    timeout        seconds until a rank that does not respond counts as failed
+    timeout        seconds until a rank that does not respond counts as failed, see failures.Watchdog
     deterministic  make results on CUDA bit-identical from run to run
     same           {what: text} that must be the same on all ranks, see gate.compare. Here, because ranks with
                    another tp would wait for each other to build the mesh
 
-    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes.
+    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes, if
+    another run uses the store of this one, or the environment speaks of several and does not say how to meet
+    them.
     """
+    try:
+        cluster.check_alone(os.environ)
+    except cluster.ClusterError as error:
+        raise UserError(str(error)) from error
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -291,19 +281,58 @@ def start(tp, timeout, deterministic=False, same=None):
         torch.cuda.set_device(device)
         if world_size > 1:  # a single process has no collective, and NCCL would take a second and memory
             backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
-    store = dist.HashStore()
-    if "WORLD_SIZE" in os.environ:
-        store = next(dist.rendezvous("env://", rank, world_size))[0]
-    timeout = datetime.timedelta(seconds=timeout)
-    store.set_timeout(timeout)  # wait_for_all() would otherwise wait for the store's default, 30 minutes
-    with once_per_node():
-        gate.compare(store, rank, world_size, "program", {"device": device.type, **(same or {})})
+            # NCCL's own monitor would abort a run that was suspended for 8 minutes. Not tested on a GPU
+            os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    end_with_torchrun()
+    store, watchdog = dist.HashStore(), None
+    if world_size > 1:
+        if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):  # train.sh has done this already
+            master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            cluster.use_interface(cluster.local_address(*master), os.environ)
+        store = join(next(dist.rendezvous("env://", rank, world_size))[0], rank)
+        watchdog = Watchdog(store.clone(), rank, world_size, timeout)
+        watchdog.start()
+        wait_for_start(store, world_size, watchdog)
+        store.set_timeout(BACKEND_TIMEOUT)
+        try:
+            watchdog.store_waits += 1
+            gate.compare(store, rank, world_size, "program", {"device": device.type, **(same or {})})
+        except UserError as error:
+            watchdog.fail(error, 2)
+            raise
     if not dist.is_initialized():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=BACKEND_TIMEOUT)
     dp_size = world_size // tp
     mesh = init_device_mesh(device.type, (dp_size, tp), mesh_dim_names=("dp", "tp"))
+    if world_size > 1:
+        for group in mesh.get_all_groups():  # torch's defaults are 10 minutes for NCCL and 30 for gloo
+            dist.distributed_c10d._set_pg_timeout(BACKEND_TIMEOUT, group)
     return Ranks(rank=rank, world_size=world_size, dp_rank=rank // tp, dp_size=dp_size, mesh=mesh,
-                 device=device, store=store)
+                 device=device, store=store, watchdog=watchdog)
+
+
+def end_with_torchrun():
+    """Let the kernel end this process when torchrun has ended: it would train on, and nobody would see it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def join(store, rank):
+    """The part of the store that this attempt of the run uses.
+
+    torchrun --max_restarts starts a run again, with a static rendezvous in the same store, where the keys of
+    the attempt before are still. Raises UserError if another run uses the store.
+    """
+    place = f"{socket.gethostname()}, process {os.getpid()}"
+    attempt = store.add(f"attempts of rank {rank}", 1)
+    if attempt > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise UserError(f"MASTER_PORT {port}: another run uses it on {host}, and has a rank {rank} "
+                        f"({store.get(f'place of rank {rank}').decode()}); wait for its end, or set another "
+                        "MASTER_PORT, the same on all nodes")
+    store.set(f"place of rank {rank}", place)
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def single_process(device):

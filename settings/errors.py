@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import sys
 import time
 import unicodedata
@@ -78,6 +79,8 @@ def run(main):
     Other exceptions, plain ValueErrors included, are bugs of this code or a fork and keep their tracebacks.
     """
     program = os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by venv.enter()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except BrokenPipeError:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import sys
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the directory of sft.py
@@ -20,6 +21,9 @@ def enter():
     project first on sys.path, because `python -P` does not add a program's directory. enter() removes tools/
     from the path: a file in it may have the name of a package, such as evaluate.
     """
+    # Ctrl-C while packages are imported: no traceback. errors.run() installs Python's handler again
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     tools = os.path.join(os.path.realpath(PROJECT), "tools")
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != tools]
     if importlib.util.find_spec("torch") is not None:

@@ -3,14 +3,12 @@
 Ranks are gloo processes on the CPU, one thread each.
 """
 
-import fcntl
 import itertools
 import json
 import math
 import os
 import re
 import sys
-import time
 
 import pytest
 import torch
@@ -282,74 +280,6 @@ def test_where_tensors_are(offload, models, monkeypatch, train):
     else:
         assert {id(p) for p in updated} == {id(p) for p in parameters}
     assert all(state["exp_avg"].device.type == "cpu" for state in optimizer.state.values())
-
-
-PHASES = ("start", "tokenise", "load", "step 2", "evaluation after step 2", "save of step 2")
-BY_DEFAULT = (("raise", "step 2", 1), ("kill", "evaluation after step 2", 0), ("stop", "save of step 2", 1))
-
-
-@pytest.mark.parametrize("how, phase, rank", [
-    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.full)
-    for case in itertools.product(("raise", "kill", "stop"), PHASES, (0, 1))])
-def test_a_failing_rank_ends_all(how, phase, rank, models, tmp_path):
-    """One rank raises, gets SIGKILL or gets SIGSTOP: the run ends with a non-zero exit code, and the screen names rank,
-    phase and cause. With --full in every phase and on both ranks; -rA shows how long each run took to end."""
-    result = program("failing_rank", how, phase, rank, *RUN, "--model", models["tied"], "--save_steps", 2, "--val_data",
-                     EXAMPLES, "--eval_steps", 2, "--no-gradient_checkpointing", "--timeout", 5, "--output_dir", "out",
-                     ranks=2, cwd=tmp_path)
-    seconds = time.time() - float((tmp_path / "planted").read_text())
-    print(f"{how:5} on rank {rank} in {phase:24} all ranks ended within {seconds:4.1f} s")
-    assert result.returncode != 0
-    assert seconds < 30  # torchrun would wait 30 s for a stopped process, but the other rank kills it
-    end = result.stderr.rsplit("Root Cause", 1)[1]  # torchrun's report
-    if how == "raise":
-        assert f"rank {rank} failed in {phase}: KeyError: 'planted'" in result.stderr
-        assert f"rank      : {rank} (local_rank: {rank})" in end
-    else:
-        message = (rf"rank {rank} did not respond in {phase} \(it exited or hung\), .* "
-                   rf"rank {1 - rank} waited for it in")
-        assert f"rank      : {rank} (local_rank: {rank})" in end or re.search(message, end)
-        if how == "stop":  # after a kill, torchrun may end the other rank before it prints this
-            assert re.search(message, result.stderr)
-    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_stalls_after_training_ends_the_run(rank, models, tmp_path):
-    """At the end the ranks wait for each other, for at most --timeout."""
-    result = program("failing_rank", "stop", "end", rank, *RUN, "--model", models["tied"], "--timeout", 5,
-                     "--output_dir", "out", ranks=2, cwd=tmp_path)
-    seconds = time.time() - float((tmp_path / "planted").read_text())
-    print(f"stop  on rank {rank} in {'end':24} all ranks ended within {seconds:4.1f} s")
-    assert result.returncode != 0
-    assert seconds < 25
-    assert re.search(rf"rank {rank} did not respond in save of step \d+ .* rank {1 - rank} waited for it in end",
-                     result.stderr)
-    assert checkpoint.steps_in(tmp_path / "out" / "checkpoints")[-1] == 6  # the last step is saved
-
-
-@pytest.mark.full
-def test_a_rank_that_stalls_while_it_tokenises_ends_the_run(models, tmp_path):
-    """The other ranks wait for the lock of the token cache, for at most --timeout, and name the rank that holds it. If
-    another program holds the lock, no rank is blamed."""
-    flags = [*RUN, "--model", models["tied"], "--timeout", 4, "--cache_dir", tmp_path / "cache", "--output_dir",
-             tmp_path / "out"]
-    result = program("failing_rank", "stop", "lock", 0, *flags, ranks=3)
-    holder, waiter = re.search(r"rank (\d) did not respond in tokenise .* rank (\d) waited for it in tokenise",
-                               result.stderr).groups()
-    assert result.returncode
-    assert waiter != holder
-    assert "has made no progress for 4 s" in result.stderr
-    (lock,) = (tmp_path / "cache").glob("*.lock")
-    with open(lock, "r+") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        f.truncate(0)
-        print(os.getpid(), file=f, flush=True)
-        result = torchrun(2, f"{ROOT}/sft.py", *flags)
-    assert result.returncode
-    assert f"process {os.getpid()} holds {lock}" in result.stderr
-    assert re.search(r"rank \d failed in tokenise: LockTimeout", result.stderr)
 
 
 def test_selfcheck_passes_and_detects_a_wrong_loss(models, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import collections
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,14 +91,18 @@ def test_one_process_has_no_collective(train, monkeypatch, tmp_path, flags):
 def test_nccl_is_only_for_several_processes(monkeypatch, world_size):
     """A single process on CUDA has gloo's process group, which starts nothing on the GPU."""
     started = []
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for name, value in dict(WORLD_SIZE=world_size, RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "rendezvous", lambda *args: iter([(dist.HashStore(),)]))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append(backend))
-    monkeypatch.setattr(processes, "init_device_mesh", lambda *args, **options: None)
+    mesh = Mock(**{"get_all_groups.return_value": []})
+    monkeypatch.setattr(processes, "init_device_mesh", lambda *args, **options: mesh)
+    monkeypatch.setattr(processes, "Watchdog", Mock())
+    monkeypatch.setattr(processes, "wait_for_start", Mock())
     processes.start(1, 600)
     assert started == ["gloo" if world_size == 1 else "cpu:gloo,cuda:nccl"]
     assert processes.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

@@ -125,9 +125,9 @@ def test_one_of_two_ranks(where, rank, tmp_path):
     text = planted(tmp_path, where, "device", *SAVING, "--timeout", 100, rank=rank, ranks=2)
     assert time.monotonic() - started < 90  # it does not wait for --timeout
     assert text.count("out of memory:") == 1 and f"out of memory: rank {rank} has" in text
-    assert "traceback : out of memory\n" in text  # all that torchrun's report says of it
+    assert re.search(rf"traceback : .*rank {rank} .* memory ran out; the screen of that node says", text)
     assert text.count("--resume_from auto") == 1
-    for noise in "did not respond", "failed in", "OutOfMemory:", "[rank":
+    for noise in "did not respond", "OutOfMemory:", "[rank":
         assert noise not in text, text
     assert text.count("Traceback") == 1 and "ChildFailedError" in text  # torchrun's own; ranks/launch.py prints none
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +122,8 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
 
 @pytest.mark.parametrize("number, code", [pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.full),
                                           (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130,
-                                                                              marks=pytest.mark.full)])
+                                                                              marks=pytest.mark.full),
+                                          pytest.param(signal.SIGHUP, 129, marks=pytest.mark.full)])
 def test_train_sh_forwards_a_signal_and_exits_like_sft_py(number, code, tmp_path):
     """Through torchrun, without its traceback: both ranks save, and train.sh has the exit code."""
     arguments = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000",
@@ -135,5 +137,56 @@ def test_train_sh_forwards_a_signal_and_exits_like_sft_py(number, code, tmp_path
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err
+    hint = "; press Ctrl-C again to quit without saving" if number == signal.SIGINT else ""
+    assert err == f"\n{signal.Signals(number).name}: finishing this step and saving{hint}\n"  # as with one rank
     step = int(re.search(r"stopped  after step (\d+) of", out)[1])
     assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == f"step_{step}"
+
+
+def processes_of(launcher):
+    """Ids of the launcher and of all processes below it."""
+    below = subprocess.run(["pgrep", "-P", str(launcher)], stdout=subprocess.PIPE, text=True).stdout.split()
+    return [launcher, *(pid for child in below for pid in processes_of(int(child)))]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number, code, phase, to_all", [
+    (signal.SIGTERM, 143, "step", False), (signal.SIGUSR1, 0, "step", False), (signal.SIGTERM, 143, "step", True),
+    (signal.SIGTERM, 143, "tokenise", False), (signal.SIGUSR1, 138, "tokenise", True)])
+def test_two_nodes_exit_with_the_same_code(number, code, phase, to_all, tmp_path):
+    """A signal to the launcher of one node, or to every process of both as scancel sends it; no report."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    data = tmp_path / "rows.json"  # takes longer to tokenise than the test
+    with open(EXAMPLES, encoding="utf-8") as f:
+        data.write_text(json.dumps(json.load(f) * (8000 if phase == "tokenise" else 1)))
+    command = [f"{ROOT}/train.sh", "--model", "tiny", "--epochs", "10000", "--save_steps", "1000000",
+               "--train_data", str(data), "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHON": sys.executable, "NNODES": "2", "MASTER_PORT": port}
+    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**environment, "NODE_RANK": rank}) for rank in "01"]
+    metrics, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < limit:
+        if metrics.exists() and metrics.stat().st_size or phase == "tokenise" and len(processes_of(nodes[1].pid)) > 2:
+            break
+        time.sleep(0.1)
+    if phase == "tokenise":
+        time.sleep(8)  # the ranks import torch and read the rows
+    for pid in [pid for node in nodes for pid in processes_of(node.pid)] if to_all else [nodes[1].pid]:
+        os.kill(pid, number)
+    for node in nodes:
+        err = node.communicate(timeout=100)[1]
+        assert node.returncode == code and "Traceback" not in err and "Root Cause" not in err, err
+    assert (tmp_path / "out" / "checkpoints" / "latest").exists() == (phase == "step")
+
+
+def test_ctrl_c_during_imports_prints_no_traceback(tmp_path):
+    """Of sft.py; a torch that takes long to import stands for the time that the real one takes."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    with subprocess.Popen([sys.executable, f"{ROOT}/sft.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=20)[1], process.returncode) == ("", -signal.SIGINT)

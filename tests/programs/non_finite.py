@@ -37,4 +37,4 @@ if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as f:
         plant(json.load(f), sys.argv[2])
     sys.argv = ["sft.py", *sys.argv[3:]]
-    errors.run(sft.record(sft.main))
+    errors.run(sft.main)

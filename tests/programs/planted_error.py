@@ -65,7 +65,7 @@ for where, what in cases:
         planted[where] = globals()[what]
         sys.argv, code = ["sft.py", *sys.argv[2:], "--output_dir", f"out.{name}"], 0
         try:
-            run(sft.record(sft.main))
+            run(sft.main)
         except SystemExit as stop:
             code = stop.code
         except BaseException:  # as Python does, without the clean-up at exit, which takes a second

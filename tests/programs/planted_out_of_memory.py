@@ -62,4 +62,4 @@ def plant(where, kind, rank="0", put=setattr):
 if __name__ == "__main__":
     plant(*sys.argv[1:4])
     sys.argv = ["sft.py", *sys.argv[4:]]
-    errors.run(sft.record(sft.main))
+    errors.run(sft.main)

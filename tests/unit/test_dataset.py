@@ -372,3 +372,13 @@ def test_names_of_columns_cannot_change_the_terminal(tmp_path):
 def test_columns_that_are_new_in_each_row_take_bounded_memory(tmp_path):
     ledger = data.load(write(tmp_path / "rows.json", [{**GOOD, f"c{i}": 1} for i in range(1500)]), tiny, 100).ledger
     assert len(ledger.unused) == 1000 and ledger.lines()[-1].endswith("c18, c19 and 980 more")
+
+
+def test_progress_is_shown_after_each_megabyte(tmp_path, monkeypatch):
+    """And not only after a thousand rows: --timeout counts from one batch to the next."""
+    assert data.BATCH_CHARACTERS == 2**20
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 1000)
+    rows = [{"prompt": "x", "response": "y " * 300} for _ in range(4)]
+    calls = []
+    loaded = data.load(write(tmp_path / "long.json", rows), ChatTokenizer(TINY), 1000, progress=lambda: calls.append(1))
+    assert len(calls) == 2 and len(loaded) == 4

@@ -15,6 +15,7 @@ import time
 import pytest
 from helpers import ROOT, TESTS
 
+from ranks.launch import EXIT_CODES
 from settings import venv
 
 TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
@@ -70,6 +71,34 @@ def test_train_sh_is_short():
     assert {"N_GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set("".join(lines).split())
 
 
+def test_train_sh_runs_nothing_from_the_current_directory(tmp_path):
+    """Through a symbolic link, with CDPATH set, and where files have the names of modules that it imports."""
+    for name in ("csv", "re", "torch", "os", "importlib", "venv", "pip", "signal", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module was imported from the current directory')")
+    os.makedirs(tmp_path / "bin")
+    (tmp_path / "bin" / "train").symlink_to(os.path.relpath(os.path.join(ROOT, "train.sh"), tmp_path / "bin"))
+    done = subprocess.run(["bin/train", "--n_gpus", "two"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable, "CDPATH": str(tmp_path)})
+    assert done.stderr == "train.sh: error: --n_gpus two: it must be an integer of at least 1\n"
+    assert done.returncode == 2 and sorted(path.name for path in (tmp_path / "bin").iterdir()) == ["train"]
+
+
+@pytest.mark.full
+def test_train_sh_installs_with_nothing_from_the_current_directory(tmp_path):
+    """A requirement that no index has: venv and pip run as far as that, isolated (Python 3.10 has no -P)."""
+    project = tmp_path / "project"
+    os.makedirs(project / "ranks")
+    for name in ("train.sh", "ranks/packages.py"):
+        shutil.copy(os.path.join(ROOT, name), project / name)
+    (project / "requirements.txt").write_text("no-such-package-of-anyone>=1.0\n")
+    for name in ("venv", "pip", "re", "ensurepip"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module was imported from the current directory')")
+    done = subprocess.run([project / "train.sh", "--setup", "requirements.txt"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHON": sys.executable, "PIP_NO_INDEX": "1"})
+    assert "current directory" not in done.stderr and "No matching distribution" in done.stderr
+    assert (project / ".venv" / "bin" / "python").exists() and not (tmp_path / ".venv").exists()
+
+
 # ----------------------------------------------------------------------------------------------------
 # ranks/launch.py, with planted_sft.py instead of sft.py
 
@@ -78,7 +107,9 @@ def test_train_sh_is_short():
 def launch(tmp_path):
     """A function: arguments, environment -> a process of ranks/launch.py with them, in tmp_path."""
     os.makedirs(tmp_path / "project" / "ranks")
-    shutil.copy(os.path.join(ROOT, "ranks", "launch.py"), tmp_path / "project" / "ranks")
+    os.makedirs(tmp_path / "project" / "settings")
+    for name in ("ranks/launch.py", "ranks/cluster.py", "ranks/meeting.py", "settings/errors.py"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path / "project" / name)
     shutil.copy(os.path.join(TESTS, "programs", "planted_sft.py"), tmp_path / "project" / "sft.py")
     (tmp_path / "torch.py").write_text("raise SystemExit('a module was imported from the current directory')")
 
@@ -117,7 +148,7 @@ def test_flags_that_only_print_start_no_ranks(word, launch, tmp_path):
 
 
 def test_two_runs_at_the_same_time(launch, tmp_path):
-    """Each checks its settings once, with the final world size, and has its own port. Workers ignore signals
+    """Each checks its settings once, with the final world size, and has its own port. Workers block signals
     at first and have Python's usual path."""
     runs = [launch("--n_gpus", "2", "--lr", "1", PLANT="meet 4") for _ in range(2)]
     for run in runs:
@@ -134,9 +165,7 @@ def test_two_runs_at_the_same_time(launch, tmp_path):
 
 
 def test_two_nodes_use_the_given_port(launch, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     nodes = [launch(PLANT="meet 2", NNODES="2", NODE_RANK=rank, MASTER_PORT=port) for rank in "10"]
     for node in nodes:
         assert node.wait(timeout=60) == 0, node.stderr.read()
@@ -148,33 +177,96 @@ def test_two_nodes_use_the_given_port(launch, tmp_path):
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_the_exit_code_of_a_failed_worker(code, launch):
-    """Code 2, an error in the input, stays 2 without torchrun's report. After other codes the report is
-    printed."""
+    """It is that of the launcher, without torchrun's report: the worker has said why."""
     process = launch("--n_gpus", "2", PLANT=f"exit {code}")
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == code and ("Root Cause" in err) == (code == 1)
+    assert process.returncode == code and err == ""
 
 
-def test_a_worker_that_ran_out_of_memory_has_said_so(launch):
-    """Code 1 without torchrun's report."""
-    process = launch("--n_gpus", "2", PLANT="memory")
+def test_a_worker_that_was_killed_is_named(launch):
+    """It could not say so itself."""
+    process = launch("--n_gpus", "2", PLANT="kill")
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "Root Cause" not in err and "Traceback" not in err
+    assert process.returncode == 1
+    assert err == "train.sh: error: rank 1 was ended by SIGKILL; if it was the kernel, memory ran out: see dmesg\n"
 
 
-def test_term_ends_a_launcher_that_waits_for_another_node(launch, tmp_path):
-    """There are no workers yet, so there is nothing to save."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [os.path.join(ROOT, "train.sh"), "--model", "tiny", "--output_dir", str(tmp_path / "out")]
-    env = {**os.environ, "PYTHON": sys.executable, "NNODES": "2", "NODE_RANK": "0", "MASTER_PORT": str(port)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while socket.socket().connect_ex(("127.0.0.1", port)):  # until torchrun waits there
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    assert process.wait(timeout=60) == 143
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_a_node_that_waits_says_so_and_ends_at_the_first_signal(launch):
+    """Node 0 with each signal of EXIT_CODES, node 1 with one. Nothing was trained, so the code is never 0."""
+    runs = [(number, launch(NNODES="2", NODE_RANK=rank, MASTER_PORT=free_port()))
+            for number, rank in [*((number, "0") for number in EXIT_CODES), (signal.SIGTERM, "1")]]
+    for number, run in runs:
+        assert re.match(r"train.sh: waiting for node [01] of 2 at 127.0.0.1:\d+", run.stderr.readline())
+        run.send_signal(number)
+    for number, run in runs:
+        out, err = run.communicate(timeout=20)
+        assert run.returncode == 128 + number
+        assert err == f"\n{signal.Signals(number).name}: stopped before the first step\n"
+
+
+def test_nohup_keeps_a_waiting_node_alive(launch):
+    """SIGHUP is ignored if it was on entry, as nohup does; the next SIGTERM ends the node."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = launch(NNODES="2", MASTER_PORT=free_port())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    run.stderr.readline()
+    run.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGTERM)
+    assert run.communicate(timeout=20) and run.returncode == 143
+
+
+@pytest.mark.parametrize("nodes, line", [
+    ([("2", "0"), ("2", "0")], r"two nodes have NODE_RANK 0 \(.*\); set NODE_RANK to 0, 1, ... 1, each on one node"),
+    ([("3", "0"), ("2", "1")], r"node 1 \(.*\) has NNODES 2, and node 0 \(.*\) has 3; set the same on all nodes"),
+    ([("3", "0"), ("3", "1"), ("3", "1")], r"two nodes have NODE_RANK 1 \(.*")], ids=str)
+def test_nodes_that_do_not_fit_together_are_refused_at_once(nodes, line, launch):
+    port = free_port()
+    runs = [launch(NNODES=n, NODE_RANK=rank, MASTER_PORT=port) for n, rank in nodes]
+    for run in runs:
+        err = run.communicate(timeout=20)[1]
+        assert run.returncode == 2 and re.search(rf"^train.sh: error: {line}$", err, re.M), err
+
+
+def test_a_wait_ends_after_timeout_and_names_the_likely_mistake(launch):
+    runs = [launch(NNODES="2", NODE_RANK="1", MASTER_ADDR="no.such.host.invalid", TIMEOUT="2"),
+            launch(NNODES="3", NODE_RANK="0", MASTER_PORT=free_port(), TIMEOUT="2")]
+    expected = ["waiting for node 0 of 2 at no.such.host.invalid:29500: the name does not resolve",
+                "waiting for nodes 1, 2 of 3 at 127.0.0.1:"]
+    for run, line in zip(runs, expected, strict=True):
+        err = run.communicate(timeout=60)[1]
+        assert run.returncode == 2 and f"train.sh: error: gave up after --timeout 2 s: {line}" in err
+        assert f"train.sh: {line}" in err
+
+
+def test_a_taken_port_is_one_line(launch):
+    """On one node, as node 0; and node 1 says what it found there."""
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        one, node_0 = launch("--n_gpus", "2", MASTER_PORT=port), launch(NNODES="2", NODE_RANK="0", MASTER_PORT=port)
+        node_1 = launch(NNODES="2", NODE_RANK="1", MASTER_PORT=port)
+        lines = {one: f"MASTER_PORT {port}: Address already in use; unset it: train.sh then takes a free port",
+                 node_0: f"MASTER_PORT {port} is in use on this node, by another run or program; set another port, "
+                         "the same on all nodes"}
+        for run, line in lines.items():
+            assert run.communicate(timeout=20)[1] == f"train.sh: error: {line}\n" and run.returncode == 2
+        assert "what listens there is not a train.sh that waits" in node_1.stderr.readline()
+        node_1.terminate()
+        assert node_1.wait(timeout=20) == 143
+
+
+def test_the_launcher_exits_with_the_code_that_the_ranks_leave(launch):
+    """A signal on any node ends all of them, and each launcher learns of it from its ranks."""
+    run = launch("--n_gpus", "2", PLANT="code 143")
+    assert run.wait(timeout=60) == 143, run.stderr.read()
 
 
 def test_a_second_ctrl_c_kills_all(launch, tmp_path):
@@ -185,11 +277,11 @@ def test_a_second_ctrl_c_kills_all(launch, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1.5)  # they ignore the signal
+        process.wait(timeout=1.5)  # they block the signal
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=10)[1]  # the workers share this pipe, so it closes with the last of them
     assert process.returncode == 130
-    assert "SIGINT: passed to all ranks as SIGUSR1; press Ctrl-C again to quit without saving" in err
+    assert err == "\nstopped without saving; progress since the last checkpoint is lost\n"
 
 
 # ----------------------------------------------------------------------------------------------------

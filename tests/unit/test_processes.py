@@ -1,9 +1,10 @@
-"""ranks/processes.py without a process group: a single process, and which rank a failure is attributed to."""
+"""ranks/processes.py and ranks/failures.py without a process group: a single process, and which rank is blamed."""
 
 import datetime
 import fcntl
 import os
-import socket
+import subprocess
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from helpers import started
 
 from disk import files
-from ranks import processes
+from ranks import failures, processes
 from settings.errors import UserError
 
 
@@ -34,54 +35,6 @@ def test_tp_divides_the_processes():
         processes.check_tp(4, 6)
 
 
-@pytest.fixture
-def ranks(monkeypatch):
-    """Rank 1 of three. Ranks 0 and 1 are in step 8 on this host; rank 2 has been in step 7 for longer, on
-    another."""
-    ranks = processes.Ranks(rank=1, world_size=3, dp_rank=1, dp_size=3, mesh=None, device=torch.device("cpu"),
-                            store=dist.HashStore())
-    host = socket.gethostname()
-    texts = f"step 8|1000.5|{host}|111", f"step 8|1000.25|{host}|222", "step 7|990|far|333"
-    for rank, text in enumerate(texts):
-        ranks.store.set(f"rank {rank}", text)
-    ranks.phase = "step 8"
-    return ranks
-
-
-@pytest.mark.parametrize("error, culprit", [
-    (RuntimeError("Connection closed by peer"), 2), (dist.DistStoreError("timed out"), 2),
-    (KeyError("x"), None), (UserError("x"), None),
-    (files.LockTimeout("x", pid=111), 0), (files.LockTimeout("x", pid=333), None),
-    (files.LockTimeout("x", pid=None), None)], ids=repr)
-def test_the_culprit_of_a_failure(error, culprit, ranks):
-    """For a collective the rank that has been in its phase for the longest; for a lock its holder, if that is
-    a rank on this host; none for an error of the rank's own."""
-    found = ranks.find_culprit(error)
-    assert (found and found.rank) == culprit
-
-
-def test_a_rank_reports_its_own_error(ranks, capsys):
-    ranks.report_failure(UserError("bad file"))
-    assert capsys.readouterr().err == "sft.py: rank 1 failed in step 8: UserError: bad file\n"
-
-
-@pytest.mark.parametrize("error, host, killed", [
-    (RuntimeError("Timed out waiting"), "here", [333]),
-    (RuntimeError("wait timeout after 5 ms"), "here", [333]),
-    (files.LockTimeout("no progress", pid=333), "here", [333]),
-    (RuntimeError("Timed out waiting"), "far", []),  # the pid is another host's
-    (RuntimeError("Connection reset"), "here", [])], ids=str)  # it has ended
-def test_a_rank_that_may_be_stopped_is_named_and_killed(error, host, killed, ranks, monkeypatch):
-    """A stopped process (SIGSTOP) can't end by itself."""
-    sent = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(pid))
-    ranks.store.set("rank 2", f"step 7|990|{socket.gethostname() if host == 'here' else host}|333")
-    message = r"rank 2 did not respond in step 7 \(it exited or hung\), .* rank 1 waited for it in step 8: "
-    with pytest.raises(RuntimeError, match=message):
-        ranks.report_failure(error)
-    assert sent == killed
-
-
 def test_a_lock_names_its_holder(tmp_path):
     """After the time-out a UserError has the pid that the holder wrote."""
     path = tmp_path / "x.lock"
@@ -100,36 +53,236 @@ def test_a_lock_names_its_holder(tmp_path):
     assert info.value.pid is None
 
 
-def test_a_rank_waits_for_slower_ones_that_make_progress(monkeypatch):
-    """Longer than --timeout, here 1 s; until one is stuck. Then that one is the culprit, not another that waits."""
+@pytest.mark.parametrize("late, seen", [(True, [0, 0, 15, 15]), (False, [0, 15, 15, 15])])
+def test_a_signal_is_seen_by_all_ranks_at_the_same_poll(late, seen, monkeypatch):
+    """Rank 1 receives it before the second poll. A late poll does not wait for the other rank: it returns what the one
+    before it found."""
+    shared, waited = [], []
+
+    class Work(NamedTuple):
+        poll: int
+
+        def wait(self):
+            waited.append(self.poll)
+            for tensor in shared[self.poll]:
+                tensor.fill_(max(shared[self.poll]))
+
+    def all_reduce(tensor, operation, async_op):
+        if not shared or len(shared[-1]) == 2:
+            shared.append([])
+        shared[-1].append(tensor)
+        return Work(len(shared) - 1)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    ranks = [processes.Ranks(rank=rank, world_size=2, dp_rank=rank, dp_size=2, mesh=None, device=torch.device("cpu"),
+                             store=dist.HashStore(), has_polled=True) for rank in range(2)]
+    found = []
+    for poll in range(4):
+        if poll == 1:
+            ranks[1].received_signal = 15
+        if late:
+            found.append([rank.poll_signals(late=True) for rank in ranks])
+            assert len(shared) - 1 not in waited
+        else:  # both enter before one waits
+            shared.append([torch.tensor(rank.received_signal) for rank in ranks])
+            monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: Both(tensor, shared[-1]))
+            found.append([rank.poll_signals() for rank in ranks])
+    assert found == [[number, number] for number in seen]
+    assert late is False or [rank.poll_signals() for rank in ranks] == [15, 15]
+
+
+class Both(NamedTuple):
+    """Work of a poll that both ranks have entered."""
+
+    tensor: torch.Tensor
+    numbers: list
+
+    def wait(self):
+        self.tensor.fill_(max(self.numbers))
+
+
+# ---- who is to blame ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watchdogs(monkeypatch):
+    """Those of four ranks on one store, two ranks on each of two nodes. Threads are not started."""
+    monkeypatch.setattr(failures, "collectives", dict)
+    monkeypatch.setattr(failures, "child_state", lambda pid: "S")
     store = dist.HashStore()
     store.set_timeout(datetime.timedelta(seconds=1))
-    slow, waiting, first = (processes.Ranks(rank=rank, world_size=3, dp_rank=rank, dp_size=3, mesh=None,
-                                            device=torch.device("cpu"), store=store) for rank in range(3))
-    clock, end = [100.0], None
+    found = []
+    for rank in range(4):
+        monkeypatch.setenv("GROUP_RANK", str(rank // 2))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        found.append(failures.Watchdog(store, rank, 4, timeout=10))
+        found[-1].phase = "step 8"
+        monkeypatch.setattr(found[-1], "collectives", {"dp": 7}, raising=False)
+    monkeypatch.setattr(failures.Watchdog, "state", lambda self: failures.State(
+        self.node, "here", 100 + self.rank, self.phase, {**self.collectives, "store": self.store_waits},
+        self.progress, self.beat))
+    return found
 
-    def sleep(seconds):  # meanwhile the slow rank works
-        clock[0] += seconds
-        if clock[0] < 160:
-            slow.show_progress()
-        elif end == "done":
-            store.add("tokenise done", 1)
 
-    monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(processes.time, "time", lambda: clock[0])
-    monkeypatch.setattr(processes.time, "sleep", sleep)
-    for end in "done", "stuck":
-        clock[0] = 100.0
-        slow.shown = 0.0
-        for rank in slow, waiting, first:
-            rank.set_phase("tokenise")
-        store.add("tokenise done", 1 - store.add("tokenise done", 0))  # `waiting` is done
-        waiting.set_phase("end of tokenise")
-        if end == "done":
-            first.wait_for_slower()
-            assert 160 <= clock[0] < 161
-    with pytest.raises(RuntimeError, match="timed out: no rank made progress for 3 s") as info:
-        first.wait_for_slower()
-    assert 159 + 3 < clock[0] < 160 + 4  # the last progress was shown between 158.9 and 160
-    assert store.add("progress", 0) < 2 * 61  # once a second, of 600 calls
-    assert first.find_culprit(info.value).rank == 0
+def wait(watchdogs, seconds, silent=(), step=0.5):
+    """Let time pass until one of them sees a failure; (the rank that saw it, the Failure, seconds) or None."""
+    for i in range(int(seconds / step)):
+        for watchdog in watchdogs:
+            if watchdog.rank not in silent:
+                watchdog.exchange()
+                watchdog.count(step)
+                if failure := watchdog.judge():
+                    return watchdog.rank, failure, i * step
+    return None
+
+
+def test_a_rank_that_does_not_get_on_is_blamed(watchdogs):
+    """Those that wait for it have entered one collective more."""
+    for watchdog in watchdogs[:2] + watchdogs[3:]:
+        watchdog.collectives = {"dp": 8}
+    rank, failure, seconds = wait(watchdogs, 30)
+    assert (failure.rank, failure.node, failure.phase, failure.is_silent) == (2, 1, "step 8", True)
+    assert rank == 0 and "it has not moved for 10 s, and rank 0 waits for it in step 8" in failure.line()
+    assert 10 < seconds < 15
+
+
+@pytest.mark.parametrize("silent, cause", [
+    ([1], "nothing was heard from it for 10 s"),
+    ([2, 3], "nothing was heard from it for 10 s, nor from any other rank of node 1: it is gone, or the link to it "
+             "is cut")])
+def test_a_rank_that_is_silent_is_blamed(silent, cause, watchdogs):
+    wait(watchdogs, 1)
+    rank, failure, seconds = wait(watchdogs, 30, silent)
+    assert failure.rank == silent[0] and failure.cause == cause and rank == 0 and 9 < seconds < 15
+
+
+def test_a_rank_that_has_not_started_is_blamed(watchdogs):
+    _, failure, _ = wait(watchdogs[:3], 30)
+    assert failure.rank == 3 and failure.phase == "start"
+
+
+def test_a_rank_that_shows_progress_may_take_any_time(watchdogs):
+    """Also if the others wait for it in the store, as at the end of tokenising. Until it is stuck."""
+    for watchdog in watchdogs[1:]:
+        watchdog.store_waits = 1
+    for _ in range(10):
+        watchdogs[0].progress += 1
+        assert wait(watchdogs, 9) is None
+    _, failure, _ = wait(watchdogs, 30)
+    assert failure.rank == 0
+
+
+def test_ranks_that_are_all_in_the_same_place_have_more_time(watchdogs):
+    """They may load or compile."""
+    rank, failure, seconds = wait(watchdogs, 60)
+    assert 30 < seconds < 35 and failure.cause.startswith("no rank has moved for 30 s")
+
+
+def test_a_suspended_process_counts_no_time(watchdogs, monkeypatch):
+    """Its thread was not called for an hour; then for 9.5 seconds each half second."""
+    clock, counted = [0.0], []
+    watchdog = watchdogs[0]
+
+    def sleep(seconds):
+        clock[0] += 3600 if not counted else seconds
+        watchdog.is_closed = len(counted) == 20
+
+    monkeypatch.setattr(failures.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(failures.time, "sleep", sleep)
+    monkeypatch.setattr(watchdog, "judge", lambda: None)
+    monkeypatch.setattr(watchdog, "count", counted.append)
+    watchdog.watch()
+    assert counted[0] == 2 * failures.TICK and len(counted) == 21 and set(counted[1:]) == {failures.TICK}
+
+
+def test_a_process_of_this_node_that_has_ended_is_seen_at_once(watchdogs, monkeypatch):
+    """One with the same pid on another node is not it."""
+    wait(watchdogs, 1)
+    monkeypatch.setattr(failures, "child_state", lambda pid: "" if pid == 101 else "S")
+    rank, failure, seconds = wait(watchdogs[2:], 3) or (None, None, None)
+    assert failure is None
+    rank, failure, seconds = wait(watchdogs, 3)
+    assert (rank, failure.rank, seconds) == (0, 1, 0)
+
+
+def test_the_first_failure_wins(watchdogs):
+    """Each rank reads it; the phase of one that does not respond is the last one that it wrote."""
+    first = watchdogs[1].blame_for(KeyError("x"), 1)
+    silent = watchdogs[2].silent(3, watchdogs[3].state(), "gone")
+    for watchdog, failure in zip(watchdogs, (None, first, silent)):
+        watchdog.proposal = failure
+    for watchdog in watchdogs:
+        watchdog.exchange()
+    watchdogs[0].exchange()
+    assert {watchdog.failure for watchdog in watchdogs} == {first}
+    assert first.line() == f"sft.py: error: rank 1 (node 0, {first.host}) failed in step 8: KeyError: 'x'"
+    watchdogs[0].exchange()
+    assert not watchdogs[0].unread
+
+
+def test_a_rank_that_is_done_may_end(watchdogs):
+    """Its process may have ended before another one has seen that all are done."""
+    watchdogs[0].store.set("done 1", "")
+    for rank, watchdog in ((1, watchdogs[0]), (3, watchdogs[2])):
+        watchdog.proposal = watchdog.silent(rank, watchdogs[rank].state(), "its process has ended")
+        watchdog.exchange()
+    assert watchdogs[0].failure is None is watchdogs[0].proposal and watchdogs[2].failure.rank == 3
+
+
+@pytest.mark.parametrize("error, is_own", [
+    (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"), False),
+    (dist.DistBackendError("NCCL error"), False), (dist.DistNetworkError("x"), False),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True), (UserError("x"), True),
+    (files.LockTimeout("x", pid=5), True)], ids=repr)
+def test_which_errors_are_those_of_other_ranks(error, is_own, watchdogs):
+    assert bool(watchdogs[0].blame_for(error, 1)) is is_own
+
+
+def test_a_lock_that_a_rank_holds(watchdogs):
+    wait(watchdogs, 1)
+    failure = watchdogs[0].blame_for(files.LockTimeout("x", pid=101), 2)
+    assert failure.rank == 1 and failure.is_silent
+    assert watchdogs[0].blame_for(files.LockTimeout("x", pid=103), 2).rank == 0  # a process of the other node
+
+
+def test_a_store_that_does_not_answer(watchdogs):
+    watchdog = watchdogs[3]
+    for _ in range(50):
+        watchdog.count(0.5)
+        if failure := watchdog.judge():
+            break
+    assert failure.line().endswith("failed in step 8: node 0 is gone, or the link to it is cut: its "
+                                   "store has not answered for 10 s")
+    watchdog.is_store_gone = True
+    assert "node 0 is gone" in watchdog.judge().cause
+
+
+def test_a_rank_that_waits_is_not_blamed_for_those_that_wait_for_it():
+    """On a mesh: rank 1 is stuck, 0 waits for it in tp, 2 waits for 0 in dp."""
+    def state(**entered):
+        return failures.State(0, "here", 1, "step 8", entered, 0, 0)
+
+    states = {0: state(tp0=5, dp0=3), 1: state(tp0=4, dp1=3), 2: state(tp1=5, dp0=4), 3: state(tp1=5, dp1=4)}
+    assert failures.those_behind(states) == [1]
+
+
+def test_child_state():
+    """Only a child of this process's parent may be killed."""
+    assert failures.child_state(os.getpid()) not in ("", "?")
+    with subprocess.Popen(["sleep", "100"]) as other:
+        states = failures.child_state(other.pid), failures.child_state(2**22 + 1)
+        other.kill()
+    assert states == ("", "")
+
+
+def test_ranks_without_conversations_are_counted(capsys):
+    def ranks(rank):
+        return processes.Ranks(rank=rank, world_size=8, dp_rank=rank, dp_size=8, mesh=None, device=torch.device("cpu"),
+                               store=dist.HashStore())
+
+    ranks(1).warn_of_idle(3)
+    ranks(0).warn_of_idle(8)
+    assert capsys.readouterr().err == ""
+    ranks(0).warn_of_idle(3)
+    assert "--batch_size 3 is less than the 8 data-parallel ranks: 5 of them compute" in capsys.readouterr().err
