@@ -6,12 +6,14 @@ setting that was typed.
 
 import os
 import re
+import sys
 import tempfile
+import time
 
 from disk import checkpoint, files, foreign, peft, pretrained
 from families.config import ModelConfig
 from settings import parser
-from settings.errors import UserError, once_per_node
+from settings.errors import UserError
 from text import sources
 
 
@@ -20,16 +22,19 @@ def checked(cfg, origins):
 
     origins  of the settings, from settings.parser.parse: the error names the file that a path is written in
 
-    Raises UserError for what does not exist or can't be used.
+    Raises UserError for what does not exist or can't be used. Of several ranks on a node, one raises it and
+    the others exit, as they would print the same.
     """
-    with once_per_node():
-        try:
-            check(cfg)
-        except UserError as error:
-            name = str(error).partition(" ")[0].removeprefix("--")
-            if name in origins and parser.files_read({name: origins[name]}):
-                raise UserError(f"{error} ({name} is set in {origins[name]})") from error
-            raise
+    try:
+        check(cfg)
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(1)  # torchrun ends the other ranks when one has exited, and the first has to print
+            sys.exit(2)
+        name = str(error).partition(" ")[0].removeprefix("--")
+        if name in origins and parser.files_read({name: origins[name]}):
+            raise UserError(f"{error} ({name} is set in {origins[name]})") from error
+        raise
 
 
 def check(cfg):

@@ -1,12 +1,10 @@
 """Errors that are the input's fault: reported in one line, with exit code 2. Bugs keep their tracebacks."""
 
-import contextlib
 import errno
 import os
 import select
 import signal
 import sys
-import time
 import unicodedata
 
 # What to do about an OSError, by its number.
@@ -32,18 +30,6 @@ class NonFiniteError(FloatingPointError):
 
 class OutOfMemory(Exception):
     """The memory of a device or of the host is too small. The message says where, and what would help."""
-
-
-@contextlib.contextmanager
-def once_per_node():
-    """If all ranks raise the same UserError in the block, let one rank of each node report it."""
-    try:
-        yield
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", "0")):
-            time.sleep(1)  # torchrun ends the other ranks when one has exited, and the first has to print
-            sys.exit(2)
-        raise
 
 
 def printable(text):

@@ -4,7 +4,6 @@ Runs sft.py once for each case, {"name", "flags": more flags of rank 1, "patch":
 with FLAGS and --output_dir NAME. Writes NAME.RANK.err, what each rank printed, and codes.json, {name: exit codes}.
 """
 
-import contextlib
 import importlib
 import json
 import multiprocessing
@@ -24,7 +23,8 @@ def be(rank, port, case, flags):
     for name, value in (case["patch"] if rank else {}).items():
         module, attribute = name.rsplit(".", 1)
         setattr(importlib.import_module(module), attribute, value)
-    with open(f"{case['name']}.{rank}.err", "w", encoding="utf-8") as f, contextlib.redirect_stderr(f):
+    with open(f"{case['name']}.{rank}.err", "w", encoding="utf-8") as f:
+        os.dup2(f.fileno(), 2)
         command = [os.path.join(ROOT, "sft.py"), *flags, "--output_dir", case["name"], *more]
         be_rank(rank, 2, port, command, local_rank=0)
 
