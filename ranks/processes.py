@@ -5,6 +5,7 @@ along dp read different conversations. If one rank fails, all end, and the error
 it. If one rank receives a signal, all finish the step, save and exit.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -109,15 +110,15 @@ class Ranks:
         return int(number)
 
     def on_signal(self, number, _):
-        """Signal handler. os.write has no buffer, as the handler may interrupt a print."""
+        """Signal handler."""
         if number == self.received_signal == signal.SIGINT:
-            os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
+            write_to_screen("stopped without saving; progress since the last checkpoint is lost")
             os._exit(EXIT_CODES[number])
         if self.rank == 0 and not self.received_signal:
             message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
-            os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+            write_to_screen(f"{signal.Signals(number).name}: {message}")
         self.received_signal = max(self.received_signal, number)
         if not self.has_polled:
             sys.exit(EXIT_CODES[self.received_signal])
@@ -219,6 +220,15 @@ class Ranks:
             holder = socket.gethostname(), error.pid
             others = [other for other in others if (other.host, other.pid) == holder]
         return min(others, key=lambda other: other.since, default=None)
+
+
+def write_to_screen(line):
+    """Write a line to stderr in a signal handler: os.write has no buffer, as it may interrupt a print.
+
+    With `| tee`, Ctrl-C has ended the reader too, and the write fails: that must not end the run.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
 
 
 def leave_for_torchrun(message):
