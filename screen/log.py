@@ -275,7 +275,7 @@ class Log:
 
     def print_steps(self, train_set, sampler):
         """Print the number of steps, and what a step of the first epoch holds on average."""
-        steps_per_epoch = sampler.per_epoch[0]
+        steps_per_epoch = sampler.steps_of(0)
         epochs = with_noun(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
         steps = with_noun(f"{steps_per_epoch:,}", "step")
         fraction = sum(sampler.quotas) / len(train_set) / steps_per_epoch  # of the data, per step
