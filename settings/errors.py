@@ -101,9 +101,9 @@ def prepare_streams(endures):
             continue
         stream.reconfigure(errors="plain")
         if endures:
-            buffer = io.BufferedWriter(Screen(number, "w", closefd=False))
+            screen = Screen(number, "w", closefd=False)  # write_through: PYTHONUNBUFFERED, or python -u
             setattr(sys, name, io.TextIOWrapper(
-                buffer, stream.encoding, "plain", line_buffering=stream.line_buffering,
+                screen if stream.write_through else io.BufferedWriter(screen), stream.encoding, "plain", line_buffering=stream.line_buffering,
                 write_through=stream.write_through))
 
 

@@ -448,6 +448,8 @@ def read_yaml(path, fields):
 
     Raises UserError, with the file and line, for what is not YAML or not a setting.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, and each process reads it
+        raise UserError(f"{path} is not a file; write the settings to a file")
     with open(path, "rb") as f:
         content = f.read(LARGEST_YAML + 1)
     if len(content) > LARGEST_YAML:
