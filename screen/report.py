@@ -83,12 +83,11 @@ def is_sample(line):
 
 
 def read_yaml(f):
-    """Plain values of a config.yaml. Raises ValueError for aliases, with which a short file can mean billions."""
-    text = f.read(LARGEST_CONFIG)
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise ValueError("aliases")
-    values = yaml.safe_load(text)
-    return {str(name): value for name, value in values.items() if not isinstance(value, (dict, list))}
+    """The plain values of a config.yaml. Lists and mappings are skipped: with aliases, few can mean billions."""
+    root, loader = yaml.compose(f.read(LARGEST_CONFIG), Loader=yaml.SafeLoader), yaml.SafeLoader("")
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return {str(name.value): loader.construct_object(value) for name, value in pairs
+            if isinstance(value, yaml.ScalarNode)}
 
 
 def read_dict(path, read):

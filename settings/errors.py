@@ -101,9 +101,10 @@ def prepare_streams(endures):
             continue
         stream.reconfigure(errors="plain")
         if endures:
-            screen = Screen(number, "w", closefd=False)  # write_through: PYTHONUNBUFFERED, or python -u
+            screen = Screen(number, "w", closefd=False)
+            buffer = screen if stream.write_through else io.BufferedWriter(screen)  # True: python -u
             setattr(sys, name, io.TextIOWrapper(
-                screen if stream.write_through else io.BufferedWriter(screen), stream.encoding, "plain", line_buffering=stream.line_buffering,
+                buffer, stream.encoding, "plain", line_buffering=stream.line_buffering,
                 write_through=stream.write_through))
 
 

@@ -15,6 +15,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def read_model(directory):
         net = CausalLM(built)
     pretrained.match_weights(net, directory)
     pretrained.generation_config(directory, settings, tokenizer.stop_token_id)
+    list(tokenizer.encode_ahead([[SimpleNamespace(text="a" * 3000 + "x" * 3000 + "bz")]]))
     return files.read_bytes(directory, pretrained.TOKENIZER_FILES)
 
 
@@ -197,6 +199,14 @@ def prefixed(directory):
     put("tokenizer.json", json.dumps(tokenizer))(directory)
 
 
+def backtracking(directory):
+    """The Rust code of the package panics when it applies this expression."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": r"(a*)*b\1"}, "behavior": "Isolated",
+                                  "invert": False}
+    put("tokenizer.json", json.dumps(tokenizer))(directory)
+
+
 def pickled(directory):
     (directory / "pytorch_model.bin").write_bytes(b"cos\nmkdir\n(S'mark'\ntR.")
     (directory / "tokenizer.py").write_text("import os; os.mkdir('mark')")
@@ -295,6 +305,7 @@ CASES = {
     "tokenizer.json: a subword prefix longer than a word": (model, prefixed, "is not a tokenizer"),
     "tokenizer_config.json: template is a number": (model, put("tokenizer_config.json", '{"chat_template": 7}'),
                                                     "its chat template must be a text"),
+    "tokenizer.json: a regular expression that takes too long": (model, backtracking, "can't encode the data"),
     # an adapter
     "adapter_config.json is a list": (adapter, put("adapter_config.json", "[]"), "must hold a JSON object"),
     "adapter_config.json is a link out": (adapter, link("adapter_config.json", "../secret"), "is a link to"),
@@ -306,6 +317,11 @@ CASES = {
     "a rank of 10^12, without columns": (adapter, ranked([10**12, 0]), "it may be from 1 to"),
     "a rank of 0": (adapter, ranked([0, 64]), "it may be from 1 to"),
     "a matrix without dimensions": (adapter, ranked([]), "it may be from 1 to"),
+    "use_rslora is the text false": (adapter, peft(use_rslora="false"), "it must be true or false"),
+    "use_dora is a list": (adapter, peft(use_dora=["x"]), "it must be true or false"),
+    "lora_alpha is NaN": (adapter, peft(lora_alpha=float("nan")), "must be numbers"),
+    "100,000 alpha_patterns": (adapter, peft(alpha_pattern={f"a{i}": 1 for i in range(100_000)}), "entries; at most"),
+    "4,000 alpha_patterns": (adapter, peft(alpha_pattern={f"a{i}": 1 for i in range(4_000)}), USED + "each is read once"),
     # a chat template
     "reads a class": (template, "{{ ''.__class__.__mro__ }}", "is unsafe"),
     "reads the globals": (template, "{{ messages.append.__globals__ }}", "is unsafe"),
