@@ -83,7 +83,7 @@ def is_sample(line):
 
 
 def read_yaml(f):
-    """The plain values of a config.yaml. Lists and mappings are skipped: with aliases, few can mean billions."""
+    """The plain values of a config.yaml, without lists and mappings: with aliases they can have billions."""
     root, loader = yaml.compose(f.read(LARGEST_CONFIG), Loader=yaml.SafeLoader), yaml.SafeLoader("")
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     return {str(name.value): loader.construct_object(value) for name, value in pairs

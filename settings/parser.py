@@ -414,7 +414,9 @@ def convert(field, text, origin):
         near = difflib.get_close_matches(text, choices, n=1)
         nearest = f" (nearest: {near[0]})" if near else ""
         raise UserError(f"{rule}one of {', '.join(choices)}{nearest}")
-    return text
+    stays = field.name in ("prompt", "system") or text == field.default  # prose of chat.py; --cache_dir
+    # a shell expands ~ only at the beginning of a word, not in a YAML file or in --output_dir=~/x
+    return os.path.expanduser(text) if text.startswith("~/") and not stays else text
 
 
 def number(text, kind, default):
