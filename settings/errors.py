@@ -100,7 +100,7 @@ def prepare_streams(endures):
         if number == 0 or not isinstance(stream, io.TextIOWrapper):
             continue
         stream.reconfigure(errors="plain")
-        if endures:
+        if endures and stream is getattr(sys, f"__{name}__"):  # otherwise it is no screen, as in a test
             screen = Screen(number, "w", closefd=False)
             buffer = screen if stream.write_through else io.BufferedWriter(screen)  # True: python -u
             setattr(sys, name, io.TextIOWrapper(

@@ -107,7 +107,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     constant_filters = frozenset("attr count d default first last length".split())
     lazy_filters = frozenset("map reject rejectattr select selectattr".split())  # they return generators
     constant_tests = frozenset("boolean callable defined divisibleby even false filter float integer "
-                               "iterable mapping none number odd sameas sequence string test true undefined".split())
+                               "iterable mapping none number odd sameas sequence string test true "
+                               "undefined".split())
 
     def __init__(self, extensions, now):
         """now: the datetime or date that strftime_now prints."""
