@@ -1,7 +1,7 @@
 """Talk to a model: python chat.py outputs/checkpoints/latest [--prompt "..."]
 
 The model is a directory (a step directory too), an adapter directory, a hub id or `tiny`. Without --prompt it
-is a conversation on the terminal (/reset starts a new one, Ctrl-D exits), or one answer to the text on stdin.
+is a conversation on the terminal (/help lists its commands), or one answer to the text on stdin.
 An answer ends with the token that ended a turn in training.
 """
 
@@ -26,6 +26,7 @@ from disk import checkpoint, files, peft, pretrained
 from disk.run import ModelPaths
 from model import generate, sample_function
 from ranks import processes
+from screen import terminal
 from settings import errors
 from settings.errors import UserError
 from settings.parser import check, parse, setting
@@ -83,7 +84,8 @@ def answer(model, tokenizer, eos_ids, messages, cfg):
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
     tokens = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
-    sample = sample_function(cfg.temperature, cfg.top_p)
+    # below 0.001 logits / temperature may overflow, and the most likely token has the probability 1
+    sample = sample_function(cfg.temperature if cfg.temperature >= 1e-3 else 0.0, cfg.top_p)
     ids, shown = [], ""
     for token in generate(model, tokens, cfg.max_new_tokens, eos_ids, sample):
         ids.append(token)
@@ -91,6 +93,8 @@ def answer(model, tokenizer, eos_ids, messages, cfg):
         if not text.endswith("\ufffd"):  # an incomplete character decodes to this
             yield text[len(shown) :]
             shown = text
+    if ids[-1] not in eos_ids:
+        print(f"\n(cut at {len(ids):,} tokens by --max_new_tokens)", end="", file=sys.stderr, flush=True)
 
 
 def main():
@@ -101,21 +105,15 @@ def main():
     messages = list(start)
     is_interactive = cfg.prompt is None and sys.stdin.isatty()
     if is_interactive:
-        print("/reset: new conversation, Ctrl-D: exit")
+        terminal.greet(cfg.model)
     while True:
-        try:
-            line = cfg.prompt or (input("> ") if is_interactive else sys.stdin.read())
-            line.encode()
-        except (EOFError, KeyboardInterrupt):
-            print()
+        line = terminal.checked(lambda: cfg.prompt) if cfg.prompt else terminal.read_prompt(is_interactive)
+        if is_interactive and line == "/quit":
             return
-        except UnicodeError as error:
-            raise UserError(f"the prompt is not UTF-8 text: {error}") from error
-        if is_interactive and line.strip() == "/reset":
+        if is_interactive and line == "/reset":
             messages = list(start)
-        if is_interactive and line.strip() in ("", "/reset"):
             continue
-        messages.append({"role": "user", "content": line.strip()})
+        messages.append({"role": "user", "content": line})
         reply = ""
         try:
             for piece in answer(model, tokenizer, eos_ids, messages, cfg):

@@ -5,6 +5,7 @@ loss mask from character offsets. Sampler decides which conversations each step 
 step's conversations for one data-parallel rank. This file knows ranks only as two integers.
 """
 
+import bisect
 import collections
 import functools
 import itertools
@@ -155,12 +156,6 @@ def load_sets(cfg, tokenizer, progress=None):
     return train_set, val_set
 
 
-def digests(train_set, val_set):
-    """{what: text} that must be the same on all ranks, for Ranks.agree."""
-    return {"training data": f":{train_set.digest} {train_set.weights}",
-            "validation data": f":{val_set.digest}" if val_set else "none"}
-
-
 def open_dataset(directory):
     """The Dataset that tokenise() wrote into a directory."""
     arrays, metadata = read_arrays(directory, ARRAYS)
@@ -240,7 +235,7 @@ class Sampler:
 
     n_inputs   (n,) Dataset.n_inputs, which batch_tokens limits
     mix        Dataset.mix(): each epoch draws a quota from each group, see mixed_quotas
-    per_epoch  list, the steps of each epoch
+    ends       the last step of each epoch, as far as they are known yet
     quotas     list, the conversations that an epoch draws from each group
     """
 
@@ -254,21 +249,31 @@ class Sampler:
         if batch_tokens and np.max(n_inputs) > batch_tokens:
             raise UserError(f"--batch_tokens {batch_tokens}: the longest conversation has {np.max(n_inputs)} "
                             "tokens; raise it to at least that, or lower --max_length")
-        self.per_epoch, self.total = [], 0
-        n = sum(self.quotas)
         epochs = Fraction(str(epochs))  # exact: 1.1 epochs of 10 steps are 11 steps, not 12
-        for epoch in itertools.count():
-            steps = len(self.epoch_order(epoch)[1]) - 1 if batch_tokens else ceil_div(n, batch_size)
-            self.per_epoch.append(steps)
-            remaining = max_steps - self.total if max_steps else math.ceil(steps * (epochs - epoch))
-            self.total += min(steps, remaining)
-            if remaining <= steps:
-                break
-        self.ends = np.cumsum(self.per_epoch)  # the last step of each epoch
+        if batch_tokens:
+            self.ends, self.total = [], max_steps
+            self.plan(lambda: self.ends and (max_steps or len(self.ends) >= epochs))
+            if not max_steps:
+                last = self.steps_of(len(self.ends) - 1)
+                self.total = self.ends[-1] - last + math.ceil(last * (epochs - len(self.ends) + 1))
+        else:
+            steps = ceil_div(sum(self.quotas), batch_size)
+            self.total = max_steps or math.ceil(steps * epochs)
+            self.ends = range(steps, self.total + steps, steps)
         self.epoch, self.order, self.cuts = None, None, None  # of the epoch that was used last
 
     def __len__(self):
         return self.total
+
+    def plan(self, is_enough):
+        """Cut more epochs into steps until is_enough(); only batch_tokens needs it."""
+        while not is_enough():
+            steps = len(self.epoch_order(len(self.ends))[1]) - 1
+            self.ends.append((self.ends or [0])[-1] + steps)
+
+    def steps_of(self, epoch):
+        """The number of steps of a whole epoch."""
+        return self.ends[epoch] - (self.ends[epoch - 1] if epoch else 0)
 
     def epoch_order(self, epoch):
         """(order, cuts) of an epoch: its steps are order[cuts[0]:cuts[1]], order[cuts[1]:cuts[2]], ..."""
@@ -291,19 +296,21 @@ class Sampler:
 
     def step(self, step):
         """The Step with this number, counted from 1."""
-        epoch = int(np.searchsorted(self.ends, step))
+        self.plan(lambda: self.ends[-1] >= step)
+        epoch = bisect.bisect_left(self.ends, step)
         if epoch != self.epoch:
             self.epoch = epoch
             self.order, self.cuts = self.epoch_order(epoch)
-        index = step - 1 - (int(self.ends[epoch - 1]) if epoch else 0)
+        index = step - 1 - (self.ends[epoch - 1] if epoch else 0)
         ids = self.order[self.cuts[index] : self.cuts[index + 1]]
-        return Step(epoch + (index + 1) / self.per_epoch[epoch], ids)
+        return Step(epoch + (index + 1) / self.steps_of(epoch), ids)
 
     def is_due(self, step, every):
         """Whether an action that is due every `every` steps (None: once per epoch) is due after this step."""
         if every:
             return step % every == 0
-        return step in self.ends or step == self.total
+        self.plan(lambda: self.ends[-1] >= step)
+        return self.ends[bisect.bisect_left(self.ends, step)] == step or step == self.total
 
 
 # ---- steps -> micro-batches --------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def train(cfg, ranks, origins):
     train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)
     ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
     run.identify(train_set, val_set)
-    ranks.agree("inputs", {**data.digests(train_set, val_set), **run.compared()})
+    ranks.agree("inputs", run.compared(train_set))
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
     run.schedule(len(sampler), lr_at)

@@ -85,6 +85,8 @@ def check_prompts(path):
         return
     try:
         if path.endswith(".txt"):
+            if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would block
+                raise UserError(f"{path} is not a file; write the prompts to a file")
             with open(path, encoding="utf-8") as f:
                 f.read()
         else:

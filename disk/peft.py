@@ -3,6 +3,7 @@
 Also the LoRA rank and the scaling of each adapted module.
 """
 
+import functools
 import math
 import os
 import re
@@ -19,6 +20,8 @@ KNOWN_KEYS = """peft_type task_type auto_mapping peft_version base_model_name_or
     eva_config layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core use_dora
     qalora_group_size runtime_config ensure_weight_tying""".split()
 LARGEST_RANK = 2**14
+MOST_PATTERNS = 2**12  # of alpha_pattern; each is compared with the name of each module
+compiled = functools.lru_cache(2 * MOST_PATTERNS)(re.compile)  # re's own cache has 512 places
 
 
 def new(model, cfg):
@@ -122,8 +125,15 @@ def read_config(directory):
     numbers = [config.get("lora_alpha"), config.get("lora_dropout", 0.0)]
     if isinstance(patterns, dict):
         numbers += patterns.values()
-    if not isinstance(patterns, dict) or any(type(number) not in (int, float) for number in numbers):
+    if not isinstance(patterns, dict) or any(type(number) not in (int, float) or not abs(number) < 1e30
+                                             for number in numbers):
         raise UserError(f"{path}: lora_alpha, lora_dropout and the values of alpha_pattern must be numbers")
+    if len(patterns) > MOST_PATTERNS:
+        raise UserError(f"{path}: alpha_pattern has {len(patterns):,} entries; at most {MOST_PATTERNS:,} are "
+                        "allowed")
+    for key in ("use_rslora", "use_dora", "inference_mode"):  # the text "false" would count as true
+        if config.get(key) not in (None, True, False):
+            raise UserError(f"{path}: {key} is {config[key]!r:.60}; it must be true or false")
     for pattern in patterns:
         check_pattern(pattern, path)
     if not isinstance(saved, list) or not isinstance(config.get("base_model_name_or_path") or "", str):
@@ -140,7 +150,7 @@ def check_pattern(pattern, path):
         raise UserError(f"{path}: alpha_pattern {pattern!r:.60} repeats too much; list the names of the "
                         "layers instead")
     try:
-        re.compile(pattern)
+        compiled(rf"(.*\.)?({pattern})$")
     except re.error as error:
         message = f"{path}: alpha_pattern {pattern!r:.60} is not a regular expression: {error}"
         raise UserError(message) from error
@@ -256,6 +266,6 @@ def scaling_of(name, rank, config):
     """The factor of a module's B A, from its name, its LoRA rank and adapter_config.json."""
     # PEFT's rule: keys of alpha_pattern are regular expressions for the end of a name; the first match wins.
     patterns = config.get("alpha_pattern") or {}
-    alphas = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
+    alphas = [alpha for key, alpha in patterns.items() if compiled(rf"(.*\.)?({key})$").match(name)]
     alpha = alphas[0] if alphas else config["lora_alpha"]
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

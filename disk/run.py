@@ -152,9 +152,11 @@ class RunState:
                             "it, or another --output_dir for a new run")
         lock.check_is_free(self.cfg.output_dir)
 
-    def compared(self):
-        """What must be the same on all ranks beside the data, for Ranks.agree. Every rank calls it."""
-        values = {"config.json": gate.digest(repr(self.paths.config).encode()),
+    def compared(self, train_set):
+        """What must be the same on all ranks, after identify(), for Ranks.agree. Every rank calls it."""
+        values = {"training data": f":{train_set.digest} {train_set.weights}",
+                  "validation data": f":{self.identity['val_data']}",
+                  "config.json": gate.digest(repr(self.paths.config).encode()),
                   "model": f":{self.identity.get('base') or self.identity.get('model')}"}
         if self.paths.adapter and not self.resumed:
             values["adapter"] = ":" + pretrained.fingerprint(self.paths.adapter, shares=True)

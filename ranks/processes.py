@@ -107,17 +107,17 @@ class Ranks:
         gate.compare(self.store, self.rank, self.world_size, stage, values)
 
     def on_signal(self, number, _):
-        """Signal handler. os.write has no buffer, as the handler may interrupt a print."""
+        """Signal handler."""
         if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun ends all ranks
             return
         if number == self.received_signal == signal.SIGINT:
-            os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
+            write_to_screen("stopped without saving; progress since the last checkpoint is lost")
             os._exit(EXIT_CODES[number])
         if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
             message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
-            os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+            write_to_screen(f"{signal.Signals(number).name}: {message}")
         self.received_signal = max(self.received_signal, number)
         if not self.has_polled:
             end_by_signal(self.received_signal, has_trained=False)
@@ -210,6 +210,15 @@ def block_signals():
     """Under train.sh, ignore more signals: Slurm sends one to every process, and train.sh passes it on."""
     if CODE_FILE in os.environ:
         signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+
+
+def write_to_screen(line):
+    """Write a line to stderr in a signal handler: os.write has no buffer, as it may interrupt a print.
+
+    With `| tee`, Ctrl-C has ended the reader too, and the write fails: that must not end the run.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
 
 
 def check_tp(tp, world_size):

@@ -272,7 +272,7 @@ class Log:
 
     def print_steps(self, train_set, sampler):
         """Print the number of steps, and what a step of the first epoch holds on average."""
-        steps_per_epoch = sampler.per_epoch[0]
+        steps_per_epoch = sampler.steps_of(0)
         epochs = with_noun(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
         steps = with_noun(f"{steps_per_epoch:,}", "step")
         fraction = sum(sampler.quotas) / len(train_set) / steps_per_epoch  # of the data, per step
@@ -304,6 +304,7 @@ class Log:
             return None
         (step, ids, figures, norm_limit, values), self.unread = self.unread, None
         numbers, seconds = figures.read()
+        seconds = max(seconds, 1e-9)  # the clock of a virtual machine may stand still
         loss, grad_norm = numbers["loss"], numbers["grad_norm"]
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return step, ids, f"loss {loss}, gradient norm {grad_norm}"
@@ -402,7 +403,10 @@ class Log:
 
     def report(self):
         if self.is_writer:
-            report.write(self.directory)
+            try:
+                report.write(self.directory)
+            except (OSError, UserError) as error:  # what only shows must not end a run
+                self.say(f"warning: no report: {error}")
 
     def finish(self, run, stop_signal):
         """Close the files and loggers; print how the run ended, where the checkpoint is, and how to try it.

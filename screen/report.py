@@ -27,6 +27,13 @@ AXES = ("step", "tokens", "seconds")
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb")
 MOST_POINTS, MOST_ANSWERS = 2000, 20  # points per curve; answers per prompt, the newest
 
+LARGEST_CONFIG = 2**18  # bytes of config.yaml, as in settings/parser.py
+MARK = "img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"  # in the head of every report
+# the keys of a line of samples.jsonl that the page shows, with their types
+SAMPLE = {"step": int, "prompt": str, "answer": str}
+EXTREME = {"step": int, "loss": (int, float), "source": str, "target_tokens": int, "text": str}
+KINDS = {"sample": SAMPLE, "best": EXTREME, "worst": EXTREME}
+
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity become gaps
 
 
@@ -51,14 +58,36 @@ def assets():
 
 
 def read_lines(path):
-    """Yield the objects of a JSON Lines file, if it exists. Skips invalid lines: the last may be cut off."""
+    """Yield the objects of a JSON Lines file, if it exists. Skips invalid lines: the last may be cut off.
+
+    Values of metrics that are no numbers become None: a damaged file must not end a run.
+    """
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 try:
-                    yield DECODER.decode(line)
-                except ValueError:
-                    pass
+                    values = DECODER.decode(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(values, dict):
+                    for name in {*AXES, *CURVES, "epoch", "val_loss"} & values.keys():
+                        if type(values[name]) not in (int, float) or abs(values[name]) > 1e300:
+                            values[name] = None
+                    yield values
+
+
+def is_sample(line):
+    """Whether a line of samples.jsonl is of a known kind and has what the page shows."""
+    keys = KINDS.get(str(line.get("kind")))
+    return keys is not None and all(isinstance(line.get(key), kinds) for key, kinds in keys.items())
+
+
+def read_yaml(f):
+    """The plain values of a config.yaml, without lists and mappings: with aliases they can have billions."""
+    root, loader = yaml.compose(f.read(LARGEST_CONFIG), Loader=yaml.SafeLoader), yaml.SafeLoader("")
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return {str(name.value): loader.construct_object(value) for name, value in pairs
+            if isinstance(value, yaml.ScalarNode)}
 
 
 def read_dict(path, read):
@@ -66,7 +95,7 @@ def read_dict(path, read):
     try:
         with open(path, encoding="utf-8") as f:
             values = read(f)
-    except (FileNotFoundError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
         values = None
     return values if isinstance(values, dict) else {}
 
@@ -88,17 +117,20 @@ class Run:
             tokens += line.get("tokens") or 0
             seconds += line.get("seconds") or 0
             line.update(tokens=tokens, seconds=seconds)  # totals since the start, for the x-axis
-            if "loss" not in line:
+            if "loss" not in line and line.get("step") is not None:
                 self.val.append(line)
+            if "loss" not in line:
                 continue
             for name, values in self.train.items():
                 values.append(math.nan if line.get(name) is None else line[name])
-        self.config = read_dict(os.path.join(directory, "config.yaml"), yaml.safe_load)
+        self.config = read_dict(os.path.join(directory, "config.yaml"), read_yaml)
         ledger = read_dict(os.path.join(directory, "ledger.json"), json.load)
-        self.ranks = ledger.get("ranks", 1)
-        self.ledger = [ledger["model"], *ledger["train"], *ledger["validation"]] if ledger else []
+        ranks, lines = ledger.get("ranks"), [ledger.get(key) for key in ("model", "train", "validation")]
+        self.ranks = ranks if isinstance(ranks, int) else 1
+        self.ledger = [line for part in lines for line in (part if isinstance(part, list) else [part])
+                       if isinstance(line, str)]
         self.name = str(self.config.get("run_name") or os.path.basename(os.path.abspath(directory)))
-        texts = list(read_lines(os.path.join(directory, "samples.jsonl")))
+        texts = list(filter(is_sample, read_lines(os.path.join(directory, "samples.jsonl"))))
         by_prompt = {}
         for text in texts:
             if text["kind"] == "sample":
@@ -190,7 +222,11 @@ def setting_text(value):
 
 
 def build(directories, path):
-    """Write the page about these runs, atomically; return its path."""
+    """Write the page about these runs, atomically; return its path.
+
+    Raises UserError if there is a file with this path that is not such a page.
+    """
+    check_replaceable(path)
     runs = [Run(directory) for directory in directories]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
@@ -207,6 +243,19 @@ def build(directories, path):
         f.write(text)
     os.replace(f"{path}.tmp", path)
     return path
+
+
+def check_replaceable(path):
+    """Raise UserError if a path exists and is not a report: --output may name somebody's data by mistake."""
+    if not os.path.lexists(path):
+        return
+    is_report = False
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            is_report = MARK.encode() in f.read(1000)
+    if not is_report:
+        raise UserError(f"{path} exists and is not a report of this program; choose another --output, or "
+                        "remove it")
 
 
 def write(directory):

@@ -5,6 +5,7 @@ log.py writes them to samples.jsonl, which the report reads.
 
 import math
 
+import jinja2
 import numpy as np
 import torch
 
@@ -36,7 +37,11 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
     if not conversations or not all(conversations):
         raise UserError(f"--sample_prompts {path}: expected prompts, one per line, or rows like those of "
                         "--train_data, each with a message before its last answer")
-    texts = [tokenizer.render(messages, add_generation_prompt=True) for messages in conversations]
+    try:
+        texts = [tokenizer.render(messages, add_generation_prompt=True) for messages in conversations]
+    except jinja2.TemplateError as error:
+        raise UserError(f"--sample_prompts {path}: the chat template refuses a prompt: "
+                        f"{error!s:.300}") from error
     ids = [tokenizer.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     return [(messages[-1]["content"], tokens) for messages, tokens in zip(conversations, ids)]
 

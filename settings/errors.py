@@ -1,6 +1,9 @@
 """Errors that are the input's fault: reported in one line, with exit code 2. Bugs keep their tracebacks."""
 
+import codecs
+import contextlib
 import errno
+import io
 import os
 import select
 import signal
@@ -44,6 +47,74 @@ def printable(text):
                    for char in text)
 
 
+# What stands for a character that the encoding of the screen lacks (LANG=C); others are escaped.
+PLAIN = {"×": "x", "…": "...", "–": "-", "«": "<<", "»": ">>", "⟪": "<<<", "⟫": ">>>"}
+
+
+def plain(error):
+    """An error handler of codecs: replace what the encoding of the screen lacks."""
+    text = "".join(PLAIN.get(char) or char.encode("ascii", "backslashreplace").decode()
+                   for char in error.object[error.start : error.end])
+    return text, error.end
+
+
+codecs.register_error("plain", plain)
+
+
+class Screen(io.FileIO):
+    """Standard output or standard error of a training run: writing to it never raises.
+
+    The screen may go away (ssh drops, `| head`, `| tee` after Ctrl-C, a full disk) and must not decide over a
+    run. What can't be written is lost; metrics.jsonl has every number.
+    """
+
+    has_failed = False
+
+    def write(self, data):
+        written = None
+        try:
+            written = super().write(data)
+        except OSError as error:
+            if not self.has_failed and self.fileno() == 1:
+                say(f"warning: standard output can't be written ({error.strerror}); its text is lost, and "
+                    "the run continues")
+            self.has_failed = True
+        return len(data) if written is None else written  # None: a pipe that does not block is full
+
+
+def prepare_streams(endures):
+    """Make the standard streams safe to use. Called before anything is printed.
+
+    A closed one is opened on /dev/null: otherwise a file that is opened later gets its number, and what is
+    printed ends up in it.
+
+    endures  put a Screen under standard output and standard error
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+        stream = getattr(sys, name)
+        if number == 0 or not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="plain")
+        if endures and stream is getattr(sys, f"__{name}__"):  # otherwise it is no screen, as in a test
+            screen = Screen(number, "w", closefd=False)
+            buffer = screen if stream.write_through else io.BufferedWriter(screen)  # True: python -u
+            setattr(sys, name, io.TextIOWrapper(
+                buffer, stream.encoding, "plain", line_buffering=stream.line_buffering,
+                write_through=stream.write_through))
+
+
+def say(message):
+    """Print a line of this program on standard error, if that is still possible."""
+    with contextlib.suppress(OSError):
+        print(f"{os.path.basename(sys.argv[0])}: {printable(message)}", file=sys.stderr, flush=True)
+
+
 def is_stdout_closed():
     """Whether the reader of standard output (`| head`) has closed it. If so, later output is discarded."""
     poll = select.poll()
@@ -57,41 +128,39 @@ def is_stdout_closed():
 def run(main):
     """Call main(). Turn errors that are not bugs into one line on standard error and an exit code.
 
-    0    the reader of standard output closed it (`| head`), except during a training run
-    1    a NonFiniteError, an OutOfMemory, or a training run whose standard output was closed
+    0    the reader of standard output closed it (`| head`), except during a training run, which continues
+    1    a NonFiniteError, or an OutOfMemory
     2    a UserError, or an OSError that names its file
     130  Ctrl-C before the run handles signals
 
     Other exceptions, plain ValueErrors included, are bugs of this code or a fork and keep their tracebacks.
     """
-    program = os.path.basename(sys.argv[0])
+    trains = os.path.basename(sys.argv[0]) == "sft.py"
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by venv.enter()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare_streams(endures=trains and not {"--help", "-h", "--explain"} & set(sys.argv))
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:
         if not is_stdout_closed():
             raise
-        if program != "sft.py" or {"--help", "-h", "--explain"} & set(sys.argv):
-            sys.exit(0)
-        print("sft.py: error: its output was closed (by | head?), which ended the run; write it to a file",
-              file=sys.stderr)
-        sys.exit(1)
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
     except (NonFiniteError, OutOfMemory) as error:
-        print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(1)
     except UserError as error:
-        print(f"{program}: error: {printable(str(error))}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
-        message, advice = f"{program}: error: {error.filename}: {error.strerror}", ADVICE.get(error.errno)
+        message, advice = f"error: {error.filename}: {error.strerror}", ADVICE.get(error.errno)
         if advice:
             message += f"; {advice}"
-            if program == "sft.py":
+            if trains:
                 message += "; --resume_from auto then continues from the newest complete checkpoint, if any"
-        print(printable(message), file=sys.stderr)
+        say(message)
         sys.exit(2)

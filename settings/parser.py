@@ -440,7 +440,9 @@ def convert(field, text, origin):
         near = difflib.get_close_matches(text, choices, n=1)
         nearest = f" (nearest: {near[0]})" if near else ""
         raise UserError(f"{rule}one of {', '.join(choices)}{nearest}")
-    return text
+    stays = field.name in ("prompt", "system") or text == field.default  # prose of chat.py; --cache_dir
+    # a shell expands ~ only at the beginning of a word, not in a YAML file or in --output_dir=~/x
+    return os.path.expanduser(text) if text.startswith("~/") and not stays else text
 
 
 def number(text, kind, default):
@@ -474,6 +476,8 @@ def read_yaml(path, fields):
 
     Raises UserError, with the file and line, for what is not YAML or not a setting.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, and each process reads it
+        raise UserError(f"{path} is not a file; write the settings to a file")
     with open(path, "rb") as f:
         content = f.read(LARGEST_YAML + 1)
     if len(content) > LARGEST_YAML:

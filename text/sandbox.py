@@ -46,7 +46,8 @@ def template_errors():
 class Counted(jinja2.visitor.NodeTransformer):
     """Adds filters to a template's syntax tree, because Sandbox counts only filters, calls and operators.
 
-    They are added to iterations of a loop, to list, dict and tuple literals, and to a ~ b.
+    They are added to iterations of a loop and of its filter, to list, dict and tuple literals, to a ~ b, to
+    slices, and to what `in` searches and == compares.
     """
 
     def filtered(self, node, name):
@@ -56,6 +57,8 @@ class Counted(jinja2.visitor.NodeTransformer):
         count = jinja2.nodes.Filter(jinja2.nodes.Const(None), "iteration", [], [], None, None,
                                     lineno=node.lineno)
         self.generic_visit(node).body.insert(0, jinja2.nodes.ExprStmt(count, lineno=node.lineno))
+        if node.test is not None:  # evaluated for items too for which the body does not run
+            node.test = jinja2.nodes.And(jinja2.nodes.Not(count), node.test)  # the filter's value is None
         return node
 
     def visit_List(self, node):
@@ -65,6 +68,20 @@ class Counted(jinja2.visitor.NodeTransformer):
 
     def visit_Tuple(self, node):
         return self.filtered(node, "literal") if node.ctx == "load" else node  # others are names to assign to
+
+    def visit_Getitem(self, node):
+        if isinstance(node.arg, jinja2.nodes.Slice):
+            return self.filtered(node, "literal")
+        return self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        self.generic_visit(node)
+        for operand in node.ops:
+            if not isinstance(node.expr, jinja2.nodes.Const) or operand.op in ("in", "notin"):
+                if not isinstance(operand.expr, (jinja2.nodes.Const, jinja2.nodes.Filter)):
+                    operand.expr = jinja2.nodes.Filter(operand.expr, "searched", [], [], None, None,
+                                                       lineno=node.lineno)
+        return node
 
     def visit_Concat(self, node):
         operands = jinja2.nodes.List(self.generic_visit(node).nodes, lineno=node.lineno)
@@ -88,16 +105,23 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         "slice sort unique".split())
     # Filters that do not read the items. Templates ask for messages|length at each message.
     constant_filters = frozenset("attr count d default first last length".split())
+    lazy_filters = frozenset("map reject rejectattr select selectattr".split())  # they return generators
+    constant_tests = frozenset("boolean callable defined divisibleby even false filter float integer "
+                               "iterable mapping none number odd sameas sequence string test true "
+                               "undefined".split())
 
     def __init__(self, extensions, now):
         """now: the datetime or date that strftime_now prints."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.shown)
         self.filters["tojson"] = tojson
-        for name in ("wordwrap", "urlize"):  # no chat template uses them, and they can repeat a text
+        for name in ("pprint", "urlize", "wordwrap"):  # no chat template uses them; they can repeat a text
             del self.filters[name]
         del self.globals["lipsum"]
         self.filters["literal"] = lambda value: value
         self.filters = {name: self.counted(name, function) for name, function in self.filters.items()}
+        self.tests = {name: function if name in self.constant_tests else self.counted_test(function)
+                      for name, function in self.tests.items()}
+        self.filters["searched"] = jinja2.pass_context(lambda context, value: self.searched(value))
         self.filters["iteration"] = jinja2.pass_context(lambda context, value: self.spend(1))
         self.globals["raise_exception"] = refuse
         self.globals["strftime_now"] = now.strftime
@@ -157,8 +181,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         as_text  texts inside lists count with their length, not only as an item
         """
-        if isinstance(value, str):
-            return len(value)
+        if isinstance(value, (str, range)):
+            return len(value) * (1 if isinstance(value, str) else ITEM)
         size, pending = 1, [value]
         while pending:
             value = pending.pop()
@@ -180,17 +204,33 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """An upper bound of the characters that a filter, or a method of a value, makes."""
         cost = self.size(value, name not in self.list_filters)
         sizes = [self.size(argument) for argument in arguments]
-        if name == "replace" and isinstance(value, str) and len(arguments) > 1:
-            cost += value.count(str(arguments[0])) * sizes[1]
+        is_text = isinstance(value, str)
+        if name == "replace" and len(arguments) > 1:
+            cost += (value.count(str(arguments[0])) if is_text else cost) * sizes[1]
         elif name == "join":  # as a method: value is the separator
             cost = sum(sizes, cost)
             lists = [x for x in (value, *arguments) if isinstance(x, (list, tuple))]
             cost += max([len(x) * (cost - self.size(x)) for x in lists], default=0)
         elif name in ("format", "format_map", "translate"):
-            if isinstance(value, str) and re.search(r"\d{4}|\*", value):
+            if is_text and re.search(r"\d{4}|\*|\{[^}]*\{", value.replace("{{", "")):
                 refuse("a format pads to thousands of characters")
-            times = cost if name == "translate" else str(value).count("%") + str(value).count("{")
-            cost += times * sum(sizes)
+            fields = str(value).count("%") + str(value).count("{")  # each may be padded to 999 characters
+            cost += cost * sum(sizes) if name == "translate" else fields * (1000 + sum(sizes))
+        elif name in ("indent", "tojson"):  # arguments appear in every line, or between all items
+            cost *= 1 + sum(sizes)
+        elif name in ("split", "rsplit", "splitlines"):
+            is_separated = arguments and isinstance(arguments[0], str)
+            cost += 2 * ITEM * (value.count(arguments[0]) if is_separated else cost // 2)
+        elif name == "striptags":  # copies the text for each tag
+            cost *= 1 + str(value).count("<")
+        elif name == "sum" and any(isinstance(argument, LISTS) for argument in arguments):
+            cost *= 1 + len(value)  # copies the list for each item
+        elif name == "strftime":
+            cost = 256 * sum(sizes)
+        elif name in self.list_filters:
+            dots = [argument.count(".") for argument in arguments if isinstance(argument, str)]
+            cost = (cost + sum(sizes)) * (1 + max(dots, default=0))  # "a.b.c" is looked up in steps
+            cost *= ITEM if is_text else 1  # a list of its characters
         else:
             cost += sum(sizes)
         for number in arguments:
@@ -219,15 +259,42 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # copies jinja_pass_arg, with which jinja passes a context
         def counted_filter(*values, **named):
             at = int(getattr(function, "jinja_pass_arg", None) is not None)  # where the filtered value is
-            if name == "join" and isinstance(values[at], types.GeneratorType):
-                values = (*values[:at], list(values[at]), *values[at + 1 :])
+            value, rest = values[at], values[at + 1 :]
+            if name in ("join", "sum") and isinstance(value, types.GeneratorType):
+                value = list(value)
+            if name == "round" and any(abs(number) > 1000 for number in rest if isinstance(number, int)):
+                refuse("a number of thousands of digits")
             if name in self.constant_filters:
                 self.spend(1)
             else:
-                self.spend(self.cost(name, values[at], [*values[at + 1 :], *named.values()]))
-            return function(*values, **named)
+                self.spend(self.cost(name, value, [*rest, *named.values()]))
+            if name in self.lazy_filters:
+                value = self.turns(value)
+            return function(*values[:at], value, *rest, **named)
 
         return counted_filter
+
+    def turns(self, items):
+        """The items of a list or generator; each of them spends 1."""
+        for item in items or ():
+            self.spend(1)
+            yield item
+
+    def searched(self, value):
+        """A value that is about to be searched or compared; with a text, that is faster than to copy it."""
+        self.spend(len(value) // ITEM + 1 if isinstance(value, str) else self.size(value, False))
+        return value
+
+    def counted_test(self, function):
+        """A test, such as `is in`, that spends its cost before it runs."""
+
+        @functools.wraps(function)
+        def counted_test(*values):
+            for value in values:
+                self.searched(value)
+            return function(*values)
+
+        return counted_test
 
     def call(self, context, function, /, *values, **named):
         """Every call in a template: methods of texts and numbers spend cost(), others their inputs' size."""
@@ -236,9 +303,15 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(owner, (str, int)):
             values = [list(v) if name == "join" and isinstance(v, types.GeneratorType) else v for v in values]
             self.spend(self.cost(name, owner, [*values, *named.values()]))
+        elif name == "strftime":
+            self.spend(self.cost(name, None, values))
         else:
-            self.spend(sum(self.size(value, False) for value in (*values, *named.values())) + 1)
-        return super().call(context, function, *values, **named)
+            inputs = (*values, *named.values(), *[owner] * (name == "copy"))
+            self.spend(sum(self.size(value, False) for value in inputs) + 1)
+        result = super().call(context, function, *values, **named)
+        if isinstance(result, bytes):  # their methods and operators are not counted
+            refuse("it makes bytes; a template can only use text")
+        return result
 
     def call_binop(self, context, operator, left, right):
         """Every operator of intercepted_binops in a template."""

@@ -103,6 +103,21 @@ def with_text_arguments(message):
     return {**message, "tool_calls": calls}
 
 
+@contextlib.contextmanager
+def tokenizer_errors(what):
+    """Turn any failure of the tokenizers package into a UserError that begins with `what`.
+
+    The package has no error class, and a panic of its Rust code (a regular expression that takes too long)
+    is a BaseException, not an Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {error!s:.300}") from error
+
+
 class ChatTokenizer:
     """The tokenizer and chat template of a model's directory.
 
@@ -170,12 +185,8 @@ class ChatTokenizer:
             raise UserError(f"{directory} has no tokenizer.json; use a model directory that has one")
         self.text = read(path)
         parse(self.text, path)
-        try:
+        with tokenizer_errors(f"{path} is not a tokenizer"):
             self.tokenizer = Tokenizer.from_str(self.text)
-        except BaseException as error:  # the package has no error class, and a Rust panic is not an Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise UserError(f"{path} is not a tokenizer: {error!s:.300}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.added = self.tokenizer.get_added_tokens_decoder()
@@ -342,7 +353,8 @@ class ChatTokenizer:
         A thread encodes one batch, on all cores and without Python's lock, while the caller makes the next.
         """
         def encode(batch):
-            return self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
+            with tokenizer_errors(f"the tokenizer of {self.directory} can't encode the data"):
+                return self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
 
         with ThreadPoolExecutor(1) as pool:
             waiting, encodings = None, None

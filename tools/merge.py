@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 
@@ -49,6 +48,10 @@ def merge(cfg):
     """
     if os.path.exists(cfg.out):
         raise UserError(f"{cfg.out} exists already; choose a new directory")
+    temporary = cfg.out.rstrip("/") + ".tmp"
+    if os.path.lexists(temporary):  # it may be somebody's
+        raise UserError(f"{temporary} exists already, perhaps of a merge that was interrupted; remove it, or "
+                        "choose another directory")
     cfg = dataclasses.replace(cfg, adapter=files.follow(cfg.adapter))  # a run may move `latest` meanwhile
     peft_config = peft.read_config(cfg.adapter)
     base = peft.base_directory(cfg.adapter, cfg.base)
@@ -94,8 +97,6 @@ def merge(cfg):
     shapes = {name: adapter_entries.get(name, entry).shape for name, entry in base_entries.items()}
     check_rows(cfg.adapter, shapes, model_config)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
-    temporary = cfg.out.rstrip("/") + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted merge
     os.makedirs(temporary)
     for key in {"dtype", "torch_dtype"} & set(model_config):
         model_config[key] = str(dtype).removeprefix("torch.")

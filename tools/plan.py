@@ -136,6 +136,9 @@ def lines(run, *, memory_gb=None, tflops=None, gb_per_second=None, tp_gb_per_sec
     if memory_gb:
         for checkpointed_blocks in (run.config.num_hidden_layers, 0):
             yield fit_line(replace(run, checkpointed_blocks=checkpointed_blocks), memory_gb)
+        smallest = replace(run, micro_batch_size=1, checkpointed_blocks=run.config.num_hidden_layers)
+        if memory(smallest)["device"] > memory_gb * GB:
+            yield from remedies(smallest)
     if run.world_size > 1:
         yield from time_lines(run, tflops, gb_per_second, tp_gb_per_second)
 
@@ -178,6 +181,14 @@ def memory_lines(run):
         fetched = run.micro_batches * (2 * sizes["weights"] - unsharded_bytes(run, None) // run.dp)
         yield (f"PCIe     {(fetched + sizes['gradients']) / GB:>15.3f} GiB  per rank and step: weights twice "
                "per micro-batch, gradients once; prefer --optimizer_offload if it fits: both once")
+
+
+def remedies(run):
+    """The lines about a run that does not fit: what it needs, and what it would need with other settings."""
+    needed = memory(run)["device"]
+    yield f"         it needs {needed / GB:.1f} GiB; it would need"
+    for flags, saved in forecast.savings(run):
+        yield f"           {(needed - saved) / GB:7.1f} GiB with {flags}"
 
 
 def fit_line(run, memory_gb):

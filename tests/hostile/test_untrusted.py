@@ -15,6 +15,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def read_model(directory):
         net = CausalLM(built)
     pretrained.match_weights(net, directory)
     pretrained.generation_config(directory, settings, tokenizer.stop_token_id)
+    list(tokenizer.encode_ahead([[SimpleNamespace(text="a" * 3000 + "x" * 3000 + "bz")]]))
     return files.read_bytes(directory, pretrained.TOKENIZER_FILES)
 
 
@@ -197,6 +199,14 @@ def prefixed(directory):
     put("tokenizer.json", json.dumps(tokenizer))(directory)
 
 
+def backtracking(directory):
+    """The Rust code of the package panics when it applies this expression."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": r"(a*)*b\1"}, "behavior": "Isolated",
+                                  "invert": False}
+    put("tokenizer.json", json.dumps(tokenizer))(directory)
+
+
 def pickled(directory):
     (directory / "pytorch_model.bin").write_bytes(b"cos\nmkdir\n(S'mark'\ntR.")
     (directory / "tokenizer.py").write_text("import os; os.mkdir('mark')")
@@ -295,6 +305,7 @@ CASES = {
     "tokenizer.json: a subword prefix longer than a word": (model, prefixed, "is not a tokenizer"),
     "tokenizer_config.json: template is a number": (model, put("tokenizer_config.json", '{"chat_template": 7}'),
                                                     "its chat template must be a text"),
+    "tokenizer.json: a regular expression that takes too long": (model, backtracking, "can't encode the data"),
     # an adapter
     "adapter_config.json is a list": (adapter, put("adapter_config.json", "[]"), "must hold a JSON object"),
     "adapter_config.json is a link out": (adapter, link("adapter_config.json", "../secret"), "is a link to"),
@@ -306,6 +317,11 @@ CASES = {
     "a rank of 10^12, without columns": (adapter, ranked([10**12, 0]), "it may be from 1 to"),
     "a rank of 0": (adapter, ranked([0, 64]), "it may be from 1 to"),
     "a matrix without dimensions": (adapter, ranked([]), "it may be from 1 to"),
+    "use_rslora is the text false": (adapter, peft(use_rslora="false"), "it must be true or false"),
+    "use_dora is a list": (adapter, peft(use_dora=["x"]), "it must be true or false"),
+    "lora_alpha is NaN": (adapter, peft(lora_alpha=float("nan")), "must be numbers"),
+    "100,000 alpha_patterns": (adapter, peft(alpha_pattern={f"a{i}": 1 for i in range(100_000)}), "entries; at most"),
+    "4,000 alpha_patterns": (adapter, peft(alpha_pattern={f"a{i}": 1 for i in range(4_000)}), USED + "each is read once"),
     # a chat template
     "reads a class": (template, "{{ ''.__class__.__mro__ }}", "is unsafe"),
     "reads the globals": (template, "{{ messages.append.__globals__ }}", "is unsafe"),
@@ -351,6 +367,43 @@ CASES = {
     "JSON indented by 10^9": (template, "{{ [1]|tojson(indent=1000000000) }}", LARGE),
     "bytes of a number": (template, "{{ (1).to_bytes(1000000000, 'big') }}", LARGE),
     "a batch of 10^9": (template, "{{ [1]|batch(1000000000, 'x')|list }}", LARGE),
+    "JSON indented by a long text": (template, "{{ ([1] * 20000)|tojson(indent='x' * 10000) }}", LARGE),
+    "JSON with long separators": (template, "{{ ([1] * 20000)|tojson(separators=['x' * 10000, ':']) }}", LARGE),
+    "lines indented by a long text": (template, "{{ ('a\n' * 10000)|indent('x' * 10000)|length }}", LARGE),
+    "text grows by |replace in a list": (template, "{{ ([1] * 10000)|replace('1', 'x' * 10000)|length }}", LARGE),
+    "many fields padded to 999": (template, "{{ ('%(a)999s' * 100000) % {'a': 'x'} }}", LARGE),
+    "pads to 10^9 by a width in a field": (template, "{{ '{:{w}}'.format('x', w='1000000000') }}", "pads to thousands"),
+    "pads bytes to 10^9": (template, "{{ 'a'.encode().center(1000000000) }}", "it makes bytes"),
+    "a date of a million years": (template, "{{ strftime_now('%900Y' * 100000) }}", LARGE),
+    "rounds to 10^8 digits": (template, "{{ 1.5|round(100000000, 'ceil') }}", "a number of thousands of digits"),
+    "a text as a list": (template, "{{ ('a' * 1000000)|list|length }}", LARGE),
+    "a text in pieces": (template, "{{ ('aa ' * 500000).split()|length }}", LARGE),
+    "lines of a text": (template, "{{ ('aa\n' * 500000).splitlines()|length }}", LARGE),
+    "slices of a text": (template, "{% set x = 'a' * 1000000 %}{% set ns = namespace(x=[]) %}" + LOOP.replace(
+        "many", "range(99)") + "{% set ns.x = ns.x + [x[i:]] %}{% endfor %}", LARGE),
+    "copies of a list": (template, "{% set x = [1] * 100000 %}{% macro m(n) %}{% set c = x.copy() %}{% if n %}"
+                         "{{ m(n-1) }}{% endif %}{{ c|length }}{% endmacro %}{{ m(60) }}", LARGE),
+    "a list grows by one": (template, "{% set ns = namespace(x=[]) %}" + LOOP.replace("many", "range(99999)")
+                            + "{% set ns.x = ns.x + [i] %}{% endfor %}", LARGE),
+    "a sum of lists": (template, "{{ ([[1]] * 100000)|sum(start=[])|length }}", LARGE),
+    "100,000 tags, stripped one by one": (template, "{{ ('<>' * 100000)|striptags }}", LARGE),
+    "the same by a method": (template, "{{ ('<>' * 100000)|safe.striptags() }}".replace(
+        "('<>' * 100000)|safe", "(('<>' * 100000)|safe)"), LARGE),
+    "nested 200 deep, printed prettily": (template, "{{ [1]|pprint }}", "No filter named 'pprint'"),
+    "map by an attribute of 100,000 parts": (template, "{{ range(99999)|map(attribute='a.' * 100000 + 'a', default={})"
+                                             "|list }}", LARGE),
+    "a chain of 60 maps": (template, "{% set many = range(99999) %}{{ many" + "|map('string')|map('int')" * 30 +
+                           "|list }}", "takes more than 10 s"),
+    "a chain of 60 selections of nothing": (template, "{{ range(99999)" + "|select('number')" * 60 +
+                                            "|select('string')|list }}", "takes more than 10 s"),
+    "searches a list for each item of a list": (template, "{{ range(99999)|select('in', [0] * 100000)|list }}", LARGE),
+    "searches a list for a loop's filter": (template, "{% set x = [0] * 100000 %}{% set many = range(99999) %}" +
+                                            LOOP.replace(" %}", " if i + 1 in x %}") + "{% endfor %}", LARGE),
+    "a loop whose filter passes nothing": (template, "{% set many = range(99999) %}" + LOOP.replace("i in", "j in") +
+                                           LOOP.replace(" %}", " if false %}") + "{% endfor %}" * 2,
+                                           "takes more than 10 s"),
+    "compares long texts 9,000 times": (template, "{% set x = 'a' * 900000 %}{% set y = 'a' * 900000 %}"
+                                        "{% set many = range(9000) %}" + LOOP.replace(" %}", " if x != y %}") + "{% endfor %}", LARGE),
     "lorem ipsum": (template, "{{ lipsum(1000000) }}", "'lipsum' is undefined"),
     "prints 4 MB": (template, "{% for i in range(400) %}{{ 'a' * 10000 }}{% endfor %}",
                     "characters from a conversation"),
@@ -471,16 +524,18 @@ RULES = """## Rules
   allocated.
 - Chat templates run in a sandbox. For one conversation, a template may create 268 million characters (plus
   64 times the length of the conversation; an item of a list counts as 32), run for 10 s, and print 262,144
-  characters more than 16 times the conversation. The filters `wordwrap` and `urlize` and the function
-  `lipsum` are removed.
+  characters more than 16 times the conversation. The filters `wordwrap`, `urlize` and `pprint` and the
+  function `lipsum` are removed; bytes are refused.
 - A row of a data file has at most 67,108,864 characters. A file of settings has at most 262,144 bytes.
 - A step directory is compared with its manifest. That detects damage, not forgery: whoever can write the
   directory can write the manifest too.
 
 ## Not limited
 
-- The time of a single operation in a template, such as a method of a string of a hundred million
-  characters: the clock is checked only after it. That takes seconds, not hours.
+- Templates run in the process of the run, not in one of their own. The limits above are a count of what each
+  operation makes: an operation that nobody thought of may take more. The clock is checked between operations;
+  one on a text of a hundred million characters takes seconds. Memory may reach about 2 GB. If a template is
+  from somebody whom you do not trust, look at it first, or run in a container with limits.
 - Decompression of a row group of a parquet file by pyarrow, and the tokenizers package on a long text.
 - The number of rows, and the disk space of their cache. Links among data files are followed; data files are
   not copied.

@@ -851,3 +851,21 @@ def test_the_config_of_an_older_run_still_starts(yaml_file):
     for arguments in (["--plan"], ["--config", yaml_file("plan: true\n")], ["--memory_gb", "80"]):
         with pytest.raises(ValueError, match="tools/plan.py"):
             parse(*arguments)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e300", "-1e300", "-0.001", "-1"])
+def test_a_number_out_of_range_is_refused_for_every_setting(value):
+    """With the name of the setting; a negative one only where the setting has a lower limit of 0 or more."""
+    for field in FIELDS:
+        if parser.type_of(field) in (int, float):
+            with pytest.raises(errors.UserError, match=field.name):
+                parse(f"--{field.name}={value}", "--use_lora", "--val_data=x", "--strategy=megatron")
+
+
+@pytest.mark.parametrize("name", ["output_dir", "model", "tokenizer", "chat_template", "resume_from", "sample_prompts"])
+def test_a_tilde_is_the_home_directory_in_every_path(name, yaml_file, monkeypatch):
+    """In a file and behind an =, where the shell does not expand it. A question to chat.py is no path."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for arguments in (["--config", yaml_file(f"{name}: ~/x")], [f"--{name}=~/x"], [f"{name}=~/x"]):
+        assert getattr(parse(*arguments), name) == "/home/me/x"
+    assert parser.parse(chat.Config, ["--prompt", "~/x?"])[0].prompt == "~/x?"

@@ -354,3 +354,13 @@ def test_validation_settings_without_validation_are_errors(train):
     for flags in (["--keep_best"], ["--early_stopping", 2], ["--eval_steps", 2]):
         with pytest.raises(ValueError, match=f"{flags[0]} .*has no effect without --val_data"):
             train(*FAST, *flags)
+
+
+def test_a_clock_that_stands_still_and_a_report_that_fails_end_no_run(train, tmp_path, monkeypatch, capfd):
+    """The time only shows, and so does the report: somebody has put a file of their own in its place."""
+    monkeypatch.setattr(log.time, "perf_counter", lambda: 1.0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("mine")
+    assert len(train(*FAST, "--max_steps", 2)) == 2
+    assert "warning: no report: " in capfd.readouterr().out
+    assert (tmp_path / "out" / "report.html").read_text() == "mine"

@@ -609,3 +609,12 @@ def test_losses_and_adapters_do_not_depend_on_the_layout(runs):
             worst[word] = max(worst[word], difference)
             assert difference < limit, (name, word, difference)
     print(f"{len(runs)} runs, largest relative differences: {worst}")
+
+
+def test_merge_removes_nothing_that_it_did_not_make(merge, tmp_path):
+    """A directory OUT.tmp may be somebody's."""
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "precious").write_text("data")
+    code, error = merge(tmp_path, tmp_path / "out")
+    assert code == 2 and f"{tmp_path / 'out.tmp'} exists already" in error
+    assert (tmp_path / "out.tmp" / "precious").read_text() == "data"

@@ -14,6 +14,7 @@ import yaml
 from helpers import ROOT
 
 from screen import report
+from settings.errors import UserError
 
 NASTY = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\u2028{{ 7 * 6 }}"
 
@@ -52,6 +53,33 @@ def test_a_run_that_has_just_started(tmp_path):
     assert run.curves()["train"]["loss"] == [None, 2.5]
     assert run.summary()[1][1] == "2.5000"
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "metrics.jsonl", "report.html"]  # no temporary file
+
+
+LAUGHS = "a: &a {x: 1}\n" + "\n".join(f"{b}: &{b} {{x: *{a}, y: *{a}}}" for a, b in zip("abcdefgh", "bcdefghi"))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.yaml", LAUGHS), ("config.yaml", "- a"), ("config.yaml", "[" * 5000), ("config.yaml", "model: {a: [1]}"),
+    ("samples.jsonl", '{"step": 1, "text": "no kind"}\n5\n{"kind": "worst", "step": 60}\n{"kind": ["x"]}\n'),
+    ("samples.jsonl", "[" * 100_000 + "\n"),
+    ("ledger.json", '{"model": 7, "train": "x", "ranks": "many"}'), ("ledger.json", "[" * 100_000),
+    ("metrics.jsonl", '5\n{"step": "x", "loss": "y"}\n{"step": 1, "loss": [1], "tokens": "many", "seconds": {}}\n'
+                      '{"val_loss": 1}\n{"step": 2, "val_loss": "low"}\n{"step": 3, "loss": 1e999}\n')])
+def test_a_damaged_file_ends_nothing(name, content, tmp_path):
+    """Neither the report nor, as it is written at each checkpoint, the run."""
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(content)
+    report.build([str(run), str(make_run(tmp_path / "whole"))], tmp_path / "both.html")
+    assert len(report.write(str(run))) < 300
+
+
+def test_only_a_report_is_overwritten(tmp_path):
+    run = make_run(tmp_path / "run")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="metrics.jsonl exists and is not a report"):
+        report.build([str(run)], str(run / "metrics.jsonl"))
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert report.write(str(run)) == report.write(str(run))
 
 
 @pytest.mark.parametrize("ranks, start", [(None, "python sft.py"), (1, "python sft.py"),

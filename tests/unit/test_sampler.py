@@ -15,6 +15,25 @@ def steps(sampler):
     return [sampler.step(step) for step in range(1, len(sampler) + 1)]
 
 
+def per_epoch_of(sampler):
+    """The steps of each epoch."""
+    return [sampler.steps_of(epoch) for epoch in range(len(sampler.ends))]
+
+
+def test_a_million_epochs_take_no_time_to_plan():
+    """One row for 10^9 epochs, and --max_steps far beyond one epoch, with and without --batch_tokens: the plan takes
+    neither memory nor time that grows with the epochs, and a late step is found at once."""
+    tracemalloc.start()
+    long = data.Sampler(np.full(1, 7), epochs=1e9, seed=42, batch_size=4)
+    assert len(long) == 10**9 and long.step(10**9).epoch == 10**9 and long.is_due(10**9 - 5, None)
+    capped = data.Sampler(np.full(3, 7), epochs=3, seed=42, batch_size=2, max_steps=10**9)
+    assert len(capped) == 10**9 and [capped.is_due(10**8 + i, None) for i in range(2)] == [True, False]
+    lazy = data.Sampler(np.full(3, 7), epochs=3, seed=42, batch_size=1, batch_tokens=14, max_steps=10**9)
+    assert len(lazy) == 10**9 and len(lazy.ends) == 1 and lazy.step(5).epoch == 2.5 and len(lazy.ends) == 3
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
 def test_the_order_of_a_seed_is_this():
     """The permutation of seed 42 is pinned: it may not depend on the version of a library or on the machine."""
     sampler = data.Sampler(np.full(8, 10), epochs=2, seed=42, batch_size=8)
@@ -30,7 +49,7 @@ def test_an_epoch_holds_every_conversation_once():
     def check(count, batch_size, epochs, seed):
         sampler = data.Sampler(np.full(count, 7), epochs=epochs, seed=seed, batch_size=batch_size)
         per_epoch = -(-count // batch_size)
-        assert len(sampler) == epochs * per_epoch and sampler.per_epoch == [per_epoch] * epochs
+        assert len(sampler) == epochs * per_epoch and per_epoch_of(sampler) == [per_epoch] * epochs
         for epoch in range(epochs):
             got = steps(sampler)[epoch * per_epoch : (epoch + 1) * per_epoch]
             assert sorted(i for _, ids in got for i in ids) == list(range(count))
@@ -67,9 +86,9 @@ def test_batch_tokens_limit_each_step():
         sampler = data.Sampler(np.array(lengths), epochs=epochs, seed=seed, batch_size=1, batch_tokens=limit)
         plain = data.Sampler(np.array(lengths), epochs=epochs, seed=seed, batch_size=len(lengths))
         got = steps(sampler)
-        assert len(sampler) == sum(sampler.per_epoch) and len(sampler.per_epoch) == epochs
+        assert len(sampler) == sum(per_epoch_of(sampler)) and len(per_epoch_of(sampler)) == epochs
         for epoch in range(epochs):
-            mine, got = got[: sampler.per_epoch[epoch]], got[sampler.per_epoch[epoch] :]
+            mine, got = got[: per_epoch_of(sampler)[epoch]], got[per_epoch_of(sampler)[epoch] :]
             batches = [[lengths[i] for i in ids] for _, ids in mine]
             assert np.concatenate([ids for _, ids in mine]).tolist() == plain.step(epoch + 1).ids.tolist()
             assert all(sum(batch) <= limit for batch in batches)
@@ -144,7 +163,7 @@ def test_batch_tokens_end_a_step_where_the_next_would_not_fit(batch_tokens):
         if not per_epoch or lengths[per_epoch[-1]].sum() + lengths[i] > batch_tokens:
             per_epoch.append([])
         per_epoch[-1].append(i)
-    first = sampler.per_epoch[0]
+    first = per_epoch_of(sampler)[0]
     assert [sampler.step(first + 1 + step).ids.tolist() for step in range(len(per_epoch))] == per_epoch
     assert len(sampler) == first + len(per_epoch)
     full = [lengths[step].sum() / batch_tokens for step in per_epoch[:-1]]
@@ -237,5 +256,5 @@ def test_a_fraction_of_an_epoch_with_batch_tokens():
     n_inputs = np.random.default_rng(0).integers(2, 50, 60)
     full = data.Sampler(n_inputs, epochs=3, seed=3, batch_size=1, batch_tokens=90)
     part = data.Sampler(n_inputs, epochs=2.5, seed=3, batch_size=1, batch_tokens=90)
-    assert part.per_epoch == full.per_epoch
-    assert len(part) == sum(full.per_epoch[:2]) + -(-full.per_epoch[2] // 2)
+    assert per_epoch_of(part) == per_epoch_of(full)
+    assert len(part) == sum(per_epoch_of(full)[:2]) + -(-per_epoch_of(full)[2] // 2)

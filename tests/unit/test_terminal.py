@@ -1,0 +1,36 @@
+"""screen/terminal.py: what a user types to chat.py."""
+
+import io
+import sys
+
+import pytest
+
+from screen import terminal
+from settings.errors import UserError
+
+
+def test_commands_and_lines_that_are_not_prompts(monkeypatch, capsys):
+    """/help and empty lines ask again; text that is not UTF-8 too; the end of the input is /quit."""
+    typed = iter(["", " /help ", "a\udcff", " hello "])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert terminal.read_prompt(is_interactive=True) == "hello"
+    shown = capsys.readouterr().out
+    assert terminal.HELP in shown and "not UTF-8" in shown
+
+    def end(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert terminal.read_prompt(is_interactive=True) == "/quit"
+
+
+@pytest.mark.parametrize("text, error", [("", "is empty"), (" \n", "is empty"), ("\udcff", "not UTF-8")])
+def test_standard_input_without_a_prompt(text, error, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    with pytest.raises(UserError, match=error):
+        terminal.read_prompt(is_interactive=False)
+
+
+def test_standard_input_is_one_prompt(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\nmore\n"))
+    assert terminal.read_prompt(is_interactive=False) == "/help\nmore"
