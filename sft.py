@@ -276,15 +276,13 @@ def train(cfg, ranks, origins):
     """One run from start to end. Every rank calls it. origins: where each setting comes from."""
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
-    ranks.warn_of_idle(cfg.batch_size if cfg.batch_tokens is None else ranks.dp_size)
     run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
     tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
                               cfg.template_kwargs, run.date)
     ranks.set_phase("tokenise")
     train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)
     ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
-    run.identify(train_set, val_set)
-    ranks.agree("inputs", run.compared(train_set))
+    run.identify(train_set, val_set, ranks)
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
     run.schedule(len(sampler), lr_at)

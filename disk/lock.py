@@ -1,7 +1,7 @@
 """One run writes to an output directory, and it overwrites nothing that no run wrote.
 
-While a run writes, OUTPUT_DIR/run.lock says which: a JSON object with its process, host and run id. The holder
-touches the file every HEARTBEAT seconds. Programs that only read (chat.py, tools) ignore it.
+While a run writes, OUTPUT_DIR/run.lock says which: a JSON object with its process, host and run id. The
+holder touches the file every HEARTBEAT seconds. Programs that only read (chat.py, tools) ignore it.
 
 This needs no file locks, which some network drives lack. A holder whose lock was taken over, because it had
 been frozen, notices it before its next save (check).
@@ -44,8 +44,9 @@ def this_process():
             machine = f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except FileNotFoundError:  # not Linux
         machine = socket.gethostname()
-    return {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine, "start": start_of(os.getpid()),
-            "run_id": run_id, "restarts": int(restarts or 0), "since": time.strftime("%F %T")}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine,
+            "start": start_of(os.getpid()), "run_id": run_id, "restarts": int(restarts or 0),
+            "since": time.strftime("%F %T")}
 
 
 def start_of(pid):
@@ -122,8 +123,8 @@ class Lock(threading.Thread):
             touch = os.stat(self.path).st_mtime_ns
             touched = touched or touch
             if touch != touched:
-                raise UserError(f"{name} writes to {self.directory}, since {holder['since']}; stop it, or use "
-                                "another --output_dir")
+                raise UserError(f"{name} writes to {self.directory}, since {holder['since']}; stop it, or "
+                                "use another --output_dir")
             if time.monotonic() - since > 3 * HEARTBEAT and not has_said:
                 has_said = True
                 print(f"lock     {self.path}: {name} gives no sign of life; it is taken over after --timeout "
@@ -210,7 +211,7 @@ def alone(cfg, ranks):
 
 
 def seen(directory, ranks):
-    """The text of the lock that this rank sees. If the nodes do not share the directory, it is not rank 0's."""
+    """The text of the lock that this rank sees: not rank 0's if the nodes do not share the directory."""
     if ranks.rank == 0:
         ranks.store.set("lock", identity(this_process()))
     wanted, until = ranks.store.get("lock").decode(), time.monotonic() + PATIENCE
@@ -240,12 +241,13 @@ def check_is_free(directory):
     for name in OF_A_RUN:
         path = os.path.join(directory, name)
         if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
-            raise UserError(f"--output_dir {directory}: no run wrote its {name}, and this run would overwrite "
-                            "it; move that file, or use another --output_dir")
+            raise UserError(f"--output_dir {directory}: no run wrote its {name}, and this run would "
+                            "overwrite it; move that file, or use another --output_dir")
 
 
 def is_of_a_run(path):
     """Whether a config.yaml was written by a run (settings.parser.write_yaml), and not by a person."""
     text = files.read_file(path).decode(errors="replace")
     # those of older versions have no comment, and all settings
-    return text.startswith(("# Settings of a run", "model: ")) and "\noutput_dir: " in text and "\n# " not in text
+    begins = text.startswith(("# Settings of a run", "model: "))
+    return begins and "\noutput_dir: " in text and "\n# " not in text

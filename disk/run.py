@@ -116,6 +116,7 @@ class RunState:
         of the other kind (full or LoRA) than cfg asks for. A failed resume never trains.
         """
         self.cfg, self.is_writer, self.has_saved = cfg, ranks.rank == 0, False
+        ranks.warn_of_idle(cfg.batch_size if cfg.batch_tokens is None else ranks.dp_size)
         self.root = os.path.join(cfg.output_dir, "checkpoints")
         os.makedirs(self.root, exist_ok=True)
         self.resumed, skipped, self.saved, self.settings = None, [], {"step": 0}, {}
@@ -146,14 +147,14 @@ class RunState:
         has_run = checkpoint.steps_in(self.root) or os.path.lexists(os.path.join(self.root, "latest"))
         if has_run:  # one that never saved is overwritten
             if self.resumed:
-                raise UserError(f"--resume_from {self.cfg.resume_from} belongs to another run than the one in "
-                                f"--output_dir {self.cfg.output_dir}; use another --output_dir")
-            raise UserError(f"{self.cfg.output_dir} already contains a run; use --resume_from auto to continue "
-                            "it, or another --output_dir for a new run")
+                raise UserError(f"--resume_from {self.cfg.resume_from} belongs to another run than the one "
+                                f"in --output_dir {self.cfg.output_dir}; use another --output_dir")
+            raise UserError(f"{self.cfg.output_dir} already contains a run; use --resume_from auto to "
+                            "continue it, or another --output_dir for a new run")
         lock.check_is_free(self.cfg.output_dir)
 
     def compared(self, train_set):
-        """What must be the same on all ranks, after identify(), for Ranks.agree. Every rank calls it."""
+        """What must be the same on all ranks, for Ranks.agree. Every rank calls it."""
         values = {"training data": f":{train_set.digest} {train_set.weights}",
                   "validation data": f":{self.identity['val_data']}",
                   "config.json": gate.digest(repr(self.paths.config).encode()),
@@ -237,10 +238,10 @@ class RunState:
                             f"{before!r:.60}; set --micro_batch_size and --gradient_checkpointing")
         return before
 
-    def identify(self, train_set, val_set):
+    def identify(self, train_set, val_set, ranks):
         """Record what a resume must not change: data, order of steps, model, settings of the adapter.
 
-        Raises UserError where the resumed checkpoint was made with other values.
+        Raises UserError where the resumed checkpoint was made with other values, or the ranks differ.
         """
         cfg = self.cfg
         self.warn_of_positions(train_set)
@@ -252,6 +253,7 @@ class RunState:
             resume.check_identity(self.saved, self.identity, self.settings, cfg)
         self.identity.update(self.fingerprints())
         self.identity["val_data"] = val_set.digest if val_set else None
+        ranks.agree("inputs", self.compared(train_set))
         has_other_set = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
         if has_other_set and self.best["val_loss"] is not None:
             self.lines.append(f"best     begins anew: the val_loss {self.best['val_loss']:.4f} of step "

@@ -16,8 +16,8 @@ from settings.errors import UserError
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Settings that may differ between nodes: only rank 0 uses them, or what they name is compared by its content
-MAY_DIFFER = {"model", "tokenizer", "chat_template", "train_data", "val_data", "sample_prompts", "resume_adapter",
-              "resume_from", "output_dir", "cache_dir", "logger", "project", "run_name"}
+MAY_DIFFER = {"model", "tokenizer", "chat_template", "train_data", "val_data", "sample_prompts",
+              "resume_adapter", "resume_from", "output_dir", "cache_dir", "logger", "project", "run_name"}
 MOST = 5  # differences that the error names
 
 
@@ -44,7 +44,8 @@ def describe(answers):
     """The error for the ranks that differ from rank 0; "" if none does."""
     first, differing = answers[0], {}
     for rank, answer in enumerate(answers):
-        names = [what for what, value in answer["values"].items() if value != first["values"].get(what, value)]
+        names = [what for what, value in answer["values"].items()
+                 if value != first["values"].get(what, value)]
         if names:
             differing[rank] = names
     if not differing:
@@ -58,8 +59,8 @@ def describe(answers):
     if len(names) > MOST:
         parts.append(f"{len(names) - MOST} more")
     who = "rank" if len(same) == 1 else "ranks"
-    return (f"{who} {', '.join(same)} (on {answers[rank]['host']}) and rank 0 (on {answers[0]['host']}) differ: "
-            f"{'; '.join(parts)}. All nodes need the same")
+    return (f"{who} {', '.join(same)} (on {answers[rank]['host']}) and rank 0 (on {answers[0]['host']}) "
+            f"differ: {'; '.join(parts)}. All nodes need the same")
 
 
 def digest(content):

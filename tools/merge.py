@@ -46,12 +46,7 @@ def merge(cfg):
 
     Raises UserError if the adapter does not fit the base, a merged tensor is not finite, or cfg.out exists.
     """
-    if os.path.exists(cfg.out):
-        raise UserError(f"{cfg.out} exists already; choose a new directory")
-    temporary = cfg.out.rstrip("/") + ".tmp"
-    if os.path.lexists(temporary):  # it may be somebody's
-        raise UserError(f"{temporary} exists already, perhaps of a merge that was interrupted; remove it, or "
-                        "choose another directory")
+    temporary = temporary_directory(cfg.out)
     cfg = dataclasses.replace(cfg, adapter=files.follow(cfg.adapter))  # a run may move `latest` meanwhile
     peft_config = peft.read_config(cfg.adapter)
     base = peft.base_directory(cfg.adapter, cfg.base)
@@ -121,6 +116,17 @@ def merge(cfg):
     print(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}")
     print(f"saved    {cfg.out} (Hugging Face model directory)")
     print(f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}")
+
+
+def temporary_directory(out):
+    """Where the files are written before the directory `out` is complete. Raises UserError if either exists."""
+    if os.path.exists(out):
+        raise UserError(f"{out} exists already; choose a new directory")
+    temporary = out.rstrip("/") + ".tmp"
+    if os.path.lexists(temporary):  # it may be somebody's
+        raise UserError(f"{temporary} exists already, perhaps of a merge that was interrupted; remove it, or "
+                        "choose another directory")
+    return temporary
 
 
 def check_names(adapter, base, adapter_entries, base_entries, lora_ranks):
