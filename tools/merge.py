@@ -119,7 +119,7 @@ def merge(cfg):
 
 
 def temporary_directory(out):
-    """Where the files are written before the directory `out` is complete. Raises UserError if either exists."""
+    """Where files are written before `out` is complete. Raises UserError if one of the two exists."""
     if os.path.exists(out):
         raise UserError(f"{out} exists already; choose a new directory")
     temporary = out.rstrip("/") + ".tmp"
