@@ -623,7 +623,9 @@ def test_compile_with_tp_is_refused(train):
 
 def test_a_newer_torch_is_used_with_a_warning(tmp_path):
     """train.sh uses a Python whose torch is newer than the tested range, prints one line, and installs no older one."""
-    shutil.copy(os.path.join(ROOT, "train.sh"), tmp_path)
+    (tmp_path / "ranks").mkdir()
+    for name in ("train.sh", "ranks/packages.py"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
     (tmp_path / "requirements.txt").write_text("torch>=2.0,<2.1\n")
     result = subprocess.run([tmp_path / "train.sh", "--setup", "requirements.txt"], capture_output=True, text=True,
                             env={**os.environ, "PYTHON": sys.executable})

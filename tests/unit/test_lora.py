@@ -220,7 +220,7 @@ def test_resume_refuses_other_settings_and_other_bases(models, train, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="was made with other settings .*another base model"):
+    with pytest.raises(ValueError, match="the run started from another base model than --model"):
         train(*common, *resume, out="b", model=other)
     with pytest.raises(ValueError, match="is a LoRA adapter, not a full model; add --use_lora"):
         train("--max_steps", 2, *resume, out="b", model=models["tied"])
@@ -448,6 +448,9 @@ def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
     code, stderr = merge(step, tmp_path / "merged")
     assert code == 2 and "exists already" in stderr and stderr.count("\n") == 1
     code, stderr = merge(step, tmp_path / "wrong", "--base", models["untied"])
+    assert code == 2 and "has other weights than the model" in stderr and not (tmp_path / "wrong").exists()
+    shutil.rmtree(step / "training_state")  # with the base model's fingerprint
+    code, stderr = merge(step, tmp_path / "wrong", "--base", models["untied"])
     assert code == 2 and "does not fit" in stderr and not (tmp_path / "wrong").exists()
     config = files.read_json(step / "adapter_config.json")
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
@@ -497,7 +500,8 @@ def test_quantised_training_equals_training_on_the_dequantised_base(models, trai
                   out="again", model=models["untied"])
     assert [line["loss"] for line in again] == [line["loss"] for line in quantised[2:]]
     with pytest.raises(ValueError, match="quantize nf4 then, none now"):
-        train(*flags, "--resume_from", tmp_path / "out" / "checkpoints" / "step_2", out="b", model=models["untied"])
+        train(*flags, "--quantize", "none", "--resume_from", tmp_path / "out" / "checkpoints" / "step_2", out="b",
+              model=models["untied"])
     step = tmp_path / "out" / "checkpoints" / "step_4"
     torch.testing.assert_close(logits_of(step), peft_logits(models["untied"], step), atol=1e-5, rtol=1e-5)
 
