@@ -331,7 +331,7 @@ def test_a_pickle_beside_the_weights_is_never_opened(train, tmp_path):
 
 def test_nothing_that_can_run_code_is_called():
     """In any file outside tests/, including comments."""
-    banned = re.compile(r"pickle|marshal|shelve|torch\.(load|save)\b|_object(_list)?\(|np\.load\(|shell=True|"
+    banned = re.compile(r"pickle|marshal|shelve|torch\.(load|save)\b|(?<!construct)_object(_list)?\(|np\.load\(|shell=True|"
                         r"os\.system|(?<![.\w])(eval|exec)\(|yaml\.(load\((?!.*BaseLoader)|unsafe_load\(|full_load\()|"
                         r"trust_remote_code=True")
     folders = ("", "disk", "families", "ops", "ranks", "screen", "settings", "text", "tools")

@@ -223,7 +223,7 @@ def test_resume_refuses_other_settings_and_other_bases(models, train, tmp_path):
     with pytest.raises(ValueError, match="the run started from another base model than --model"):
         train(*common, *resume, out="b", model=other)
     with pytest.raises(ValueError, match="is a LoRA adapter, not a full model; add --use_lora"):
-        train("--max_steps", 2, *resume, out="b", model=models["tied"])
+        train("--max_steps", 2, "--no-use_lora", *resume, out="b", model=models["tied"])
     train("--max_steps", 1, out="full", model=models["tied"])
     with pytest.raises(ValueError, match="is a full model, not a LoRA adapter; drop --use_lora"):
         train(*common, "--resume_from", tmp_path / "full" / "checkpoints" / "step_1", out="b", model=models["tied"])
