@@ -2,7 +2,7 @@
 
 import collections
 import sys
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -101,8 +101,9 @@ def test_nccl_is_only_for_several_processes(monkeypatch, world_size):
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append(backend))
     mesh = Mock(**{"get_all_groups.return_value": []})
     monkeypatch.setattr(processes, "init_device_mesh", lambda *args, **options: mesh)
-    monkeypatch.setattr(processes, "Watchdog", Mock())
+    monkeypatch.setattr(processes, "Watchdog", MagicMock())
     monkeypatch.setattr(processes, "wait_for_start", Mock())
+    monkeypatch.setattr(processes, "gate", Mock())
     processes.start(1, 600)
     assert started == ["gloo" if world_size == 1 else "cpu:gloo,cuda:nccl"]
     assert processes.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

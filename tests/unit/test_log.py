@@ -14,6 +14,7 @@ from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, chatml, program
 
 import chat
 from ops import memory
+from disk import lock
 from screen import log
 
 
@@ -361,6 +362,7 @@ def test_a_clock_that_stands_still_and_a_report_that_fails_end_no_run(train, tmp
     monkeypatch.setattr(log.time, "perf_counter", lambda: 1.0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.html").write_text("mine")
+    monkeypatch.setattr(lock, "check_is_free", lambda directory: None)  # it came later
     assert len(train(*FAST, "--max_steps", 2)) == 2
     assert "warning: no report: " in capfd.readouterr().out
     assert (tmp_path / "out" / "report.html").read_text() == "mine"
