@@ -373,7 +373,13 @@ class ChatTokenizer:
 
     def count(self, texts):
         """The number of tokens of some texts."""
-        return sum(map(len, self.tokenizer.encode_batch(list(texts), add_special_tokens=False)))
+        with tokenizer_errors(f"the tokenizer of {self.directory} can't encode the data"):
+            return sum(map(len, self.tokenizer.encode_batch(list(texts), add_special_tokens=False)))
+
+    def encode(self, text):
+        """The token ids of a rendered prompt."""
+        with tokenizer_errors(f"the tokenizer of {self.directory} can't encode the prompt"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def render(self, messages, add_generation_prompt=False, tools=None, template_kwargs=None, name=None):
         """The text of a conversation, identical to that of transformers' apply_chat_template."""

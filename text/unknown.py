@@ -57,10 +57,8 @@ def examples(text, tokenizer):
 
 @functools.lru_cache(2**16)
 def lacks(tokenizer, char):
-    """Whether the vocabulary of a tokenizer lacks a character. White space counts as known."""
+    """Whether the vocabulary of a tokenizer lacks a character. What its pre-tokenizer removes does not count."""
     raw = tokenizer.tokenizer
-    if char.isspace():
-        return False
     if tokenizer.unknown_id != LOST:
         return tokenizer.unknown_id in raw.encode(char, add_special_tokens=False).ids
     pieces = [char]
