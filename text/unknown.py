@@ -57,7 +57,7 @@ def examples(text, tokenizer):
 
 @functools.lru_cache(2**16)
 def lacks(tokenizer, char):
-    """Whether the vocabulary of a tokenizer lacks a character. What its pre-tokenizer removes does not count."""
+    """Whether a vocabulary lacks a character. What the pre-tokenizer removes does not count."""
     raw = tokenizer.tokenizer
     if tokenizer.unknown_id != LOST:
         return tokenizer.unknown_id in raw.encode(char, add_special_tokens=False).ids

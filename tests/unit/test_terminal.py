@@ -34,3 +34,8 @@ def test_standard_input_without_a_prompt(text, error, monkeypatch):
 def test_standard_input_is_one_prompt(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/help\nmore\n"))
     assert terminal.read_prompt(is_interactive=False) == "/help\nmore"
+
+
+def test_the_greeting_escapes_the_name_of_the_model(capsys):
+    terminal.greet("a\x1b[2J")
+    assert capsys.readouterr().out == "chat with a\\x1b[2J\n" + terminal.HELP + "\n"
