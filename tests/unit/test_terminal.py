@@ -17,11 +17,12 @@ def test_commands_and_lines_that_are_not_prompts(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert terminal.HELP in shown and "not UTF-8" in shown
 
-    def end(prompt):
-        raise EOFError
+    for error in EOFError, KeyboardInterrupt:
+        def end(prompt, error=error):
+            raise error
 
-    monkeypatch.setattr("builtins.input", end)
-    assert terminal.read_prompt(is_interactive=True) == "/quit"
+        monkeypatch.setattr("builtins.input", end)
+        assert terminal.read_prompt(is_interactive=True) == "/quit"
 
 
 @pytest.mark.parametrize("text, error", [("", "is empty"), (" \n", "is empty"), ("\udcff", "not UTF-8")])
