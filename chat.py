@@ -83,7 +83,7 @@ def answer(model, tokenizer, eos_ids, messages, cfg):
         prompt = tokenizer.render(messages, add_generation_prompt=True)
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
-    tokens = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
+    tokens = tokenizer.encode(prompt)
     # below 0.001 logits / temperature may overflow, and the most likely token has the probability 1
     sample = sample_function(cfg.temperature if cfg.temperature >= 1e-3 else 0.0, cfg.top_p)
     ids, shown = [], ""

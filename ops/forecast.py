@@ -542,7 +542,7 @@ def savings(run, place="device"):
         "--quantize nf4": run.is_lora and not run.quantize and not is_dora and run.tp == 1
             and with_lora(run, quantize=True),
         "--optimizer_offload": run.cuda and not run.param_offload and replace(run, optimizer_offload=True),
-        f"--n_gpus {2 * run.world_size}": run.cuda and replace(run, world_size=2 * run.world_size),
+        f"--n_gpus {2 * run.world_size}": run.cuda and on_ranks(run, 2 * run.world_size),
     }
     if place == "host":
         options = {"--no-optimizer_offload": replace(run, optimizer_offload=False),
@@ -550,6 +550,15 @@ def savings(run, place="device"):
     now = memory(run)[place]
     saved = [(flags, now - memory(other)[place]) for flags, other in options.items() if other]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
+
+
+def on_ranks(run, world_size):
+    """The run on more ranks: there its trained parameters are fp32, see has_own_masters."""
+    more = replace(run, world_size=world_size)
+    if not run.has_own_masters or more.has_own_masters:
+        return more
+    return replace(more, parameters=tuple((name, shape, 4 if trained else itemsize, trained)
+                                          for name, shape, itemsize, trained in run.parameters))
 
 
 def with_lora(run, quantize=False, rank=8):

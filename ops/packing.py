@@ -37,7 +37,8 @@ def mixed_quotas(counts, weights):
 
 def limits(cfg):
     """(tokens, conversations or None: no limit) that a micro-batch may hold, from the settings of sft.py."""
-    return cfg.micro_batch_size * cfg.max_length, None if cfg.packing else cfg.micro_batch_size
+    tokens = min(cfg.micro_batch_size * cfg.max_length, 2**62)  # pack() counts in int64
+    return tokens, None if cfg.packing else cfg.micro_batch_size
 
 
 def pack(lengths, capacity, max_conversations=None, dp_rank=0, dp_size=1):

@@ -42,7 +42,7 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
     except jinja2.TemplateError as error:
         raise UserError(f"--sample_prompts {path}: the chat template refuses a prompt: "
                         f"{error!s:.300}") from error
-    ids = [tokenizer.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    ids = list(map(tokenizer.encode, texts))
     return [(messages[-1]["content"], tokens) for messages, tokens in zip(conversations, ids)]
 
 

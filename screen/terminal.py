@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import sys
 
-from settings.errors import UserError
+from settings.errors import UserError, printable
 
 HELP = "/reset: new conversation, /help: this line, /quit or Ctrl-D: exit, Ctrl-C: end the answer"
 
@@ -13,7 +13,7 @@ def greet(model):
     """Say what one talks to. With readline, input() edits lines: arrows, Backspace over wide characters."""
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")
-    print(f"chat with {model}\n{HELP}")
+    print(f"chat with {printable(model)}\n{HELP}")
 
 
 def read_prompt(is_interactive):

@@ -8,6 +8,7 @@ from text import inference
 from text.sources import describe_files
 
 N_WARNINGS = 3  # that are printed
+N_CHARACTERS = 5  # that the tokenizer lacks and are printed
 N_COLUMNS = 1000  # that are not used and remembered: a file may have new ones in each row
 
 
@@ -43,6 +44,10 @@ class Ledger:
     reasoning_masked: int = 0  # tokens among these that are no targets, by --train_reasoning false
     reasoning_dropped: int = 0  # trained answers whose reasoning the template does not render
     reasoning_tokens_dropped: int = 0
+    unknown: int = 0  # tokens that are the tokenizer's unknown token
+    lost: int = 0  # characters that have no token, as the tokenizer lacks them
+    rows_unknown: int = 0  # rows with either
+    lacking: list = field(default_factory=list)  # some of these characters
     compared: int = 0  # trained turns whose prompt is compared with that of inference
     differing: dict = field(default_factory=dict)  # how it differs -> [turns, the first one]
     warned: int = 0  # rows with a warning
@@ -63,6 +68,10 @@ class Ledger:
         self.turns_stopped += masked.stopped
         self.reasoning_tokens += masked.reasoning
         self.reasoning_masked += masked.reasoning_masked
+        self.unknown += masked.unknown.tokens
+        self.lost += masked.unknown.characters
+        self.rows_unknown += masked.unknown.tokens + masked.unknown.characters > 0
+        self.lacking = list(dict.fromkeys([*self.lacking, *masked.unknown.examples]))[:N_CHARACTERS]
         for name in conversation.unused if conversation.is_first else ():
             if name in self.unused or len(self.unused) < N_COLUMNS:
                 self.unused[name] = self.unused.get(name, 0) + 1
@@ -127,6 +136,13 @@ class Ledger:
         if self.weighted:
             lines.append(f"weights  {self.weighted:,} targets have a weight other than 1; the sum over all "
                          f"targets is {self.weight:,.10g}")
+        if self.rows_unknown:
+            what = f"{self.unknown:,} tokens are its unknown token"
+            if self.lost:
+                what = f"{self.lost:,} characters have no token and vanish"
+            examples = ": " * bool(self.lacking) + " ".join(self.lacking)
+            lines.append(f"unknown  the tokenizer lacks characters{examples}; {what}, in "
+                         f"{self.rows_unknown:,} {name}")
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
         if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:

@@ -7,6 +7,7 @@ import numpy as np
 
 from settings.errors import UserError
 from text.template import token_range
+from text.unknown import Unknown, count_unknown
 
 LOW, HIGH = 1e-20, 1e20  # of weights other than 0: sums of losses times weights stay exact enough in fp32
 
@@ -24,6 +25,7 @@ class Masked(NamedTuple):
     stopped: int = 0  # turns among these whose stop token is a target
     reasoning: int = 0  # tokens of the reasoning of the turns that are trained, also if they are no targets
     reasoning_masked: int = 0  # tokens among these that are no targets
+    unknown: Unknown = Unknown()
 
 
 def mask(conversation, encoding, options, tokenizer):
@@ -38,6 +40,14 @@ def mask(conversation, encoding, options, tokenizer):
     """
     if conversation.dropped:
         return Masked(dropped=conversation.dropped)
+    if conversation.tokens is None:
+        lacking = count_unknown(conversation.text, encoding.ids, tokenizer)
+        return mask_row(conversation, encoding, options, tokenizer)._replace(unknown=lacking)
+    return mask_row(conversation, encoding, options, tokenizer)
+
+
+def mask_row(conversation, encoding, options, tokenizer):
+    """mask() of a row that its reader has not dropped, without its unknown characters."""
     if conversation.tokens is None and conversation.spans is None:
         return mask_text(document(encoding.ids, tokenizer), options.max_length)
     where, ids, kind = conversation.where, encoding.ids, "chat"

@@ -24,6 +24,7 @@ from settings.errors import UserError
 from text import turns
 from text.sandbox import Sandbox
 from text.turns import Span, Turns
+from text.unknown import unknown_id
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -128,7 +129,8 @@ class ChatTokenizer:
     is_closing      the header also closes every user turn, e.g. [/INST], so it is between two user turns too
     is_fallback     the model has no template; ChatML is used instead
     marks_answers   the template marks answers with {% generation %}
-    size            number of ids: the highest id + 1
+    size            the highest id + 1
+    unknown_id      id of the token for characters that the vocabulary lacks; or unknown.NONE or unknown.LOST
     source, text    source of the template; text of tokenizer.json
     special, added  special tokens by name (bos_token, ...); added tokens by id
     date            of the run, as templates print it: an ISO text
@@ -184,13 +186,17 @@ class ChatTokenizer:
         if not os.path.exists(path):
             raise UserError(f"{directory} has no tokenizer.json; use a model directory that has one")
         self.text = read(path)
-        parse(self.text, path)
+        parsed = parse(self.text, path)
         with tokenizer_errors(f"{path} is not a tokenizer"):
             self.tokenizer = Tokenizer.from_str(self.text)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.added = self.tokenizer.get_added_tokens_decoder()
-        self.size = max(self.tokenizer.get_vocab_size(), *(i + 1 for i in self.added), 0)
+        # ids may have gaps: their number, get_vocab_size(), would be too small
+        vocabulary = parsed["model"]["vocab"]  # of Unigram a list
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        self.size = max([*ids, *self.added], default=-1) + 1
+        self.unknown_id = unknown_id(self.tokenizer, parsed)
         if vocab_size is not None and self.size > vocab_size:
             raise UserError(f"{directory}: the tokenizer has ids up to {self.size - 1}, the model's "
                             f"embedding has {vocab_size} rows; --tokenizer must be the tokenizer that "
@@ -367,7 +373,13 @@ class ChatTokenizer:
 
     def count(self, texts):
         """The number of tokens of some texts."""
-        return sum(map(len, self.tokenizer.encode_batch(list(texts), add_special_tokens=False)))
+        with tokenizer_errors(f"the tokenizer of {self.directory} can't encode the data"):
+            return sum(map(len, self.tokenizer.encode_batch(list(texts), add_special_tokens=False)))
+
+    def encode(self, text):
+        """The token ids of a rendered prompt."""
+        with tokenizer_errors(f"the tokenizer of {self.directory} can't encode the prompt"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def render(self, messages, add_generation_prompt=False, tools=None, template_kwargs=None, name=None):
         """The text of a conversation, identical to that of transformers' apply_chat_template."""

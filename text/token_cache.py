@@ -14,7 +14,9 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import sys
+import tempfile
 import time
 import zlib
 from importlib.metadata import PackageNotFoundError, version
@@ -153,7 +155,7 @@ def cached(cache_dir, key, timeout, write, progress=None):
     An entry is used without the lock, so a cache that can't be written is still read. Raises UserError if the
     entry can't be written, or if a data file changes meanwhile; then nothing is left of the entry.
     """
-    cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
+    cache_dir = located(cache_dir)
     path = os.path.join(cache_dir, key.name)
     with contextlib.suppress(OSError):  # before it is read, so that nobody removes it
         os.utime(path)
@@ -175,6 +177,37 @@ def cached(cache_dir, key, timeout, write, progress=None):
                 store(path, key, write, functools.partial(call_all, (touch, progress)))
     remove_unused(cache_dir)
     return path
+
+
+def located(cache_dir):
+    """The absolute path of a cache.
+
+    The default is in the home directory. If that is missing, or this user can't write it (a container with
+    --user), the cache is a temporary directory, with a warning.
+    """
+    path = os.path.expanduser(cache_dir)
+    if not str(cache_dir).startswith("~"):
+        return os.path.abspath(path)
+    parent = path
+    while not os.path.lexists(parent) and parent != os.path.dirname(parent):
+        parent = os.path.dirname(parent)
+    if os.path.isabs(path) and (os.path.isdir(path) or os.access(parent, os.W_OK | os.X_OK)):
+        return path
+    temporary = temporary_cache()
+    say(f"--cache_dir {cache_dir}: there is no home directory that can be written (HOME is "
+        f"{os.environ.get('HOME', 'not set')}), so tokens are cached in {temporary}; set --cache_dir")
+    return temporary
+
+
+@functools.cache
+def temporary_cache():
+    """A directory for the cache that only this user can write: others could plant tokens in it."""
+    path = os.path.join(tempfile.gettempdir(), f"sft-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    status = os.lstat(path)
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    return path if is_own else tempfile.mkdtemp(prefix="sft-")
 
 
 def call_all(functions):
@@ -273,7 +306,7 @@ class Entry(NamedTuple):
 def entries(cache_dir):
     """The entries of a cache, the one that was used last first."""
     found = []
-    for path in glob.glob(os.path.join(glob.escape(os.path.expanduser(cache_dir)), "[0-9a-f]" * 32)):
+    for path in glob.glob(os.path.join(glob.escape(located(cache_dir)), "[0-9a-f]" * 32)):
         try:
             files = [os.stat(os.path.join(path, name)) for name in os.listdir(path)]
             made, used = os.stat(os.path.join(path, METADATA)).st_mtime, os.stat(path).st_mtime

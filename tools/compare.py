@@ -22,7 +22,7 @@ import tempfile
 import textwrap
 from dataclasses import dataclass
 
-from settings.errors import UserError, run
+from settings.errors import UserError, printable, run
 from settings.parser import check, parse, setting
 from tools import gpu_check
 from tools.gpu_check import COMPARED, CPU_LIMIT, OK, SPEED, STAGES, flat
@@ -203,7 +203,7 @@ def main():
     if not lines:
         raise UserError(f"--directory {out}: it has no figure in common with {cfg.compare}; ok in FILE are "
                         f"{', '.join(name for name in old if old[name]['status'] == OK) or 'no stages'}")
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))  # FILE may hold anything
 
 
 if __name__ == "__main__":

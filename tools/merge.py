@@ -21,7 +21,7 @@ import torch
 from disk import files, peft, pretrained, saving, writer
 from disk.run import ModelPaths
 from settings import venv
-from settings.errors import UserError, run
+from settings.errors import UserError, printable, run
 from settings.parser import parse, setting
 from text import template
 
@@ -113,9 +113,9 @@ def merge(cfg):
         files.write_file(os.path.join(temporary, pretrained.INDEX_FILE),
                          saving.index_content(names_by_file, n_bytes))
     os.replace(temporary, cfg.out)
-    print(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}")
-    print(f"saved    {cfg.out} (Hugging Face model directory)")
-    print(f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}")
+    print(printable(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}\n"
+                    f"saved    {cfg.out} (Hugging Face model directory)\n"
+                    f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}"))
 
 
 def temporary_directory(out):

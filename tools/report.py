@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 
 from screen import report
-from settings.errors import run
+from settings.errors import printable, run
 from settings.parser import parse, setting
 
 
@@ -35,7 +35,7 @@ def main():
     cfg, _ = parse(Config, arguments[n_runs:])
     runs = arguments[:n_runs] or ["./outputs"]
     default = os.path.join(runs[0], "report.html") if len(runs) == 1 else "comparison.html"
-    print(f"report   {report.build(runs, cfg.output or default)}")
+    print(printable(f"report   {report.build(runs, cfg.output or default)}"))
 
 
 if __name__ == "__main__":

@@ -273,9 +273,9 @@ def cache_command(cache_dir, clears):
     total = f"{len(entries):,} entries, {sum(entry.size for entry in entries) / 1e6:,.1f} MB"
     command = f"{venv.command('tools/show.py')} --cache clear"
     if clears:
-        print(f"{total} removed from {cache_dir}")
+        print(f"{total} removed from {printable(cache_dir)}")
     else:
-        print(f"{total} in {cache_dir}; {command} removes them")
+        print(f"{total} in {printable(cache_dir)}; {command} removes them")
 
 
 def main():

@@ -30,7 +30,7 @@ def test_a_command_is_parsed(command, tmp_path, monkeypatch, capsys):
     """It becomes a configuration, each flag sets something, and no warning is printed."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("verl/trainer/config")
-    with open("verl/trainer/config/sft_trainer.yaml", "w", encoding="utf-8") as file:
+    with open("verl/trainer/config/sft_trainer_engine.yaml", "w", encoding="utf-8") as file:
         file.write("trainer: {seed: 1}\n")
     arguments = arguments_of(command)
     _, origins = parser.parse(sft.Config, arguments)
@@ -51,8 +51,8 @@ def test_all_commands_are_found():
 def test_the_command_of_verl_is_accepted_as_it_is():
     """Only the program changes, and the command with this project's own settings means the same."""
     theirs, = [block for block in BLOCKS if "-m verl.trainer" in block]
-    as_it_is, in_ours = [block for block in OURS if "extra_info" in block]
-    assert theirs.replace("-m verl.trainer.fsdp_sft_trainer", "sft.py") == as_it_is
+    as_it_is, in_ours = [block for block in OURS if "gsm8k" in block]
+    assert theirs.replace("-m verl.trainer.sft_trainer", "sft.py") == as_it_is
     first, second = (dataclasses.asdict(parser.parse(sft.Config, arguments_of(block))[0])
                      for block in (as_it_is, in_ours))
     home = os.environ["HOME"] + "/"

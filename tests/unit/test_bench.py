@@ -125,6 +125,13 @@ def test_compare_prints_old_beside_new(compared):
     assert lines[-1] == "Not compared, with their status in old and new: laws (timeout, ok), lora_7b (absent, skipped)"
 
 
+def test_compare_escapes_what_files_say(compared):
+    """A name in a file could hold codes that change what the terminal shows."""
+    results = [{**NEW[0], "gpu": "H\x1b[2J", "a\x1b[31m": 1.0}, *NEW[1:]]
+    text = "\n".join(compared(results, results))
+    assert "\x1b" not in text and r"H\x1b[2J" in text and r"a\x1b[31m" in text
+
+
 @pytest.mark.parametrize("gpu, beginning", [("NVIDIA H100", "The GPUs differ: "), ("", "One of the GPUs is not known: "),
                                             ("NVIDIA H200\nNVIDIA H200", None)])
 def test_compare_says_that_the_gpus_differ(gpu, beginning, compared):

@@ -5,6 +5,7 @@ import os
 import re
 from datetime import date as day
 from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -13,6 +14,7 @@ from helpers import RAW, TINY, attempt, chat, chatml, make_directory, mask_spans
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
 
+import chat as chat_program
 import data
 from settings.errors import UserError
 from text import formats
@@ -571,3 +573,26 @@ def test_a_broken_tokenizer_file_is_named(name, tmp_path):
     (tmp_path / "model" / name).write_text(content[: len(content) // 2], encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(os.path.join(directory, name))):
         ChatTokenizer(directory)
+
+
+def test_a_tokenizer_that_panics_is_one_error():
+    """A panic of its Rust code is a BaseException: in the data, in what is only counted, and in a prompt of chat.py.
+    Ctrl-C stays what it is."""
+    class PanicException(BaseException):  # as pyo3 names it
+        pass
+
+    def fail(*_, **__):
+        raise error
+
+    tokenizer = ChatTokenizer(TINY)
+    tokenizer.tokenizer = SimpleNamespace(encode=fail, encode_batch=fail)
+    item = SimpleNamespace(text="a")
+    calls = [lambda: list(tokenizer.encode_ahead([[item]])), lambda: tokenizer.count(["a"]),
+             lambda: list(chat_program.answer(None, tokenizer, set(), chat("q"), chat_program.Config()))]
+    for call in calls:
+        error = PanicException("MAX_STEPS\x1b")
+        with pytest.raises(UserError, match="the tokenizer of .* can't encode the .*: MAX_STEPS"):
+            call()
+        error = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            call()

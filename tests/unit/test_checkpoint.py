@@ -923,7 +923,7 @@ def test_training_continues_while_a_checkpoint_is_written(train, tmp_path, monke
     """Step 3 begins while step 2's checkpoint is written, and latest moves when it is; the next save waits for the one
     before. Checkpoints and metrics are bitwise those of a run without --async_save, which keeps as many."""
     common = ("--lr", "1e-3", "--batch_size", 2, "--max_length", 64, "--max_steps", 8, "--save_steps", 2,
-              "--keep_checkpoints", 2, "--deterministic")
+              "--keep_checkpoints", 2)
     straight = train(*common, out="straight")
     log, may_write, do_last_jobs = [], threading.Event(), writer.Writer.do_last_jobs
 

@@ -7,14 +7,17 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
+import data
 import make_config
 import sft
+from ops import packing
 from settings import errors, parser
 
 FIELDS = dataclasses.fields(sft.Config)
@@ -869,3 +872,32 @@ def test_a_tilde_is_the_home_directory_in_every_path(name, yaml_file, monkeypatc
     for arguments in (["--config", yaml_file(f"{name}: ~/x")], [f"--{name}=~/x"], [f"{name}=~/x"]):
         assert getattr(parse(*arguments), name) == "/home/me/x"
     assert parser.parse(chat.Config, ["--prompt", "~/x?"])[0].prompt == "~/x?"
+
+
+def at_limits():
+    """(name, value) of each number at its limits, or at 10^18, beyond which no number is accepted."""
+    for name, field in NUMBERS.items():
+        kind = int if field.type in (int, int | None) else float
+        for value in field.metadata["low"], min(field.metadata["high"], 10**18):
+            yield name, kind(value)
+    yield "micro_batch_size", 10**18
+
+
+def test_numbers_at_their_limits_make_a_schedule():
+    """No overflow and no division by zero: parsed, then the steps, the rates, the micro-batches and what is due."""
+    lengths = np.arange(2, 12)
+    for name, value in at_limits():
+        field = {field.name: field for field in FIELDS}[name]
+        strategy = {"strategy": "megatron"} if name == "tp" and value > 1 else {}
+        cfg = sft.Config(**{**needed(field), **strategy, name: value})
+        if cfg.batch_tokens == 1:
+            continue  # no conversation has one token
+        sampler = data.Sampler(lengths, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
+                               batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps)
+        for step in {1, len(sampler) // 2 or 1, len(sampler)}:
+            assert 0 <= sft.lr_at(step, len(sampler), cfg) <= 10**18
+            assert len(sampler.step(step).ids) and sampler.is_due(step, cfg.save_steps) in (True, False)
+        capacity, most = packing.limits(cfg)
+        if capacity >= 11:
+            for rank in range(2):
+                assert packing.pack(lengths, capacity, most, dp_rank=rank, dp_size=2)

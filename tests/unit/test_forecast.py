@@ -330,7 +330,9 @@ def test_auto_that_does_not_fit_says_what_it_needs_and_what_would_help():
     smallest = dataclasses.replace(run, checkpointed_blocks=28)
     assert f"needs {device_gb(smallest):.1f} GiB" in text and "85% of 80.0 GiB" in text
     sizes = dict(re.findall(r"^  (--.*?) +([\d.]+) GiB$", text, re.M))
-    for flags, changes in (("--optimizer_offload", dict(optimizer_offload=True)), ("--n_gpus 2", dict(world_size=2)),
+    in_fp32 = tuple((name, shape, 4, trained) for name, shape, _, trained in run.parameters)  # as where it is sharded
+    for flags, changes in (("--optimizer_offload", dict(optimizer_offload=True)),
+                           ("--n_gpus 2", dict(world_size=2, parameters=in_fp32)),
                            ("--max_length 1024", dict(length=1024))):
         saved = device_gb(smallest) - device_gb(dataclasses.replace(smallest, **changes))
         assert float(sizes[flags]) == pytest.approx(saved, abs=0.01)
@@ -398,6 +400,28 @@ def test_plan_prints_what_auto_would_choose(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, "--n_gpus", "1"])
     with pytest.raises(ValueError, match="needs --memory_gb with --n_gpus"):
         plan.main()
+
+
+def test_plan_says_what_does_not_fit_and_what_would(tmp_path, monkeypatch, capsys):
+    """A model of 7B on 24 GiB: no micro-batch size is advised, and each remedy has what the plan with it needs."""
+    config = dict(model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                  num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def printed(*flags):
+        monkeypatch.setattr(sys, "argv", ["plan.py", "--model", str(tmp_path), "--n_gpus", "1", "--memory_gb", "24", *flags])
+        plan.main()
+        return capsys.readouterr().out
+
+    out = printed()
+    assert out.count("does not fit in 24 GiB, even with --micro_batch_size 1") == 2 and "fits " not in out
+    needed, = re.findall(r"it needs ([\d.]+) GiB; it would need\n", out)
+    remedies = re.findall(r"^ +([\d.]+) GiB with (.*)", out, re.M)
+    assert ("--use_lora --quantize nf4" in dict(map(reversed, remedies))) and len(remedies) >= 3
+    for gib, flags in [(needed, ""), *remedies]:
+        peak, = re.findall(r"^peak +([\d.]+) GiB", printed(*flags.split()), re.M)
+        assert abs(float(peak) - float(gib)) < 0.06, flags
+    assert "it needs" not in printed("--use_lora", "--quantize", "nf4")
 
 
 GIB = str(GB)

@@ -434,16 +434,20 @@ def test_merge_equals_the_adapter(model, settings, models, merge, tmp_path):
     assert ("lm_head.weight" in pretrained.weight_entries(tmp_path / "merged")) != stays_tied
 
 
-def test_merge_of_a_trained_adapter(models, train, merge, tmp_path):
+def test_merge_of_a_trained_adapter(models, train, merge, tmp_path, monkeypatch):
     """The base comes from adapter_config.json, --dtype bf16 works, and mistakes are one-line errors."""
     train("--use_lora", "--max_steps", 2, "--lr", 1e-2, model=models["tied"])
     step = tmp_path / "out" / "checkpoints" / "step_2"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(merging, "print", lambda text: printed.append(text), raising=False)
+    printed = []
     assert merge(step, tmp_path / "merged") == (0, "")
     torch.testing.assert_close(logits_of(tmp_path / "merged"), logits_of(step), atol=1e-5, rtol=1e-5)
     generation = files.read_json(tmp_path / "merged" / "generation_config.json")
     assert ChatTokenizer(step).stop_token_id in generation["eos_token_id"]
-    assert merge(step, tmp_path / "small", "--dtype", "bf16") == (0, "")
-    for name, dtype in (("small", "BF16"), ("merged", "F32")):
+    assert merge(step, "small\x1b[2J", "--dtype", "bf16") == (0, "")
+    assert r"saved    small\x1b[2J (" in printed[-1] and "\x1b" not in printed[-1]
+    for name, dtype in (("small\x1b[2J", "BF16"), ("merged", "F32")):
         assert {entry.dtype for entry in pretrained.weight_entries(tmp_path / name).values()} == {dtype}
     code, stderr = merge(step, tmp_path / "merged")
     assert code == 2 and "exists already" in stderr and stderr.count("\n") == 1

@@ -15,6 +15,7 @@ from helpers import ROOT
 
 from screen import report
 from settings.errors import UserError
+from tools import report as command
 
 NASTY = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\u2028{{ 7 * 6 }}"
 
@@ -120,20 +121,27 @@ def test_a_long_run_is_thinned_fast_and_keeps_its_spikes(tmp_path):
     assert math.isclose(total, sum(report.Run(run).train["loss"]), rel_tol=1e-9)
 
 
+def test_the_command_escapes_the_name_of_a_run(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "a\x1b[2J", steps=1)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run)])
+    command.main()
+    assert r"a\x1b[2J/report.html" in capsys.readouterr().out
+
+
 def test_the_command(tmp_path):
     for name in ("a b", "c"):
         make_run(tmp_path / name)
 
-    def command(*arguments):
+    def run(*arguments):
         arguments = sys.executable, f"{ROOT}/tools/report.py", *arguments
         return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
 
-    assert command("a b").stdout == "report   a b/report.html\n"
+    assert run("a b").stdout == "report   a b/report.html\n"
     page = (tmp_path / "a b" / "report.html").read_text()
     assert f"{sys.executable} {ROOT}/chat.py &#39;a b/checkpoints/latest&#39;" in page
-    assert command("a b", "c").stdout == "report   comparison.html\n"
-    assert command("c", "--output", "x.html").stdout == "report   x.html\n"
-    failed = command("c", "d")
+    assert run("a b", "c").stdout == "report   comparison.html\n"
+    assert run("c", "--output", "x.html").stdout == "report   x.html\n"
+    failed = run("c", "d")
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
     assert failed.stderr.startswith("report.py: error: d is not a run: it has no metrics.jsonl; pass")
 

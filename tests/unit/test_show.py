@@ -235,6 +235,8 @@ def test_the_cache_is_listed_and_cleared(output, rows, tmp_path):
     assert f"2 entries, {size / 1e6:.1f} MB in {cache}" in out and "--cache clear" in out
     assert f"2 entries, {size / 1e6:.1f} MB removed" in output("--cache", "clear", "--cache_dir", cache)
     assert os.listdir(cache) == ["notes.txt"]
+    assert r"in c\x1b" in output("--cache", "--cache_dir", "c\x1b")
+    assert r"from c\x1b" in output("--cache", "clear", "--cache_dir", "c\x1b")
     for arguments, message in ((("--cache", "--cache_dir", "none"), "not none"), (("show", "--cache"), "does not work"),
                                (("--cache_dir", "x"), "no effect without --cache")):
         with pytest.raises(UserError, match=message):

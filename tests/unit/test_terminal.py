@@ -17,11 +17,12 @@ def test_commands_and_lines_that_are_not_prompts(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert terminal.HELP in shown and "not UTF-8" in shown
 
-    def end(prompt):
-        raise EOFError
+    for error in EOFError, KeyboardInterrupt:
+        def end(prompt, error=error):
+            raise error
 
-    monkeypatch.setattr("builtins.input", end)
-    assert terminal.read_prompt(is_interactive=True) == "/quit"
+        monkeypatch.setattr("builtins.input", end)
+        assert terminal.read_prompt(is_interactive=True) == "/quit"
 
 
 @pytest.mark.parametrize("text, error", [("", "is empty"), (" \n", "is empty"), ("\udcff", "not UTF-8")])
@@ -34,3 +35,8 @@ def test_standard_input_without_a_prompt(text, error, monkeypatch):
 def test_standard_input_is_one_prompt(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/help\nmore\n"))
     assert terminal.read_prompt(is_interactive=False) == "/help\nmore"
+
+
+def test_the_greeting_escapes_the_name_of_the_model(capsys):
+    terminal.greet("a\x1b[2J")
+    assert capsys.readouterr().out == "chat with a\\x1b[2J\n" + terminal.HELP + "\n"

@@ -379,6 +379,48 @@ def test_another_error_of_the_lock_is_not_hidden(cache, rows, monkeypatch):
         load(rows, cache)
 
 
+@pytest.fixture
+def homeless(tmp_path, monkeypatch):
+    """A user without a home directory; returns the temporary directory of the machine."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.setattr(token_cache.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(token_cache.os, "access", lambda path, mode: path != str(tmp_path / "home"))  # root may write
+    (tmp_path / "tmp").mkdir()
+    token_cache.temporary_cache.cache_clear()
+    yield tmp_path / "tmp"
+    token_cache.temporary_cache.cache_clear()
+
+
+@pytest.mark.parametrize("home", ["read-only", None])
+def test_without_a_home_the_cache_is_a_temporary_directory(home, homeless, rows, monkeypatch, capfd):
+    """One line says so, at each run. A --cache_dir that was typed is not replaced."""
+    if not home:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(token_cache.os.path, "expanduser", lambda path: path)  # as for a user without a name
+    for _ in range(2):
+        assert load(rows, "~/.cache/sft") == ["first<|im_end|>"]
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and f"so tokens are cached in {homeless}/sft-{os.getuid()}" in error
+    assert len(token_cache.entries("~/.cache/sft")) == 1
+    assert os.stat(homeless / f"sft-{os.getuid()}").st_mode & 0o777 == 0o700
+    assert token_cache.located("/x") == "/x" and not os.path.exists("~")
+
+
+@pytest.mark.parametrize("plant", ["a link", "open to all"])
+def test_a_temporary_cache_of_somebody_else_is_not_used(plant, homeless, tmp_path):
+    """Tokens that another user has planted there would be trained."""
+    path = homeless / f"sft-{os.getuid()}"
+    if plant == "a link":
+        (tmp_path / "theirs").mkdir(0o700)
+        path.symlink_to(tmp_path / "theirs")
+    else:
+        path.mkdir()
+        path.chmod(0o777)
+    other = token_cache.located("~/.cache/sft")
+    assert other != str(path) and os.path.dirname(other) == str(homeless) and os.stat(other).st_mode & 0o777 == 0o700
+
+
 def test_a_cache_that_is_a_file_is_an_error(tmp_path, rows):
     with pytest.raises(UserError, match=r"rows.json can't be written: File exists .* set --cache_dir to another"):
         load(rows, rows)
