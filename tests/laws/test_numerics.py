@@ -63,7 +63,7 @@ def test_a_fault_in_one_micro_batch_stops_before_the_update(train, plant, rows, 
 
 @pytest.mark.parametrize("how", [pytest.param("loss", marks=pytest.mark.full), "gradient"])
 def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
-    """Both ranks name the faulty rank."""
+    """What is printed names the faulty rank."""
     ids = data.Sampler(rows.n_inputs, epochs=3, seed=42, batch_size=8).step(2).ids
     batch = list(data.micro_batches(rows, ids, 128, dp_rank=1, dp_size=2))[0]
     i = batch.ids[0]
@@ -74,8 +74,8 @@ def test_a_fault_on_one_rank_stops_both(rows, tmp_path, how):
     assert result.returncode
     named = [rows.source(i)] if how == "loss" else [rows.source(i) for i in batch.ids]
     message = f"rank 1, micro-batch 1; conversations: {', '.join(named)}"
-    lines = [line for line in result.stderr.splitlines() if re.search(r"rank \d failed in step 2: NonFinite", line)]
-    assert lines
+    lines = [line for line in result.stderr.splitlines() if "stopped before the weights were updated" in line]
+    assert lines, result.stderr
     assert all(line.endswith(message) for line in lines)
     assert not os.listdir(tmp_path / "out" / "checkpoints")
 
