@@ -277,7 +277,7 @@ def train(cfg, ranks, origins):
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
-    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, cfg.chat_template,
+    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, run.chat_template,
                               cfg.template_kwargs, run.date)
     ranks.set_phase("tokenise")
     train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)

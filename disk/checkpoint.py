@@ -180,7 +180,7 @@ def move_into_place(temporary, root, step, links):
     final = os.path.join(root, f"step_{step}")
     if saving.is_rank_0():
         # After a resume from an earlier step, a run saves the same steps again.
-        old = rename_for_removal(final) if os.path.exists(final) else None
+        old = rename_for_removal(final) if os.path.isdir(final) else None
         try:
             os.replace(temporary, final)
         except OSError:
@@ -281,10 +281,13 @@ def step_of(directory):
 
 
 def steps_in(root):
-    """The step numbers of the checkpoints in root, ascending. Incomplete ones have temporary names."""
+    """The step numbers of the checkpoints in root, ascending. Incomplete ones have temporary names.
+
+    step_010, which a person has made, and a file with the name of a step are none.
+    """
     names = os.listdir(root) if os.path.isdir(root) else []
-    matches = [re.fullmatch(r"step_(\d+)", name) for name in names]
-    return sorted(int(match[1]) for match in matches if match)
+    matches = [re.fullmatch(r"step_([1-9]\d*)", name) for name in names]
+    return sorted(int(match[1]) for match in matches if match and os.path.isdir(os.path.join(root, match[0])))
 
 
 def prune(root, keep, step, keep_best_step=None):

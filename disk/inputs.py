@@ -51,13 +51,17 @@ def check(cfg):
         check_tokenizer(cfg.tokenizer)
     if cfg.resume_adapter:
         check_adapter(cfg.resume_adapter)
-    # a file, or the name of one of the model's templates
     template = cfg.chat_template or ""
-    if (os.sep in template or template.endswith((".jinja", ".txt"))) and not os.path.isfile(template):
+    if is_template_file(template) and not os.path.isfile(template):
         raise UserError(f"--chat_template {template}: no such file; use a file with a Jinja template")
     if not resumed or cfg.use_lora:  # a resumed full model is read from its checkpoint
         check_model(cfg)
     check_output(cfg.output_dir)
+
+
+def is_template_file(name):
+    """Whether a --chat_template is a file, and not the name of one of the model's templates."""
+    return os.sep in name or name.endswith((".jinja", ".txt"))
 
 
 def is_hub_id(name):

@@ -4,7 +4,7 @@ While a run writes, OUTPUT_DIR/run.lock says which: a JSON object with its proce
 holder touches the file every HEARTBEAT seconds. Programs that only read (chat.py, tools) ignore it.
 
 This needs no file locks, which some network drives lack. A holder whose lock was taken over, because it had
-been frozen, notices it before its next save (check).
+been frozen, notices it before its next save (check), also if the other run has ended since.
 """
 
 import contextlib
@@ -111,25 +111,30 @@ class Lock(threading.Thread):
         """
         touched, since, has_said = None, time.monotonic(), False
         while not self.create():
-            holder = read_lock(self.directory)
-            if not holder:  # it was removed, or is being written
+            progress()
+            holder, (touch, age) = read_lock(self.directory), self.last_touch()
+            if not holder:  # it was removed, or is being written, unless a full disk or a kill prevented that
+                if age > PATIENCE:
+                    self.remove({})
                 time.sleep(0.05)
                 continue
             name = f"process {holder['pid']} on {holder['host']}"
-            if reason := self.reason_to_take(holder, timeout):
+            reason = self.reason_to_take(holder)
+            has_waited = time.monotonic() - since > 3 * HEARTBEAT  # the age alone may be a jump of the clock
+            if not reason and has_waited and touch == touched and age > timeout:
+                reason = f"without a sign of life for {age:.0f} s"
+            if reason:
                 if self.remove(holder):
                     print(f"lock     {self.path} of {name}, {reason}, was taken over", file=sys.stderr)
                 continue
-            touch = os.stat(self.path).st_mtime_ns
             touched = touched or touch
             if touch != touched:
                 raise UserError(f"{name} writes to {self.directory}, since {holder['since']}; stop it, or "
                                 "use another --output_dir")
-            if time.monotonic() - since > 3 * HEARTBEAT and not has_said:
+            if has_waited and not has_said:
                 has_said = True
                 print(f"lock     {self.path}: {name} gives no sign of life; it is taken over after --timeout "
                       f"{timeout} s, or now if you remove that file", file=sys.stderr)
-            progress()
             time.sleep(0.2)
         self.start()
 
@@ -143,8 +148,19 @@ class Lock(threading.Thread):
             return bool(holder) and is_same(holder, self.me)
         return True
 
-    def reason_to_take(self, holder, timeout):
-        """Why a lock may be taken from its holder; None if the holder may be alive."""
+    def last_touch(self):
+        """When the lock was touched, and how many seconds ago, both by the clock of the file system; 0, 0 if
+        there is none.
+        """
+        with tempfile.TemporaryFile(dir=self.directory) as now:
+            try:
+                touch = os.stat(self.path).st_mtime
+            except FileNotFoundError:
+                return 0, 0
+            return touch, os.fstat(now.fileno()).st_mtime - touch
+
+    def reason_to_take(self, holder):
+        """Why a lock may be taken from its holder at once; None if the holder may be alive."""
         if holder["machine"] == self.me["machine"]:
             if not is_alive(holder):
                 return "which has ended"
@@ -152,12 +168,7 @@ class Lock(threading.Thread):
             return f"the same run {holder['run_id']}"
         if holder["run_id"] == self.me["run_id"] and holder["restarts"] < self.me["restarts"]:
             return f"an earlier start of the run {holder['run_id']}"
-        with tempfile.TemporaryFile(dir=self.directory) as now:  # by the clock of the file system
-            try:
-                age = os.fstat(now.fileno()).st_mtime - os.stat(self.path).st_mtime
-            except FileNotFoundError:
-                return None
-        return f"without a sign of life for {age:.0f} s" if age > timeout else None
+        return None
 
     def remove(self, holder):
         """Remove the lock of this holder; False if another process was faster."""
@@ -167,7 +178,7 @@ class Lock(threading.Thread):
         except FileNotFoundError:
             return False
         with open(moved, encoding="utf-8") as f:
-            is_of_holder = json.load(f) == holder
+            is_of_holder = json.loads(f.read() or "{}") == holder
         if is_of_holder or os.path.exists(self.path):
             os.unlink(moved)
         else:
@@ -178,7 +189,7 @@ class Lock(threading.Thread):
         """Touch the lock until release()."""
         while not self.ends.wait(HEARTBEAT):
             with contextlib.suppress(OSError, UserError):  # the next save reports what is wrong
-                if self.create():
+                if is_held(self.directory):
                     os.utime(self.path)
 
     def release(self):
@@ -223,14 +234,25 @@ def seen(directory, ranks):
         time.sleep(0.2)
 
 
+def is_held(directory):
+    """Whether this process holds the lock of an output directory."""
+    holder = read_lock(directory)
+    return bool(holder) and is_same(holder, this_process())
+
+
 def check(directory):
     """Raise UserError unless this process still holds the lock of an output directory, before it writes."""
-    held = Lock(directory)
-    if not held.create():
-        holder = read_lock(directory) or held.me
-        raise UserError(f"process {holder['pid']} on {holder['host']} writes to {directory} since "
-                        f"{holder['since']}: it took the lock over while this process gave no sign of life; "
-                        "this process has stopped and saves nothing")
+    if is_held(directory):
+        return
+    ends = "this process has stopped and saves nothing"
+    holder = read_lock(directory)
+    if not holder:  # without it, what another run has written meanwhile would be overwritten
+        raise UserError(f"{os.path.join(directory, LOCK)} is gone: another run took it over and has ended, "
+                        f"or somebody removed it; {ends}; --resume_from auto continues from the newest "
+                        "checkpoint")
+    raise UserError(f"process {holder['pid']} on {holder['host']} writes to {directory} since "
+                    f"{holder['since']}: it took the lock over while this process gave no sign of life; "
+                    f"{ends}")
 
 
 def check_is_free(directory):

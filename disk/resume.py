@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 
-from disk import checkpoint, pretrained
+from disk import checkpoint, inputs, pretrained
 from settings import parser
 from settings.errors import UserError
 
@@ -21,6 +21,7 @@ ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs",
 DATA = ("train_data", "tokenizer", "chat_template", "template_kwargs", "max_length", "too_long", "train_on",
         "train_on_prompt", "train_reasoning", "split_turns", "bad_rows", "prompt_key", "response_key",
         "messages_key")
+FROM_CHECKPOINT = ("resize_embeddings", "resume_adapter")  # a resumed run has their result already
 SCHEDULE = ("lr", "scheduler", "warmup_ratio", "min_lr_ratio")
 
 
@@ -66,7 +67,17 @@ def settings(given, fields):
         assignments = [a for a in assignments if a.name != "output_dir"]
     if run:
         assignments.append(parser.Assignment("output_dir", run, "run", f"the run of {resume_from}"))
-    return [a._replace(source="run") for a in assignments if a.name not in NOT_OF_THE_RUN]
+    has_checkpoint = checkpoint.resume_directory(resume_from, os.path.join(output_dir, "checkpoints"))
+    return [a._replace(source="run") for a in assignments
+            if a.name not in NOT_OF_THE_RUN and not (has_checkpoint and is_gone(a.name, a.text))]
+
+
+def is_gone(name, text):
+    """Whether a setting of the run names what is gone and not needed: the checkpoint has a copy of it."""
+    if name == "chat_template":
+        return inputs.is_template_file(text) and not os.path.isfile(text)
+    is_local = name == "resume_adapter" or (name == "tokenizer" and not re.fullmatch(pretrained.HUB_ID, text))
+    return is_local and text not in ("tiny", "null") and not os.path.exists(text)
 
 
 def saved_settings(directory, cfg):
@@ -103,6 +114,11 @@ def changed_lines(saved, cfg):
         if name in names and by not in names and getattr(cfg, by) is not None:
             raise UserError(f"--{name} {getattr(cfg, name)} has no effect: the run has --{by} "
                             f"{getattr(cfg, by)}; change that, or add --{by} none")
+    for name, then, now in different:
+        if name in FROM_CHECKPOINT and now:
+            raise UserError(f"--{name} {text_of(now)} has no effect on a run that is resumed, which has all "
+                            f"weights from its checkpoint; type --{name} {text_of(then)}, or start a new run "
+                            "with another --output_dir")
     return [f"changed: {name} {text_of(then)} -> {text_of(now)}" for name, then, now in different]
 
 

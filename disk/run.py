@@ -182,6 +182,13 @@ class RunState:
         # a checkpoint of a run with --resize_embeddings has its rows already
         return paths if self.resumed or not cfg.resize_embeddings else paths.resized(cfg)
 
+    @property
+    def chat_template(self):
+        """--chat_template; None if it names a template of the first model: a checkpoint has only that."""
+        name, cfg = self.cfg.chat_template, self.cfg
+        is_name = name and not os.path.isfile(name) and not cfg.tokenizer
+        return None if self.resumed and is_name and name == self.settings.get("chat_template") else name
+
     def choose_memory(self, build, ranks):
         """The settings with numbers in place of `auto`: conversations of a micro-batch, checkpointed blocks.
 

@@ -61,6 +61,7 @@ class PlannedRun:
     optimizer_offload: bool = False
     dropout: float = 0.0
     quantize: bool = False
+    async_save: bool = False
 
     @classmethod
     def of(cls, model, cfg, *, world_size, cuda):
@@ -97,6 +98,7 @@ class PlannedRun:
             optimizer_offload=cfg.optimizer_offload,
             dropout=adapter.get("lora_dropout", 0.0),
             quantize=bool(cfg.quantize),
+            async_save=cfg.async_save,
         )
 
     @property
@@ -424,16 +426,33 @@ def backward_bytes(run, held):
 
 
 def resting_bytes(run, state):
-    """(device, host): bytes of weights and optimizer between steps; the host's include its buffers."""
+    """(device, host): bytes of weights and optimizer between steps; the host's include its buffers, and what
+    --async_save copies.
+    """
+    copied = copied_bytes(run)
     if run.cuda and run.param_offload:
-        return 0, sum(state.values())
+        return 0, sum(state.values()) + copied
     optimizer = state["moments"] + state["masters"]
     if run.optimizer_offload:  # two fp32 buffers, as large as the largest shard: gradient in, weight out
         optimizer += 8 * max(shard_sizes(run, name, shape)[1] for name, shape, _, trained in run.parameters
                              if trained)
     if run.cuda and run.optimizer_offload:
-        return state["weights"], optimizer
-    return state["weights"] + optimizer, 0
+        return state["weights"], optimizer + copied
+    if run.cuda:
+        return state["weights"] + optimizer, copied
+    return state["weights"] + optimizer + copied, 0
+
+
+def copied_bytes(run):
+    """Bytes of a rank's copy of a checkpoint in host memory, with --async_save (disk/writer.py); otherwise 0.
+
+    Of each trained parameter two fp32 moments, the fp32 master and the weight in 16 bits. The dtype of the
+    model's files is not known here: if it is fp32, the weight is the master, and the copy 2 bytes smaller.
+    """
+    if not run.async_save:
+        return 0
+    trained = sum(math.prod(shape) for _, shape, _, is_trained in run.parameters if is_trained)
+    return 14 * trained // run.world_size
 
 
 def fragmentation(run, block):

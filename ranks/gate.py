@@ -75,7 +75,9 @@ def program(cfg):
     if cfg.sample_prompts and os.path.isfile(cfg.sample_prompts):
         with open(cfg.sample_prompts, "rb") as f:
             settings["--sample_prompts"] = digest(f.read())
-    settings["--val_data"] = "given" if cfg.val_data else "none"
+    # their content is compared later, by those ranks that have one
+    for name in ("val_data", "sample_prompts", "resume_from", "resume_adapter"):
+        settings.setdefault(f"--{name}", "given" if getattr(cfg, name) else "none")
     return {**settings, "torch": torch.__version__, **code()}
 
 

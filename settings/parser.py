@@ -351,11 +351,16 @@ def resolve(assignments, fields):
 
 
 def drop_inert(values, origins, assignments, fields):
-    """Reset what only the resumed run sets and has no effect any more: keep_best after --val_data none."""
+    """Reset what only the resumed run sets and what a given setting makes void.
+
+    keep_best after --val_data none, min_lr_ratio after --scheduler constant.
+    """
     given = {assignment.name for assignment in assignments if assignment.source != "run"}
     for name, field in fields.items():
-        changed = {n for n, value in values.items() if value != fields[n].default}
-        if name in changed - given and unmet_need(field, changed):
+        resolved = {n: values.get(n, f.default) for n, f in fields.items()}
+        changed = {n for n, value in resolved.items() if value != fields[n].default}
+        is_void = unmet_need(field, changed) or excluded_by(field, resolved, changed)
+        if name in changed - given and is_void:
             del values[name], origins[name]
 
 

@@ -21,6 +21,7 @@ CASES = {
     "same": ((), {}, None),
     "renamed": (("--train_data", "renamed.jsonl", "--model", "renamed_model"), {}, None),
     "validation": (("--val_data", VALIDATION), {}, "--val_data given, not none"),
+    "resume": (("--resume_from", "auto"), {}, "--resume_from given, not none"),
     "torch": ((), {"torch.__version__": "2.0"}, "torch 2.0, not 2."),
     "config": (("--model", "changed_config"), {}, "another config.json"),
     "many": (("--lr", "1", "--seed", "1", "--epochs", "7", "--beta1", "0.5", "--beta2", "0.5", "--weight_decay", "0.5",

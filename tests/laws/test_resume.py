@@ -114,6 +114,7 @@ def test_changes_are_printed_and_a_jump_of_the_rate_too(copy, capsys):
     (("--model", "other"), ["another base model than --model other", "Type --model m"]),
     (("--model", "./gone"), ["--model ./gone: no such directory"]),
     (("--model", "owner/name"), ["--model owner/name", "remove --model"]),
+    (("--resize_embeddings",), ["--resize_embeddings true has no effect", "type --resize_embeddings false"]),
     (("--use_lora",), ["is a full model"]), (("--train_data", ""), ["train_data can't be ''", "non-empty text"])],
     ids=lambda value: " ".join(map(str, value))[:24])
 def test_what_would_be_another_run_is_refused_by_name(copy, flags, words):
@@ -205,6 +206,54 @@ def test_a_path_of_the_run_that_is_gone_names_the_file_it_is_written_in(copy, mo
     shutil.move("x.json", "y.json")
     with pytest.raises(UserError, match=r"--train_data x.json: no such .*\(train_data is set in out/config.yaml:\d+\)"):
         sft_main("--output_dir", "out", "--resume_from", "auto")
+
+
+def test_files_that_the_checkpoint_has_copies_of_may_be_gone(copy, capsys):
+    """--tokenizer, --chat_template and --resume_adapter of the run. Data that is gone is an error."""
+    shutil.copytree("m", "tok", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    template = json.loads((copy / "m" / "tokenizer_config.json").read_text())["chat_template"]
+    (copy / "t.jinja").write_text(template + "{# mine #}")
+    flags = ("--train_data", "x.json", "--max_length", 64, "--no-gradient_checkpointing", "--batch_size", 2,
+             "--use_lora")
+    sft_main("--model", "m", "--output_dir", "l", "--max_steps", 1, *flags)
+    given = {"resume_adapter": "l/checkpoints/latest", "tokenizer": "tok", "chat_template": "t.jinja"}
+    sft_main("--model", "m", "--output_dir", "l2", "--max_steps", 1, *flags,
+             *(word for name, value in given.items() for word in (f"--{name}", value)))
+    for name in ("tok", "l"):
+        shutil.rmtree(name)
+    os.remove("t.jinja")
+    capsys.readouterr()
+    sft_main("--resume_from", "l2", "--max_steps", 2)
+    out = capsys.readouterr().out
+    for name, value in given.items():
+        assert f"changed: {name} {value} -> none\n" in out
+    assert len((copy / "l2" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_template_that_was_chosen_by_name_is_the_only_one_of_a_checkpoint(copy, capsys):
+    config = json.loads((copy / "m" / "tokenizer_config.json").read_text())
+    templates = {"default": config["chat_template"], "mine": config["chat_template"] + "{# mine #}"}
+    config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    write(copy / "m" / "tokenizer_config.json", config)
+    flags = ("--model", "m", "--train_data", "x.json", "--max_length", 64, "--no-gradient_checkpointing",
+             "--batch_size", 2, "--output_dir", "named", "--chat_template", "mine")
+    sft_main(*flags, "--max_steps", 1)
+    capsys.readouterr()
+    sft_main(*flags, "--resume_from", "auto", "--max_steps", 2)
+    assert "changed: chat_template" not in capsys.readouterr().out
+    step = copy / "named" / "checkpoints" / "step_2"
+    assert (step / "chat_template.jinja").read_text() == templates["mine"]
+    with pytest.raises(UserError, match="--chat_template other is neither a file nor a template of"):
+        sft_main("--resume_from", "named", "--chat_template", "other")
+
+
+def test_a_given_setting_drops_what_it_excludes():
+    """min_lr_ratio of the run after --scheduler constant; a given one is still an error."""
+    resumed = of_run(("min_lr_ratio", "0.1"))
+    cfg, _ = parser.parse(sft.Config, ["--scheduler", "constant"], resumed=resumed)
+    assert (cfg.scheduler, cfg.min_lr_ratio) == ("constant", 0)
+    with pytest.raises(UserError, match="--min_lr_ratio 0.2 does not work with --scheduler constant"):
+        parser.parse(sft.Config, ["--scheduler", "constant", "--min_lr_ratio", "0.2"], resumed=resumed)
 
 
 def test_what_has_no_effect_any_more_is_dropped():

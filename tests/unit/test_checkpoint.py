@@ -539,8 +539,9 @@ def test_steps_are_complete_and_in_numerical_order(tmp_path):
     """9 comes before 10. Temporary names and the user's own files are not steps; a missing root has none."""
     assert checkpoint.steps_in(tmp_path / "absent") == []
     steps(tmp_path, [10, 9, 100], latest=9)
-    for name in ("tmp_step_3", "step_4.bak", "step_x", "tmp_prune_1"):
+    for name in ("tmp_step_3", "step_4.bak", "step_x", "tmp_prune_1", "step_010", "step_0"):
         (tmp_path / name).mkdir()
+    (tmp_path / "step_5").write_text("my notes")
     assert checkpoint.steps_in(tmp_path) == [9, 10, 100]
 
 

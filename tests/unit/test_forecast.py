@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, chat, model_loss, program, small_model, two_layers
+from helpers import TINY, chat, model_directory, model_loss, program, small_model, two_layers
 
 import fsdp
 import sft
-from disk import checkpoint
+from disk import checkpoint, writer
 from families.config import ModelConfig
 from ops import forecast, memory
 from ops.attention import Documents
@@ -160,6 +160,34 @@ def test_states_equal_the_tensors_of_a_run(train, monkeypatch, flags):
     monkeypatch.setattr(checkpoint, "save", counted_save)
     train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
     assert forecast.states(planned_by(monkeypatch, "--model", TINY, *flags)) == sizes
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_copy_of_an_asynchronous_save(dtype, train, monkeypatch, tmp_path):
+    """What the writer holds in host memory: 14 bytes a parameter, 2 less where the model's files are fp32."""
+    held, finish = [], writer.Writer.finish
+
+    def count(self):
+        self.wait()
+        held.append(sum(len(data) for *_, file in self.last_jobs if isinstance(file, writer.TensorFile)
+                        for data in list(file.held)[1:]))  # the first is the header
+        finish(self)
+
+    def convert(tensors):
+        tensors.update({name: t.bfloat16() if dtype == "bf16" else t.float() for name, t in tensors.items()})
+
+    monkeypatch.setattr(writer.Writer, "finish", count)
+    model = model_directory(tmp_path / "m", change_tensors=convert)
+    flags = ("--model", model, "--async_save", "--max_length", 64, "--batch_size", 1)
+    train(*flags, "--save_steps", 1, "--max_steps", 2)
+    run = planned_by(monkeypatch, *flags)
+    n_parameters = sum(math.prod(shape) for _, shape, *_ in run.parameters)
+    assert forecast.copied_bytes(run) == 14 * n_parameters
+    assert held[0] == (14 if dtype == "bf16" else 12) * n_parameters
+    on_gpus = dataclasses.replace(run, cuda=True, world_size=4)
+    without = dataclasses.replace(on_gpus, async_save=False)
+    assert forecast.memory(on_gpus)["host"] - forecast.memory(without)["host"] == 14 * n_parameters // 4
+    assert forecast.memory(on_gpus)["device"] == forecast.memory(without)["device"]
 
 
 def planned_by(monkeypatch, *flags):

@@ -105,6 +105,27 @@ def test_a_silent_holder_is_awaited_until_the_limit(tmp_path, capsys):
     assert "without a sign of life for 1 s, was taken over" in lines[1] and len(waited) > 2
 
 
+def test_an_empty_lock_is_taken_over_once_it_is_old(tmp_path):
+    """A full disk or a kill left it, between its creation and its content. A new one gets its content yet."""
+    path, waited = tmp_path / lock.LOCK, []
+    for content in ("", "{}"):
+        path.write_text(content)
+        os.utime(path, (time.time() - lock.PATIENCE + 0.3,) * 2)
+        held = lock.Lock(str(tmp_path))
+        held.take(600, lambda: waited.append(path.stat().st_size))
+        held.release()
+    assert len(waited) > 4 and not path.exists()
+
+
+def test_a_jump_of_the_clock_does_not_take_the_lock_of_a_holder_that_is_alive(tmp_path, other):
+    path = write_lock(tmp_path, 10**6, **of(other))
+    thread = threading.Timer(0.1, os.utime, [path])
+    thread.start()
+    with pytest.raises(UserError, match=f"process {other.pid} on .* writes to"):
+        take(tmp_path)
+    thread.join()
+
+
 def test_what_is_not_a_lock_stays(tmp_path):
     for text in ("my notes", "[1]", '{"pid": 1}'):
         (tmp_path / lock.LOCK).write_text(text)
@@ -148,20 +169,26 @@ def test_of_many_processes_that_find_a_stale_lock_one_gets_it(tmp_path):
     assert held.value == 1
 
 
-def test_a_run_whose_lock_was_taken_over_saves_nothing_more(train, tmp_path, monkeypatch):
-    """It was frozen for longer than --timeout, and another run writes there now."""
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_run_whose_lock_was_taken_over_saves_nothing_more(has_ended, train, tmp_path, monkeypatch):
+    """It was frozen for longer than --timeout, and another run writes there now, or has ended since."""
     set_phase = processes.Ranks.set_phase
 
     def set_phase_and_lose(self, phase):
         set_phase(self, phase)
         if phase == "step 2":
-            write_lock(tmp_path / "out", **ELSEWHERE)
+            path = write_lock(tmp_path / "out", **ELSEWHERE)
+            if has_ended:
+                path.unlink()
+                time.sleep(3 * lock.HEARTBEAT)
 
     monkeypatch.setattr(processes.Ranks, "set_phase", set_phase_and_lose)
-    with pytest.raises(UserError, match="process 4711 on node-b writes to out .*saves nothing"):
+    message = "run.lock is gone: another run" if has_ended else "process 4711 on node-b writes to out "
+    with pytest.raises(UserError, match=f"{message}.*saves nothing"):
         train(*RUN)
     assert os.listdir(tmp_path / "out" / "checkpoints" ) and not (tmp_path / "out/checkpoints/step_2").exists()
-    assert json.loads((tmp_path / "out" / lock.LOCK).read_text())["pid"] == 4711
+    holder = lock.read_lock(str(tmp_path / "out"))
+    assert holder is None if has_ended else holder["pid"] == 4711
 
 
 def test_the_lock_is_there_while_a_run_writes_and_gone_after(train, tmp_path, monkeypatch):
