@@ -1,6 +1,6 @@
 """Resume means the same run: its own settings, what may change in them, and what must not.
 
-The settings of a run are in OUTPUT_DIR/config.yaml, and in training_state/config.yaml of each step
+The settings of a run are in OUTPUT_DIR/config.yaml, and in training_state/settings.json of each step
 directory, so that a step directory alone is enough. The first is read, the second says what the checkpoint
 was made with.
 """
@@ -13,7 +13,7 @@ from disk import checkpoint, inputs, pretrained
 from settings import parser
 from settings.errors import UserError
 
-SETTINGS = os.path.join(checkpoint.STATE_DIRECTORY, "config.yaml")  # in a step directory
+SETTINGS = os.path.join(checkpoint.STATE_DIRECTORY, "settings.json")  # in a step directory
 NOT_OF_THE_RUN = ("resume_from", "selfcheck", "profile")  # of one start only
 # Settings that decide what an adapter is, and what a step holds
 ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs", "lora_dora",
@@ -96,7 +96,7 @@ def saved_settings(directory, cfg):
 def export(cfg):
     """{file of a step directory: bytes}: the settings of a run, without those of one start."""
     fresh = {field.name: field.default for field in dataclasses.fields(cfg) if field.name in NOT_OF_THE_RUN}
-    return {SETTINGS: parser.yaml_text(dataclasses.replace(cfg, **fresh)).encode()}
+    return {SETTINGS: parser.json_text(dataclasses.replace(cfg, **fresh)).encode()}
 
 
 def changes(saved, cfg):

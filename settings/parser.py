@@ -553,18 +553,23 @@ def files_read(origins):
 
 
 def write_yaml(config, path):
-    """Save a resolved configuration; --config PATH starts the same run again."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(yaml_text(config))
+    """Save a resolved configuration; --config PATH starts the same run again.
 
-
-def yaml_text(config):
-    """A configuration as YAML. The first line is how disk/lock.py knows that a run wrote it."""
+    The first line is how disk/lock.py knows that a run wrote it.
+    """
     values = dataclasses.asdict(config)
     # With other characters allow_unicode would fold a Unicode line break instead of escaping it.
     is_printable = "".join(map(str, values.values())).isprintable()
-    return ("# Settings of a run, written by sft.py; --config and this file start the same run.\n"
-            + yaml.safe_dump(values, sort_keys=False, allow_unicode=is_printable))
+    with open(path, "w", encoding="utf-8") as f:
+        print("# Settings of a run, written by sft.py; --config and this file start the same run.", file=f)
+        yaml.safe_dump(values, f, sort_keys=False, allow_unicode=is_printable)
+
+
+def json_text(config):
+    """A configuration as JSON that read_yaml reads too: it has no pairs of surrogates, and no raw controls."""
+    text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
+    return "".join(char if char.isprintable() or char == "\n" or ord(char) > 0xFFFF else f"\\u{ord(char):04x}"
+                   for char in text)
 
 
 def help_text(cls, fields):

@@ -142,10 +142,10 @@ def test_a_checkpoint_of_an_older_version_resumes(first, copy, capsys):
     state = files.read_json(step / "training_state" / "state.json")
     for key in ("model", "val_data", "lr", "total_steps"):
         del state[key]
-    (step / "training_state" / "config.yaml").unlink()
+    (step / "training_state" / "settings.json").unlink()
     files.write_file(step / "training_state" / "state.json", state)
     listed = json.loads((step / checkpoint.MANIFEST).read_bytes())["files"]
-    del listed["training_state/config.yaml"]
+    del listed["training_state/settings.json"]
     listed["training_state/state.json"] = list(checkpoint.checksum(step / "training_state" / "state.json"))
     (step / checkpoint.MANIFEST).write_bytes(checkpoint.manifest(2, listed))
     shutil.copytree(step, copy / "old")

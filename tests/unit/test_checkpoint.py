@@ -954,7 +954,7 @@ def test_training_continues_while_a_checkpoint_is_written(train, tmp_path, monke
     assert [line["loss"] for line in lines] == [line["loss"] for line in straight]
     root = tmp_path / "out" / "checkpoints"
     assert sorted(os.listdir(root)) == ["latest", "step_6", "step_8"] and os.readlink(root / "latest") == "step_8"
-    has_settings = {os.path.join(checkpoint.STATE_DIRECTORY, name) for name in ("config.yaml", "manifest.json")}
+    has_settings = {os.path.join(checkpoint.STATE_DIRECTORY, name) for name in ("settings.json", "manifest.json")}
     for step in ("step_6", "step_8"):
         for name in set(listing(root / step)) - has_settings:  # which differ in --async_save and --output_dir
             assert (root / step / name).read_bytes() == (

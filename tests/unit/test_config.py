@@ -1,6 +1,7 @@
 """Every way to write a setting, the order of precedence, and the error for each mistake."""
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -267,14 +268,14 @@ def test_hydra_names_a_file_by_directory_and_name(yaml_file, tmp_path, monkeypat
 
 
 def test_a_configuration_survives_being_written(tmp_path):
-    """write_yaml and then --config give an equal configuration."""
+    """write_yaml and then --config give an equal configuration; so does json_text, which is JSON too."""
     path = str(tmp_path / "config.yaml")
     characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
     text = st.text(characters, min_size=1, max_size=12).filter(
         lambda value: value.lower() not in ("none", "null", "~"))
     integer, fraction = st.integers(2, 10**9), st.floats(0, 1)
 
-    @settings(deadline=None, derandomize=True, database=None, max_examples=150)
+    @settings(deadline=None, derandomize=True, database=None, max_examples=100)
     @given(st.fixed_dictionaries({}, optional=dict(
         model=text, tokenizer=st.none() | text, train_data=text, val_data=text, output_dir=text,
         max_length=integer,
@@ -289,6 +290,10 @@ def test_a_configuration_survives_being_written(tmp_path):
         parsed, origins = parser.parse(sft.Config, ["--config", path])
         assert parsed == written
         assert all(origin.startswith(path) for origin in origins.values())
+        as_json = tmp_path / "settings.json"
+        as_json.write_text(parser.json_text(written), encoding="utf-8")
+        assert parser.parse(sft.Config, ["--config", str(as_json)])[0] == written
+        assert json.loads(as_json.read_text(encoding="utf-8")) == dataclasses.asdict(written)
 
     check()
 
