@@ -55,6 +55,23 @@ def test_a_lock_names_its_holder(tmp_path):
     assert info.value.pid is None
 
 
+def test_a_wait_for_a_lock_counts_only_time_in_which_it_ran(tmp_path, monkeypatch):
+    """The whole run was suspended for an hour, the holder too. Then the holder stays where it is for 10 seconds."""
+    clock, sleeps = [0.0], []
+
+    def sleep(seconds):
+        clock[0] += seconds if sleeps else 3600
+        sleeps.append(seconds)
+
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    with open(tmp_path / "x.lock", "a+") as holder, open(tmp_path / "x.lock", "a+") as waiter:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(files.LockTimeout):
+            files.take_lock(waiter, 10)
+    assert 9 / files.POLL < len(sleeps) < 11 / files.POLL
+
+
 @pytest.mark.parametrize("late, seen", [(True, [0, 0, 15, 15]), (False, [0, 15, 15, 15])])
 def test_a_signal_is_seen_by_all_ranks_at_the_same_poll(late, seen, monkeypatch):
     """Rank 1 receives it before the second poll. A late poll does not wait for the other rank: it returns what the one
