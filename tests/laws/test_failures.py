@@ -53,6 +53,7 @@ def test_a_failing_rank_ends_all(how, phase, rank, tmp_path):
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
 
 
+@pytest.mark.full
 def test_one_of_four_ranks_is_stopped(tmp_path):
     """It is the one that is blamed, and it is the only one that is killed."""
     result = program("failing_rank", "stop", "step 2", 2, *RUN, "--timeout", 3, ranks=4, cwd=tmp_path)
