@@ -148,8 +148,8 @@ def supervise(child, n_nodes, code_file):
     torchrun itself would kill a worker 30 s after a signal, in the middle of a step or a checkpoint, and exit
     with code 1 and a traceback. So torchrun blocks the signals of EXIT_CODES, and each worker gets the signal
     from here, once. The workers then leave the exit code, the same on all nodes, in the file `code_file`.
-    A second Ctrl-C kills all processes. So does a signal if a rank is still starting STARTING seconds later: a call that
-    waits for the ranks of a node that is gone returns only after --timeout.
+    A second Ctrl-C kills all processes. So does a signal if a rank is still starting STARTING seconds later:
+    a call that waits for the ranks of a node that is gone returns only after --timeout.
     """
     received, signalled, starting, give_up = None, set(), set(), None
 

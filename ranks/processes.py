@@ -331,11 +331,13 @@ def connect(rank, world_size, timeout):
 
     Without torchrun, rank 0 waits here for all others. In a thread: a signal then ends the wait.
     """
-    outcome = []
+    outcome, limit = [], datetime.timedelta(seconds=timeout)
+    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
     def run():
         try:
-            limit = datetime.timedelta(seconds=timeout)
+            if rank:
+                wait_for_port(master, timeout)
             outcome.append(next(dist.rendezvous("env://", rank, world_size, timeout=limit))[0])
         except (dist.DistError, OSError) as error:
             outcome.append(error)
@@ -347,11 +349,23 @@ def connect(rank, world_size, timeout):
     if not outcome:  # a bug, whose traceback the thread has printed
         sys.exit(1)
     if isinstance(outcome[0], Exception):
-        raise UserError(f"rank {rank} of {world_size} has met no others at MASTER_ADDR="
-                        f"{os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} for --timeout "
-                        f"{timeout} s; start all of them, or unset RANK and WORLD_SIZE to train with one process "
-                        f"({str(outcome[0]).splitlines()[0]:.200})")
+        raise UserError(f"rank {rank} of {world_size} has met no others at MASTER_ADDR={master[0]} "
+                        f"MASTER_PORT={master[1]} for --timeout {timeout} s; start all, or unset RANK and "
+                        f"WORLD_SIZE to train with one process ({str(outcome[0]).splitlines()[0]:.200})")
     return outcome[0]
+
+
+def wait_for_port(place, timeout):
+    """Wait until somebody listens at (host, port): torch would print stacks of C++. Raises OSError."""
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection(place, timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(PAUSE)
 
 
 def end_with_torchrun():

@@ -78,6 +78,7 @@ for i in range(2):
                    "FAULT": fault, "VICTIM": str(victim)}
     commands[i] = [[f"{project}/train.sh", *sys.argv[4:]], environment]
     if fault == "again":
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a node that comes back waits for ever
         commands[i][0] = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2",
                           "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_endpoint", "10.0.0.1:29500",
                           "--rdzv_conf", f"is_host={int(i == 0)}", "--local_addr", f"10.0.0.{i + 1}",

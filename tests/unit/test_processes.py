@@ -300,6 +300,12 @@ def test_a_process_of_this_node_that_has_ended_is_seen_at_once(watchdogs, monkey
     assert (rank, failure.rank, seconds) == (0, 1, 0)
 
 
+def test_a_rank_with_another_parent_has_not_ended(watchdogs, monkeypatch):
+    """Without torchrun, or where torchrun starts a script that starts the rank. The kernel says nothing about it."""
+    monkeypatch.setattr(failures, "child_state", lambda pid: "" if pid == 101 else "S")
+    assert wait(watchdogs, 9) is None
+
+
 def test_the_first_failure_wins(watchdogs):
     """Each rank reads it; the phase of one that does not respond is the last one that it wrote."""
     first = watchdogs[1].blame_for(KeyError("x"), 1)
