@@ -14,6 +14,7 @@ import time
 from settings.errors import UserError
 
 LARGEST_FILE = 2**28  # bytes, except weights; the largest file we know is a tokenizer.json of 35 MB
+POLL = 0.1  # seconds between two attempts to take a lock
 # What flock raises on file systems without locks: NFS without its lock daemon, Lustre, some of FUSE.
 NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL
 
@@ -173,8 +174,9 @@ def take_lock(lock, timeout):
 
     The holder of a lock touches the file whenever it makes progress. Raises LockTimeout, with the holder's
     pid, if the holder makes no progress for `timeout` seconds, and NoLocks if the file system has no locks.
+    Only the time in which this process ran counts: a suspended one may wait for a suspended holder.
     """
-    last_touch = since = None
+    last_touch, waited, last = None, 0, time.monotonic()
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,17 +188,19 @@ def take_lock(lock, timeout):
             # This may be another machine's clock (a network drive), so only its changes count.
             touch = os.fstat(lock.fileno()).st_mtime_ns
             if touch != last_touch:
-                last_touch, since = touch, time.monotonic()
+                last_touch, waited = touch, 0
         except OSError as error:
             kind = NoLocks if error.errno in NO_LOCKS else OSError
             raise kind(error.errno, error.strerror, lock.name) from error
-        if time.monotonic() - since > timeout:
+        now = time.monotonic()
+        waited, last = waited + min(now - last, 5 * POLL), now  # after a longer time it was suspended
+        if waited > timeout:
             lock.seek(0)
             holder = lock.read().strip()
             raise LockTimeout(f"process {holder} holds {lock.name} and has made no progress for {timeout} s; "
                               "stop that process, or use another --cache_dir",
                               int(holder) if holder.isdigit() else None)
-        time.sleep(0.1)  # flock has no timeout, so poll
+        time.sleep(POLL)  # flock has no timeout
 
 
 def check_hub_endpoint():

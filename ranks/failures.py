@@ -142,14 +142,14 @@ class Watchdog:
         self.phase, self.progress, self.store_waits, self.beat = "start", 0, 0, 0
         self.node = int(os.environ.get("GROUP_RANK", "0"))
         first = rank - int(os.environ.get("LOCAL_RANK", rank))
-        self.node_ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        self.node_ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.host = socket.gethostname()
         self.failure = None  # the Failure that ends the run
         self.proposal = None  # the Failure that this rank knows; the first proposal in the store wins
         self.own_error = None  # the Failure for which the main thread prints an error and exits
         self.lost = None  # why the main thread can't reach other ranks
         self.states = {}  # {rank: State} of all ranks, read while this one does not move
-        self.siblings = {}  # {rank: State} of this node's ranks, as they have started
+        self.siblings = {}  # {rank: State} of this node's ranks that are children of this one's parent
         self.unread = set(range(world_size))  # the ranks that have not read the failure yet
         self.ages = {}  # (rank, "beat" or "place") -> [what it was, seconds for which it has not changed]
         self.is_store_gone = self.is_closed = False
@@ -251,7 +251,9 @@ class Watchdog:
             self.unread = {rank for rank in self.unread if not self.store.check([f"read {rank}"])}
             return
         if len(self.siblings) < len(self.node_ranks):
-            self.siblings = self.read(self.node_ranks)
+            # without torchrun, or under a script, ranks of a node may have different parents
+            self.siblings.update((rank, state) for rank, state in self.read(self.node_ranks).items()
+                                 if child_state(state.pid))
         if self.is_looking and self.beat % self.stride == 0:
             self.states = self.read(range(self.world_size))
 

@@ -31,6 +31,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143, signal
 # The environment variable with the path of the file in which ranks leave the exit code of a signal. They exit
 # with 0 then: for any other code, torchrun kills the other ranks and writes a report.
 CODE_FILE = "SFT_EXIT_CODE_FILE"
+STARTING = 30  # seconds after a signal until ranks that still start are killed
 
 
 def exit_code(number, has_trained):
@@ -147,8 +148,8 @@ def supervise(child, n_nodes, code_file):
     torchrun itself would kill a worker 30 s after a signal, in the middle of a step or a checkpoint, and exit
     with code 1 and a traceback. So torchrun blocks the signals of EXIT_CODES, and each worker gets the signal
     from here, once. The workers then leave the exit code, the same on all nodes, in the file `code_file`.
-    A second Ctrl-C kills all processes. So does a signal if a rank is still starting 30 s later: a call that
-    waits for the ranks of a node that is gone returns only after --timeout.
+    A second Ctrl-C kills all processes. So does a signal if a rank is still starting STARTING seconds later:
+    a call that waits for the ranks of a node that is gone returns only after --timeout.
     """
     received, signalled, starting, give_up = None, set(), set(), None
 
@@ -161,7 +162,7 @@ def supervise(child, n_nodes, code_file):
         if received is None:
             received = number
             # Without workers there is nothing to save. But those of several nodes should end together
-            give_up = time.monotonic() + (30 if n_nodes > 1 or children(child) else 0)
+            give_up = time.monotonic() + (STARTING if n_nodes > 1 or children(child) else 0)
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.2)
 
     def on_timer(*_):

@@ -13,7 +13,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 
 import torch
@@ -21,11 +23,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ranks import cluster, gate
-from ranks.failures import BACKEND_TIMEOUT, Watchdog, code_of, leave_exit_code, print_traceback
+from ranks.failures import BACKEND_TIMEOUT, TICK, Watchdog, code_of, leave_exit_code, print_traceback
 from ranks.launch import CODE_FILE, EXIT_CODES, exit_code, handle_signals
 from settings.errors import NonFiniteError, OutOfMemory, UserError
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+PAUSE = 0.05  # seconds between two looks at the store while ranks start
 
 
 @dataclass
@@ -65,6 +68,21 @@ class Ranks:
         """Say that this rank is at work in its phase. Its watchdog sends it to the others."""
         if self.watchdog:
             self.watchdog.progress += 1
+
+    def wait_for_start(self):
+        """Wait until every rank has joined. A signal ends the wait on all of them.
+
+        init_process_group would wait as well, but in a call that no signal ends.
+        """
+        started = self.store.add("started", 1)
+        while started < self.world_size:
+            if pending := signal.sigpending() & EXIT_CODES.keys():  # ranks/launch.py has blocked them
+                self.received_signal = max(pending)
+                end_by_signal(self.received_signal, has_trained=False)
+            time.sleep(PAUSE)
+            if self.rank == 0:
+                self.store.add("turns of rank 0", 1)  # join() waits for it
+            started = self.store.add("started", 0)
 
     def wait_for_slower(self):
         """Wait for all ranks at the end of a phase that may take some of them much longer than others.
@@ -145,10 +163,13 @@ class Ranks:
         return self.stop_signal
 
     def __enter__(self):
-        self.set_phase("start")
-        self.previous_handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
-        handle_signals(self.on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # as ranks/launch.py has blocked them
+        with contextlib.ExitStack() as ends:
+            ends.push(self)  # a signal may be pending
+            self.set_phase("start")
+            self.previous_handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
+            handle_signals(self.on_signal)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # as ranks/launch.py has blocked them
+            ends.pop_all()
         return self
 
     def __exit__(self, _, error, __):
@@ -241,21 +262,6 @@ def check_strategy(strategy, tp):
                         "--tp 1; use --strategy megatron --tp 2, or neither")
 
 
-def wait_for_start(store, world_size, watchdog):
-    """Wait until every rank has reached the store. A signal ends the wait on all of them.
-
-    init_process_group would wait as well, but in a call that no signal ends.
-    """
-    started = store.add("started", 1)
-    while started < world_size:
-        if pending := signal.sigpending() & EXIT_CODES.keys():  # blocked by ranks/launch.py until __enter__()
-            code = exit_code(max(pending), has_trained=False)
-            watchdog.fail(SystemExit(code), code)
-            end_by_signal(max(pending), has_trained=False)
-        time.sleep(0.05)
-        started = store.add("started", 0)
-
-
 def start(tp, timeout, deterministic=False, same=None):
     """Join the process group that torchrun describes, or create one for this single process.
 
@@ -298,27 +304,68 @@ def start(tp, timeout, deterministic=False, same=None):
         if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):  # train.sh has done this already
             master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             cluster.use_interface(cluster.local_address(*master), os.environ)
-        store = join(next(dist.rendezvous("env://", rank, world_size))[0], rank)
+        store = join(connect(rank, world_size, timeout), rank, timeout)
         watchdog = Watchdog(store.clone(), rank, world_size, timeout)
         watchdog.start()
-        wait_for_start(store, world_size, watchdog)
-        store.set_timeout(BACKEND_TIMEOUT)
+    ranks = Ranks(rank=rank, world_size=world_size, dp_rank=rank // tp, dp_size=world_size // tp, mesh=None,
+                  device=device, store=store, watchdog=watchdog)
+    with contextlib.ExitStack() as ends:
+        ends.push(ranks)  # so that an error ends the other ranks too
+        if watchdog:
+            ranks.wait_for_start()
+            store.set_timeout(BACKEND_TIMEOUT)
+            ranks.agree("program", {"device": device.type, **(same or {})})
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                    timeout=BACKEND_TIMEOUT)
+        ranks.mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
+        if watchdog:
+            for group in ranks.mesh.get_all_groups():  # torch's defaults: 10 minutes for NCCL, 30 for gloo
+                dist.distributed_c10d._set_pg_timeout(BACKEND_TIMEOUT, group)
+        ends.pop_all()
+    return ranks
+
+
+def connect(rank, world_size, timeout):
+    """The store of this run, at MASTER_ADDR:MASTER_PORT. Raises UserError after `timeout` seconds.
+
+    Without torchrun, rank 0 waits here for all others. In a thread: a signal then ends the wait.
+    """
+    outcome, limit = [], datetime.timedelta(seconds=timeout)
+    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    def run():
         try:
-            watchdog.store_waits += 1
-            gate.compare(store, rank, world_size, "program", {"device": device.type, **(same or {})})
-        except UserError as error:
-            watchdog.fail(error, 2)
-            raise
-    if not dist.is_initialized():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                                timeout=BACKEND_TIMEOUT)
-    dp_size = world_size // tp
-    mesh = init_device_mesh(device.type, (dp_size, tp), mesh_dim_names=("dp", "tp"))
-    if world_size > 1:
-        for group in mesh.get_all_groups():  # torch's defaults are 10 minutes for NCCL and 30 for gloo
-            dist.distributed_c10d._set_pg_timeout(BACKEND_TIMEOUT, group)
-    return Ranks(rank=rank, world_size=world_size, dp_rank=rank // tp, dp_size=dp_size, mesh=mesh,
-                 device=device, store=store, watchdog=watchdog)
+            if rank:
+                wait_for_port(master, timeout)
+            outcome.append(next(dist.rendezvous("env://", rank, world_size, timeout=limit))[0])
+        except (dist.DistError, OSError) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(PAUSE)
+    if not outcome:  # a bug, whose traceback the thread has printed
+        sys.exit(1)
+    if isinstance(outcome[0], Exception):
+        raise UserError(f"rank {rank} of {world_size} has met no others at MASTER_ADDR={master[0]} "
+                        f"MASTER_PORT={master[1]} for --timeout {timeout} s; start all, or unset RANK and "
+                        f"WORLD_SIZE to train with one process ({str(outcome[0]).splitlines()[0]:.200})")
+    return outcome[0]
+
+
+def wait_for_port(place, timeout):
+    """Wait until somebody listens at (host, port): torch would print stacks of C++. Raises OSError."""
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection(place, timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(PAUSE)
 
 
 def end_with_torchrun():
@@ -327,21 +374,49 @@ def end_with_torchrun():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def join(store, rank):
+def join(store, rank, timeout):
     """The part of the store that this attempt of the run uses.
 
-    torchrun --max_restarts starts a run again, with a static rendezvous in the same store, where the keys of
-    the attempt before are still. Raises UserError if another run uses the store.
+    torchrun --max_restarts starts a run again in the same store, where the keys of earlier attempts still
+    are. Rank 0 begins a part; another rank joins the newest one, if rank 0 is seen to take turns in it. To
+    count the attempts would not do: a rank that was killed before it counted would be one behind, and a node
+    that was started again knows of no attempt before.
+
+    timeout  seconds until a rank gives up to wait for rank 0; time for which it was suspended does not count
+
+    Raises UserError if another run uses the store, or rank 0 does not come.
     """
-    place = f"{socket.gethostname()}, process {os.getpid()}"
-    attempt = store.add(f"attempts of rank {rank}", 1)
-    if attempt > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        raise UserError(f"MASTER_PORT {port}: another run uses it on {host}, and has a rank {rank} "
-                        f"({store.get(f'place of rank {rank}').decode()}); wait for its end, or set another "
-                        "MASTER_PORT, the same on all nodes")
-    store.set(f"place of rank {rank}", place)
-    return dist.PrefixStore(f"attempt {attempt}", store)
+    me, place = uuid.uuid4().hex, f"{socket.gethostname()}, process {os.getpid()}"
+    part = name = turns = state = None
+    waited, limit = 0, timeout
+    if rank == 0:
+        limit = 3 * TICK if store.check(["newest attempt"]) else 0
+    while waited < limit:
+        newest = store.get("newest attempt").decode() if store.check(["newest attempt"]) else None
+        if newest != name:
+            name, part, state = newest, dist.PrefixStore(newest, store), None
+            turns = part.add("turns of rank 0", 0)
+        elif name:
+            before, state = state, part.get(f"state {rank}") if part.check([f"state {rank}"]) else None
+            if before and state != before:
+                host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+                raise UserError(f"MASTER_PORT {port}: another run uses it on {host}, and has a rank {rank} "
+                                f"({part.get(f'place of rank {rank}').decode()}); wait for its end, or set "
+                                "another MASTER_PORT, the same on all nodes")
+            if rank and part.add("turns of rank 0", 0) > turns:
+                if part.compare_set(f"claim of rank {rank}", "", me).decode() == me:
+                    part.set(f"place of rank {rank}", place)
+                    return part
+        time.sleep(PAUSE)
+        waited += PAUSE
+    if rank:
+        raise UserError(f"rank {rank} waited for rank 0 for --timeout {timeout} s; it runs on the node of "
+                        f"MASTER_ADDR {os.environ['MASTER_ADDR']}: see what is printed there")
+    name = f"attempt {me}"
+    part = dist.PrefixStore(name, store)
+    part.set("place of rank 0", place)
+    store.set("newest attempt", name)
+    return part
 
 
 def single_process(device):

@@ -568,8 +568,8 @@ def write_yaml(config, path):
 def json_text(config):
     """A configuration as JSON that read_yaml reads too: it has no pairs of surrogates, and no raw controls."""
     text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
-    return "".join(char if char.isprintable() or char == "\n" or ord(char) > 0xFFFF else f"\\u{ord(char):04x}"
-                   for char in text)
+    is_plain = [char.isprintable() or char == "\n" or ord(char) > 0xFFFF for char in text]
+    return "".join(char if plain else f"\\u{ord(char):04x}" for char, plain in zip(text, is_plain))
 
 
 def help_text(cls, fields):

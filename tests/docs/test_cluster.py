@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers import ROOT, metrics
 
-from ranks import cluster
+from ranks import cluster, processes
 from settings import errors
 
 PAGE = os.path.join(ROOT, "docs", "cluster.md")
@@ -71,6 +71,19 @@ def test_sft_py_does_not_train_alone_where_several_were_meant(env, words, train,
         monkeypatch.setenv(name, value)
     with pytest.raises(errors.UserError, match=words):
         train("--max_steps", 1)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
+def test_a_rank_that_meets_no_other_says_so(rank, monkeypatch):
+    """All variables of a rank are set, and nobody else is there: left over, or another node failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(errors.UserError, match=f"rank {rank} of 2 has met no others at MASTER_ADDR=127.0.0.1 "
+                                               f"MASTER_PORT={port} for --timeout 1 s; start all, or unset RANK"):
+        processes.connect(rank, 2, 1)
 
 
 def test_world_size_1_needs_no_master(train, monkeypatch):

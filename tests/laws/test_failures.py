@@ -53,6 +53,7 @@ def test_a_failing_rank_ends_all(how, phase, rank, tmp_path):
     assert checkpoint.steps_in(tmp_path / "out" / "checkpoints") == []
 
 
+@pytest.mark.full
 def test_one_of_four_ranks_is_stopped(tmp_path):
     """It is the one that is blamed, and it is the only one that is killed."""
     result = program("failing_rank", "stop", "step 2", 2, *RUN, "--timeout", 3, ranks=4, cwd=tmp_path)
@@ -106,22 +107,28 @@ def test_a_run_is_restarted_from_its_last_checkpoint(static, tmp_path):
 
 @pytest.mark.full
 def test_a_second_run_in_the_store_of_the_first_is_refused(tmp_path):
-    """Each rank is there once. Here both are one node's, and the second one joins the first one's rendezvous."""
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": "29518", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    flags = [sys.executable, f"{ROOT}/sft.py", *map(str, RUN), "--timeout", "20"]
-    host = ("import time; from torch.distributed import TCPStore; "
-            "store = TCPStore('127.0.0.1', 29518, is_master=True, wait_for_workers=False); time.sleep(100)")
-    with subprocess.Popen([sys.executable, "-c", host]) as store:
-        first = subprocess.Popen(flags, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-        time.sleep(15)
-        second = subprocess.run(flags, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-        first.kill()
-        first.wait()
-        store.kill()
+    """Each rank is there once. The first run has both of its ranks; the second one's rank 1 comes to the same port."""
+    host = ("from torch.distributed import TCPStore; import time; store = TCPStore('127.0.0.1', 0, is_master=True, "
+            "wait_for_workers=False); print(store.port, flush=True); time.sleep(200)")
+    flags = [sys.executable, f"{ROOT}/sft.py", *map(str, RUN[:4]), "--epochs", "10000", "--output_dir", "out",
+             "--timeout", "30"]
+    with subprocess.Popen([sys.executable, "-c", host], stdout=subprocess.PIPE, text=True) as store:
+        port = store.stdout.readline().strip()
+        environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                       "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        first = [subprocess.Popen(flags, cwd=tmp_path, env={**environment, "RANK": rank}, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL) for rank in "01"]
+        limit = time.monotonic() + 100
+        while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < limit:
+            time.sleep(0.1)
+        second = subprocess.run(flags, cwd=tmp_path, env={**environment, "RANK": "1"}, capture_output=True, text=True,
+                                timeout=60)
+        for process in (*first, store):
+            process.kill()
+            process.wait()
     assert second.returncode == 2
-    assert re.fullmatch(r"sft.py: error: MASTER_PORT 29518: another run uses it on 127.0.0.1, and has a rank 1 "
-                        rf"\(\S+, process {first.pid}\); .*\n", second.stderr)
+    assert re.fullmatch(rf"sft.py: error: MASTER_PORT {port}: another run uses it on 127.0.0.1, and has a rank 1 "
+                        rf"\(\S+, process {first[1].pid}\); .*\n", second.stderr)
 
 
 @pytest.mark.full

@@ -2,7 +2,7 @@
 
 import collections
 import sys
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -96,14 +96,14 @@ def test_nccl_is_only_for_several_processes(monkeypatch, world_size):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(dist, "rendezvous", lambda *args: iter([(dist.HashStore(),)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([(dist.HashStore(),)]))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append(backend))
     mesh = Mock(**{"get_all_groups.return_value": []})
     monkeypatch.setattr(processes, "init_device_mesh", lambda *args, **options: mesh)
-    monkeypatch.setattr(processes, "Watchdog", MagicMock())
-    monkeypatch.setattr(processes, "wait_for_start", Mock())
-    monkeypatch.setattr(processes, "gate", Mock())
+    monkeypatch.setattr(processes, "Watchdog", Mock())
+    for name in ("wait_for_start", "agree"):
+        monkeypatch.setattr(processes.Ranks, name, Mock())
     processes.start(1, 600)
     assert started == ["gloo" if world_size == 1 else "cpu:gloo,cuda:nccl"]
     assert processes.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

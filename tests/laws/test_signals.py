@@ -1,5 +1,6 @@
 """Signals: the current step ends, a checkpoint is saved, all ranks exit together, and the run resumes exactly."""
 
+import contextlib
 import json
 import os
 import re
@@ -106,11 +107,12 @@ def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
         "stopped without saving; progress since the last checkpoint is lost"]
 
 
-def test_a_signal_to_one_rank_stops_both(tmp_path):
-    """During an evaluation and during a save, to either rank. The resumed run is bit-identical to one without
-    signals."""
-    flags = *RUN, *MODEL, "--output_dir"
-    stops = [(i, phase, list(processes.EXIT_CODES)[i + 1]) for i, phase in enumerate(PHASES[1:3])]
+def test_a_signal_to_one_rank_stops_both(tmp_path, request):
+    """During an evaluation; with --full also during a save, to the other rank. The resumed run is bit-identical to one
+    without signals."""
+    flags = "--max_steps", 3, "--save_steps", 2, *RUN[2:-5], *RUN[-3:], *MODEL, "--output_dir"
+    stops = [(1, "evaluation after step 2", int(signal.SIGTERM)), (0, "save of step 2", int(signal.SIGUSR1))]
+    stops = stops[:1 + request.config.getoption("--full")]
     planted = [("none", "none", 0, *flags, "uninterrupted")]
     planted += [(*stop, *flags, "out", "--resume_from", "auto") for stop in (*stops, ("none", "none", 0))]
     run_all([(2, ("signal_in_phase", *map(str, arguments))) for arguments in planted], tmp_path)
@@ -120,20 +122,26 @@ def test_a_signal_to_one_rank_stops_both(tmp_path):
     assert_same(merged(tmp_path / "out"), merged(tmp_path / "uninterrupted"))
 
 
-@pytest.mark.parametrize("number, code", [pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.full),
-                                          (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130,
-                                                                              marks=pytest.mark.full),
-                                          pytest.param(signal.SIGHUP, 129, marks=pytest.mark.full)])
+@contextlib.contextmanager
+def started_run(tmp_path):
+    """A process of train.sh with two ranks, in a session of its own, once it has made a step."""
+    command = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000", "--save_steps", "1000000",
+               "--output_dir", str(tmp_path / "out")]
+    metrics, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                          env={**os.environ, "PYTHON": sys.executable}) as process:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.1)
+        yield process
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number, code", [(signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130),
+                                          (signal.SIGHUP, 129)])
 def test_train_sh_forwards_a_signal_and_exits_like_sft_py(number, code, tmp_path):
     """Through torchrun, without its traceback: both ranks save, and train.sh has the exit code."""
-    arguments = [f"{ROOT}/train.sh", "--n_gpus", "2", "--model", "tiny", "--epochs", "10000",
-             "--save_steps", "1000000", "--output_dir", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                          start_new_session=True) as process:
-        metrics, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 60
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:
-            time.sleep(0.1)
+    with started_run(tmp_path) as process:
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err
@@ -147,6 +155,27 @@ def processes_of(launcher):
     """Ids of the launcher and of all processes below it."""
     below = subprocess.run(["pgrep", "-P", str(launcher)], stdout=subprocess.PIPE, text=True).stdout.split()
     return [launcher, *(pid for child in below for pid in processes_of(int(child)))]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number, code, how", [
+    (signal.SIGTERM, 143, "each"), (signal.SIGTERM, 143, "each twice"), (signal.SIGHUP, 129, "each twice"),
+    (signal.SIGINT, 130, "group")])
+def test_a_signal_to_all_processes_of_a_run_saves_a_checkpoint(number, code, how, tmp_path):
+    """To each, as scancel sends it: the launcher, torchrun and the ranks; also again within a second. To the process
+    group, as a terminal sends Ctrl-C. No report is printed."""
+    with started_run(tmp_path) as process:
+        for _ in range(1 + ("twice" in how)):
+            if how == "group":
+                os.killpg(process.pid, number)
+            for pid in processes_of(process.pid) if how != "group" else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code and err.count("finishing this step and saving") == 1
+    assert len(err.splitlines()) == 2, err
+    step = int(re.search(r"stopped  after step (\d+) of", out)[1])
+    assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == f"step_{step}"
 
 
 @pytest.mark.full

@@ -5,12 +5,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, TESTS, TINY
+from helpers import ROOT, TESTS, TINY, metrics
 
 TIMEOUT = 6
 FLAGS = ("--n_gpus", 2, "--model", TINY, "--max_length", 64, "--batch_size", 8, "--no-gradient_checkpointing",
@@ -47,10 +48,13 @@ def two_nodes(tmp_path):
     text, line = (project / "sft.py").read_text(), '        ranks.set_phase(f"step {step}")\n'
     assert text.count(line) == 1
     (project / "sft.py").write_text(text.replace(line, line + PLANTED))
+    launcher, limit = project / "ranks" / "launch.py", "int(port), timeout)"
+    assert launcher.read_text().count(limit) == 1  # the nodes wait for each other as long as a slow machine needs
+    launcher.write_text(launcher.read_text().replace(limit, "int(port), 100)"))
 
-    def run(fault, rank, *flags):
+    def run(fault, rank, *flags, base=FLAGS):
         command = ["unshare", "-Urn", sys.executable, os.path.join(TESTS, "programs", "two_nodes.py"), fault, rank,
-                   project, *FLAGS, *flags]
+                   project, *base, *flags]
         subprocess.run(list(map(str, command)), cwd=tmp_path, check=True, timeout=400)
         result = json.loads((tmp_path / "result.json").read_text())
         print(f"{fault:8} on rank {rank}: exit codes {result['codes']}, ended after {result['seconds']} s")
@@ -95,6 +99,17 @@ def test_a_signal_to_one_node_ends_both_with_the_same_code(rank, two_nodes, tmp_
     assert result["codes"] == [143, 143]
     assert (tmp_path / "out" / "checkpoints" / "latest").exists()
     assert not any("error" in screen or "Traceback" in screen for screen in result["screens"])
+
+
+def test_a_node_that_is_started_again_continues_the_run(two_nodes, tmp_path):
+    """torchrun as docs/cluster.md says; that of node 1 is killed. All steps are there, each once."""
+    flags = [flag for flag in FLAGS if flag not in ("--n_gpus", 2)]
+    assert len(flags) == len(FLAGS) - 2
+    result = two_nodes("again", 2, "--max_steps", 20, "--save_steps", 2, "--resume_from", "auto", base=flags)
+    assert result["codes"] == [0, 0]
+    assert [line["step"] for line in metrics(tmp_path / "out") if "lr" in line] == list(range(1, 21))
+    assert len(re.findall(r"^resume +step [246] of ", (tmp_path / "out_0").read_text() + (tmp_path / "out_1").read_text(),
+                          re.M)) == 1
 
 
 def test_a_run_that_was_suspended_continues(two_nodes):

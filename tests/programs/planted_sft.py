@@ -2,7 +2,7 @@
 
 Planted: the fault that the environment variable PLANT names. exit N: workers exit with code N; kill: worker 1 gets
 SIGKILL, worker 0 exits later; meet N: workers wait until N of them have started; hang: workers sleep for a minute;
-code N: they leave exit code N as a signal does. TIMEOUT: the value of --timeout.
+code N: they wait for SIGTERM, then leave exit code N as sft.py does. TIMEOUT: the value of --timeout.
 """
 
 import json
@@ -38,6 +38,7 @@ if "RANK" in os.environ and fault == "kill":
 while fault == "meet" and "RANK" in os.environ and started_workers() < int(number):
     time.sleep(0.05)
 if "RANK" in os.environ and fault == "code":
+    signal.sigwait([signal.SIGTERM])  # the launcher has blocked it
     with open(os.environ["SFT_EXIT_CODE_FILE"], "w", encoding="utf-8") as f:
         f.write(number)
 if "RANK" in os.environ and fault == "hang":

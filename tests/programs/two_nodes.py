@@ -3,8 +3,9 @@
 Each node is a network namespace with an end of one cable, and runs PROJECT's train.sh with two ranks. VICTIM is a rank,
 whose node has the fault if it is one of a node. FAULT is none, raise, memory or shape (an error in PROJECT's copy of
 sft.py), kill or stop (SIGKILL or SIGSTOP of the rank), node (SIGKILL of all processes of its node), link (the cable is
-cut), torchrun (SIGKILL of its node's torchrun), term (SIGTERM of its node's train.sh) or pause (all processes of both
-nodes are stopped for 15 seconds).
+cut), torchrun (SIGKILL of its node's torchrun), term (SIGTERM of its node's train.sh), pause (all processes of both
+nodes are stopped for 15 seconds) or again (the nodes run torchrun --max-restarts, as docs/cluster.md says; the one of
+the node is killed and started again).
 Writes result.json: {"codes", "seconds" from the fault until a node ended, "screens"}, of each node.
 """
 
@@ -55,11 +56,18 @@ def pid_of(rank):
         return int(f.read())
 
 
+def start(i):
+    """Start the command of a node."""
+    command, environment = commands[i]
+    return inside(i, *command, env=environment, stdin=subprocess.DEVNULL, stdout=open(f"out_{i}", "a"),
+                  stderr=open(f"err_{i}", "a"), start_new_session=True)
+
+
 holders = [start_namespace() for _ in range(2)]
 a, b = (str(holder.pid) for holder in holders)
 cable = "type", "veth", "peer", "name", "eth0", "netns", b
 subprocess.run(["ip", "link", "add", "eth0", "netns", a, *cable], check=True)
-nodes, started = [], time.monotonic()
+nodes, commands, started = [], {}, time.monotonic()
 for i in range(2):
     inside(i, "ip", "address", "add", f"10.0.0.{i + 1}/24", "dev", "eth0").wait()
     inside(i, "ip", "link", "set", "eth0", "up").wait()
@@ -68,8 +76,14 @@ for i in range(2):
     environment = {**os.environ, "HOME": os.path.abspath(f"home_{i}"), "NNODES": "2", "NODE_RANK": str(i),
                    "MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": "eth0", "PYTHON": sys.executable,
                    "FAULT": fault, "VICTIM": str(victim)}
-    nodes.append(inside(i, f"{project}/train.sh", *sys.argv[4:], env=environment, stdin=subprocess.DEVNULL,
-                        stdout=open(f"out_{i}", "w"), stderr=open(f"err_{i}", "w"), start_new_session=True))
+    commands[i] = [[f"{project}/train.sh", *sys.argv[4:]], environment]
+    if fault == "again":
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a node that comes back waits for ever
+        commands[i][0] = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2",
+                          "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_endpoint", "10.0.0.1:29500",
+                          "--rdzv_conf", f"is_host={int(i == 0)}", "--local_addr", f"10.0.0.{i + 1}",
+                          f"{project}/sft.py", *sys.argv[4:]]
+    nodes.append(start(i))
 while not os.path.exists("begun") and time.monotonic() < started + LIMIT and all(n.poll() is None for n in nodes):
     time.sleep(0.1)
 begun, planted = time.monotonic(), [victim]
@@ -80,6 +94,10 @@ elif fault == "node":
 elif fault == "torchrun":
     with open(f"/proc/{pid_of(victim)}/stat") as f:
         send(signal.SIGKILL, [int(f.read().rpartition(")")[2].split()[1])])
+elif fault == "again":
+    nodes[node].kill()
+    nodes[node].wait()
+    nodes[node] = start(node)
 elif fault == "link":
     inside(node, "ip", "link", "set", "eth0", "down").wait()
 elif fault == "term":

@@ -175,7 +175,7 @@ def test_two_nodes_use_the_given_port(launch, tmp_path):
         assert (line["env"]["WORLD_SIZE"], line["env"]["MASTER_PORT"]) == ("2", port)
 
 
-@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("code", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_the_exit_code_of_a_failed_worker(code, launch):
     """It is that of the launcher, without torchrun's report: the worker has said why."""
     process = launch("--n_gpus", "2", PLANT=f"exit {code}")
@@ -263,18 +263,39 @@ def test_a_taken_port_is_one_line(launch):
         assert node_1.wait(timeout=20) == 143
 
 
-def test_the_launcher_exits_with_the_code_that_the_ranks_leave(launch):
-    """A signal on any node ends all of them, and each launcher learns of it from its ranks."""
-    run = launch("--n_gpus", "2", PLANT="code 143")
-    assert run.wait(timeout=60) == 143, run.stderr.read()
-
-
-def test_a_second_ctrl_c_kills_all(launch, tmp_path):
-    process = launch("--n_gpus", "2", PLANT="hang")
+def await_workers(tmp_path):
+    """Wait until two workers have logged how they were started."""
     limit = time.monotonic() + 60
     while not (tmp_path / "log").exists() or len(read_log(tmp_path)[1]) < 2:
         assert time.monotonic() < limit
         time.sleep(0.1)
+
+
+def test_a_signal_reaches_each_worker_and_their_code_is_the_launchers(launch, tmp_path):
+    """A signal on any node ends all of them, and each launcher learns of it from its ranks."""
+    run = launch("--n_gpus", "2", PLANT="code 129")
+    await_workers(tmp_path)
+    run.terminate()
+    assert run.wait(timeout=60) == 129, run.stderr.read()
+
+
+@pytest.mark.full
+def test_a_worker_that_still_starts_some_time_after_a_signal_is_killed(launch, tmp_path):
+    """It may wait for a node that is gone, in a call that no signal ends."""
+    path = tmp_path / "project" / "ranks" / "launch.py"
+    text = path.read_text()
+    assert text.count("\nSTARTING = 30 ") == 1
+    path.write_text(text.replace("\nSTARTING = 30 ", "\nSTARTING = 2 "))
+    run = launch("--n_gpus", "2", PLANT="hang")
+    await_workers(tmp_path)
+    run.terminate()
+    err = run.communicate(timeout=30)[1]  # the workers, which sleep for a minute, share this pipe
+    assert (run.returncode, err) == (143, "")
+
+
+def test_a_second_ctrl_c_kills_all(launch, tmp_path):
+    process = launch("--n_gpus", "2", PLANT="hang")
+    await_workers(tmp_path)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)  # they block the signal

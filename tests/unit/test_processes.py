@@ -4,6 +4,8 @@ import datetime
 import fcntl
 import os
 import subprocess
+import threading
+from concurrent import futures
 from typing import NamedTuple
 
 import pytest
@@ -53,6 +55,23 @@ def test_a_lock_names_its_holder(tmp_path):
     assert info.value.pid is None
 
 
+def test_a_wait_for_a_lock_counts_only_time_in_which_it_ran(tmp_path, monkeypatch):
+    """The whole run was suspended for an hour, the holder too. Then the holder stays where it is for 10 seconds."""
+    clock, sleeps = [0.0], []
+
+    def sleep(seconds):
+        clock[0] += seconds if sleeps else 3600
+        sleeps.append(seconds)
+
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    with open(tmp_path / "x.lock", "a+") as holder, open(tmp_path / "x.lock", "a+") as waiter:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(files.LockTimeout):
+            files.take_lock(waiter, 10)
+    assert 9 / files.POLL < len(sleeps) < 11 / files.POLL
+
+
 @pytest.mark.parametrize("late, seen", [(True, [0, 0, 15, 15]), (False, [0, 15, 15, 15])])
 def test_a_signal_is_seen_by_all_ranks_at_the_same_poll(late, seen, monkeypatch):
     """Rank 1 receives it before the second poll. A late poll does not wait for the other rank: it returns what the one
@@ -99,6 +118,81 @@ class Both(NamedTuple):
 
     def wait(self):
         self.tensor.fill_(max(self.numbers))
+
+
+# ---- the attempts of a run in one store -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """(a store, a function: rank, whether it lives on -> a Future of what join() returns, a function that ends all)"""
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    store, pool, ended = dist.HashStore(), futures.ThreadPoolExecutor(8), []
+
+    def live(part, rank, end):
+        """What the watchdog of a rank and wait_for_start() write."""
+        while not end.wait(0.02):
+            part.set(f"state {rank}", f"{part.add('beat', 1)}")
+            part.add("turns of rank 0", int(rank == 0))
+
+    def start(rank, timeout=20, lives=True):
+        def run():
+            part = processes.join(store, rank, timeout)
+            if lives:
+                ended.append(threading.Event())
+                pool.submit(live, part, rank, ended[-1])
+            part.set(f"joined {rank}", "")
+            return part
+        return pool.submit(run)
+
+    def end():
+        for event in ended:
+            event.set()
+
+    yield store, start, end
+    end()
+    pool.shutdown()
+
+
+def test_a_rank_that_never_joined_is_in_the_same_attempt_as_the_others_after_a_restart(attempts):
+    """It was killed while it imported torch. To count the attempts of each rank would put it into the first one, whose
+    keys are those of dead processes."""
+    _, start, end = attempts
+    first = start(0).result(20)
+    end()
+    early = start(1)  # before rank 0, which the other node starts
+    with pytest.raises(futures.TimeoutError):
+        early.result(0.5)
+    second = start(0).result(20)
+    early.result(20)
+    assert second.check(["joined 1"]) and not first.check(["joined 1"])
+
+
+def test_a_node_that_is_started_again_joins_the_others(attempts):
+    """Its torchrun counts no restart; the attempt before had all ranks."""
+    _, start, end = attempts
+    parts = [start(0), start(1)]
+    assert [part.result(20).check(["joined 0"]) for part in parts] == [True, True]
+    end()
+    again = [start(1), start(0)]
+    assert [part.result(20).check(["joined 0", "joined 1"]) for part in again] == [True, True]
+    assert not any(part.result().check(["third"]) for part in parts)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_run_in_the_store_of_a_running_one_is_refused(rank, attempts):
+    _, start, _ = attempts
+    for part in [start(0), start(1)]:
+        part.result(20)
+    with pytest.raises(UserError, match=rf"MASTER_PORT 29500: another run uses it on here, and has a rank {rank} \(.*"):
+        start(rank).result(20)
+
+
+def test_a_rank_waits_for_rank_0_until_timeout(attempts):
+    _, start, _ = attempts
+    with pytest.raises(UserError, match="rank 1 waited for rank 0 for --timeout 0.3 s"):
+        start(1, timeout=0.3).result(20)
 
 
 # ---- who is to blame ------------------------------------------------------------------------------------------------
@@ -204,6 +298,12 @@ def test_a_process_of_this_node_that_has_ended_is_seen_at_once(watchdogs, monkey
     assert failure is None
     rank, failure, seconds = wait(watchdogs, 3)
     assert (rank, failure.rank, seconds) == (0, 1, 0)
+
+
+def test_a_rank_with_another_parent_has_not_ended(watchdogs, monkeypatch):
+    """Without torchrun, or where torchrun starts a script that starts the rank. The kernel says nothing about it."""
+    monkeypatch.setattr(failures, "child_state", lambda pid: "" if pid == 101 else "S")
+    assert wait(watchdogs, 9) is None
 
 
 def test_the_first_failure_wins(watchdogs):
