@@ -566,7 +566,7 @@ def write_yaml(config, path):
 
 
 def json_text(config):
-    """A configuration as JSON that read_yaml reads too: it has no pairs of surrogates, and no raw controls."""
+    """A configuration as JSON that read_yaml reads too: without pairs of surrogates and raw controls."""
     text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
     is_plain = [char.isprintable() or char == "\n" or ord(char) > 0xFFFF for char in text]
     return "".join(char if plain else f"\\u{ord(char):04x}" for char, plain in zip(text, is_plain))

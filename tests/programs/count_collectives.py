@@ -56,6 +56,8 @@ def count(model):
 results = []
 for case in sys.argv[2:]:
     tp_size, how = case.split(":")
+    if results:  # the next start() must not take this process for one of another run
+        ranks.watchdog.close()
     ranks = processes.start(int(tp_size), 60)
     model = built(sys.argv[1], how == "lora", ranks)
     n_held = sum(local(p).numel() for p in model.parameters())
