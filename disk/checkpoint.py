@@ -427,7 +427,7 @@ def verify(directory):
     unexpected = {name for name in present if name.endswith(CHECKED)} - {*listed, MANIFEST}
     faults += [f"{name} was added" for name in sorted(unexpected)]
     if faults:
-        count = f" ({len(faults)} in all)"
+        count = f" ({len(faults)} in all)" if len(faults) > 8 else ""
         raise UserError(f"{directory} is not as it was saved: {'; '.join(faults[:8])}{count}{remedy}")
 
 

@@ -4,6 +4,7 @@ Before the processes join and before a model is downloaded, which takes minutes 
 setting that was typed.
 """
 
+import errno
 import os
 import re
 import sys
@@ -149,5 +150,5 @@ def check_output(directory):
         os.makedirs(directory, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        raise UserError(f"--output_dir {directory}: {error.strerror}; change its permissions, or use another "
-                        "--output_dir") from error
+        remedy = "change its permissions, or use" if error.errno in (errno.EACCES, errno.EPERM) else "use"
+        raise UserError(f"--output_dir {directory}: {error.strerror}; {remedy} another --output_dir") from error

@@ -54,6 +54,8 @@ def settings(given, fields):
 
     given   {name: value} of the settings that were given
     fields  {name: field} of sft.Config
+
+    Raises UserError for a step directory outside a run if --output_dir is not given.
     """
     resume_from = given.get("resume_from")
     if resume_from is None:
@@ -63,8 +65,11 @@ def settings(given, fields):
     assignments = parser.read_yaml(path, fields) if path else []
     if resume_from != "auto":
         run = owner(resume_from)
-    if run or resume_from == "auto":  # the directory may have been moved since
-        assignments = [a for a in assignments if a.name != "output_dir"]
+    # the directory may have been moved since
+    assignments = [a for a in assignments if a.name != "output_dir"]
+    if not run and resume_from != "auto" and "output_dir" not in given:
+        raise UserError(f"--resume_from {resume_from}: this step directory is not inside a run's directory; "
+                        "add --output_dir DIR, where the run continues")
     if run:
         assignments.append(parser.Assignment("output_dir", run, "run", f"the run of {resume_from}"))
     has_checkpoint = checkpoint.resume_directory(resume_from, os.path.join(output_dir, "checkpoints"))
@@ -134,6 +139,8 @@ def lines(resumed, saved, cfg, origins):
         of_run = [path for path in [settings_file(cfg.resume_from, cfg.output_dir)] if path in read]
     others = [path for path in read if path not in of_run]
     result = [f"config   {', '.join(others) or 'none read (--config config.yaml reads it)'}"]
+    if of_run and not others:
+        result = []
     settings_of = f", settings of {of_run[0]}" if of_run else ""
     if resumed:
         lacking = "" if saved else ", saved by an older version: what is not given has its default"

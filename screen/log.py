@@ -246,9 +246,11 @@ class Log:
         train_lines, val_lines = train_set.ledger.lines(train_set.files), []
         if val_set:
             val_lines = [f"{line} (validation)" for line in val_set.ledger.lines(val_set.files)]
+        self.is_already_done = run.step >= self.total_steps and not run.owes_evaluation
         path = os.path.join(self.directory, "config.yaml")
-        with files.naming(path):
-            write_yaml(run.cfg, path)  # auto stays auto: another machine chooses
+        if not self.is_already_done:  # the next resume takes its settings from this file
+            with files.naming(path):
+                write_yaml(run.cfg, path)  # auto stays auto: another machine chooses
         files.write_file(os.path.join(self.directory, "ledger.json"), {
             "model": model_line, "train": train_lines, "validation": val_lines, "ranks": ranks.world_size})
 
@@ -263,7 +265,6 @@ class Log:
         if run.memory_line:
             print(run.memory_line)
         print(*run.lines, sep="\n")
-        self.is_already_done = run.step >= self.total_steps and not run.owes_evaluation
         if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
             # a terminal that reports a size of 0 × 0 would show an empty bar
             self.bar = tqdm(
@@ -425,7 +426,8 @@ class Log:
         self.metrics.file.close()
         self.samples.file.close()
         if stop_signal and (run.owes_evaluation or run.step < self.total_steps):
-            print(f"stopped  after step {run.step} of {self.total_steps}; continue with --resume_from auto")
+            print(f"stopped  after step {run.step} of {self.total_steps}; continue with --output_dir "
+                  f"{shlex.quote(self.directory)} --resume_from auto")
         if run.stops_early:
             print(f"stopped  after step {run.step}: {run.best['behind']} validations without a lower "
                   f"val_loss than {run.best['val_loss']:.4f} of step {run.best['step']}")

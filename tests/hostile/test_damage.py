@@ -229,7 +229,7 @@ def test_two_ranks_share_the_files(train, tmp_path):
                  "--max_steps", "2", "--output_dir", str(tmp_path / "out"), "--resume_from", "auto"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode
-        assert f"not as it was saved: {name} has changed (1 in all)" in result.stderr
+        assert f"not as it was saved: {name} has changed" in result.stderr
         path.write_bytes(intact)
 
 

@@ -71,14 +71,23 @@ def test_auto_alone_continues_the_same_run(first, copy, capsys):
     assert os.readlink(steps_of(copy) / "latest") == "step_4"
 
 
-@pytest.mark.parametrize("has_output_dir", [True, False])
-def test_a_step_directory_alone_is_enough(first, copy, has_output_dir, capsys):
-    """Moved, without its run: its own settings are used. Without --output_dir, that of the run too."""
+def test_a_step_directory_alone_is_enough(first, copy, capsys):
+    """Moved, without its run: its own settings are used. It is in no run, so --output_dir has to be given."""
     shutil.move(steps_of(copy) / "step_2", copy / "backup")
     shutil.rmtree("out")
-    sft_main("--resume_from", "backup", *(["--output_dir", "other"] if has_output_dir else []))
-    assert same_end(first, copy / ("other" if has_output_dir else "out"))
+    with pytest.raises(UserError, match="backup: this step directory is not inside a run's directory; add --output_dir"):
+        sft_main("--resume_from", "backup")
+    sft_main("--resume_from", "backup", "--output_dir", "other")
+    assert same_end(first, copy / "other")
     assert "settings of" in capsys.readouterr().out
+
+
+def test_a_finished_run_keeps_its_settings(copy, capsys):
+    """Nothing was trained with those that were given."""
+    before = (copy / "out" / "config.yaml").read_bytes()
+    sft_main("--resume_from", "out", "--max_steps", "3")
+    assert "already complete: raise --max_steps" in capsys.readouterr().out
+    assert (copy / "out" / "config.yaml").read_bytes() == before
 
 
 def test_a_step_of_a_run_continues_in_that_run(first, copy, tmp_path, monkeypatch):
@@ -97,7 +106,7 @@ def test_changes_are_printed_and_a_jump_of_the_rate_too(copy, capsys):
     out = capsys.readouterr().out
     assert "changed: lr 1e-3 -> 2e-5\n" in out and "changed: max_steps 4 -> 5\n" in out and "saved" in out
     rates = [json.loads(line)["lr"] for line in open("out/metrics.jsonl")]
-    assert f"for 5 steps, before for 4: lr {rates[3]:.2e} at step 4 -> {rates[4]:.2e} at step 5" in out
+    assert f"for 5 steps (it was 4): lr {rates[3]:.2e} at step 4 -> {rates[4]:.2e} at step 5" in out
     assert rates[4] == sft.lr_at(5, 5, sft.Config(lr=2e-5))
     sft_main("--output_dir", "out", "--resume_from", "auto")
     out = capsys.readouterr().out
@@ -281,7 +290,7 @@ def test_auto_skips_a_damaged_checkpoint_and_says_why(first, copy, capsys):
         sft_main("--resume_from", "out/checkpoints/step_4")
     sft_main("--output_dir", "out", "--resume_from", "auto")
     assert same_end(first, copy / "out")
-    assert "step_4 is not as it was saved: config.json is missing (1 in all)\n" in capsys.readouterr().out
+    assert "step_4 is not as it was saved: config.json is missing\n" in capsys.readouterr().out
     for step in (2, 4):
         (steps_of(copy) / f"step_{step}" / "config.json").unlink()
     with pytest.raises(UserError, match=r"step_4 is not.*\(1 other checkpoints are not valid either\)"):

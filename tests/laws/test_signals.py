@@ -73,7 +73,7 @@ def test_a_run_stopped_in_every_phase_resumes_exactly(train, tmp_path, monkeypat
         step = int(re.search(r"(\d+)$", phase)[1])
         assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == f"step_{step}"
         # a run that is stopped in the evaluation after its last step is not finished
-        assert (f"stopped  after step {step} of 6; continue with --resume_from auto" in out) == (phase != PHASES[-1])
+        assert (f"stopped  after step {step} of 6; continue with --output_dir out --resume_from auto" in out) == (phase != PHASES[-1])
     monkeypatch.setattr(processes.Ranks, "set_phase", set_phase)
     train(*RUN, "--resume_from", "auto")
     assert_same(outcome(tmp_path / "out"), outcome(tmp_path / "uninterrupted"))
