@@ -205,7 +205,7 @@ def test_the_keys_added_since_are_accepted_as_they_are(parse):
     assert warnings == ["warning: verl.yaml:14 optim.zero_indexed_step: true is not applicable: "
                         "the first of W warm-up steps has the rate lr / W, not 0"]
     for key in "model.lora.rank", "model.lora.adapter_path", "engine.qat.enable":
-        with pytest.raises(UserError, match=f"{key}: 8 is refused"):
+        with pytest.raises(UserError, match=f"{key}=8: 8 is refused"):
             parse("", f"{key}=8")
     assert parse("", "engine=fsdp", "optim=fsdp") == ({}, [])  # files that Hydra composes
     assert "there is no padding" in parse("", "engine.pad_to_length=true")[1][0]
