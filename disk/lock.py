@@ -208,13 +208,14 @@ def alone(cfg, ranks):
     if cfg.selfcheck:  # writes nothing
         yield
         return
-    ranks.set_phase("lock")
+    ranks.set_phase("lock of the output directory")
     held = Lock(cfg.output_dir)
     if ranks.rank == 0:
         held.take(cfg.timeout, ranks.show_progress)
     try:
         ranks.wait_for_slower()
         ranks.agree("directory", {NOT_SHARED: ":" + seen(cfg.output_dir, ranks)})
+        ranks.set_phase("start")
         yield
     finally:
         if ranks.rank == 0:

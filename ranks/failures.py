@@ -64,6 +64,7 @@ class State(NamedTuple):
     entered: dict  # name of a process group -> number of its collectives that the rank has entered
     progress: int  # how often the rank has shown progress within its phase
     beat: int  # grows as long as the process runs
+    parent: int = 0  # id of the parent process, torchrun
 
     @property
     def place(self):
@@ -163,7 +164,8 @@ class Watchdog:
 
     def state(self):
         entered = {**collectives(), "store": self.store_waits}
-        return State(self.node, self.host, os.getpid(), self.phase, entered, self.progress, self.beat)
+        return State(self.node, self.host, os.getpid(), self.phase, entered, self.progress, self.beat,
+                     os.getppid())
 
     def close(self):
         """Watch no longer: all ranks are done."""
@@ -176,6 +178,7 @@ class Watchdog:
 
         code  exit code of all ranks
         """
+        self.await_siblings()
         failure = self.blame_for(error, code)
         if failure is None:
             self.lost = str(error).splitlines()[0]
@@ -190,6 +193,16 @@ class Watchdog:
                 return
         while True:
             time.sleep(1)
+
+    def await_siblings(self):
+        """Wait until carry() has read who the other ranks of this node are, but not for long.
+
+        If torchrun has seen before this rank that one of them was killed, its SIGTERM is the error here.
+        """
+        self.wake.set()
+        deadline = time.monotonic() + 2 * TICK
+        while len(self.siblings) < len(self.node_ranks) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def blame_for(self, error, code):
         """The Failure that an error of the main thread stands for; None if watch() has to find it."""
@@ -253,7 +266,7 @@ class Watchdog:
         if len(self.siblings) < len(self.node_ranks):
             # without torchrun, or under a script, ranks of a node may have different parents
             self.siblings.update((rank, state) for rank, state in self.read(self.node_ranks).items()
-                                 if child_state(state.pid))
+                                 if state.parent == os.getppid())
         if self.is_looking and self.beat % self.stride == 0:
             self.states = self.read(range(self.world_size))
 

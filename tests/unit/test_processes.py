@@ -215,7 +215,7 @@ def watchdogs(monkeypatch):
         monkeypatch.setattr(found[-1], "collectives", {"dp": 7}, raising=False)
     monkeypatch.setattr(failures.Watchdog, "state", lambda self: failures.State(
         self.node, "here", 100 + self.rank, self.phase, {**self.collectives, "store": self.store_waits},
-        self.progress, self.beat))
+        self.progress, self.beat, os.getppid()))
     return found
 
 
