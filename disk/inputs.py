@@ -151,4 +151,5 @@ def check_output(directory):
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         remedy = "change its permissions, or use" if error.errno in (errno.EACCES, errno.EPERM) else "use"
-        raise UserError(f"--output_dir {directory}: {error.strerror}; {remedy} another --output_dir") from error
+        raise UserError(f"--output_dir {directory}: {error.strerror}; {remedy} another "
+                        "--output_dir") from error

@@ -303,6 +303,8 @@ def test_a_process_of_this_node_that_has_ended_is_seen_at_once(watchdogs, monkey
 def test_a_rank_with_another_parent_has_not_ended(watchdogs, monkeypatch):
     """Without torchrun, or where torchrun starts a script that starts the rank. The kernel says nothing about it."""
     monkeypatch.setattr(failures, "child_state", lambda pid: "" if pid == 101 else "S")
+    state = failures.Watchdog.state
+    monkeypatch.setattr(failures.Watchdog, "state", lambda self: state(self)._replace(parent=1000 + self.rank))
     assert wait(watchdogs, 9) is None
 
 
