@@ -9,6 +9,7 @@ from text.sources import describe_files
 
 N_WARNINGS = 3  # that are printed
 N_CHARACTERS = 5  # that the tokenizer lacks and are printed
+MOST_EPOCHS = 10_000  # that are cut into steps of --batch_tokens before the first one, without --max_steps
 N_COLUMNS = 1000  # that are not used and remembered: a file may have new ones in each row
 
 
@@ -205,7 +206,13 @@ class Ledger:
 
 
 def check_settings(cfg, train_set, val_set):
-    """Raise UserError for a setting without effect on the rows of two Datasets; val_set may be None."""
+    """Raise UserError for a setting without effect on the rows of two Datasets; val_set may be None.
+
+    Also for more epochs than the Sampler can cut into steps: with --batch_tokens it has to cut each one.
+    """
+    if cfg.batch_tokens and not cfg.max_steps and cfg.epochs > MOST_EPOCHS:
+        raise UserError(f"--epochs {cfg.epochs} with --batch_tokens: at most {MOST_EPOCHS:,} epochs can be "
+                        "cut into steps before the first one; give the number of steps with --max_steps")
     kinds = {*train_set.ledger.kinds, *(val_set.ledger.kinds if val_set else ())}
     no_chats = "chat" not in kinds
     for is_ignored, flag, reason in [

@@ -281,6 +281,9 @@ def test_settings_without_effect_on_the_rows_are_errors(tmp_path):
         check_settings(sft.Config(**settings), sets[0], sets[1] if val else None)
 
     text, tokens = [{"text": TEXT}], [{"input_ids": [1, 2], "loss_mask": [0, 1]}]
+    with pytest.raises(ValueError, match="--epochs 1e.18 with --batch_tokens: at most 10,000 epochs"):
+        check(tokens, epochs=1e18, batch_tokens=100)  # to plan them would take for ever
+    check(tokens, epochs=1e18, batch_tokens=100, max_steps=1)
     conversation = [{"prompt": "a", "response": "b"}]
     for how in "truncate", "drop", "error":
         with pytest.raises(ValueError, match=f"--too_long {how}: no effect, because plain texts are cut"):
