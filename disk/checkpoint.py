@@ -324,8 +324,10 @@ def candidates(resume_from, root):
     if resume_from != "auto":
         directory = files.follow(resume_from)
         if not os.path.isdir(directory):
-            raise UserError(f"--resume_from {resume_from}: {directory} is not a directory; use a step "
-                            "directory such as outputs/checkpoints/step_100, or auto")
+            there = [f"step_{step}" for step in steps_in(os.path.dirname(directory))[-5:]]
+            known = f"; beside it are {', '.join(there)}" if there else ""
+            raise UserError(f"--resume_from {resume_from}: {directory} is not a directory{known}; use a step "
+                            "directory such as outputs/checkpoints/step_100, a run, or auto")
         if os.path.exists(os.path.join(directory, STATE)):
             return [directory]
         roots = [path for path in (os.path.join(directory, "checkpoints"), directory) if steps_in(path)]

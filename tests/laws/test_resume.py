@@ -82,6 +82,11 @@ def test_a_step_directory_alone_is_enough(first, copy, capsys):
     assert "settings of" in capsys.readouterr().out
 
 
+def test_a_step_that_is_not_there_names_those_that_are(copy):
+    with pytest.raises(UserError, match="step_99 is not a directory; beside it are step_2, step_4; use a step"):
+        sft_main("--resume_from", "out/checkpoints/step_99")
+
+
 def test_a_finished_run_keeps_its_settings(copy, capsys):
     """Nothing was trained with those that were given."""
     before = (copy / "out" / "config.yaml").read_bytes()
