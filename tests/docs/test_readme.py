@@ -27,7 +27,8 @@ PAGES = [READMES[0],
 SCALING = os.path.join(ROOT, "docs", "scaling.md")  # commands in sentences, and a table of plans
 SMALLER = {"10.0.0.1": "127.0.0.1", "--n_gpus 8 --model tiny": "--n_gpus 1 --model tiny",
            "N_GPUS=8": "N_GPUS=1", "--n_gpus 4": "--n_gpus 2", "--nproc_per_node 4": "--nproc_per_node 2",
-           "/shared/": "shared/",
+           "--nproc_per_node 8": "--nproc_per_node 2",
+           "/shared/": "shared/", "checkpoints/step_40": "checkpoints/step_2",
            "--vs trl": "--vs transformers --rows 8 --repeats 1"}  # TRL is not installed for the tests
 STARTS = re.compile(r"(\./train\.sh|python|torchrun|bash|[A-Z_]+=\S+ )")
 ACTIVATE = "source .venv/bin/activate"  # what the READMEs say for torchrun
@@ -216,6 +217,8 @@ def start(command, project):
         env["MASTER_PORT"] = "29633"  # with two nodes, train.sh does not look for a free port
     if command.startswith("torchrun "):
         command = f"{ACTIVATE}\n{command}"
+    if command.startswith("python chat.py") and "--prompt" not in command:
+        command = f"echo Hello | {command}"  # what a user types there
     return subprocess.Popen(["bash", "-ec", command], cwd=project, env=env, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
