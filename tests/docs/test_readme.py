@@ -128,7 +128,8 @@ def test_every_flag_in_a_sentence_exists(path):
     """`--name` alone in quotes is a setting of a run, or of the program that the page speaks of."""
     others = {"n_gpus", "config", "help", "explain", "base", "prompt", "temperature", "top_p", "system",
               "setup", "signals_to_handle", "master_port", "kill", "signal", "dtype",
-              "requeue", "max", "rdzv_endpoint", "rdzv_conf", "local_addr"}  # "max": torchrun's --max-restarts
+              "requeue", "max", "rdzv_endpoint", "rdzv_conf", "local_addr",
+              "full", "kills"}  # "max": torchrun's --max-restarts
     planning = {field.name for field in dataclasses.fields(plan.Config)}
     quoted = re.findall(r"`--(no-\w+|\w+)[^`]*`", FENCE.sub("", read(path)))
     named = {flag.removeprefix("no-") for flag in quoted}
