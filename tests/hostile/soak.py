@@ -82,8 +82,8 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
     for stream in (1, 2):
         os.dup2(os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     if size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     set_phase, replace, symlink, flush = processes.Ranks.set_phase, os.replace, os.symlink, writer.TensorFile.flush
     phase = ""
 
@@ -93,8 +93,10 @@ def be_rank(rank, size, port, flags, pipe, screen, window):
     def reported_phase(ranks, name):
         nonlocal phase
         set_phase(ranks, name)
-        phase = name.split()[0]
-        report(phase)
+        word = name.split()[0]
+        if word in PHASES and (phase, word) != ("start", "start"):  # the lock of the directory is a part of start
+            phase = word
+            report(phase)
 
     def stop_at(move):
         if move == window:
