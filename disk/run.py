@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, lock, peft, pretrained, resume
+from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
@@ -49,7 +49,8 @@ class ModelPaths:
         if adapter and isinstance(config_json, dict):  # it may have been trained with --resize_embeddings
             for name, entry in pretrained.weight_entries(adapter).items():
                 if name in pretrained.EMBEDDINGS and entry.shape:
-                    config_json["vocab_size"] = max(entry.shape[0], config_json.get("vocab_size") or 0)
+                    rows = max(entry.shape[0], ModelConfig.from_dict(config_json).vocab_size)
+                    config_json = layout.with_values(config_json, vocab_size=rows)
         return cls(model, adapter, tokenizer, config_json)
 
     @property
@@ -75,7 +76,7 @@ class ModelPaths:
             raise UserError("--resize_embeddings with --use_lora: the new rows would be neither trained nor "
                             "saved; add --lora_modules_to_save embed_tokens,lm_head")
         size = -(-size // cfg.tp) * cfg.tp
-        return dataclasses.replace(self, config_json={**self.config_json, "vocab_size": size})
+        return dataclasses.replace(self, config_json=layout.with_values(self.config_json, vocab_size=size))
 
 
 def tokenizer_size(directory):
@@ -320,7 +321,7 @@ class RunState:
         generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
         if self.cfg.use_lora:
-            self.shard_map = pretrained.adapter_shard_map(model)
+            self.shard_map = pretrained.adapter_shard_map(model, layout.is_multimodal(paths.config_json))
         else:
             self.shard_map = pretrained.shard_map(model, paths.model)
         self.exported = pretrained.export_files(
