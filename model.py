@@ -1,7 +1,7 @@
 """A decoder-only transformer whose parameters have Hugging Face's names.
 
-The architecture of Qwen2/2.5, Qwen3, Llama 2/3.x (also SmolLM2) and Mistral. This file knows nothing about
-weight files, processes or chat templates.
+The architecture of Llama, Qwen2, Qwen3, Mistral and those like them (the FAMILIES without a file of their own
+in families/). This file knows nothing about weight files, processes or chat templates.
 
 A micro-batch is one flat sequence of documents, one after another, without padding. Each document attends
 only to itself, with positions from 0.
@@ -9,7 +9,7 @@ only to itself, with positions from 0.
 Shapes: N tokens of a micro-batch, C hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
-import math
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -21,30 +21,30 @@ from ops.attention import Documents, attend_function
 from ops.loss import Head, loss
 
 
-def rope_cos_sin(positions, config):
-    """Cosine and sine of the rotary angles, (N, 1, D/2) each, fp32.
+@functools.cache
+def frequencies_on(device, rope):
+    """The frequencies of a families.rope.Rope. Cached, because a copy to the GPU makes the host wait."""
+    return torch.tensor(rope.frequencies, device=device)
 
-    Sources: RoFormer (arXiv 2104.09864); the scaling of Llama 3.1. Computed for each micro-batch (a few
-    thousand numbers), so that there is no buffer to move, save or cast.
+
+def rope_cos_sin(positions, rope):
+    """Cosine and sine of the rotary angles, (N, 1, pairs) each, fp32. RoFormer (arXiv 2104.09864).
+
+    Computed for each micro-batch (a few thousand numbers), so that there is no buffer to move, save or cast.
     """
-    D, scaling = config.head_dim, config.rope_scaling
-    exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
-    frequency = config.rope_theta ** -exponent
-    if scaling.get("rope_type") == "linear":
-        frequency = frequency / scaling["factor"]
-    elif scaling.get("rope_type") == "llama3":  # divides low frequencies only, with a smooth transition
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * kept + frequency / scaling["factor"] * (1 - kept)
-    angle = positions[:, None, None].float() * frequency
-    return angle.cos(), angle.sin()
+    angle = positions[:, None, None].float() * frequencies_on(positions.device, rope)
+    return angle.cos() * rope.factor, angle.sin() * rope.factor
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (i, i + D/2) of x (N, H, D) by its angle, in fp32; returns x's dtype."""
+    """Rotate each pair (i, i + pairs) of x (N, H, D) by its angle, in fp32; returns x's dtype.
+
+    With less than D / 2 pairs the rest of x stays as it is: partial rotary positions.
+    """
+    x, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 class Attention(nn.Module):
@@ -53,6 +53,7 @@ class Attention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.window = D, config.sliding_windows[layer]
+        self.scale = config.attention_scale
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
@@ -67,11 +68,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:  # generation: keys and values of the earlier tokens of one document
             k = past["k"] = torch.cat((past["k"], k)) if "k" in past else k
             v = past["v"] = torch.cat((past["v"], v)) if "v" in past else v
-        return self.o_proj(attend(q, k, v, documents, self.window).flatten(1))
+        return self.o_proj(attend(q, k, v, documents, self.window, self.scale).flatten(1))
 
 
 def swiglu(gate, up):
@@ -99,17 +101,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        self.multiplier = config.residual_multiplier
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x, cos, sin, documents, attend, past=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents, attend, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), cos, sin, documents, attend, past)
+        x = torch.add(x, y, alpha=self.multiplier)
+        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.multiplier)
 
 
 class Decoder(nn.Module):
+    """Embedding, blocks and final norm. A family with other blocks has a subclass in families/NAME.py."""
+
+    block_class = Block
+
     def __init__(self, config, checkpointed_blocks=0, compiled=False):
         super().__init__()
         self.config, self.compiled = config, compiled
@@ -117,19 +125,25 @@ class Decoder(nn.Module):
         # nn.Embedding's default initialisation on meta imports torch's compiler, which takes a second
         values = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if compiled:  # dynamic: one compilation for all blocks and all lengths
             for block in self.layers:
                 block.compile(dynamic=True)
 
+    def embed(self, tokens):
+        """Token ids (N,) -> hidden states (N, C)."""
+        x, multiplier = self.embed_tokens(tokens), self.config.embedding_multiplier
+        return x if multiplier == 1 else x * multiplier
+
     def forward(self, tokens, documents, past=None):
-        cos, sin = rope_cos_sin(documents.positions, self.config)
-        x = self.embed_tokens(tokens)  # (N, C)
+        ropes = {rope: rope_cos_sin(documents.positions, rope) for rope in set(self.config.ropes) if rope}
+        x = self.embed(tokens)  # (N, C)
         attend = attend_function(x, self.config.head_dim, cached=past is not None, compiled=self.compiled)
         if self.compiled and torch.is_grad_enabled():
             x.requires_grad_()  # with LoRA the first block's input needs none, and would be compiled apart
         for i, block in enumerate(self.layers):
+            cos, sin = ropes.get(self.config.ropes[i], (None, None))  # None: no rotary positions
             if self.compiled:
                 # Sharding makes the input a view, but not when a checkpoint runs the block again: two graphs.
                 x = x.view_as(x)
@@ -141,7 +155,8 @@ class Decoder(nn.Module):
                                preserve_rng_state=self.has_dropout)
             else:
                 x = block(x, cos, sin, documents, attend, past[i] if past else None)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
 
 class CausalLM(nn.Module):
@@ -152,10 +167,12 @@ class CausalLM(nn.Module):
     compiled             torch.compile the blocks
     """
 
+    decoder_class = Decoder
+
     def __init__(self, config, checkpointed_blocks=0, compiled=False):
         super().__init__()
         self.config = config
-        self.model = Decoder(config, checkpointed_blocks, compiled)
+        self.model = self.decoder_class(config, checkpointed_blocks, compiled)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.n_parameters = sum(p.numel() for p in self.parameters())  # without adapters

@@ -31,7 +31,7 @@ import fsdp
 import lora
 from disk import inputs, lock, peft, pretrained, resume
 from disk.run import RunState
-from model import CausalLM
+from families.registry import causal_lm
 from ops import compiler, forecast, memory, nf4, optim, overlap, packing
 from ranks import gate, processes, tp
 from screen import out_of_memory, profiler, samples
@@ -237,7 +237,8 @@ def build(cfg, paths, ranks, trains=True):
     is_meta = ranks.device.type == "meta"
     compiled = trains and compiler.choose(cfg.compile, ranks.device, cfg.tp)
     with torch.device("meta"):
-        model = CausalLM(paths.config, forecast.checkpointed_blocks(cfg, paths.config), compiled)
+        model = causal_lm(paths.config)(
+            paths.config, forecast.checkpointed_blocks(cfg, paths.config), compiled)
     if not is_meta:
         pretrained.match_weights(model, paths.model)  # raises before memory is allocated
     if bf16 and (cfg.optimizer_offload or cfg.use_lora):

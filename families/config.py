@@ -1,34 +1,125 @@
 """Read and check a model's config.json: sizes, biases, rotary positions and attention windows of each family.
 
-Names are Hugging Face's. A value that would change what the model computes, and that model.py does not
-implement, is refused.
+Names are Hugging Face's. A value that would change what the model computes, and that is not implemented, is
+refused.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 
+from families import rope
 from settings.errors import UserError
 
 # The largest sizes that an untrusted config.json may have, far beyond existing models. Each layer takes time
 # to create even where it takes no memory, and numbers of elements must fit in 64 bits.
 LARGEST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
            "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**13}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+BOOLEANS = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "bias",
+            "use_sliding_window")
 
-# What config.json does not say about a family: which linear layers have biases, whether queries and keys are
-# normalised, and the defaults of Hugging Face's configuration classes for optional keys.
+
+def qwen_layers(values):
+    """layer_types of Qwen2 and Qwen3: the first max_window_layers are full, in spite of the name."""
+    check_number(values, "max_window_layers", 0)
+    n_full = values.get("max_window_layers", 28)
+    return ["full_attention" if i < n_full else "sliding_attention"
+            for i in range(values["num_hidden_layers"])]
+
+
+def smollm3_rope(values):
+    """(num_hidden_layers,) bool: which layers of SmolLM3 have rotary positions. All but every fourth."""
+    check_number(values, "no_rope_layer_interval", 1)
+    n_layers, interval = values["num_hidden_layers"], values.get("no_rope_layer_interval", 4)
+    uses = values.get("no_rope_layers")
+    if uses is None:
+        return [(i + 1) % interval != 0 for i in range(n_layers)]
+    if not isinstance(uses, list) or len(uses) < n_layers or any(use not in (0, 1) for use in uses):
+        raise UserError(f"config.json: no_rope_layers is {uses!r:.200}; it must have a 1 for each of the "
+                        f"{n_layers} layers with rotary positions, and a 0 for the others")
+    return [bool(use) for use in uses[:n_layers]]
+
+
+def smollm3_layers(values):
+    """layer_types of SmolLM3: the layers without rotary positions may have a window."""
+    return ["full_attention" if uses_rope else "sliding_attention" for uses_rope in smollm3_rope(values)]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What config.json does not say about a model_type: what is fixed, and the defaults of optional keys.
+
+    A bias is fixed, or the name of the key of config.json that decides.
+    """
+
+    defaults: dict  # those of Hugging Face's configuration class, where DEFAULTS has others
+    qkv_bias: bool | str = "attention_bias"
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    windows: str = "none"  # sliding_window is for no layer, for "all", or for those of "layer_types"
+    has_switch: bool = False  # only use_sliding_window switches windows on
+    layer_types: object = None  # function from the values to layer_types where config.json has none
+    layer_kinds: tuple = ("full_attention", "sliding_attention")
+    rope_layers: object = None  # function from the values to which layers have rotary positions; None: all
+    rope_types: tuple = ("default", "linear", "llama3")
+    partial_rotary: bool = False  # partial_rotary_factor may be below 1
+    supported: dict = field(default_factory=dict)  # key -> its only value, beside SUPPORTED
+    aliases: dict = field(default_factory=dict)  # other names of keys
+    no_tp: str = ""  # why tensor parallelism is refused
+
+
+DEFAULTS = dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10_000.0, head_dim=None, sliding_window=None,
+                num_key_value_heads=None, max_position_embeddings=2**30)
+SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0, "residual_dropout": 0}
+MISTRAL = Family(dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=2**17),
+                 qkv_bias=False, o_bias=False, windows="all")
 FAMILIES = {
-    "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False, head_dim=None, kv_heads=32, window=4096),
-    "qwen3": dict(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128, kv_heads=32, window=4096),
-    "llama": dict(qkv_bias=None, o_bias=None, qk_norm=False, head_dim=None, kv_heads=None, window=None),
-    "mistral": dict(qkv_bias=False, o_bias=False, qk_norm=False, head_dim=None, kv_heads=8, window=4096),
-}  # None: config.json decides (attention_bias; hidden_size / num_attention_heads; num_attention_heads)
+    "qwen2": Family(dict(num_key_value_heads=32, sliding_window=4096, max_position_embeddings=2**15),
+                    qkv_bias=True, o_bias=False, windows="layer_types", has_switch=True,
+                    layer_types=qwen_layers),
+    "qwen3": Family(dict(num_key_value_heads=32, head_dim=128, sliding_window=4096,
+                         max_position_embeddings=2**15),
+                    qk_norm=True, windows="layer_types", has_switch=True, layer_types=qwen_layers),
+    "llama": Family(dict(max_position_embeddings=2**11), mlp_bias="mlp_bias"),
+    "mistral": MISTRAL,
+    "ministral": replace(MISTRAL, windows="layer_types"),
+    "smollm3": Family(dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True,
+                           max_position_embeddings=2**15),
+                      mlp_bias="mlp_bias", windows="layer_types", has_switch=True, layer_types=smollm3_layers,
+                      rope_layers=smollm3_rope),
+    "granite": Family(dict(max_position_embeddings=2**11, attention_multiplier=1.0), mlp_bias="mlp_bias"),
+    "seed_oss": Family(dict(num_key_value_heads=8, head_dim=128, attention_bias=True, attention_dropout=0.1,
+                            residual_dropout=0.1, max_position_embeddings=2**19),
+                       o_bias="attention_out_bias", mlp_bias="mlp_bias"),
+    "internlm3": Family(dict(num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-5,
+                             max_position_embeddings=2**15),
+                        mlp_bias="mlp_bias", aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"}),
+    "iquestcoder": Family(dict(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5,
+                               max_position_embeddings=2**17),
+                          mlp_bias="mlp_bias", supported=dict(clip_qkv=None, use_sliding_window=False)),
+}
+# model_type of a config.json with a nested text_config -> model_type of a text_config that has none
+NESTED = {}
 
-# max_position_embeddings where config.json lacks it; a family that is not here gets no warning
-POSITIONS = {"qwen2": 2**15, "qwen3": 2**15, "llama": 2**11, "mistral": 2**17}
+# Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
+REFUSED = {
+    "a mixture of experts": (
+        "moe|mixtral|gpt_oss|llama4|dbrx|jetmoe|minimax",
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "enable_moe_block")),
+    "a model with multi-head latent attention (MLA)": (
+        "deepseek_v[23]|kimi|minicpm3|longcat|mistral4|mistral_large4", ("kv_lora_rank",)),
+    "a Mamba or another state space model": (
+        "mamba|jamba|bamba|zamba|nemotron_h|falcon_h1|granitemoehybrid|rwkv|recurrent_gemma",
+        ("mamba_d_state", "ssm_state_size")),
+    "an encoder-decoder model": (
+        "t5|bart|pegasus|marian|whisper|prophetnet|m2m_100|fsmt", ("is_encoder_decoder",)),
+}
 
 
 @dataclass
 class ModelConfig:
-    """The values of a config.json that model.py needs, under Hugging Face's names, checked by from_dict."""
+    """The values of a config.json that a model needs, under Hugging Face's names, checked by from_dict."""
 
     model_type: str
     vocab_size: int
@@ -39,19 +130,24 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict  # {} or {"rope_type": "linear" | "llama3", ...}
     tie_word_embeddings: bool
+    layer_types: tuple  # per layer: full_attention, sliding_attention, ...
     sliding_windows: tuple  # per layer: tokens that a token attends to, itself included; None: no limit
+    ropes: tuple  # per layer: families.rope.Rope; None: no rotary positions
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    embedding_multiplier: float  # of the embedding's output
+    residual_multiplier: float  # of what attention and MLP add to the hidden states
+    attention_scale: float | None  # of queries times keys; None: 1 / sqrt(head_dim)
+    logits_scaling: float  # what the logits are divided by
     max_positions: int  # tokens of the longest documents that it was made for
+    values: dict = field(compare=False)  # the text model's config.json with defaults, for families/NAME.py
 
     @classmethod
     def from_dict(cls, config):
-        """The ModelConfig of a parsed config.json.
+        """The ModelConfig of a parsed config.json, or of its text_config if it has one.
 
         Raises UserError for a malformed value, and for a model_type, an activation, a rope scaling or any
         other value that is not implemented here: a model that loads and computes something slightly
@@ -59,55 +155,102 @@ class ModelConfig:
         """
         if not isinstance(config, dict):
             raise UserError(f"config.json must be a JSON object, it is {config!r:.60}")
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise UserError(f"config.json: model_type {model_type!r:.60} is not supported; "
-                            f"supported are {', '.join(FAMILIES)}")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in LARGEST:
-            value = config.get(key)
-            is_checked = key in sizes or value  # the other keys are optional
-            if is_checked and (type(value) is not int or not 1 <= value <= LARGEST[key]):
-                raise UserError(f"config.json: {key} is {value!r:.60}; it must be an integer from 1 to "
-                                f"{LARGEST[key]:,}")
-        supported = {
-            "hidden_act": "silu",
-            "attention_dropout": 0,
-            "partial_rotary_factor": 1,
-        }
-        for key, value in supported.items():
-            if config.get(key, value) not in (value, None):
-                raise UserError(f"config.json: {key} is {config[key]!r:.60}; only {value!r} is supported")
+        config = text_config(config)
+        check_architecture(config)
         check_not_quantized(config)
-        for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1)):
-            check_number(config, key, low)
-        for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
-            if config.get(key) not in (None, True, False):
-                raise UserError(f"config.json: {key} is {config[key]!r:.60}; it must be true or false")
-
-        family = FAMILIES[model_type]
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or family["head_dim"] or config["hidden_size"] // heads
-        kv_heads = config.get("num_key_value_heads", family["kv_heads"]) or heads
+        family = FAMILIES[config["model_type"]]
+        values = {**DEFAULTS, **family.defaults, **config}
+        values.update({key: values.get(key, config[other]) for other, key in family.aliases.items()
+                       if other in config})
+        check_values(values, family)
+        heads = values["num_attention_heads"]
+        head_dim = values["head_dim"] or family.defaults.get("head_dim") or values["hidden_size"] // heads
+        kv_heads = values["num_key_value_heads"] or heads
         if heads % kv_heads or head_dim % 2:
             raise UserError(f"config.json: num_attention_heads {heads} must be a multiple of "
                             f"num_key_value_heads {kv_heads}, and head_dim {head_dim} must be even")
-        bias = bool(config.get("attention_bias", False))
+        biases = {name: getattr(family, name) for name in ("qkv_bias", "o_bias", "mlp_bias")}
+        biases = {name: bool(values.get(bias)) if isinstance(bias, str) else bias
+                  for name, bias in biases.items()}
+        layer_types, windows = layers(values, family)
         return cls(
-            **{key: config[key] for key in sizes},
-            model_type=model_type,
+            **{key: values[key] for key in SIZES},
+            model_type=values["model_type"],
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            sliding_windows=sliding_windows(config),
-            qk_norm=family["qk_norm"],
-            qkv_bias=bias if family["qkv_bias"] is None else family["qkv_bias"],
-            o_bias=bias if family["o_bias"] is None else family["o_bias"],
-            mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
-            **rope_fields(config),
-            max_positions=max_positions(config),
+            rms_norm_eps=values["rms_norm_eps"],
+            tie_word_embeddings=values.get("tie_word_embeddings", False),
+            layer_types=layer_types,
+            sliding_windows=windows,
+            ropes=layer_ropes(values, family, head_dim, layer_types),
+            **biases,
+            qk_norm=family.qk_norm,
+            embedding_multiplier=values.get("embedding_multiplier", 1.0),
+            residual_multiplier=values.get("residual_multiplier", 1.0),
+            attention_scale=values.get("attention_multiplier"),
+            logits_scaling=values.get("logits_scaling", 1.0),
+            max_positions=max_positions(values),
+            values=values,
         )
+
+    @property
+    def no_tp(self):
+        """Why tensor parallelism is refused for this family, or ""."""
+        return FAMILIES[self.model_type].no_tp
+
+
+def text_config(config):
+    """The part of config.json about the text model: its text_config, or all of it.
+
+    What the outer object says about tied embeddings and quantised weights counts: it is what Hugging Face's
+    class of the whole model reads.
+    """
+    nested, model_type = config.get("text_config"), config.get("model_type")
+    if not isinstance(nested, dict) or not isinstance(model_type, str) or model_type not in NESTED:
+        return config
+    outer = {key: config[key] for key in ("tie_word_embeddings", "quantization_config", "compression_config")
+             if config.get(key) is not None}
+    return {"model_type": NESTED[model_type], **nested, **outer}
+
+
+def check_architecture(config):
+    """Raise UserError for a model_type that is not supported, with the model's kind where it is known."""
+    model_type = config.get("model_type")
+    is_known = isinstance(model_type, str) and model_type in FAMILIES
+    supported = ", ".join([*FAMILIES, *NESTED])
+    for kind, (pattern, keys) in REFUSED.items():
+        is_named = isinstance(model_type, str) and not is_known and re.search(pattern, model_type)
+        shown = [key for key, value in config.items()
+                 if key in keys and (value is True or value not in (None, False, 0, 1))]
+        if is_named or shown:
+            reason = f" ({shown[0]} is {config[shown[0]]!r:.20})" if shown else ""
+            raise UserError(f"config.json: model_type {model_type!r:.60} is {kind}{reason}, which is not "
+                            f"supported; supported are {supported}")
+    if not is_known:
+        raise UserError(f"config.json: model_type {model_type!r:.60} is not supported; supported are "
+                        f"{supported}")
+
+
+def check_values(values, family):
+    """Raise UserError for a malformed value, and for one that is not implemented."""
+    for key in LARGEST:
+        value = values.get(key)
+        is_checked = key in SIZES or value  # the other keys are optional
+        if is_checked and (type(value) is not int or not 1 <= value <= LARGEST[key]):
+            raise UserError(f"config.json: {key} is {value!r:.60}; it must be an integer from 1 to "
+                            f"{LARGEST[key]:,}")
+    supported = {"partial_rotary_factor": 1} if not family.partial_rotary else {}
+    for key, value in {**supported, **SUPPORTED, **family.supported}.items():
+        if values.get(key, value) not in (value, None):
+            advice = f"; set it to 0 to train without {key}" if key.endswith("_dropout") else ""
+            raise UserError(f"config.json: {key} is {values[key]!r:.60}; only {value!r} is supported{advice}")
+    for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1), ("logits_scaling", 1e-6),
+                     ("embedding_multiplier", 0), ("residual_multiplier", 0), ("attention_multiplier", 0),
+                     ("max_position_embeddings", 1)):
+        check_number(values, key, low)
+    for key in BOOLEANS:
+        if values.get(key) not in (None, True, False):
+            raise UserError(f"config.json: {key} is {values[key]!r:.60}; it must be true or false")
 
 
 def check_not_quantized(config):
@@ -136,61 +279,56 @@ def check_number(config, key, low):
         raise UserError(f"config.json: {key} is {value!r:.60}; it must be a number of at least {low}")
 
 
-def rope_fields(config):
-    """{"rope_theta", "rope_scaling"} of a config.json, from the new key (rope_parameters) or the old ones."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope scaling must be an object, it is {rope!r:.60}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    required = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    is_known = isinstance(rope_type, str) and rope_type in required
-    if not is_known or rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"config.json: rope scaling {rope!r:.200} is not supported; rope_type may be "
-                        f"{', '.join(required)}, and partial_rotary_factor only 1")
-    missing = [key for key in required[rope_type] if key not in rope]
-    if missing:
-        raise UserError(f"config.json: rope scaling {rope!r:.200} lacks {', '.join(missing)}")
-    for key in ("rope_theta", *required[rope_type]):
-        check_number(rope, key, 0)
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    return dict(
-        rope_theta=float(theta),
-        rope_scaling={} if rope_type == "default" else {**rope, "rope_type": rope_type},
-    )
+def layers(values, family):
+    """(layer_types, sliding_windows), (num_hidden_layers,) each, as Hugging Face's classes read them."""
+    n_layers, window = values["num_hidden_layers"], values["sliding_window"]
+    if family.windows == "none" or (family.has_switch and not values.get("use_sliding_window", False)):
+        window = None
+    layer_types = ["full_attention" if window is None else "sliding_attention"] * n_layers
+    if family.windows == "layer_types" and (window is not None or not family.has_switch):
+        default = family.layer_types(values) if family.layer_types else layer_types
+        layer_types = values.get("layer_types") or default
+    if (not isinstance(layer_types, list) or len(layer_types) != n_layers
+            or any(layer_type not in family.layer_kinds for layer_type in layer_types)):
+        raise UserError(f"config.json: layer_types {layer_types!r:.200} must have "
+                        f"{' or '.join(family.layer_kinds)} for each of the {n_layers} layers")
+    windows = tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+    return tuple(layer_types), windows
 
 
-def max_positions(config):
+def rope_values(values, layer_type):
+    """The rotary values of a kind of layers, from the new key (rope_parameters) or the old ones.
+
+    Some families have an object for each kind. In their old form, layers with a window have a base of their
+    own (rope_local_base_freq), and no scaling.
+    """
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise UserError(f"config.json: rope scaling must be an object, it is {parameters!r:.60}")
+    if isinstance(parameters.get(layer_type), dict):
+        parameters = parameters[layer_type]
+    return {"rope_theta": values["rope_theta"], **parameters}
+
+
+def layer_ropes(values, family, head_dim, layer_types):
+    """ModelConfig.ropes: the families.rope.Rope of each layer."""
+    by_type = {}
+    for layer_type in dict.fromkeys(layer_types):
+        rotary = rope_values(values, layer_type)
+        share = rotary.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
+        if share != 1 and not family.partial_rotary:
+            raise UserError(f"config.json: rope scaling {rotary!r:.200} is not supported; "
+                            "partial_rotary_factor may only be 1")
+        by_type[layer_type] = rope.read(rotary, int(head_dim * share), family.rope_types)
+    uses_rope = family.rope_layers(values) if family.rope_layers else [True] * len(layer_types)
+    return tuple(by_type[kind] if uses else None for kind, uses in zip(layer_types, uses_rope))
+
+
+def max_positions(values):
     """ModelConfig.max_positions: max_position_embeddings, times the factor of a linear rope scaling.
 
     The other scalings come with a max_position_embeddings that includes their factor.
     """
-    check_number(config, "max_position_embeddings", 1)
-    positions = config.get("max_position_embeddings") or POSITIONS.get(config["model_type"], 2**30)
-    scaling = rope_fields(config)["rope_scaling"]
-    return int(positions * scaling["factor"] if scaling.get("rope_type") == "linear" else positions)
-
-
-def sliding_windows(config):
-    """ModelConfig.sliding_windows, (num_hidden_layers,), as Hugging Face's configuration classes read it."""
-    n_layers = config["num_hidden_layers"]
-    window = config.get("sliding_window", FAMILIES[config["model_type"]]["window"])
-    if config["model_type"] == "llama" or window is None:
-        return (None,) * n_layers
-    if config["model_type"] == "mistral":
-        return (window,) * n_layers
-    if not config.get("use_sliding_window", False):
-        return (None,) * n_layers
-    check_number(config, "max_window_layers", 0)
-    n_full = config.get("max_window_layers", 28)  # the first layers have full attention, in spite of the name
-    layer_types = config.get("layer_types") or [
-        "full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
-    known = ("full_attention", "sliding_attention")
-    if (not isinstance(layer_types, list) or len(layer_types) != n_layers
-            or any(layer_type not in known for layer_type in layer_types)):
-        raise UserError(f"config.json: layer_types {layer_types!r:.200} must have full_attention or "
-                        f"sliding_attention for each of the {n_layers} layers")
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+    positions, scaling = values["max_position_embeddings"] or 2**30, rope_values(values, "full_attention")
+    is_linear = scaling.get("rope_type", scaling.get("type")) == "linear"
+    return int(positions * scaling["factor"] if is_linear else positions)

@@ -464,10 +464,11 @@ def by_python(content):
         first = next(filter(str.strip, texts), "")
         if not first.lstrip().startswith("{") or not containers.continues(first):
             return [json.loads(line, object_pairs_hook=containers.unique) for line in texts if line.strip()]
-        found, text = [], text.lstrip()
+        space = " \t\r\n"  # JSON's; Python's strip() removes a no-break space too
+        found, text = [], text.lstrip(space)
         while text[:1] == "{":
             value, end = containers.DECODER.raw_decode(text)
-            found, text = [*found, value], text[end:].lstrip()
+            found, text = [*found, value], text[end:].lstrip(space)
         return None if text else found
     except (ValueError, EOFError, OSError, zlib.error, RecursionError):
         return None

@@ -19,6 +19,7 @@ from helpers import EXAMPLES, LAYOUTS, ROOT, TINY, metrics, program, run_all, te
 import fsdp
 import sft
 from disk import checkpoint, files, pretrained
+from model import CausalLM
 from ops import optim
 
 RUN = ("--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "4", "--max_length", "256", "--max_steps", "6",
@@ -297,12 +298,12 @@ def test_selfcheck_passes_and_detects_a_wrong_loss(models, tmp_path, monkeypatch
     printed = capsys.readouterr().out
     assert "selfcheck: ok, 4 conversations, all differences below 1e-05" in printed
     assert "one data-parallel rank" not in printed
-    forward = sft.CausalLM.forward
+    forward = CausalLM.forward
 
     def averaged(self, tokens, documents, target_positions, targets, weights):
         out = forward(self, tokens, documents, target_positions, targets, weights)
         return out._replace(total=out.total / len(out.each))
 
-    monkeypatch.setattr(sft.CausalLM, "forward", averaged)
+    monkeypatch.setattr(CausalLM, "forward", averaged)
     with pytest.raises(ValueError, match="the gradient depends on the layout"):
         check()

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers import EXAMPLES, ROOT, TINY, launch_all, metrics, run_all, tensors_of
+from model import CausalLM
 from programs import non_finite
 from safetensors.torch import load_file
 
@@ -38,7 +39,7 @@ def conversation(rows, step, index):
 @pytest.fixture
 def plant(monkeypatch):
     """programs.non_finite.plant; CausalLM.forward, which it replaces, is restored after the test."""
-    monkeypatch.setattr(sft.CausalLM, "forward", sft.CausalLM.forward)
+    monkeypatch.setattr(CausalLM, "forward", CausalLM.forward)
     return non_finite.plant
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, metrics, model_directory, program, two_layers
+from model import CausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,13 +90,13 @@ def test_a_step_does_not_depend_on_its_checkpointed_blocks(k, lora, train, tmp_p
 def test_the_micro_batches_differ(monkeypatch, train):
     """The test above is not trivial: packing and micro_batch_size change the number of forward passes."""
     calls = []
-    forward = sft.CausalLM.forward
+    forward = CausalLM.forward
 
     def counted(self, tokens, documents, *rest):
         calls.append(documents.lengths)
         return forward(self, tokens, documents, *rest)
 
-    monkeypatch.setattr(sft.CausalLM, "forward", counted)
+    monkeypatch.setattr(CausalLM, "forward", counted)
     counts = {}
     for i, flags in enumerate((("--packing",), ("--no-packing",), ("--no-packing", "--micro_batch_size", 3))):
         calls.clear()
@@ -363,7 +364,7 @@ def test_a_step_directory_is_a_hugging_face_model(train, tmp_path):
     for step in (1, 2):
         directory = tmp_path / "out" / "checkpoints" / f"step_{step}"
         reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        model = sft.CausalLM(ModelConfig.from_dict(files.read_json(directory / "config.json")))
+        model = CausalLM(ModelConfig.from_dict(files.read_json(directory / "config.json")))
         pretrained.load_weights(model, directory)
         tokens = torch.arange(3, 60)
         with torch.no_grad():
@@ -541,7 +542,7 @@ def test_a_non_finite_step_stops_before_the_weights_change(train, monkeypatch, t
     the error names its conversations. With save_steps 1 its numbers are read at once, with 5 only after the backward
     of step 4."""
     weights, calls, updates = [], [], []
-    step, forward = optim.AdamW.step, sft.CausalLM.forward
+    step, forward = optim.AdamW.step, CausalLM.forward
 
     def recorded(self, *args, **options):
         step(self, *args, **options)
@@ -560,7 +561,7 @@ def test_a_non_finite_step_stops_before_the_weights_change(train, monkeypatch, t
             out.total.register_hook(lambda grad: grad * math.inf)
         return out
 
-    monkeypatch.setattr(sft.CausalLM, "forward", plant)
+    monkeypatch.setattr(CausalLM, "forward", plant)
     with pytest.raises(FloatingPointError, match=r"step 3: loss .*example_sft.json\[\d+\]") as error:
         train(*FAST, "--max_length", 2048, "--max_steps", 5, "--save_steps", save_steps)
     assert updates == [1, 2, 2]

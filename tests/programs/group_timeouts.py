@@ -1,5 +1,6 @@
 """Prints the time-outs of all process groups, in days, on many ranks: group_timeouts.py TP"""
 
+import os
 import sys
 
 import torch
@@ -9,4 +10,5 @@ from ranks import processes
 
 with processes.start(int(sys.argv[1]), 60) as ranks:
     for group in dist.distributed_c10d._world.pg_map:
-        print("DAYS", group._get_backend(torch.device("cpu")).options._timeout.days, flush=True)
+        days = group._get_backend(torch.device("cpu")).options._timeout.days
+        os.write(1, f"DAYS {days}\n".encode())  # one call: print() writes pieces, and ranks would mix theirs

@@ -11,11 +11,12 @@ import sys
 import torch
 
 import sft
+from model import CausalLM
 from settings import errors
 
 
 def plant(tokens, how):
-    forward, faulty_conversation = sft.CausalLM.forward, torch.tensor(tokens)
+    forward, faulty_conversation = CausalLM.forward, torch.tensor(tokens)
 
     def faulty(self, tokens, documents, target_positions, targets, weights):
         out = forward(self, tokens, documents, target_positions, targets, weights)
@@ -30,7 +31,7 @@ def plant(tokens, how):
             out.total.register_hook(lambda grad: grad * math.inf)
         return out
 
-    sft.CausalLM.forward = faulty
+    CausalLM.forward = faulty
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from model import CausalLM
 from types import SimpleNamespace
 
 import pytest
@@ -252,7 +253,7 @@ QWEN_72B = dict(model_type="qwen2", hidden_size=8192, intermediate_size=29568, n
 @pytest.fixture(scope="module")
 def large():
     with torch.device("meta"):
-        model = sft.CausalLM(ModelConfig.from_dict(QWEN_72B))
+        model = CausalLM(ModelConfig.from_dict(QWEN_72B))
     return planned_run(model, 4096, batch_size=128, world_size=64, tp=8, bf16=True, cuda=True, checkpointed_blocks=80)
 
 
@@ -300,7 +301,7 @@ QWEN_7B = dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, nu
 def on_one_gpu(config, **settings):
     """The PlannedRun of a model with these keys of config.json, in bf16 on one GPU."""
     with torch.device("meta"):
-        model = sft.CausalLM(ModelConfig.from_dict(dict(config)))
+        model = CausalLM(ModelConfig.from_dict(dict(config)))
     cfg = sft.Config(batch_size=64, **settings)
     return forecast.PlannedRun.of(model, cfg, world_size=1, cuda=True)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, run_all, two_layers
+from model import CausalLM
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -289,7 +290,7 @@ def products(model, n):
 def test_frozen_matrices_get_no_gradient_product(models):
     """Backward computes no weight gradient of a frozen matrix: a step has exactly the necessary products."""
     config = ModelConfig.from_dict(files.read_json(models["tied"] / "config.json"))
-    full, adapted = sft.CausalLM(config), sft.CausalLM(config)
+    full, adapted = CausalLM(config), CausalLM(config)
     adapter_config, lora_ranks = peft_config.new(adapted, sft.Config(use_lora=True, model="base"))
     lora.inject(adapted, adapter_config, lora_ranks)
     layers = {name: adapted.get_submodule(name) for name in lora_ranks}

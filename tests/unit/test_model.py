@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import model
 import ops.loss
 from disk import files, pretrained
-from families.config import ModelConfig
+from families.config import FAMILIES, ModelConfig
 from model import CausalLM, generate
 from ops.attention import Documents
 from ops.loss import Head, loss as loss_of_head
@@ -24,6 +24,8 @@ SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None)  # so that generation does not stop
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=64)  # with theta 5e5: one wave kept, one blended, two slowed
+
+TOKENS = dict(pad_token_id=0, bos_token_id=1)  # within the vocabulary
 
 # name -> (config.json as people publish it, a change to it that must change the logits: this shows that it is used)
 CASES = {
@@ -55,6 +57,22 @@ CASES = {
         dict(model_type="llama", tie_word_embeddings=True, rope_theta=1e5, rope_interleaved=False, head_dim=None), {}),
     "mistral, window": (dict(model_type="mistral", sliding_window=8), dict(sliding_window=9)),
     "mistral, no window": (dict(model_type="mistral", sliding_window=None, head_dim=24), dict(sliding_window=47)),
+    "ministral": (dict(model_type="ministral", sliding_window=8, head_dim=24,
+                       layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+                  dict(layer_types=["sliding_attention", "sliding_attention", "sliding_attention"])),
+    "smollm3": (dict(model_type="smollm3", attention_bias=True, mlp_bias=True, no_rope_layer_interval=2, **TOKENS),
+                dict(no_rope_layer_interval=3)),
+    "smollm3, window": (
+        dict(model_type="smollm3", no_rope_layers=[0, 1, 1], use_sliding_window=True, sliding_window=8, **TOKENS),
+        dict(use_sliding_window=False)),
+    "granite": (
+        dict(model_type="granite", embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.3,
+             logits_scaling=8.0, tie_word_embeddings=True), dict(residual_multiplier=0.25)),
+    "granite, defaults": (dict(model_type="granite", attention_bias=True), dict(attention_multiplier=0.35)),
+    "seed_oss": (dict(model_type="seed_oss", attention_dropout=0.0, residual_dropout=0.0, head_dim=20,
+                      attention_out_bias=True, mlp_bias=True), {}),
+    "internlm3": (dict(model_type="internlm3", head_dim=20, qkv_bias=True, bias=True, rope_theta=5e7), {}),
+    "iquestcoder": (dict(model_type="iquestcoder", rope_theta=5e5, head_dim=20), {}),
 }
 
 
@@ -124,11 +142,11 @@ def test_logits_of_a_sharded_directory_equal_transformers(tmp_path):
     torch.testing.assert_close(loaded(tmp_path)(tokens, Documents.of((48,))), oracle(tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_missing_keys_have_the_defaults_of_transformers(kind):
     """A config.json with only the sizes equals the one in which transformers has written all defaults."""
     least = dict(model_type=kind, vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=32)
+                 num_attention_heads=32, attention_dropout=0.0, residual_dropout=0.0)
     assert ModelConfig.from_dict(least) == ModelConfig.from_dict(AutoConfig.for_model(**least).to_dict())
 
 
@@ -138,7 +156,7 @@ def test_rotary_angles_of_llama_3_2_equal_transformers():
                    original_max_position_embeddings=8192)
     config = {**SIZES, "model_type": "llama", "head_dim": 64, "rope_theta": 5e5, "rope_scaling": scaling}
     positions = torch.arange(0, 10_000, 7)
-    cos, sin = model.rope_cos_sin(positions, ModelConfig.from_dict(config))
+    cos, sin = model.rope_cos_sin(positions, ModelConfig.from_dict(config).ropes[0])
     expected = LlamaRotaryEmbedding(AutoConfig.for_model(**config))(torch.zeros(()), positions[None])
     for result, oracle in zip((cos, sin), expected):
         torch.testing.assert_close(result[:, 0], oracle[0, :, :32], atol=2e-3, rtol=0)

@@ -15,7 +15,7 @@ from helpers import ROOT
 
 LEVELS = [  # from the bottom up; a module may import lower levels, and its own level if that makes no circle
     ("disk.files", "settings.errors"),
-    ("text", "ops", "ranks", "disk", "settings", "families.config"),
+    ("text", "ops", "ranks", "disk", "settings", "families.config", "families.rope"),
     ("model", "fsdp"),
     ("data", "lora", "families"),
     ("screen",),
