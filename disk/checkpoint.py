@@ -470,8 +470,8 @@ def load_training_tensors(directory, model, optimizer):
     slices = saving.read_slices(state_directory)
     trained = trained_weights(model, optimizer)
     states = {name: optimizer.new_state(p) for name, p in trained.items()}
-    entries = pretrained.match_weights(model, directory)[0]
-    dtypes = {name: pretrained.DTYPES[entry.dtype] for name, entry in entries.items()}
+    entries = pretrained.Contents.of(directory).entries
+    dtypes = {name: pretrained.DTYPES.get(entry.dtype) for name, entry in entries.items()}
     tensors = training_tensors(trained, states, dtypes)
     differences = sorted(set(slices) ^ set(tensors))
     if not differences:

@@ -1,4 +1,4 @@
-"""The text model inside a model directory: its part of config.json, and the names of its tensors in the files.
+"""The text model inside a model directory: its part of config.json, and its tensors' names in the files.
 
 A multimodal model (Qwen3.5, Gemma 3 and 4, Ministral 3) has the text model's values in `text_config` of its
 config.json, and beside the text model's tensors those of a vision tower, a projector, ... The text model's
@@ -64,7 +64,7 @@ class TextNames:
         most = max([1, *map(len, found.values())])
         best = sorted(prefix for prefix, anchors in found.items() if len(anchors) == most)
         if most == 1 or (not multimodal and "model." in best):
-            best = [FULL_PREFIX if multimodal else "model."]  # an error about missing tensors follows, or nothing
+            best = [FULL_PREFIX if multimodal else "model."]
         if len(best) > 1:
             raise UserError(f"{directory} has several text models, under {', '.join(best[:4])}: which one is "
                             "to be trained is not known; keep the tensors of one")
@@ -72,7 +72,7 @@ class TextNames:
         heads = [name for name in names
                  if name.endswith(HEAD) and prefix.startswith(name.removesuffix(HEAD))]
         if len(heads) > 1:
-            raise UserError(f"{directory} has several heads: {', '.join(sorted(heads)[:4])}; keep one of them")
+            raise UserError(f"{directory} has several heads: {', '.join(sorted(heads)[:4])}; keep one")
         usual = prefix.removesuffix("model.") if prefix.endswith("language_model.model.") else ""
         return cls(prefix, heads[0] if heads else usual + HEAD)
 

@@ -288,7 +288,7 @@ def is_same(then, now):
 
 @dataclass
 class Contents:
-    """The tensors of a model directory's weight files.
+    """The tensors of a model or adapter directory's weight files.
 
     entries  {name of the model's parameter: TensorEntry}, those of the text model
     names    layout.TextNames, the spelling of these names in the files
@@ -303,9 +303,11 @@ class Contents:
 
     @classmethod
     def of(cls, directory):
-        """The Contents of a directory. Raises UserError as stored_entries and TextNames.find do."""
-        stored = stored_entries(directory)
-        multimodal = layout.is_multimodal(files.read_json(os.path.join(directory, "config.json")))
+        """The Contents of a directory. Raises UserError as weight_entries and TextNames.find do."""
+        stored, config = weight_entries(directory), os.path.join(directory, "config.json")
+        if is_adapter(directory):
+            return cls(stored, layout.TextNames("model.", layout.HEAD), {}, [])
+        multimodal = os.path.exists(config) and layout.is_multimodal(files.read_json(config))
         names = layout.TextNames.find(stored, multimodal, directory)
         of_model = {name: names.of_model(name) for name in stored}
         others = {name: entry for name, entry in stored.items() if of_model[name] is None}
@@ -328,11 +330,7 @@ def match_weights(model, directory):
     memory. Raises UserError that names the missing, unexpected or wrongly shaped tensors, as the directory
     spells them.
     """
-    adapter = is_adapter(directory)
-    if adapter:
-        contents = Contents(weight_entries(directory), layout.TextNames("model.", layout.HEAD), {}, [])
-    else:
-        contents = Contents.of(directory)
+    contents, adapter = Contents.of(directory), is_adapter(directory)
     entries, spelling = contents.entries, contents.names.in_files
     check_dtypes(entries)
     allowed = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_stored(n, p, adapter)}
@@ -446,27 +444,26 @@ class ShardMap:
 
 
 def shard_map(model, directory):
-    """The ShardMap of a model directory, for the checkpoints of a run that trains `model`. Every rank calls it.
+    """The ShardMap of a model directory, for the checkpoints of a run that trains `model`.
 
-    Frozen parameters are copied too: they then are what they were, in whichever dtype the model computes.
+    Every rank calls it. Frozen parameters are copied too: they then are what they were, in whichever dtype the model computes.
 
     Raises UserError if a frozen parameter has more rows than the directory (--resize_embeddings).
     """
     contents, (entries, parameters, _) = Contents.of(directory), match_weights(model, directory)
-    codes, copied = {}, {contents.names.in_files(n): entries[n] for n in parameters if is_frozen(parameters[n])}
-    for name, p in parameters.items():
-        if is_frozen(p) and entries[name].shape != tuple(p.shape):
-            raise UserError(f"--resize_embeddings with --freeze: the new rows of {name} would not be trained; "
-                            "do not freeze it")
+    names = {name: contents.names.in_files(name) for name in parameters}
+    codes, copied = {}, dict(contents.others)
     for name, entry in entries.items():
-        if name in parameters and not is_frozen(parameters[name]):
+        if name not in parameters:
+            continue  # a second copy of a tied weight
+        if parameters[name].requires_grad:
             codes.setdefault(os.path.basename(entry.file), {})[name] = entry.dtype
-    return ShardMap(codes, {name: contents.names.in_files(name) for name in parameters},
-                    copied_tensors({**contents.others, **copied}))
-
-
-def is_frozen(p):
-    return not p.requires_grad
+        elif entry.shape != tuple(parameters[name].shape):
+            raise UserError(f"--resize_embeddings with --freeze: the new rows of {name} would not be "
+                            "trained; do not freeze it")
+        else:
+            copied[names[name]] = entry
+    return ShardMap(codes, names, copied_tensors(copied))
 
 
 def copied_tensors(entries):
@@ -677,7 +674,7 @@ def generation_config(directory, config_json, stop_token_id):
     if os.path.exists(path):
         generation = files.read_json(path)
     else:
-        values = {**config_json, **config_json["text_config"]} if layout.is_multimodal(config_json) else config_json
+        values = {**(config_json.get("text_config") or {}), **config_json}
         generation = {key: values[key] for key in keys if values.get(key) is not None}
     if not isinstance(generation, dict):
         raise UserError(f"{path} must be a JSON object, it is {generation!r:.60}")

@@ -140,8 +140,9 @@ def write_model(writer, masters, shard_map, exported):
 
 def stored_tensors(shard_map, masters):
     """({name: tensor or CopiedTensor}, {name: dtype code}, {file: names}) with the names in the files."""
-    tensors, codes, names_by_file = {}, {}, {file: [] for file in sorted({*shard_map.codes, *shard_map.copied})}
-    for file, names in names_by_file.items():
+    tensors, codes, names_by_file = {}, {}, {}
+    for file in sorted({*shard_map.codes, *shard_map.copied}):
+        names = names_by_file[file] = []
         for name, code in shard_map.codes.get(file, {}).items():
             stored = shard_map.names[name]
             tensors[stored], codes[stored] = masters[name], code

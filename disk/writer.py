@@ -228,11 +228,18 @@ def memory(tensor):
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} and flush it to the disk. The bytes are those of safetensors' save_file."""
+    """Write {name: tensor or CopiedTensor} and flush it. The bytes are those of safetensors' save_file."""
     directory, name = os.path.split(path)
     writer = Writer(directory, torch.device("cpu"))
-    file = writer.open(name, {name: (CODES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()})
+    file = writer.open(name, {name: stored_as(tensor) for name, tensor in tensors.items()})
     for name in file.names:
         writer.submit(file.add, tensors[name])
     writer.finish()
     writer.wait()
+
+
+def stored_as(tensor):
+    """(dtype code, shape) with which a file has a tensor or CopiedTensor."""
+    if isinstance(tensor, CopiedTensor):
+        return tensor.entry.dtype, tensor.entry.shape
+    return CODES[tensor.dtype], tuple(tensor.shape)
