@@ -246,7 +246,8 @@ def build(cfg, paths, ranks, trains=True):
     if cfg.quantize:
         nf4.quantize_linears(model)
     if cfg.use_lora:
-        peft_config, lora_ranks = peft.read(paths.adapter) if paths.adapter else peft.new(model, cfg)
+        peft_config, lora_ranks = (peft.read(paths.adapter) if paths.adapter
+                                   else peft.new(model, cfg, paths.is_multimodal))
         lora.inject(model, peft_config, lora_ranks, cfg.tp)
     if bf16 and not fsdp.is_used(ranks, cfg.param_offload):
         model.to(torch.bfloat16)  # the optimizer has fp32 masters; FSDP2 would cast its fp32 parameters

@@ -106,7 +106,8 @@ def start_save(root, step, *, model, optimizer, shard_map, exported, state, link
     stored, codes, _ = saving.stored_tensors(shard_map, masters)
     weights = {name: (codes[name], saving.shape_of(tensor)) for name, tensor in stored.items()}
     return Save(root, step, links, timeout, writer, names, weights,
-                {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+                {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                [tensor for copied in shard_map.copied.values() for tensor in copied.values()])
 
 
 @dataclass
@@ -118,6 +119,7 @@ class Save:
     names     the files of all ranks
     weights   {name: (dtype code, shape)} of the model's files
     tensors   {name: shape} of the training state's files
+    copied    the CopiedTensors, of all ranks
 
     The main thread of every rank calls the methods, in the same order: they are collectives.
     """
@@ -130,6 +132,7 @@ class Save:
     names: list
     weights: dict
     tensors: dict
+    copied: list
 
     def is_written(self):
         """Whether all ranks have written their files. Raises the error of this rank's writing."""
@@ -148,7 +151,10 @@ class Save:
             files.sync(os.path.join(directory, STATE_DIRECTORY))
             files.sync(directory)
             self.check_readable()
-        return move_into_place(directory, self.root, self.step, self.links)
+        final = move_into_place(directory, self.root, self.step, self.links)
+        for tensor in self.copied:
+            tensor.follow(final)
+        return final
 
     def check_readable(self):
         """AssertionError unless the functions that resume uses find in the directory what was saved."""

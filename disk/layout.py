@@ -28,6 +28,11 @@ def is_multimodal(config_json):
     return isinstance(config_json, dict) and isinstance(config_json.get("text_config"), dict)
 
 
+def text_part(config_json):
+    """The object in a config.json that has the text model's values."""
+    return config_json["text_config"] if is_multimodal(config_json) else config_json
+
+
 def with_values(config_json, **values):
     """A copy of a config.json with values of the text model changed, at each place that has them.
 

@@ -6,6 +6,7 @@ rank's shard, and which other files such a directory needs. No file that is read
 An entry (TensorEntry) is what a safetensors file's header says about one tensor.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -332,7 +333,7 @@ def match_weights(model, directory):
     """
     contents, adapter = Contents.of(directory), is_adapter(directory)
     entries, spelling = contents.entries, contents.names.in_files
-    check_dtypes(entries)
+    check_dtypes({spelling(name): entry for name, entry in entries.items()})
     allowed = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_stored(n, p, adapter)}
     # Without duplicates: a tied head gets the embedding's values, so a file need not contain it.
     required = {n: p for n, p in model.named_parameters() if n in allowed}
@@ -403,15 +404,26 @@ def load_weights(model, directory, optimizer=None):
 class CopiedTensor:
     """A tensor that each save copies, byte for byte, from the file where the run found it.
 
-    The file stays open: it may be removed, or replaced by another one, while the run needs it.
+    The file stays open: it may be removed, or replaced by another one, before the first save. From then on
+    the checkpoint before is the source, so that a run does not depend on the directory it started from.
 
-    source    an open file
+    source    an open file; None on a rank that does not write the tensor
     checksum  CRC-32 of the tensor's bytes when the run began
+    written   (open file, position) in the checkpoint that is written now, on the rank that writes the tensor
     """
 
     entry: TensorEntry
     source: object
     checksum: int = 0
+    written: tuple | None = None
+
+    def follow(self, directory):
+        """Copy from the checkpoint that is complete now; close the source before, which may be pruned."""
+        self.source, start = self.written or (None, 0)
+        if self.written:
+            path = os.path.join(directory, os.path.basename(self.source.name))
+            self.entry = dataclasses.replace(self.entry, file=path, start=start)
+        self.written = None
 
     def chunks(self):
         """Yield the bytes as memory views, each valid until the next one.
@@ -674,7 +686,7 @@ def generation_config(directory, config_json, stop_token_id):
     if os.path.exists(path):
         generation = files.read_json(path)
     else:
-        values = {**(config_json.get("text_config") or {}), **config_json}
+        values = {**layout.text_part(config_json), **config_json}
         generation = {key: values[key] for key in keys if values.get(key) is not None}
     if not isinstance(generation, dict):
         raise UserError(f"{path} must be a JSON object, it is {generation!r:.60}")

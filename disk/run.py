@@ -54,6 +54,11 @@ class ModelPaths:
         return cls(model, adapter, tokenizer, config_json)
 
     @property
+    def is_multimodal(self):
+        """Whether the model is the text model of a multimodal one."""
+        return layout.is_multimodal(self.config_json)
+
+    @property
     def config(self):
         return ModelConfig.from_dict(self.config_json)
 
@@ -321,7 +326,7 @@ class RunState:
         generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
         if self.cfg.use_lora:
-            self.shard_map = pretrained.adapter_shard_map(model, layout.is_multimodal(paths.config_json))
+            self.shard_map = pretrained.adapter_shard_map(model, paths.is_multimodal)
         else:
             self.shard_map = pretrained.shard_map(model, paths.model)
         self.exported = pretrained.export_files(

@@ -166,7 +166,7 @@ def widen(shard_map, exported, masters):
         codes.update((name, "F32") for name in codes if name in names)
     config = exported["config.json"]
     config = json.loads(config) if isinstance(config, bytes) else dict(config)
-    for part in [config, config["text_config"]] if layout.is_multimodal(config) else [config]:
+    for part in (config, layout.text_part(config)):
         part.update((key, "float32") for key in ("torch_dtype", "dtype") if key in part)
     exported["config.json"] = config
     if is_rank_0():

@@ -136,6 +136,7 @@ class TensorFile:
         # Bytes, and tensors to copy, that are not yet written
         self.held = deque([len(header).to_bytes(8, "little") + header])
         self.file, self.size, self.crc = None, 0, 0
+        self.copied = []  # (CopiedTensor, its position in this file)
 
     def add(self, tensor):
         """Write the next tensor of `names`, or keep a copy of it in host memory. Called by the thread.
@@ -175,6 +176,7 @@ class TensorFile:
     def copy(self, tensor):
         """Write a CopiedTensor. Raises UserError if it is not what it was when the run began."""
         checksum = 0
+        self.copied.append((tensor, self.size))
         for data in tensor.chunks():
             self.write(data)
             checksum = zlib.crc32(data, checksum)
@@ -189,6 +191,9 @@ class TensorFile:
         with files.naming(self.path), self.file:
             self.file.flush()
         files.sync(self.path)
+        source = open(self.path, "rb", buffering=0) if self.copied else None
+        for tensor, start in self.copied:
+            tensor.written = source, start
         return self.size, self.crc
 
 

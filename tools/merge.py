@@ -97,7 +97,7 @@ def merge(cfg):
     check_rows(cfg.adapter, shapes, ModelConfig.from_dict(model_config).vocab_size)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
     os.makedirs(temporary)
-    for part in [model_config, *filter(None, [model_config.get("text_config")])]:
+    for part in (model_config, layout.text_part(model_config)):
         part.update({key: str(dtype).removeprefix("torch.") for key in {"dtype", "torch_dtype"} & set(part)})
     tokenizer = template.ChatTokenizer(paths.tokenizer)
     exported = {**files.read_bytes(base, (*pretrained.TOKENIZER_FILES, *pretrained.PROCESSOR_FILES)),
