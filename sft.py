@@ -32,7 +32,7 @@ import lora
 from disk import inputs, lock, peft, pretrained, resume
 from disk.run import RunState
 from families.registry import causal_lm
-from ops import compiler, forecast, memory, nf4, optim, overlap, packing
+from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packing
 from ranks import gate, processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
@@ -57,6 +57,8 @@ class Config:
     chat_template: str | None = setting(None, "Jinja file, or the name of one of the model's templates",
                                         env="CHAT_TEMPLATE")
     template_kwargs: str | None = setting(None, "variables of the template: '{\"enable_thinking\": false}'")
+    freeze: str | None = setting(None, "parts that stay as they are: names with commas, or a regular expression",
+                                 unless="use_lora")
     resize_embeddings: bool = setting(False, "add rows for a tokenizer with more ids than the embedding")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
@@ -245,6 +247,8 @@ def build(cfg, paths, ranks, trains=True):
         model.to(torch.bfloat16)  # the optimizer has fp32 masters in host memory, or the model is frozen
     if cfg.quantize:
         nf4.quantize_linears(model)
+    if cfg.freeze:
+        freezing.freeze(model, cfg.freeze, bf16)
     if cfg.use_lora:
         peft_config, lora_ranks = (peft.read(paths.adapter) if paths.adapter
                                    else peft.new(model, cfg, paths.is_multimodal))

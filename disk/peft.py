@@ -11,6 +11,7 @@ import re
 from torch import nn
 
 from disk import checkpoint, files, foreign, layout, pretrained
+from ops.freezing import read_names
 from settings.errors import UserError
 
 # Keys of adapter_config.json that this file reads, or that do not matter once the tensors exist. Any other
@@ -84,17 +85,12 @@ def matching_layers(model, targets):
     """
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     last_parts = sorted({name.rpartition(".")[2] for name in linears})
-    entries = last_parts if targets == "all-linear" else [entry.strip() for entry in targets.split(",")]
-    is_pattern = not all(re.fullmatch(r"[\w.]+", entry) for entry in entries)
-    if is_pattern:
-        entries = [targets]
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise UserError(f"--lora_targets {targets}: not a regular expression: {error}") from error
+    entries, pattern = read_names(targets, "--lora_targets")
+    if targets == "all-linear":
+        entries, pattern = last_parts, None
     matched = set()
     for entry in entries:
-        if is_pattern:
+        if pattern:
             matches = {name for name in linears if pattern.fullmatch(name)}
         else:
             matches = {name for name in linears if f".{name}".endswith(f".{entry}")}
@@ -104,7 +100,7 @@ def matching_layers(model, targets):
                 remedy = f"train it fully with --lora_modules_to_save, or {remedy}"
             raise UserError(f"--lora_targets {targets}: {entry!r} matches no layer; {remedy}")
         matched |= matches
-    return targets if is_pattern else entries, sorted(matched)
+    return targets if pattern else entries, sorted(matched)
 
 
 def targets_in_full_model(targets, names):

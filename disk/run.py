@@ -260,7 +260,9 @@ class RunState:
         self.warn_of_positions(train_set)
         self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
                              batch_tokens=cfg.batch_tokens)
-        if cfg.use_lora:
+        if not cfg.use_lora:
+            self.identity["freeze"] = cfg.freeze  # another set of tensors has optimizer state
+        else:
             self.identity.update({name: getattr(cfg, name) for name in resume.ADAPTER})
         if self.resumed:
             resume.check_identity(self.saved, self.identity, self.settings, cfg)

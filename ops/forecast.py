@@ -276,7 +276,7 @@ def block_activations(run, is_first=False):
     c, w = run.config, run.itemsize
     lora_ranks, is_trained = {}, {}
     for name, shape, _, trained in run.parameters:
-        if name.startswith("model.layers.0."):
+        if name.startswith("model.layers."):  # with --freeze, what is trained in any block counts in all
             # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
             names = name.split(".")
             layer = names[4] if "_proj" in name or "_norm" in name else names[3]

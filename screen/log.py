@@ -240,6 +240,8 @@ class Log:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trained = f"{n_trained:,} trained with LoRA" if cfg.use_lora else "all trained"
+        if cfg.freeze:
+            trained = f"{n_trained:,} trained"
         strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.world_size > 1 else ""
         model_line = (f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
                       f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"

@@ -267,9 +267,11 @@ EXPLAINED = {
     "merge_lora merge_adapter save_merged_lora lora_merge":
         "python tools/merge.py ADAPTER OUT merges after training",
     "freeze_trainable_layers unfrozen_parameters freeze_parameters trainable_parameters train_layers "
-    "freeze_vision_tower":
-        "layers can't be frozen one by one; --use_lora --lora_targets REGEX trains adapters in some of "
-        "them",
+    "freeze_layers freeze_embeddings freeze_modules":
+        "--freeze NAMES freezes parts of the model: names with commas, such as embed_tokens,layers.0, or a "
+        "regular expression",
+    "freeze_vision_tower freeze_multi_modal_projector freeze_vit freeze_aligner":
+        "only the text model of a multimodal one is trained; all else in its directory stays as it is",
     "neftune_noise_alpha neftune_alpha":
         "there is no NEFTune: noise drawn for each micro-batch would make the loss depend on how a step "
         "is split",
