@@ -57,8 +57,7 @@ class Config:
     chat_template: str | None = setting(None, "Jinja file, or the name of one of the model's templates",
                                         env="CHAT_TEMPLATE")
     template_kwargs: str | None = setting(None, "variables of the template: '{\"enable_thinking\": false}'")
-    freeze: str | None = setting(None, "parts that stay as they are: names with commas, or a regular expression",
-                                 unless="use_lora")
+    freeze: str | None = setting(None, "names of parts that are not trained, or a regex", unless="use_lora")
     resize_embeddings: bool = setting(False, "add rows for a tokenizer with more ids than the embedding")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")

@@ -175,9 +175,9 @@ def read(directory):
     """
     config, ranks = read_config(directory), lora_ranks(pretrained.weight_entries(directory))
     if others := [name for name in ranks if not name.startswith("model.layers.") and "layers." in name]:
-        raise UserError(f"the adapter {directory} has tensors for {others[0]:.200} ({len(others)} such layers): "
-                        "only layers of the text model are trained here; train the adapter with PEFT, or "
-                        "start a new one")
+        raise UserError(f"the adapter {directory} has tensors for {others[0]:.200} ({len(others)} such "
+                        "layers): only layers of the text model are trained here; train the adapter with "
+                        "PEFT, or start a new one")
     return config, ranks
 
 

@@ -458,7 +458,8 @@ class ShardMap:
 def shard_map(model, directory):
     """The ShardMap of a model directory, for the checkpoints of a run that trains `model`.
 
-    Every rank calls it. Frozen parameters are copied too: they then are what they were, in whichever dtype the model computes.
+    Every rank calls it. Frozen parameters are copied too: they then are what they were, in whichever dtype
+    the model computes.
 
     Raises UserError if a frozen parameter has more rows than the directory (--resize_embeddings).
     """

@@ -100,7 +100,7 @@ FAMILIES = {
                           mlp_bias="mlp_bias", supported=dict(clip_qkv=None, use_sliding_window=False)),
 }
 # model_type of a config.json with a nested text_config -> model_type of a text_config that has none
-NESTED = {}
+NESTED = {"mistral3": "mistral"}
 
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
 REFUSED = {

@@ -8,7 +8,7 @@ from settings.errors import UserError
 
 
 def read_names(text, flag):
-    """(entries, pattern) of a setting that names parts of a model: names with commas, or a regular expression.
+    """(entries, pattern) of a setting that names parts of a model, with commas or a regular expression.
 
     entries  the names; of a regular expression only itself
     pattern  the compiled regular expression; None for names

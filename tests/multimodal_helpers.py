@@ -7,7 +7,6 @@ import shutil
 import torch
 import transformers
 from helpers import TINY
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from disk import pretrained

@@ -107,6 +107,18 @@ def merge(cfg):
     for name, content in exported.items():
         os.makedirs(os.path.dirname(os.path.join(temporary, name)), exist_ok=True)
         files.write_file(os.path.join(temporary, name), content)
+    write_weights(temporary, contents, shapes, merged, dtype)
+    os.replace(temporary, cfg.out)
+    print(printable(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}\n"
+                    f"saved    {cfg.out} (Hugging Face model directory)\n"
+                    f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}"))
+
+
+def write_weights(directory, contents, shapes, merged, dtype):
+    """Write the weight files: tensors of {name: shape}, which merged(name) makes, and those that are copied.
+
+    contents  pretrained.Contents of the base
+    """
     stored = {contents.names.in_files(name): name for name in shapes}
     sizes = {name: math.prod(shapes[ours]) * dtype.itemsize for name, ours in stored.items()}
     sizes.update((name, entry.n_bytes) for name, entry in contents.others.items())
@@ -115,14 +127,10 @@ def merge(cfg):
     names_by_file = saving.assign_to_files(sizes, "model", math.ceil(sum(sizes.values()) / FILE_BYTES))
     for file, names in names_by_file.items():
         tensors = {name: merged(stored[name]).to(dtype) if name in stored else copied[name] for name in names}
-        writer.write_safetensors(os.path.join(temporary, file), tensors)
+        writer.write_safetensors(os.path.join(directory, file), tensors)
     if len(names_by_file) > 1:
-        files.write_file(os.path.join(temporary, pretrained.INDEX_FILE),
+        files.write_file(os.path.join(directory, pretrained.INDEX_FILE),
                          saving.index_content(names_by_file, sum(sizes.values())))
-    os.replace(temporary, cfg.out)
-    print(printable(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}\n"
-                    f"saved    {cfg.out} (Hugging Face model directory)\n"
-                    f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}"))
 
 
 def temporary_directory(out):
