@@ -1,22 +1,27 @@
 """The text model of a multimodal directory is trained; all else in it is in each checkpoint as it was."""
 
 import json
+import math
+import re
 import shutil
+import sys
 import warnings
 
 import peft
 import pytest
 import torch
 from checkpoint_helpers import Run
-from helpers import run_all
+from helpers import EXAMPLES, make_directory, model_directory, run_all, tensors_of
 from multimodal_helpers import IS_TEXT, READ, SPELLINGS, check_kept, loading_info, multimodal, raw_tensors
 from safetensors.torch import load_file, save_file
 
 import chat
-from disk import checkpoint, files, pretrained
+from disk import checkpoint, files, pretrained, saving
+from model import generate
 from ops.attention import Documents
 from settings.errors import UserError
 from tools import merge as merging
+from tools import plan, show
 
 TOKENS = torch.arange(3, 40)
 SHORT = ("--batch_size", "2", "--max_length", "64", "--max_steps", "2", "--cache_dir", "none")
@@ -112,8 +117,6 @@ def test_directories_that_do_not_fit_are_refused(tmp_path):
 
 def test_without_a_text_config_only_known_extras_are_kept(train, tmp_path):
     """mtp.* of a text model; any other tensor is an error, as it always was."""
-    from helpers import model_directory, tensors_of
-
     mtp = {"mtp.norm.weight": torch.arange(4).half()}
     directory = model_directory(tmp_path / "m", None, lambda tensors: tensors.update(mtp))
     train(*SHORT, "--max_steps", 1, model=directory)
@@ -202,3 +205,50 @@ def test_an_adapter_of_peft_continues(train, tmp_path, kind):
     if kind != "qwen3_5":  # whose vision tower has other names
         with pytest.raises(UserError, match="only layers of the text model are trained here"):
             train("--use_lora", "--resume_adapter", tmp_path / "both", model=directory)
+
+
+def test_new_rows_are_in_the_text_config(train, tmp_path):
+    """--resize_embeddings; the resumed run, chat.py and transformers find them."""
+    directory = multimodal(tmp_path / "m", READ[0])
+    tokenizer = make_directory(tmp_path / "t", None, special=[f"<new_{i}>" for i in range(12)])
+    flags = (*SHORT, "--tokenizer", tokenizer, "--resize_embeddings", "--lr", "0", "--weight_decay", "0")
+    train(*flags, "--max_steps", 1, model=directory)
+    train(*flags, "--max_steps", 2, "--resume_from", "auto", model=directory)
+    step, before = tmp_path / "out" / "checkpoints" / "step_2", files.read_json(directory / "config.json")
+    expected = {**before, "text_config": {**before["text_config"], "vocab_size": 2060}}
+    assert files.read_json(step / "config.json") == expected
+    model, info = loading_info(step)
+    assert model.get_input_embeddings().weight.shape[0] == 2060 and not info["missing_keys"]
+    assert chat.load(str(step))[0].config.vocab_size == 2060
+    old, new = raw_tensors(directory), raw_tensors(step)
+    assert all(old[name] == new[name] for name in old if not IS_TEXT.fullmatch(name))
+
+
+def test_the_other_programs_read_such_a_directory(tmp_path, capsys, monkeypatch):
+    """tools/plan.py counts the text model; tools/show.py and chat.py read tokenizer and model."""
+    directory = str(multimodal(tmp_path / "m", READ[0]))
+    plan.plan(plan.Config(model=directory, dtype="fp32"))
+    assert re.search(r"^peak .* per rank", capsys.readouterr().out, re.M)
+    monkeypatch.setattr(sys, "argv", ["show.py", "show", EXAMPLES, "--model", directory, "-n", "1"])
+    show.main()
+    assert "---" in capsys.readouterr().out
+    model, _, _ = chat.load(directory)
+    text = [shape for name, (_, _, shape, _) in raw_tensors(tmp_path / "m").items() if IS_TEXT.fullmatch(name)]
+    assert model.n_parameters == sum(map(math.prod, text))
+    assert len(list(generate(model, [5, 6, 7], 3, []))) == 3
+
+
+def test_frozen_parts_of_the_text_model(train, tmp_path):
+    """They are copied as the vision tower is, from a file in bf16 and fp32, by a run in bf16."""
+    directory = multimodal(tmp_path / "m", READ[0], files=2)
+    train(*SHORT, "--lr", "1e-2", "--dtype", "bf16", "--freeze", "layers.0,embed_tokens", model=directory)
+    check_kept(directory, tmp_path / "out" / "checkpoints" / "step_2", frozen=("layers.0.", "embed_tokens"))
+
+
+def test_values_beyond_fp16_widen_the_dtype_of_both_configs():
+    config = {"dtype": "float16", "text_config": {"dtype": "float16", "vocab_size": 1}}
+    shard_map = pretrained.ShardMap({"f": {"w": "F16"}}, {"w": "w"}, {})
+    exported = {"config.json": json.dumps(config).encode()}
+    saving.widen(shard_map, exported, {"w": torch.tensor([1e6])})
+    assert exported["config.json"] == {"dtype": "float32", "text_config": {"dtype": "float32", "vocab_size": 1}}
+    assert shard_map.codes == {"f": {"w": "F32"}}
