@@ -313,6 +313,10 @@ class RunState:
         """Print a warning if conversations are longer than the model's positions go."""
         limit = self.paths.config.max_positions
         n_longer = int((train_set.n_tokens > limit).sum())
+        if n_longer and any(rope and rope.ends_at_length for rope in self.paths.config.ropes):
+            raise UserError(f"{n_longer:,} of {len(train_set):,} conversations have more than {limit:,} "
+                            "tokens, and the model's dynamic rope scaling is supported up to there; "
+                            f"--max_length {limit} cuts them")
         if n_longer and self.is_writer:
             print(f"warning: {n_longer:,} of {len(train_set):,} conversations have more than {limit:,} "
                   f"tokens, the model's max_position_embeddings; the longest has "

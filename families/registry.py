@@ -4,7 +4,13 @@ import importlib
 
 import model
 
-MODULES = {}  # model_type -> module of families/ whose CausalLM it is
+# model_type -> module of families/ whose CausalLM it is
+MODULES = {
+    "ministral3": "ministral3",
+    "olmo2": "olmo",
+    "olmo3": "olmo",
+    "phi3": "phi3",
+}
 
 
 def causal_lm(config):
