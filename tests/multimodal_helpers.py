@@ -16,7 +16,9 @@ TEXT = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_la
             num_key_value_heads=2, head_dim=16, max_position_embeddings=4096)
 SIGLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16,
               patch_size=8)
-KINDS = {  # model_type: values of its config.json
+KINDS = {  # name: values of config.json; its model_type is the name up to the first space
+    "mistral3 of ministral3": dict(text_config=dict(TEXT, model_type="ministral3"),
+                                   vision_config=dict(SIGLIP, model_type="pixtral", head_dim=8)),
     "mistral3": dict(text_config=dict(TEXT, model_type="mistral", sliding_window=None, tie_word_embeddings=False),
                      vision_config=dict(SIGLIP, model_type="pixtral", head_dim=8), tie_word_embeddings=False),
     "gemma3": dict(text_config=dict(TEXT, layer_types=["sliding_attention", "full_attention"]), vision_config=SIGLIP,
@@ -27,7 +29,7 @@ KINDS = {  # model_type: values of its config.json
                     vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32,
                                        patch_size=4, num_position_embeddings=16), tie_word_embeddings=False),
 }
-READ = [kind for kind in KINDS if kind in config.NESTED]  # those whose text model is supported
+READ = [kind for kind in KINDS if kind.split()[0] in config.NESTED]  # those whose text model is supported
 PROCESSOR = {"preprocessor_config.json": b'{"size":  1}\r\n', "processor_config.json": b'{"b": 1, "a": 2.50}',
              "video_preprocessor_config.json": b"{}", "chat_template.json": b'{"chat_template": ""}'}
 # The prefixes of text model and head in files: of transformers 5 in memory, of published ones, of older versions
@@ -46,7 +48,7 @@ def multimodal(directory, kind, spelling=None, files=1):
     Beside the model's own tensors there are some of a head for further tokens, and some of dtypes that no weight has.
     """
     torch.manual_seed(0)
-    values = transformers.AutoConfig.for_model(kind, **KINDS[kind])
+    values = transformers.AutoConfig.for_model(kind.split()[0], **KINDS[kind])
     model = transformers.AutoModelForImageTextToText.from_config(values)
     with torch.no_grad():
         for name, p in model.named_parameters():

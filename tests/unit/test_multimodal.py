@@ -24,6 +24,7 @@ from tools import merge as merging
 from tools import plan, show
 
 TOKENS = torch.arange(3, 40)
+UNTIED = "mistral3"
 SHORT = ("--batch_size", "2", "--max_length", "64", "--max_steps", "2", "--cache_dir", "none")
 
 
@@ -42,7 +43,7 @@ def test_a_checkpoint_has_all_tensors_and_files(train, tmp_path, kind):
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_and_layout_round_trips_to_the_byte(train, tmp_path, spelling):
-    directory = multimodal(tmp_path / "m", READ[0], spelling, files=3)
+    directory = multimodal(tmp_path / "m", UNTIED, spelling, files=3)
     train(*SHORT, "--lr", "0", "--max_steps", "1", model=directory)
     step = tmp_path / "out" / "checkpoints" / "step_1"
     assert raw_tensors(step) == raw_tensors(directory)
@@ -53,7 +54,7 @@ def test_every_spelling_and_layout_round_trips_to_the_byte(train, tmp_path, spel
 @pytest.mark.parametrize("in_background", [False, True])
 def test_checkpoints_do_not_need_the_directory(tmp_path, in_background):
     """It is removed before the first save, and each checkpoint when the next one is there."""
-    directory = multimodal(tmp_path / "m", READ[0], files=2)
+    directory = multimodal(tmp_path / "m", UNTIED, files=2)
     run = Run(directory, tmp_path / "out")
     original = shutil.copytree(directory, tmp_path / "copy")
     run.files = files.read_bytes(directory, ["config.json", *pretrained.PROCESSOR_FILES])
@@ -67,7 +68,7 @@ def test_checkpoints_do_not_need_the_directory(tmp_path, in_background):
 
 def test_a_source_that_was_overwritten_is_not_copied(tmp_path):
     """With other bytes in the same file, or fewer: no checkpoint, and the error says why."""
-    directory = multimodal(tmp_path / "m", READ[0])
+    directory = multimodal(tmp_path / "m", UNTIED)
     path = directory / "model.safetensors"
     content = bytearray(path.read_bytes())
     for new in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1]):
@@ -87,7 +88,7 @@ def with_tensors(directory, **tensors):
 
 def test_directories_that_do_not_fit_are_refused(tmp_path):
     """A text tensor is missing, or too much, or quantised; two text models, two heads: the directory's own names."""
-    source = multimodal(tmp_path / "m", READ[0], "language_model.model.")
+    source = multimodal(tmp_path / "m", UNTIED, "language_model.model.")
 
     def error(name, change):
         directory = shutil.copytree(source, tmp_path / name)
@@ -131,8 +132,8 @@ def test_without_a_text_config_only_known_extras_are_kept(train, tmp_path):
 @pytest.mark.full
 def test_several_ranks_copy_and_resume(tmp_path):
     """Files as they were, or one for each rank; with --async_save, tensor parallel, offload; then a resume."""
-    directory = multimodal(tmp_path / "m", READ[0], files=2)
-    one_file = multimodal(tmp_path / "one", READ[0])
+    directory = multimodal(tmp_path / "m", UNTIED, files=2)
+    one_file = multimodal(tmp_path / "one", UNTIED)
     flags = (*SHORT, "--lr", "1e-2", "--save_steps", "1", "--timeout", "60")
     runs = [(2, ("--model", directory, "--output_dir", "two", *flags, "--async_save")),
             (2, ("--model", one_file, "--output_dir", "split", *flags, "--strategy", "megatron", "--tp", "2")),
@@ -151,7 +152,7 @@ def full_logits(directory, adapter=None):
     model = loading_info(directory)[0]
     if adapter:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # missing or unexpected keys
+            warnings.filterwarnings("error", "Found missing adapter keys")
             model = peft.PeftModel.from_pretrained(model, adapter)
         adapted = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
         assert adapted and all(".language_model.layers." in name for name in adapted)
@@ -209,7 +210,7 @@ def test_an_adapter_of_peft_continues(train, tmp_path, kind):
 
 def test_new_rows_are_in_the_text_config(train, tmp_path):
     """--resize_embeddings; the resumed run, chat.py and transformers find them."""
-    directory = multimodal(tmp_path / "m", READ[0])
+    directory = multimodal(tmp_path / "m", UNTIED)
     tokenizer = make_directory(tmp_path / "t", None, special=[f"<new_{i}>" for i in range(12)])
     flags = (*SHORT, "--tokenizer", tokenizer, "--resize_embeddings", "--lr", "0", "--weight_decay", "0")
     train(*flags, "--max_steps", 1, model=directory)
@@ -226,7 +227,7 @@ def test_new_rows_are_in_the_text_config(train, tmp_path):
 
 def test_the_other_programs_read_such_a_directory(tmp_path, capsys, monkeypatch):
     """tools/plan.py counts the text model; tools/show.py and chat.py read tokenizer and model."""
-    directory = str(multimodal(tmp_path / "m", READ[0]))
+    directory = str(multimodal(tmp_path / "m", UNTIED))
     plan.plan(plan.Config(model=directory, dtype="fp32"))
     assert re.search(r"^peak .* per rank", capsys.readouterr().out, re.M)
     monkeypatch.setattr(sys, "argv", ["show.py", "show", EXAMPLES, "--model", directory, "-n", "1"])
@@ -240,7 +241,7 @@ def test_the_other_programs_read_such_a_directory(tmp_path, capsys, monkeypatch)
 
 def test_frozen_parts_of_the_text_model(train, tmp_path):
     """They are copied as the vision tower is, from a file in bf16 and fp32, by a run in bf16."""
-    directory = multimodal(tmp_path / "m", READ[0], files=2)
+    directory = multimodal(tmp_path / "m", UNTIED, files=2)
     train(*SHORT, "--lr", "1e-2", "--dtype", "bf16", "--freeze", "layers.0,embed_tokens", model=directory)
     check_kept(directory, tmp_path / "out" / "checkpoints" / "step_2", frozen=("layers.0.", "embed_tokens"))
 
