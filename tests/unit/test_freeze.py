@@ -99,8 +99,9 @@ def test_new_rows_can_not_be_frozen(tmp_path, base):
 
 def test_the_forecast_counts_gradients_and_moments_of_trained_ones():
     """Against the parameters themselves, in bf16 on several GPUs: 2 bytes for a frozen one, 4 for a trained one."""
-    cfg = sft.Config(model=TINY, freeze="embed_tokens,layers.0", dtype="bf16")
+    cfg = sft.Config(model=TINY, freeze="embed_tokens,layers.0", dtype="bf16", param_offload=True)
     model, _ = sft.build(cfg, ModelPaths.find(TINY), processes.single_process(torch.device("meta")))
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
     run = forecast.PlannedRun.of(model, cfg, world_size=2, cuda=True)
     sizes = forecast.states(run)
     counts = {trained: sum(-(-p.shape[0] // 2) * p[0].numel() for p in model.parameters()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -81,9 +82,19 @@ def test_a_source_that_was_overwritten_is_not_copied(tmp_path):
         assert checkpoint.steps_in(run.root) == []
 
 
-def with_tensors(directory, **tensors):
-    save_file({**load_file(directory / "model.safetensors"), **tensors}, directory / "model.safetensors",
-              {"format": "pt"})
+def test_after_the_first_save_the_source_is_the_last_checkpoint(tmp_path):
+    """So the directory may even be overwritten, and no removed checkpoint's space is held by an open file."""
+    directory = multimodal(tmp_path / "m", UNTIED)
+    original, run = shutil.copytree(directory, tmp_path / "copy"), Run(directory, tmp_path / "out")
+    run.files = files.read_bytes(directory, ["config.json", *pretrained.PROCESSOR_FILES])
+    run.save(1)
+    with open(directory / "model.safetensors", "r+b") as f:
+        f.write(bytes(os.path.getsize(directory / "model.safetensors")))
+    run.save(2)
+    check_kept(original, tmp_path / "out" / "step_2")
+    sources = {os.readlink(f"/proc/self/fd/{tensor.source.fileno()}")
+               for copied in run.shard_map.copied.values() for tensor in copied.values()}
+    assert sources == {str(tmp_path / "out" / "step_2" / "model.safetensors")}
 
 
 def test_directories_that_do_not_fit_are_refused(tmp_path):
