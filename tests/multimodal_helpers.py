@@ -28,6 +28,10 @@ KINDS = {  # name: values of config.json; its model_type is the name up to the f
                                      linear_value_head_dim=8),
                     vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32,
                                        patch_size=4, num_position_embeddings=16), tie_word_embeddings=False),
+    "gemma4": dict(text_config=dict(TEXT, global_head_dim=16, layer_types=["sliding_attention", "full_attention"],
+                                    hidden_size_per_layer_input=0, num_kv_shared_layers=0),
+                   vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+                                      num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16)),
 }
 READ = [kind for kind in KINDS if kind.split()[0] in config.NESTED]  # those whose text model is supported
 PROCESSOR = {"preprocessor_config.json": b'{"size":  1}\r\n', "processor_config.json": b'{"b": 1, "a": 2.50}',

@@ -11,9 +11,10 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from checkpoint_helpers import Run
 from helpers import EXAMPLES, make_directory, model_directory, run_all, tensors_of
-from multimodal_helpers import IS_TEXT, READ, SPELLINGS, check_kept, loading_info, multimodal, raw_tensors
+from multimodal_helpers import IS_TEXT, KINDS, READ, SPELLINGS, check_kept, loading_info, multimodal, raw_tensors
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -95,6 +96,22 @@ def test_after_the_first_save_the_source_is_the_last_checkpoint(tmp_path):
     sources = {os.readlink(f"/proc/self/fd/{tensor.source.fileno()}")
                for copied in run.shard_map.copied.values() for tensor in copied.values()}
     assert sources == {str(tmp_path / "out" / "step_2" / "model.safetensors")}
+
+
+@pytest.mark.parametrize("spelling", [None, *SPELLINGS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_model_is_found(tmp_path, kind, spelling):
+    """All tensors of transformers' text-only class, and no others, in each spelling."""
+    directory = multimodal(tmp_path / "m", kind, spelling)
+    contents = pretrained.Contents.of(directory)
+    whole = transformers.AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        text = transformers.AutoModelForCausalLM.from_config(whole.get_text_config())
+    tied = {"lm_head.weight"} if whole.tie_word_embeddings else set()
+    assert set(contents.entries) == set(text.state_dict()) - tied
+    stored = pretrained.stored_entries(directory)
+    assert {contents.names.in_files(name) for name in contents.entries} | set(contents.others) == set(stored)
+    assert contents.strays == [] and any("vis" in name for name in contents.others)
 
 
 def test_directories_that_do_not_fit_are_refused(tmp_path):
