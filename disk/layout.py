@@ -14,7 +14,7 @@ from settings.errors import UserError
 HEAD = "lm_head.weight"
 # Tensors that only a text model has under one prefix; a vision tower has layers, but no embed_tokens.
 ANCHOR = re.compile(r"((?:.*?\.)?)(embed_tokens\.weight|norm\.weight|layers\.0\.).*")
-PARTS = ("embed_tokens", "layers", "norm")  # of a text model whose prefix is `model.`, as model.visual's is
+PARTS = ("embed_tokens", "layers", "norm")  # of a text model with a prefix that other models have too
 # Layers that predict further tokens, for faster inference. Neither transformers nor this trainer reads them.
 MTP = re.compile(r"(model\.|language_model\.)*mtp[._]")
 # What PEFT's names begin with instead of `model.`: in a multimodal model of transformers 5, and of older ones
@@ -91,7 +91,7 @@ class TextNames:
             return HEAD
         rest = name.removeprefix(self.prefix)
         is_other = not name.startswith(self.prefix) or MTP.match(name)
-        if is_other or (self.prefix == "model." and rest.partition(".")[0] not in PARTS):
+        if is_other or (self.prefix in ("", "model.") and rest.partition(".")[0] not in PARTS):
             return None
         return "model." + rest
 
