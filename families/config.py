@@ -294,7 +294,8 @@ def check_values(values, family):
     supported = {"partial_rotary_factor": 1} if not family.partial_rotary else {}
     for key, value in {**supported, **SUPPORTED, **family.supported}.items():
         if values.get(key, value) not in (value, None):
-            advice = f"; set it to 0 to train without {key}" if key.endswith(("_dropout", "_pdrop")) else ""
+            is_dropout = key.endswith(("_dropout", "_pdrop"))
+            advice = "; set the model's dropouts to 0 there to train without" if is_dropout else ""
             raise UserError(f"config.json: {key} is {values[key]!r:.60}; only {value!r} is supported{advice}")
     for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1), ("logits_scaling", 1e-6),
                      ("embedding_multiplier", 0), ("residual_multiplier", 0), ("attention_multiplier", 0),
@@ -320,8 +321,8 @@ def check_not_quantized(config):
             method = " ".join([str(method), *bits])
         raise UserError(f"config.json: {key} is {method!s:.60}: the weights are stored quantised, and a "
                         "quantised model can't be trained; use the original weights as --model (mostly the "
-                        "same name without -bnb-4bit, -GPTQ, -AWQ or -FP8), with --use_lora --quantize nf4 "
-                        "to store them in 4 bits here")
+                        "same name without -bnb-4bit, -GPTQ, -AWQ or -FP8; with -BF16 for Ministral 3), with "
+                        "--use_lora --quantize nf4 to store them in 4 bits here")
 
 
 def check_number(config, key, low):

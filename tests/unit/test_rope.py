@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Operations, attempt
+from helpers import Operations, attempt, two_layers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -11,6 +11,7 @@ from families.config import FAMILIES, ModelConfig
 from families.registry import causal_lm
 from model import generate
 from ops.attention import Documents
+from settings.errors import UserError
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None, pad_token_id=0)
@@ -163,6 +164,15 @@ def test_dynamic_scaling_of_internlm3_up_to_its_limit():
     for documents in (Documents.of((4, 21)), Documents.of((1,), first_position=20)):
         _, error = attempt(model.rope_cos_sin, documents, config.ropes[0])
         assert "--max_length 20" in error
+
+
+def test_longer_conversations_than_dynamic_scaling_supports_are_refused_before_the_first_step(train, tmp_path):
+    """Those of the example data have up to some hundred tokens; the error says which --max_length would do."""
+    directory = two_layers(tmp_path / "model", model_type="internlm3", head_dim=32, max_position_embeddings=64,
+                           rope_scaling=dict(rope_type="dynamic", factor=6.0), tie_word_embeddings=False)
+    with pytest.raises(UserError, match="--max_length 64 cuts them"):
+        train("--max_steps", 1, model=directory)
+    assert len(train("--max_steps", 1, "--max_length", 64, model=directory, out="shorter")) == 1
 
 
 # name -> (rope_scaling, what the error says)
