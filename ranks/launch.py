@@ -157,7 +157,7 @@ def supervise(child, n_nodes, code_file):
         nonlocal received, give_up
         if number == received == signal.SIGINT:
             with contextlib.suppress(OSError):  # stderr may be closed
-                os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
+                os.write(2, b"\nstopped without saving; steps that no checkpoint has are lost\n")
             send(signal.SIGKILL, [child, *children(child)])
         if received is None:
             received = number
@@ -196,7 +196,7 @@ def handle_signals(handler):
 def stop_early(number, _):
     """Signal handler while there are no processes yet."""
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{signal.Signals(number).name}: stopped before the first step\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: stopped before training began; nothing new to save\n".encode())
     sys.exit(exit_code(number, has_trained=False))
 
 

@@ -129,10 +129,12 @@ class Ranks:
         if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun ends all ranks
             return
         if number == self.received_signal == signal.SIGINT:
-            write_to_screen("stopped without saving; progress since the last checkpoint is lost")
+            write_to_screen("stopped without saving; steps that no checkpoint has are lost")
             os._exit(EXIT_CODES[number])
         if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
-            message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
+            message = "stopped before training began; nothing new to save"
+            if self.has_polled:
+                message = "finishing this step and saving"
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
             write_to_screen(f"{signal.Signals(number).name}: {message}")
@@ -246,11 +248,12 @@ def check_tp(tp, world_size):
     """Raise UserError if tp, the number of ranks that split each matrix, does not divide the world size."""
     if world_size < tp:
         raise UserError(f"--tp {tp} needs at least {tp} processes, and this run has {world_size}; start it "
-                        f"with ./train.sh --n_gpus {tp} or torchrun --nproc_per_node {tp}")
+                        f"with ./train.sh --n_gpus {tp} or torchrun --nproc_per_node {tp}, or, also to resume "
+                        "a run with fewer, use --strategy fsdp --tp 1")
     if world_size % tp:
         divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(f"--tp {tp} does not divide the {world_size} processes; use one of "
-                        f"{', '.join(divisors)}")
+                        f"{', '.join(divisors)} (1 with --strategy fsdp)")
 
 
 def check_strategy(strategy, tp):
@@ -259,7 +262,7 @@ def check_strategy(strategy, tp):
         check_tp(tp, int(os.environ["WORLD_SIZE"]))
     if (tp > 1) != (strategy == "megatron"):
         raise UserError(f"--strategy {strategy} with --tp {tp}: megatron needs --tp 2 or more, fsdp needs "
-                        "--tp 1; use --strategy megatron --tp 2, or neither")
+                        "--tp 1; use --strategy megatron --tp 2, or --strategy fsdp --tp 1")
 
 
 def start(tp, timeout, deterministic=False, same=None):

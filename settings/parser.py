@@ -410,10 +410,12 @@ def field_name(name, fields):
         return key
     other_names = other_trainers.settings()
     if accepts_verl and (advice := other_trainers.suggestion(name)):
-        raise UserError(f"unknown setting {name!r:.200}, of another trainer: {advice}")
+        raise UserError(f"unknown setting {name!r:.200}, which other trainers have: {advice}")
     near = difflib.get_close_matches(candidate, [*fields, *other_names], n=1, cutoff=0.6)
     if accepts_verl and ("." in name or not near):
         near = difflib.get_close_matches(key, verl.entries(), n=1, cutoff=0.6) or near
+    same = [field for field in fields if other_trainers.letters(field) == other_trainers.letters(name)]
+    near = same or near  # batch.size, Batch_Size
     near = [other_names.get(n, n) for n in near if n not in other_names or other_names[n] in fields]
     nearest = f"; the nearest is {near[0]!r}" if near else ""
     raise UserError(f"unknown setting {name!r:.200}{nearest}; --help lists them all")

@@ -119,6 +119,21 @@ def test_changes_are_printed_and_a_jump_of_the_rate_too(copy, capsys):
     assert "changed:" not in out and "saved " not in out
 
 
+def test_another_number_of_ranks_is_printed(copy, monkeypatch, capsys):
+    """state.json has it; the checkpoint of an older version does not."""
+    load_state = checkpoint.load_state
+    for ranks, line in ((4, "changed: ranks 4 -> 1 (steps hold the same)\n"), (1, ""), (None, "")):
+        def load(directory, ranks=ranks):
+            state = load_state(directory)
+            assert state.pop("ranks") == 1
+            return {**state, "ranks": ranks} if ranks else state
+
+        monkeypatch.setattr(checkpoint, "load_state", load)
+        sft_main("--resume_from", "out")
+        out = capsys.readouterr().out
+        assert line in out and out.count("changed:") == bool(line)
+
+
 @pytest.mark.parametrize("flags, words", [
     (("--seed", 1), ["seed 42 then, 1 now", "type --seed 42"]),
     (("--batch_size", 4), ["batch_size 2 then, 4 now", "type --batch_size 2"]),

@@ -390,9 +390,15 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
 
 @pytest.mark.parametrize("arguments, say", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'"),
-    (["--learning_rate=1"], "unknown setting 'learning_rate', of another trainer: learning_rate of other trainers is --lr X here"),
-    (["--max_seq_length", "9"], "max_seq_length of other trainers is --max_length N here"),
-    (["--num-train-epochs", "9"], "num_train_epochs of other trainers is --epochs N here"),
+    (["--learning_rate=1"], "unknown setting 'learning_rate', which other trainers have: type --lr X"),
+    (["--learning-rate", "1"], "unknown setting 'learning-rate', which other trainers have: type --lr X"),
+    (["learning.rate=1"], "unknown setting 'learning.rate', which other trainers have: type --lr X"),
+    (["--deep-speed", "a.json"], "unknown setting 'deep-speed', which other trainers have: ./train.sh --n_gpus N"),
+    (["batch.size=1"], "unknown setting 'batch.size'; the nearest is 'batch_size'"),
+    (["--Batch-Size", "1"], "unknown setting 'Batch-Size'; the nearest is 'batch_size'"),
+    (["--LR", "1"], "unknown setting 'LR'; the nearest is 'lr'"),
+    (["--max_seq_length", "9"], "type --max_length N"),
+    (["--num-train-epochs", "9"], "type --epochs N"),
     (["epoch=3"], "unknown setting 'epoch'; the nearest is 'epochs'"),
     (["++optim.lrr=3"], "unknown setting 'optim.lrr'; the nearest is 'optim.lr'"),
     (["--no-pakcing"], "unknown setting 'pakcing'; the nearest is 'packing'"),

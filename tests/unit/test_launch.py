@@ -34,7 +34,8 @@ def train_sh(*arguments, cwd, **env):
 
 @pytest.mark.parametrize("arguments, line", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'; --help lists them all"),
-    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; use one of 1, 3")],
+    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; use one of 1, 3 "
+     "(1 with --strategy fsdp)")],
     ids=str)
 def test_a_wrong_setting_of_several_ranks_is_one_line(arguments, line, tmp_path):
     """It is found before torchrun starts."""
@@ -207,7 +208,7 @@ def test_a_node_that_waits_says_so_and_ends_at_the_first_signal(launch):
     for number, run in runs:
         out, err = run.communicate(timeout=20)
         assert run.returncode == 128 + number
-        assert err == f"\n{signal.Signals(number).name}: stopped before the first step\n"
+        assert err == f"\n{signal.Signals(number).name}: stopped before training began; nothing new to save\n"
 
 
 def test_nohup_keeps_a_waiting_node_alive(launch):
@@ -302,7 +303,7 @@ def test_a_second_ctrl_c_kills_all(launch, tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=10)[1]  # the workers share this pipe, so it closes with the last of them
     assert process.returncode == 130
-    assert err == "\nstopped without saving; progress since the last checkpoint is lost\n"
+    assert err == "\nstopped without saving; steps that no checkpoint has are lost\n"
 
 
 # ----------------------------------------------------------------------------------------------------

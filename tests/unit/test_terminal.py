@@ -10,12 +10,17 @@ from settings.errors import UserError
 
 
 def test_commands_and_lines_that_are_not_prompts(monkeypatch, capsys):
-    """/help and empty lines ask again; text that is not UTF-8 too; the end of the input is /quit."""
-    typed = iter(["", " /help ", "a\udcff", " hello "])
+    """/help, unknown commands and empty lines ask again; text that is not UTF-8 too; the end of the input is /quit."""
+    typed = iter(["", " /help ", "/foo", "/?", "a\udcff", " hello "])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert terminal.read_prompt(is_interactive=True) == "hello"
-    shown = capsys.readouterr().out
-    assert terminal.HELP in shown and "not UTF-8" in shown
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == [terminal.HELP, f"no command /foo; {terminal.HELP}", f"no command /?; {terminal.HELP}"]
+    assert "not UTF-8" in shown[3] and len(shown) == 4
+
+    for line in ("/reset", "/quit", "/etc/hosts", "/foo is a path", "// a comment"):  # the last three are prompts
+        monkeypatch.setattr("builtins.input", lambda prompt, line=line: line)
+        assert terminal.read_prompt(is_interactive=True) == line
 
     for error in EOFError, KeyboardInterrupt:
         def end(prompt, error=error):
