@@ -196,7 +196,8 @@ def handle_signals(handler):
 def stop_early(number, _):
     """Signal handler while there are no processes yet."""
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{signal.Signals(number).name}: stopped before training began; nothing new to save\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopped before training began; nothing new to save\n".encode())
     sys.exit(exit_code(number, has_trained=False))
 
 

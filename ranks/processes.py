@@ -248,8 +248,8 @@ def check_tp(tp, world_size):
     """Raise UserError if tp, the number of ranks that split each matrix, does not divide the world size."""
     if world_size < tp:
         raise UserError(f"--tp {tp} needs at least {tp} processes, and this run has {world_size}; start it "
-                        f"with ./train.sh --n_gpus {tp} or torchrun --nproc_per_node {tp}, or, also to resume "
-                        "a run with fewer, use --strategy fsdp --tp 1")
+                        f"with ./train.sh --n_gpus {tp} or torchrun --nproc_per_node {tp}, or, also to "
+                        "resume a run with fewer, use --strategy fsdp --tp 1")
     if world_size % tp:
         divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(f"--tp {tp} does not divide the {world_size} processes; use one of "
