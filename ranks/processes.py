@@ -257,7 +257,11 @@ def check_tp(tp, world_size):
 
 
 def check_strategy(strategy, tp):
-    """Raise UserError if --strategy and --tp contradict each other, or tp does not suit the ranks started."""
+    """Raise UserError if --strategy and --tp contradict each other, or do not suit the ranks started."""
+    try:
+        cluster.check_rank(os.environ)
+    except cluster.ClusterError as error:
+        raise UserError(str(error)) from error
     if "WORLD_SIZE" in os.environ:
         check_tp(tp, int(os.environ["WORLD_SIZE"]))
     if (tp > 1) != (strategy == "megatron"):

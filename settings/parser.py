@@ -449,7 +449,7 @@ def convert(field, text, origin):
         raise UserError(f"{rule}one of {', '.join(choices)}{nearest}")
     stays = field.name in ("prompt", "system") or text == field.default  # prose of chat.py; --cache_dir
     # a shell expands ~ only at the beginning of a word, not in a YAML file or in --output_dir=~/x
-    return os.path.expanduser(text) if text.startswith("~/") and not stays else text
+    return os.path.expanduser(text) if re.match(r"~[\w.-]*/", text) and not stays else text
 
 
 def number(text, kind, default):

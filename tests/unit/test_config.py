@@ -660,6 +660,14 @@ def test_the_environment_may_name_a_file(variables, yaml_file):
     assert changed() == {}
 
 
+def test_an_empty_home_is_none(monkeypatch):
+    """Otherwise ~/.cache would be /.cache."""
+    monkeypatch.setenv("HOME", "")
+    found = []
+    errors.run(lambda: found.append(os.path.expanduser("~/x")))
+    assert found[0] not in ("/x", "~/x")
+
+
 def test_a_wrong_value_in_a_variable_is_an_error(variables):
     """The error names the variable."""
     variables(LEARNING_RATE="fast")
@@ -882,6 +890,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(name, yaml_file, monkeypatc
     monkeypatch.setenv("HOME", "/home/me")
     for arguments in (["--config", yaml_file(f"{name}: ~/x")], [f"--{name}=~/x"], [f"{name}=~/x"]):
         assert getattr(parse(*arguments), name) == "/home/me/x"
+    assert getattr(parse(f"--{name}=~root/x"), name) == os.path.expanduser("~root/x") != "~root/x"
     assert parser.parse(chat.Config, ["--prompt", "~/x?"])[0].prompt == "~/x?"
 
 

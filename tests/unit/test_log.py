@@ -268,6 +268,9 @@ def test_sample_prompts_may_be_rows(train, tmp_path):
     assert prompt == "three"
     assert "SECRET" not in text
     assert text.endswith("three<|im_end|>\n<|im_start|>assistant\n")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "prompts.txt").write_text("问题\n", encoding=encoding)
+        assert samples.read_prompts(str(tmp_path / "prompts.txt"), tokenizer)[0][0] == "问题"
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="--sample_prompts .*empty.txt: expected prompts, one per line"):
         train(*FAST, "--sample_prompts", tmp_path / "empty.txt")
