@@ -6,7 +6,6 @@ signal, all finish the step, save and exit.
 """
 
 import contextlib
-import ctypes
 import datetime
 import json
 import os
@@ -24,10 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ranks import cluster, gate
 from ranks.failures import BACKEND_TIMEOUT, TICK, Watchdog, code_of, leave_exit_code, print_traceback
-from ranks.launch import CODE_FILE, EXIT_CODES, exit_code, handle_signals
+from ranks.launch import CODE_FILE, EXIT_CODES, end_with_parent, exit_code, handle_signals
 from settings.errors import NonFiniteError, OutOfMemory, UserError
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 PAUSE = 0.05  # seconds between two looks at the store while ranks start
 
 
@@ -305,7 +303,8 @@ def start(tp, timeout, deterministic=False, same=None):
             backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
             # NCCL's own monitor would abort a run that was suspended for 8 minutes. Not tested on a GPU
             os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-    end_with_torchrun()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     store, watchdog = dist.HashStore(), None
     if world_size > 1:
         if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):  # train.sh has done this already
@@ -373,12 +372,6 @@ def wait_for_port(place, timeout):
             if time.monotonic() > until:
                 raise
         time.sleep(PAUSE)
-
-
-def end_with_torchrun():
-    """Let the kernel end this process when torchrun has ended: it would train on, and nobody would see it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def join(store, rank, timeout):

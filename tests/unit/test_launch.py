@@ -15,7 +15,7 @@ import time
 import pytest
 from helpers import ROOT, TESTS
 
-from ranks.launch import EXIT_CODES
+from ranks.launch import EXIT_CODES, children
 from settings import venv
 
 TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
@@ -304,6 +304,24 @@ def test_a_second_ctrl_c_kills_all(launch, tmp_path):
     err = process.communicate(timeout=10)[1]  # the workers share this pipe, so it closes with the last of them
     assert process.returncode == 130
     assert err == "\nstopped without saving; steps that no checkpoint has are lost\n"
+
+
+def test_torchrun_ends_with_a_launcher_that_is_killed(launch, tmp_path):
+    """By SIGKILL, which it can't pass on. The ranks end with torchrun, see test_failures.py; here they are planted."""
+    process = launch("--n_gpus", "2", PLANT="hang")
+    await_workers(tmp_path)
+    (torchrun,) = children(process.pid)
+    workers = children(torchrun)
+    process.kill()
+    process.wait()
+    try:
+        limit = time.monotonic() + 10
+        while os.path.exists(f"/proc/{torchrun}") and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert not os.path.exists(f"/proc/{torchrun}")
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
 
 
 # ----------------------------------------------------------------------------------------------------
