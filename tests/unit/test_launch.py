@@ -226,7 +226,7 @@ def test_nohup_keeps_a_waiting_node_alive(launch):
 
 
 @pytest.mark.parametrize("nodes, line", [
-    ([("2", "0"), ("2", "0")], r"two nodes have NODE_RANK 0 \(.*\); set NODE_RANK to 0, 1, ... 1, each on one node"),
+    ([("2", "0"), ("2", "0")], r"two nodes have NODE_RANK 0 \(.*\); give each node a number of its own, from 0 to 1"),
     ([("3", "0"), ("2", "1")], r"node 1 \(.*\) has NNODES 2, and node 0 \(.*\) has 3; set the same on all nodes"),
     ([("3", "0"), ("3", "1"), ("3", "1")], r"two nodes have NODE_RANK 1 \(.*")], ids=str)
 def test_nodes_that_do_not_fit_together_are_refused_at_once(nodes, line, launch):
