@@ -45,6 +45,11 @@ def read_prompt(is_interactive):
             return text
 
 
+def shown(text):
+    """A text of the model; for a terminal, which control characters would change, these are escaped."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 def is_command(text):
     """Whether a line is /word, and not a path such as /etc/hosts or a text that begins with a slash."""
     return re.fullmatch(r"/[\w?]*", text) is not None
