@@ -100,9 +100,8 @@ class JsonLines:
                 for number, line in enumerate(f, 1):
                     if line.endswith(b"\n") and step_of(line, f"{path}, line {number}") <= last_step:
                         kept.append(line)
-        with files.naming(path), open(path + ".tmp", "wb") as f:
+        with files.replaced(path, "wb") as f:
             f.writelines(kept)
-        os.replace(path + ".tmp", path)
         # unbuffered: after a failed write, a buffer would be written again when the file is closed
         self.path, self.file = path, open(path, "ab", buffering=0)
 
@@ -251,8 +250,9 @@ class Log:
         if not self.is_already_done:  # the next resume takes its settings from this file
             with files.naming(path):
                 write_yaml(run.cfg, path)  # auto stays auto: another machine chooses
-        files.write_file(os.path.join(self.directory, "ledger.json"), {
-            "model": model_line, "train": train_lines, "validation": val_lines, "ranks": ranks.world_size})
+        with files.replaced(os.path.join(self.directory, "ledger.json"), "wb") as f:
+            f.write(files.encoded({"model": model_line, "train": train_lines, "validation": val_lines,
+                                   "ranks": ranks.world_size}))
 
         print(model_line)
         if tokenizer.is_fallback:

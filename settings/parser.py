@@ -23,6 +23,7 @@ import typing
 
 import yaml
 
+from disk import files
 from settings import other_trainers, verl
 from settings.errors import UserError
 from settings.venv import PROJECT
@@ -562,7 +563,7 @@ def write_yaml(config, path):
     values = dataclasses.asdict(config)
     # With other characters allow_unicode would fold a Unicode line break instead of escaping it.
     is_printable = "".join(map(str, values.values())).isprintable()
-    with open(path, "w", encoding="utf-8") as f:
+    with files.replaced(path, encoding="utf-8") as f:
         print("# Settings of a run, written by sft.py; --config and this file start the same run.", file=f)
         yaml.safe_dump(values, f, sort_keys=False, allow_unicode=is_printable)
 

@@ -106,6 +106,36 @@ def test_the_interface_that_leads_to_the_other_nodes(monkeypatch):
     assert cluster.use_interface("192.0.2.7", {}) == ""
 
 
+def test_the_address_of_a_host_whose_name_means_itself(monkeypatch):
+    """Debian's /etc/hosts has 127.0.1.1 for the host's own name: then the default route decides."""
+    routes = {"10.0.0.1": "10.0.0.2", "own-name": "127.0.1.1", "192.0.2.1": "10.0.0.7"}
+
+    class Socket:
+        def __init__(self, *_):
+            self.name = None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def connect(self, target):
+            if target[0] not in routes:
+                raise OSError("Network is unreachable")
+            self.name = routes[target[0]]
+
+        def getsockname(self):
+            return self.name, 0
+
+    monkeypatch.setattr(cluster.socket, "getaddrinfo", lambda host, port, type: [(2, type, 0, "", (host, port))])
+    monkeypatch.setattr(cluster.socket, "socket", Socket)
+    assert cluster.local_address("10.0.0.1", 1) == "10.0.0.2"
+    assert cluster.local_address("own-name", 1) == "10.0.0.7"
+    del routes["192.0.2.1"]  # a machine without a network
+    assert cluster.local_address("own-name", 1) == "127.0.1.1" and cluster.local_address("gone", 1) == "127.0.0.1"
+
+
 # ---- the manifests --------------------------------------------------------------------------------------------------
 
 
