@@ -109,8 +109,9 @@ class RunState:
     has_saved        whether this process has saved a checkpoint
 
     state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr" and, for
-    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the fingerprint of the "model"
-    that the run started from ("base" with LoRA), and the digests of the training "data" and of "val_data".
+    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the number of "ranks", the
+    fingerprint of the "model" that the run started from ("base" with LoRA), and the digests of the training
+    "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):
@@ -137,6 +138,9 @@ class RunState:
             self.settings = resume.saved_settings(self.resumed, cfg)
         self.step, self.lr = self.saved["step"], self.saved.get("lr")
         self.lines = [*resume.lines(self.resumed, self.settings, cfg, origins), *skipped]
+        self.world_size, before = ranks.world_size, self.saved.get("ranks", ranks.world_size)
+        if before != ranks.world_size:
+            self.lines.append(f"changed: ranks {before!r:.60} -> {ranks.world_size} (steps hold the same)")
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
@@ -394,6 +398,7 @@ class RunState:
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
             "chosen": self.chosen,
+            "ranks": self.world_size,
             "date": self.date,
             "lr": self.lr,
             "total_steps": self.total_steps,

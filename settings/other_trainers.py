@@ -343,15 +343,18 @@ def settings():
 def suggestion(name):
     """What to type here for a setting of another trainer, as one line; None if no trainer has it.
 
-    name  as it was typed: --lora-r, lora_r, trainer.lora_r
+    name  as it was typed: --lora-r, lora_r, loraR, trainer.lora_r
     """
-    plain = name.lstrip("-+").replace("-", "_")
-    plain = re.sub(r"([a-z])([A-Z])", r"\1_\2", plain).lower()
-    for candidate in (plain, plain.rpartition(".")[2]):
+    for typed in (name, name.rpartition(".")[2]):
         for here, names in RENAMED.items():
-            if candidate in names.split():
-                return f"{plain} of other trainers is {here} here"
+            if letters(typed) in map(letters, names.split()):
+                return f"type {here}"
         for names, text in EXPLAINED.items():
-            if candidate in names.split():
-                return f"{plain} of other trainers: {text}"
+            if letters(typed) in map(letters, names.split()):
+                return text
     return None
+
+
+def letters(name):
+    """The letters and digits of a name, in lower case: batch_size, batch-size and batchSize are the same."""
+    return re.sub(r"[\W_]", "", name).lower()
