@@ -19,7 +19,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, metrics, model_directory, program, two_layers
-from model import CausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +26,7 @@ import data
 import sft
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
+from model import CausalLM
 from ops import forecast, optim
 from ops.attention import Documents
 from settings import errors, parser
