@@ -323,7 +323,8 @@ def mask_bytes(run, blocks):
     if run.has_varlen_attention:
         return 0
     windows = run.config.sliding_windows[blocks]
-    return sum(bool(window) and window < run.length for window in windows) * run.tokens * run.length * run.itemsize
+    n_masks = sum(bool(window) and window < run.length for window in windows)
+    return n_masks * run.tokens * run.length * run.itemsize
 
 
 def kept_bytes(run, n_blocks=None):
