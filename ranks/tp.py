@@ -24,12 +24,14 @@ def split(model, mesh):
 
     Call it before fsdp.shard: FSDP2 then shards the tp shards.
 
-    Raises UserError if the mesh's size does not divide the heads, the MLP's width or the vocabulary.
+    Raises UserError if the model's family has no tp, or the mesh's size does not divide the heads, the MLP's
+    width or the vocabulary.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     config, size = model.config, mesh.size()
+    check_family(config, size)
     sharded_sizes = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size,
                      config.vocab_size)
     if any(n % size for n in sharded_sizes):
@@ -51,6 +53,13 @@ def split(model, mesh):
     # parallelize_module creates new parameters, and some of them require gradients (torch 2.13)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
+
+
+def check_family(config, size):
+    """Raise UserError if the blocks of a ModelConfig's family can't be split over `size` ranks."""
+    if size > 1 and config.no_tp:
+        raise UserError(f"--tp {size}: a model of type {config.model_type} can't be split by tensor "
+                        f"parallelism: {config.no_tp}; use --strategy fsdp --tp 1")
 
 
 def parallel_styles(config):
@@ -105,6 +114,7 @@ class VocabParallelHead(Head):
         weight = distribute_tensor(head.weight, mesh, [Shard(0)])
         self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
         self.group, self.tp_size = mesh.get_group(), mesh.size()
+        self.soft_cap = head.soft_cap
         self.first_id = mesh.get_local_rank() * (head.out_features // mesh.size())
 
     def local_weight(self):
@@ -117,7 +127,7 @@ class VocabParallelHead(Head):
         logits = nn.functional.linear(hidden, self.local_weight()).contiguous()  # (N, V / tp)
         shards = [torch.empty_like(logits) for _ in range(self.tp_size)]
         dist.all_gather(shards, logits, group=self.group)
-        return torch.cat(shards, dim=-1)
+        return self.capped(torch.cat(shards, dim=-1))
 
 
 class ParallelAdapter:
