@@ -360,10 +360,12 @@ class ModelConfig:
             values=values,
         )
 
-    @property
-    def no_tp(self):
-        """Why tensor parallelism is refused for this family, or ""."""
-        return FAMILIES[self.model_type].no_tp
+    def check_tp(self, size):
+        """Raise UserError if the blocks of this family can't be split over `size` ranks (--tp)."""
+        reason = FAMILIES[self.model_type].no_tp
+        if size > 1 and reason:
+            raise UserError(f"--tp {size}: tensor parallelism can't split a model of type {self.model_type}: "
+                            f"{reason}; use --strategy fsdp --tp 1")
 
 
 def text_config(config):

@@ -31,7 +31,7 @@ def split(model, mesh):
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     config, size = model.config, mesh.size()
-    check_family(config, size)
+    config.check_tp(size)
     sharded_sizes = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size,
                      config.vocab_size)
     if any(n % size for n in sharded_sizes):
@@ -53,13 +53,6 @@ def split(model, mesh):
     # parallelize_module creates new parameters, and some of them require gradients (torch 2.13)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-
-
-def check_family(config, size):
-    """Raise UserError if the blocks of a ModelConfig's family can't be split over `size` ranks."""
-    if size > 1 and config.no_tp:
-        raise UserError(f"--tp {size}: a model of type {config.model_type} can't be split by tensor "
-                        f"parallelism: {config.no_tp}; use --strategy fsdp --tp 1")
 
 
 def parallel_styles(config):
