@@ -132,6 +132,7 @@ class ParallelAdapter:
     """
 
     shard_dims = {}  # parameter name -> dimension that is sharded; other parameters are replicated
+    mesh = None  # until distribute(): a forecast measures such a layer on meta
 
     def distribute(self, mesh):
         """Replace the parameters by DTensors over the tp mesh."""
@@ -165,6 +166,8 @@ class ColumnParallelAdapter(ParallelAdapter):
     shard_dims = {"weight": 0, "bias": 0, "lora_B.weight": 0, "lora_magnitude_vector": 0}
 
     def forward(self, x):
+        if self.mesh is None:
+            return super().forward(x)
         return self.compute(x.to_local(grad_placements=[self.partial]), *self.local_shards())
 
 
@@ -176,6 +179,8 @@ class RowParallelAdapter(ParallelAdapter):
     def forward(self, x):
         from torch.distributed.tensor import DTensor, Replicate
 
+        if self.mesh is None:
+            return super().forward(x)
         weight, bias, *adapter = self.local_shards()
         if self.mesh.get_local_rank():
             bias = None  # the outputs are summed, so only one rank adds the bias
