@@ -10,6 +10,7 @@ MODULES = {
     "olmo2": "olmo",
     "olmo3": "olmo",
     "phi3": "phi3",
+    "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4",
 }
 
 
