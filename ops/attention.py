@@ -21,6 +21,7 @@ class Documents:
     offsets    (documents + 1,) int32, on the model's device: where each document begins, and N
     longest    tokens of the longest document, rounded up to a multiple of 128: torch.compile specialises on a
                number that it sees first, so it should see few
+    chunks     ops.delta.Chunks, for the families with linear attention; otherwise None
 
     A class of its own for torch.compile: it guards on the values of a tuple and would recompile for each
     number of documents.
@@ -29,6 +30,7 @@ class Documents:
     def __init__(self, lengths, positions, offsets):
         self.lengths, self.positions, self.offsets = lengths, positions, offsets
         self.longest = -(-max(lengths) // 128) * 128
+        self.chunks = None
 
     @classmethod
     def of(cls, lengths, device="cpu", first_position=0):
