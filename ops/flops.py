@@ -16,27 +16,36 @@ PEAKS = {
 }
 
 
-def step_flops(config, lengths, n_targets, is_lora):
+def block_matrices(model):
+    """Values of the matrices of all blocks, without adapters: each is multiplied with every token."""
+    return sum(module.in_features * module.out_features for name, module in model.model.layers.named_modules()
+               if hasattr(module, "in_features") and ".lora_" not in name)
+
+
+def step_flops(config, matrices, lengths, n_targets, is_lora):
     """Floating-point operations that the loss of these conversations needs, forward and backward.
 
     config     ModelConfig
+    matrices   block_matrices of the model
     lengths    (conversations,) int: tokens of each that the model computes (Dataset.n_inputs)
     n_targets  target tokens: only they need the head
 
     A product takes two operations per weight and token forward and twice as many backward, for the gradients
     of its input and of its weight. With LoRA the matrices are frozen and have no gradient; the adapters, of
     about one per cent of the operations, are not counted. Attention counts the pairs of tokens that see each
-    other. Checkpointing's second forward is not counted: the loss does not need it.
+    other. The recurrence of linear attention is not counted: beside its matrices it is small. Checkpointing's
+    second forward is not counted either: the loss does not need it.
     """
     lengths = np.asarray(lengths, np.int64)
-    width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    matrices = config.hidden_size * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
     head = config.vocab_size * config.hidden_size
     pairs = 0  # over all layers
-    for window in config.sliding_windows:
+    for kind, window in zip(config.layer_types, config.sliding_windows):
+        if kind == "linear_attention":
+            continue
         seen = np.minimum(lengths, window or lengths)  # by the last token, itself included
         pairs += int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
-    products = config.num_hidden_layers * matrices * int(lengths.sum()) + head * int(n_targets)
+    products = matrices * int(lengths.sum()) + head * int(n_targets)
+    width = config.num_attention_heads * config.head_dim
     return (4 if is_lora else 6) * products + 12 * width * pairs  # 12: 2 products, and 2 x 2 backward
 
 
@@ -59,12 +68,12 @@ def product_flops(device, dtype, size, repeats=10):
     return 2 * size**3 / float(np.median(seconds[1:]))  # the first call allocates
 
 
-def mfu(config, lengths, n_targets, is_lora, seconds, ranks):
+def mfu(config, matrices, lengths, n_targets, is_lora, seconds, ranks):
     """Model FLOPs utilisation of a step: its step_flops per second, of the peak of all GPUs. None on the CPU.
 
     The peak is that of bf16, also for --dtype fp32.
     """
     if ranks.device.type != "cuda":
         return None
-    needed = step_flops(config, lengths, n_targets, is_lora)
+    needed = step_flops(config, matrices, lengths, n_targets, is_lora)
     return needed / seconds / (ranks.world_size * peak_flops(ranks.device))

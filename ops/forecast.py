@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ops import compiler, loss, nf4
+from ops.activations import measure
 from settings.errors import UserError
 
 GB = 2**30
@@ -62,6 +63,7 @@ class PlannedRun:
     dropout: float = 0.0
     quantize: bool = False
     async_save: bool = False
+    measured: tuple = ()  # bytes per token that each block keeps, of a family with other blocks than model.py
 
     @classmethod
     def of(cls, model, cfg, *, world_size, cuda):
@@ -99,6 +101,8 @@ class PlannedRun:
             dropout=adapter.get("lora_dropout", 0.0),
             quantize=bool(cfg.quantize),
             async_save=cfg.async_save,
+            measured=() if is_plain(model) else measure(
+                model, bf16=bf16, fused_norms=cuda, tp=cfg.tp),
         )
 
     @property
@@ -151,6 +155,11 @@ class PlannedRun:
     @property
     def trains_embedding(self):
         return any(trained for name, *_, trained in self.parameters if "embed_tokens" in name)
+
+
+def is_plain(model):
+    """Whether the model has the blocks of model.py, for which block_activations has a formula."""
+    return type(model).__module__ == "model"
 
 
 def is_compiled(cfg, cuda):
@@ -259,7 +268,11 @@ def block_activations(run, is_first=False):
     """Bytes that autograd keeps for a block without checkpointing; test_forecast.py checks every byte.
 
     is_first  the first block, whose input needs no gradient if the embedding is frozen
+
+    Of a family with other blocks: the measured bytes of the block that keeps most.
     """
+    if run.measured:
+        return int(run.tokens * max(run.measured))
     c, w = run.config, run.itemsize
     lora_ranks, is_trained = {}, {}
     for name, shape, _, trained in run.parameters:
@@ -309,6 +322,8 @@ def kept_bytes(run, n_blocks=None):
     kept = n_checkpointed * run.hidden_bytes
     if n_blocks == n_checkpointed:
         return kept
+    if run.measured:
+        return kept + int(run.tokens * sum(run.measured[n_checkpointed:n_blocks]))
     is_first = n_checkpointed == 0
     return kept + block_activations(run, is_first) + (n_blocks - n_checkpointed - 1) * block_activations(run)
 
@@ -584,7 +599,7 @@ def with_lora(run, quantize=False, rank=8):
     """The run with LoRA adapters of this rank on all linear layers of the blocks, if it has none."""
     parameters = []
     for name, shape, itemsize, trained in run.parameters:
-        is_linear = name.endswith("_proj.weight")
+        is_linear = ".layers." in name and len(shape) == 2 and ".lora_" not in name
         if not run.is_lora:
             itemsize, trained = (2 if run.bf16 else itemsize), False
         if is_linear and quantize:  # the layout of ops/nf4.py, bytes viewed as bf16

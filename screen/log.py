@@ -235,6 +235,7 @@ class Log:
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
         self.train_set, self.model_config = train_set, model.config
+        self.matrices = flops.block_matrices(model)
         if not self.is_writer:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -319,8 +320,8 @@ class Log:
                           peak_memory_gb=memory.peak_memory_gb(self.device))
             values["reserved_memory_gb"] = memory.reserved_memory_gb(self.device)
             lengths = self.train_set.n_inputs[ids]
-            values["mfu"] = flops.mfu(self.model_config, lengths, values["target_tokens"], self.is_lora,
-                                      seconds, self.ranks)
+            values["mfu"] = flops.mfu(self.model_config, self.matrices, lengths, values["target_tokens"],
+                                      self.is_lora, seconds, self.ranks)
             values["skipped"] = is_skipped or None
             self.record(step, {name: value for name, value in values.items() if value is not None})
         return None

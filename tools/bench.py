@@ -84,7 +84,7 @@ import data
 from disk import pretrained
 from families.config import ModelConfig
 from model import CausalLM
-from ops.flops import step_flops
+from ops.flops import block_matrices, step_flops
 from settings.errors import UserError, run
 from settings.parser import check, parse, setting
 from settings.venv import PROJECT
@@ -406,7 +406,9 @@ def useful_flops(cfg, config, directory):
     sampler = data.Sampler(dataset.n_inputs, epochs=1, seed=42, batch_size=BATCH)
     batches = [sampler.step(step).ids for step in range(1, len(sampler) + 1)]
     config = ModelConfig.from_dict(config)
-    return [step_flops(config, dataset.n_inputs[ids], dataset.n_targets[ids].sum(), cfg.lora)
+    with torch.device("meta"):
+        matrices = block_matrices(CausalLM(config))
+    return [step_flops(config, matrices, dataset.n_inputs[ids], dataset.n_targets[ids].sum(), cfg.lora)
             for ids in batches]
 
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import data
 from families.config import ModelConfig
+from model import CausalLM
 from ops import flops
 from settings.errors import UserError
 from settings.parser import parse
@@ -51,7 +53,9 @@ def test_useful_flops_are_those_of_every_conversation_once(tmp_path):
     steps = bench.useful_flops(cfg, SHAPE, str(tmp_path))
     config = ModelConfig.from_dict(SHAPE)
     assert len(steps) == 3
-    assert sum(steps) == flops.step_flops(config, dataset.n_inputs, dataset.n_targets.sum(), is_lora=False)
+    with torch.device("meta"):
+        matrices = flops.block_matrices(CausalLM(config))
+    assert sum(steps) == flops.step_flops(config, matrices, dataset.n_inputs, dataset.n_targets.sum(), is_lora=False)
 
 
 @pytest.mark.parametrize("flags, message", [

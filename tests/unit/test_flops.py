@@ -32,19 +32,20 @@ def test_products_equal_the_counter_of_torch(is_frozen):
         model.requires_grad_(False)
         model.model.embed_tokens.weight.requires_grad_()
     length, n_targets = 11, 5
-    needed = flops.step_flops(model.config, [length], n_targets, is_lora=is_frozen)
+    needed = flops.step_flops(model.config, flops.block_matrices(model), [length], n_targets, is_lora=is_frozen)
     attention = 12 * 2 * 96 * (length * (length + 1) // 2)  # 2 layers of 6 heads of 16
     assert needed - attention == counted_products(model, length, n_targets)
 
 
 def test_attention_counts_the_pairs_that_see_each_other():
     """Windows that are none, shorter than a conversation, and longer than all, each in its own layer."""
-    config = dataclasses.replace(small_model().config, sliding_windows=(None, 3, 50), num_hidden_layers=3)
+    config = dataclasses.replace(small_model().config, sliding_windows=(None, 3, 50), num_hidden_layers=3,
+                                 layer_types=("full_attention", "sliding_attention", "sliding_attention"))
     lengths = torch.tensor([1, 3, 4, 17], dtype=torch.int32).numpy()
     pairs = sum(1 for window in config.sliding_windows for length in lengths for i in range(length)
                 for j in range(i + 1) if window is None or i - j < window)
-    needed = {is_lora: flops.step_flops(config, lengths, 7, is_lora) for is_lora in (True, False)}
-    products = {is_lora: flops.step_flops(dataclasses.replace(config, sliding_windows=()), lengths, 7, is_lora)
+    needed = {is_lora: flops.step_flops(config, 5, lengths, 7, is_lora) for is_lora in (True, False)}
+    products = {is_lora: flops.step_flops(dataclasses.replace(config, sliding_windows=()), 5, lengths, 7, is_lora)
                 for is_lora in (True, False)}
     per_pair = 2 * 2 * 3 * config.num_attention_heads * config.head_dim  # 2 products, a multiply and an add, 3 times
     assert [needed[k] - products[k] for k in (True, False)] == [per_pair * pairs] * 2
@@ -54,7 +55,7 @@ def test_long_conversations_do_not_overflow():
     """Lengths are int32 in the data; the square of a length is not."""
     config = small_model().config
     lengths = torch.full((64,), 2**17, dtype=torch.int32).numpy()
-    assert flops.step_flops(config, lengths, 0, True) > 12 * 2 * 96 * 64 * (2**34 // 2)
+    assert flops.step_flops(config, 0, lengths, 0, True) > 12 * 2 * 96 * 64 * (2**34 // 2)
 
 
 def test_mfu_is_the_rate_over_the_peak_of_all_gpus(monkeypatch):
@@ -64,12 +65,12 @@ def test_mfu_is_the_rate_over_the_peak_of_all_gpus(monkeypatch):
     monkeypatch.setattr(flops, "product_flops", lambda device, dtype, size: measured.append(dtype) or 1e12)
     flops.peak_flops.cache_clear()
     config = small_model().config
-    needed = flops.step_flops(config, [9], 4, False)
+    needed = flops.step_flops(config, 5, [9], 4, False)
     for index, peak in ((0, 989e12), (1, 1e12), (1, 1e12)):
         ranks = SimpleNamespace(device=torch.device("cuda", index), world_size=4)
-        assert flops.mfu(config, [9], 4, False, 2.0, ranks) == pytest.approx(needed / 2 / (4 * peak))
+        assert flops.mfu(config, 5, [9], 4, False, 2.0, ranks) == pytest.approx(needed / 2 / (4 * peak))
     assert measured == [torch.bfloat16]
-    assert flops.mfu(config, [9], 4, False, 2.0, SimpleNamespace(device=torch.device("cpu"))) is None
+    assert flops.mfu(config, 5, [9], 4, False, 2.0, SimpleNamespace(device=torch.device("cpu"))) is None
     flops.peak_flops.cache_clear()
 
 

@@ -21,7 +21,7 @@ import fsdp
 import sft
 from disk import checkpoint, writer
 from families.config import ModelConfig
-from ops import forecast, memory
+from ops import activations, forecast, memory
 from ops.attention import Documents
 from ranks import processes
 from settings.parser import parse
@@ -122,6 +122,26 @@ def test_activations_on_cuda_to_the_byte(name, checkpointed_blocks, micro_batch_
         loss = model(ids, documents, torch.zeros_like(ids), torch.zeros_like(ids)).total
     assert loss.requires_grad
     assert sum(storage.nbytes() for storage in kept.values()) == forecast.kept_bytes(run) + other
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dropout"])  # its mask is of another type on CUDA
+def test_measured_blocks_keep_what_the_formula_says(name, cuda):
+    """Blocks of families/ are measured on meta. Those of model.py have both: the first block, and the others."""
+    model = small_model(**MODELS[name], num_hidden_layers=3).to("meta")
+    run = planned_run(model.to(torch.bfloat16) if cuda else model, 256, cuda=cuda, bf16=cuda)
+    first, *others = [256 * size for size in activations.measure(model, bf16=cuda, fused_norms=cuda)]
+    rng_state = 16 * cuda
+    assert first + rng_state == forecast.block_activations(run, is_first=True)
+    assert [size + rng_state for size in others] == [forecast.block_activations(run)] * 2
+
+
+def test_measured_blocks_of_tensor_parallel_ranks():
+    """Half the heads and half the MLP; the hidden states are whole."""
+    model = small_model(num_hidden_layers=1, tie_word_embeddings=False).to("meta")
+    model.model.embed_tokens.requires_grad_(True)
+    size, = activations.measure(model, bf16=False, fused_norms=True, tp=2)
+    assert 256 * size == pytest.approx(forecast.block_activations(planned_run(model, 256, tp=2, world_size=2, cuda=True)))
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
