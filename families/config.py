@@ -45,6 +45,14 @@ def smollm3_layers(values):
     return ["full_attention" if uses_rope else "sliding_attention" for uses_rope in smollm3_rope(values)]
 
 
+def qwen3_5_layers(values):
+    """layer_types of Qwen3.5: every full_attention_interval-th layer is attention, the others are linear."""
+    check_number(values, "full_attention_interval", 1)
+    interval = values.get("full_attention_interval") or 4
+    return ["linear_attention" if (i + 1) % interval else "full_attention"
+            for i in range(values["num_hidden_layers"])]
+
+
 @dataclass(frozen=True)
 class Family:
     """What config.json does not say about a model_type: what is fixed, and the defaults of optional keys.
@@ -98,9 +106,15 @@ FAMILIES = {
     "iquestcoder": Family(dict(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5,
                                max_position_embeddings=2**17),
                           mlp_bias="mlp_bias", supported=dict(clip_qkv=None, use_sliding_window=False)),
+    "qwen3_5_text": Family(dict(num_key_value_heads=4, head_dim=256, partial_rotary_factor=0.25,
+                                max_position_embeddings=2**15),
+                           qk_norm=True, windows="layer_types", layer_types=qwen3_5_layers, partial_rotary=True,
+                           layer_kinds=("linear_attention", "full_attention"),
+                           supported=dict(attn_output_gate=True, mlp_only_layers=[]),
+                           no_tp="its gated delta nets aren't split over ranks"),
 }
 # model_type of a config.json with a nested text_config -> model_type of a text_config that has none
-NESTED = {}
+NESTED = {"qwen3_5": "qwen3_5_text"}
 
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
 REFUSED = {

@@ -4,7 +4,7 @@ import importlib
 
 import model
 
-MODULES = {}  # model_type -> module of families/ whose CausalLM it is
+MODULES = {"qwen3_5_text": "qwen3_5"}  # model_type -> module of families/ whose CausalLM it is
 
 
 def causal_lm(config):

@@ -33,7 +33,7 @@ class Chunks:
 
     place   (N,) int64, on the model's device: the row of each token among the M * CHUNK rows of the chunks.
             First come the first chunks of all documents, longest document first, then all second ones, ...
-    active  (steps + 1,) int64, on the CPU: how many documents have a first, a second, ... chunk; the last is 0
+    active  (steps + 1,) int64, on the CPU: how many documents have a first, a second, ... chunk; at last 0
 
     The documents that have not ended are always the first ones, so a step over all of them takes a slice.
     A tensor, because torch.compile would specialise on numbers; on the CPU, because the host reads it.
@@ -215,7 +215,7 @@ def read(x, active, state):
 
 
 def gradients(x, dy, active):
-    """The gradients of q, k, v, g and beta, in chunks. dy (M * H, CHUNK, E); dname is the gradient of name."""
+    """The gradients of q, k, v, g and beta, in chunks, for dy (M * H, CHUNK, E). d means the gradient of."""
     dy = dy * x.q.shape[2] ** -0.5
     state = x.first_states(active)
     states = state.new_empty(len(dy), *state.shape[1:])  # before each chunk
@@ -275,7 +275,7 @@ def head_groups(v, K):
 @torch.library.custom_op("sft::delta_rule", mutates_args=())
 def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
             place: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-    """delta_rule for Chunks' place and active. One operation for torch.compile, which would unroll the steps."""
+    """delta_rule for Chunks' place and active. One operation: torch.compile would unroll the steps."""
     y = v.new_empty(v.shape)
     for of_k, of_v in head_groups(v, q.shape[1]):
         x = Inside(q[:, of_k], k[:, of_k], v[:, of_v], g[:, of_v], beta[:, of_v], place, active)
@@ -285,8 +285,8 @@ def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, 
 
 @torch.library.custom_op("sft::delta_rule_backward", mutates_args=())
 def chunked_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
-    place: torch.Tensor, active: torch.Tensor,
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
+    beta: torch.Tensor, place: torch.Tensor, active: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of chunked's first five arguments."""
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta))
