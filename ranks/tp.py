@@ -24,8 +24,10 @@ def split(model, mesh):
 
     Call it before fsdp.shard: FSDP2 then shards the tp shards.
 
-    Raises UserError if the mesh's size does not divide the heads, the MLP's width or the vocabulary.
+    Raises UserError if the mesh's size does not divide the heads, the MLP's width or the vocabulary, and for
+    a family that has no tensor parallelism.
     """
+    refuse(model.config)
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
@@ -51,6 +53,13 @@ def split(model, mesh):
     # parallelize_module creates new parameters, and some of them require gradients (torch 2.13)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
+
+
+def refuse(config):
+    """Raise UserError, with the reason, for a model that has no tensor parallelism."""
+    if config.no_tp:
+        raise UserError(f"--tp: {config.model_type} has no tensor parallelism: {config.no_tp}; use "
+                        "--strategy fsdp, which shards the memory of any model")
 
 
 def parallel_styles(config):
