@@ -24,8 +24,8 @@ from ops.attention import opaque
 CHUNK = 64  # tokens of a chunk: larger ones take more products within a chunk, smaller ones more steps
 EPS = 1e-6  # of the normalisation of q and k
 HAS_FLA = importlib.util.find_spec("fla") is not None  # flash-linear-attention: Triton kernels for CUDA
-# tokens times heads that are computed at a time: backward needs about 11 KB for each, 90 MB and 0.7 GB
-PIECE, GPU_PIECE = 2**13, 2**16
+# tokens times heads that are computed at a time: backward needs about 11 KB for each: 45 MB and 0.7 GB
+PIECE, GPU_PIECE = 2**12, 2**16
 
 
 class Chunks:
