@@ -30,8 +30,8 @@ def new(model, cfg):
 
     cfg  sft.Config: model, lora_rank, lora_alpha, ...
 
-    Raises UserError for a target that matches nothing, a rank larger than a side of a matrix (other than of a
-    linear attention's PER_HEAD layers, as all-linear includes them), and a module that --lora_modules_to_save
+    Raises UserError for a target that matches nothing, a rank larger than a side of a matrix (PER_HEAD layers
+    of linear attention may be smaller: all-linear includes them), and a module that --lora_modules_to_save
     cannot name.
     """
     targets, names = matching_layers(model, cfg.lora_targets)

@@ -1,4 +1,4 @@
-"""Qwen3.5, 3.6 and 3.8, dense, the text model: three of four layers are gated delta nets, the fourth attention.
+"""The dense text model of Qwen3.5: three of four layers are gated delta nets, the fourth is attention.
 
 Source: Gated Delta Networks (arXiv 2412.06464) and the configuration of the published checkpoints. Parameters
 have the names of Hugging Face's Qwen3_5ForCausalLM.
@@ -25,7 +25,8 @@ def sizes(values):
     result = [values.get(key, default) for key, (default, _) in SIZES.items()]
     for (key, (_, largest)), size in zip(SIZES.items(), result):
         if type(size) is not int or not 1 <= size <= largest:
-            raise UserError(f"config.json: {key} is {size!r:.60}; it must be an integer from 1 to {largest:,}")
+            raise UserError(f"config.json: {key} is {size!r:.60}; it must be an integer from 1 to "
+                            f"{largest:,}")
     if result[1] % result[0]:
         raise UserError(f"config.json: linear_num_value_heads {result[1]} must be a multiple of "
                         f"linear_num_key_heads {result[0]}")
