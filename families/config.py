@@ -153,6 +153,14 @@ def gemma4_values(values):
             "rope_parameters": values.get("rope_parameters") or GEMMA4_ROPE}
 
 
+def qwen3_5_layers(values):
+    """layer_types of Qwen3.5: every full_attention_interval-th layer is attention, the others are linear."""
+    check_number(values, "full_attention_interval", 1)
+    interval = values.get("full_attention_interval") or 4
+    return ["linear_attention" if (i + 1) % interval else "full_attention"
+            for i in range(values["num_hidden_layers"])]
+
+
 @dataclass(frozen=True)
 class Family:
     """What config.json does not say about a model_type: what is fixed, and the defaults of optional keys.
@@ -254,9 +262,17 @@ FAMILIES = {
     "gemma4_unified_text": replace(
         GEMMA4, defaults=dict(GEMMA4.defaults, sliding_window=1024, max_position_embeddings=2**18,
                               hidden_size_per_layer_input=0)),
+    "qwen3_5_text": Family(dict(num_key_value_heads=4, head_dim=256, partial_rotary_factor=0.25,
+                                max_position_embeddings=2**15),
+                           qk_norm=True, windows="layer_types", layer_types=qwen3_5_layers,
+                           partial_rotary=True,
+                           layer_kinds=("linear_attention", "full_attention"),
+                           supported=dict(attn_output_gate=True, mlp_only_layers=[]),
+                           no_tp="its gated delta nets aren't split over ranks"),
 }
 # model_type of a config.json with a nested text_config -> model_type of a text_config that has none
 NESTED = {
+    "qwen3_5": "qwen3_5_text",
     "mistral3": "mistral",  # Mistral Small 3.1; of Ministral 3 the text_config has its own model_type
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",

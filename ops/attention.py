@@ -25,6 +25,7 @@ class Documents:
     longest    tokens of the longest document, rounded up to a multiple of 128: torch.compile specialises on a
                number that it sees first, so it should see few
     n_past     tokens of a document that a cache holds before these, in generation
+    chunks     ops.delta.Chunks, for the families with linear attention; otherwise None
 
     A class of its own for torch.compile: it guards on the values of a tuple and would recompile for each
     number of documents.
@@ -34,6 +35,7 @@ class Documents:
         self.lengths, self.positions, self.offsets, self.n_past = lengths, positions, offsets, n_past
         self.host_offsets = torch.tensor((0, *itertools.accumulate(lengths)), device="cpu")
         self.longest = -(-max(lengths) // 128) * 128
+        self.chunks = None
 
     @classmethod
     def of(cls, lengths, device="cpu", first_position=0):
