@@ -19,20 +19,33 @@ from torch.utils.checkpoint import checkpoint
 
 from ops.attention import Documents, attend_function
 from ops.loss import Head, loss
+from settings.errors import UserError
 
 
 @functools.cache
-def frequencies_on(device, rope):
-    """The frequencies of a families.rope.Rope. Cached, because a copy to the GPU makes the host wait."""
-    return torch.tensor(rope.frequencies, device=device)
+def frequencies_on(device, frequencies):
+    """A tuple of frequencies as a tensor. Cached, because a copy to the GPU makes the host wait."""
+    return torch.tensor(frequencies, device=device)
 
 
-def rope_cos_sin(positions, rope):
+def rope_cos_sin(documents, rope):
     """Cosine and sine of the rotary angles, (N, 1, pairs) each, fp32. RoFormer (arXiv 2104.09864).
 
     Computed for each micro-batch (a few thousand numbers), so that there is no buffer to move, save or cast.
+
+    documents  ops.attention.Documents
+    rope       families.rope.Rope
     """
-    angle = positions[:, None, None].float() * frequencies_on(positions.device, rope)
+    positions = documents.positions[:, None, None]
+    frequencies = frequencies_on(positions.device, rope.frequencies)
+    if rope.long_frequencies:
+        is_long = documents.in_longer_than(rope.original_length)[:, None, None]
+        frequencies = torch.where(
+            is_long, frequencies_on(positions.device, rope.long_frequencies), frequencies)
+    elif rope.ends_at_length and max(documents.lengths) + documents.n_past > rope.original_length:
+        raise UserError(f"dynamic rope scaling is supported up to {rope.original_length:,} tokens, and a "
+                        f"conversation has more; --max_length {rope.original_length} cuts it")
+    angle = positions.float() * frequencies
     return angle.cos() * rope.factor, angle.sin() * rope.factor
 
 
@@ -62,12 +75,17 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, documents, attend, past=None):
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D); the tensor's size gives H
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
+    def project(self, x, documents):
+        """Hidden states (N, C) -> queries (N, H, D), keys and values (N, K, D), not yet rotated."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # the tensor's size gives H
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def forward(self, x, cos, sin, documents, attend, past=None):
+        q, k, v = self.project(x, documents)
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:  # generation: keys and values of the earlier tokens of one document
@@ -99,11 +117,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    attention_class, mlp_class = Attention, MLP  # a family's subclass may have others
+
     def __init__(self, config, layer):
         super().__init__()
         self.multiplier = config.residual_multiplier
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.self_attn = self.attention_class(config, layer)
+        self.mlp = self.mlp_class(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -137,7 +157,7 @@ class Decoder(nn.Module):
         return x if multiplier == 1 else x * multiplier
 
     def forward(self, tokens, documents, past=None):
-        ropes = {rope: rope_cos_sin(documents.positions, rope) for rope in set(self.config.ropes) if rope}
+        ropes = {rope: rope_cos_sin(documents, rope) for rope in set(self.config.ropes) if rope}
         x = self.embed(tokens)  # (N, C)
         attend = attend_function(x, self.config.head_dim, cached=past is not None, compiled=self.compiled)
         if self.compiled and torch.is_grad_enabled():
@@ -209,8 +229,12 @@ def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(l
     sample  function from logits (V,) to an id; greedy by default
     """
     past = [{} for _ in model.model.layers]
-    device, n_past = model.lm_head.weight.device, 0
+    device, n_past, text = model.lm_head.weight.device, 0, [*tokens]
+    # one token more, and the frequencies are others: those of the cached keys too (LongRoPE)
+    limits = {rope.original_length for rope in model.config.ropes if rope and rope.long_frequencies}
     for _ in range(max_new_tokens):
+        if n_past in limits:
+            past, tokens, n_past = [{} for _ in past], text, 0
         documents = Documents.of((len(tokens),), device, first_position=n_past)
         # a compiled model would be compiled again for the cache: several graphs, for a few tokens
         with torch.compiler.set_stance("force_eager") if model.model.compiled else nullcontext():
@@ -221,6 +245,7 @@ def generate(model, tokens, max_new_tokens, eos_ids, sample=lambda logits: int(l
             return
         n_past += len(tokens)
         tokens = [token]
+        text.append(token)
 
 
 def sample_function(temperature, top_p):

@@ -53,6 +53,39 @@ def qwen3_5_layers(values):
             for i in range(values["num_hidden_layers"])]
 
 
+def olmo3_layers(values):
+    """layer_types of OLMo 3: each fourth layer attends to all, the others have a window."""
+    return ["sliding_attention" if (i + 1) % 4 else "full_attention"
+            for i in range(values["num_hidden_layers"])]
+
+
+def olmo3_rope(values, layer_type):
+    """The rotary values of a kind of OLMo 3's layers.
+
+    In the new form (rope_parameters) each kind has an object. In the old form rope_theta and rope_scaling are
+    of the full layers; those with a window have no scaling, and in transformers always the default base.
+    """
+    by_type, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if not isinstance(by_type, dict) or not {*by_type} <= {"full_attention", "sliding_attention"}:
+        raise UserError(f"config.json: rope_parameters is {by_type!r:.200}; it must be an object with the "
+                        "objects full_attention and sliding_attention")
+    own = by_type.get(layer_type) or {}
+    if isinstance(own, dict) and own.get("truncate", True) is not True:
+        raise UserError("config.json: truncate may only be true in the rope_parameters of one kind of "
+                        "layers: transformers does not read another value there")
+    if layer_type == "sliding_attention":
+        return {"rope_theta": FAMILIES["olmo3"].defaults["rope_theta"]}, own
+    return {"rope_theta": values["rope_theta"]}, own, scaling
+
+
+def ministral3_rope(values, layer_type):
+    """The rotary values of Ministral 3, whose configuration class has them as a default."""
+    default = dict(rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=2**14,
+                   beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
+    has_own = values.get("rope_parameters") or values.get("rope_scaling")
+    return rope_parts(values if has_own else {**values, "rope_parameters": default}, layer_type)
+
+
 @dataclass(frozen=True)
 class Family:
     """What config.json does not say about a model_type: what is fixed, and the defaults of optional keys.
@@ -70,7 +103,9 @@ class Family:
     layer_types: object = None  # function from the values to layer_types where config.json has none
     layer_kinds: tuple = ("full_attention", "sliding_attention")
     rope_layers: object = None  # function from the values to which layers have rotary positions; None: all
-    rope_types: tuple = ("default", "linear", "llama3")
+    rope_types: tuple = ("default", "linear", "llama3", "yarn", "longrope")
+    rope_aliases: dict = field(default_factory=dict)  # other names of rope_type
+    rope_parts: object = None  # function (values, layer_type) -> objects that make up the rotary values
     partial_rotary: bool = False  # partial_rotary_factor may be below 1
     supported: dict = field(default_factory=dict)  # key -> its only value, beside SUPPORTED
     aliases: dict = field(default_factory=dict)  # other names of keys
@@ -82,6 +117,8 @@ DEFAULTS = dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10_000.0, head_
 SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0, "residual_dropout": 0}
 MISTRAL = Family(dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=2**17),
                  qkv_bias=False, o_bias=False, windows="all")
+OLMO = Family(dict(rms_norm_eps=1e-5, max_position_embeddings=2**11), qk_norm=True,
+              no_tp="its norms of queries and keys are over all heads, which tp splits")
 FAMILIES = {
     "qwen2": Family(dict(num_key_value_heads=32, sliding_window=4096, max_position_embeddings=2**15),
                     qkv_bias=True, o_bias=False, windows="layer_types", has_switch=True,
@@ -92,16 +129,29 @@ FAMILIES = {
     "llama": Family(dict(max_position_embeddings=2**11), mlp_bias="mlp_bias"),
     "mistral": MISTRAL,
     "ministral": replace(MISTRAL, windows="layer_types"),
+    "ministral3": replace(MISTRAL, rope_parts=ministral3_rope,
+                          defaults=dict(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5,
+                                        max_position_embeddings=2**18)),
     "smollm3": Family(dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True,
                            max_position_embeddings=2**15),
                       mlp_bias="mlp_bias", windows="layer_types", has_switch=True, layer_types=smollm3_layers,
                       rope_layers=smollm3_rope),
     "granite": Family(dict(max_position_embeddings=2**11, attention_multiplier=1.0), mlp_bias="mlp_bias"),
+    "olmo2": OLMO,
+    "olmo3": replace(OLMO, defaults={**OLMO.defaults, "rope_theta": 500_000.0, "sliding_window": 4096},
+                     windows="layer_types", layer_types=olmo3_layers, rope_parts=olmo3_rope),
+    "phi3": Family(dict(rms_norm_eps=1e-5, max_position_embeddings=2**12,
+                        original_max_position_embeddings=2**12),
+                   qkv_bias=False, o_bias=False, windows="all", partial_rotary=True,
+                   rope_types=("default", "longrope"), rope_aliases={"su": "longrope", "yarn": "longrope"},
+                   supported=dict(resid_pdrop=0, embd_pdrop=0),
+                   no_tp="its matrices qkv_proj and gate_up_proj are fused"),
     "seed_oss": Family(dict(num_key_value_heads=8, head_dim=128, attention_bias=True, attention_dropout=0.1,
                             residual_dropout=0.1, max_position_embeddings=2**19),
                        o_bias="attention_out_bias", mlp_bias="mlp_bias"),
     "internlm3": Family(dict(num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-5,
                              max_position_embeddings=2**15),
+                        rope_types=("default", "linear", "llama3", "yarn", "longrope", "dynamic"),
                         mlp_bias="mlp_bias", aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"}),
     "iquestcoder": Family(dict(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5,
                                max_position_embeddings=2**17),
@@ -115,7 +165,10 @@ FAMILIES = {
                            no_tp="its gated delta nets aren't split over ranks"),
 }
 # model_type of a config.json with a nested text_config -> model_type of a text_config that has none
-NESTED = {"qwen3_5": "qwen3_5_text"}
+NESTED = {
+    "qwen3_5": "qwen3_5_text",
+    "mistral3": "mistral",  # Mistral Small 3.1; of Ministral 3 the text_config has its own model_type
+}
 
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
 REFUSED = {
@@ -204,7 +257,7 @@ class ModelConfig:
             residual_multiplier=values.get("residual_multiplier", 1.0),
             attention_scale=values.get("attention_multiplier"),
             logits_scaling=values.get("logits_scaling", 1.0),
-            max_positions=max_positions(values),
+            max_positions=max_positions(values, family),
             values=values,
         )
 
@@ -257,7 +310,8 @@ def check_values(values, family):
     supported = {"partial_rotary_factor": 1} if not family.partial_rotary else {}
     for key, value in {**supported, **SUPPORTED, **family.supported}.items():
         if values.get(key, value) not in (value, None):
-            advice = f"; set it to 0 to train without {key}" if key.endswith("_dropout") else ""
+            is_dropout = key.endswith(("_dropout", "_pdrop"))
+            advice = "; set the model's dropouts to 0 there to train without" if is_dropout else ""
             raise UserError(f"config.json: {key} is {values[key]!r:.60}; only {value!r} is supported{advice}")
     for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1), ("logits_scaling", 1e-6),
                      ("embedding_multiplier", 0), ("residual_multiplier", 0), ("attention_multiplier", 0),
@@ -283,8 +337,8 @@ def check_not_quantized(config):
             method = " ".join([str(method), *bits])
         raise UserError(f"config.json: {key} is {method!s:.60}: the weights are stored quantised, and a "
                         "quantised model can't be trained; use the original weights as --model (mostly the "
-                        "same name without -bnb-4bit, -GPTQ, -AWQ or -FP8), with --use_lora --quantize nf4 "
-                        "to store them in 4 bits here")
+                        "same name without -bnb-4bit, -GPTQ, -AWQ or -FP8; with -BF16 for Ministral 3), with "
+                        "--use_lora --quantize nf4 to store them in 4 bits here")
 
 
 def check_number(config, key, low):
@@ -311,39 +365,68 @@ def layers(values, family):
     return tuple(layer_types), windows
 
 
-def rope_values(values, layer_type):
-    """The rotary values of a kind of layers, from the new key (rope_parameters) or the old ones.
+def rope_parts(values, layer_type):
+    """The objects that make up the rotary values of a kind of layers; later ones come first.
 
-    Some families have an object for each kind. In their old form, layers with a window have a base of their
-    own (rope_local_base_freq), and no scaling.
+    They are in the new key (rope_parameters) or the old one. Some families have an object for each kind. In
+    their old form, layers with a window have a base of their own (rope_local_base_freq), and no scaling.
     """
-    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise UserError(f"config.json: rope scaling must be an object, it is {parameters!r:.60}")
-    if isinstance(parameters.get(layer_type), dict):
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if new and isinstance(new, dict) and isinstance(old, dict) and not old.items() <= new.items():
+        raise UserError(f"config.json has rope_parameters {new!r:.200} and rope_scaling {old!r:.200}; write "
+                        "what holds into rope_parameters, and remove rope_scaling")
+    parameters = new or old
+    if isinstance(parameters, dict) and isinstance(parameters.get(layer_type), dict):
         parameters = parameters[layer_type]
-    return {"rope_theta": values["rope_theta"], **parameters}
+    return {"rope_theta": values["rope_theta"]}, parameters
+
+
+def rope_values(values, layer_type, family):
+    """The rotary values of a kind of layers, with the lengths that a scaling needs."""
+    parts = (family.rope_parts or rope_parts)(values, layer_type)
+    for part in parts:
+        if not isinstance(part, dict):
+            raise UserError(f"config.json: rope scaling must be an object, it is {part!r:.60}")
+    rotary = {key: value for part in parts for key, value in part.items()}
+    rope_type = rotary.get("rope_type", rotary.get("type", "default"))
+    if isinstance(rope_type, str):
+        rope_type = family.rope_aliases.get(rope_type, rope_type)
+    positions = values["max_position_embeddings"] or 2**30
+    if values.get(rope.ORIGINAL):
+        rotary[rope.ORIGINAL] = values[rope.ORIGINAL]
+    elif rope_type in ("yarn", "longrope"):
+        rotary.setdefault(rope.ORIGINAL, positions)
+    return {**rotary, "rope_type": rope_type, "max_position_embeddings": positions}
 
 
 def layer_ropes(values, family, head_dim, layer_types):
     """ModelConfig.ropes: the families.rope.Rope of each layer."""
     by_type = {}
     for layer_type in dict.fromkeys(layer_types):
-        rotary = rope_values(values, layer_type)
-        share = rotary.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1
+        rotary = rope_values(values, layer_type, family)
+        share = rotary.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+        share = 1 if share is None else share
         if share != 1 and not family.partial_rotary:
             raise UserError(f"config.json: rope scaling {rotary!r:.200} is not supported; "
                             "partial_rotary_factor may only be 1")
+        if type(share) not in (int, float) or not 2 / head_dim <= share <= 1:
+            raise UserError(f"config.json: partial_rotary_factor is {share!r:.60}; it must be a number from "
+                            f"{2 / head_dim:g} (two values of a head) to 1")
         by_type[layer_type] = rope.read(rotary, int(head_dim * share), family.rope_types)
     uses_rope = family.rope_layers(values) if family.rope_layers else [True] * len(layer_types)
     return tuple(by_type[kind] if uses else None for kind, uses in zip(layer_types, uses_rope))
 
 
-def max_positions(values):
-    """ModelConfig.max_positions: max_position_embeddings, times the factor of a linear rope scaling.
+def max_positions(values, family):
+    """ModelConfig.max_positions: max_position_embeddings, or what a rope scaling makes of it.
 
-    The other scalings come with a max_position_embeddings that includes their factor.
+    A linear scaling comes with the length before the scaling, llama3 with the one after it. YaRN and LongRoPE
+    come with either; they name the length before it.
     """
-    positions, scaling = values["max_position_embeddings"] or 2**30, rope_values(values, "full_attention")
-    is_linear = scaling.get("rope_type", scaling.get("type")) == "linear"
-    return int(positions * scaling["factor"] if is_linear else positions)
+    scaling = rope_values(values, "full_attention", family)
+    positions, factor = scaling["max_position_embeddings"], scaling.get("factor") or 1
+    if scaling["rope_type"] == "linear":
+        return int(positions * factor)
+    if scaling["rope_type"] in ("yarn", "longrope"):
+        return max(positions, int(scaling[rope.ORIGINAL] * factor))
+    return positions

@@ -4,7 +4,14 @@ import importlib
 
 import model
 
-MODULES = {"qwen3_5_text": "qwen3_5"}  # model_type -> module of families/ whose CausalLM it is
+# model_type -> module of families/ whose CausalLM it is
+MODULES = {
+    "ministral3": "ministral3",
+    "olmo2": "olmo",
+    "olmo3": "olmo",
+    "phi3": "phi3",
+    "qwen3_5_text": "qwen3_5",
+}
 
 
 def causal_lm(config):

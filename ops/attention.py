@@ -22,13 +22,14 @@ class Documents:
     longest    tokens of the longest document, rounded up to a multiple of 128: torch.compile specialises on a
                number that it sees first, so it should see few
     chunks     ops.delta.Chunks, for the families with linear attention; otherwise None
+    n_past     tokens of a document that a cache holds before these, in generation
 
     A class of its own for torch.compile: it guards on the values of a tuple and would recompile for each
     number of documents.
     """
 
-    def __init__(self, lengths, positions, offsets):
-        self.lengths, self.positions, self.offsets = lengths, positions, offsets
+    def __init__(self, lengths, positions, offsets, n_past=0):
+        self.lengths, self.positions, self.offsets, self.n_past = lengths, positions, offsets, n_past
         self.longest = -(-max(lengths) // 128) * 128
         self.chunks = None
 
@@ -40,7 +41,16 @@ class Documents:
         """
         positions = [torch.arange(first_position, first_position + n, device=device) for n in lengths]
         offsets = torch.tensor((0, *lengths), device=device).cumsum(0, dtype=torch.int32)
-        return cls(tuple(lengths), torch.cat(positions), offsets)
+        return cls(tuple(lengths), torch.cat(positions), offsets, first_position)
+
+    def in_longer_than(self, length):
+        """(N,) bool, whether a token's document has more tokens than `length`, those in a cache included.
+
+        Computed on the device, where the offsets are: a copy of the lengths would make the host wait.
+        """
+        lengths = self.offsets.diff()
+        is_longer = lengths + self.n_past > length
+        return is_longer.repeat_interleave(lengths, output_size=self.positions.shape[0])
 
 
 def attend_function(x, head_dim, *, cached, compiled):

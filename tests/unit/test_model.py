@@ -16,6 +16,7 @@ import model
 import ops.loss
 from disk import files, pretrained
 from families.config import FAMILIES, ModelConfig
+from families.registry import causal_lm
 from model import CausalLM, generate
 from ops.attention import Documents
 from ops.loss import Head, loss as loss_of_head
@@ -26,6 +27,13 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
               original_max_position_embeddings=64)  # with theta 5e5: one wave kept, one blended, two slowed
 
 TOKENS = dict(pad_token_id=0, bos_token_id=1)  # within the vocabulary
+
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8, beta_fast=32.0, beta_slow=1.0)
+LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.5, 6.0])
+OLMO_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+OLMO_ROPES = dict(full_attention={**YARN, "rope_theta": 5e5}, sliding_attention=dict(rope_type="default", rope_theta=1e4))
+MINISTRAL_ROPE = dict(rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16, beta_fast=32.0,
+                      beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
 
 # name -> (config.json as people publish it, a change to it that must change the logits: this shows that it is used)
 CASES = {
@@ -72,6 +80,21 @@ CASES = {
     "seed_oss": (dict(model_type="seed_oss", attention_dropout=0.0, residual_dropout=0.0, head_dim=20,
                       attention_out_bias=True, mlp_bias=True), {}),
     "internlm3": (dict(model_type="internlm3", head_dim=20, qkv_bias=True, bias=True, rope_theta=5e7), {}),
+    "olmo2": (dict(model_type="olmo2", rope_theta=5e5, **TOKENS), {}),
+    "olmo2, biases": (dict(model_type="olmo2", attention_bias=True, head_dim=12, tie_word_embeddings=True, **TOKENS), {}),
+    "olmo3": (dict(model_type="olmo3", sliding_window=8, num_hidden_layers=4, rope_theta=5e5, max_position_embeddings=64,
+                   rope_scaling={**YARN, "attention_factor": 1.2}, **TOKENS), dict(sliding_window=9)),
+    "olmo3, layers": (dict(model_type="olmo3", sliding_window=8, layer_types=OLMO_LAYERS, num_key_value_heads=4,
+                           rope_parameters=OLMO_ROPES, **TOKENS),
+                      dict(rope_parameters={**OLMO_ROPES, "sliding_attention": OLMO_ROPES["full_attention"]})),
+    "phi3": (dict(model_type="phi3", sliding_window=8, rope_theta=1e4, **TOKENS), dict(sliding_window=9)),
+    "phi3, longrope, partial": (
+        dict(model_type="phi3", partial_rotary_factor=0.75, rope_theta=1e4, tie_word_embeddings=True, sliding_window=262144,
+             rope_scaling=LONGROPE, original_max_position_embeddings=47, **TOKENS), dict(original_max_position_embeddings=48)),
+    "ministral3": (dict(model_type="ministral3", head_dim=20, rope_parameters=MINISTRAL_ROPE, **TOKENS),
+                   dict(rope_parameters={**MINISTRAL_ROPE, "llama_4_scaling_beta": 0.0})),
+    "ministral3, window": (dict(model_type="ministral3", head_dim=20, rope_parameters=MINISTRAL_ROPE, sliding_window=9,
+                                tie_word_embeddings=True, **TOKENS), dict(sliding_window=None)),
     "iquestcoder": (dict(model_type="iquestcoder", rope_theta=5e5, head_dim=20), {}),
 }
 
@@ -89,7 +112,7 @@ def loaded(directory, config=None):
     """The CausalLM of a directory, created and loaded as sft.py does it."""
     config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
     with torch.device("meta"):
-        net = CausalLM(config)
+        net = causal_lm(config)(config)
     net.to_empty(device="cpu")
     net.tie_weights()
     pretrained.load_weights(net, directory)
@@ -156,7 +179,8 @@ def test_rotary_angles_of_llama_3_2_equal_transformers():
                    original_max_position_embeddings=8192)
     config = {**SIZES, "model_type": "llama", "head_dim": 64, "rope_theta": 5e5, "rope_scaling": scaling}
     positions = torch.arange(0, 10_000, 7)
-    cos, sin = model.rope_cos_sin(positions, ModelConfig.from_dict(config).ropes[0])
+    documents = Documents((len(positions),), positions, torch.tensor((0, len(positions)), dtype=torch.int32))
+    cos, sin = model.rope_cos_sin(documents, ModelConfig.from_dict(config).ropes[0])
     expected = LlamaRotaryEmbedding(AutoConfig.for_model(**config))(torch.zeros(()), positions[None])
     for result, oracle in zip((cos, sin), expected):
         torch.testing.assert_close(result[:, 0], oracle[0, :, :32], atol=2e-3, rtol=0)
@@ -183,9 +207,9 @@ def test_positions_of_each_document_start_at_zero(monkeypatch):
     """Logits cannot show it: they depend on differences of positions only, as long as fp32 resolves the angles."""
     calls, rope_cos_sin = [], model.rope_cos_sin
 
-    def recording(positions, config):
-        calls.append(positions)
-        return rope_cos_sin(positions, config)
+    def recording(documents, config):
+        calls.append(documents.positions)
+        return rope_cos_sin(documents, config)
 
     monkeypatch.setattr(model, "rope_cos_sin", recording)
     fresh(**PACKED["full"])(random_ids(6), Documents.of((3, 1, 2)))
@@ -493,8 +517,8 @@ REFUSED = [
     (dict(model_type="gpt2"), "model_type 'gpt2'"),
     (dict(model_type=None), "model_type None"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
-    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn'"),
-    (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
+    (dict(rope_scaling=dict(rope_type="proportional", factor=4.0)), "'proportional'"),
+    (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type dynamic"),
     (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "'longrope'"),
     (dict(rope_scaling=dict(type="linear")), "lacks factor"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
