@@ -61,6 +61,8 @@ FAMILY_CASES = {
                           rope_type="longrope", short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 5.0])),
     "ministral3": dict(model_type="ministral3", head_dim=16, rope_parameters={
         **YARN, "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}),
+    "qwen3_5": dict(model_type="qwen3_5_text", head_dim=16, layer_types=["linear_attention", "full_attention"],
+                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
 }
 SCHEDULES = {"cosine": 0.1, "linear": 0.0, "constant": 0.0}  # name -> --min_lr_ratio
 ALL_SCHEDULES = ("olmo3",)  # with --full, these families run with each of them; the others with the first

@@ -208,7 +208,8 @@ def test_adapters_go_to_peft_and_come_from_it(small, train, tmp_path):
     ours, theirs = (set(load_file(d / "adapter_model.safetensors")) for d in (step, tmp_path / "adapter"))
     assert ours == theirs and any("in_proj_a" in name for name in ours)
     lines = train(*FAST, "--use_lora", "--resume_adapter", tmp_path / "adapter", "--max_steps", 3,
-                  "--weight_decay", 0.1, "--grad_clip", 0.5, "--scheduler", "constant", "--warmup_ratio", 0, out="again", model=small)
+                  "--weight_decay", 0.1, "--grad_clip", 0.5, "--scheduler", "constant",
+                  "--warmup_ratio", 0, out="again", model=small)
     for line, loss in zip(lines, reference_losses(small, 3, [1e-3] * 3, tmp_path / "adapter"), strict=True):
         assert math.isclose(line["loss"], loss, rel_tol=1e-5)
 
