@@ -200,7 +200,7 @@ GEMMA = Family(
     dict(vocab_size=262_144, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
          num_attention_heads=8, num_key_value_heads=4, head_dim=256, hidden_act=GELU, sliding_window=4096,
          tie_word_embeddings=True, max_position_embeddings=2**17),
-    windows="layer_types", rope_types=("default", "linear"),
+    windows="layer_types",
     supported=dict(hidden_act=GELU, hidden_activation=GELU, use_bidirectional_attention=False))
 GEMMA4_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},

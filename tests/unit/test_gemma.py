@@ -148,7 +148,7 @@ def test_the_published_config_of_gemma_3_4b_has_the_sizes_of_transformers():
     ("gemma3", dict(hidden_activation="relu"), "hidden_activation is 'relu'"),
     ("gemma3", dict(sliding_window_pattern=0), "sliding_window_pattern is 0"),
     ("gemma3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)), "rope_parameters"),
-    ("gemma3", dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "rope_type may be default, linear"),
+    ("gemma3", dict(rope_scaling=dict(rope_type="proportional", factor=2.0)), "rope_type may be default, linear"),
     ("gemma2", dict(final_logit_softcapping=0), "final_logit_softcapping is 0"),
     ("gemma4", dict(use_bidirectional_attention="all"), "use_bidirectional_attention is 'all'"),
     ("gemma4", dict(hidden_size_per_layer_input=256), "Gemma 4 E2B and E4B"),
@@ -245,7 +245,7 @@ def test_ten_steps_equal_transformers_and_torch(name, scheduler, models, train, 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_are_those_of_peft(name, models, train, tmp_path):
-    """all-linear chooses PEFT's layers. PEFT computes with a trained adapter what this trainer does, and the reverse."""
+    """all-linear chooses its layers. PEFT computes with a trained adapter what this trainer does; and the reverse."""
     import chat
     import peft
 
