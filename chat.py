@@ -117,7 +117,7 @@ def main():
         reply = ""
         try:
             for piece in answer(model, tokenizer, eos_ids, messages, cfg):
-                print(piece, end="", flush=True)
+                print(terminal.shown(piece), end="", flush=True)
                 reply += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation
             if not is_interactive:

@@ -32,7 +32,7 @@ import lora
 from disk import inputs, lock, peft, pretrained, resume
 from disk.run import RunState
 from families.registry import causal_lm
-from ops import compiler, forecast, memory, nf4, optim, overlap, packing
+from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packing
 from ranks import gate, processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
@@ -101,6 +101,7 @@ class Config:
         None, "skip a step whose gradient norm exceeds this × the median of the last 64 steps", low=1)
     beta1: float = setting(0.9, "decay rate of the first moment", low=0, high=0.9999999)
     beta2: float = setting(0.95, "decay rate of the second moment", low=0, high=0.9999999)
+    freeze: str | None = setting(None, "names of parts that are not trained, or a regex", unless="use_lora")
 
     use_lora: bool = setting(False, "freeze the model, train LoRA adapters", env="USE_LORA", group="LoRA")
     lora_rank: int = lora_setting(8, "adapter rank: higher learns more, costs more", env="LORA_RANK", low=1)
@@ -245,8 +246,11 @@ def build(cfg, paths, ranks, trains=True):
         model.to(torch.bfloat16)  # the optimizer has fp32 masters in host memory, or the model is frozen
     if cfg.quantize:
         nf4.quantize_linears(model)
+    if cfg.freeze:
+        freezing.freeze(model, cfg.freeze, bf16)
     if cfg.use_lora:
-        peft_config, lora_ranks = peft.read(paths.adapter) if paths.adapter else peft.new(model, cfg)
+        peft_config, lora_ranks = (peft.read(paths.adapter) if paths.adapter
+                                   else peft.new(model, cfg, paths.is_multimodal))
         lora.inject(model, peft_config, lora_ranks, cfg.tp)
     if bf16 and not fsdp.is_used(ranks, cfg.param_offload):
         model.to(torch.bfloat16)  # the optimizer has fp32 masters; FSDP2 would cast its fp32 parameters

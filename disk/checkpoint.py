@@ -78,8 +78,8 @@ def start_save(root, step, *, model, optimizer, shard_map, exported, state, link
     """Begin to write root/step_N; return the Save, whose `finish` completes it. Every rank calls both.
 
     optimizer      from ops.optim.build; the tensors that its state_of returns are saved by name
-    shard_map      {file: {tensor: dtype code}}, from pretrained.shard_map or adapter_shard_map. A tensor in
-                   fp16 with values beyond fp16 gets F32, from now on
+    shard_map      from pretrained.shard_map or adapter_shard_map. A tensor in fp16 with values beyond fp16
+                   gets F32, from now on
     exported       {file: bytes or JSON value}, the model directory's other files (pretrained.export_files)
     state          JSON object that resume needs; load_state returns it
     in_background  copy all to host memory first: when this returns, the training may continue. Otherwise no
@@ -103,9 +103,11 @@ def start_save(root, step, *, model, optimizer, shard_map, exported, state, link
     if saving.is_rank_0():
         writer.write_file(STATE, {"step": step, "updates": optimizer.updates, **state})
     writer.finish()
-    weights = {name: (dtype, tuple(masters[name].shape)) for name, dtype in dtypes.items()}
+    stored, codes, _ = saving.stored_tensors(shard_map, masters)
+    weights = {name: (codes[name], saving.shape_of(tensor)) for name, tensor in stored.items()}
     return Save(root, step, links, timeout, writer, names, weights,
-                {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+                {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                [tensor for copied in shard_map.copied.values() for tensor in copied.values()])
 
 
 @dataclass
@@ -115,8 +117,9 @@ class Save:
     timeout   seconds
     writer    this rank's thread
     names     the files of all ranks
-    weights   {name: (dtype, shape)} of the model's files
+    weights   {name: (dtype code, shape)} of the model's files
     tensors   {name: shape} of the training state's files
+    copied    the CopiedTensors, of all ranks
 
     The main thread of every rank calls the methods, in the same order: they are collectives.
     """
@@ -129,6 +132,7 @@ class Save:
     names: list
     weights: dict
     tensors: dict
+    copied: list
 
     def is_written(self):
         """Whether all ranks have written their files. Raises the error of this rank's writing."""
@@ -147,13 +151,16 @@ class Save:
             files.sync(os.path.join(directory, STATE_DIRECTORY))
             files.sync(directory)
             self.check_readable()
-        return move_into_place(directory, self.root, self.step, self.links)
+        final = move_into_place(directory, self.root, self.step, self.links)
+        for tensor in self.copied:
+            tensor.follow(final)
+        return final
 
     def check_readable(self):
         """AssertionError unless the functions that resume uses find in the directory what was saved."""
         directory = self.writer.directory
-        entries = pretrained.weight_entries(directory).items()
-        weights = {name: (pretrained.DTYPES[entry.dtype], entry.shape) for name, entry in entries}
+        entries = pretrained.stored_entries(directory).items()
+        weights = {name: (entry.dtype, entry.shape) for name, entry in entries}
         assert weights == self.weights, f"{directory}: its weight files have other tensors than were saved"
         slices = saving.read_slices(os.path.join(directory, STATE_DIRECTORY))
         shapes = {name: parts[0].shape for name, parts in slices.items()}
@@ -469,8 +476,8 @@ def load_training_tensors(directory, model, optimizer):
     slices = saving.read_slices(state_directory)
     trained = trained_weights(model, optimizer)
     states = {name: optimizer.new_state(p) for name, p in trained.items()}
-    weights = pretrained.weight_entries(directory)
-    dtypes = {name: pretrained.DTYPES.get(entry.dtype) for name, entry in weights.items()}
+    entries = pretrained.Contents.of(directory).entries
+    dtypes = {name: pretrained.DTYPES.get(entry.dtype) for name, entry in entries.items()}
     tensors = training_tensors(trained, states, dtypes)
     differences = sorted(set(slices) ^ set(tensors))
     if not differences:

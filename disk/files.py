@@ -6,6 +6,7 @@ import fcntl
 import functools
 import json
 import os
+import secrets
 import re
 import shutil
 import stat
@@ -82,6 +83,22 @@ def write_file(path, content):
     with naming(path), open(path, "wb") as f:
         f.write(content if isinstance(content, bytes) else encoded(content))
     sync(path)
+
+
+@contextlib.contextmanager
+def replaced(path, mode="w", **options):
+    """A new file in place of `path`, complete or not at all. A link is replaced; what it leads to stays.
+
+    mode, options  as of open()
+    """
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with naming(path), open(temporary, mode.replace("w", "x"), **options) as f:
+            yield f
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def encoded(value):

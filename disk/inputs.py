@@ -15,7 +15,7 @@ from disk import checkpoint, files, foreign, peft, pretrained
 from families.config import ModelConfig
 from settings import parser
 from settings.errors import UserError
-from text import sources
+from text import containers, formats, sources
 
 
 def checked(cfg, origins):
@@ -47,7 +47,7 @@ def check(cfg):
     if cfg.val_data:
         check_data("--val_data", cfg.val_data, "validation")
     if cfg.sample_prompts:
-        check_prompts(cfg.sample_prompts)
+        check_prompts(cfg.sample_prompts, (cfg.prompt_key, cfg.response_key, cfg.messages_key))
     if cfg.tokenizer:
         check_tokenizer(cfg.tokenizer)
     if cfg.resume_adapter:
@@ -84,7 +84,7 @@ def check_data(flag, spec, split=None):
         raise UserError(f"{flag} {error}") from error
 
 
-def check_prompts(path):
+def check_prompts(path, keys):
     """Raise UserError if the prompts of --sample_prompts can't be read. They are few, so all are read."""
     if not os.path.exists(path) and is_hub_id(path):
         return
@@ -92,11 +92,11 @@ def check_prompts(path):
         if path.endswith(".txt"):
             if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would block
                 raise UserError(f"{path} is not a file; write the prompts to a file")
-            with open(path, encoding="utf-8") as f:
+            with containers.open_text(path) as f:
                 f.read()
         else:
-            for _ in sources.read_files(path):
-                pass
+            for where, row in sources.read_files(path):
+                formats.to_messages(row, where, keys)
     except OSError as error:
         raise UserError(f"--sample_prompts {path}: {error.strerror}; use a .txt file with one prompt a line, "
                         "or a data file") from error

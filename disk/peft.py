@@ -10,7 +10,8 @@ import re
 
 from torch import nn
 
-from disk import checkpoint, files, foreign, pretrained
+from disk import checkpoint, files, foreign, layout, pretrained
+from ops.freezing import read_names
 from settings.errors import UserError
 
 # Keys of adapter_config.json that this file reads, or that do not matter once the tensors exist. Any other
@@ -24,15 +25,18 @@ MOST_PATTERNS = 2**12  # of alpha_pattern; each is compared with the name of eac
 compiled = functools.lru_cache(2 * MOST_PATTERNS)(re.compile)  # re's own cache has 512 places
 
 
-def new(model, cfg):
+def new(model, cfg, multimodal=False):
     """(adapter_config.json, {module name: LoRA rank}) for a new adapter.
 
-    cfg  sft.Config: model, lora_rank, lora_alpha, ...
+    cfg         sft.Config: model, lora_rank, lora_alpha, ...
+    multimodal  whether `model` is the text model of a multimodal one, which PEFT will adapt
 
     Raises UserError for a target that matches nothing, a rank larger than a side of a matrix, and a module
     that --lora_modules_to_save cannot name.
     """
     targets, names = matching_layers(model, cfg.lora_targets)
+    if multimodal:
+        targets = targets_in_full_model(targets, names)
     for name in names:
         module = model.get_submodule(name)
         largest = min(module.out_features, module.in_features)
@@ -81,17 +85,12 @@ def matching_layers(model, targets):
     """
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     last_parts = sorted({name.rpartition(".")[2] for name in linears})
-    entries = last_parts if targets == "all-linear" else [entry.strip() for entry in targets.split(",")]
-    is_pattern = not all(re.fullmatch(r"[\w.]+", entry) for entry in entries)
-    if is_pattern:
-        entries = [targets]
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise UserError(f"--lora_targets {targets}: not a regular expression: {error}") from error
+    entries, pattern = read_names(targets, "--lora_targets")
+    if targets == "all-linear":
+        entries, pattern = last_parts, None
     matched = set()
     for entry in entries:
-        if is_pattern:
+        if pattern:
             matches = {name for name in linears if pattern.fullmatch(name)}
         else:
             matches = {name for name in linears if f".{name}".endswith(f".{entry}")}
@@ -101,7 +100,20 @@ def matching_layers(model, targets):
                 remedy = f"train it fully with --lora_modules_to_save, or {remedy}"
             raise UserError(f"--lora_targets {targets}: {entry!r} matches no layer; {remedy}")
         matched |= matches
-    return targets if is_pattern else entries, sorted(matched)
+    return targets if pattern else entries, sorted(matched)
+
+
+def targets_in_full_model(targets, names):
+    """target_modules, from those of the text model, that match no layer of a vision tower.
+
+    PEFT compares names with the ends of all layers' names, and a vision tower has a q_proj, too.
+
+    targets, names  of matching_layers
+    """
+    if isinstance(targets, str):  # a regular expression, for names of the text model
+        return [layout.name_in_adapter(name, multimodal=True) for name in names]
+    ends = "|".join(re.escape(target.removeprefix("model.")) for target in targets)
+    return rf"{re.escape(layout.FULL_PREFIX)}(.*\.)?({ends})"
 
 
 def read_config(directory):
@@ -157,8 +169,16 @@ def check_pattern(pattern, path):
 
 
 def read(directory):
-    """(adapter_config.json, {module name: LoRA rank}) of an existing adapter."""
-    return read_config(directory), lora_ranks(pretrained.weight_entries(directory))
+    """(adapter_config.json, {module name: LoRA rank}) of an existing adapter.
+
+    Raises UserError if it adapts layers that are not the text model's.
+    """
+    config, ranks = read_config(directory), lora_ranks(pretrained.weight_entries(directory))
+    if others := [name for name in ranks if not name.startswith("model.layers.") and "layers." in name]:
+        raise UserError(f"the adapter {directory} has tensors for {others[0]:.200} ({len(others)} such "
+                        "layers): only layers of the text model are trained here; train the adapter with "
+                        "PEFT, or start a new one")
+    return config, ranks
 
 
 def base_directory(directory, base=None):

@@ -6,6 +6,8 @@ rank's shard, and which other files such a directory needs. No file that is read
 An entry (TensorEntry) is what a safetensors file's header says about one tensor.
 """
 
+import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from disk import files, foreign
+from disk import files, foreign, layout
 from families.config import ModelConfig
 from ops.memory import is_split
 from ops.nf4 import NF4Weight, check_finite
@@ -26,6 +28,10 @@ from settings.errors import UserError
 from settings.venv import PROJECT
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+# Bits per element of all dtypes that a file may have, in safetensors' order of tensors in a file
+BITS = dict(U64=64, I64=64, F64=64, C64=64, F32=32, U32=32, I32=32, BF16=16, F16=16, U16=16, I16=16,
+            F8_E5M2FNUZ=8, F8_E4M3FNUZ=8, F8_E8M0=8, F8_E4M3=8, F8_E5M2=8, I8=8, U8=8, F6_E3M2=6, F6_E2M3=6,
+            F4=4, BOOL=8)
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's file, and its prefix of every tensor's name
@@ -33,9 +39,13 @@ ADAPTER_PREFIX = "base_model.model."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
                    "tokenizer.model")
+# Of images, video and audio; a multimodal model's checkpoint has them as they were.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+                   "video_preprocessor_config.json", "audio_processor_config.json",
+                   "feature_extractor_config.json", "chat_template.json")
 # What is downloaded of a hub id beside its weights: not the folders original/, onnx/, ... that many have
 MODEL_FILES = ("config.json", "generation_config.json", INDEX_FILE, "adapter_config.json", *TOKENIZER_FILES,
-               "additional_chat_templates/*.jinja")
+               *PROCESSOR_FILES, "additional_chat_templates/*.jinja")
 GIT_LFS = b"version https://git-lfs"
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each token
 QUANTIZED = ("a quantised model can't be trained: use the original weights as --model, and --use_lora "
@@ -134,9 +144,13 @@ class TensorEntry:
     """One tensor of a safetensors file: where its bytes are."""
 
     file: str
-    dtype: str  # safetensors' code, a key of DTYPES
+    dtype: str  # safetensors' code, a key of BITS
     shape: tuple
     start: int  # position of its first byte in the file
+
+    @property
+    def n_bytes(self):
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 def read_header(path):
@@ -146,7 +160,7 @@ def read_header(path):
     not through the package's memory map: its pages count as memory of this process, and loading bf16 into
     fp32 would peak at 1.5 times the size of the model.
 
-    Raises UserError if the file is truncated or not safetensors, and for a dtype that is not in DTYPES.
+    Raises UserError if the file is truncated or not safetensors, and for a dtype that is not in BITS.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would block until somebody writes
         raise UserError(f"{path} is not a file")
@@ -158,12 +172,10 @@ def read_header(path):
             for name in f.offset_keys():
                 tensor = f.get_slice(name)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
-                if dtype not in DTYPES:
-                    remedy = "convert them to BF16 or F32" if dtype in ("F64", "C64") else QUANTIZED
-                    raise UserError(f"{path}: {name:.200} has dtype {dtype}; supported are "
-                                    f"{', '.join(DTYPES)}; {remedy}")
+                if dtype not in BITS:
+                    raise UserError(f"{path}: {name:.200} has dtype {dtype}, which is not known here")
                 entries[name] = TensorEntry(path, dtype, shape, position)
-                position += math.prod(shape) * DTYPES[dtype].itemsize
+                position += entries[name].n_bytes
     except SafetensorError as error:
         with open(path, "rb") as f:
             if f.read(len(GIT_LFS)) == GIT_LFS:
@@ -189,13 +201,26 @@ def read_index(index):
 
 
 def weight_entries(directory):
+    """stored_entries, those of an adapter under the names of the model's parameters.
+
+    Raises UserError as stored_entries does, and if two names of an adapter mean the same.
+    """
+    stored = stored_entries(directory)
+    if not is_adapter(directory):
+        return stored
+    entries = {layout.name_of_adapter(name.removeprefix(ADAPTER_PREFIX)): e for name, e in stored.items()}
+    if len(entries) < len(stored):
+        raise UserError(f"{directory}: {ADAPTER_FILE} has some tensors under several names")
+    return entries
+
+
+def stored_entries(directory):
     """{name: TensorEntry} of a model directory (one file, or several with an index) or a PEFT adapter.
 
     Raises UserError as read_header does, and for an index that is malformed or does not match its files.
     """
     if is_adapter(directory):
-        entries = read_header(os.path.join(directory, ADAPTER_FILE))
-        return {name.removeprefix(ADAPTER_PREFIX): entry for name, entry in entries.items()}
+        return read_header(os.path.join(directory, ADAPTER_FILE))
     index = os.path.join(directory, INDEX_FILE)
     if not os.path.exists(index):
         return read_header(os.path.join(directory, "model.safetensors"))
@@ -227,10 +252,9 @@ def fingerprint(directory, shares=False):
     """
     entries, heads = weight_entries(directory), hashlib.blake2b(digest_size=16)
     for name, entry in sorted(entries.items()):
-        size = min(256, math.prod(entry.shape) * DTYPES[entry.dtype].itemsize)
         with open(entry.file, "rb") as f:
             f.seek(entry.start)
-            heads.update(f"{name} {entry.dtype} {entry.shape}".encode() + f.read(size))
+            heads.update(f"{name} {entry.dtype} {entry.shape}".encode() + f.read(min(256, entry.n_bytes)))
     (rank, world_size), n_local = rank_and_world_size() if shares else (0, 1), 1
     if shares:
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
@@ -248,7 +272,7 @@ def fingerprint(directory, shares=False):
 
 def tensor_hash(name, entry):
     """Hash of a tensor and its name: two integers below 2**40, so that 2**23 of them have a sum in int64."""
-    n_bytes, crc = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize, 0
+    n_bytes, crc = entry.n_bytes, 0
     buffer = memoryview(bytearray(min(2**20, max(n_bytes, 1))))
     with files.naming(entry.file), open(entry.file, "rb", buffering=0) as f:
         f.seek(entry.start)
@@ -263,6 +287,38 @@ def is_same(then, now):
     return then == now or ("-" not in then and then == now.partition("-")[0])
 
 
+@dataclass
+class Contents:
+    """The tensors of a model or adapter directory's weight files.
+
+    entries  {name of the model's parameter: TensorEntry}, those of the text model
+    names    layout.TextNames, the spelling of these names in the files
+    others   {name in the files: TensorEntry}, of a vision tower, ...: not trained, and copied to checkpoints
+    strays   names in the files of tensors that should not be there
+    """
+
+    entries: dict
+    names: layout.TextNames
+    others: dict
+    strays: list
+
+    @classmethod
+    def of(cls, directory):
+        """The Contents of a directory. Raises UserError as weight_entries and TextNames.find do."""
+        stored, config = weight_entries(directory), os.path.join(directory, "config.json")
+        if is_adapter(directory):
+            return cls(stored, layout.TextNames("model.", layout.HEAD), {}, [])
+        multimodal = os.path.exists(config) and layout.is_multimodal(files.read_json(config))
+        names = layout.TextNames.find(stored, multimodal, directory)
+        of_model = {name: names.of_model(name) for name in stored}
+        others = {name: entry for name, entry in stored.items() if of_model[name] is None}
+        entries = {of_model[name]: entry for name, entry in stored.items() if name not in others}
+        strays = [name for name in others if not multimodal and not layout.MTP.match(name)]
+        # Old checkpoints store inv_freq, which the model computes.
+        entries = {name: e for name, e in entries.items() if not name.endswith("rotary_emb.inv_freq")}
+        return cls(entries, names, others, strays)
+
+
 def match_weights(model, directory):
     """Match the tensors of a model or adapter directory with the parameters of `model`.
 
@@ -272,21 +328,18 @@ def match_weights(model, directory):
     An embedding or head of the directory may have fewer rows than `model`: see read_weight.
 
     `model` may be on the meta device: weights that do not fit config.json are then refused before they cost
-    memory. Raises UserError that names the missing, unexpected or wrongly shaped tensors.
+    memory. Raises UserError that names the missing, unexpected or wrongly shaped tensors, as the directory
+    spells them.
     """
-    entries, adapter = weight_entries(directory), is_adapter(directory)
-    for name, entry in entries.items():
-        if entry.dtype not in ("F32", "BF16", "F16"):
-            raise UserError(f"{entry.file}: {name} has dtype {entry.dtype}, but weights must be F32, BF16 or "
-                            f"F16; {QUANTIZED}")
-    # Old checkpoints store inv_freq, which the model computes.
-    entries = {n: e for n, e in entries.items() if not n.endswith("rotary_emb.inv_freq")}
+    contents, adapter = Contents.of(directory), is_adapter(directory)
+    entries, spelling = contents.entries, contents.names.in_files
+    check_dtypes({spelling(name): entry for name, entry in entries.items()})
     allowed = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_stored(n, p, adapter)}
     # Without duplicates: a tied head gets the embedding's values, so a file need not contain it.
     required = {n: p for n, p in model.named_parameters() if n in allowed}
     does_not_fit = f"{directory} does not fit " + ("this model" if adapter else "its config.json")
-    missing = sorted(set(required) - set(entries))
-    unexpected = sorted(set(entries) - set(allowed))
+    missing = sorted(map(spelling, set(required) - set(entries)))
+    unexpected = sorted([*map(spelling, set(entries) - set(allowed)), *contents.strays])
     if missing or unexpected:
         counts = f" ({len(missing)} and {len(unexpected)} in all)" if len(missing + unexpected) > 8 else ""
         raise UserError(f"{does_not_fit}: missing {missing[:8] or 'nothing'}, unexpected "
@@ -296,15 +349,25 @@ def match_weights(model, directory):
     shapes.update({name: (m.out_features, m.in_features) for name, m in nf4_modules.items()})
     if not adapter and model.config.vocab_size > (rows := embedding_rows(directory)):  # --resize_embeddings
         shapes.update({name: (rows, *shapes[name][1:]) for name in EMBEDDINGS if name in shapes})
-    wrong = [f"{n} is {e.shape}, not {shapes[n]}" for n, e in entries.items() if e.shape != shapes[n]]
+    wrong = [f"{spelling(n)} is {e.shape}, not {shapes[n]}" for n, e in entries.items()
+             if e.shape != shapes[n]]
     if wrong:
         raise UserError(f"{does_not_fit}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
     return entries, required, nf4_modules
 
 
+def check_dtypes(entries):
+    """Raise UserError if a weight of {name: TensorEntry} has a dtype that can't be trained."""
+    for name, entry in entries.items():
+        if entry.dtype not in ("F32", "BF16", "F16"):
+            remedy = "convert them to BF16 or F32" if entry.dtype in ("F64", "C64") else QUANTIZED
+            raise UserError(f"{entry.file}: {name} has dtype {entry.dtype}, but weights must be F32, BF16 or "
+                            f"F16; {remedy}")
+
+
 def embedding_rows(directory):
-    """The vocab_size in a model directory's config.json: a model with --resize_embeddings has more rows."""
-    return files.read_json(os.path.join(directory, "config.json"))["vocab_size"]
+    """The vocab_size of a model directory's config.json: a model with --resize_embeddings has more rows."""
+    return ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json"))).vocab_size
 
 
 def is_stored(name, p, adapter):
@@ -337,14 +400,102 @@ def load_weights(model, directory, optimizer=None):
                             "differ; set tie_word_embeddings to false")
 
 
+@dataclass
+class CopiedTensor:
+    """A tensor that each save copies, byte for byte, from the file where the run found it.
+
+    The file stays open: it may be removed, or replaced by another one, before the first save. From then on
+    the checkpoint before is the source, so that a run does not depend on the directory it started from.
+
+    source    an open file; None on a rank that does not write the tensor
+    checksum  CRC-32 of the tensor's bytes when the run began
+    written   (open file, position) in the checkpoint that is written now, on the rank that writes the tensor
+    """
+
+    entry: TensorEntry
+    source: object
+    checksum: int = 0
+    written: tuple | None = None
+
+    def follow(self, directory):
+        """Copy from the checkpoint that is complete now; close the source before, which may be pruned."""
+        self.source, start = self.written or (None, 0)
+        if self.written:
+            path = os.path.join(directory, os.path.basename(self.source.name))
+            self.entry = dataclasses.replace(self.entry, file=path, start=start)
+        self.written = None
+
+    def chunks(self):
+        """Yield the bytes as memory views, each valid until the next one.
+
+        Raises UserError if the file is shorter than its header said.
+        """
+        buffer = memoryview(bytearray(min(2**22, max(self.entry.n_bytes, 1))))
+        start, stop = self.entry.start, self.entry.start + self.entry.n_bytes
+        while start < stop:
+            with files.naming(self.entry.file):
+                n = os.preadv(self.source.fileno(), [buffer[: stop - start]], start)
+            if not n:
+                raise UserError(f"{self.entry.file} ended while it was read")
+            yield buffer[:n]
+            start += n
+
+
+@dataclass
+class ShardMap:
+    """Which tensors the weight files of a directory have. Every save repeats them.
+
+    codes   {file: {parameter's name: dtype code}} of the tensors that are written from memory
+    names   {parameter's name: its name in the files}
+    copied  {file: {name in the files: CopiedTensor}} of those that are not trained
+    """
+
+    codes: dict
+    names: dict
+    copied: dict
+
+
 def shard_map(model, directory):
-    """{file name: {tensor name: dtype code}} of a directory's weight files; saving repeats them."""
-    entries, parameters, _ = match_weights(model, directory)
-    tensors_by_file = {}
+    """The ShardMap of a model directory, for the checkpoints of a run that trains `model`.
+
+    Every rank calls it. Frozen parameters are copied too: they then are what they were, in whichever dtype
+    the model computes.
+
+    Raises UserError if a frozen parameter has more rows than the directory (--resize_embeddings).
+    """
+    contents, (entries, parameters, _) = Contents.of(directory), match_weights(model, directory)
+    names = {name: contents.names.in_files(name) for name in parameters}
+    codes, copied = {}, dict(contents.others)
     for name, entry in entries.items():
-        if name in parameters:
-            tensors_by_file.setdefault(os.path.basename(entry.file), {})[name] = entry.dtype
-    return tensors_by_file
+        if name not in parameters:
+            continue  # a second copy of a tied weight
+        if parameters[name].requires_grad:
+            codes.setdefault(os.path.basename(entry.file), {})[name] = entry.dtype
+        elif entry.shape != tuple(parameters[name].shape):
+            raise UserError(f"--resize_embeddings with --freeze: the new rows of {name} would not be "
+                            "trained; do not freeze it")
+        else:
+            copied[names[name]] = entry
+    return ShardMap(codes, names, copied_tensors(copied))
+
+
+def copied_tensors(entries):
+    """{file: {name: CopiedTensor}} from {name: TensorEntry}. Every rank calls it; they share the reading."""
+    (rank, world_size), sources, result = rank_and_world_size(), {}, {}
+    for name, entry in entries.items():
+        if entry.file not in sources:
+            sources[entry.file] = open(entry.file, "rb", buffering=0)
+        tensors = result.setdefault(os.path.basename(entry.file), {})
+        tensors[name] = CopiedTensor(entry, sources[entry.file])
+    copied = [tensor for tensors in result.values() for tensor in tensors.values()]
+    checksums = torch.zeros(len(copied), dtype=torch.int64)
+    for i in range(rank, len(copied), world_size):
+        checksums[i] = functools.reduce(lambda crc, data: zlib.crc32(data, crc), copied[i].chunks(), 0)
+    if world_size > 1 and copied:
+        dist.all_reduce(checksums)
+    for tensor, checksum in zip(copied, checksums.tolist()):
+        tensor.checksum = checksum
+    return result
 
 
 def master_weights(model, optimizer):
@@ -482,10 +633,14 @@ def copy_slice(tensor, full):
     local.copy_(full[tuple(slice(*span) for span in spans)])
 
 
-def adapter_shard_map(model):
-    """The shard_map of an adapter: one file with all trained parameters in fp32, tied ones twice."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {ADAPTER_FILE: {name: "F32" for name, p in named if p.requires_grad}}
+def adapter_shard_map(model, multimodal=False):
+    """The ShardMap of an adapter: one file with all trained parameters in fp32, tied ones twice.
+
+    multimodal  whether the model is the text model of a multimodal one
+    """
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    return ShardMap({ADAPTER_FILE: dict.fromkeys(names, "F32")},
+                    {n: ADAPTER_PREFIX + layout.name_in_adapter(n, multimodal) for n in names}, {})
 
 
 def rank_and_world_size():
@@ -505,7 +660,7 @@ def export_files(directory, config_json, tokenizer_directory, tokenizer, adapter
     """
     exported = files.read_bytes(tokenizer_directory, TOKENIZER_FILES)
     if adapter_config is None:
-        exported.update(files.read_bytes(directory, ["config.json"]))
+        exported.update(files.read_bytes(directory, ["config.json", *PROCESSOR_FILES]))
         if config_json != files.read_json(os.path.join(directory, "config.json")):
             exported["config.json"] = config_json
         exported["generation_config.json"] = generation_config(
@@ -532,7 +687,8 @@ def generation_config(directory, config_json, stop_token_id):
     if os.path.exists(path):
         generation = files.read_json(path)
     else:
-        generation = {key: config_json[key] for key in keys if config_json.get(key) is not None}
+        values = {**layout.text_part(config_json), **config_json}
+        generation = {key: values[key] for key in keys if values.get(key) is not None}
     if not isinstance(generation, dict):
         raise UserError(f"{path} must be a JSON object, it is {generation!r:.60}")
     eos_ids = generation.get("eos_token_id")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, lock, peft, pretrained, resume
+from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
@@ -49,8 +49,14 @@ class ModelPaths:
         if adapter and isinstance(config_json, dict):  # it may have been trained with --resize_embeddings
             for name, entry in pretrained.weight_entries(adapter).items():
                 if name in pretrained.EMBEDDINGS and entry.shape:
-                    config_json["vocab_size"] = max(entry.shape[0], config_json.get("vocab_size") or 0)
+                    rows = max(entry.shape[0], ModelConfig.from_dict(config_json).vocab_size)
+                    config_json = layout.with_values(config_json, vocab_size=rows)
         return cls(model, adapter, tokenizer, config_json)
+
+    @property
+    def is_multimodal(self):
+        """Whether the model is the text model of a multimodal one."""
+        return layout.is_multimodal(self.config_json)
 
     @property
     def config(self):
@@ -75,7 +81,7 @@ class ModelPaths:
             raise UserError("--resize_embeddings with --use_lora: the new rows would be neither trained nor "
                             "saved; add --lora_modules_to_save embed_tokens,lm_head")
         size = -(-size // cfg.tp) * cfg.tp
-        return dataclasses.replace(self, config_json={**self.config_json, "vocab_size": size})
+        return dataclasses.replace(self, config_json=layout.with_values(self.config_json, vocab_size=size))
 
 
 def tokenizer_size(directory):
@@ -103,8 +109,9 @@ class RunState:
     has_saved        whether this process has saved a checkpoint
 
     state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr" and, for
-    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the fingerprint of the "model"
-    that the run started from ("base" with LoRA), and the digests of the training "data" and of "val_data".
+    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the number of "ranks", the
+    fingerprint of the "model" that the run started from ("base" with LoRA), and the digests of the training
+    "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):
@@ -131,6 +138,9 @@ class RunState:
             self.settings = resume.saved_settings(self.resumed, cfg)
         self.step, self.lr = self.saved["step"], self.saved.get("lr")
         self.lines = [*resume.lines(self.resumed, self.settings, cfg, origins), *skipped]
+        self.world_size, before = ranks.world_size, self.saved.get("ranks", ranks.world_size)
+        if before != ranks.world_size:
+            self.lines.append(f"changed: ranks {before!r:.60} -> {ranks.world_size} (steps hold the same)")
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
@@ -254,7 +264,9 @@ class RunState:
         self.warn_of_positions(train_set)
         self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
                              batch_tokens=cfg.batch_tokens)
-        if cfg.use_lora:
+        if not cfg.use_lora:
+            self.identity["freeze"] = cfg.freeze  # another set of tensors has optimizer state
+        else:
             self.identity.update({name: getattr(cfg, name) for name in resume.ADAPTER})
         if self.resumed:
             resume.check_identity(self.saved, self.identity, self.settings, cfg)
@@ -324,7 +336,7 @@ class RunState:
         generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
         if self.cfg.use_lora:
-            self.shard_map = pretrained.adapter_shard_map(model)
+            self.shard_map = pretrained.adapter_shard_map(model, paths.is_multimodal)
         else:
             self.shard_map = pretrained.shard_map(model, paths.model)
         self.exported = pretrained.export_files(
@@ -386,6 +398,7 @@ class RunState:
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
             "chosen": self.chosen,
+            "ranks": self.world_size,
             "date": self.date,
             "lr": self.lr,
             "total_steps": self.total_steps,

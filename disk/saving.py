@@ -9,6 +9,7 @@ Weights are whole tensors in Hugging Face's files. Training state is written as 
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -19,8 +20,9 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from disk import pretrained
-from disk.writer import TensorFile
+from disk import layout, pretrained
+from disk.pretrained import CopiedTensor
+from disk.writer import CODES, TensorFile
 from ops.memory import is_split, local
 from settings.errors import UserError
 
@@ -31,13 +33,13 @@ SPAN = re.compile("([0-9]{1,18}):([0-9]{1,18}) of ([0-9]{1,18})")
 # whole tensors: the model's files
 
 
-def assign_to_files(tensors, stem, n_files):
-    """Assign {name: tensor}, in order, to n_files files of about equal size; returns {file: names}."""
-    total = sum(t.numel() for t in tensors.values())
+def assign_to_files(sizes, stem, n_files):
+    """Assign {name: bytes}, in order, to n_files files of about equal size; returns {file: names}."""
+    total = max(sum(sizes.values()), 1)
     groups, position = {}, 0
-    for name, tensor in tensors.items():
-        groups.setdefault(position * n_files // total, []).append(name)
-        position += tensor.numel()
+    for name, size in sizes.items():
+        groups.setdefault(min(position * n_files // total, n_files - 1), []).append(name)
+        position += size
     stems = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
     if len(groups) == 1:
         stems = [stem]
@@ -50,35 +52,40 @@ def index_content(names_by_file, total_size):
     return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
 
 
-def write_whole(writer, names_by_file, tensors, dtypes, prefix=""):
+def write_whole(writer, names_by_file, tensors, codes):
     """Write the files {file: names} of whole tensors, which may be sharded.
 
-    tensors, dtypes  {name: tensor} and {name: dtype in the file}
-    prefix           put before each name in the files
+    tensors, codes  {name in the files: tensor or CopiedTensor} and {name in the files: dtype code}
 
     Every rank calls it. The files are distributed over the ranks. Sharded tensors are gathered one by one, in
     turn for each rank that writes: so all ranks write at the same time, and none has more than three gathered
-    tensors in memory: one that is gathered, one that waits, one that is written.
+    tensors in memory: one that is gathered, one that waits, one that is written. The rank that writes a file
+    copies its CopiedTensors.
     """
     rank, world_size = pretrained.rank_and_world_size()
     writers = {file: i % world_size for i, file in enumerate(names_by_file)}
     turns = {}  # rank -> [(file, tensor's name), ...] in the order of writing
     for file, names in names_by_file.items():
-        shapes = {prefix + name: (dtypes[name], tensors[name].shape) for name in names}
+        shapes = {name: (codes[name], shape_of(tensors[name])) for name in names}
         if writers[file] == rank:
             opened = writer.open(file, shapes)
         else:
             opened = TensorFile(file, shapes, None, None)  # only for the order of its names
-        turns.setdefault(writers[file], []).extend(
-            (opened, name.removeprefix(prefix)) for name in opened.names)
+        turns.setdefault(writers[file], []).extend((opened, name) for name in opened.names)
     for item in itertools.chain.from_iterable(itertools.zip_longest(*turns.values())):
         if item is None:
             continue
         file, name = item
-        tensor = gather(tensors[name].detach(), dtypes[name])
+        tensor = tensors[name]
+        if not isinstance(tensor, CopiedTensor):
+            tensor = gather(tensor.detach(), pretrained.DTYPES[codes[name]])
         if file.writer is writer:
             writer.submit(file.add, tensor)
         del tensor
+
+
+def shape_of(tensor):
+    return tensor.entry.shape if isinstance(tensor, CopiedTensor) else tuple(tensor.shape)
 
 
 def gather(tensor, dtype):
@@ -114,23 +121,36 @@ def write_model(writer, masters, shard_map, exported):
     The weight files have the same names and tensors as those that were read. If there are more ranks than
     files, each rank writes one file of about equal size instead. An adapter is small and stays one file.
     """
-    dtypes = dtypes_of(shard_map)
-    names_by_file = {file: list(codes) for file, codes in shard_map.items()}
+    tensors, codes, names_by_file = stored_tensors(shard_map, masters)
     is_adapter = pretrained.ADAPTER_CONFIG in exported
     world_size = pretrained.rank_and_world_size()[1]
+    sizes = {name: math.prod(shape_of(tensor)) * pretrained.BITS[codes[name]] // 8
+             for name, tensor in tensors.items()}
     if len(names_by_file) < world_size and not is_adapter:
-        tensors = {name: masters[name] for name in dtypes}
-        names_by_file = assign_to_files(tensors, "model", world_size)
-    prefix = pretrained.ADAPTER_PREFIX if is_adapter else ""
-    write_whole(writer, names_by_file, masters, dtypes, prefix)
+        names_by_file = assign_to_files(sizes, "model", world_size)
+    write_whole(writer, names_by_file, tensors, codes)
     others = dict(exported)
     if list(names_by_file) != ["model.safetensors"] and not is_adapter:  # the only name without an index
-        n_bytes = sum(masters[name].numel() * dtype.itemsize for name, dtype in dtypes.items())
-        others[pretrained.INDEX_FILE] = index_content(names_by_file, n_bytes)
+        others[pretrained.INDEX_FILE] = index_content(names_by_file, sum(sizes.values()))
     if is_rank_0():
         for name, content in others.items():
             writer.write_file(name, content)
     return [*names_by_file, *others]
+
+
+def stored_tensors(shard_map, masters):
+    """({name: tensor or CopiedTensor}, {name: dtype code}, {file: names}) with the names in the files."""
+    tensors, codes, names_by_file = {}, {}, {}
+    for file in sorted({*shard_map.codes, *shard_map.copied}):
+        names = names_by_file[file] = []
+        for name, code in shard_map.codes.get(file, {}).items():
+            stored = shard_map.names[name]
+            tensors[stored], codes[stored] = masters[name], code
+            names.append(stored)
+        for name, tensor in shard_map.copied.get(file, {}).items():
+            tensors[name], codes[name] = tensor, tensor.entry.dtype
+            names.append(name)
+    return tensors, codes, names_by_file
 
 
 def widen(shard_map, exported, masters):
@@ -142,11 +162,12 @@ def widen(shard_map, exported, masters):
     names = overflowing(masters, dtypes_of(shard_map))
     if not names:
         return
-    for codes in shard_map.values():
+    for codes in shard_map.codes.values():
         codes.update((name, "F32") for name in codes if name in names)
     config = exported["config.json"]
     config = json.loads(config) if isinstance(config, bytes) else dict(config)
-    config.update((key, "float32") for key in ("torch_dtype", "dtype") if key in config)
+    for part in (config, layout.text_part(config)):
+        part.update((key, "float32") for key in ("torch_dtype", "dtype") if key in part)
     exported["config.json"] = config
     if is_rank_0():
         print(f"warning: {len(names)} tensors have values beyond fp16 (65,504), such as {names[0]}: "
@@ -162,8 +183,8 @@ def device_of(model):
 
 
 def dtypes_of(shard_map):
-    """{name: dtype} of the tensors in the model's files."""
-    return {name: pretrained.DTYPES[code] for codes in shard_map.values() for name, code in codes.items()}
+    """{parameter's name: dtype} of the tensors in the model's files that are not copied."""
+    return {n: pretrained.DTYPES[code] for codes in shard_map.codes.values() for n, code in codes.items()}
 
 
 # slices: the training state
@@ -197,7 +218,7 @@ def write_slices(writer, folder, tensors):
             if shard.shape != tensors[name].shape:
                 metadata[name] = ", ".join(f"{start}:{stop} of {size}"
                                            for (start, stop), size in zip(spans, tensors[name].shape))
-    file = writer.open(names[rank], {name: (t.dtype, t.shape) for name, t in mine.items()}, metadata)
+    file = writer.open(names[rank], {name: (CODES[t.dtype], t.shape) for name, t in mine.items()}, metadata)
     for name in file.names:
         writer.submit(file.add, mine[name])
     return names
@@ -231,6 +252,10 @@ def read_slices(directory):
             continue
         path = os.path.join(directory, file)
         entries = pretrained.read_header(path)
+        unknown = [name for name, entry in entries.items() if entry.dtype not in pretrained.DTYPES]
+        if unknown:
+            raise UserError(f"{path}: {unknown[0]:.200} has dtype {entries[unknown[0]].dtype}; supported are "
+                            f"{', '.join(pretrained.DTYPES)}")
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
         for name, entry in entries.items():

@@ -6,6 +6,7 @@ read back. Memory: two buffers; with in_memory, a copy of all that is written.
 
 import itertools
 import json
+import math
 import os
 import queue
 import threading
@@ -15,13 +16,13 @@ from collections import deque
 import torch
 
 from disk import files
-from disk.pretrained import DTYPES
+from disk.pretrained import BITS, DTYPES, CopiedTensor
 from ops.optim import CopyStream
+from settings.errors import UserError
 
 BUFFER = 2**25  # bytes of each of the two buffers, and of a write
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# safetensors' order in a file: by dtype, then by the bytes of the name
-DTYPE_ORDER = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+DTYPE_ORDER = list(BITS)  # safetensors' order in a file: by dtype, then by the bytes of the name
 
 
 class Writer(threading.Thread):
@@ -117,7 +118,7 @@ class Writer(threading.Thread):
 class TensorFile:
     """A safetensors file that is written tensor by tensor, byte for byte as safetensors' save_file does.
 
-    tensors   {name: (dtype, shape)}; `names` has their order in the file
+    tensors   {name: (dtype code, shape)}; `names` has their order in the file
     metadata  {key: text} beside the format
     """
 
@@ -126,18 +127,29 @@ class TensorFile:
         self.names = sorted(tensors, key=lambda name: (DTYPE_ORDER.index(tensors[name][0]), name))
         header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
         for name in self.names:
-            dtype, shape = tensors[name]
-            start, end = end, end + dtype.itemsize * shape.numel()
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            code, shape = tensors[name]
+            start, end = end, end + math.prod(shape) * BITS[code] // 8
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
         header = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        self.dtypes = [tensors[name][0] for name in reversed(self.names)]  # of those that are not yet added
-        self.held = deque([len(header).to_bytes(8, "little") + header])  # bytes that are not yet written
+        self.codes = [tensors[name][0] for name in reversed(self.names)]  # of those that are not yet added
+        # Bytes, and tensors to copy, that are not yet written
+        self.held = deque([len(header).to_bytes(8, "little") + header])
         self.file, self.size, self.crc = None, 0, 0
+        self.copied = []  # (CopiedTensor, its position in this file)
 
     def add(self, tensor):
-        """Write the next tensor of `names`, or keep a copy of it in host memory. Called by the thread."""
-        for view in self.writer.buffers.views(tensor, self.dtypes.pop()):
+        """Write the next tensor of `names`, or keep a copy of it in host memory. Called by the thread.
+
+        A CopiedTensor needs no copy there: its bytes stay on the disk until they are written.
+        """
+        code = self.codes.pop()
+        if isinstance(tensor, CopiedTensor):
+            self.held.append(tensor)
+            if not self.writer.in_memory:
+                self.write_held()
+            return
+        for view in self.writer.buffers.views(tensor, DTYPES[code]):
             if self.writer.in_memory:
                 self.held.append(bytes(view))
             else:
@@ -155,7 +167,23 @@ class TensorFile:
 
     def write_held(self):
         while self.held:
-            self.write(self.held.popleft())
+            data = self.held.popleft()
+            if isinstance(data, CopiedTensor):
+                self.copy(data)
+            else:
+                self.write(data)
+
+    def copy(self, tensor):
+        """Write a CopiedTensor. Raises UserError if it is not what it was when the run began."""
+        checksum = 0
+        self.copied.append((tensor, self.size))
+        for data in tensor.chunks():
+            self.write(data)
+            checksum = zlib.crc32(data, checksum)
+        if checksum != tensor.checksum:
+            raise UserError(f"{tensor.entry.file} has changed since the run began: it was overwritten, and a "
+                            "checkpoint needs its other tensors; restore the file and resume from the last "
+                            "checkpoint")
 
     def flush(self):
         """Write what is held, flush the file to the disk and close it; return (size, CRC-32)."""
@@ -163,6 +191,9 @@ class TensorFile:
         with files.naming(self.path), self.file:
             self.file.flush()
         files.sync(self.path)
+        source = open(self.path, "rb", buffering=0) if self.copied else None
+        for tensor, start in self.copied:
+            tensor.written = source, start
         return self.size, self.crc
 
 
@@ -202,11 +233,18 @@ def memory(tensor):
 
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} and flush it to the disk. The bytes are those of safetensors' save_file."""
+    """Write {name: tensor or CopiedTensor} and flush it. The bytes are those of safetensors' save_file."""
     directory, name = os.path.split(path)
     writer = Writer(directory, torch.device("cpu"))
-    file = writer.open(name, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    file = writer.open(name, {name: stored_as(tensor) for name, tensor in tensors.items()})
     for name in file.names:
         writer.submit(file.add, tensors[name])
     writer.finish()
     writer.wait()
+
+
+def stored_as(tensor):
+    """(dtype code, shape) with which a file has a tensor or CopiedTensor."""
+    if isinstance(tensor, CopiedTensor):
+        return tensor.entry.dtype, tensor.entry.shape
+    return CODES[tensor.dtype], tuple(tensor.shape)

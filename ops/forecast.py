@@ -276,7 +276,7 @@ def block_activations(run, is_first=False):
     c, w = run.config, run.itemsize
     lora_ranks, is_trained = {}, {}
     for name, shape, _, trained in run.parameters:
-        if name.startswith("model.layers.0."):
+        if name.startswith("model.layers."):  # with --freeze, what is trained in any block counts in all
             # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
             names = name.split(".")
             layer = names[4] if "_proj" in name or "_norm" in name else names[3]
@@ -315,11 +315,22 @@ def block_activations(run, is_first=False):
     return run.tokens * kept + rng_state + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
 
 
+def mask_bytes(run, blocks):
+    """Bytes of the masks that attention keeps for these blocks: of each window, for each conversation.
+
+    The CPU, and CUDA in fp32, build them where a window is shorter than a conversation (ops/attention.py).
+    """
+    if run.has_varlen_attention:
+        return 0
+    windows = run.config.sliding_windows[blocks]
+    return sum(bool(window) and window < run.length for window in windows) * run.tokens * run.length * run.itemsize
+
+
 def kept_bytes(run, n_blocks=None):
     """Bytes that autograd keeps for backward of the first n_blocks blocks (None: all), as forward ends."""
     n_blocks = run.config.num_hidden_layers if n_blocks is None else n_blocks
     n_checkpointed = min(run.checkpointed_blocks, n_blocks)
-    kept = n_checkpointed * run.hidden_bytes
+    kept = n_checkpointed * run.hidden_bytes + mask_bytes(run, slice(n_checkpointed, n_blocks))
     if n_blocks == n_checkpointed:
         return kept
     if run.measured:
@@ -332,7 +343,7 @@ def activations(run, block=None):
     """Bytes of activations when backward of a block (None: the last) begins: its own, recomputed, in full."""
     block = run.config.num_hidden_layers - 1 if block is None else block
     if block < run.checkpointed_blocks:
-        return block * run.hidden_bytes + block_activations(run)
+        return block * run.hidden_bytes + block_activations(run) + mask_bytes(run, slice(block, block + 1))
     return kept_bytes(run, block + 1)
 
 

@@ -147,6 +147,21 @@ READERS = {"PET_NNODES": torchrun_variables, "SM_HOSTS": sagemaker, "SKYPILOT_NO
            "SLURM_JOB_NODELIST": slurm, "WORLD_SIZE and RANK": pods}
 
 
+def check_rank(env):
+    """Raise ClusterError for variables of a rank that are no numbers; remove those that are empty."""
+    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+    for name, low in numbers.items():
+        text = env.get(name)
+        if text == "":
+            del env[name]
+        elif text and not (text.isascii() and text.isdigit() and int(text) >= low):
+            raise ClusterError(f"{name}={text}: it must be an integer of at least {low}; a launcher such as "
+                               "torchrun sets it; unset it to train with one process")
+    if int(env.get("RANK", "0")) >= int(env.get("WORLD_SIZE", "1")):
+        raise ClusterError(f"RANK={env['RANK']} must be below WORLD_SIZE={env.get('WORLD_SIZE', '1')}; "
+                           "unset both to train with one process")
+
+
 def is_one_rank(env):
     """Whether another launcher has started this process as one rank of several."""
     return (env.get("WORLD_SIZE", "1") != "1"

@@ -70,8 +70,10 @@ def digest(content):
 
 def program(cfg):
     """{what: text} of the settings, the code and the version of torch, for compare()."""
-    settings = {f"--{field.name}": str(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)
-                if field.name not in MAY_DIFFER}
+    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)
+              if field.name not in MAY_DIFFER}
+    settings = {f"--{name}": str(value).lower() if value is None or isinstance(value, bool) else str(value)
+                for name, value in values.items()}  # as they are typed: none, true
     if cfg.sample_prompts and os.path.isfile(cfg.sample_prompts):
         with open(cfg.sample_prompts, "rb") as f:
             settings["--sample_prompts"] = digest(f.read())

@@ -31,6 +31,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGTERM: 143, signal
 # The environment variable with the path of the file in which ranks leave the exit code of a signal. They exit
 # with 0 then: for any other code, torchrun kills the other ranks and writes a report.
 CODE_FILE = "SFT_EXIT_CODE_FILE"
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 STARTING = 30  # seconds after a signal until ranks that still start are killed
 
 
@@ -135,11 +136,23 @@ def fork_torchrun(arguments, n_gpus, n_nodes):
     signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)  # until supervise() has installed its handlers
     child = os.fork()
     if child == 0:
+        end_with_parent()
         for number in EXIT_CODES:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup: the run survives its terminal
                 signal.signal(number, signal.SIG_DFL)
         sys.exit(torchrun(arguments, n_gpus, n_nodes))
     return child
+
+
+def end_with_parent():
+    """Let the kernel end this process when its parent has ended: it would train on, and nobody would see it.
+
+    torchrun ends with train.sh, and its ranks end with torchrun, also after a SIGKILL. Linux only.
+    """
+    if sys.platform == "linux":
+        import ctypes  # imported here: a single process has no use for it
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def supervise(child, n_nodes, code_file):
@@ -157,7 +170,7 @@ def supervise(child, n_nodes, code_file):
         nonlocal received, give_up
         if number == received == signal.SIGINT:
             with contextlib.suppress(OSError):  # stderr may be closed
-                os.write(2, b"\nstopped without saving; progress since the last checkpoint is lost\n")
+                os.write(2, b"\nstopped without saving; steps that no checkpoint has are lost\n")
             send(signal.SIGKILL, [child, *children(child)])
         if received is None:
             received = number
@@ -196,7 +209,8 @@ def handle_signals(handler):
 def stop_early(number, _):
     """Signal handler while there are no processes yet."""
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{signal.Signals(number).name}: stopped before the first step\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopped before training began; nothing new to save\n".encode())
     sys.exit(exit_code(number, has_trained=False))
 
 

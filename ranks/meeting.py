@@ -159,8 +159,8 @@ class Meeting:
             return (f"node {rank} ({host}) has NNODES {greeting.get('n_nodes')}, and node 0 "
                     f"({socket.gethostname()}) has {self.n_nodes}; set the same on all nodes")
         if rank == 0 or rank in nodes:
-            return (f"two nodes have NODE_RANK {rank} ({host} is one); set NODE_RANK to 0, 1, ... "
-                    f"{self.n_nodes - 1}, each on one node")
+            return (f"two nodes have NODE_RANK {rank} ({host} is one); give each node a "
+                    f"number of its own, from 0 to {self.n_nodes - 1}")
         return None
 
     def call_master(self):

@@ -6,7 +6,6 @@ signal, all finish the step, save and exit.
 """
 
 import contextlib
-import ctypes
 import datetime
 import json
 import os
@@ -24,10 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ranks import cluster, gate
 from ranks.failures import BACKEND_TIMEOUT, TICK, Watchdog, code_of, leave_exit_code, print_traceback
-from ranks.launch import CODE_FILE, EXIT_CODES, exit_code, handle_signals
+from ranks.launch import CODE_FILE, EXIT_CODES, end_with_parent, exit_code, handle_signals
 from settings.errors import NonFiniteError, OutOfMemory, UserError
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 PAUSE = 0.05  # seconds between two looks at the store while ranks start
 
 
@@ -129,10 +127,12 @@ class Ranks:
         if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun ends all ranks
             return
         if number == self.received_signal == signal.SIGINT:
-            write_to_screen("stopped without saving; progress since the last checkpoint is lost")
+            write_to_screen("stopped without saving; steps that no checkpoint has are lost")
             os._exit(EXIT_CODES[number])
         if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
-            message = "finishing this step and saving" if self.has_polled else "stopped before the first step"
+            message = "stopped before training began; nothing new to save"
+            if self.has_polled:
+                message = "finishing this step and saving"
             if self.has_polled and number == signal.SIGINT:
                 message += "; press Ctrl-C again to quit without saving"
             write_to_screen(f"{signal.Signals(number).name}: {message}")
@@ -246,20 +246,25 @@ def check_tp(tp, world_size):
     """Raise UserError if tp, the number of ranks that split each matrix, does not divide the world size."""
     if world_size < tp:
         raise UserError(f"--tp {tp} needs at least {tp} processes, and this run has {world_size}; start it "
-                        f"with ./train.sh --n_gpus {tp} or torchrun --nproc_per_node {tp}")
+                        f"with ./train.sh --n_gpus {tp} or torchrun --nproc_per_node {tp}, or, also to "
+                        "resume a run with fewer, use --strategy fsdp --tp 1")
     if world_size % tp:
         divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(f"--tp {tp} does not divide the {world_size} processes; use one of "
-                        f"{', '.join(divisors)}")
+                        f"{', '.join(divisors)} (1 with --strategy fsdp)")
 
 
 def check_strategy(strategy, tp):
-    """Raise UserError if --strategy and --tp contradict each other, or tp does not suit the ranks started."""
+    """Raise UserError if --strategy and --tp contradict each other, or do not suit the ranks started."""
+    try:
+        cluster.check_rank(os.environ)
+    except cluster.ClusterError as error:
+        raise UserError(str(error)) from error
     if "WORLD_SIZE" in os.environ:
         check_tp(tp, int(os.environ["WORLD_SIZE"]))
     if (tp > 1) != (strategy == "megatron"):
         raise UserError(f"--strategy {strategy} with --tp {tp}: megatron needs --tp 2 or more, fsdp needs "
-                        "--tp 1; use --strategy megatron --tp 2, or neither")
+                        "--tp 1; use --strategy megatron --tp 2, or --strategy fsdp --tp 1")
 
 
 def start(tp, timeout, deterministic=False, same=None):
@@ -298,7 +303,8 @@ def start(tp, timeout, deterministic=False, same=None):
             backend = "cpu:gloo,cuda:nccl"  # gloo too: offloaded gradients are CPU tensors
             # NCCL's own monitor would abort a run that was suspended for 8 minutes. Not tested on a GPU
             os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-    end_with_torchrun()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     store, watchdog = dist.HashStore(), None
     if world_size > 1:
         if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):  # train.sh has done this already
@@ -366,12 +372,6 @@ def wait_for_port(place, timeout):
             if time.monotonic() > until:
                 raise
         time.sleep(PAUSE)
-
-
-def end_with_torchrun():
-    """Let the kernel end this process when torchrun has ended: it would train on, and nobody would see it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def join(store, rank, timeout):

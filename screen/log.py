@@ -100,9 +100,8 @@ class JsonLines:
                 for number, line in enumerate(f, 1):
                     if line.endswith(b"\n") and step_of(line, f"{path}, line {number}") <= last_step:
                         kept.append(line)
-        with files.naming(path), open(path + ".tmp", "wb") as f:
+        with files.replaced(path, "wb") as f:
             f.writelines(kept)
-        os.replace(path + ".tmp", path)
         # unbuffered: after a failed write, a buffer would be written again when the file is closed
         self.path, self.file = path, open(path, "ab", buffering=0)
 
@@ -240,6 +239,8 @@ class Log:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trained = f"{n_trained:,} trained with LoRA" if cfg.use_lora else "all trained"
+        if cfg.freeze:
+            trained = f"{n_trained:,} trained"
         strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.world_size > 1 else ""
         model_line = (f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
                       f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
@@ -252,8 +253,9 @@ class Log:
         if not self.is_already_done:  # the next resume takes its settings from this file
             with files.naming(path):
                 write_yaml(run.cfg, path)  # auto stays auto: another machine chooses
-        files.write_file(os.path.join(self.directory, "ledger.json"), {
-            "model": model_line, "train": train_lines, "validation": val_lines, "ranks": ranks.world_size})
+        with files.replaced(os.path.join(self.directory, "ledger.json"), "wb") as f:
+            f.write(files.encoded({"model": model_line, "train": train_lines, "validation": val_lines,
+                                   "ranks": ranks.world_size}))
 
         print(model_line)
         if tokenizer.is_fallback:
@@ -275,10 +277,8 @@ class Log:
     def print_steps(self, train_set, sampler):
         """Print the number of steps, and what a step of the first epoch holds on average."""
         steps_per_epoch = sampler.steps_of(0)
-        epochs = with_noun(f"{self.total_steps / steps_per_epoch:.4g}", "epoch")
-        steps = with_noun(f"{steps_per_epoch:,}", "step")
         fraction = sum(sampler.quotas) / len(train_set) / steps_per_epoch  # of the data, per step
-        print(f"steps    {self.total_steps:,} = {epochs} × {steps}; per step about "
+        print(f"steps    {in_epochs(self.total_steps, steps_per_epoch)}; per step about "
               f"{len(train_set) * fraction:.3g} conversations, "
               f"{int(train_set.n_tokens.sum()) * fraction:,.0f} tokens "
               f"({train_set.ledger.target * fraction:,.0f} trained)")
@@ -441,6 +441,14 @@ class Log:
         elif run.has_saved:
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
         print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
+
+
+def in_epochs(steps, per_epoch):
+    """A number of steps as text: "18 = 2 epochs × 9 steps"; "3, 0.3333 epochs of 9 steps"."""
+    sign = "," if steps % per_epoch else " ="
+    by = "of" if steps % per_epoch else "×"
+    epochs = with_noun(f"{steps / per_epoch:.4g}", "epoch")
+    return f"{steps:,}{sign} {epochs} {by} {with_noun(f'{per_epoch:,}', 'step')}"
 
 
 def with_noun(number, noun):

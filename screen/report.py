@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jinja2
 import yaml
 
+from disk import files
 from settings import venv
 from settings.errors import UserError
 
@@ -62,7 +63,7 @@ def read_lines(path):
 
     Values of metrics that are no numbers become None: a damaged file must not end a run.
     """
-    if os.path.exists(path):
+    if os.path.isfile(path):  # to open a pipe would block
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 try:
@@ -92,9 +93,11 @@ def read_yaml(f):
 
 def read_dict(path, read):
     """Return the dict that `read` parses from a file; empty if the file is missing or incomplete."""
+    values = None
     try:
-        with open(path, encoding="utf-8") as f:
-            values = read(f)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as f:
+                values = read(f)
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
         values = None
     return values if isinstance(values, dict) else {}
@@ -105,7 +108,7 @@ class Run:
 
     def __init__(self, directory):
         metrics = os.path.join(directory, "metrics.jsonl")
-        if not os.path.exists(metrics):
+        if not os.path.isfile(metrics):
             raise UserError(f"{directory} is not a run: it has no metrics.jsonl; pass the --output_dir of an "
                             f"sft.py run: {venv.command('tools/report.py')} ./outputs")
         self.directory = os.fspath(directory)
@@ -239,9 +242,8 @@ def build(directories, path):
                        script=script, digest=digest, setting_text=setting_text, command=venv.command,
                        path=venv.quoted, shell=shlex.quote)
     # errors="replace": the data may contain an unpaired surrogate
-    with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as f:
+    with files.replaced(path, encoding="utf-8", errors="replace") as f:
         f.write(text)
-    os.replace(f"{path}.tmp", path)
     return path
 
 

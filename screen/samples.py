@@ -13,7 +13,7 @@ import fsdp
 from model import generate
 from ops import overlap
 from settings.errors import UserError
-from text import formats, sources
+from text import containers, formats, sources
 
 SAMPLE_TOKENS = 256  # an answer to --sample_prompts has at most this many
 
@@ -26,12 +26,15 @@ def read_prompts(path, tokenizer, keys=formats.KEYS):
     """
     if path.endswith(".txt"):
         try:
-            with open(path, encoding="utf-8") as f:
+            with containers.open_text(path) as f:
                 conversations = [[{"role": "user", "content": line.strip()}] for line in f if line.strip()]
         except UnicodeDecodeError as error:
             raise UserError(f"--sample_prompts {path}: not UTF-8 text: {error}") from error
     else:
-        conversations = [formats.to_messages(row, where, keys) for where, row in sources.read_files(path)]
+        try:
+            conversations = [formats.to_messages(row, where, keys) for where, row in sources.read_files(path)]
+        except UserError as error:
+            raise UserError(f"--sample_prompts {error}") from error
         conversations = [messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
                          for messages in conversations]
     if not conversations or not all(conversations):

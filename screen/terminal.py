@@ -2,11 +2,13 @@
 
 import contextlib
 import importlib
+import re
 import sys
 
 from settings.errors import UserError, printable
 
 HELP = "/reset: new conversation, /help: this line, /quit or Ctrl-D: exit, Ctrl-C: end the answer"
+COMMANDS = ("/reset", "/quit")  # those of chat.py
 
 
 def greet(model):
@@ -17,7 +19,7 @@ def greet(model):
 
 
 def read_prompt(is_interactive):
-    """A line of the terminal that is neither empty nor /help, or all of standard input, without outer spaces.
+    """A line of the terminal that is a prompt, /reset or /quit; or all of standard input. No outer spaces.
 
     At the end of the input, or after Ctrl-C, it is /quit. Raises UserError if standard input is empty or not
     UTF-8.
@@ -35,10 +37,22 @@ def read_prompt(is_interactive):
                 raise
             print(error)
             continue
-        if is_interactive and text == "/help":
-            print(HELP)
+        if is_interactive and is_command(text):
+            if text in COMMANDS:
+                return text
+            print("" if text == "/help" else f"no command {printable(text)}; ", HELP, sep="")
         elif text:
             return text
+
+
+def shown(text):
+    """A text of the model; for a terminal, which control characters would change, these are escaped."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
+def is_command(text):
+    """Whether a line is /word, and not a path such as /etc/hosts or a text that begins with a slash."""
+    return re.fullmatch(r"/[\w?]*", text) is not None
 
 
 def checked(read):

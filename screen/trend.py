@@ -3,7 +3,8 @@
 import json
 import statistics
 
-ENOUGH = 20  # steps; fewer show no trend
+ENOUGH = 20  # steps; fewer show no trend, unless the loss has risen to MANY times the first
+MANY = 3
 SMALL = 0.005  # a change of less than this fraction of the loss is none
 
 
@@ -55,18 +56,25 @@ class Trend:
         return (statistics.fmean(self.losses[:quarter]), statistics.fmean(self.losses[-quarter:]),
                 self.noise() * (2 / quarter) ** 0.5)
 
+    @staticmethod
+    def rise(first, last):
+        return (f"the loss rose from {first:.4g} to {last:.4g}. Most likely --lr is too high: try a tenth of "
+                "it. Otherwise answers contradict each other, or --chat_template is not the model's: look at "
+                "the rows with tools/show.py")
+
     def diagnosis(self):
         """A line about losses that do not fall as they should; None if they do, or if there are too few."""
         if len(self.losses) < ENOUGH:
+            later = self.losses[len(self.losses) // 2 :]
+            if len(self.losses) > 1 and min(later) > MANY * self.losses[0]:
+                return self.rise(self.losses[0], statistics.fmean(later))
             return None
         start, (first, last, error) = self.losses[0], self.means()
         if last - start > max(3 * self.noise(), SMALL * start):  # it may have fallen again since
             first, error = start, 0.0
         change = f"from {first:.4g} to {last:.4g}"
         if last - first > max(3 * error, SMALL * first):
-            return (f"the loss rose {change}. Most likely --lr is too high: try a tenth of it. Otherwise "
-                    "answers contradict each other, or --chat_template is not the model's: look at the rows "
-                    "with tools/show.py")
+            return self.rise(first, last)
         if first - last <= max(error, SMALL * first):
             return (f"the loss did not fall, {change}. Most likely --lr is too low: try ten times it (LoRA "
                     "needs more than full training), or more steps. Otherwise prompts do not determine their "

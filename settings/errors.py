@@ -136,6 +136,8 @@ def run(main):
     Other exceptions, plain ValueErrors included, are bugs of this code or a fork and keep their tracebacks.
     """
     trains = os.path.basename(sys.argv[0]) == "sft.py"
+    if os.environ.get("HOME") == "":  # ~/.cache would be /.cache
+        del os.environ["HOME"]
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by venv.enter()
         signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_streams(endures=trains and not {"--help", "-h", "--explain"} & set(sys.argv))

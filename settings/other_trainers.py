@@ -267,9 +267,11 @@ EXPLAINED = {
     "merge_lora merge_adapter save_merged_lora lora_merge":
         "python tools/merge.py ADAPTER OUT merges after training",
     "freeze_trainable_layers unfrozen_parameters freeze_parameters trainable_parameters train_layers "
-    "freeze_vision_tower":
-        "layers can't be frozen one by one; --use_lora --lora_targets REGEX trains adapters in some of "
-        "them",
+    "freeze_layers freeze_embeddings freeze_modules":
+        "--freeze NAMES freezes parts of the model: names with commas, such as embed_tokens,layers.0, or a "
+        "regular expression",
+    "freeze_vision_tower freeze_multi_modal_projector freeze_vit freeze_aligner":
+        "only the text model of a multimodal one is trained; all else in its directory stays as it is",
     "neftune_noise_alpha neftune_alpha":
         "there is no NEFTune: noise drawn for each micro-batch would make the loss depend on how a step "
         "is split",
@@ -341,15 +343,18 @@ def settings():
 def suggestion(name):
     """What to type here for a setting of another trainer, as one line; None if no trainer has it.
 
-    name  as it was typed: --lora-r, lora_r, trainer.lora_r
+    name  as it was typed: --lora-r, lora_r, loraR, trainer.lora_r
     """
-    plain = name.lstrip("-+").replace("-", "_")
-    plain = re.sub(r"([a-z])([A-Z])", r"\1_\2", plain).lower()
-    for candidate in (plain, plain.rpartition(".")[2]):
+    for typed in (name, name.rpartition(".")[2]):
         for here, names in RENAMED.items():
-            if candidate in names.split():
-                return f"{plain} of other trainers is {here} here"
+            if letters(typed) in map(letters, names.split()):
+                return f"type {here}"
         for names, text in EXPLAINED.items():
-            if candidate in names.split():
-                return f"{plain} of other trainers: {text}"
+            if letters(typed) in map(letters, names.split()):
+                return text
     return None
+
+
+def letters(name):
+    """The letters and digits of a name, in lower case: batch_size, batch-size and batchSize are the same."""
+    return re.sub(r"[\W_]", "", name).lower()

@@ -23,6 +23,7 @@ import typing
 
 import yaml
 
+from disk import files
 from settings import other_trainers, verl
 from settings.errors import UserError
 from settings.venv import PROJECT
@@ -410,10 +411,12 @@ def field_name(name, fields):
         return key
     other_names = other_trainers.settings()
     if accepts_verl and (advice := other_trainers.suggestion(name)):
-        raise UserError(f"unknown setting {name!r:.200}, of another trainer: {advice}")
+        raise UserError(f"unknown setting {name!r:.200}, which other trainers have: {advice}")
     near = difflib.get_close_matches(candidate, [*fields, *other_names], n=1, cutoff=0.6)
     if accepts_verl and ("." in name or not near):
         near = difflib.get_close_matches(key, verl.entries(), n=1, cutoff=0.6) or near
+    same = [field for field in fields if other_trainers.letters(field) == other_trainers.letters(name)]
+    near = same or near  # batch.size, Batch_Size
     near = [other_names.get(n, n) for n in near if n not in other_names or other_names[n] in fields]
     nearest = f"; the nearest is {near[0]!r}" if near else ""
     raise UserError(f"unknown setting {name!r:.200}{nearest}; --help lists them all")
@@ -447,7 +450,7 @@ def convert(field, text, origin):
         raise UserError(f"{rule}one of {', '.join(choices)}{nearest}")
     stays = field.name in ("prompt", "system") or text == field.default  # prose of chat.py; --cache_dir
     # a shell expands ~ only at the beginning of a word, not in a YAML file or in --output_dir=~/x
-    return os.path.expanduser(text) if text.startswith("~/") and not stays else text
+    return os.path.expanduser(text) if re.match(r"~[\w.-]*/", text) and not stays else text
 
 
 def number(text, kind, default):
@@ -560,7 +563,7 @@ def write_yaml(config, path):
     values = dataclasses.asdict(config)
     # With other characters allow_unicode would fold a Unicode line break instead of escaping it.
     is_printable = "".join(map(str, values.values())).isprintable()
-    with open(path, "w", encoding="utf-8") as f:
+    with files.replaced(path, encoding="utf-8") as f:
         print("# Settings of a run, written by sft.py; --config and this file start the same run.", file=f)
         yaml.safe_dump(values, f, sort_keys=False, allow_unicode=is_printable)
 

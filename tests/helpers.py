@@ -21,6 +21,7 @@ import model
 import sft
 from disk import files, peft
 from families.config import ModelConfig
+from families.registry import causal_lm
 from ops import nf4
 from ops.attention import Documents
 from settings.errors import UserError
@@ -167,7 +168,8 @@ def two_layers(directory, std=0.02, **changes):
     config = {**files.read_json(os.path.join(TINY, "config.json")), "num_hidden_layers": 2, **changes}
     (directory / "config.json").write_text(json.dumps(config))
     torch.manual_seed(1)
-    built = model.CausalLM(ModelConfig.from_dict(config))
+    config_of_model = ModelConfig.from_dict(config)
+    built = causal_lm(config_of_model)(config_of_model)
     for p in built.parameters():
         torch.nn.init.normal_(p, std=std) if p.ndim > 1 else torch.nn.init.normal_(p, mean=1.0, std=0.1)
     dtype = torch.bfloat16 if config["tie_word_embeddings"] else torch.float32

@@ -76,7 +76,8 @@ class Entry(NamedTuple):
     def note(self):
         """What to add to the place of a row: which columns and keys have other names for formats.py."""
         pairs = [*self.columns, *(self.turn_keys().items() if self.formatting != "alpaca" else ())]
-        renamed = ", ".join(f"{theirs} as {ours}" for theirs, ours in pairs if theirs != ours)
+        # a name may have line ends: repr() escapes them
+        renamed = ", ".join(f"{repr(theirs)[1:-1]:.60} as {ours}" for theirs, ours in pairs if theirs != ours)
         return f" (read {renamed})" if renamed else ""
 
     def check(self, seen, where):

@@ -467,7 +467,8 @@ def read_files(spec):
 
 def describe_files(files, count=3):
     """The names of files in a line: "data/train.jsonl, org/name/en.parquet and 4 more"."""
-    names = [re.sub(r"^.*/datasets--([^/]+)/snapshots/[^/]+/", lambda m: m[1].replace("--", "/") + "/", file)
-             for file in files]
+    names = [file.replace("/./", "/") for file in files]  # train.sh in another folder: PROJECT/./data/...
+    names = [re.sub(r"^.*/datasets--([^/]+)/snapshots/[^/]+/", lambda m: m[1].replace("--", "/") + "/", name)
+             for name in names]
     more = f" and {len(names) - count:,} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from disk import files, peft, pretrained, saving, writer
+from disk import files, layout, peft, pretrained, saving, writer
 from disk.run import ModelPaths
+from families.config import ModelConfig
 from settings import venv
 from settings.errors import UserError, printable, run
 from settings.parser import parse, setting
@@ -52,7 +53,10 @@ def merge(cfg):
     base = peft.base_directory(cfg.adapter, cfg.base)
     paths = ModelPaths.find(base, cfg.adapter)
     model_config = paths.config_json  # a run with --resize_embeddings had more rows than the base
-    base_entries, adapter_entries = pretrained.weight_entries(base), pretrained.weight_entries(cfg.adapter)
+    contents, adapter_entries = pretrained.Contents.of(base), pretrained.weight_entries(cfg.adapter)
+    base_entries = contents.entries
+    for entries in (base_entries, adapter_entries):
+        pretrained.check_dtypes(entries)
     lora_ranks = peft.lora_ranks(adapter_entries)
 
     def read(entry):
@@ -78,44 +82,55 @@ def merge(cfg):
         return weight
 
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if model_config.get("tie_word_embeddings"):
+    if paths.config.tie_word_embeddings:
         base_entries.pop(head, None)
         # If the adapter trained one of the two, or both separately, they may differ now: then untie them.
         head_entry = adapter_entries.get(head, base_entries[embedding])
         is_trained = head in adapter_entries or embedding in adapter_entries
         if is_trained and not torch.equal(merged(embedding), read(head_entry)):
-            model_config["tie_word_embeddings"] = False
+            model_config = layout.with_values(model_config, tie_word_embeddings=False)
             base_entries[head] = base_entries[embedding]
         else:
             adapter_entries.pop(head, None)
     check_names(cfg.adapter, base, adapter_entries, base_entries, lora_ranks)
     shapes = {name: adapter_entries.get(name, entry).shape for name, entry in base_entries.items()}
-    check_rows(cfg.adapter, shapes, model_config)
+    check_rows(cfg.adapter, shapes, ModelConfig.from_dict(model_config).vocab_size)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
     os.makedirs(temporary)
-    for key in {"dtype", "torch_dtype"} & set(model_config):
-        model_config[key] = str(dtype).removeprefix("torch.")
+    for part in (model_config, layout.text_part(model_config)):
+        part.update({key: str(dtype).removeprefix("torch.") for key in {"dtype", "torch_dtype"} & set(part)})
     tokenizer = template.ChatTokenizer(paths.tokenizer)
-    exported = {**files.read_bytes(base, pretrained.TOKENIZER_FILES),
+    exported = {**files.read_bytes(base, (*pretrained.TOKENIZER_FILES, *pretrained.PROCESSOR_FILES)),
                 **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
                 "generation_config.json": pretrained.generation_config(
                     base, model_config, tokenizer.stop_token_id), **tokenizer.files}
     for name, content in exported.items():
         os.makedirs(os.path.dirname(os.path.join(temporary, name)), exist_ok=True)
         files.write_file(os.path.join(temporary, name), content)
-    outputs = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    n_bytes = sum(t.nbytes for t in outputs.values())
-    names_by_file = saving.assign_to_files(outputs, "model", math.ceil(n_bytes / FILE_BYTES))
-    for file, names in names_by_file.items():
-        tensors = {name: merged(name).to(dtype) for name in names}
-        writer.write_safetensors(os.path.join(temporary, file), tensors)
-    if len(names_by_file) > 1:
-        files.write_file(os.path.join(temporary, pretrained.INDEX_FILE),
-                         saving.index_content(names_by_file, n_bytes))
+    write_weights(temporary, contents, shapes, merged, dtype)
     os.replace(temporary, cfg.out)
     print(printable(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}\n"
                     f"saved    {cfg.out} (Hugging Face model directory)\n"
                     f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}"))
+
+
+def write_weights(directory, contents, shapes, merged, dtype):
+    """Write the weight files: tensors of {name: shape}, which merged(name) makes, and those that are copied.
+
+    contents  pretrained.Contents of the base
+    """
+    stored = {contents.names.in_files(name): name for name in shapes}
+    sizes = {name: math.prod(shapes[ours]) * dtype.itemsize for name, ours in stored.items()}
+    sizes.update((name, entry.n_bytes) for name, entry in contents.others.items())
+    copied = pretrained.copied_tensors(contents.others)
+    copied = {name: tensor for tensors in copied.values() for name, tensor in tensors.items()}
+    names_by_file = saving.assign_to_files(sizes, "model", math.ceil(sum(sizes.values()) / FILE_BYTES))
+    for file, names in names_by_file.items():
+        tensors = {name: merged(stored[name]).to(dtype) if name in stored else copied[name] for name in names}
+        writer.write_safetensors(os.path.join(directory, file), tensors)
+    if len(names_by_file) > 1:
+        files.write_file(os.path.join(directory, pretrained.INDEX_FILE),
+                         saving.index_content(names_by_file, sum(sizes.values())))
 
 
 def temporary_directory(out):
@@ -139,9 +154,8 @@ def check_names(adapter, base, adapter_entries, base_entries, lora_ranks):
         raise UserError(f"{adapter} does not fit {base}, which has no {min(unexpected)}; pass another --base")
 
 
-def check_rows(adapter, shapes, model_config):
+def check_rows(adapter, shapes, vocab_size):
     """Raise UserError if not all embeddings have the rows that config.json will say."""
-    vocab_size = model_config.get("vocab_size")
     for name in pretrained.EMBEDDINGS:
         if name in shapes and shapes[name][0] != vocab_size:
             raise UserError(f"{adapter}: {name} would have {shapes[name][0]} rows, but another embedding, or "

@@ -112,6 +112,13 @@ def collectives(run):
     return result
 
 
+def trained_share(run, part):
+    """The share of trained values among those of the matrices in a part of the model, without adapters."""
+    sizes = [(math.prod(shape), trained) for name, shape, _, trained in run.parameters
+             if part in name and len(shape) > 1 and ".lora_" not in name]
+    return sum(n for n, trained in sizes if trained) / max(1, sum(n for n, _ in sizes))
+
+
 def flops(run):
     """Floating-point operations per step per rank: matrix products, and causal attention per conversation."""
     c, tokens = run.config, run.tokens * run.micro_batches
@@ -119,10 +126,11 @@ def flops(run):
     matrices = c.num_hidden_layers * (attention_matrices + 3 * c.hidden_size * c.intermediate_size)
     # forward, gradient of the input, gradient of the weight unless frozen, recomputed forward
     recomputed = run.checkpointed_blocks / c.num_hidden_layers
-    passes = (2 if run.is_lora else 3) + recomputed
+    passes = 2 + trained_share(run, ".layers.") + recomputed
     # per token, in forward
     attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * run.length
-    head = 2 * c.vocab_size * c.hidden_size * (2 if run.is_lora else 3)
+    head_name = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+    head = 2 * c.vocab_size * c.hidden_size * (2 + trained_share(run, head_name))
     return tokens * (passes * 2 * matrices + (3 + recomputed) * attention + head) / run.tp
 
 

@@ -65,7 +65,12 @@ def test_variables_that_do_not_say_how_to_run_are_refused(env, words):
 
 @pytest.mark.parametrize("env, words", [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, and RANK and MASTER_ADDR and MASTER_PORT not; unset WORLD_SIZE"),
-    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun started 2 tasks")], ids=str)
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun started 2 tasks"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: it must be an integer of at least 1; .* unset it"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: it must be an integer of at least 1"), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: it"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"), ({"RANK": "1"}, "below WORLD_SIZE=1"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "tcp://a:1"}, "MASTER_PORT=tcp://a:1: it must be an integer")],
+    ids=str)
 def test_sft_py_does_not_train_alone_where_several_were_meant(env, words, train, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -87,8 +92,9 @@ def test_a_rank_that_meets_no_other_says_so(rank, monkeypatch):
 
 
 def test_world_size_1_needs_no_master(train, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
+    """An empty variable is none."""
+    for name, text in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "", "MASTER_PORT": ""}.items():
+        monkeypatch.setenv(name, text)
     assert len(train("--max_steps", 1)) == 1
 
 
@@ -98,6 +104,36 @@ def test_the_interface_that_leads_to_the_other_nodes(monkeypatch):
     assert cluster.use_interface("127.0.0.1", env) == "GLOO_SOCKET_IFNAME=lo"
     assert env == {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "lo"}
     assert cluster.use_interface("192.0.2.7", {}) == ""
+
+
+def test_the_address_of_a_host_whose_name_means_itself(monkeypatch):
+    """Debian's /etc/hosts has 127.0.1.1 for the host's own name: then the default route decides."""
+    routes = {"10.0.0.1": "10.0.0.2", "own-name": "127.0.1.1", "192.0.2.1": "10.0.0.7"}
+
+    class Socket:
+        def __init__(self, *_):
+            self.name = None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def connect(self, target):
+            if target[0] not in routes:
+                raise OSError("Network is unreachable")
+            self.name = routes[target[0]]
+
+        def getsockname(self):
+            return self.name, 0
+
+    monkeypatch.setattr(cluster.socket, "getaddrinfo", lambda host, port, type: [(2, type, 0, "", (host, port))])
+    monkeypatch.setattr(cluster.socket, "socket", Socket)
+    assert cluster.local_address("10.0.0.1", 1) == "10.0.0.2"
+    assert cluster.local_address("own-name", 1) == "10.0.0.7"
+    del routes["192.0.2.1"]  # a machine without a network
+    assert cluster.local_address("own-name", 1) == "127.0.1.1" and cluster.local_address("gone", 1) == "127.0.0.1"
 
 
 # ---- the manifests --------------------------------------------------------------------------------------------------

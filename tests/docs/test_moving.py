@@ -86,5 +86,5 @@ def test_every_flag_on_the_page_exists():
     ("fsdp_cpu_offload", "param_offload"), ("enable_activation_checkpointing", "gradient_checkpointing")])
 def test_a_name_of_another_trainer_is_answered_with_the_setting_here(name, ours):
     """If it is typed by habit, the error names the setting here."""
-    with pytest.raises(ValueError, match=rf"unknown setting '{name}', of another trainer: .*--{ours}\b"):
+    with pytest.raises(ValueError, match=rf"unknown setting '{name}', which other trainers have: .*--{ours}\b"):
         parser.parse(sft.Config, [f"--{name}", "1"])

@@ -539,7 +539,7 @@ RULES = """## Rules
 - Decompression of a row group of a parquet file by pyarrow, and the tokenizers package on a long text.
 - The number of rows, and the disk space of their cache. Links among data files are followed; data files are
   not copied.
-- What a model says once it is trained.
+- What a model says once it is trained. On a terminal, chat.py escapes its control characters.
 """
 
 

@@ -195,8 +195,9 @@ def test_adapters_add_no_all_reduce_to_a_micro_batch(collectives):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--strategy", "megatron"), "use --strategy megatron --tp 2"), (("--tp", "2"), "use --strategy megatron --tp 2"),
-    (("--strategy", "megatron", "--tp", "2"), "--tp 2 needs at least 2 processes, and this run has 1"),
+    (("--strategy", "megatron"), "use --strategy megatron --tp 2"), (("--tp", "2"), "or --strategy fsdp --tp 1"),
+    (("--strategy", "megatron", "--tp", "2"), "--tp 2 needs at least 2 processes, and this run has 1; start it with "
+     "./train.sh --n_gpus 2 or torchrun --nproc_per_node 2, or, also to resume a run with fewer, use --strategy fsdp --tp 1"),
 ])
 def test_an_impossible_tp_is_an_error(train, flags, message):
     """The error names flags that work."""

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from helpers import TINY, VALIDATION, model_directory, program
 
+import sft
 from ranks import gate
 
 FLAGS = ("--train_data", VALIDATION, "--cache_dir", "none", "--max_steps", "2", "--batch_size", "2",
@@ -75,6 +76,11 @@ def test_the_line_names_all_ranks_that_differ_alike():
     assert gate.describe(answers) == ("ranks 2, 3 (on n1) and rank 0 (on n0) differ: --lr 2, not 1. All nodes need the "
                                       "same")
     assert gate.describe(answers[:2]) == ""
+
+
+def test_settings_are_shown_as_they_are_typed():
+    values = gate.program(sft.Config())
+    assert [values[f"--{name}"] for name in ("dtype", "packing", "epochs")] == ["none", "true", "3"]
 
 
 def test_every_file_of_the_trainer_is_compared():

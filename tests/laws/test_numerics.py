@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 from helpers import EXAMPLES, ROOT, TINY, launch_all, metrics, run_all, tensors_of
-from model import CausalLM
 from programs import non_finite
 from safetensors.torch import load_file
 
 import data
 import sft
 from disk import checkpoint, run
+from model import CausalLM
 from tools import selfcheck
 
 FAST = ("--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing",

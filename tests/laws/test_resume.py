@@ -87,6 +87,21 @@ def test_a_step_that_is_not_there_names_those_that_are(copy):
         sft_main("--resume_from", "out/checkpoints/step_99")
 
 
+def test_what_links_in_a_run_lead_to_stays(copy):
+    """The run may be somebody else's: what it writes replaces a link, and its temporary names are new."""
+    (copy / "mine").write_text("mine")
+    for name in ("config.yaml.tmp", "metrics.jsonl.tmp", "samples.jsonl.tmp", "ledger.json.tmp", "report.html.tmp",
+                 "ledger.json"):
+        (copy / "out" / name).unlink(missing_ok=True)
+        os.symlink("../mine", copy / "out" / name)
+    config = (copy / "out" / "config.yaml").rename(copy / "settings.yaml")
+    os.symlink("../settings.yaml", copy / "out" / "config.yaml")
+    before = config.read_bytes()
+    sft_main("--resume_from", "out", "--max_steps", 5)
+    assert (copy / "mine").read_text() == "mine" and config.read_bytes() == before
+    assert "max_steps: 5\n" in (copy / "out" / "config.yaml").read_text()
+
+
 def test_a_finished_run_keeps_its_settings(copy, capsys):
     """Nothing was trained with those that were given."""
     before = (copy / "out" / "config.yaml").read_bytes()
@@ -117,6 +132,21 @@ def test_changes_are_printed_and_a_jump_of_the_rate_too(copy, capsys):
     out = capsys.readouterr().out
     assert "already complete: raise --max_steps to train longer" in out
     assert "changed:" not in out and "saved " not in out
+
+
+def test_another_number_of_ranks_is_printed(copy, monkeypatch, capsys):
+    """state.json has it; the checkpoint of an older version does not."""
+    load_state = checkpoint.load_state
+    for ranks, line in ((4, "changed: ranks 4 -> 1 (steps hold the same)\n"), (1, ""), (None, "")):
+        def load(directory, ranks=ranks):
+            state = load_state(directory)
+            assert state.pop("ranks") == 1
+            return {**state, "ranks": ranks} if ranks else state
+
+        monkeypatch.setattr(checkpoint, "load_state", load)
+        sft_main("--resume_from", "out")
+        out = capsys.readouterr().out
+        assert line in out and out.count("changed:") == bool(line)
 
 
 @pytest.mark.parametrize("flags, words", [

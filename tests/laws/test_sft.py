@@ -19,7 +19,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import EXAMPLES, FAST, ROOT, TINY, VALIDATION, metrics, model_directory, program, two_layers
-from model import CausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +26,7 @@ import data
 import sft
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
+from model import CausalLM
 from ops import forecast, optim
 from ops.attention import Documents
 from settings import errors, parser
@@ -495,7 +495,7 @@ BAD = {  # name: (function of a directory that returns flags, text of the error)
     "max_length": (lambda p: ("--max_length", 4), "raise --max_length 4"),
     "cannot write": (lambda p: ("--output_dir", write(p / "file", "") / "out"), "Not a directory"),
     "unknown flag": (lambda p: ("--learing_rate", "1"), "the nearest is 'lr'"),
-    "flag of another trainer": (lambda p: ("--learning_rate", "1"), "learning_rate of other trainers is --lr X here"),
+    "flag of another trainer": (lambda p: ("--learning_rate", "1"), "'learning_rate', which other trainers have: type --lr X"),
     "bad scheduler": (lambda p: ("--scheduler", "cosin"), "nearest: cosine"),
     "resume from nothing": (lambda p: ("--resume_from", "./nowhere"), "./nowhere"),
     "hub": (lambda p: ("--model", "Qwen/Qwen2.5-0.5B"), "--model PATH with a local directory, or --model tiny"),

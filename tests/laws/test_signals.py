@@ -94,7 +94,7 @@ def test_stopped_before_the_first_step_nothing_is_written(phase, train, tmp_path
     monkeypatch.setattr(processes.Ranks, "set_phase", set_phase)
     with pytest.raises(SystemExit) as info:
         train(*RUN[2:], "--max_steps", 2, "--resume_from", "auto")
-    assert info.value.code == 143 and "SIGTERM: stopped before the first step" in capfd.readouterr().err
+    assert info.value.code == 143 and "SIGTERM: stopped before training began; nothing new to save" in capfd.readouterr().err
     assert phases[-1] == phase and sorted(tmp_path.rglob("*")) == files
 
 
@@ -104,7 +104,7 @@ def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
     assert result.returncode == 130 and "Traceback" not in result.stderr
     assert [line for line in result.stderr.splitlines() if line] == [
         "SIGINT: finishing this step and saving; press Ctrl-C again to quit without saving",
-        "stopped without saving; progress since the last checkpoint is lost"]
+        "stopped without saving; steps that no checkpoint has are lost"]
 
 
 def test_a_signal_to_one_rank_stops_both(tmp_path, request):

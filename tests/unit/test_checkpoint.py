@@ -689,7 +689,7 @@ def test_files_have_the_bytes_of_save_file(tmp_path, monkeypatch, in_memory, buf
     monkeypatch.setattr(writer, "BUFFER", buffer)
     tensors = unusual_tensors()
     thread = writer.Writer(str(tmp_path), torch.device("cpu"), in_memory)
-    file = thread.open("a.safetensors", {name: (t.dtype, t.shape) for name, t in tensors.items()})
+    file = thread.open("a.safetensors", {name: (writer.CODES[t.dtype], t.shape) for name, t in tensors.items()})
     for name in file.names:
         thread.submit(file.add, tensors[name])
     assert not thread.sums

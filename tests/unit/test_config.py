@@ -390,9 +390,15 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
 
 @pytest.mark.parametrize("arguments, say", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'"),
-    (["--learning_rate=1"], "unknown setting 'learning_rate', of another trainer: learning_rate of other trainers is --lr X here"),
-    (["--max_seq_length", "9"], "max_seq_length of other trainers is --max_length N here"),
-    (["--num-train-epochs", "9"], "num_train_epochs of other trainers is --epochs N here"),
+    (["--learning_rate=1"], "unknown setting 'learning_rate', which other trainers have: type --lr X"),
+    (["--learning-rate", "1"], "unknown setting 'learning-rate', which other trainers have: type --lr X"),
+    (["learning.rate=1"], "unknown setting 'learning.rate', which other trainers have: type --lr X"),
+    (["--deep-speed", "a.json"], "unknown setting 'deep-speed', which other trainers have: ./train.sh --n_gpus N"),
+    (["batch.size=1"], "unknown setting 'batch.size'; the nearest is 'batch_size'"),
+    (["--Batch-Size", "1"], "unknown setting 'Batch-Size'; the nearest is 'batch_size'"),
+    (["--LR", "1"], "unknown setting 'LR'; the nearest is 'lr'"),
+    (["--max_seq_length", "9"], "type --max_length N"),
+    (["--num-train-epochs", "9"], "type --epochs N"),
     (["epoch=3"], "unknown setting 'epoch'; the nearest is 'epochs'"),
     (["++optim.lrr=3"], "unknown setting 'optim.lrr'; the nearest is 'optim.lr'"),
     (["--no-pakcing"], "unknown setting 'pakcing'; the nearest is 'packing'"),
@@ -654,6 +660,14 @@ def test_the_environment_may_name_a_file(variables, yaml_file):
     assert changed() == {}
 
 
+def test_an_empty_home_is_none(monkeypatch):
+    """Otherwise ~/.cache would be /.cache."""
+    monkeypatch.setenv("HOME", "")
+    found = []
+    errors.run(lambda: found.append(os.path.expanduser("~/x")))
+    assert found[0] not in ("/x", "~/x")
+
+
 def test_a_wrong_value_in_a_variable_is_an_error(variables):
     """The error names the variable."""
     variables(LEARNING_RATE="fast")
@@ -876,6 +890,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(name, yaml_file, monkeypatc
     monkeypatch.setenv("HOME", "/home/me")
     for arguments in (["--config", yaml_file(f"{name}: ~/x")], [f"--{name}=~/x"], [f"{name}=~/x"]):
         assert getattr(parse(*arguments), name) == "/home/me/x"
+    assert getattr(parse(f"--{name}=~root/x"), name) == os.path.expanduser("~root/x") != "~root/x"
     assert parser.parse(chat.Config, ["--prompt", "~/x?"])[0].prompt == "~/x?"
 
 

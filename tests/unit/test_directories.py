@@ -360,7 +360,8 @@ def refused(tmp_path, monkeypatch, capsys):
     ("--val_data", "nope.jsonl"), ("--sample_prompts", "nope.txt"), ("--sample_prompts", "nope.jsonl"),
     ("--tokenizer", "./nope"), ("--tokenizer", "empty"), ("--use_lora", "--resume_adapter", "nope"),
     ("--use_lora", "--resume_adapter", "empty"), ("--resume_from", "nope"), ("--resume_from", "empty"),
-    ("--output_dir", "file/out"), ("--sample_prompts", "gbk.txt"), ("--sample_prompts", "gbk.jsonl")],
+    ("--output_dir", "file/out"), ("--sample_prompts", "gbk.txt"), ("--sample_prompts", "gbk.jsonl"),
+    ("--sample_prompts", "other.jsonl")],
     ids=lambda flags: " ".join(flags[-2:]).replace(ROOT, ""))
 def test_a_wrong_path_is_found_before_a_model_is_downloaded(flags, refused, tmp_path):
     """One line that begins with the setting that was typed and its value."""
@@ -368,6 +369,7 @@ def test_a_wrong_path_is_found_before_a_model_is_downloaded(flags, refused, tmp_
     (tmp_path / "file").write_text("")
     (tmp_path / "gbk.txt").write_bytes("问题".encode("gbk"))
     (tmp_path / "gbk.jsonl").write_bytes('{"prompt": "问题", "response": "答案"}\n'.encode("gbk"))
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     line = refused(*flags)
     value = flags[-1].replace("owner/data,", "").replace(f"{EXAMPLES},", "").replace(f"{EXAMPLES}:1,", "")
     assert line.startswith(f"sft.py: error: {flags[-2]} {value.removesuffix(':2')}"), line

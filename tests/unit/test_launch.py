@@ -15,7 +15,7 @@ import time
 import pytest
 from helpers import ROOT, TESTS
 
-from ranks.launch import EXIT_CODES
+from ranks.launch import EXIT_CODES, children
 from settings import venv
 
 TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
@@ -34,7 +34,8 @@ def train_sh(*arguments, cwd, **env):
 
 @pytest.mark.parametrize("arguments, line", [
     (["--batchsize", "4"], "unknown setting 'batchsize'; the nearest is 'batch_size'; --help lists them all"),
-    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; use one of 1, 3")],
+    (["--strategy", "megatron", "--tp", "2"], "--tp 2 does not divide the 3 processes; use one of 1, 3 "
+     "(1 with --strategy fsdp)")],
     ids=str)
 def test_a_wrong_setting_of_several_ranks_is_one_line(arguments, line, tmp_path):
     """It is found before torchrun starts."""
@@ -207,7 +208,7 @@ def test_a_node_that_waits_says_so_and_ends_at_the_first_signal(launch):
     for number, run in runs:
         out, err = run.communicate(timeout=20)
         assert run.returncode == 128 + number
-        assert err == f"\n{signal.Signals(number).name}: stopped before the first step\n"
+        assert err == f"\n{signal.Signals(number).name}: stopped before training began; nothing new to save\n"
 
 
 def test_nohup_keeps_a_waiting_node_alive(launch):
@@ -225,7 +226,7 @@ def test_nohup_keeps_a_waiting_node_alive(launch):
 
 
 @pytest.mark.parametrize("nodes, line", [
-    ([("2", "0"), ("2", "0")], r"two nodes have NODE_RANK 0 \(.*\); set NODE_RANK to 0, 1, ... 1, each on one node"),
+    ([("2", "0"), ("2", "0")], r"two nodes have NODE_RANK 0 \(.*\); give each node a number of its own, from 0 to 1"),
     ([("3", "0"), ("2", "1")], r"node 1 \(.*\) has NNODES 2, and node 0 \(.*\) has 3; set the same on all nodes"),
     ([("3", "0"), ("3", "1"), ("3", "1")], r"two nodes have NODE_RANK 1 \(.*")], ids=str)
 def test_nodes_that_do_not_fit_together_are_refused_at_once(nodes, line, launch):
@@ -302,7 +303,25 @@ def test_a_second_ctrl_c_kills_all(launch, tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=10)[1]  # the workers share this pipe, so it closes with the last of them
     assert process.returncode == 130
-    assert err == "\nstopped without saving; progress since the last checkpoint is lost\n"
+    assert err == "\nstopped without saving; steps that no checkpoint has are lost\n"
+
+
+def test_torchrun_ends_with_a_launcher_that_is_killed(launch, tmp_path):
+    """By SIGKILL, which it can't pass on. The ranks end with torchrun, see test_failures.py; here they are planted."""
+    process = launch("--n_gpus", "2", PLANT="hang")
+    await_workers(tmp_path)
+    (torchrun,) = children(process.pid)
+    workers = children(torchrun)
+    process.kill()
+    process.wait()
+    try:
+        limit = time.monotonic() + 10
+        while os.path.exists(f"/proc/{torchrun}") and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert not os.path.exists(f"/proc/{torchrun}")
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -181,6 +181,12 @@ def test_a_log_file_has_plain_lines(train, capsys):
     assert "%|" not in out + err
 
 
+def test_a_part_of_an_epoch_is_no_factor():
+    assert [log.in_epochs(steps, 9) for steps in (9, 1800, 3, 10)] == [
+        "9 = 1 epoch × 9 steps", "1,800 = 200 epochs × 9 steps", "3, 0.3333 epochs of 9 steps",
+        "10, 1.111 epochs of 9 steps"]
+
+
 def test_mfu_is_shown_where_it_exists(train, capsys, monkeypatch):
     """On CUDA it is in the line of a step; reserved memory is in metrics.jsonl only. The CPU has neither."""
     assert not {"mfu", "reserved_memory_gb"} & train(*FAST, "--max_steps", 1)[0].keys()
@@ -262,6 +268,9 @@ def test_sample_prompts_may_be_rows(train, tmp_path):
     assert prompt == "three"
     assert "SECRET" not in text
     assert text.endswith("three<|im_end|>\n<|im_start|>assistant\n")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "prompts.txt").write_text("问题\n", encoding=encoding)
+        assert samples.read_prompts(str(tmp_path / "prompts.txt"), tokenizer)[0][0] == "问题"
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="--sample_prompts .*empty.txt: expected prompts, one per line"):
         train(*FAST, "--sample_prompts", tmp_path / "empty.txt")

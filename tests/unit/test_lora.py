@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, run_all, two_layers
-from model import CausalLM
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -23,6 +22,7 @@ import sft
 from disk import checkpoint, files, pretrained, writer
 from disk import peft as peft_config
 from families.config import ModelConfig
+from model import CausalLM
 from ops import nf4, optim
 from ops.attention import Documents
 from settings import errors

@@ -31,11 +31,12 @@ KNOWN = """per_device_train_batch_size gradient_accumulation_steps num_train_epo
 
 @pytest.mark.parametrize("name", sorted({*KNOWN} - {*FIELDS} | {"micro_batch_size"}))
 def test_names_that_people_type_are_known(name):
-    """Also with dashes, in capitals inside, and below another key."""
+    """Also with other separators or none, in other capitals, and below another key."""
     text = suggestion(name)
-    assert text.startswith(f"{name} of other trainers") and "\n" not in text
-    assert suggestion("--" + name.replace("_", "-")) == text
-    assert suggestion(f"training_arguments.{name}").partition(" of ")[2] == text.partition(" of ")[2]
+    assert text and "\n" not in text
+    for typed in ("--" + name.replace("_", "-"), name.replace("_", "."), name.title().replace("_", ""), name.upper()):
+        assert suggestion(typed) == text
+    assert suggestion(f"training_arguments.{name}") == text
 
 
 def test_settings_that_suggestions_name_exist():
@@ -79,7 +80,7 @@ def test_other_names_have_none(name):
     ("numTrainEpochs", ["--epochs"]), ("trainer.lora_r", ["--lora_rank"]), ("neftune_noise_alpha", ["no NEFTune"]),
     ("micro_batch_size", ["N × max_length tokens", "--batch_size"]),
     ("split_thinking", ["nothing to type", "--split_turns", "--train_reasoning false"]),
-    ("dataset.mask_reasoning_content", ["is --train_reasoning false here"]), ("train_on_what", ["--split_turns"]),
+    ("dataset.mask_reasoning_content", ["type --train_reasoning false"]), ("train_on_what", ["--split_turns"]),
     ("loss_scale", ["--train_on last", "--train_on_prompt", "ignore_empty_think is --train_reasoning false", "weight"]),
     ("assistant_only_loss", ["happens anyway", "--train_on_prompt"]), ("load_in_4bit", ["--use_lora --quantize nf4"])])
 def test_suggestions_say_what_differs(name, words):

@@ -74,6 +74,19 @@ def test_a_damaged_file_ends_nothing(name, content, tmp_path):
     assert len(report.write(str(run))) < 300
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "ledger.json"])
+def test_a_pipe_in_a_run_is_not_opened(name, tmp_path):
+    """It would block for ever."""
+    run = make_run(tmp_path / "run")
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    if name == "metrics.jsonl":
+        with pytest.raises(UserError, match="is not a run: it has no metrics.jsonl"):
+            report.write(run)
+    else:
+        report.write(run)
+
+
 def test_only_a_report_is_overwritten(tmp_path):
     run = make_run(tmp_path / "run")
     metrics = (run / "metrics.jsonl").read_bytes()

@@ -313,6 +313,7 @@ def test_a_pipe_in_a_directory_is_refused(tmp_path):
 def test_the_files_for_the_screen():
     hub = "/x/hub/datasets--org--name/snapshots/0a1b/data/train.parquet"
     assert describe_files(["a.jsonl", hub]) == "a.jsonl, org/name/data/train.parquet"
+    assert describe_files(["./data/x.json", "/a/./b//c.json"]) == "./data/x.json, /a/b//c.json"
     assert describe_files(list("abcde")) == "a, b, c and 2 more"
 
 

@@ -39,6 +39,8 @@ FALLS = [5 * 0.9**i + 1 for i in range(60)]
     ([3.0 - 1e-5 * i for i in range(60)], 10, "did not fall"),
     ([3.0 - 1e-2 * i for i in range(60)], None, None),
     ([9.0, 5.0] + [1.0] * 58, 10, None),  # it falls in two steps
+    ([7.0, 22.0, 40.0, 47.0], None, "rose from 7 to 43.5"), ([7.0, 40.0], None, "rose"), ([7.0, 40.0, 9.0], None, None),
+    ([7.0, 20.0], None, None), ([7.0], None, None), ([], None, None),
     (FALLS[: ENOUGH - 1], None, None), ([3.0] * (ENOUGH - 1), None, None), ([3.0] * ENOUGH, None, "did not fall"),
     ([0.0] * 60, 10, "did not fall")], ids=str)
 def test_the_line_about_these_losses(losses, per_epoch, says):

@@ -1,0 +1,61 @@
+"""--freeze: parameters that stay as they are in full fine-tuning; and how settings name parts of a model."""
+
+import re
+
+import torch
+
+from settings.errors import UserError
+
+
+def read_names(text, flag):
+    """(entries, pattern) of a setting that names parts of a model, with commas or a regular expression.
+
+    entries  the names; of a regular expression only itself
+    pattern  the compiled regular expression; None for names
+
+    Raises UserError if it is neither.
+    """
+    entries = [entry.strip() for entry in text.split(",")]
+    if all(re.fullmatch(r"[\w.]+", entry) for entry in entries):
+        return entries, None
+    try:
+        return [text], re.compile(text)
+    except re.error as error:
+        raise UserError(f"{flag} {text}: not a regular expression: {error}") from error
+
+
+def freeze(model, names, bf16=False):
+    """Freeze parameters of a model, in place: they get no gradient and no optimizer state.
+
+    names  a name freezes each part of the model that is called so, with all that is in it: embed_tokens,
+           layers.0, mlp, self_attn.q_proj. A regular expression freezes the parts whose full names it
+           matches: model.layers.[0-7]
+    bf16   store them in bf16, in which the run computes. Checkpoints copy them from the model's files
+
+    If head and embedding are one tensor, either name freezes both.
+
+    Raises UserError for a name that matches nothing, and if nothing is left to train.
+    """
+    entries, pattern = read_names(names, "--freeze")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for entry in entries:
+        matched = [name for name in parameters if is_part(name, entry, pattern)]
+        if not matched:
+            raise UserError(f"--freeze {names}: {entry!r} matches nothing in the model; use names such as "
+                            f"embed_tokens, layers.0 or mlp.down_proj, or a regular expression that matches "
+                            f"full names, such as {next(iter(parameters)).removesuffix('.weight')}")
+        for name in matched:
+            p = parameters[name].requires_grad_(False)
+            if bf16:
+                p.data = p.data.to(torch.bfloat16)
+    if not any(p.requires_grad for p in parameters.values()):
+        tied = " (head and embedding are one tensor)" if model.config.tie_word_embeddings else ""
+        raise UserError(f"--freeze {names} leaves nothing to train{tied}; freeze less")
+
+
+def is_part(name, entry, pattern):
+    """Whether a parameter is, or is inside, a part of the model that is named by an entry of read_names."""
+    if pattern is None:
+        return f".{entry}." in f".{name}."
+    parts = name.split(".")
+    return any(pattern.fullmatch(".".join(parts[:n])) for n in range(1, len(parts) + 1))
