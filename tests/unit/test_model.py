@@ -520,6 +520,12 @@ REFUSED = [
     (dict(model_type="gpt2"), "model_type 'gpt2'"),
     (dict(model_type=None), "model_type None"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(model_type="phi3", resid_pdrop=0.1), "resid_pdrop is 0.1"),
+    (dict(model_type="phi3", embd_pdrop=0.1), "set the model's dropouts to 0 there"),
+    (dict(model_type="olmo3", rope_parameters=YARN), "objects full_attention and sliding_attention"),
+    (dict(model_type="olmo3", num_hidden_layers=4, rope_parameters={"full_attention": {**YARN, "truncate": False}}),
+     "truncate may only be true"),
+    (dict(model_type="olmo3", rope_parameters={"sliding_attention": "yarn"}), "rope scaling must be an object"),
     (dict(rope_scaling=dict(rope_type="proportional", factor=4.0)), "'proportional'"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type dynamic"),
     (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "'longrope'"),
@@ -548,6 +554,18 @@ def test_unsupported_values_in_config_json_are_refused(change, named):
     """A value that would change what the model computes and is not implemented: the error names it."""
     with pytest.raises(ValueError, match=re.escape(named)):
         ModelConfig.from_dict({**SIZES, "model_type": "llama", **change})
+
+
+@pytest.mark.parametrize("change", [dict(llama_4_scaling_beta=None), dict(llama_4_scaling_beta="0.1"),
+                                    dict(llama_4_scaling_beta=-1), dict(rope_type="default")])
+def test_ministral3_needs_the_scale_of_its_queries(change):
+    """transformers fails without it. The file of the family reads it, when the model is built."""
+    rotary = {key: value for key, value in {**MINISTRAL_ROPE, **change}.items() if value is not None}
+    if "rope_type" in change:
+        del rotary["llama_4_scaling_beta"]
+    config = ModelConfig.from_dict({**SIZES, "model_type": "ministral3", "rope_parameters": rotary})
+    with pytest.raises(ValueError, match="by which the queries are scaled"):
+        causal_lm(config)(config)
 
 
 def test_config_without_hidden_size_is_refused():
