@@ -94,15 +94,15 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, documents, self.window, self.scale).flatten(1))
 
 
-def swiglu(gate, up):
-    """silu(gate) * up, the input of down_proj (arXiv 2002.05202).
+def swiglu(gate, up, activation=F.silu):
+    """silu(gate) * up, the input of down_proj (arXiv 2002.05202). With another activation: GeGLU.
 
     Compiled, backward computes it again, in the kernel that needs gate and up anyway: a third less to keep of
     the MLP. Eager that would take one more pass over memory.
     """
     if torch.compiler.is_compiling():
-        return checkpoint(lambda: F.silu(gate) * up, use_reentrant=False, preserve_rng_state=False)
-    return F.silu(gate) * up
+        return checkpoint(lambda: activation(gate) * up, use_reentrant=False, preserve_rng_state=False)
+    return activation(gate) * up
 
 
 class MLP(nn.Module):
@@ -156,14 +156,18 @@ class Decoder(nn.Module):
         x, multiplier = self.embed_tokens(tokens), self.config.embedding_multiplier
         return x if multiplier == 1 else x * multiplier
 
+    def attend_function(self, x, layer, cached):
+        """ops.attention.attend_function for a layer."""
+        return attend_function(x, self.config.head_dims[layer], cached=cached, compiled=self.compiled)
+
     def forward(self, tokens, documents, past=None):
         ropes = {rope: rope_cos_sin(documents, rope) for rope in set(self.config.ropes) if rope}
         x = self.embed(tokens)  # (N, C)
-        attend = attend_function(x, self.config.head_dim, cached=past is not None, compiled=self.compiled)
         if self.compiled and torch.is_grad_enabled():
             x.requires_grad_()  # with LoRA the first block's input needs none, and would be compiled apart
         for i, block in enumerate(self.layers):
             cos, sin = ropes.get(self.config.ropes[i], (None, None))  # None: no rotary positions
+            attend = self.attend_function(x, i, cached=past is not None)
             if self.compiled:
                 # Sharding makes the input a view, but not when a checkpoint runs the block again: two graphs.
                 x = x.view_as(x)

@@ -136,7 +136,8 @@ def check_model(cfg):
     directory = pretrained.model_directory(cfg.model)
     foreign.check_model(directory)
     try:
-        ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json")))
+        config = ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json")))
+        config.check_tp(cfg.tp)
     except UserError as error:
         raise UserError(f"--model {cfg.model}: {error}") from error
     adapter = cfg.resume_from or cfg.resume_adapter  # it mostly has the tokenizer

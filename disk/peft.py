@@ -21,6 +21,7 @@ KNOWN_KEYS = """peft_type task_type auto_mapping peft_version base_model_name_or
     eva_config layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core use_dora
     qalora_group_size runtime_config ensure_weight_tying""".split()
 LARGEST_RANK = 2**14
+PER_HEAD = "in_proj_a", "in_proj_b"  # layers with one output for each head: their rank may be above it
 MOST_PATTERNS = 2**12  # of alpha_pattern; each is compared with the name of each module
 compiled = functools.lru_cache(2 * MOST_PATTERNS)(re.compile)  # re's own cache has 512 places
 
@@ -31,13 +32,16 @@ def new(model, cfg, multimodal=False):
     cfg         sft.Config: model, lora_rank, lora_alpha, ...
     multimodal  whether `model` is the text model of a multimodal one, which PEFT will adapt
 
-    Raises UserError for a target that matches nothing, a rank larger than a side of a matrix, and a module
-    that --lora_modules_to_save cannot name.
+    Raises UserError for a target that matches nothing, a rank larger than a side of a matrix (PER_HEAD layers
+    of linear attention may be smaller: all-linear includes them), and a module that --lora_modules_to_save
+    cannot name.
     """
     targets, names = matching_layers(model, cfg.lora_targets)
     if multimodal:
         targets = targets_in_full_model(targets, names)
     for name in names:
+        if name.endswith(PER_HEAD):
+            continue
         module = model.get_submodule(name)
         largest = min(module.out_features, module.in_features)
         if cfg.lora_rank > largest:

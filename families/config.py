@@ -13,7 +13,8 @@ from settings.errors import UserError
 # The largest sizes that an untrusted config.json may have, far beyond existing models. Each layer takes time
 # to create even where it takes no memory, and numbers of elements must fit in 64 bits.
 LARGEST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
-           "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**13}
+           "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**13,
+           "global_head_dim": 2**13, "num_global_key_value_heads": 2**12}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 BOOLEANS = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "bias",
             "use_sliding_window")
@@ -78,6 +79,88 @@ def ministral3_rope(values, layer_type):
     return rope_parts(values if has_own else {**values, "rope_parameters": default}, layer_type)
 
 
+def every_nth_full(values, n):
+    """layer_types in which every n-th layer attends to all tokens, the others to a window."""
+    return ["sliding_attention" if i % n else "full_attention"
+            for i in range(1, values["num_hidden_layers"] + 1)]
+
+
+def gemma2_layers(values):
+    """layer_types of Gemma 2."""
+    return every_nth_full(values, 2)
+
+
+def gemma3_layers(values):
+    """layer_types of Gemma 3."""
+    pattern = values.get("sliding_window_pattern", 6)
+    if type(pattern) is not int or pattern < 1:
+        raise UserError(f"config.json: sliding_window_pattern is {pattern!r:.60}; it must be an integer "
+                        "of at least 1")
+    return every_nth_full(values, pattern)
+
+
+def gemma4_layers(values):
+    """layer_types of Gemma 4: the last layer attends to all tokens, too."""
+    return [*every_nth_full(values, 6)[:-1], "full_attention"]
+
+
+def gemma3_rope(values, layer_type):
+    """The rotary values of a kind of Gemma 3's layers.
+
+    In the new form (rope_parameters) each kind has an object. In the old form layers with a window have a
+    base of their own, and no scaling.
+    """
+    new, scaling, base = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}, "rope_theta"
+    if not isinstance(new, dict) or not all(isinstance(value, dict) for value in new.values()):
+        raise UserError(f"config.json: rope_parameters {new!r:.200} must have an object each for "
+                        "full_attention and sliding_attention")
+    if layer_type == "sliding_attention":
+        scaling, base = {}, "rope_local_base_freq"
+    return {"rope_theta": values[base]}, new.get(layer_type, {}), scaling
+
+
+def gemma4_values(values):
+    """Gemma 4's values, with the sizes of the layers with full attention under the names of config.json.
+
+    These are global_head_dim and num_global_key_value_heads. transformers writes per_layer_config instead, an
+    object with the changed sizes of each such layer.
+
+    Raises UserError for E2B and E4B, and if the sizes of these layers differ.
+    """
+    for key in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
+        if values.get(key):
+            raise UserError(f"config.json: {key} is {values[key]!r:.20}; Gemma 4 E2B and E4B are not "
+                            "supported: they have embeddings for each layer, and layers that share keys and "
+                            "values")
+    kinds, changes = values.get("layer_types") or gemma4_layers(values), values.get("per_layer_config")
+    if not isinstance(kinds, list) or kinds[-1] != "full_attention":
+        raise UserError(f"config.json: layer_types {kinds!r:.200} must be a list that ends with "
+                        "full_attention")
+    own = {"head_dim": values.get("global_head_dim")}
+    if values.get("attention_k_eq_v"):
+        own["num_key_value_heads"] = values.get("num_global_key_value_heads")
+    if changes is not None:
+        numbers = [str(i) for i, kind in enumerate(kinds) if kind == "full_attention"]
+        own = changes.get(numbers[0]) if isinstance(changes, dict) else None
+        is_object = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
+        if not is_object or changes != dict.fromkeys(numbers, own):
+            raise UserError(f"config.json: per_layer_config is {changes!r:.200}; it must have the same "
+                            "object, with head_dim and num_key_value_heads, for each full_attention layer, "
+                            "and no other")
+    kv_heads = values["num_key_value_heads"] or values["num_attention_heads"]
+    return {**values, "global_head_dim": own.get("head_dim") or values["head_dim"] or 256,
+            "num_global_key_value_heads": own.get("num_key_value_heads") or kv_heads,
+            "rope_parameters": values.get("rope_parameters") or GEMMA4_ROPE}
+
+
+def qwen3_5_layers(values):
+    """layer_types of Qwen3.5: every full_attention_interval-th layer is attention, the others are linear."""
+    check_number(values, "full_attention_interval", 1)
+    interval = values.get("full_attention_interval") or 4
+    return ["linear_attention" if (i + 1) % interval else "full_attention"
+            for i in range(values["num_hidden_layers"])]
+
+
 @dataclass(frozen=True)
 class Family:
     """What config.json does not say about a model_type: what is fixed, and the defaults of optional keys.
@@ -99,7 +182,8 @@ class Family:
     rope_aliases: dict = field(default_factory=dict)  # other names of rope_type
     rope_parts: object = None  # function (values, layer_type) -> objects that make up the rotary values
     partial_rotary: bool = False  # partial_rotary_factor may be below 1
-    supported: dict = field(default_factory=dict)  # key -> its only value, beside SUPPORTED
+    supported: dict = field(default_factory=dict)  # key -> its only value, or a tuple, beside SUPPORTED
+    complete: object = None  # function from the values to the values: checks and adds what one family has
     aliases: dict = field(default_factory=dict)  # other names of keys
     no_tp: str = ""  # why tensor parallelism is refused
 
@@ -111,6 +195,24 @@ MISTRAL = Family(dict(num_key_value_heads=8, sliding_window=4096, max_position_e
                  qkv_bias=False, o_bias=False, windows="all")
 OLMO = Family(dict(rms_norm_eps=1e-5, max_position_embeddings=2**11), qk_norm=True,
               no_tp="its norms of queries and keys are over all heads, which tp splits")
+GELU = "gelu_pytorch_tanh"
+GEMMA = Family(
+    dict(vocab_size=262_144, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+         num_attention_heads=8, num_key_value_heads=4, head_dim=256, hidden_act=GELU, sliding_window=4096,
+         tie_word_embeddings=True, max_position_embeddings=2**17),
+    windows="layer_types", rope_types=("default", "linear"),
+    supported=dict(hidden_act=GELU, hidden_activation=GELU, use_bidirectional_attention=False))
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}}
+GEMMA4 = replace(
+    GEMMA, qk_norm=True, layer_types=gemma4_layers, rope_types=("default", "proportional"),
+    complete=gemma4_values,
+    defaults=dict(GEMMA.defaults, num_hidden_layers=30, sliding_window=512, global_head_dim=512,
+                  hidden_size_per_layer_input=256),
+    # "vision" lets the tokens of an image see each other; there are none here
+    supported=dict(GEMMA.supported, use_bidirectional_attention=(False, "vision")),
+    no_tp="layers with full attention have few key/value heads, 1 in the 12B model")
 FAMILIES = {
     "qwen2": Family(dict(num_key_value_heads=32, sliding_window=4096, max_position_embeddings=2**15),
                     qkv_bias=True, o_bias=False, windows="layer_types", has_switch=True,
@@ -148,10 +250,33 @@ FAMILIES = {
     "iquestcoder": Family(dict(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5,
                                max_position_embeddings=2**17),
                           mlp_bias="mlp_bias", supported=dict(clip_qkv=None, use_sliding_window=False)),
+    "gemma2": replace(
+        GEMMA, layer_types=gemma2_layers,
+        defaults=dict(GEMMA.defaults, vocab_size=256_000, max_position_embeddings=2**13,
+                      final_logit_softcapping=30.0, attn_logit_softcapping=50.0)),
+    "gemma3_text": replace(
+        GEMMA, qk_norm=True, layer_types=gemma3_layers, rope_parts=gemma3_rope,
+        defaults=dict(GEMMA.defaults, vocab_size=262_208, rope_theta=1e6, rope_local_base_freq=1e4),
+        supported=dict(GEMMA.supported, attn_logit_softcapping=None)),
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": replace(
+        GEMMA4, defaults=dict(GEMMA4.defaults, sliding_window=1024, max_position_embeddings=2**18,
+                              hidden_size_per_layer_input=0)),
+    "qwen3_5_text": Family(dict(num_key_value_heads=4, head_dim=256, partial_rotary_factor=0.25,
+                                max_position_embeddings=2**15),
+                           qk_norm=True, windows="layer_types", layer_types=qwen3_5_layers,
+                           partial_rotary=True,
+                           layer_kinds=("linear_attention", "full_attention"),
+                           supported=dict(attn_output_gate=True, mlp_only_layers=[]),
+                           no_tp="its gated delta nets aren't split over ranks"),
 }
 # model_type of a config.json with a nested text_config -> model_type of a text_config that has none
 NESTED = {
+    "qwen3_5": "qwen3_5_text",
     "mistral3": "mistral",  # Mistral Small 3.1; of Ministral 3 the text_config has its own model_type
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
 }
 
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
@@ -181,6 +306,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    head_dims: tuple  # per layer: head_dim, unless the layers with full attention have another one
     rms_norm_eps: float
     tie_word_embeddings: bool
     layer_types: tuple  # per layer: full_attention, sliding_attention, ...
@@ -215,6 +341,9 @@ class ModelConfig:
         values.update({key: values.get(key, config[other]) for other, key in family.aliases.items()
                        if other in config})
         check_values(values, family)
+        if family.complete:
+            values = family.complete(values)
+            check_values(values, family)
         heads = values["num_attention_heads"]
         head_dim = values["head_dim"] or family.defaults.get("head_dim") or values["hidden_size"] // heads
         kv_heads = values["num_key_value_heads"] or heads
@@ -225,16 +354,18 @@ class ModelConfig:
         biases = {name: bool(values.get(bias)) if isinstance(bias, str) else bias
                   for name, bias in biases.items()}
         layer_types, windows = layers(values, family)
+        head_dims = layer_head_dims(values, family, head_dim, layer_types)
         return cls(
             **{key: values[key] for key in SIZES},
             model_type=values["model_type"],
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
+            head_dims=head_dims,
             rms_norm_eps=values["rms_norm_eps"],
             tie_word_embeddings=values.get("tie_word_embeddings", False),
             layer_types=layer_types,
             sliding_windows=windows,
-            ropes=layer_ropes(values, family, head_dim, layer_types),
+            ropes=layer_ropes(values, family, head_dims, layer_types),
             **biases,
             qk_norm=family.qk_norm,
             embedding_multiplier=values.get("embedding_multiplier", 1.0),
@@ -245,10 +376,12 @@ class ModelConfig:
             values=values,
         )
 
-    @property
-    def no_tp(self):
-        """Why tensor parallelism is refused for this family, or ""."""
-        return FAMILIES[self.model_type].no_tp
+    def check_tp(self, size):
+        """Raise UserError if the blocks of this family can't be split over `size` ranks (--tp)."""
+        reason = FAMILIES[self.model_type].no_tp
+        if size > 1 and reason:
+            raise UserError(f"--tp {size}: tensor parallelism can't split a model of type {self.model_type}: "
+                            f"{reason}; use --strategy fsdp --tp 1")
 
 
 def text_config(config):
@@ -293,13 +426,17 @@ def check_values(values, family):
                             f"{LARGEST[key]:,}")
     supported = {"partial_rotary_factor": 1} if not family.partial_rotary else {}
     for key, value in {**supported, **SUPPORTED, **family.supported}.items():
-        if values.get(key, value) not in (value, None):
+        allowed = value if isinstance(value, tuple) else (value,)
+        if values.get(key) not in (*allowed, None):
             is_dropout = key.endswith(("_dropout", "_pdrop"))
             advice = "; set the model's dropouts to 0 there to train without" if is_dropout else ""
-            raise UserError(f"config.json: {key} is {values[key]!r:.60}; only {value!r} is supported{advice}")
+            raise UserError(f"config.json: {key} is {values[key]!r:.60}; only {allowed[0]!r} is supported"
+                            f"{advice}")
     for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1), ("logits_scaling", 1e-6),
                      ("embedding_multiplier", 0), ("residual_multiplier", 0), ("attention_multiplier", 0),
-                     ("max_position_embeddings", 1)):
+                     ("max_position_embeddings", 1), ("query_pre_attn_scalar", 1e-6),
+                     ("final_logit_softcapping", 1e-6), ("attn_logit_softcapping", 1e-6),
+                     ("rope_local_base_freq", 1)):
         check_number(values, key, low)
     for key in BOOLEANS:
         if values.get(key) not in (None, True, False):
@@ -383,13 +520,26 @@ def rope_values(values, layer_type, family):
     return {**rotary, "rope_type": rope_type, "max_position_embeddings": positions}
 
 
-def layer_ropes(values, family, head_dim, layer_types):
+def layer_head_dims(values, family, head_dim, layer_types):
+    """ModelConfig.head_dims. Raises UserError for sizes of layers with full attention that do not fit."""
+    if "global_head_dim" not in family.defaults:
+        return (head_dim,) * len(layer_types)
+    size, heads = values["global_head_dim"], values["num_attention_heads"]
+    kv_heads = values["num_global_key_value_heads"]
+    if size % 2 or heads % kv_heads:
+        raise UserError(f"config.json: num_attention_heads {heads} must be a multiple of "
+                        f"num_global_key_value_heads {kv_heads}, and global_head_dim {size} must be even")
+    return tuple(size if kind == "full_attention" else head_dim for kind in layer_types)
+
+
+def layer_ropes(values, family, head_dims, layer_types):
     """ModelConfig.ropes: the families.rope.Rope of each layer."""
     by_type = {}
-    for layer_type in dict.fromkeys(layer_types):
+    for layer_type, head_dim in zip(layer_types, head_dims):  # one head_dim for each type
         rotary = rope_values(values, layer_type, family)
+        is_proportional = rotary["rope_type"] == "proportional"  # it has a share of its own
         share = rotary.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-        share = 1 if share is None else share
+        share = 1 if share is None or is_proportional else share
         if share != 1 and not family.partial_rotary:
             raise UserError(f"config.json: rope scaling {rotary!r:.200} is not supported; "
                             "partial_rotary_factor may only be 1")

@@ -6,10 +6,15 @@ import model
 
 # model_type -> module of families/ whose CausalLM it is
 MODULES = {
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "gemma4_text": "gemma4",
+    "gemma4_unified_text": "gemma4",
     "ministral3": "ministral3",
     "olmo2": "olmo",
     "olmo3": "olmo",
     "phi3": "phi3",
+    "qwen3_5_text": "qwen3_5",
 }
 
 

@@ -16,6 +16,7 @@ ORIGINAL = "original_max_position_embeddings"
 REQUIRED = {
     "default": (),
     "linear": ("factor",),
+    "proportional": ("partial_rotary_factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
     "yarn": ("factor", ORIGINAL),
@@ -23,7 +24,7 @@ REQUIRED = {
 }
 # rope_type -> the keys that it may have
 OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
-            "longrope": ("factor", "attention_factor")}
+            "longrope": ("factor", "attention_factor"), "proportional": ("factor",)}
 # The lowest values of keys that divide, or whose logarithm is computed; 0 for the others
 LOWEST = {"factor": 1e-3, "rope_theta": 1, ORIGINAL: 2, "attention_factor": 1e-3}
 LISTS = ("short_factor", "long_factor")
@@ -67,6 +68,10 @@ def read(values, head_dim, types):
     frequency = float(values["rope_theta"]) ** -exponent
     if rope_type == "linear":
         frequency = frequency / values["factor"]
+    elif rope_type == "proportional":  # the pairs of low frequency are not rotated
+        n_rotated = int(values["partial_rotary_factor"] * head_dim // 2)
+        frequency[n_rotated:] = 0
+        frequency = frequency / (values.get("factor") or 1)
     elif rope_type == "llama3":  # divides low frequencies only, with a smooth transition
         low, high = values["low_freq_factor"], values["high_freq_factor"]
         turns = values[ORIGINAL] * frequency / (2 * math.pi)

@@ -1,13 +1,15 @@
 """Causal attention within each document of a micro-batch.
 
-On CUDA in bf16, one call of torch's varlen_attn (FlashAttention) serves all documents. Elsewhere each is a
-call of scaled_dot_product_attention. No mask is built over documents, and nothing is computed across them.
+On CUDA in bf16, one call of torch's varlen_attn (FlashAttention) serves all documents. Elsewhere, and for
+heads of more than 256 values, each is a call of scaled_dot_product_attention. Neither can cap the scores:
+ops/soft_cap.py does. No mask is built over documents, and nothing is computed across them.
 
 Shapes: N query tokens, M key tokens, H query heads, K key/value heads, D head_dim.
 """
 
 import functools
 import inspect
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,11 @@ class Documents:
     lengths    tuple of ints with sum N: the tokens of each document
     positions  (N,) int64, on the model's device: the position of each token in its document
     offsets    (documents + 1,) int32, on the model's device: where each document begins, and N
+    host_offsets  the same in int64 on the CPU: a custom op reads them without waiting for the device
     longest    tokens of the longest document, rounded up to a multiple of 128: torch.compile specialises on a
                number that it sees first, so it should see few
     n_past     tokens of a document that a cache holds before these, in generation
+    chunks     ops.delta.Chunks, for the families with linear attention; otherwise None
 
     A class of its own for torch.compile: it guards on the values of a tuple and would recompile for each
     number of documents.
@@ -29,7 +33,9 @@ class Documents:
 
     def __init__(self, lengths, positions, offsets, n_past=0):
         self.lengths, self.positions, self.offsets, self.n_past = lengths, positions, offsets, n_past
+        self.host_offsets = torch.tensor((0, *itertools.accumulate(lengths)), device="cpu")
         self.longest = -(-max(lengths) // 128) * 128
+        self.chunks = None
 
     @classmethod
     def of(cls, lengths, device="cpu", first_position=0):
@@ -126,8 +132,11 @@ def attend_alone(q, k, v, window, scale=None):
         if window:
             mask = mask.triu(past + 1 - window)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
+    has_gqa = q.shape[-1] <= 256  # for wider heads only the kernel that keeps all scores has it
+    if not has_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale,
-                                       enable_gqa=True)
+                                       enable_gqa=has_gqa)
     return y[0].transpose(0, 1)
 
 

@@ -184,6 +184,7 @@ def checkpointed_blocks(cfg, config):
 def check(run):
     """Raise UserError if tp does not divide what it splits: the rules of processes.start and tp.split."""
     c, tp, world_size = run.config, run.tp, run.world_size
+    c.check_tp(tp)
     sizes = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
     valid = [n for n in range(1, world_size + 1) if not any(size % n for size in (world_size, *sizes))]
     if world_size % tp or (tp > 1 and tp not in valid):
@@ -323,7 +324,8 @@ def mask_bytes(run, blocks):
     if run.has_varlen_attention:
         return 0
     windows = run.config.sliding_windows[blocks]
-    return sum(bool(window) and window < run.length for window in windows) * run.tokens * run.length * run.itemsize
+    n_masks = sum(bool(window) and window < run.length for window in windows)
+    return n_masks * run.tokens * run.length * run.itemsize
 
 
 def kept_bytes(run, n_blocks=None):

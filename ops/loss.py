@@ -29,12 +29,20 @@ class LossOut(NamedTuple):
 class Head(nn.Linear):
     """lm_head: hidden states (N, C) -> logits (N, V).
 
-    The loss uses its weight and the four members below. A head that holds only a shard of the vocabulary
+    The loss uses its weight and the members below. A head that holds only a shard of the vocabulary
     overrides them (ranks/tp.py).
     """
 
     first_id = 0  # token id of the first row of the weight
     tp_size = 1  # ranks that share the vocabulary
+    soft_cap = None  # a number: the logits are soft_cap * tanh(products / soft_cap)
+
+    def forward(self, hidden):
+        return self.capped(super().forward(hidden))
+
+    def capped(self, logits):
+        """The logits of the products with the weight."""
+        return logits if self.soft_cap is None else (logits / self.soft_cap).tanh() * self.soft_cap
 
     def local_weight(self):
         """(V, C): the rows of the weight that this rank holds."""
@@ -159,16 +167,22 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
     function can't all-reduce halfway, so with tensor parallelism it is eager, as where there is no compiler.
     """
     if head.tp_size == 1 and has_compiler(logits.device.type):
+        if head.soft_cap is not None:
+            slope = cap_slope(logits.gather(1, targets[:, None]), head.soft_cap)[:, 0]
         # Without a gradient no weights are read; to pass them would only be another graph.
-        each = compiled(logits, targets, weights if needs_gradient else None, needs_gradient)
+        each = compiled(
+            logits, targets, weights if needs_gradient else None, needs_gradient, head.soft_cap)
         if needs_gradient:
             at_target = torch.expm1(-each)  # probability minus one
             if weights is not None:
                 at_target = at_target * weights
+            if head.soft_cap is not None:
+                at_target = at_target * slope
             logits.scatter_(1, targets[:, None], at_target.to(logits.dtype)[:, None])
         return each
-    # fp32 logits change in place; others are copied to fp32, piece by piece
-    is_wide = logits.dtype == wide(logits.dtype)
+    # fp32 logits change in place; others are copied to fp32, piece by piece. So are those with a cap, which
+    # the gradient needs as they are.
+    is_wide = logits.dtype == wide(logits.dtype) and head.soft_cap is None
     piece = PIECE if logits.device.type == "cpu" else GPU_PIECE
     rows = len(logits) if is_wide else max(1, piece // logits.shape[1])
     each = []
@@ -180,7 +194,9 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
 
 def eager_(logits, targets, weights, head, needs_gradient):
     """cross_entropy_ as single operations, with all-reduces over the shards of the vocabulary."""
-    t = targets[:, None] - head.first_id
+    t, products = targets[:, None] - head.first_id, logits
+    if head.soft_cap is not None:
+        logits = head.capped(logits.to(wide(logits.dtype)))
     largest = logits.amax(dim=1, keepdim=True).to(wide(logits.dtype))
     head.all_reduce(largest, "max")
     x = logits.sub_(largest) if logits.dtype == largest.dtype else logits - largest
@@ -198,31 +214,42 @@ def eager_(logits, targets, weights, head, needs_gradient):
         if weights is not None:
             at_target, sums = at_target * weights[:, None], sums / weights[:, None]
         torch.div(x, sums, out=logits).scatter_(1, t, at_target.to(logits.dtype))
+        if head.soft_cap is not None:
+            products.copy_(logits.mul_(cap_slope(products, head.soft_cap)))
     return each
 
 
-def fused_(logits, targets, weights, needs_gradient):
+def cap_slope(products, soft_cap):
+    """The derivative of soft_cap * tanh(products / soft_cap), in fp32: 1 - tanh²."""
+    return 1 - (products.to(wide(products.dtype)) / soft_cap).tanh().square()
+
+
+def fused_(logits, targets, weights, needs_gradient, soft_cap=None):
     """cross_entropy_ for the compiler, which holds no (rows, V) tensor but the logits.
 
     It leaves the gradient at the targets to its caller: one number a row, for which a kernel over all logits
     would have to search.
     """
     x = logits.to(wide(logits.dtype))
+    if soft_cap is not None:
+        slope, x = cap_slope(x, soft_cap), (x / soft_cap).tanh() * soft_cap
     x = x - x.amax(dim=1, keepdim=True)
     log_sum = x.exp().sum(dim=1, keepdim=True).log()
     each = log_sum - x.gather(1, targets[:, None])
     if needs_gradient:
         probabilities = (x - log_sum).exp()
+        if soft_cap is not None:
+            probabilities = probabilities * slope
         logits.copy_(probabilities if weights is None else probabilities * weights[:, None])
     return each[:, 0]
 
 
-def compiled(logits, targets, weights, needs_gradient):
+def compiled(logits, targets, weights, needs_gradient, soft_cap=None):
     """fused_(), compiled once for each vocabulary: to divide by a number that is not known is slow."""
     for tensor in (logits, targets, weights):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return compile_fused()(logits, targets, weights, needs_gradient)
+    return compile_fused()(logits, targets, weights, needs_gradient, soft_cap)
 
 
 @functools.cache

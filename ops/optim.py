@@ -16,8 +16,9 @@ from ops.memory import is_split, local
 def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
     """The trained parameters in three groups, dicts with params, weight_decay and lr_ratio (a factor of lr).
 
-    Matrices decay; vectors (norms, biases, DoRA's magnitudes) do not. LoRA's B matrices form their own group,
-    with lora_plus_ratio as its lr_ratio (LoRA+, arXiv 2402.12354). A group may be empty.
+    Matrices and the kernels of convolutions decay; vectors (norms, biases, A_log and dt_bias of linear
+    attention, DoRA's magnitudes) do not. LoRA's B matrices form their own group, with lora_plus_ratio as its
+    lr_ratio (LoRA+, arXiv 2402.12354). A group may be empty.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = [p for _, p in trained if p.ndim < 2]

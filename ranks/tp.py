@@ -24,12 +24,14 @@ def split(model, mesh):
 
     Call it before fsdp.shard: FSDP2 then shards the tp shards.
 
-    Raises UserError if the mesh's size does not divide the heads, the MLP's width or the vocabulary.
+    Raises UserError if the model's family has no tp, or the mesh's size does not divide the heads, the MLP's
+    width or the vocabulary.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     config, size = model.config, mesh.size()
+    config.check_tp(size)
     sharded_sizes = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size,
                      config.vocab_size)
     if any(n % size for n in sharded_sizes):
@@ -105,6 +107,7 @@ class VocabParallelHead(Head):
         weight = distribute_tensor(head.weight, mesh, [Shard(0)])
         self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
         self.group, self.tp_size = mesh.get_group(), mesh.size()
+        self.soft_cap = head.soft_cap
         self.first_id = mesh.get_local_rank() * (head.out_features // mesh.size())
 
     def local_weight(self):
@@ -117,7 +120,7 @@ class VocabParallelHead(Head):
         logits = nn.functional.linear(hidden, self.local_weight()).contiguous()  # (N, V / tp)
         shards = [torch.empty_like(logits) for _ in range(self.tp_size)]
         dist.all_gather(shards, logits, group=self.group)
-        return torch.cat(shards, dim=-1)
+        return self.capped(torch.cat(shards, dim=-1))
 
 
 class ParallelAdapter:
@@ -129,6 +132,7 @@ class ParallelAdapter:
     """
 
     shard_dims = {}  # parameter name -> dimension that is sharded; other parameters are replicated
+    mesh = None  # until distribute(): a forecast measures such a layer on meta
 
     def distribute(self, mesh):
         """Replace the parameters by DTensors over the tp mesh."""
@@ -162,6 +166,8 @@ class ColumnParallelAdapter(ParallelAdapter):
     shard_dims = {"weight": 0, "bias": 0, "lora_B.weight": 0, "lora_magnitude_vector": 0}
 
     def forward(self, x):
+        if self.mesh is None:
+            return super().forward(x)
         return self.compute(x.to_local(grad_placements=[self.partial]), *self.local_shards())
 
 
@@ -173,6 +179,8 @@ class RowParallelAdapter(ParallelAdapter):
     def forward(self, x):
         from torch.distributed.tensor import DTensor, Replicate
 
+        if self.mesh is None:
+            return super().forward(x)
         weight, bias, *adapter = self.local_shards()
         if self.mesh.get_local_rank():
             bias = None  # the outputs are summed, so only one rank adds the bias

@@ -23,8 +23,10 @@ def compute(head, hidden, given):
     return out.total.detach(), out.each, hidden.grad
 
 
-for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+for dtype, tolerance, soft_cap in ((torch.float32, 1e-5, None), (torch.bfloat16, 2e-2, None),
+                                   (torch.float64, 1e-12, 2.0)):
     whole = Head(C, V, bias=False).to(dtype)
+    whole.soft_cap = soft_cap
     dist.broadcast(whole.weight.data, 0)
     hidden = torch.randn(n, C).to(dtype) * 3
     for given in (None, weights):
@@ -34,6 +36,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         part = slice(rank * V // 2, (rank + 1) * V // 2)
         for a, b in zip((*found, head.weight.grad.to_local()), (*expected, whole.weight.grad[part]), strict=True):
             assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm(), (dtype, given is None)
+        torch.testing.assert_close(head(hidden), whole(hidden))
         assert given is None or torch.equal(found[0], (found[1] * given).sum())
 dist.barrier()
 os._exit(0)  # without gloo's threads, which may abort a normal exit

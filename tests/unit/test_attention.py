@@ -109,6 +109,79 @@ def test_the_references_refuse_what_torch_refuses(reference):
             reference(q, q, q, **{**arguments, **wrong})
 
 
+# ---- capped scores -----------------------------------------------------------------------------------------------
+
+
+def plainly_capped(q, k, v, window, cap, scale):
+    """Attention of one document with capped scores: the definition, with all scores at once."""
+    past, group = len(k) - len(q), q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+    scores = cap * torch.tanh(q.transpose(0, 1) @ k.mT * scale / cap)
+    visible = torch.ones(len(q), k.shape[1], dtype=torch.bool).tril(past)
+    visible = visible.triu(past + 1 - window) if window else visible
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("block", [2**22, 200])
+def test_capped_attention_equals_its_definition(window, block, monkeypatch):
+    """Values and gradients in fp64 to 1e-12, of documents in one block of queries or in many, and with a cache."""
+    from ops import soft_cap
+
+    monkeypatch.setattr(soft_cap, "BLOCK", block)
+    documents, tensors = Documents.of(LENGTHS), [x.detach().requires_grad_() for x in inputs()]
+    q, k, v = tensors
+    y = soft_cap.soft_capped(1.5)(q, k, v, documents, window, 0.7)
+    parts = zip(*(x.split(LENGTHS) for x in tensors))
+    expected = torch.cat([plainly_capped(*part, window, 1.5, 0.7) for part in parts])
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-10)
+    weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
+    for result, exact in zip(*(torch.autograd.grad((x * weights).sum(), tensors) for x in (y, expected))):
+        torch.testing.assert_close(result, exact, atol=1e-12, rtol=1e-10)
+    cached = soft_cap.soft_capped(1.5)(q[-3:], k, v, Documents.of((3,)), window, 0.7)
+    torch.testing.assert_close(cached, plainly_capped(q[-3:], k, v, window, 1.5, 0.7), atol=1e-12, rtol=1e-10)
+
+
+def test_capped_attention_never_holds_all_scores(monkeypatch):
+    """The largest tensor of a forward and backward is that of a block of queries; q, k, v, the output and a logsumexp
+    are kept. On meta it runs without a value."""
+    from ops import soft_cap
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.n = max(self.n, result.numel())
+            return result
+
+    monkeypatch.setattr(soft_cap, "BLOCK", 2**13)
+    length, H, K, D, kept = 300, 4, 2, 8, []
+    q, k, v = (torch.randn(length, n, D, requires_grad=True) for n in (H, K, K))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        y = soft_cap.soft_capped(2.0)(q, k, v, Documents.of((length,)), None)
+    assert sorted(kept) == sorted([(length, H, D), (length, K, D), (length, K, D), (length, H, D), (length, H), (2,)])
+    with Largest() as largest:
+        soft_cap.forward(*(x.detach() for x in (q, k, v)), torch.tensor((0, length)), 0, 1.0, 2.0)
+        y.sum().backward()
+    assert largest.n <= max(2**13, length * H * D) < H * length**2 / 10
+    q, k, v = (x.detach().to("meta").requires_grad_() for x in (q, k, v))
+    soft_cap.soft_capped(2.0)(q, k, v, Documents.of((100, 200), "meta"), 50).sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape
+
+
+def test_heads_wider_than_256_have_no_shared_keys():
+    """Of torch's kernels on CUDA only the one that keeps all scores has both: keys are repeated, with the same result."""
+    q, k, v = (torch.randn(9, n, 264, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_()
+               for n in (4, 2, 2))
+    y = attend_each(q, k, v, Documents.of((9,)), 4)
+    expected = plainly_capped(q, k, v, 4, 1e9, 264**-0.5)
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)
+    for result, exact in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (y, expected))):
+        torch.testing.assert_close(result, exact, atol=1e-6, rtol=1e-6)
+
+
 # ---- when it is used ----------------------------------------------------------------------------------------------
 
 

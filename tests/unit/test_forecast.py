@@ -544,6 +544,7 @@ def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     assert math.isclose(sizes["weights"], 72_706_203_648 * 4 / 64 / GB, rel_tol=1e-3)
     assert math.isclose(sizes["optimizer"], 2 * sizes["weights"], rel_tol=1e-3)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "64")
     plan.main()
     assert capsys.readouterr().out == ""
 

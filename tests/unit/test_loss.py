@@ -44,7 +44,8 @@ def results(hidden, head, positions, targets, weights):
 def oracle(hidden, head, positions, targets, weights):
     """results() of autograd, in fp64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, head.weight))
-    each = F.cross_entropy(hidden[positions] @ weight.T, targets, reduction="none")
+    logits, cap = hidden[positions] @ weight.T, head.soft_cap
+    each = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="none")
     total = (each if weights is None else each * weights).sum()
     return total.detach(), each.detach(), *torch.autograd.grad(total / 3, (hidden, weight))
 
@@ -69,6 +70,36 @@ def test_value_and_gradients_are_those_of_autograd_in_fp64(targets, chunk, weigh
         assert result.dtype == torch.float64 and error(result, expected) < 1e-12
     untouched = torch.ones(300, dtype=torch.bool).index_fill_(0, given[2], False)
     assert not given[0].grad[untouched].any()
+
+
+@pytest.mark.parametrize("weighted, compiles", [
+    (False, False), (True, False), pytest.param(False, True, marks=pytest.mark.full),
+    pytest.param(True, True, marks=pytest.mark.full)])
+def test_a_soft_cap_has_the_gradient_of_autograd(weighted, compiles, monkeypatch):
+    """Logits of +-15 capped at 4: the loss of one chunk and of many in fp64, in pieces, and as the compiler gets it, in
+    fp32. Logits of generation are capped too."""
+    for chunk, piece in ((64, ops.loss.PIECE), (200, 10 * V)):
+        monkeypatch.setattr(ops.loss, "CHUNK", chunk)
+        monkeypatch.setattr(ops.loss, "PIECE", piece)
+        *given, weights = inputs()
+        given[1].soft_cap = 4.0
+        given.append(weights if weighted else None)
+        expected = oracle(*given)
+        for result, exact in zip(results(*given), expected, strict=True):
+            assert error(result, exact) < 1e-12
+    with torch.no_grad():
+        assert error(loss(*given).total, expected[0]) < 1e-12
+        logits = given[0] @ given[1].weight.T
+        assert logits.abs().max() > 15
+        torch.testing.assert_close(given[1](given[0]), 4 * torch.tanh(logits / 4))
+    torch._dynamo.reset()
+    monkeypatch.setattr(ops.loss, "has_compiler", lambda device_type: True)
+    if not compiles:
+        monkeypatch.setattr(ops.loss, "compile_fused", lambda: ops.loss.fused_)
+    given[0], given[1] = given[0].detach().float().requires_grad_(), head_of(given[1].weight.data.float())
+    given[1].soft_cap = 4.0
+    for result, exact in zip(results(*given), expected, strict=True):
+        assert error(result, exact) < 1e-6
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -172,7 +172,7 @@ def test_logits_of_a_sharded_directory_equal_transformers(tmp_path):
 def test_missing_keys_have_the_defaults_of_transformers(kind):
     """A config.json with only the sizes equals the one in which transformers has written all defaults."""
     least = dict(model_type=kind, vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=32, attention_dropout=0.0, residual_dropout=0.0)
+                 num_attention_heads=32, attention_dropout=0.0, residual_dropout=0.0, hidden_size_per_layer_input=0)
     assert ModelConfig.from_dict(least) == ModelConfig.from_dict(AutoConfig.for_model(**least).to_dict())
 
 
