@@ -372,7 +372,7 @@ class ModelConfig:
             residual_multiplier=values.get("residual_multiplier", 1.0),
             attention_scale=values.get("attention_multiplier"),
             logits_scaling=values.get("logits_scaling", 1.0),
-            max_positions=max_positions(values, family),
+            max_positions=max_positions(values, family, layer_types),
             values=values,
         )
 
@@ -551,13 +551,14 @@ def layer_ropes(values, family, head_dims, layer_types):
     return tuple(by_type[kind] if uses else None for kind, uses in zip(layer_types, uses_rope))
 
 
-def max_positions(values, family):
+def max_positions(values, family, layer_types):
     """ModelConfig.max_positions: max_position_embeddings, or what a rope scaling makes of it.
 
     A linear scaling comes with the length before the scaling, llama3 with the one after it. YaRN and LongRoPE
     come with either; they name the length before it.
     """
-    scaling = rope_values(values, "full_attention", family)
+    kind = "full_attention" if "full_attention" in layer_types else layer_types[0]  # one that was checked
+    scaling = rope_values(values, kind, family)
     positions, factor = scaling["max_position_embeddings"], scaling.get("factor") or 1
     if scaling["rope_type"] == "linear":
         return int(positions * factor)

@@ -25,7 +25,7 @@ class Attention(model.Attention):
 
 
 def query_scaling(config):
-    """(beta, length) of a ModelConfig: queries are multiplied by 1 + beta · log(1 + floor(position / length)).
+    """(beta, length) of a ModelConfig: queries are multiplied by 1 + beta log(1 + floor(position / length)).
 
     Raises UserError if config.json lacks one of them, or has another kind of value.
     """

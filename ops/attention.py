@@ -50,7 +50,9 @@ class Documents:
     def in_longer_than(self, length):
         """(N,) bool, whether a token's document has more tokens than `length`, those in a cache included.
 
-        Computed on the device, where the offsets are: a copy of the lengths would make the host wait.
+        Computed on the device, where the offsets are: a copy of the lengths would make the host wait. In
+        training a conversation ends before its last target (data.collate), as at inference when that target
+        is generated.
         """
         lengths = self.offsets.diff()
         is_longer = lengths + self.n_past > length

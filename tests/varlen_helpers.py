@@ -73,7 +73,7 @@ def gradients_of_inputs(ctx, grad):
 attend.register_autograd(gradients_of_inputs, setup_context=keep_inputs)
 
 
-def checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size):
+def checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size):
     """Attention, after the checks that torch's C++ makes on CUDA."""
     for offsets in (cu_seq_q, cu_seq_k):
         assert offsets.dtype == torch.int32 and offsets.is_contiguous() and offsets.device == query.device
@@ -83,24 +83,26 @@ def checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size):
         raise RuntimeError("Number of heads in key/value must divide number of heads in query")
     assert isinstance(window_size, tuple) and window_size[1] == 0  # else torch does not take it as causal
     assert cu_seq_q is cu_seq_k and max_q == max_k
+    if scale is not None:  # attend() has 1 / sqrt(D)
+        query = query * (scale * query.shape[2] ** 0.5)
     return attend(query, key, value, cu_seq_q, max_q, window_size[0])
 
 
 def varlen_attn_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
                      window_size=(-1, -1)):
     """The signature of torch 2.11: fewer key/value heads need no argument."""
-    assert return_aux is scale is None
-    return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
+    assert return_aux is None
+    return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
 def varlen_attn_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
                      window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
     """The signature and the errors of torch 2.12 and 2.13."""
-    assert return_aux is scale is seqused_k is block_table is num_splits is None
+    assert return_aux is seqused_k is block_table is num_splits is None
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError(f"Expect query and key/value to have the same number of heads but got "
                          f"Hq={query.shape[1]} and Hkv={key.shape[1]}. Try setting enable_gqa=True for GQA.")
-    return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
+    return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
 SIGNATURES = {"2.11": varlen_attn_2_11, "2.13": varlen_attn_2_13}

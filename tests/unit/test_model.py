@@ -31,9 +31,10 @@ TOKENS = dict(pad_token_id=0, bos_token_id=1)  # within the vocabulary
 YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8, beta_fast=32.0, beta_slow=1.0)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.5, 6.0])
 OLMO_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
-OLMO_ROPES = dict(full_attention={**YARN, "rope_theta": 5e5}, sliding_attention=dict(rope_type="default", rope_theta=1e4))
-MINISTRAL_ROPE = dict(rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16, beta_fast=32.0,
-                      beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
+OLMO_ROPES = dict(full_attention={**YARN, "rope_theta": 5e5},
+                  sliding_attention=dict(rope_type="default", rope_theta=1e4))
+MINISTRAL_ROPE = dict(rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16,
+                      beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
 
 # name -> (config.json as people publish it, a change to it that must change the logits: this shows that it is used)
 CASES = {
@@ -81,16 +82,18 @@ CASES = {
                       attention_out_bias=True, mlp_bias=True), {}),
     "internlm3": (dict(model_type="internlm3", head_dim=20, qkv_bias=True, bias=True, rope_theta=5e7), {}),
     "olmo2": (dict(model_type="olmo2", rope_theta=5e5, **TOKENS), {}),
-    "olmo2, biases": (dict(model_type="olmo2", attention_bias=True, head_dim=12, tie_word_embeddings=True, **TOKENS), {}),
-    "olmo3": (dict(model_type="olmo3", sliding_window=8, num_hidden_layers=4, rope_theta=5e5, max_position_embeddings=64,
+    "olmo2, biases": (
+        dict(model_type="olmo2", attention_bias=True, head_dim=12, tie_word_embeddings=True, **TOKENS), {}),
+    "olmo3": (dict(model_type="olmo3", sliding_window=8, num_hidden_layers=4, rope_theta=1e4, max_position_embeddings=64,
                    rope_scaling={**YARN, "attention_factor": 1.2}, **TOKENS), dict(sliding_window=9)),
     "olmo3, layers": (dict(model_type="olmo3", sliding_window=8, layer_types=OLMO_LAYERS, num_key_value_heads=4,
                            rope_parameters=OLMO_ROPES, **TOKENS),
                       dict(rope_parameters={**OLMO_ROPES, "sliding_attention": OLMO_ROPES["full_attention"]})),
     "phi3": (dict(model_type="phi3", sliding_window=8, rope_theta=1e4, **TOKENS), dict(sliding_window=9)),
     "phi3, longrope, partial": (
-        dict(model_type="phi3", partial_rotary_factor=0.75, rope_theta=1e4, tie_word_embeddings=True, sliding_window=262144,
-             rope_scaling=LONGROPE, original_max_position_embeddings=47, **TOKENS), dict(original_max_position_embeddings=48)),
+        dict(model_type="phi3", partial_rotary_factor=0.75, rope_theta=1e4, tie_word_embeddings=True,
+             sliding_window=262144, rope_scaling=LONGROPE, original_max_position_embeddings=47, **TOKENS),
+        dict(original_max_position_embeddings=48)),
     "ministral3": (dict(model_type="ministral3", head_dim=20, rope_parameters=MINISTRAL_ROPE, **TOKENS),
                    dict(rope_parameters={**MINISTRAL_ROPE, "llama_4_scaling_beta": 0.0})),
     "ministral3, window": (dict(model_type="ministral3", head_dim=20, rope_parameters=MINISTRAL_ROPE, sliding_window=9,
@@ -517,6 +520,12 @@ REFUSED = [
     (dict(model_type="gpt2"), "model_type 'gpt2'"),
     (dict(model_type=None), "model_type None"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(model_type="phi3", resid_pdrop=0.1), "resid_pdrop is 0.1"),
+    (dict(model_type="phi3", embd_pdrop=0.1), "set the model's dropouts to 0 there"),
+    (dict(model_type="olmo3", rope_parameters=YARN), "objects full_attention and sliding_attention"),
+    (dict(model_type="olmo3", num_hidden_layers=4, rope_parameters={"full_attention": {**YARN, "truncate": False}}),
+     "truncate may only be true"),
+    (dict(model_type="olmo3", rope_parameters={"sliding_attention": "yarn"}), "rope scaling must be an object"),
     (dict(rope_scaling=dict(rope_type="proportional", factor=4.0)), "'proportional'"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type dynamic"),
     (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "'longrope'"),
@@ -545,6 +554,18 @@ def test_unsupported_values_in_config_json_are_refused(change, named):
     """A value that would change what the model computes and is not implemented: the error names it."""
     with pytest.raises(ValueError, match=re.escape(named)):
         ModelConfig.from_dict({**SIZES, "model_type": "llama", **change})
+
+
+@pytest.mark.parametrize("change", [dict(llama_4_scaling_beta=None), dict(llama_4_scaling_beta="0.1"),
+                                    dict(llama_4_scaling_beta=-1), dict(rope_type="default")])
+def test_ministral3_needs_the_scale_of_its_queries(change):
+    """transformers fails without it. The file of the family reads it, when the model is built."""
+    rotary = {key: value for key, value in {**MINISTRAL_ROPE, **change}.items() if value is not None}
+    if "rope_type" in change:
+        del rotary["llama_4_scaling_beta"]
+    config = ModelConfig.from_dict({**SIZES, "model_type": "ministral3", "rope_parameters": rotary})
+    with pytest.raises(ValueError, match="by which the queries are scaled"):
+        causal_lm(config)(config)
 
 
 def test_config_without_hidden_size_is_refused():

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from families.config import ModelConfig
 from families.registry import causal_lm
 
-YARN_OLMO = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8192, attention_factor=1.2079441541679836,
-                 beta_fast=32.0, beta_slow=1.0)
+YARN_OLMO = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8192, beta_fast=32.0, beta_slow=1.0,
+                 attention_factor=1.2079441541679836)
 OLMO3_LAYERS = (["sliding_attention"] * 3 + ["full_attention"]) * 8
 MINISTRAL_3 = dict(
     model_type="ministral3", head_dim=128, num_attention_heads=32, num_key_value_heads=8, vocab_size=131072,
@@ -21,8 +21,8 @@ MINISTRAL_3 = dict(
     rope_parameters=dict(rope_type="yarn", type="yarn", rope_theta=1e6, factor=16.0, beta_fast=32.0, beta_slow=1.0,
                          mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
                          original_max_position_embeddings=16384))
-GRANITE = dict(model_type="granite", attention_bias=False, mlp_bias=False, attention_dropout=0.0, embedding_multiplier=12.0,
-               residual_multiplier=0.22, hidden_act="silu", max_position_embeddings=131072, num_attention_heads=32,
+GRANITE = dict(model_type="granite", attention_bias=False, mlp_bias=False, attention_dropout=0.0,
+               embedding_multiplier=12.0, residual_multiplier=0.22, hidden_act="silu", max_position_embeddings=131072, num_attention_heads=32,
                num_hidden_layers=40, num_key_value_heads=8, rms_norm_eps=1e-5, rope_scaling=None, rope_theta=1e7,
                tie_word_embeddings=True, vocab_size=49159)
 PHI = dict(model_type="phi3", attention_bias=False, attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
@@ -39,10 +39,11 @@ PUBLISHED = {
     "ibm-granite/granite-3.3-2b-instruct": (dict(
         GRANITE, hidden_size=2048, intermediate_size=8192, attention_multiplier=0.015625, logits_scaling=8.0), 131072),
     "ibm-granite/granite-3.3-8b-instruct": (dict(
-        GRANITE, hidden_size=4096, intermediate_size=12800, attention_multiplier=0.0078125, logits_scaling=16.0), 131072),
+        GRANITE, hidden_size=4096, intermediate_size=12800, attention_multiplier=0.0078125, logits_scaling=16.0),
+        131072),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": (dict(
-        model_type="seed_oss", attention_bias=True, attention_out_bias=False, attention_dropout=0.1, residual_dropout=0.1,
-        mlp_bias=False, head_dim=128, hidden_act="silu", hidden_size=5120, intermediate_size=27648,
+        model_type="seed_oss", attention_bias=True, attention_out_bias=False, attention_dropout=0.1,
+        residual_dropout=0.1, mlp_bias=False, head_dim=128, hidden_act="silu", hidden_size=5120, intermediate_size=27648,
         max_position_embeddings=524288, num_attention_heads=80, num_hidden_layers=64, num_key_value_heads=8,
         rms_norm_eps=1e-6, rope_scaling=dict(rope_type="default"), rope_theta=1e7, tie_word_embeddings=False,
         vocab_size=155136), 524288),
@@ -55,15 +56,16 @@ PUBLISHED = {
         model_type="iquestcoder", attention_bias=False, attention_dropout=0.0, clip_qkv=None, head_dim=128,
         hidden_act="silu", hidden_size=5120, intermediate_size=27648, max_position_embeddings=131072, mlp_bias=False,
         num_attention_heads=40, num_hidden_layers=80, num_key_value_heads=8, rms_norm_eps=1e-5, rope_scaling=None,
-        rope_theta=500000.0, sliding_window=None, use_sliding_window=False, tie_word_embeddings=False, vocab_size=76800),
-        131072),
+        rope_theta=500000.0, sliding_window=None, use_sliding_window=False, tie_word_embeddings=False,
+        vocab_size=76800), 131072),
     "mistralai/Ministral-8B-Instruct-2410": (dict(
         model_type="mistral", attention_dropout=0.0, head_dim=128, hidden_act="silu", hidden_size=4096,
         intermediate_size=12288, max_position_embeddings=32768, num_attention_heads=32, num_hidden_layers=36,
         num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e8, sliding_window=32768, tie_word_embeddings=False,
         vocab_size=131072), 32768),
     "mistralai/Ministral-3-3B-Base-2512": (dict(model_type="mistral3", text_config=dict(
-        MINISTRAL_3, hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, tie_word_embeddings=True)), 262144),
+        MINISTRAL_3, hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, tie_word_embeddings=True)),
+        262144),
     "mistralai/Ministral-3-8B-Base-2512": (dict(model_type="mistral3", tie_word_embeddings=False, text_config=dict(
         MINISTRAL_3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=34)), 262144),
     "mistralai/Mistral-Small-3.1-24B-Base-2503": (dict(model_type="mistral3", text_config=dict(
@@ -94,8 +96,8 @@ PUBLISHED = {
         rope_scaling=dict(type="longrope", short_factor=[1.0] * 48, long_factor=[1 + i for i in range(48)]),
         rope_theta=10000.0, sliding_window=262144, tie_word_embeddings=True, vocab_size=200064), 131072),
     "Qwen/Qwen3-8B, with the YaRN of its model card": (dict(
-        model_type="qwen3", attention_bias=False, attention_dropout=0.0, head_dim=128, hidden_act="silu", hidden_size=4096,
-        intermediate_size=12288, max_position_embeddings=40960, max_window_layers=36, num_attention_heads=32,
+        model_type="qwen3", attention_bias=False, attention_dropout=0.0, head_dim=128, hidden_act="silu",
+        hidden_size=4096, intermediate_size=12288, max_position_embeddings=40960, max_window_layers=36, num_attention_heads=32,
         num_hidden_layers=36, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=1000000, sliding_window=None,
         use_sliding_window=False, tie_word_embeddings=False, vocab_size=151936, rope_scaling=dict(
             rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)), 131072),

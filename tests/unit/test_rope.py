@@ -39,8 +39,8 @@ SCALINGS = {
     "yarn, mscale": (dict(rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}), 256),
     "yarn, one mscale": (dict(rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 0}), 256),
     "yarn, factor below 1": (dict(rope_scaling={**YARN, "factor": 0.5}), 256),
-    "yarn, null and outer values": (dict(rope_parameters={**YARN, "rope_theta": 3e4, "attention_factor": None,
-                                                          "beta_fast": None}, original_max_position_embeddings=32), 256),
+    "yarn, null and outer values": (dict(original_max_position_embeddings=32, rope_parameters={
+        **YARN, "rope_theta": 3e4, "attention_factor": None, "beta_fast": None}), 256),
     "llama3, outer original length": (dict(original_max_position_embeddings=32, rope_parameters=dict(
         rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)), 256),
     "longrope": (dict(rope_scaling={**LONGROPE, "original_max_position_embeddings": 32}), 256),
