@@ -139,7 +139,9 @@ def gemma4_values(values):
     own = {"head_dim": values.get("global_head_dim")}
     if values.get("attention_k_eq_v"):
         own["num_key_value_heads"] = values.get("num_global_key_value_heads")
-    if changes is not None:
+    if changes == {}:  # all layers have the same sizes
+        own = {}
+    elif changes is not None:
         numbers = [str(i) for i, kind in enumerate(kinds) if kind == "full_attention"]
         own = changes.get(numbers[0]) if isinstance(changes, dict) else None
         is_object = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}

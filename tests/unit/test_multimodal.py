@@ -214,7 +214,8 @@ def test_peft_adapts_the_text_model_of_the_whole_one(train, tmp_path, monkeypatc
     before, after = raw_tensors(directory), raw_tensors(tmp_path / "merged")
     assert before.keys() == after.keys()
     assert all(before[name][1:] == after[name][1:] for name in before if not IS_TEXT.fullmatch(name))
-    torch.testing.assert_close(full_logits(tmp_path / "merged")[0], expected, atol=1e-4, rtol=1e-4)
+    # transformers' own two ways, W x + B A x and (W + B A) x, differ by this rounding
+    torch.testing.assert_close(full_logits(tmp_path / "merged")[0], expected, atol=5e-4, rtol=1e-4)
     assert loading_info(tmp_path / "merged")[1] == loading_info(directory)[1]
 
 
@@ -222,7 +223,8 @@ def test_peft_adapts_the_text_model_of_the_whole_one(train, tmp_path, monkeypatc
 def test_an_adapter_of_peft_continues(train, tmp_path, kind):
     """One of the text model only; one that adapts the vision tower too is refused."""
     directory = multimodal(tmp_path / "m", kind)
-    for name, targets in (("text", r".*language_model.*q_proj"), ("both", ["q_proj"])):
+    has_other = kind not in ("qwen3_5", "gemma4")  # a vision tower with other names, or with layers that PEFT refuses
+    for name, targets in (("text", r".*language_model.*q_proj"), ("both", ["q_proj"]))[: 1 + has_other]:
         model = peft.get_peft_model(loading_info(directory)[0], peft.LoraConfig(
             r=4, target_modules=targets, init_lora_weights=False))
         model.save_pretrained(tmp_path / name)
@@ -231,7 +233,7 @@ def test_an_adapter_of_peft_continues(train, tmp_path, kind):
             {**config, "base_model_name_or_path": str(directory)}))
     expected, _ = full_logits(directory, tmp_path / "text")
     torch.testing.assert_close(our_logits(tmp_path / "text", directory), expected, atol=1e-4, rtol=1e-4)
-    if kind != "qwen3_5":  # whose vision tower has other names
+    if has_other:
         with pytest.raises(UserError, match="only layers of the text model are trained here"):
             train("--use_lora", "--resume_adapter", tmp_path / "both", model=directory)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -412,7 +413,7 @@ def test_tensor_parallelism_is_refused_with_the_reason():
     with torch.device("meta"):
         net = causal_lm(config)(config)
     with pytest.raises(UserError, match="gated delta nets"):
-        tp.split(net, None)
+        tp.split(net, SimpleNamespace(size=lambda: 2))
 
 
 def test_missing_keys_have_the_defaults_of_transformers(tmp_path):
