@@ -62,8 +62,18 @@ FAMILY_CASES = {
                           rope_type="longrope", short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 5.0])),
     "ministral3": dict(model_type="ministral3", head_dim=16, rope_parameters={
         **YARN, "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}),
-    "qwen3_5": dict(model_type="qwen3_5_text", head_dim=16, layer_types=["linear_attention", "full_attention"],
-                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+    "gemma2": dict(model_type="gemma2", head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=2.0,
+                   final_logit_softcapping=3.0, sliding_window=12),
+    "gemma3": dict(model_type="gemma3_text", head_dim=16, query_pre_attn_scalar=24, layer_types=WINDOW, sliding_window=12,
+                   rope_theta=5e5, rope_local_base_freq=5e3, rope_scaling=dict(rope_type="linear", factor=8.0)),
+    "gemma4": dict(model_type="gemma4_text", head_dim=16, global_head_dim=24, num_global_key_value_heads=1,
+                   attention_k_eq_v=True, layer_types=WINDOW, sliding_window=12, final_logit_softcapping=3.0,
+                   hidden_size_per_layer_input=0, num_kv_shared_layers=0),
+    "gemma4-unified": dict(model_type="gemma4_unified_text", head_dim=16, global_head_dim=24, layer_types=WINDOW,
+                           sliding_window=12, tie_word_embeddings=False),
+    "qwen3.5": dict(model_type="qwen3_5_text", head_dim=16, layer_types=["linear_attention", "full_attention"],
+                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+                    tie_word_embeddings=True),
 }
 SCHEDULES = {"cosine": 0.1, "linear": 0.0, "constant": 0.0}  # name -> --min_lr_ratio
 ALL_SCHEDULES = ("olmo3",)  # with --full, these families run with each of them; the others with the first
@@ -114,7 +124,7 @@ def family(request, directories):
 
 
 def oracle_of(directory):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def ours(directory):
