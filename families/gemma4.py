@@ -1,7 +1,7 @@
 """Gemma 4 dense (12B, 31B): layers with full attention have wider heads, few of them for keys and values.
 
 Not here: the embeddings for each layer and the shared keys and values of E2B and E4B, the experts of 26B-A4B
-(families/config.py refuses them). Source: the definition in transformers 5.24.
+(they are refused). Source: the definition in transformers 5.24.
 """
 
 import torch

@@ -38,15 +38,15 @@ def step_flops(config, matrices, lengths, n_targets, is_lora):
     """
     lengths = np.asarray(lengths, np.int64)
     head = config.vocab_size * config.hidden_size
-    pairs = 0  # over all layers
-    for kind, window in zip(config.layer_types, config.sliding_windows):
+    pairs = 0  # over all layers, times the width of a head
+    for kind, window, head_dim in zip(config.layer_types, config.sliding_windows, config.head_dims):
         if kind == "linear_attention":
             continue
         seen = np.minimum(lengths, window or lengths)  # by the last token, itself included
-        pairs += int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
+        pairs += head_dim * int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
     products = matrices * int(lengths.sum()) + head * int(n_targets)
-    width = config.num_attention_heads * config.head_dim
-    return (4 if is_lora else 6) * products + 12 * width * pairs  # 12: 2 products, and 2 x 2 backward
+    heads = config.num_attention_heads
+    return (4 if is_lora else 6) * products + 12 * heads * pairs  # 12: 2 products, and 2 x 2 backward
 
 
 @functools.cache

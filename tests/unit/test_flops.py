@@ -40,7 +40,8 @@ def test_products_equal_the_counter_of_torch(is_frozen):
 def test_attention_counts_the_pairs_that_see_each_other():
     """Windows that are none, shorter than a conversation, and longer than all, each in its own layer."""
     config = dataclasses.replace(small_model().config, sliding_windows=(None, 3, 50), num_hidden_layers=3,
-                                 layer_types=("full_attention", "sliding_attention", "sliding_attention"))
+                                 layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+                                 head_dims=(16,) * 3)
     lengths = torch.tensor([1, 3, 4, 17], dtype=torch.int32).numpy()
     pairs = sum(1 for window in config.sliding_windows for length in lengths for i in range(length)
                 for j in range(i + 1) if window is None or i - j < window)
