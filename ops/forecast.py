@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from ops import compiler, loss, nf4
+from ops import compiler, delta, loss, nf4, soft_cap
 from ops.activations import measure
 from settings.errors import UserError
 
@@ -422,6 +422,8 @@ def loss_bytes(run):
         size += 4 * min(loss.GPU_PIECE if run.cuda else loss.PIECE, logits)
         # FSDP2 gets the gradient in bf16, from the fp32 sum; on the CPU each chunk's product is in bf16
         head_itemsize += 2 * (run.is_sharded or not run.cuda)
+    if c.values.get("final_logit_softcapping") and not run.cuda:
+        size += 12 * logits  # capped ones, and two of the cap's derivative, in fp32
     return size + matrix_bytes(run, head_itemsize) * trains_head(run) + 2 * run.hidden_bytes
 
 
@@ -447,10 +449,28 @@ def backward_bytes(run, held):
     elif run.has_own_masters:  # the largest gradient in bf16, before it is cast
         work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
                      if trained and ".layers.0." in name), default=0)
+    work += mixing_bytes(run)
     # the head's gradient waits for the embedding's if they are tied
     head_itemsize = gradient_itemsize(run, w)
     waits = c.tie_word_embeddings or run.is_sharded or not held
     return work + matrix_bytes(run, head_itemsize) * (trains_head(run) and waits)
+
+
+def mixing_bytes(run):
+    """Bytes that a layer's backward allocates to mix tokens, where it keeps only inputs.
+
+    Of capped scores (ops/soft_cap.py) four tensors in fp32. Of the gated delta rule (ops/delta.py) about 11
+    numbers for each value of a key and a value: measured, with the sizes of Qwen3.5.
+    """
+    values = run.config.values
+    if values.get("attn_logit_softcapping"):
+        scores = run.length**2 * run.config.num_attention_heads // run.tp
+        return 16 * min(soft_cap.GPU_BLOCK if run.cuda else soft_cap.BLOCK, scores)
+    if "linear_attention" in run.config.layer_types:
+        places = run.tokens * values.get("linear_num_value_heads", 32)
+        width = values.get("linear_key_head_dim", 128) + values.get("linear_value_head_dim", 128)
+        return 44 * width * min(delta.GPU_PIECE if run.cuda else delta.PIECE, places)
+    return 0
 
 
 def resting_bytes(run, state):

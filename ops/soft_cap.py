@@ -27,7 +27,8 @@ def blocks(q, k, offsets, window):
     offsets = offsets.tolist()
     for start, stop in zip(offsets, offsets[1:]):
         length = stop - start + past
-        rows = max(1, limit // min(length, 2 * window if window else length))
+        most = max(window, 128) if window else length  # more rows of a window would be computed for nothing
+        rows = max(1, min(most, limit // min(length, 2 * most)))
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             begin = max(start, first + past + 1 - window) if window else start

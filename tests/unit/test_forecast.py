@@ -262,11 +262,14 @@ def test_the_peak_is_within_5_percent_of_the_allocators(train, tmp_path, monkeyp
     assert math.isclose(planned["device"] - planned["slack"], peak, rel_tol=0.05), (planned, peak)
 
 
-@pytest.mark.parametrize("flags", [(), ("--use_lora", "--no-gradient_checkpointing")], ids=["full", "lora"])
-@pytest.mark.parametrize("name", FAMILY_CASES)
+@pytest.mark.parametrize("flags", [(), pytest.param(("--use_lora", "--no-gradient_checkpointing"), marks=pytest.mark.full)],
+                         ids=["full", "lora"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name not in ("gemma2", "qwen3_5")))
+                                  for name in FAMILY_CASES])
 def test_the_peak_of_each_family_is_within_10_percent(name, flags, train, tmp_path, monkeypatch):
-    """The planned peak against torch's own count. By default of the families whose blocks are measured, see is_plain."""
-    config = {**SIZES, **FAMILY_CASES[name], "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 16}
+    """The planned peak against torch's own count; by default of two families that mix tokens in blocks of their own."""
+    config = {**SIZES, **FAMILY_CASES[name], "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 16,
+              "hidden_act": None}  # the default of each family
     directory = two_layers(tmp_path / "model", **config)
     rows = [{"messages": chat("q", "a", "Go on.", "the " * 1024)}] * 6
     arguments = ("--train_data", write(tmp_path / "rows.json", rows), "--max_length", 1024, "--batch_size", 2,
@@ -274,7 +277,7 @@ def test_the_peak_of_each_family_is_within_10_percent(name, flags, train, tmp_pa
     monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: None)
     peak = peak_of(lambda: train(*arguments, "--max_steps", 2, model=directory), tmp_path, monkeypatch)
     planned = forecast.memory(planned_by(monkeypatch, "--model", directory, *arguments))
-    assert math.isclose(planned["device"] - planned["slack"], peak, rel_tol=0.1), (planned, peak)
+    assert math.isclose(planned["device"] - planned["slack"], peak, rel_tol=0.1), planned["stages"]
 
 
 @pytest.mark.full
