@@ -1,7 +1,7 @@
 """Gemma 2 and Gemma 3 (text): norms before and after attention and MLP, GeGLU, scaled embeddings, soft caps.
 
 Sources: arXiv 2408.00118 (Gemma 2), 2503.19786 (Gemma 3). Windows, rotary bases and defaults are in
-families/config.py.
+families/rows.py.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """OLMo 2 and 3: norms after attention and MLP, and norms of queries and keys over all heads.
 
 Sources: OLMo 2 (arXiv 2501.00656), OLMo 3 (2512.13961). What differs between them (windows, and rotary
-positions for each kind of layer) is in families/config.py.
+positions for each kind of layer) is in families/rows.py.
 """
 
 from torch import nn

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from ops import compiler, delta, loss, nf4, soft_cap
+from ops import compiler, loss, nf4
 from ops.activations import measure
 from settings.errors import UserError
 
@@ -464,9 +464,13 @@ def mixing_bytes(run):
     """
     values = run.config.values
     if values.get("attn_logit_softcapping"):
+        from ops import soft_cap  # registers operations; few models have them
+
         scores = run.length**2 * run.config.num_attention_heads // run.tp
         return 16 * min(soft_cap.GPU_BLOCK if run.cuda else soft_cap.BLOCK, scores)
     if "linear_attention" in run.config.layer_types:
+        from ops import delta  # as above
+
         places = run.tokens * values.get("linear_num_value_heads", 32)
         width = values.get("linear_key_head_dim", 128) + values.get("linear_value_head_dim", 128)
         return 44 * width * min(delta.GPU_PIECE if run.cuda else delta.PIECE, places)
