@@ -68,7 +68,7 @@ def tiny_delta(monkeypatch):
     monkeypatch.setattr(bench_sides, "PACKINGS", {"one": (9,), "short": (5, 9, 3)})
     monkeypatch.setattr(bench, "start_sides", lambda n, flag, side: [bench_sides.SIDES[side](cfg)])
     cfg, _ = parse(bench.Config, ["--part", "delta", "--repeats", "2"])
-    return lambda: bench.bench_delta(cfg, None)
+    return lambda: json.loads(json.dumps(bench.bench_delta(cfg, None)))
 
 
 def test_delta_compares_the_same_loss_in_alternating_rounds(tiny_delta, monkeypatch):
