@@ -15,6 +15,10 @@ data    conversations per second of data.load (read, render, tokenise, mask, wri
         same conversations to the same targets, in two processes
 chat    tokens per second of chat.py and of transformers' generate: greedy, the same random weights of the
         size of Qwen2.5-0.5B in fp32, a prompt of 64 tokens (pip install transformers)
+delta   seconds of a forward and a backward of Qwen3.5-0.8B with a sixth of its layers and vocabulary, in fp32
+        on the CPU, of 1,024 tokens: one document, and 16 of 4 to 124 tokens, packed; and of transformers on
+        the same weights: each document alone, and padded. Of both also the time of all threads, which other
+        processes change less. kept_bytes: what backward needs per token of a layer without its MLP
 step    non-pad tokens per second and peak memory of sft.py, and seconds from its launch to the end of the
         first optimizer step: random weights of --shape, full training (--lora: LoRA on all linear layers)
         without checkpointing, conversations of log-normal length. With --vs trl the same conversations with
@@ -133,7 +137,8 @@ class Config:
 
     part: str | None = setting(
         None, f"the part to measure; none: {', '.join(DEFAULT)}, one after another",
-        ("loss", "load", "ranks", "memory", "data", "chat", "step", "save", "start", "plan"), group="bench")
+        ("loss", "load", "ranks", "memory", "data", "chat", "delta", "step", "save", "start", "plan"),
+        group="bench")
     repeats: int = setting(3, "timed runs after a warm-up (ranks: without); memory: timed steps", low=1)
     tokens: int = setting(4096, "loss: tokens of the micro-batch", low=1)
     hidden: int = setting(896, "loss: hidden size", low=1)
@@ -363,6 +368,10 @@ def bench_chat(cfg, directory):
             "transformers": importlib.metadata.version("transformers")}
 
 
+def bench_delta(cfg, directory):
+    return start_sides(1, "--side", "delta")[0]  # in one process: weights and losses are compared
+
+
 def write_step(cfg, directory):
     """Write the model and the conversations of bench_step; return the model's config.json."""
     config = dict(QWEN_05B, **SHAPES[cfg.shape])
@@ -556,8 +565,8 @@ def measure(cfg):
         # for the processes of the sides; TMPDIR because torchrun leaves a folder in it
         os.environ.update(OMP_NUM_THREADS=str(threads), TMPDIR=directory)
         parts = {"loss": bench_loss, "load": bench_load, "save": bench_save, "ranks": bench_ranks,
-                 "memory": bench_memory, "data": bench_data, "chat": bench_chat, "step": bench_step,
-                 "start": bench_start, "plan": bench_plan}
+                 "memory": bench_memory, "data": bench_data, "chat": bench_chat, "delta": bench_delta,
+                 "step": bench_step, "start": bench_start, "plan": bench_plan}
         line.update(parts[cfg.part](cfg, directory))
     # four digits; more would be noise
     line = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))

@@ -6,6 +6,7 @@ line that it prints.
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import shutil
 import statistics
@@ -21,8 +22,10 @@ import data
 import fsdp
 from disk import checkpoint, files, pretrained
 from families.config import ModelConfig
+from families.registry import causal_lm
 from model import CausalLM, generate
-from ops import flops, optim
+from ops import activations, flops, optim
+from ops.attention import Documents
 from ops.loss import Head, loss
 from ranks import processes
 from text import formats, sources
@@ -31,6 +34,11 @@ from text.template import ChatTokenizer
 QWEN_05B = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                 vocab_size=151936, num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6,
                 tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
+# of --part delta: Qwen3.5-0.8B with a sixth of its layers and vocabulary; lengths of documents
+QWEN_35 = dict(model_type="qwen3_5_text", hidden_size=1024, intermediate_size=3584, num_hidden_layers=4,
+               vocab_size=248320 // 6, num_attention_heads=8, num_key_value_heads=2, head_dim=256,
+               linear_num_key_heads=16, linear_num_value_heads=16, tie_word_embeddings=True)
+PACKINGS = {"one": (1024,), "short": tuple(range(4, 128, 8))}
 RANK, ALPHA = 16, 32  # LoRA on all linear layers
 LENGTH, BATCH = 1024, 4  # max_length; conversations per step of bench_step on the CPU
 CUDA_LENGTH, CUDA_STEPS = 2048, 20  # max_length and steps of bench_step on CUDA
@@ -360,7 +368,59 @@ def side_chat(cfg):
     return {"seconds": time.perf_counter() - start, "ids": ids}
 
 
+def side_delta(cfg):
+    """Forward and backward of QWEN_35, here and in transformers, in turn: same weights, tokens and loss."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = ModelConfig.from_dict(QWEN_35)
+    theirs = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**QWEN_35))
+    ours = causal_lm(config)(config)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.device("meta"):
+        linear, *_, attention = activations.measure(causal_lm(config)(config), bf16=False, fused_norms=False)
+    of_mlp = 4 * (config.hidden_size + 4 * config.intermediate_size)  # its input and four products, in fp32
+    kept = {"linear": linear - of_mlp, "attention": attention - of_mlp}
+    result = {"layers": len(config.layer_types), "vocabulary": config.vocab_size, "kept_bytes": kept,
+              "kept_linear_to_attention": kept["linear"] / kept["attention"], **installed("transformers")}
+    for name, lengths in PACKINGS.items():
+        documents = torch.randint(config.vocab_size, (sum(lengths),)).split(lengths)
+        seconds = {side: [] for side in ("sft", "alone", "padded")}
+        if len(documents) == 1:
+            del seconds["padded"]  # it has no padding
+        for _ in range(cfg.repeats + 1):
+            totals = dict.fromkeys(seconds, 0.0)
+            for side, times in seconds.items():
+                start = time.perf_counter(), time.process_time()
+                for part in delta_losses(ours, theirs, side, documents):
+                    part.backward()
+                    totals[side] += part.item()
+                times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+                ours.zero_grad()
+                theirs.zero_grad()
+            assert all(math.isclose(total, totals["sft"], rel_tol=1e-4) for total in totals.values())
+        for i, unit in enumerate(("seconds", "thread_seconds")):
+            measured = {side: spread([pair[i] for pair in times[1:]]) for side, times in seconds.items()}
+            ratios = {f"sft_to_{side}": measured["sft"][0] / measured[side][0] for side in list(seconds)[1:]}
+            result[f"{name}_{unit}"] = {**measured, **ratios}
+    return result
+
+
+def delta_losses(ours, theirs, side, documents):
+    """Losses whose sum is the mean over all targets, which are all tokens but each document's first."""
+    if side == "sft":
+        tokens, packed = torch.cat(documents), Documents.of([len(d) for d in documents])
+        targets = packed.positions.nonzero()[:, 0]
+        yield ours(tokens, packed, targets - 1, tokens[targets]).total / len(targets)
+        return
+    for batch in [documents] if side == "padded" else [[document] for document in documents]:
+        ids, labels = (pad_sequence(batch, batch_first=True, padding_value=value) for value in (0, -100))
+        yield theirs(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels, use_cache=False,
+                     num_items_in_batch=sum(len(document) - 1 for document in documents)).loss
+
+
 SIDES = {"plain": side_loss, "chunked": side_loss, "product": side_product, "load": side_load,
          "save": side_save, "trl_full": side_trl, "trl_lora": side_trl, "data": side_data,
          "encode": side_data, "trl_data": side_data, "chat": side_chat, "transformers": side_chat,
-         "trl_padded": side_step, "trl_packed": side_step, "plain_loop": side_step}
+         "trl_padded": side_step, "trl_packed": side_step, "plain_loop": side_step,
+         "delta": side_delta}

@@ -58,6 +58,52 @@ def test_useful_flops_are_those_of_every_conversation_once(tmp_path):
     assert sum(steps) == flops.step_flops(config, matrices, dataset.n_inputs, dataset.n_targets.sum(), is_lora=False)
 
 
+@pytest.fixture
+def tiny_delta(monkeypatch):
+    """--part delta in this process, on a tiny model."""
+    small = dict(hidden_size=32, intermediate_size=64, vocab_size=61, num_attention_heads=2, num_key_value_heads=1,
+                 head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+                 linear_value_head_dim=8)
+    monkeypatch.setattr(bench_sides, "QWEN_35", {**bench_sides.QWEN_35, **small})
+    monkeypatch.setattr(bench_sides, "PACKINGS", {"one": (9,), "short": (5, 9, 3)})
+    monkeypatch.setattr(bench, "start_sides", lambda n, flag, side: [bench_sides.SIDES[side](cfg)])
+    cfg, _ = parse(bench.Config, ["--part", "delta", "--repeats", "2"])
+    return lambda: json.loads(json.dumps(bench.bench_delta(cfg, None)))
+
+
+def test_delta_compares_the_same_loss_in_alternating_rounds(tiny_delta, monkeypatch):
+    """One packed micro-batch against each document alone and one padded batch; the warm-up does not count."""
+    order, now, losses = [], [0.0], bench_sides.delta_losses
+
+    def slow(ours, theirs, side, documents):
+        order.append((side, len(documents)))
+        now[0] += {"sft": 2.0, "alone": 4.0, "padded": 8.0}[side] * (100 if len(order) <= 2 else 1)
+        return losses(ours, theirs, side, documents)
+
+    monkeypatch.setattr(bench_sides, "delta_losses", slow)
+    monkeypatch.setattr(bench_sides.time, "perf_counter", lambda: now[0])
+    line = tiny_delta()
+    assert order == [("sft", 1), ("alone", 1)] * 3 + [("sft", 3), ("alone", 3), ("padded", 3)] * 3
+    assert line["one_seconds"] == {"sft": [2.0] * 3, "alone": [4.0] * 3, "sft_to_alone": 0.5}
+    assert line["short_seconds"]["padded"] == [8.0] * 3 and line["short_seconds"]["sft_to_padded"] == 0.25
+    assert line["short_thread_seconds"]["alone"][0] > 0
+    assert line["layers"] == 4 and line["kept_linear_to_attention"] > 0
+
+
+@pytest.mark.parametrize("broken", ["alone", "padded"])
+def test_delta_refuses_to_compare_another_loss(broken, tiny_delta, monkeypatch):
+    losses = bench_sides.delta_losses
+
+    def other(ours, theirs, side, documents):
+        if side == broken and len(documents) > 1:
+            documents = documents[1:]
+        return losses(ours, theirs, side, documents)
+
+    monkeypatch.setattr(bench_sides, "delta_losses", other)
+    with pytest.raises(AssertionError):
+        tiny_delta()
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--part loss --device cuda", "--device cuda works with --part step only"),
     ("--device cuda", "--device cuda works with --part step only"),
