@@ -155,9 +155,12 @@ def gemma4_values(values):
         own = {}
     elif changes is not None:
         numbers = [str(i) for i, kind in enumerate(kinds) if kind == "full_attention"]
-        own = changes.get(numbers[0]) if isinstance(changes, dict) else None
+        by_number = {}
+        if isinstance(changes, dict):  # transformers writes 05 if there are more than ten layers
+            by_number = {number.lstrip("0") or "0": change for number, change in changes.items()}
+        own = by_number.get(numbers[0])
         is_object = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
-        if not is_object or changes != dict.fromkeys(numbers, own):
+        if not is_object or by_number != dict.fromkeys(numbers, own):
             raise UserError(f"config.json: per_layer_config is {changes!r:.200}; it must have the same "
                             "object, with head_dim and num_key_value_heads, for each full_attention layer, "
                             "and no other")
@@ -296,11 +299,11 @@ NESTED = {
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
 REFUSED = {
     "a mixture of experts": (
-        "moe|mixtral|gpt_oss|llama4|dbrx|jetmoe|minimax",
+        "moe(?!hybrid)|mixtral|gpt_oss|llama4|dbrx|minimax",
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "enable_moe_block")),
     "a model with multi-head latent attention (MLA)": (
         "deepseek_v[23]|kimi|minicpm3|longcat|mistral4|mistral_large4", ("kv_lora_rank",)),
-    "a Mamba or another state space model": (
+    "an architecture with Mamba or other state space layers": (
         "mamba|jamba|bamba|zamba|nemotron_h|falcon_h1|granitemoehybrid|rwkv|recurrent_gemma",
         ("mamba_d_state", "ssm_state_size")),
     "an encoder-decoder model": (

@@ -519,6 +519,9 @@ def test_gradient_checkpointing_is_bitwise_neutral(frozen):
 REFUSED = [
     (dict(model_type="gpt2"), "model_type 'gpt2'"),
     (dict(model_type=None), "model_type None"),
+    (dict(model_type="gemma3", text_config=None), "text_config is None"),
+    (dict(model_type="granitemoehybrid", num_local_experts=64), "is a mixture of experts (num_local_experts is 64)"),
+    (dict(model_type="granitemoehybrid", num_local_experts=0), "is an architecture with Mamba or other state space"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
     (dict(model_type="phi3", resid_pdrop=0.1), "resid_pdrop is 0.1"),
     (dict(model_type="phi3", embd_pdrop=0.1), "set the model's dropouts to 0 there"),
@@ -538,6 +541,7 @@ REFUSED = [
     (dict(num_attention_heads=4, num_key_value_heads=3),
      "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
     (dict(head_dim=9), "head_dim 9"),
+    (dict(hidden_size=2), "head_dim 0 must be even and not 0"),
     (dict(hidden_size=None), "hidden_size is None"),
     (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
     (dict(vocab_size="97"), "vocab_size is '97'"),
