@@ -64,6 +64,13 @@ def olmo3_layers(values):
             for i in range(values["num_hidden_layers"])]
 
 
+def check_truncate(*parts):
+    """Raise UserError if objects of the rotary values of one kind of layers have YaRN's truncate."""
+    if any(isinstance(part, dict) and part.get("truncate", True) is not True for part in parts):
+        raise UserError("config.json: truncate may only be true where each kind of layers has rotary values "
+                        "of its own: transformers does not read another value there")
+
+
 def olmo3_rope(values, layer_type):
     """The rotary values of a kind of OLMo 3's layers.
 
@@ -75,9 +82,7 @@ def olmo3_rope(values, layer_type):
         raise UserError(f"config.json: rope_parameters is {by_type!r:.200}; it must be an object with the "
                         "objects full_attention and sliding_attention")
     own = by_type.get(layer_type) or {}
-    if isinstance(own, dict) and own.get("truncate", True) is not True:
-        raise UserError("config.json: truncate may only be true in the rope_parameters of one kind of "
-                        "layers: transformers does not read another value there")
+    check_truncate(own, scaling)
     if layer_type == "sliding_attention":
         return {"rope_theta": FAMILIES["olmo3"].defaults["rope_theta"]}, own
     return {"rope_theta": values["rope_theta"]}, own, scaling
@@ -128,6 +133,7 @@ def gemma3_rope(values, layer_type):
                         "full_attention and sliding_attention")
     if layer_type == "sliding_attention":
         scaling, base = {}, "rope_local_base_freq"
+    check_truncate(new.get(layer_type), scaling)
     return {"rope_theta": values[base]}, new.get(layer_type, {}), scaling
 
 

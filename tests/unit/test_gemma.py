@@ -158,6 +158,7 @@ def test_gemma_4_of_more_than_ten_layers_is_read_as_transformers_writes_it():
     ("gemma3", dict(sliding_window_pattern=0), "sliding_window_pattern is 0"),
     ("gemma3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)), "rope_parameters"),
     ("gemma3", dict(rope_scaling=dict(rope_type="proportional", factor=2.0)), "rope_type may be default, linear"),
+    ("gemma3", dict(rope_scaling=dict(rope_type="yarn", factor=2.0, truncate=False)), "truncate may only be true"),
     ("gemma2", dict(final_logit_softcapping=0), "final_logit_softcapping is 0"),
     ("gemma4", dict(use_bidirectional_attention="all"), "use_bidirectional_attention is 'all'"),
     ("gemma4", dict(hidden_size_per_layer_input=256), "Gemma 4 E2B and E4B"),

@@ -528,6 +528,7 @@ REFUSED = [
     (dict(model_type="olmo3", rope_parameters=YARN), "objects full_attention and sliding_attention"),
     (dict(model_type="olmo3", num_hidden_layers=4, rope_parameters={"full_attention": {**YARN, "truncate": False}}),
      "truncate may only be true"),
+    (dict(model_type="olmo3", rope_scaling={**YARN, "truncate": False}), "truncate may only be true"),
     (dict(model_type="olmo3", rope_parameters={"sliding_attention": "yarn"}), "rope scaling must be an object"),
     (dict(rope_scaling=dict(rope_type="proportional", factor=4.0)), "'proportional'"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type dynamic"),
