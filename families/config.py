@@ -74,9 +74,9 @@ class ModelConfig:
         heads = values["num_attention_heads"]
         head_dim = values["head_dim"] or family.defaults.get("head_dim") or values["hidden_size"] // heads
         kv_heads = values["num_key_value_heads"] or heads
-        if heads % kv_heads or head_dim % 2:
+        if heads % kv_heads or head_dim % 2 or not head_dim:
             raise UserError(f"config.json: num_attention_heads {heads} must be a multiple of "
-                            f"num_key_value_heads {kv_heads}, and head_dim {head_dim} must be even")
+                            f"num_key_value_heads {kv_heads}, and head_dim {head_dim} must be even and not 0")
         biases = {name: getattr(family, name) for name in ("qkv_bias", "o_bias", "mlp_bias")}
         biases = {name: bool(values.get(bias)) if isinstance(bias, str) else bias
                   for name, bias in biases.items()}
@@ -138,6 +138,9 @@ def check_architecture(config):
             reason = f" ({shown[0]} is {config[shown[0]]!r:.20})" if shown else ""
             raise UserError(f"config.json: model_type {model_type!r:.60} is {kind}{reason}, which is not "
                             f"supported; supported are {supported}")
+    if isinstance(model_type, str) and model_type in NESTED:
+        raise UserError(f"config.json: text_config is {config.get('text_config')!r:.60}; a config.json of "
+                        f"model_type {model_type} must have an object there")
     if not is_known:
         raise UserError(f"config.json: model_type {model_type!r:.60} is not supported; supported are "
                         f"{supported}")

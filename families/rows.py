@@ -64,6 +64,13 @@ def olmo3_layers(values):
             for i in range(values["num_hidden_layers"])]
 
 
+def check_truncate(*parts):
+    """Raise UserError if objects of the rotary values of one kind of layers have YaRN's truncate."""
+    if any(isinstance(part, dict) and part.get("truncate", True) is not True for part in parts):
+        raise UserError("config.json: truncate may only be true where each kind of layers has rotary values "
+                        "of its own: transformers does not read another value there")
+
+
 def olmo3_rope(values, layer_type):
     """The rotary values of a kind of OLMo 3's layers.
 
@@ -75,9 +82,7 @@ def olmo3_rope(values, layer_type):
         raise UserError(f"config.json: rope_parameters is {by_type!r:.200}; it must be an object with the "
                         "objects full_attention and sliding_attention")
     own = by_type.get(layer_type) or {}
-    if isinstance(own, dict) and own.get("truncate", True) is not True:
-        raise UserError("config.json: truncate may only be true in the rope_parameters of one kind of "
-                        "layers: transformers does not read another value there")
+    check_truncate(own, scaling)
     if layer_type == "sliding_attention":
         return {"rope_theta": FAMILIES["olmo3"].defaults["rope_theta"]}, own
     return {"rope_theta": values["rope_theta"]}, own, scaling
@@ -128,6 +133,7 @@ def gemma3_rope(values, layer_type):
                         "full_attention and sliding_attention")
     if layer_type == "sliding_attention":
         scaling, base = {}, "rope_local_base_freq"
+    check_truncate(new.get(layer_type), scaling)
     return {"rope_theta": values[base]}, new.get(layer_type, {}), scaling
 
 
@@ -155,9 +161,12 @@ def gemma4_values(values):
         own = {}
     elif changes is not None:
         numbers = [str(i) for i, kind in enumerate(kinds) if kind == "full_attention"]
-        own = changes.get(numbers[0]) if isinstance(changes, dict) else None
+        by_number = {}
+        if isinstance(changes, dict):  # transformers writes 05 if there are more than ten layers
+            by_number = {number.lstrip("0") or "0": change for number, change in changes.items()}
+        own = by_number.get(numbers[0])
         is_object = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
-        if not is_object or changes != dict.fromkeys(numbers, own):
+        if not is_object or by_number != dict.fromkeys(numbers, own):
             raise UserError(f"config.json: per_layer_config is {changes!r:.200}; it must have the same "
                             "object, with head_dim and num_key_value_heads, for each full_attention layer, "
                             "and no other")
@@ -296,11 +305,11 @@ NESTED = {
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
 REFUSED = {
     "a mixture of experts": (
-        "moe|mixtral|gpt_oss|llama4|dbrx|jetmoe|minimax",
+        "moe(?!hybrid)|mixtral|gpt_oss|llama4|dbrx|minimax",
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "enable_moe_block")),
     "a model with multi-head latent attention (MLA)": (
         "deepseek_v[23]|kimi|minicpm3|longcat|mistral4|mistral_large4", ("kv_lora_rank",)),
-    "a Mamba or another state space model": (
+    "an architecture with Mamba or other state space layers": (
         "mamba|jamba|bamba|zamba|nemotron_h|falcon_h1|granitemoehybrid|rwkv|recurrent_gemma",
         ("mamba_d_state", "ssm_state_size")),
     "an encoder-decoder model": (

@@ -224,16 +224,17 @@ def test_the_convolution_sees_one_document():
         assert torch.equal(result[~result.isnan().any(dim=1)], right[~result.isnan().any(dim=1)])
 
 
+@pytest.mark.parametrize("taps", [4, 1])
 @pytest.mark.parametrize("cuts", [(220,), (2, 1, 217), (1, 1, 1, 1, 216), (200,) + (1,) * 20])
-def test_a_cache_continues_the_convolution(cuts):
-    x, weight = (t.detach() for t in convolution_inputs())
+def test_a_cache_continues_the_convolution(cuts, taps):
+    x, weight = (t.detach() for t in convolution_inputs(taps=taps))
     past, results, start = {}, [], 0
     for n in cuts:
         documents = Documents.of((n,), first_position=start)
         results.append(short_convolution(x[start : start + n], weight, documents, past))
         start += n
     torch.testing.assert_close(torch.cat(results), conv1d(x[:220], weight, (220,)))
-    assert torch.equal(past["inputs"], x[217:220])
+    assert torch.equal(past["inputs"], x[221 - taps : 220])
 
 
 # ---- compiled, and fla --------------------------------------------------------------------------------------------

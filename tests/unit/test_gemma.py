@@ -142,6 +142,15 @@ def test_the_published_config_of_gemma_3_4b_has_the_sizes_of_transformers():
     assert {len(rope.frequencies) for rope in config.ropes} == {128}
 
 
+def test_gemma_4_of_more_than_ten_layers_is_read_as_transformers_writes_it():
+    """Its per_layer_config then has the numbers 05, 11, ...; as published, it has global_head_dim."""
+    sizes = SIZES | CASES["gemma4"][0] | dict(num_hidden_layers=12, layer_types=None)
+    written = AutoConfig.for_model(**sizes).to_dict()
+    assert {*written["per_layer_config"]} == {"05", "11"}
+    config = ModelConfig.from_dict(written)
+    assert config == ModelConfig.from_dict(sizes) and config.head_dims[4:6] == (16, 24)
+
+
 @pytest.mark.parametrize("name, change, message", [
     ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention is True"),
     ("gemma3", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping is 50.0"),
@@ -149,6 +158,7 @@ def test_the_published_config_of_gemma_3_4b_has_the_sizes_of_transformers():
     ("gemma3", dict(sliding_window_pattern=0), "sliding_window_pattern is 0"),
     ("gemma3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)), "rope_parameters"),
     ("gemma3", dict(rope_scaling=dict(rope_type="proportional", factor=2.0)), "rope_type may be default, linear"),
+    ("gemma3", dict(rope_scaling=dict(rope_type="yarn", factor=2.0, truncate=False)), "truncate may only be true"),
     ("gemma2", dict(final_logit_softcapping=0), "final_logit_softcapping is 0"),
     ("gemma4", dict(use_bidirectional_attention="all"), "use_bidirectional_attention is 'all'"),
     ("gemma4", dict(hidden_size_per_layer_input=256), "Gemma 4 E2B and E4B"),
