@@ -89,7 +89,7 @@ class Entry(NamedTuple):
     def lacks(self, key, row, where):
         """The UserError for rows without a column that the entry names."""
         there = listed(row) or "none"
-        return UserError(f'{where}: dataset_info.json has "{key}": "{dict(self.keys)[key]}", but there is no '
+        return UserError(f'{where}: dataset_info.json has "{key}": "{dict(self.keys)[key]:.60}", but there is no '
                          f"such column; there are {there:.300}; correct the columns of the entry")
 
     def to_turn(self, turn):
