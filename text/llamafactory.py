@@ -88,9 +88,9 @@ class Entry(NamedTuple):
 
     def lacks(self, key, row, where):
         """The UserError for rows without a column that the entry names."""
-        there = listed(row) or "none"
-        return UserError(f'{where}: dataset_info.json has "{key}": "{dict(self.keys)[key]:.60}", but there is no '
-                         f"such column; there are {there:.300}; correct the columns of the entry")
+        there, column = listed(row) or "none", dict(self.keys)[key]
+        return UserError(f'{where}: dataset_info.json has "{key}": "{column:.60}", but there is no such '
+                         f"column; there are {there:.300}; correct the columns of the entry")
 
     def to_turn(self, turn):
         if not isinstance(turn, dict):
