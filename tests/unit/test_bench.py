@@ -71,6 +71,7 @@ def tiny_delta(monkeypatch):
     return lambda: json.loads(json.dumps(bench.bench_delta(cfg, None)))
 
 
+@pytest.mark.full
 def test_delta_compares_the_same_loss_in_alternating_rounds(tiny_delta, monkeypatch):
     """One packed micro-batch against each document alone and one padded batch; the warm-up does not count."""
     order, now, losses = [], [0.0], bench_sides.delta_losses
@@ -90,6 +91,7 @@ def test_delta_compares_the_same_loss_in_alternating_rounds(tiny_delta, monkeypa
     assert line["layers"] == 4 and line["kept_linear_to_attention"] > 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("broken", ["alone", "padded"])
 def test_delta_refuses_to_compare_another_loss(broken, tiny_delta, monkeypatch):
     losses = bench_sides.delta_losses

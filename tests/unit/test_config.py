@@ -774,6 +774,7 @@ def test_explain_prints_each_value_and_where_it_came_from(yaml_file, capsys):
 
 def test_only_rank_0_explains(monkeypatch, capsys):
     """Under torchrun only rank 0 prints, and all ranks exit."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     for word in "--help", "--explain":
         with pytest.raises(SystemExit):

@@ -245,6 +245,7 @@ def layer(x, weight, g, beta, documents):
     return delta_rule(q.unflatten(1, (2, 8)), k.unflatten(1, (2, 8)), v.unflatten(1, (6, 12)), g, beta, documents)
 
 
+@pytest.mark.full
 def test_all_packings_are_one_graph():
     """No graph break and one compilation for all lengths; outputs and gradients are those of eager."""
     torch._dynamo.reset()

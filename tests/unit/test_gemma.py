@@ -184,6 +184,7 @@ def test_embeddings_are_scaled_as_in_bf16(name, models):
     assert torch.equal(built(directory).bfloat16().model.embed(torch.arange(2048)), expected)
 
 
+@full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_equals_transformers_greedy_one(name, tmp_path):
     """With the cache, from a prompt longer than the window and past it from a single token."""
@@ -232,6 +233,7 @@ def oracle_losses(directory, scheduler):
     return losses
 
 
+@full
 @pytest.mark.parametrize("name, scheduler", [
     ("gemma2", "cosine"), ("gemma3", "cosine"), ("gemma4", "cosine"),
     pytest.param("gemma3", "linear", marks=full), pytest.param("gemma3", "constant", marks=full)])
@@ -253,6 +255,7 @@ def test_ten_steps_equal_transformers_and_torch(name, scheduler, models, train, 
                                    atol=1e-4, rtol=1e-4)
 
 
+@full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_are_those_of_peft(name, models, train, tmp_path):
     """all-linear chooses its layers. PEFT computes with a trained adapter what this trainer does; and the reverse."""
@@ -284,6 +287,7 @@ def test_adapters_are_those_of_peft(name, models, train, tmp_path):
                                    atol=1e-4, rtol=1e-4)
 
 
+@full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_qlora_quantises_every_linear_layer(name, models, train):
     """The first loss is that of the model whose matrices were rounded to NF4; embedding and norms are not."""
@@ -345,6 +349,7 @@ def test_blocks_are_compiled_without_a_break(name, models, fresh_compiler):
     assert not counters["graph_break"]
 
 
+@full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_runs_on_meta(name, dtype):

@@ -282,6 +282,7 @@ def test_the_passes_are_all_that_the_loss_does_to_the_logits(on_meta, monkeypatc
     assert {name for name, *_ in traffic.calls} <= {"mul_", "zeros", "new_zeros", "index_copy_", "ones_like"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype, bytes_a_logit", [(torch.bfloat16, 6), (torch.float32, 12)])
 def test_compiled_passes_move_less_than_8_bytes_a_bf16_logit(dtype, bytes_a_logit):
     """As the compiler's scheduler counts what its loops read and write: two reads and one write of the logits.

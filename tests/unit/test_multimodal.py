@@ -194,7 +194,7 @@ def our_logits(directory, base=None):
         return model(TOKENS, Documents.of([len(TOKENS)]))
 
 
-@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.full] * (kind != "gemma3")) for kind in READ])
 @pytest.mark.parametrize("flags, n_layers", [
     ((), None), (("--lora_targets", "q_proj,layers.1.mlp.down_proj", "--lora_modules_to_save", "embed_tokens,lm_head"), None),
     (("--lora_targets", r"model\.layers\.1\..*(q|v)_proj"), 2)])

@@ -193,6 +193,7 @@ def peft_model(directory, adapter):
     return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), adapter)
 
 
+@pytest.mark.full
 def test_adapters_go_to_peft_and_come_from_it(small, train, tmp_path):
     """all-linear matches peft's layers; logits of a trained adapter in peft; losses from an adapter that peft made."""
     tokens = random_ids(80)
@@ -224,6 +225,7 @@ def test_lora_on_the_projections_of_linear_attention(small):
     assert adapted == {f"model.layers.{i}.linear_attn.in_proj_{name}" for i in (0, 1, 2) for name in ("qkv", "z")}
 
 
+@pytest.mark.full
 def test_nf4_stores_all_linear_layers(small):
     """A model in 4 bits computes what its dequantised weights compute; convolution and norms stay as they are."""
     net, plain, tokens = loaded(small), loaded(small), random_ids(80)
@@ -320,6 +322,7 @@ def test_compiled_blocks_are_one_graph_of_each_kind(use_lora, monkeypatch):
     attention.varlen_attention.cache_clear()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("settings", [dict(dtype="bf16"), dict(dtype="bf16", use_lora=True, quantize="nf4")], ids=str)
 def test_a_step_runs_on_meta(small, settings):
     """Forward, backward, norm and update: the host waits for no value of the device."""

@@ -105,6 +105,7 @@ def test_a_resized_model_trains_resumes_and_loads(kind, resize, inputs, tmp_path
     assert len(resize(kind, "--max_steps", 5, "--no-resize_embeddings", "--lr", 1e-3, "--resume_from", "auto")) == 5
 
 
+@pytest.mark.full
 def test_layouts_agree(inputs, tmp_path, pytestconfig):
     """Each rank reads its own rows and the mean: with lr 0 the saved model is bitwise that of one rank, and losses of
     trained steps are equal."""

@@ -461,6 +461,7 @@ def test_numbers_of_ranks_that_are_true_have_no_warning(parse, monkeypatch):
     """n_gpus_per_node and nnodes pass if torchrun has started that many. Only rank 0 prints warnings."""
     text = nested({"trainer.n_gpus_per_node": 8, "trainer.nnodes": 2})
     assert len(parse(text)[1]) == 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert parse(text + "use_remove_padding: False\n") == ({}, [])
     monkeypatch.setenv("RANK", "0")
