@@ -47,6 +47,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_p
 MODEL_FILES = ("config.json", "generation_config.json", INDEX_FILE, "adapter_config.json", *TOKENIZER_FILES,
                *PROCESSOR_FILES, "additional_chat_templates/*.jinja")
 GIT_LFS = b"version https://git-lfs"
+INV_FREQ = "rotary_emb.inv_freq"  # in each layer, or once for all
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each token
 QUANTIZED = ("a quantised model can't be trained: use the original weights as --model, and --use_lora "
              "--quantize nf4 to store them in 4 bits here")
@@ -310,12 +311,13 @@ class Contents:
             return cls(stored, layout.TextNames("model.", layout.HEAD), {}, [])
         multimodal = os.path.exists(config) and layout.is_multimodal(files.read_json(config))
         names = layout.TextNames.find(stored, multimodal, directory)
+        if not multimodal:  # old checkpoints store inv_freq, which the model computes
+            stored = {name: e for name, e in stored.items() if not name.endswith(INV_FREQ)}
         of_model = {name: names.of_model(name) for name in stored}
         others = {name: entry for name, entry in stored.items() if of_model[name] is None}
         entries = {of_model[name]: entry for name, entry in stored.items() if name not in others}
         strays = [name for name in others if not multimodal and not layout.MTP.match(name)]
-        # Old checkpoints store inv_freq, which the model computes.
-        entries = {name: e for name, e in entries.items() if not name.endswith("rotary_emb.inv_freq")}
+        entries = {name: e for name, e in entries.items() if not name.endswith(INV_FREQ)}
         return cls(entries, names, others, strays)
 
 

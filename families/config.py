@@ -19,6 +19,10 @@ LARGEST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 BOOLEANS = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "bias",
             "use_sliding_window")
+# A null has the meaning of a missing key here; elsewhere it may have its own (sliding_window: no window).
+NOT_NULL = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "embedding_multiplier",
+            "residual_multiplier", "attention_multiplier", "logits_scaling", "max_window_layers",
+            "no_rope_layer_interval", "sliding_window_pattern")
 
 
 @dataclass
@@ -64,7 +68,8 @@ class ModelConfig:
         check_architecture(config)
         check_not_quantized(config)
         family = FAMILIES[config["model_type"]]
-        values = {**DEFAULTS, **family.defaults, **config}
+        given = {key: value for key, value in config.items() if value is not None or key not in NOT_NULL}
+        values = {**DEFAULTS, **family.defaults, **given}
         values.update({key: values.get(key, config[other]) for other, key in family.aliases.items()
                        if other in config})
         check_values(values, family)

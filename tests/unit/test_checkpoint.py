@@ -115,9 +115,10 @@ def test_a_head_that_equals_the_embedding_is_accepted_and_saved_once(tmp_path):
     assert HEAD not in pretrained.weight_entries(run.save(1))
 
 
-def test_rotary_frequencies_in_a_file_are_ignored(tmp_path):
-    """Old Llama files store inv_freq. The model computes it, so it is accepted and not saved."""
-    source, name = published(tmp_path / "base", UNTIED), "model.layers.0.self_attn.rotary_emb.inv_freq"
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_rotary_frequencies_in_a_file_are_ignored(name, tmp_path):
+    """Old files store inv_freq. The model computes it, so it is accepted and not saved."""
+    source = published(tmp_path / "base", UNTIED)
     change(source, lambda tensors: tensors.update({name: torch.ones(2)}))
     keys = pretrained.weight_entries(Run(source, tmp_path / "out").save(1))
     assert name not in keys and FIRST in keys

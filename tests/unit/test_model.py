@@ -561,6 +561,18 @@ def test_unsupported_values_in_config_json_are_refused(change, named):
         ModelConfig.from_dict({**SIZES, "model_type": "llama", **change})
 
 
+@pytest.mark.parametrize("model_type, keys", [
+    ("granite", ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")),
+    ("qwen2", ("max_window_layers",)), ("smollm3", ("no_rope_layer_interval",)),
+    ("phi3", ("rms_norm_eps", "rope_theta")),
+    ("gemma3_text", ("sliding_window_pattern", "rope_local_base_freq"))])
+def test_null_is_the_default_where_it_has_no_meaning_of_its_own(model_type, keys):
+    gelu = dict(hidden_act="gelu_pytorch_tanh") if "gemma" in model_type else {}
+    config = {**SIZES, **gelu, "model_type": model_type, "use_sliding_window": True, "sliding_window": 8}
+    without = {key: value for key, value in config.items() if key not in keys}
+    assert ModelConfig.from_dict({**without, **dict.fromkeys(keys)}) == ModelConfig.from_dict(without)
+
+
 @pytest.mark.parametrize("change", [dict(llama_4_scaling_beta=None), dict(llama_4_scaling_beta="0.1"),
                                     dict(llama_4_scaling_beta=-1), dict(rope_type="default")])
 def test_ministral3_needs_the_scale_of_its_queries(change):
