@@ -109,8 +109,8 @@ def download(name, flag, patterns, **revision):
     try:
         return snapshot_download(name, allow_patterns=list(patterns), **revision)
     except LocalEntryNotFoundError as error:
-        raise UserError(f"{flag} {name}: the hub can't be reached and the model is not in its cache; "
-                        f"use {flag} PATH with a local directory{others} or set HF_ENDPOINT to a "
+        raise UserError(f"{flag} {name}: no such directory, the hub can't be reached, and its cache lacks "
+                        f"it; use {flag} PATH with a local directory{others} or set HF_ENDPOINT to a "
                         "mirror of the hub") from error
     except HfHubHTTPError as error:
         raise UserError(f"{flag} {name}: {str(error).strip().splitlines()[-1]}; use {flag} PATH with a "

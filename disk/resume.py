@@ -204,7 +204,7 @@ def check_identity(then, now, saved, cfg):
             remedies.append(f"--{key} {text_of(before)}")
     if faults:
         remedy = f"type {' '.join(remedies)}" if remedies else "give the data that the run had"
-        raise UserError(f"--resume_from {cfg.resume_from}: this would change what a step holds: "
+        raise UserError(f"--resume_from {cfg.resume_from}: this would be another run: "
                         f"{'; '.join(faults)}. Instead, {remedy}, or start a new run with another "
                         "--output_dir")
 

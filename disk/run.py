@@ -309,9 +309,11 @@ class RunState:
         changed = {name for name, *_ in resume.changes(self.settings, self.cfg)} & {*resume.SCHEDULE}
         if self.lr is not None and self.step < total_steps and (changed or before != total_steps):
             now = lr_at(self.step + 1, total_steps, self.cfg)
+            rates = f"{self.lr:.2e} at step {self.step:,} -> {now:.2e} at step {self.step + 1:,}"
+            jumps = f"{now:.2e}" != f"{self.lr:.2e}"
+            advice = " (docs/checkpoints.md, Resume, says how to avoid a jump)" if jumps else ""
             self.lines.append(f"schedule computed anew for {total_steps:,} steps (it was {before:,}): lr "
-                              f"{self.lr:.2e} at step {self.step:,} -> {now:.2e} at step {self.step + 1:,} "
-                              "(docs/checkpoints.md, Resume, says how to avoid a jump)")
+                              f"{rates}{advice}")
 
     def warn_of_positions(self, train_set):
         """Print a warning if conversations are longer than the model's positions go."""

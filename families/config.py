@@ -73,9 +73,11 @@ class ModelConfig:
         values.update({key: values.get(key, config[other]) for other, key in family.aliases.items()
                        if other in config})
         check_values(values, family)
+        check_windows(values, family)
         if family.complete:
             values = family.complete(values)
             check_values(values, family)
+        check_windows(values, family)
         heads = values["num_attention_heads"]
         head_dim = values["head_dim"] or family.defaults.get("head_dim") or values["hidden_size"] // heads
         kv_heads = values["num_key_value_heads"] or heads
@@ -134,7 +136,6 @@ def check_architecture(config):
     """Raise UserError for a model_type that is not supported, with the model's kind where it is known."""
     model_type = config.get("model_type")
     is_known = isinstance(model_type, str) and model_type in FAMILIES
-    supported = ", ".join([*FAMILIES, *NESTED])
     for kind, (pattern, keys) in REFUSED.items():
         is_named = isinstance(model_type, str) and not is_known and re.search(pattern, model_type)
         shown = [key for key, value in config.items()
@@ -142,13 +143,13 @@ def check_architecture(config):
         if is_named or shown:
             reason = f" ({shown[0]} is {config[shown[0]]!r:.20})" if shown else ""
             raise UserError(f"config.json: model_type {model_type!r:.60} is {kind}{reason}, which is not "
-                            f"supported; supported are {supported}")
+                            "supported; docs/models.md lists the models that are")
     if isinstance(model_type, str) and model_type in NESTED:
         raise UserError(f"config.json: text_config is {config.get('text_config')!r:.60}; a config.json of "
                         f"model_type {model_type} must have an object there")
     if not is_known:
-        raise UserError(f"config.json: model_type {model_type!r:.60} is not supported; supported are "
-                        f"{supported}")
+        raise UserError(f"config.json: model_type {model_type!r:.60} is not supported; "
+                        "docs/models.md lists the models that are")
 
 
 def check_values(values, family):
@@ -163,10 +164,10 @@ def check_values(values, family):
     for key, value in {**supported, **SUPPORTED, **family.supported}.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if values.get(key) not in (*allowed, None):
-            is_dropout = key.endswith(("_dropout", "_pdrop"))
-            advice = "; set the model's dropouts to 0 there to train without" if is_dropout else ""
+            dropouts = [name for name in values if name.endswith(("_dropout", "_pdrop")) and values[name]]
+            advice = f"; to train without, set {' and '.join(dropouts)} to 0 there"
             raise UserError(f"config.json: {key} is {values[key]!r:.60}; only {allowed[0]!r} is supported"
-                            f"{advice}")
+                            f"{advice if key in dropouts else ''}")
     for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1), ("logits_scaling", 1e-6),
                      ("embedding_multiplier", 0), ("residual_multiplier", 0), ("attention_multiplier", 0),
                      ("max_position_embeddings", 1), ("query_pre_attn_scalar", 1e-6),
@@ -176,6 +177,14 @@ def check_values(values, family):
     for key in BOOLEANS:
         if values.get(key) not in (None, True, False):
             raise UserError(f"config.json: {key} is {values[key]!r:.60}; it must be true or false")
+
+
+def check_windows(values, family):
+    """Raise UserError for windows of a family that has none, as Hugging Face's class has none."""
+    layer_types = values.get("layer_types")
+    if family.windows == "none" and isinstance(layer_types, list) and "sliding_attention" in layer_types:
+        raise UserError(f"config.json: layer_types has sliding_attention, and models of type "
+                        f"{values['model_type']} have no windows; a new row of FAMILIES needs `windows`")
 
 
 def check_not_quantized(config):

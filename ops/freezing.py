@@ -41,9 +41,11 @@ def freeze(model, names, bf16=False):
     for entry in entries:
         matched = [name for name in parameters if is_part(name, entry, pattern)]
         if not matched:
-            raise UserError(f"--freeze {names}: {entry!r} matches nothing in the model; use names such as "
-                            f"embed_tokens, layers.0 or mlp.down_proj, or a regular expression that matches "
-                            f"full names, such as {next(iter(parameters)).removesuffix('.weight')}")
+            raise UserError(f"--freeze {names}: {entry} matches nothing in the text model; use names with "
+                            "commas, such as embed_tokens, layers.0 or mlp.down_proj, or one regular "
+                            "expression that matches full names, such as "
+                            f"{next(iter(parameters)).removesuffix('.weight')}. "
+                            "What is not the text model stays as it is anyway")
         for name in matched:
             p = parameters[name].requires_grad_(False)
             if bf16:

@@ -263,8 +263,9 @@ def check_strategy(strategy, tp):
     if "WORLD_SIZE" in os.environ:
         check_tp(tp, int(os.environ["WORLD_SIZE"]))
     if (tp > 1) != (strategy == "megatron"):
-        raise UserError(f"--strategy {strategy} with --tp {tp}: megatron needs --tp 2 or more, fsdp needs "
-                        "--tp 1; use --strategy megatron --tp 2, or --strategy fsdp --tp 1")
+        other = f"--strategy megatron --tp {tp}" if tp > 1 else "--strategy megatron --tp 2"
+        raise UserError(f"--strategy {strategy} does not go with --tp {tp}: use {other}, or --strategy fsdp "
+                        "--tp 1")
 
 
 def start(tp, timeout, deterministic=False, same=None):

@@ -74,8 +74,8 @@ def test_tied_embeddings_are_one():
 
 
 @pytest.mark.parametrize("names, message", [
-    ("mlp,layers.7", "'layers.7' matches nothing in the model; use names such as embed_tokens"),
-    ("proj", "'proj' matches nothing"), ("(", "not a regular expression"),
+    ("mlp,layers.7", "layers.7 matches nothing in the text model; use names with commas, such as embed_tokens"),
+    ("proj", "proj matches nothing"), ("(", "not a regular expression"),
     ("model,lm_head", r"leaves nothing to train \(head and embedding are one tensor\)"), ("layers,norm,lm_head", "leaves nothing")])
 def test_names_that_can_not_be_frozen(names, message):
     with pytest.raises(UserError, match=message):

@@ -110,7 +110,7 @@ def test_a_published_config_has_the_parameters_of_transformers(name):
     published, positions = PUBLISHED[name]
     if published["model_type"] == "seed_oss":
         _, error = attempt(ModelConfig.from_dict, published)
-        assert "attention_dropout is 0.1" in error and "set the model's dropouts to 0 there to train without" in error
+        assert "attention_dropout is 0.1" in error and "to train without, set attention_dropout and residual_dropout to 0" in error
         published = {**published, "attention_dropout": 0.0, "residual_dropout": 0.0}
     text = published.get("text_config", published)
     few = {"num_hidden_layers": 4, "layer_types": text.get("layer_types", [])[:4] or None}
