@@ -441,7 +441,9 @@ def backward_bytes(run, held):
     # The gradients of gate and up. Compiled, the product that is computed again too, and with LoRA the part
     # of its gradient that comes through the adapter.
     n_wide = 2 + run.compiled + (run.compiled and run.is_lora)
-    work = n_wide * run.tokens * (c.intermediate_size // run.tp) * w + run.hidden_bytes
+    of_mlp = n_wide * run.tokens * (c.intermediate_size // run.tp) * w
+    freed = 2 * of_mlp  # what the MLP kept, before the layer that mixes tokens has its turn
+    work = max(of_mlp, mixing_bytes(run) - freed) + run.hidden_bytes
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += dequantised_values(run) * (8 if run.bf16 else 6)
     if run.is_sharded and run.cuda:  # the block's gradient before it is reduced
@@ -449,7 +451,6 @@ def backward_bytes(run, held):
     elif run.has_own_masters:  # the largest gradient in bf16, before it is cast
         work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
                      if trained and ".layers.0." in name), default=0)
-    work += mixing_bytes(run)
     # the head's gradient waits for the embedding's if they are tied
     head_itemsize = gradient_itemsize(run, w)
     waits = c.tie_word_embeddings or run.is_sharded or not held

@@ -96,6 +96,7 @@ def backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
         score_grad = score_grad.mul_(tanh.square_().neg_().add_(1)).mul_(scale).to(dtype)
         q_grad[rows] = by_row(score_grad @ k_block, len(visible))
         k_grad[:, keys] += score_grad.mT @ queries
+        del tanh, scores, probabilities, score_grad  # before the next block has its own
     k_grad, v_grad = (x.transpose(0, 1).to(dtype) for x in (k_grad, v_grad))
     return q_grad, k_grad, v_grad
 

@@ -264,7 +264,7 @@ def test_the_peak_is_within_5_percent_of_the_allocators(train, tmp_path, monkeyp
 
 @pytest.mark.parametrize("flags", [(), pytest.param(("--use_lora", "--no-gradient_checkpointing"), marks=pytest.mark.full)],
                          ids=["full", "lora"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name != "qwen3_5"))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name != "qwen3.5"))
                                   for name in FAMILY_CASES])
 def test_the_peak_of_each_family_is_within_10_percent(name, flags, train, tmp_path, monkeypatch):
     """The planned peak against torch's own count; by default of one family."""
