@@ -38,6 +38,17 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def one_thread():
+    """With tensors this small, waiting for a second thread costs more than it saves: six times more when busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def train(tmp_path, monkeypatch):
     """A function: flags of sft.py -> the lines of its metrics.jsonl. Runs in tmp_path; `out` is --output_dir."""
     import sft

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 import model
 import sft
-from disk import files, peft
+from disk import files, peft, pretrained
 from families.config import ModelConfig
 from families.registry import causal_lm
 from ops import nf4
@@ -176,6 +176,17 @@ def two_layers(directory, std=0.02, **changes):
     save_file({n: p.detach().to(dtype) for n, p in built.named_parameters()}, directory / "model.safetensors",
               {"format": "pt"})
     return directory
+
+
+def loaded(directory, config=None):
+    """The model of a directory, created and loaded as sft.py does it; config: the content of another config.json."""
+    config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
+    with torch.device("meta"):
+        net = causal_lm(config)(config)
+    net.to_empty(device="cpu")
+    net.tie_weights()
+    pretrained.load_weights(net, directory)
+    return net
 
 
 def published(directory, config, dtype=torch.float32, **saving):

@@ -1,12 +1,11 @@
 """model.py compared with its oracles: logits with transformers, the loss with plain cross-entropy."""
 
-import os
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import model_loss, published
+from helpers import loaded, model_loss, published
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
@@ -14,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import model
 import ops.loss
-from disk import files, pretrained
+from disk import files
 from families.config import FAMILIES, ModelConfig
 from families.registry import causal_lm
 from model import CausalLM, generate
@@ -102,24 +101,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """With tensors this small, waiting for a second thread costs more than it saves: six times more when busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def loaded(directory, config=None):
-    """The CausalLM of a directory, created and loaded as sft.py does it."""
-    config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
-    with torch.device("meta"):
-        net = causal_lm(config)(config)
-    net.to_empty(device="cpu")
-    net.tie_weights()
-    pretrained.load_weights(net, directory)
-    return net
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fresh(**config):

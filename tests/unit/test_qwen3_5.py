@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 import varlen_helpers
-from helpers import EXAMPLES, TINY, chat as messages, metrics, model_loss, run_all, tensors_of
+from helpers import EXAMPLES, TINY, chat as messages, loaded, metrics, model_loss, run_all, tensors_of
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,7 +24,7 @@ import data
 import fsdp
 import lora
 import sft
-from disk import checkpoint, files, peft as peft_config, pretrained
+from disk import checkpoint, files, peft as peft_config
 from disk.run import ModelPaths
 from families.config import ModelConfig
 from families.registry import causal_lm
@@ -56,13 +56,7 @@ LENGTHS = (1, 70, 64, 9, 6)
 FAST = ("--lr", "1e-3", "--batch_size", 8, "--max_length", 256)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """With tensors this small, waiting for a second thread costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def published(directory, **changes):
@@ -85,16 +79,6 @@ def small(tmp_path_factory):
     directory = tmp_path_factory.mktemp("small")
     published(directory)
     return directory
-
-
-def loaded(directory, config=None):
-    config = ModelConfig.from_dict(config or files.read_json(os.path.join(directory, "config.json")))
-    with torch.device("meta"):
-        net = causal_lm(config)(config)
-    net.to_empty(device="cpu")
-    net.tie_weights()
-    pretrained.load_weights(net, directory)
-    return net
 
 
 def random_ids(n):
