@@ -109,7 +109,8 @@ def test_the_spike_guard_skips_a_step_and_training_continues(train, tmp_path, ca
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("flags", [(), ("--optimizer_offload",)], ids=["plain", "offload"])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--optimizer_offload",), marks=pytest.mark.full)],
+                         ids=["plain", "offload"])
 def test_resume_after_a_skipped_step_is_bitwise(train, tmp_path, monkeypatch, flags):
     """Steps 18 and 20 of 22 are skipped, so the optimizer has taken 18 updates at step 20. Bias correction depends on
     the number of updates: a resume that used the step instead would continue differently."""

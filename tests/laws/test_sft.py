@@ -66,7 +66,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(train, flags, tmp_path):
             assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, *(pytest.param(k, marks=pytest.mark.full) for k in (2, 3))])
 @pytest.mark.parametrize("lora", [(), ("--use_lora",)], ids=("full", "lora"))
 def test_a_step_does_not_depend_on_its_checkpointed_blocks(k, lora, train, tmp_path, monkeypatch):
     """k of four blocks: to the bit, as each block runs the same operations again."""

@@ -164,6 +164,7 @@ def three_steps(directory):
             "--no-gradient_checkpointing")
 
 
+@pytest.mark.full
 def test_a_terminal_without_a_size_has_plain_lines(tmp_path):
     """Some containers and recorders report a terminal of 0 × 0."""
     assert "step 3 of 3: loss" in in_terminal(0, 0, *three_steps(tmp_path))

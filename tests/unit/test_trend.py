@@ -99,6 +99,7 @@ def test_a_run_ends_with_the_line(flags, says, train, tmp_path, capsys):
     assert out.count("warning: the loss") == bool(says) and (says or "") in out
 
 
+@pytest.mark.full
 def test_overfitting_is_said_at_an_evaluation_and_at_the_end(train, tmp_path, capsys):
     """The validation set has other answers to the same prompts."""
     train_path = write(tmp_path / "train.json", pairs(lambda i: WORDS[i]))
