@@ -156,9 +156,11 @@ class Watchdog:
         self.is_store_gone = self.is_closed = False
         self.wake = threading.Event()
 
+        self.carrier = threading.Thread(target=self.carry, daemon=True)
+
     def start(self):
-        for target in (self.carry, self.watch):
-            threading.Thread(target=target, daemon=True).start()
+        self.carrier.start()
+        threading.Thread(target=self.watch, daemon=True).start()
 
     # ---- the main thread -----------------------------------------------------------------------------
 
@@ -168,8 +170,15 @@ class Watchdog:
                      os.getppid())
 
     def close(self):
-        """Watch no longer: all ranks are done."""
+        """Watch no longer: all ranks are done, or this one ends.
+
+        A thread that is inside the store when Python ends would abort the process ("terminate called without
+        an active exception").
+        """
         self.is_closed = True
+        self.wake.set()
+        if self.carrier.is_alive():
+            self.carrier.join(NEWS)
 
     def fail(self, error, code):
         """End the run because of an error in the main thread.
@@ -190,6 +199,7 @@ class Watchdog:
                 if failure.cause:
                     leave_for_torchrun(failure.line())
                 self.await_readers()
+                self.close()
                 return
         while True:
             time.sleep(1)

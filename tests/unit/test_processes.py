@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import threading
+import time
 from concurrent import futures
 from typing import NamedTuple
 
@@ -229,6 +230,16 @@ def wait(watchdogs, seconds, silent=(), step=0.5):
                 if failure := watchdog.judge():
                     return watchdog.rank, failure, i * step
     return None
+
+
+def test_no_thread_is_inside_the_store_when_a_rank_ends(watchdogs, monkeypatch):
+    """Python would abort the process at its end. A slow store stands for the moment in which that happens."""
+    watchdog, entered = watchdogs[0], threading.Event()
+    monkeypatch.setattr(watchdog, "exchange", lambda: entered.set() or time.sleep(0.5))
+    watchdog.start()
+    assert entered.wait(10)
+    watchdog.close()
+    assert not watchdog.carrier.is_alive()
 
 
 def test_a_rank_that_does_not_get_on_is_blamed(watchdogs):
