@@ -88,6 +88,7 @@ class ModelConfig:
         biases = {name: bool(values.get(bias)) if isinstance(bias, str) else bias
                   for name, bias in biases.items()}
         layer_types, windows = layers(values, family)
+        scale = values.get("attention_multiplier")
         head_dims = layer_head_dims(values, family, head_dim, layer_types)
         return cls(
             **{key: values[key] for key in SIZES},
@@ -104,7 +105,7 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             embedding_multiplier=values.get("embedding_multiplier", 1.0),
             residual_multiplier=values.get("residual_multiplier", 1.0),
-            attention_scale=values.get("attention_multiplier"),
+            attention_scale=scale if scale != head_dim**-0.5 else None,
             logits_scaling=values.get("logits_scaling", 1.0),
             max_positions=max_positions(values, family, layer_types),
             values=values,

@@ -82,6 +82,7 @@ TRAINING = ("--lr", 1e-3, "--batch_size", 4, "--max_length", 64, "--warmup_ratio
 LENGTHS = (20, 1, 45, 9, 41)  # some beyond the windows and original lengths, some not
 
 
+@pytest.mark.repo
 def test_each_family_is_in_the_matrix():
     """A family that is not has no proof."""
     assert {case["model_type"] for case in FAMILY_CASES.values()} == {*FAMILIES}
