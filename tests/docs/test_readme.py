@@ -270,7 +270,7 @@ def test_every_command_runs(project):
 
     def without_steps(line):
         """The environment sets MAX_STEPS."""
-        return re.sub(r"\d+ = [\d.]+ epochs|step_\d+", "", line)
+        return re.sub(r"\d+ = [\d.]+ epochs × |\d+, [\d.]+ epochs of |step_\d+", "", line)
 
     first = screens["./train.sh --model tiny"]
     ledger = next(screens[command] for command in screens if "outputs/ledger" in command)
