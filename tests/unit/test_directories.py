@@ -258,6 +258,7 @@ def test_a_tokenizer_in_another_form_names_the_way_to_convert_it(tmp_path, names
     assert [word for word in words if word not in str(info.value)] == []
 
 
+@pytest.mark.full
 def test_the_conversion_that_the_error_names_works(tmp_path, monkeypatch):
     """The command makes a directory of equal tensors."""
     monkeypatch.chdir(tmp_path)

@@ -241,9 +241,10 @@ def peak_of(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     (), ("--no-gradient_checkpointing",), ("--batch_size", "2"), ("--optimizer_offload",), ("--param_offload",),
-    ("--use_lora",), ("--use_lora", "--param_offload"), ("--max_length", "32"),
-    ("--max_length", "32", "--param_offload"), ("--dtype", "bf16", "--max_length", "32"),
-    ("--dtype", "bf16", "--optimizer_offload")])
+    ("--use_lora",), ("--max_length", "32"), ("--dtype", "bf16", "--max_length", "32"),
+    *(pytest.param(flags, marks=pytest.mark.full) for flags in (
+        ("--use_lora", "--param_offload"), ("--max_length", "32", "--param_offload"),
+        ("--dtype", "bf16", "--optimizer_offload")))])
 def test_the_peak_is_within_5_percent_of_the_allocators(train, tmp_path, monkeypatch, flags):
     """The planned peak against the most memory that torch had allocated during three steps, by its own count."""
     monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: None)

@@ -150,6 +150,7 @@ def in_terminal(rows, columns, *arguments):
     return output.decode()
 
 
+@pytest.mark.full
 def test_the_bar_fits_a_narrow_terminal(tmp_path):
     """30 columns: the bar is redrawn in place and is never longer than the terminal is wide."""
     output = in_terminal(24, 30, *three_steps(tmp_path))
