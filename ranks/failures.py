@@ -153,14 +153,15 @@ class Watchdog:
         self.siblings = {}  # {rank: State} of this node's ranks that are children of this one's parent
         self.unread = set(range(world_size))  # the ranks that have not read the failure yet
         self.ages = {}  # (rank, "beat" or "place") -> [what it was, seconds for which it has not changed]
-        self.is_store_gone = self.is_closed = False
+        self.is_store_gone = False
         self.wake = threading.Event()
 
-        self.carrier = threading.Thread(target=self.carry, daemon=True)
+        self.closed = threading.Event()
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.carry, self.watch)]
 
     def start(self):
-        self.carrier.start()
-        threading.Thread(target=self.watch, daemon=True).start()
+        for thread in self.threads:
+            thread.start()
 
     # ---- the main thread -----------------------------------------------------------------------------
 
@@ -172,13 +173,14 @@ class Watchdog:
     def close(self):
         """Watch no longer: all ranks are done, or this one ends.
 
-        A thread that is inside the store when Python ends would abort the process ("terminate called without
-        an active exception").
+        A thread that is inside torch's C++ when Python ends would abort the process ("terminate called
+        without an active exception"). Both call it: the store, and collectives().
         """
-        self.is_closed = True
+        self.closed.set()
         self.wake.set()
-        if self.carrier.is_alive():
-            self.carrier.join(NEWS)
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(NEWS)
 
     def fail(self, error, code):
         """End the run because of an error in the main thread.
@@ -253,7 +255,7 @@ class Watchdog:
 
     def carry(self):
         try:
-            while self.unread and not self.is_closed:
+            while self.unread and not self.closed.is_set():
                 self.exchange()
                 self.wake.wait(TICK)
                 self.wake.clear()
@@ -302,15 +304,14 @@ class Watchdog:
 
     def watch(self):
         last = time.monotonic()
-        while not self.is_closed:
-            time.sleep(TICK)
+        while self.failure is None and not self.closed.wait(TICK):
             now = time.monotonic()
             self.count(min(now - last, 2 * TICK))  # after a longer time this process was suspended
             last = now
             if self.failure is None and (failure := self.judge()):
                 self.propose(failure)
-            if self.failure:
-                self.end()
+        if self.failure:  # in a thread that close() does not wait for
+            threading.Thread(target=self.end, daemon=True).start()
 
     def age(self, key, value, seconds):
         """Add to the time for which a value has not changed."""

@@ -232,14 +232,15 @@ def wait(watchdogs, seconds, silent=(), step=0.5):
     return None
 
 
-def test_no_thread_is_inside_the_store_when_a_rank_ends(watchdogs, monkeypatch):
-    """Python would abort the process at its end. A slow store stands for the moment in which that happens."""
+@pytest.mark.parametrize("method", ["exchange", "count"])
+def test_no_thread_is_inside_torch_when_a_rank_ends(method, watchdogs, monkeypatch):
+    """Python would abort the process at its end. A slow call stands for the moment in which that happens."""
     watchdog, entered = watchdogs[0], threading.Event()
-    monkeypatch.setattr(watchdog, "exchange", lambda: entered.set() or time.sleep(0.5))
+    monkeypatch.setattr(watchdog, method, lambda *_: entered.set() or time.sleep(0.5))
     watchdog.start()
     assert entered.wait(10)
     watchdog.close()
-    assert not watchdog.carrier.is_alive()
+    assert not any(thread.is_alive() for thread in watchdog.threads)
 
 
 def test_a_rank_that_does_not_get_on_is_blamed(watchdogs):
@@ -291,10 +292,10 @@ def test_a_suspended_process_counts_no_time(watchdogs, monkeypatch):
 
     def sleep(seconds):
         clock[0] += 3600 if not counted else seconds
-        watchdog.is_closed = len(counted) == 20
+        return len(counted) == 21
 
     monkeypatch.setattr(failures.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(failures.time, "sleep", sleep)
+    monkeypatch.setattr(watchdog.closed, "wait", sleep)
     monkeypatch.setattr(watchdog, "judge", lambda: None)
     monkeypatch.setattr(watchdog, "count", counted.append)
     watchdog.watch()
