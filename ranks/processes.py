@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ranks import cluster, gate
 from ranks.failures import BACKEND_TIMEOUT, TICK, Watchdog, code_of, leave_exit_code, print_traceback
 from ranks.launch import CODE_FILE, EXIT_CODES, end_with_parent, exit_code, handle_signals
+from settings import errors
 from settings.errors import NonFiniteError, OutOfMemory, UserError
 
 PAUSE = 0.05  # seconds between two looks at the store while ranks start
@@ -323,6 +324,7 @@ def start(tp, timeout, deterministic=False, same=None):
             store.set_timeout(BACKEND_TIMEOUT)
             ranks.agree("program", {"device": device.type, **(same or {})})
         if not dist.is_initialized():
+            errors.exits_at_once = world_size > 1
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                     timeout=BACKEND_TIMEOUT)
         ranks.mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))

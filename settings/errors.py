@@ -1,5 +1,6 @@
 """Errors that are the input's fault: reported in one line, with exit code 2. Bugs keep their tracebacks."""
 
+import atexit
 import codecs
 import contextlib
 import errno
@@ -21,6 +22,9 @@ ADVICE = {
     errno.ESTALE: "the network file system is gone: mount it again",
     errno.ENOTCONN: "the network file system is gone: mount it again",
 }
+
+
+exits_at_once = False  # this process has threads of gloo; ranks.processes.start sets it
 
 
 class UserError(ValueError):
@@ -135,6 +139,31 @@ def run(main):
 
     Other exceptions, plain ValueErrors included, are bugs of this code or a fork and keep their tracebacks.
     """
+    try:
+        report(main)
+    except SystemExit as stop:
+        if not exits_at_once or not isinstance(stop.code, int):
+            raise
+        end(stop.code)
+    if exits_at_once:
+        end(0)
+
+
+def end(code):
+    """End a process of several ranks without the last part of Python's own end.
+
+    A thread of gloo that has to free the tensor of the last collective then would abort the process
+    ("terminate called without an active exception", github.com/pytorch/pytorch/issues/190489).
+    """
+    atexit._run_exitfuncs()
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def report(main):
+    """run() without the end of the process."""
     trains = os.path.basename(sys.argv[0]) == "sft.py"
     if os.environ.get("HOME") == "":  # ~/.cache would be /.cache
         del os.environ["HOME"]

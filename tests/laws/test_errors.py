@@ -116,3 +116,14 @@ def test_a_stream_that_is_closed_or_full(name, closed, shown, tmp_path):
                            env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert ended.returncode == 2 and (tmp_path / "file").read_text() == "", ended.stderr
     assert shown in ended.stdout + ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("end, code", [("pass", 0), ("raise errors.UserError('wrong')", 2)])
+def test_a_process_with_threads_of_gloo_skips_the_last_part_of_pythons_end(end, code):
+    """In it, such a thread could abort the process. What is printed arrives, and functions of atexit are called."""
+    lines = ["import atexit, sys", "from settings import errors", "class Late:",
+             "    def __del__(self): print('late', flush=True)", "late = Late()", "def main():",
+             "    errors.exits_at_once = True", "    atexit.register(print, 'registered')", "    print('printed')",
+             f"    {end}", "errors.run(main)"]
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, "printed\nregistered\n"), result.stderr

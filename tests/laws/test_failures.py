@@ -137,6 +137,7 @@ def test_all_groups_have_a_later_time_out_than_the_watchdog(tmp_path):
     result = launch_all([(4, ("group_timeouts", 2))], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("DAYS 20\n") == result.stdout.count("DAYS") == 4 * 3
+    assert result.stdout.count("ENDS AT ONCE True\n") == 4  # threads of gloo, see errors.end
 
 
 @pytest.mark.full
