@@ -60,7 +60,10 @@ class Config:
     resize_embeddings: bool = setting(False, "add rows for a tokenizer with more ids than the embedding")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
-    val_data: str | None = setting(None, "validation data, like train_data without weights", env="VAL_DATA")
+    val_data: str | None = setting(None, "like train_data without weights; NAME=FILE,NAME=FILE: several sets",
+                                   env="VAL_DATA")
+    val_split: float | None = setting(None, "share of the training rows for validation, by a hash of each row",
+                                      low=1e-9, high=0.999999999, unless="val_data")
     max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
     too_long: str | None = setting(None, "for longer ones; none: truncate", ("truncate", "drop", "error"))
     train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
@@ -141,7 +144,7 @@ class Config:
     async_save: bool = setting(False, "train on while a checkpoint is written, from a copy in host memory")
     keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
-                                     env="EVAL_STEPS", needs="val_data or sample_prompts")
+                                     env="EVAL_STEPS", needs="val_data or val_split or sample_prompts")
     keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
                                          low=1, needs="val_data")
