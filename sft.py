@@ -36,6 +36,7 @@ from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packi
 from ranks import gate, processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
+from screen.validation import Validation
 from settings import errors
 from settings.parser import check, parse, setting
 from text.template import ChatTokenizer
@@ -63,7 +64,7 @@ class Config:
     val_data: str | None = setting(None, "like train_data without weights; NAME=FILE,NAME=FILE: several sets",
                                    env="VAL_DATA")
     val_split: float | None = setting(None, "share of the training rows for validation, by a hash of each row",
-                                      low=1e-9, high=0.999999999, unless="val_data")
+                                      low=1e-6, high=0.999999, unless="val_data")
     max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
     too_long: str | None = setting(None, "for longer ones; none: truncate", ("truncate", "drop", "error"))
     train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
@@ -145,9 +146,11 @@ class Config:
     keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or val_split or sample_prompts")
-    keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
+    keep_best: bool | str = setting(False, needs="val_data or val_split", word="NAME",
+                                    help="also keep the checkpoint with the lowest val_loss, of the first "
+                                         "validation set or of that NAME")
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
-                                         low=1, needs="val_data")
+                                         low=1, needs="val_data or val_split")
 
     logger: str = setting("console", "console, wandb, tensorboard, trackio; several with commas",
                           env="LOGGER", group="logging")
@@ -210,21 +213,27 @@ def backward(model, batches, weight, ranks, losses=None):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, cfg, ranks):
-    """The weighted mean loss of the dataset's targets, in nats; not valid if a signal ended it early."""
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+def evaluate(model, dataset, ids, cfg, ranks):
+    """(loss, accuracy) of the targets of some conversations; not valid if a signal ended it early.
+
+    loss      nats: the mean over the targets, by their weights
+    accuracy  share of the targets that are the likeliest token
+    """
+    loss, correct = torch.zeros(2, 1, dtype=torch.float64, device=ranks.device)
     model.eval()  # no dropout
-    for batch in overlap.ahead(micro_batches(dataset, range(len(dataset)), cfg, ranks), ranks.device):
+    for batch in overlap.ahead(micro_batches(dataset, ids, cfg, ranks), ranks.device):
         if ranks.poll_signals(late=True):
             break
         ranks.micro_batch = batch
         batch = batch.to(ranks.device)
         out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
-        total += out.total
+        loss += out.total
+        correct += out.correct.sum()
     ranks.micro_batch = None
     fsdp.reshard(model)
     model.train()
-    return ranks.all_reduce(total).item() / dataset.ledger.weight
+    counts, sums = dataset.count(ids), ranks.all_reduce(torch.cat((loss, correct))).tolist()
+    return sums[0] / counts["target_weight"], sums[1] / counts["target_tokens"]
 
 
 def build(cfg, paths, ranks, trains=True):
@@ -300,11 +309,11 @@ def train(cfg, ranks, origins):
     run.restore(model, optimizer, tokenizer)
     if cfg.selfcheck:
         return selfcheck.compare(backward, model, train_set, sampler.step(1).ids, cfg, ranks)
-    prompts = samples.Prompts(cfg, tokenizer, run.eos_ids)
+    validation = Validation(cfg, val_set, samples.Prompts(cfg, tokenizer, run.eos_ids), run, ranks)
     losses = samples.ConversationLosses(train_set, ranks)
     meter = optim.ChangeMeter(optimizer)
     log = Log(cfg, run.step, len(sampler), ranks, warnings)
-    log.banner(cfg, run, model, tokenizer, train_set, val_set, sampler, ranks)
+    log.banner(cfg, run, model, tokenizer, train_set, validation, sampler, ranks)
     first_step = run.step + 1
 
     def read():
@@ -317,19 +326,12 @@ def train(cfg, ranks, origins):
     def after_step(step):
         """Evaluate if due, save if due. The first step's numbers are shown at once: a user waits for them."""
         run.publish(waits=False)
-        is_best, is_stopping = False, ranks.poll_signals(late=True)
+        is_stopping = ranks.poll_signals(late=True)
         evaluates, saves = sampler.is_due(step, cfg.eval_steps), sampler.is_due(step, cfg.save_steps)
         if not (evaluates or saves or is_stopping or step in (first_step, len(sampler))):
             return
         read()
-        if evaluates:
-            ranks.set_phase(f"evaluation after step {step}")
-            val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
-            answers = prompts.answer(model, ranks)
-            run.owes_evaluation = bool((val_set or prompts.encoded) and ranks.poll_signals())
-            if not run.owes_evaluation:
-                is_best = val_set is not None and run.judge(step, val_loss)
-                log.validation(step, val_loss, val_set, answers)
+        is_best = evaluates and validation.measure(step, evaluate, model, cfg, log)
         is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
         if is_last or saves or (is_best and cfg.keep_best):
             ranks.set_phase(f"save of step {step}")
@@ -345,6 +347,8 @@ def train(cfg, ranks, origins):
             epoch, ids = sampler.step(step)
             yield step, epoch, ids, list(micro_batches(train_set, ids, cfg, ranks))
 
+    if not run.step:
+        validation.measure(0, evaluate, model, cfg, log)
     ranks.poll_signals()  # from now on, a signal lets the current step finish and be saved
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)

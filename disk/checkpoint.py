@@ -54,6 +54,11 @@ def is_text_or_null(value):
     return value is None or isinstance(value, str)
 
 
+def is_baseline(value):
+    """Whether a value is a RunState's `baseline`."""
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
 # What a run reads of state.json: {key: (whether a value is valid, the rule)}
 STATE_RULES = {
     "step": (functools.partial(is_count, low=1), "an integer of at least 1"),
@@ -64,7 +69,8 @@ STATE_RULES = {
     "date": (is_date, "a date such as 2026-01-31"),
     "lr": (lambda lr: lr is None or is_number(lr), "a number or null"),
     "total_steps": (is_count, "an integer of at least 0"),
-    **dict.fromkeys(("template_kwargs", "base", "model", "val_data"), (is_text_or_null, "a text or null")),
+    "baseline": (is_baseline, "an object of numbers"),
+    **dict.fromkeys(("template_kwargs", "base", "model", "val_data", "judged"), (is_text_or_null, "a text or null")),
 }
 
 

@@ -100,6 +100,8 @@ class RunState:
                      validations after it
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
+    baseline         {digest of a validation set: its loss before the first step}
+    judged           digest of the validation set whose val_loss counts for `best`
     date             of the first start, an ISO text: a chat template may print it
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
     chosen           what `auto` means in this run, {"micro_batch_size": conversations,
@@ -108,10 +110,10 @@ class RunState:
     lines            what the banner says about settings and resume
     has_saved        whether this process has saved a checkpoint
 
-    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr" and, for
-    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the number of "ranks", the
-    fingerprint of the "model" that the run started from ("base" with LoRA), and the digests of the training
-    "data" and of "val_data".
+    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr", "baseline",
+    "judged" and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", "val_split",
+    the number of "ranks", the fingerprint of the "model" that the run started from ("base" with LoRA), and
+    the digests of the training "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):
@@ -144,6 +146,7 @@ class RunState:
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
+        self.baseline, self.judged = self.saved.get("baseline") or {}, None
         self.chosen = {}
         today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
         self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
@@ -268,13 +271,20 @@ class RunState:
             self.identity["freeze"] = cfg.freeze  # another set of tensors has optimizer state
         else:
             self.identity.update({name: getattr(cfg, name) for name in resume.ADAPTER})
+        self.identity["val_split"] = cfg.val_split
         if self.resumed:
             resume.check_identity(self.saved, self.identity, self.settings, cfg)
         self.identity.update(self.fingerprints())
         self.identity["val_data"] = val_set.digest if val_set else None
         ranks.agree("inputs", self.compared(train_set))
-        has_other_set = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
-        if has_other_set and self.best["val_loss"] is not None:
+
+    def judge_by(self, digest):
+        """Note the validation set by whose loss judge() goes. If it is another one, the best begins anew."""
+        self.judged, before = digest, self.saved.get("judged")
+        is_other = before != digest
+        if before is None:  # saved by an older version: it went by all validation data
+            is_other = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
+        if is_other and self.best["val_loss"] is not None:
             self.lines.append(f"best     begins anew: the val_loss {self.best['val_loss']:.4f} of step "
                               f"{self.best['step']} is of other validation data")
             self.best = {"val_loss": None, "step": 0, "behind": 0}
@@ -397,6 +407,8 @@ class RunState:
         state = {
             **self.identity,
             "best": self.best,
+            "judged": self.judged,
+            "baseline": self.baseline,
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
             "chosen": self.chosen,
