@@ -39,7 +39,6 @@ from screen.log import Log, Warnings, check_loggers
 from screen.validation import Validation
 from settings import errors
 from settings.parser import check, parse, setting
-from text.template import ChatTokenizer
 
 # unless: a resumed adapter brings these settings with it
 lora_setting = functools.partial(setting, needs="use_lora", unless="resume_adapter")
@@ -61,9 +60,8 @@ class Config:
     resize_embeddings: bool = setting(False, "add rows for a tokenizer with more ids than the embedding")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
-    val_data: str | None = setting(None, "like train_data without weights; NAME=FILE,NAME=FILE: several sets",
-                                   env="VAL_DATA")
-    val_split: float | None = setting(None, "share of the training rows for validation, by a hash of each row",
+    val_data: str | None = setting(None, "validation data; NAME=FILE,NAME=FILE: several sets", env="VAL_DATA")
+    val_split: float | None = setting(None, "share of the rows that only validate, by a hash of each one",
                                       low=1e-6, high=0.999999, unless="val_data")
     max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
     too_long: str | None = setting(None, "for longer ones; none: truncate", ("truncate", "drop", "error"))
@@ -146,9 +144,8 @@ class Config:
     keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or val_split or sample_prompts")
-    keep_best: bool | str = setting(False, needs="val_data or val_split", word="NAME",
-                                    help="also keep the checkpoint with the lowest val_loss, of the first "
-                                         "validation set or of that NAME")
+    keep_best: bool | str = setting(False, "also keep the checkpoint of lowest val_loss; NAME: of this set",
+                                    word="NAME", needs="val_data or val_split")
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
                                          low=1, needs="val_data or val_split")
 
@@ -198,42 +195,33 @@ def backward(model, batches, weight, ranks, losses=None):
     returns  () the quotients of this rank's micro-batches, summed; the sum over dp ranks is the step's loss
     """
     total = torch.zeros((), device=ranks.device)
-    for i, batch in enumerate(batches, 1):
-        ranks.micro_batch = batch
+    for i, batch in enumerate(ranks.each(batches), 1):
         fsdp.set_gradient_sync(model, enabled=i == len(batches))
-        batch = batch.to(ranks.device)
         out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
         loss = out.total / weight
         loss.backward()
         total += loss.detach()
         if losses is not None:
             losses.index_add_(0, batch.conversation_of_target, out.each)
-    ranks.micro_batch = None
     return total
 
 
 @torch.no_grad()
 def evaluate(model, dataset, ids, cfg, ranks):
-    """(loss, accuracy) of the targets of some conversations; not valid if a signal ended it early.
+    """(loss, accuracy) of the targets of the conversations `ids`; not valid if a signal ended it early.
 
-    loss      nats: the mean over the targets, by their weights
-    accuracy  share of the targets that are the likeliest token
+    loss      nats, the mean by the weights of the targets
+    accuracy  the share of targets that are the likeliest token
     """
-    loss, correct = torch.zeros(2, 1, dtype=torch.float64, device=ranks.device)
-    model.eval()  # no dropout
-    for batch in overlap.ahead(micro_batches(dataset, ids, cfg, ranks), ranks.device):
-        if ranks.poll_signals(late=True):
-            break
-        ranks.micro_batch = batch
-        batch = batch.to(ranks.device)
-        out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
-        loss += out.total
-        correct += out.correct.sum()
-    ranks.micro_batch = None
-    fsdp.reshard(model)
-    model.train()
-    counts, sums = dataset.count(ids), ranks.all_reduce(torch.cat((loss, correct))).tolist()
-    return sums[0] / counts["target_weight"], sums[1] / counts["target_tokens"]
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    with fsdp.evaluation(model):
+        for batch in ranks.each(overlap.ahead(micro_batches(dataset, ids, cfg, ranks), ranks.device)):
+            if ranks.poll_signals(late=True):
+                break
+            out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
+            sums += torch.stack((out.total, out.correct.sum()))
+    counts, (loss, n_correct) = dataset.count(ids), ranks.all_reduce(sums).tolist()
+    return loss / counts["target_weight"], n_correct / counts["target_tokens"]
 
 
 def build(cfg, paths, ranks, trains=True):
@@ -294,16 +282,13 @@ def train(cfg, ranks, origins):
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
-    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, run.chat_template,
-                              cfg.template_kwargs, run.date)
+    tokenizer = run.tokenizer()
     ranks.set_phase("tokenise")
     train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)
-    ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
     run.identify(train_set, val_set, ranks)
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
     run.schedule(len(sampler), lr_at)
-    ranks.set_phase("load")
     cfg = run.choose_memory(build, ranks)  # numbers in place of `auto`
     model, optimizer = build(cfg, run.paths, ranks)
     run.restore(model, optimizer, tokenizer)
@@ -320,7 +305,6 @@ def train(cfg, ranks, origins):
         """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
         if bad := log.read(run.norms):
             run.publish()
-            optimizer.zero_grad()  # the gradient of the next step
             selfcheck.stop_non_finite(backward, model, train_set, bad, cfg, ranks)
 
     def after_step(step):
@@ -331,12 +315,11 @@ def train(cfg, ranks, origins):
         if not (evaluates or saves or is_stopping or step in (first_step, len(sampler))):
             return
         read()
-        is_best = evaluates and validation.measure(step, evaluate, model, cfg, log)
+        is_best = evaluates and validation.after_step(step, evaluate, model, cfg, log)
         is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
         if is_last or saves or (is_best and cfg.keep_best):
             ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
-            log.sync()  # the log reaches the disk before the checkpoint does
             run.save(model, optimizer, is_best, is_last)
             log.report()
             ranks.poll_signals()
@@ -347,8 +330,7 @@ def train(cfg, ranks, origins):
             epoch, ids = sampler.step(step)
             yield step, epoch, ids, list(micro_batches(train_set, ids, cfg, ranks))
 
-    if not run.step:
-        validation.measure(0, evaluate, model, cfg, log)
+    validation.before_training(evaluate, model, cfg, log)
     ranks.poll_signals()  # from now on, a signal lets the current step finish and be saved
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)

@@ -70,7 +70,8 @@ STATE_RULES = {
     "lr": (lambda lr: lr is None or is_number(lr), "a number or null"),
     "total_steps": (is_count, "an integer of at least 0"),
     "baseline": (is_baseline, "an object of numbers"),
-    **dict.fromkeys(("template_kwargs", "base", "model", "val_data", "judged"), (is_text_or_null, "a text or null")),
+    **dict.fromkeys(("template_kwargs", "base", "model", "val_data", "judged"),
+                    (is_text_or_null, "a text or null")),
 }
 
 

@@ -23,6 +23,7 @@ from ops import forecast, optim
 from ops.forecast import AUTO, GB
 from ranks import gate, processes
 from settings.errors import UserError
+from text.template import ChatTokenizer
 
 
 @dataclass
@@ -202,6 +203,11 @@ class RunState:
         is_name = name and not os.path.isfile(name) and not cfg.tokenizer
         return None if self.resumed and is_name and name == self.settings.get("chat_template") else name
 
+    def tokenizer(self):
+        """The ChatTokenizer of this run: with its chat template, and the date of its first start."""
+        return ChatTokenizer(self.paths.tokenizer, self.paths.config.vocab_size, self.chat_template,
+                             self.cfg.template_kwargs, self.date)
+
     def choose_memory(self, build, ranks):
         """The settings with numbers in place of `auto`: conversations of a micro-batch, checkpointed blocks.
 
@@ -212,6 +218,7 @@ class RunState:
         Sets ranks.planned, the PlannedRun: an out-of-memory error says with it which settings would help.
         Raises UserError if nothing fits.
         """
+        ranks.set_phase("load")
         cfg, meta = self.cfg, processes.single_process(torch.device("meta"))
         model, _ = build(
             dataclasses.replace(cfg, dtype=cfg.dtype_on(ranks.device), compile=False), self.paths, meta)
@@ -264,6 +271,7 @@ class RunState:
         Raises UserError where the resumed checkpoint was made with other values, or the ranks differ.
         """
         cfg = self.cfg
+        ranks.wait_for_slower()  # the tokens may be cached on this node, and not on another
         self.warn_of_positions(train_set)
         self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
                              batch_tokens=cfg.batch_tokens)

@@ -95,6 +95,13 @@ class Ranks:
             time.sleep(0.1)
             done = self.store.add(phase, 0)
 
+    def each(self, batches):
+        """Yield data.MicroBatches on this rank's device, and remember which one is being computed."""
+        for batch in batches:
+            self.micro_batch = batch
+            yield batch.to(self.device)
+        self.micro_batch = None
+
     def warn_of_idle(self, batch_size):
         """Print a warning if a step has fewer conversations than there are ranks to read them."""
         if batch_size < self.dp_size and self.rank == 0:

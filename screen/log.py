@@ -327,7 +327,7 @@ class Log:
             values["mfu"] = flops.mfu(self.model_config, self.matrices, lengths, values["target_tokens"],
                                       self.is_lora, seconds, self.ranks)
             values["skipped"] = is_skipped or None
-            self.record(step, {name: value for name, value in values.items() if value is not None})
+            self.record(step, without_none(values))
         return None
 
     def record(self, step, values):
@@ -378,7 +378,7 @@ class Log:
             sets = {name: values_of(result) for name, result in results.items()} if len(results) > 1 else {}
             values = dict(val_loss=whole.loss, val_tokens=whole.tokens, val_weight=whole.weight,
                           val_accuracy=whole.accuracy, forgetting=whole.forgetting, val_sets=sets or None)
-            self.metrics.write(step=step, **{key: value for key, value in values.items() if value is not None})
+            self.metrics.write(step=step, **without_none(values))
             self.send("val", step, {**values_of(whole), "weight": whole.weight})
             for name, numbers in sets.items():
                 self.send(f"val/{name}", step, numbers)
@@ -386,7 +386,8 @@ class Log:
             self.say(f"step {step}: val_loss {described(step, whole)}")
             for name in sets:
                 self.say(f"step {step}:   {name}: {described(step, results[name])}")
-            if step >= max(1, self.total_steps / 4) and not self.has_diagnosed:  # earlier, the lr may still rise
+            is_early = step < max(1, self.total_steps / 4)  # the lr may still rise
+            if not is_early and not self.has_diagnosed:
                 self.diagnose()
         for prompt, answer in answers:
             self.samples.write(step=step, kind="sample", prompt=prompt, answer=answer)
@@ -399,10 +400,15 @@ class Log:
             self.say(f"warning: {diagnosis}")
 
     def extremes(self, step, texts):
-        """Record the conversations of highest and lowest loss (samples.ConversationLosses.extremes)."""
+        """Record the conversations of highest and lowest loss (samples.ConversationLosses.extremes).
+
+        It comes before a save. So all that was recorded is flushed to the disk before the checkpoint is.
+        """
         if self.is_writer:
             for text in texts:
                 self.samples.write(step=step, **text)
+            self.metrics.sync()
+            self.samples.sync()
 
     def say(self, text):
         if self.on_console:
@@ -411,11 +417,6 @@ class Log:
     def send(self, kind, step, values):
         for logger in self.loggers:
             logger.put(({f"{kind}/{name}": value for name, value in values.items()}, step))
-
-    def sync(self):
-        if self.is_writer:
-            self.metrics.sync()
-            self.samples.sync()
 
     def report(self):
         if self.is_writer:
@@ -461,6 +462,10 @@ def values_of(result):
     """{name: number} of a validation.Result, without what is not known."""
     values = {"loss": result.loss, "accuracy": result.accuracy, "tokens": result.tokens,
               "forgetting": result.forgetting}
+    return without_none(values)
+
+
+def without_none(values):
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Validation: loss and token accuracy of each set, before training and after it, and what the model forgets."""
+"""Validation: loss and token accuracy of each set, before training and after it, and what is forgotten."""
 
 import hashlib
 import math
@@ -41,8 +41,8 @@ def sets_of(dataset, spec):
     chosen = {name: parts[name] for name in names} or {None: np.arange(len(dataset))}
     empty = [name for name, ids in chosen.items() if not len(ids)]
     if empty:
-        raise UserError(f"{spec}: no row of {listed(empty)} is left; the ledger would say why: pass this file "
-                        "alone, or remove it")
+        raise UserError(f"{spec}: all rows of {listed(empty)} are dropped, so this set has nothing to "
+                        "measure; remove it, or pass its file alone to see why")
     result = {}
     for name, ids in chosen.items():
         counts = dataset.count(ids)
@@ -77,7 +77,7 @@ def measure(evaluate, model, dataset, sets, cfg, ranks):
 
 
 def together(results):
-    """The Result of all sets together, from {name: Result}. Its forgetting is known if that of each set is."""
+    """The Result of all sets together, from {name: Result}; its forgetting is known if that of each is."""
     parts = list(results.values())
     weight, tokens = sum(part.weight for part in parts), sum(part.tokens for part in parts)
     forgetting = None
@@ -118,29 +118,42 @@ class Validation:
                  for name, part in self.sets.items()]
         return [f"sets     {'; '.join(sizes)}"]
 
-    def measure(self, step, evaluate, model, cfg, log):
-        """Measure, answer and log; return whether the judged loss is the lowest so far. All ranks call it.
+    def before_training(self, evaluate, model, cfg, log):
+        """In a new run, measure and log the losses with which later ones are compared. All ranks call it.
 
-        step      0: before training. Then the losses are noted, nothing is answered and none is the lowest
         evaluate  sft.evaluate
+
+        A signal ends the run at once: there is nothing to save yet.
+        """
+        if self.run.step or not self.sets:
+            return
+        self.ranks.set_phase("evaluation before step 1")
+        results = measure(evaluate, model, self.dataset, self.sets, cfg, self.ranks)
+        self.run.baseline = {self.sets[name].digest: result.loss for name, result in results.items()
+                             if math.isfinite(result.loss)}
+        log.validation(0, self.compared(results), [])
+
+    def after_step(self, step, evaluate, model, cfg, log):
+        """Measure, answer and log; return whether the judged loss is the lowest so far. All ranks call it.
 
         A signal ends it early. Then nothing is logged, and the run owes the evaluation: resume repeats it.
         """
         run, ranks = self.run, self.ranks
-        if not self.sets and not (step and self.prompts.encoded):
+        if not self.sets and not self.prompts.encoded:
             return False
-        ranks.set_phase(f"evaluation after step {step}" if step else "evaluation before step 1")
+        ranks.set_phase(f"evaluation after step {step}")
         results = measure(evaluate, model, self.dataset, self.sets, cfg, ranks)
-        answers = self.prompts.answer(model, ranks) if step else []
-        run.owes_evaluation = bool(step and ranks.poll_signals())
+        answers = self.prompts.answer(model, ranks)
+        run.owes_evaluation = bool(ranks.poll_signals())
         if run.owes_evaluation:
             return False
-        if not step:
-            run.baseline = {self.sets[name].digest: result.loss for name, result in results.items()
-                            if math.isfinite(result.loss)}
+        log.validation(step, self.compared(results), answers)
+        return bool(results) and run.judge(step, results[self.judged].loss)
+
+    def compared(self, results):
+        """The same {name: Result} with what was forgotten, where the loss before training is known."""
+        known = {}
         for name, result in results.items():
-            before = run.baseline.get(self.sets[name].digest)
-            if before is not None:
-                results[name] = result._replace(forgetting=result.loss - before)
-        log.validation(step, results, answers)
-        return bool(step and results and run.judge(step, results[self.judged].loss))
+            before = self.run.baseline.get(self.sets[name].digest)
+            known[name] = result if before is None else result._replace(forgetting=result.loss - before)
+        return known

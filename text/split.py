@@ -9,9 +9,9 @@ from settings.errors import UserError
 def is_validation(row, share):
     """Whether a formats.Row belongs to the share (0 to 1) of the rows that are for validation.
 
-    It depends on the row's messages, tools, text or tokens alone: not on the file, the order, the names of the
-    columns, ids beside the text or the model. So equal rows are on the same side, and a larger share has the
-    rows of a smaller one. A row that is not trained has nothing to validate with.
+    It depends on the row's messages, tools, text or tokens alone: not on the file, the order, the names of
+    the columns, ids beside the text, or the model. So equal rows are on the same side, and a larger share has
+    the rows of a smaller one. A row that is not trained has nothing to validate with.
     """
     if row.dropped:
         return False

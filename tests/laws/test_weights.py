@@ -94,7 +94,7 @@ def test_loss_and_gradient_equal_the_definition(shape, rows):
     losses = samples.ConversationLosses(dataset, ranks).restart(ids)
     loss = sft.backward(model, batches, dataset.count(ids)["target_weight"], ranks, losses).item()
     gradients = [p.grad.double() for p in model.parameters()]
-    value = sft.evaluate(model, dataset, cfg, ranks)
+    value, _ = sft.evaluate(model, dataset, ids, cfg, ranks)
 
     conversations = [pair for pair in map(weights_by_hand, (r["messages"] for r in weighted_rows())) if pair[1].any()]
     expected, expected_gradients, weight = by_reference(model.double(), conversations)
