@@ -54,6 +54,24 @@ class ModelPaths:
                     config_json = layout.with_values(config_json, vocab_size=rows)
         return cls(model, adapter, tokenizer, config_json)
 
+    @classmethod
+    def of_model(cls, name, base=None, tokenizer=None):
+        """The ModelPaths of a model: a directory, a step directory, a hub id or "tiny"; or of an adapter.
+
+        base  of an adapter; None: as adapter_config.json names it
+
+        Raises UserError if `base` is given for a full model, or if an adapter has no base model.
+        """
+        directory = files.follow(pretrained.model_directory(name))  # a run may move `latest` meanwhile
+        if base and not pretrained.is_adapter(directory):
+            raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove "
+                            "--base")
+        if tokenizer:
+            tokenizer = pretrained.model_directory(tokenizer, "--tokenizer", pretrained.MODEL_FILES)
+        if pretrained.is_adapter(directory):
+            return cls.find(peft.base_directory(directory, base), directory, tokenizer)
+        return cls.find(directory, tokenizer=tokenizer)
+
     @property
     def is_multimodal(self):
         """Whether the model is the text model of a multimodal one."""
