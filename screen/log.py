@@ -251,7 +251,7 @@ class Log:
         train_lines, val_lines = train_set.ledger.lines(train_set.files), []
         if val_set := validation.dataset:
             val_lines = [f"{line} (validation)" for line in val_set.ledger.lines(val_set.files)]
-            val_lines += validation.lines()
+            val_lines += validation.lines(train_set)
         self.is_already_done = run.step >= self.total_steps and not run.owes_evaluation
         path = os.path.join(self.directory, "config.yaml")
         if not self.is_already_done:  # the next resume takes its settings from this file

@@ -110,8 +110,12 @@ class Validation:
             of = "" if unknown == [None] else f" of {listed(unknown)}"
             run.lines.append(f"forgetting is not known{of}: the checkpoint has no loss from before training")
 
-    def lines(self):
-        """The banner's line about several sets."""
+    def lines(self, train_set):
+        """The banner's line about several sets, or about --val_split."""
+        if self.run.cfg.val_split:
+            n, n_train = self.dataset.ledger.of_rows, train_set.ledger.of_rows
+            return [f"split    {n:,} of {n + n_train:,} rows are for validation, by a hash of each one "
+                    f"(--val_split {self.run.cfg.val_split})"]
         if len(self.sets) < 2:
             return []
         sizes = [f"{name} {len(part.ids):,} conversations, {part.tokens:,} targets"

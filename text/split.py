@@ -6,6 +6,9 @@ import json
 from settings.errors import UserError
 
 
+SAID = "role", "name", "content", "reasoning_content", "tool_calls"  # the keys of a message that count
+
+
 def is_validation(row, share):
     """Whether a formats.Row belongs to the share (0 to 1) of the rows that are for validation.
 
@@ -15,7 +18,7 @@ def is_validation(row, share):
     """
     if row.dropped:
         return False
-    messages = [{key: value for key, value in message.items() if key != "weight"}
+    messages = [{key: message[key] for key in SAID if message.get(key) is not None}
                 for message in row.messages or ()]
     ids = row.tokens and list(map(int, row.tokens[0]))
     content = json.dumps([messages, row.tools, row.text, ids], sort_keys=True, default=str)
