@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import sft
-from disk import checkpoint, files, peft, pretrained
+from disk import checkpoint, pretrained
 from disk.run import ModelPaths
 from model import generate, sample_function
 from ranks import processes
@@ -61,17 +61,11 @@ def load(name, base=None, template_kwargs=None):
 
     Raises UserError if `base` is given for a full model, or if an adapter has no base model.
     """
-    directory = files.follow(pretrained.model_directory(name))  # a run may move `latest` meanwhile
-    adapter, template_kwargs = None, template_kwargs or checkpoint.template_kwargs(directory)
-    if base and not pretrained.is_adapter(directory):
-        raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove --base")
-    if pretrained.is_adapter(directory):
-        adapter = directory
-        directory = peft.base_directory(adapter, base)
-    paths = ModelPaths.find(directory, adapter)
-    tokenizer = ChatTokenizer(paths.tokenizer, template_kwargs=template_kwargs)
+    paths = ModelPaths.of_model(name, base)
+    of_run = checkpoint.state_of(paths.adapter or paths.model).get("template_kwargs")
+    tokenizer = ChatTokenizer(paths.tokenizer, template_kwargs=template_kwargs or of_run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = sft.Config(dtype="fp32", use_lora=adapter is not None, gradient_checkpointing=False)
+    cfg = sft.Config(dtype="fp32", use_lora=paths.adapter is not None, gradient_checkpointing=False)
     model, _ = sft.build(cfg, paths, processes.single_process(device), trains=False)
     generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
     return model.eval(), tokenizer, set(np.atleast_1d(generation["eos_token_id"]).tolist())

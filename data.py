@@ -6,9 +6,7 @@ step's conversations for one data-parallel rank. This file knows ranks only as t
 """
 
 import bisect
-import collections
 import functools
-import itertools
 import math
 import tempfile
 from dataclasses import asdict, dataclass, fields
@@ -21,19 +19,17 @@ import torch
 from ops.attention import Documents
 from ops.packing import ceil_div, mixed_quotas, pack
 from settings.errors import UserError
-from text.bad_rows import BadRows
-from text.conversations import dropped, render
+from text.conversations import batches
 from text.formats import KEYS
 from text.ledger import Ledger, check_settings
 from text.masks import mask
-from text.sources import data_files, read_sources
+from text.sources import data_files
 from text.token_cache import ArrayWriter, cache_key, cached, read_arrays
 
 # The arrays of a Dataset, with their dtypes in the cache
 ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "n_tokens": np.int32, "n_inputs": np.int32,
-          "n_targets": np.int32, "file": np.int32, "row": np.int32, "weighted": np.int64,
-          "weight": np.float32}
-BATCH_CHARACTERS = 2**20  # tokenised in a second or two: --timeout counts from one batch to the next
+          "n_targets": np.int32, "file": np.int32, "row": np.int32, "source_of": np.int32,
+          "weighted": np.int64, "weight": np.float32}
 HASHED = "tokens", "loss_mask", "n_tokens", "weighted", "weight"
 
 # ---- conversations -> masked tokens -----------------------------------------------------------------------
@@ -43,7 +39,7 @@ HASHED = "tokens", "loss_mask", "n_tokens", "weighted", "weight"
 class Options:
     """How conversations become masked tokens. The token cache's key includes all of it.
 
-    A field is the setting of sft.py of this name, except the last three.
+    A field is the setting of sft.py of this name, except the last four.
     """
     max_length: int  # plain texts are cut into pieces of this length, whatever too_long is
     too_long: str = "truncate"
@@ -52,6 +48,8 @@ class Options:
     train_reasoning: bool = True
     split_turns: bool = False
     bad_rows: str = "error"
+    val_split: float | None = None
+    is_validation: bool = False  # with val_split: read the rows of validation, not those of training
     keys: tuple = KEYS  # column names, see formats.read_row
     limit: int | None = None  # read at most this many rows
     compared: int = 1000  # rows of each file whose prompts are compared with those of inference
@@ -68,9 +66,11 @@ class Dataset:
     n_targets: np.ndarray  # (n,) targets of each conversation
     file: np.ndarray  # (n,) the file that it comes from, an index of `files`
     row: np.ndarray  # (n,) its row in that file
+    source_of: np.ndarray  # (n,) what it is called in losses by source, an index of `source_names`
     weighted: np.ndarray  # (K,) ascending positions in `tokens` of the targets whose weight is not 1
     weight: np.ndarray  # (K,) fp32, what the losses of these targets are multiplied by; > 0
     files: list  # paths
+    source_names: list  # NAME=, or else the row's column "source", or else the file, see source_name
     weights: list  # per file: (number of its group, the group's mixing weight or None), see data_files
     ledger: Ledger
     digest: str  # hash of tokens, loss mask, order and all weights; a resumed run must have the same
@@ -107,6 +107,10 @@ class Dataset:
         groups = np.array([group for group, _ in self.weights])
         return groups[self.file], [weight for _, weight in sorted(dict(self.weights).items())]
 
+    def by_source(self):
+        """{name of a source: (k,) int64, its conversations}"""
+        return {name: np.flatnonzero(self.source_of == i) for i, name in enumerate(self.source_names)}
+
     def source(self, i):
         """Where conversation i comes from: "file[row]"."""
         return f"{self.files[self.file[i]]}[{self.row[i]}]"
@@ -119,7 +123,8 @@ class Dataset:
 
 def options_of(cfg):
     """The arguments of load() that settings of sft.py decide, as a dict."""
-    names = [f.name for f in fields(Options) if f.name not in ("too_long", "keys", "limit", "compared")]
+    names = [f.name for f in fields(Options) if f.name not in ("too_long", "is_validation", "keys", "limit",
+                                                                  "compared")]
     settings = {name: getattr(cfg, name) for name in (*names, "cache_dir", "timeout")}
     return dict(settings, too_long=cfg.too_long or "truncate",
                 keys=(cfg.prompt_key, cfg.response_key, cfg.messages_key))
@@ -148,10 +153,13 @@ def load(spec, tokenizer, max_length, *, split=None, cache_dir=None, timeout=600
 
 
 def load_sets(cfg, tokenizer, progress=None):
-    """The training set and the validation set (or None) of an sft.Config, tokenised."""
-    options = dict(options_of(cfg), progress=progress)
+    """The training data and the validation data (or None) of an sft.Config, tokenised."""
+    options, val_set = dict(options_of(cfg), progress=progress), None
     train_set = load(cfg.train_data, tokenizer, **options)
-    val_set = load(cfg.val_data, tokenizer, split="validation", **options) if cfg.val_data else None
+    if cfg.val_data:
+        val_set = load(cfg.val_data, tokenizer, split="validation", **options)
+    elif cfg.val_split:
+        val_set = load(cfg.train_data, tokenizer, is_validation=True, **options)
     check_settings(cfg, train_set, val_set)
     return train_set, val_set
 
@@ -166,8 +174,8 @@ def tokenise(spec, sources, tokenizer, options, directory, progress=None):
     """Write a Dataset's arrays and metadata into a directory; call progress() after each batch of rows."""
     files = [file for source in sources for file in source.files]
     weights = [[group, source.weight] for group, source in enumerate(sources) for _ in source.files]
-    ledger, writer = Ledger(), ArrayWriter(directory, ARRAYS, HASHED)
-    for batch, encodings in tokenizer.encode_ahead(conversations(sources, tokenizer, options)):
+    ledger, writer, names = Ledger(), ArrayWriter(directory, ARRAYS, HASHED), {}
+    for batch, encodings in tokenizer.encode_ahead(batches(sources, tokenizer, options, names)):
         for conversation, encoding in zip(batch, encodings, strict=True):
             append(conversation, encoding, options, tokenizer, ledger, writer)
         ledger.reasoning_tokens_dropped += tokenizer.count(
@@ -175,32 +183,10 @@ def tokenise(spec, sources, tokenizer, options, directory, progress=None):
         writer.flush()
         if progress:
             progress()
-    ledger.check(spec, options.max_length)
+    ledger.check(spec, options)
     writer.hash.update(repr(weights).encode())
-    writer.close(dict(files=files, weights=weights, ledger=asdict(ledger), digest=writer.hash.hexdigest()))
-
-
-def conversations(sources, tokenizer, options):
-    """Yield lists of Conversations: up to a thousand, or what exceeds BATCH_CHARACTERS."""
-    rows = itertools.islice(read_sources(sources), options.limit)
-    bad, seen = BadRows(dropped if options.bad_rows == "drop" else None), collections.Counter()
-
-    def rendered():
-        for row in rows:
-            seen[row[0]] += 1
-            compares = seen[row[0]] <= options.compared
-            yield from bad.attempt(render, *row, tokenizer, options, compares)
-
-    batch, size = [], 0
-    for conversation in rendered():
-        batch.append(conversation)
-        size += len(conversation.text)
-        if len(batch) == 1000 or size > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-    bad.check()
+    writer.close(dict(files=files, source_names=list(names), weights=weights, ledger=asdict(ledger),
+                      digest=writer.hash.hexdigest()))
 
 
 def append(conversation, encoding, options, tokenizer, ledger, writer):
@@ -215,7 +201,7 @@ def append(conversation, encoding, options, tokenizer, ledger, writer):
         targets = np.flatnonzero(is_target[start:stop])
         writer.add(tokens=masked.ids[start:stop], loss_mask=is_target[start:stop], n_tokens=[stop - start],
                    n_inputs=targets[-1:], n_targets=[len(targets)], file=[conversation.file],
-                   row=[conversation.row])
+                   row=[conversation.row], source_of=[conversation.source])
 
 
 # ---- masked tokens -> steps --------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Also offload to host memory, gradient synchronisation and the gradient norm. Par
 split are sharded again, over dp.
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 
@@ -52,10 +54,14 @@ def set_gradient_sync(model, enabled):
         model.set_requires_gradient_sync(enabled)
 
 
-def reshard(model):
-    """Reshard the root's parameters. After a forward without backward, FSDP2 leaves them unsharded."""
+@contextlib.contextmanager
+def evaluation(model):
+    """Without dropout. At the end the root is resharded: FSDP2 leaves it unsharded without a backward."""
+    model.eval()
+    yield
     if hasattr(model, "reshard"):
         model.reshard()
+    model.train()
 
 
 def grad_norm(model):

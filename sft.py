@@ -36,9 +36,9 @@ from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packi
 from ranks import gate, processes, tp
 from screen import out_of_memory, profiler, samples
 from screen.log import Log, Warnings, check_loggers
+from screen.validation import Validation
 from settings import errors
 from settings.parser import check, parse, setting
-from text.template import ChatTokenizer
 
 # unless: a resumed adapter brings these settings with it
 lora_setting = functools.partial(setting, needs="use_lora", unless="resume_adapter")
@@ -60,7 +60,9 @@ class Config:
     resize_embeddings: bool = setting(False, "add rows for a tokenizer with more ids than the embedding")
     train_data: str = setting("./data/example_sft.json", env="TRAIN_DATA",
                               help="file, directory or hub dataset; several with commas, :WEIGHT to mix them")
-    val_data: str | None = setting(None, "validation data, like train_data without weights", env="VAL_DATA")
+    val_data: str | None = setting(None, "validation data; NAME=FILE,NAME=FILE: several sets", env="VAL_DATA")
+    val_split: float | None = setting(None, "share of the rows that only validate, by a hash of each one",
+                                      low=1e-6, high=0.999999, unless="val_data")
     max_length: int = setting(2048, "maximum tokens per conversation", env="MAX_LENGTH", low=2)
     too_long: str | None = setting(None, "for longer ones; none: truncate", ("truncate", "drop", "error"))
     train_on: str = setting("all", "assistant turns that contribute to the loss", ("all", "last"),
@@ -141,10 +143,11 @@ class Config:
     async_save: bool = setting(False, "train on while a checkpoint is written, from a copy in host memory")
     keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
-                                     env="EVAL_STEPS", needs="val_data or sample_prompts")
-    keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
+                                     env="EVAL_STEPS", needs="val_data or val_split or sample_prompts")
+    keep_best: bool | str = setting(False, "also keep the checkpoint of lowest val_loss; NAME: of this set",
+                                    word="NAME", needs="val_data or val_split")
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
-                                         low=1, needs="val_data")
+                                         low=1, needs="val_data or val_split")
 
     logger: str = setting("console", "console, wandb, tensorboard, trackio; several with commas",
                           env="LOGGER", group="logging")
@@ -192,36 +195,33 @@ def backward(model, batches, weight, ranks, losses=None):
     returns  () the quotients of this rank's micro-batches, summed; the sum over dp ranks is the step's loss
     """
     total = torch.zeros((), device=ranks.device)
-    for i, batch in enumerate(batches, 1):
-        ranks.micro_batch = batch
+    for i, batch in enumerate(ranks.each(batches), 1):
         fsdp.set_gradient_sync(model, enabled=i == len(batches))
-        batch = batch.to(ranks.device)
         out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
         loss = out.total / weight
         loss.backward()
         total += loss.detach()
         if losses is not None:
             losses.index_add_(0, batch.conversation_of_target, out.each)
-    ranks.micro_batch = None
     return total
 
 
 @torch.no_grad()
-def evaluate(model, dataset, cfg, ranks):
-    """The weighted mean loss of the dataset's targets, in nats; not valid if a signal ended it early."""
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    model.eval()  # no dropout
-    for batch in overlap.ahead(micro_batches(dataset, range(len(dataset)), cfg, ranks), ranks.device):
-        if ranks.poll_signals(late=True):
-            break
-        ranks.micro_batch = batch
-        batch = batch.to(ranks.device)
-        out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
-        total += out.total
-    ranks.micro_batch = None
-    fsdp.reshard(model)
-    model.train()
-    return ranks.all_reduce(total).item() / dataset.ledger.weight
+def evaluate(model, dataset, ids, cfg, ranks):
+    """(loss, accuracy) of the targets of the conversations `ids`; not valid if a signal ended it early.
+
+    loss      nats, the mean by the weights of the targets
+    accuracy  the share of targets that are the likeliest token
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    with fsdp.evaluation(model):
+        for batch in ranks.each(overlap.ahead(micro_batches(dataset, ids, cfg, ranks), ranks.device)):
+            if ranks.poll_signals(late=True):
+                break
+            out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
+            sums += torch.stack((out.total, out.correct.sum()))
+    counts, (loss, n_correct) = dataset.count(ids), ranks.all_reduce(sums).tolist()
+    return loss / counts["target_weight"], n_correct / counts["target_tokens"]
 
 
 def build(cfg, paths, ranks, trains=True):
@@ -282,56 +282,44 @@ def train(cfg, ranks, origins):
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
     warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
-    tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, run.chat_template,
-                              cfg.template_kwargs, run.date)
+    tokenizer = run.tokenizer()
     ranks.set_phase("tokenise")
     train_set, val_set = data.load_sets(cfg, tokenizer, ranks.show_progress)
-    ranks.wait_for_slower()  # its tokens may be cached on this node, and not on another
     run.identify(train_set, val_set, ranks)
     sampler = data.Sampler(train_set.n_inputs, epochs=cfg.epochs, seed=cfg.seed, batch_size=cfg.batch_size,
                            batch_tokens=cfg.batch_tokens, max_steps=cfg.max_steps, mix=train_set.mix())
     run.schedule(len(sampler), lr_at)
-    ranks.set_phase("load")
     cfg = run.choose_memory(build, ranks)  # numbers in place of `auto`
     model, optimizer = build(cfg, run.paths, ranks)
     run.restore(model, optimizer, tokenizer)
     if cfg.selfcheck:
         return selfcheck.compare(backward, model, train_set, sampler.step(1).ids, cfg, ranks)
-    prompts = samples.Prompts(cfg, tokenizer, run.eos_ids)
+    validation = Validation(cfg, val_set, samples.Prompts(cfg, tokenizer, run.eos_ids), run, ranks)
     losses = samples.ConversationLosses(train_set, ranks)
     meter = optim.ChangeMeter(optimizer)
     log = Log(cfg, run.step, len(sampler), ranks, warnings)
-    log.banner(cfg, run, model, tokenizer, train_set, val_set, sampler, ranks)
+    log.banner(cfg, run, model, tokenizer, train_set, validation, sampler, ranks)
     first_step = run.step + 1
 
     def read():
         """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
         if bad := log.read(run.norms):
             run.publish()
-            optimizer.zero_grad()  # the gradient of the next step
             selfcheck.stop_non_finite(backward, model, train_set, bad, cfg, ranks)
 
     def after_step(step):
         """Evaluate if due, save if due. The first step's numbers are shown at once: a user waits for them."""
         run.publish(waits=False)
-        is_best, is_stopping = False, ranks.poll_signals(late=True)
+        is_stopping = ranks.poll_signals(late=True)
         evaluates, saves = sampler.is_due(step, cfg.eval_steps), sampler.is_due(step, cfg.save_steps)
         if not (evaluates or saves or is_stopping or step in (first_step, len(sampler))):
             return
         read()
-        if evaluates:
-            ranks.set_phase(f"evaluation after step {step}")
-            val_loss = evaluate(model, val_set, cfg, ranks) if val_set else None
-            answers = prompts.answer(model, ranks)
-            run.owes_evaluation = bool((val_set or prompts.encoded) and ranks.poll_signals())
-            if not run.owes_evaluation:
-                is_best = val_set is not None and run.judge(step, val_loss)
-                log.validation(step, val_loss, val_set, answers)
+        is_best = evaluates and validation.after_step(step, evaluate, model, cfg, log)
         is_last = ranks.poll_signals() or step == len(sampler) or run.stops_early
         if is_last or saves or (is_best and cfg.keep_best):
             ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
-            log.sync()  # the log reaches the disk before the checkpoint does
             run.save(model, optimizer, is_best, is_last)
             log.report()
             ranks.poll_signals()
@@ -342,6 +330,7 @@ def train(cfg, ranks, origins):
             epoch, ids = sampler.step(step)
             yield step, epoch, ids, list(micro_batches(train_set, ids, cfg, ranks))
 
+    validation.before_training(evaluate, model, cfg, log)
     ranks.poll_signals()  # from now on, a signal lets the current step finish and be saved
     if run.owes_evaluation and not ranks.stop_signal:
         after_step(run.step)

@@ -54,6 +54,11 @@ def is_text_or_null(value):
     return value is None or isinstance(value, str)
 
 
+def is_baseline(value):
+    """Whether a value is a RunState's `baseline`."""
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
 # What a run reads of state.json: {key: (whether a value is valid, the rule)}
 STATE_RULES = {
     "step": (functools.partial(is_count, low=1), "an integer of at least 1"),
@@ -64,7 +69,9 @@ STATE_RULES = {
     "date": (is_date, "a date such as 2026-01-31"),
     "lr": (lambda lr: lr is None or is_number(lr), "a number or null"),
     "total_steps": (is_count, "an integer of at least 0"),
-    **dict.fromkeys(("template_kwargs", "base", "model", "val_data"), (is_text_or_null, "a text or null")),
+    "baseline": (is_baseline, "an object of numbers"),
+    **dict.fromkeys(("template_kwargs", "base", "model", "val_data", "judged"),
+                    (is_text_or_null, "a text or null")),
 }
 
 
@@ -459,10 +466,9 @@ def load_state(directory):
     return state
 
 
-def template_kwargs(directory):
-    """--template_kwargs of the run that saved a step directory; None without, and for other directories."""
-    has_state = os.path.exists(os.path.join(directory, STATE))
-    return load_state(directory).get("template_kwargs") if has_state else None
+def state_of(directory):
+    """The state.json of a step directory; {} of any other directory."""
+    return load_state(directory) if os.path.exists(os.path.join(directory, STATE)) else {}
 
 
 def load_training_tensors(directory, model, optimizer):
@@ -489,6 +495,24 @@ def load_training_tensors(directory, model, optimizer):
         saving.read_sliced(slices[name], tensor)
     optimizer.state.update({trained[name]: state for name, state in states.items()})
     optimizer.updates = updates
+
+
+def load_masters(directory, model):
+    """Load the fp32 master weights of a step directory into a model without an optimizer, where it has some.
+
+    Returns whether it has. They are what the run computed with; the model's own files have them rounded. Every
+    rank calls it. Raises UserError if they are of another model.
+    """
+    state_directory = os.path.join(directory, STATE_DIRECTORY)
+    slices = saving.read_slices(state_directory) if os.path.isdir(state_directory) else {}
+    parameters = dict(model.named_parameters())
+    masters = {name.removeprefix("master."): found for name, found in slices.items()
+               if name.startswith("master.")}
+    for name, found in masters.items():
+        if name not in parameters or found[0].shape != parameters[name].shape:
+            raise UserError(f"{state_directory} does not belong to this model: {name} differs")
+        saving.read_sliced(found, parameters[name])
+    return bool(masters)
 
 
 def manifest(step, listed):

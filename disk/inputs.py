@@ -46,6 +46,10 @@ def check(cfg):
     check_data("--train_data", cfg.train_data)
     if cfg.val_data:
         check_data("--val_data", cfg.val_data, "validation")
+        check_sets(cfg)
+    elif isinstance(cfg.keep_best, str):
+        raise UserError(f"--keep_best {cfg.keep_best}: --val_split makes one set, without a name; use --keep_best "
+                        "alone")
     if cfg.sample_prompts:
         check_prompts(cfg.sample_prompts, (cfg.prompt_key, cfg.response_key, cfg.messages_key))
     if cfg.tokenizer:
@@ -82,6 +86,18 @@ def check_data(flag, spec, split=None):
                 sources.resolve(wanted, split)
     except UserError as error:
         raise UserError(f"{flag} {error}") from error
+
+
+def check_sets(cfg):
+    """Raise UserError if only some sources of --val_data have a name, or --keep_best names none of them."""
+    try:
+        names = sources.set_names(cfg.val_data)
+    except UserError as error:
+        raise UserError(f"--val_data {error}") from error
+    if isinstance(cfg.keep_best, str) and cfg.keep_best not in names:
+        there = f"the sets are {sources.listed(names)}" if names else "its one set has no name: write " \
+            f"--val_data {cfg.keep_best}=FILE,NAME=FILE, or --keep_best alone"
+        raise UserError(f"--keep_best {cfg.keep_best}: no validation set of --val_data is called so; {there}")
 
 
 def check_prompts(path, keys):

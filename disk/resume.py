@@ -20,7 +20,7 @@ ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_rs",
            "lora_modules_to_save", "quantize")
 DATA = ("train_data", "tokenizer", "chat_template", "template_kwargs", "max_length", "too_long", "train_on",
         "train_on_prompt", "train_reasoning", "split_turns", "bad_rows", "prompt_key", "response_key",
-        "messages_key")
+        "messages_key", "val_split")
 FROM_CHECKPOINT = ("resize_embeddings", "resume_adapter")  # a resumed run has their result already
 SCHEDULE = ("lr", "scheduler", "warmup_ratio", "min_lr_ratio")
 
@@ -199,7 +199,7 @@ def check_identity(then, now, saved, cfg):
             faults.append("other training data: " + ("; ".join(texts) or "other rows, or another template or "
                           "tokenizer, than the run had" if saved else f"or another of {', '.join(DATA)}"))
             remedies += [f"--{name} {text_of(a)}" for name, a, _ in reasons]
-        else:
+        elif f"--{key} {text_of(before)}" not in remedies:  # as a reason for other data
             faults.append(f"{key} {text_of(before)} then, {text_of(value)} now")
             remedies.append(f"--{key} {text_of(before)}")
     if faults:

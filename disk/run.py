@@ -23,6 +23,7 @@ from ops import forecast, optim
 from ops.forecast import AUTO, GB
 from ranks import gate, processes
 from settings.errors import UserError
+from text.template import ChatTokenizer
 
 
 @dataclass
@@ -52,6 +53,24 @@ class ModelPaths:
                     rows = max(entry.shape[0], ModelConfig.from_dict(config_json).vocab_size)
                     config_json = layout.with_values(config_json, vocab_size=rows)
         return cls(model, adapter, tokenizer, config_json)
+
+    @classmethod
+    def of_model(cls, name, base=None, tokenizer=None):
+        """The ModelPaths of a model: a directory, a step directory, a hub id or "tiny"; or of an adapter.
+
+        base  of an adapter; None: as adapter_config.json names it
+
+        Raises UserError if `base` is given for a full model, or if an adapter has no base model.
+        """
+        directory = files.follow(pretrained.model_directory(name))  # a run may move `latest` meanwhile
+        if base and not pretrained.is_adapter(directory):
+            raise UserError(f"--base {base} has no effect: {name} is a full model, not an adapter; remove "
+                            "--base")
+        if tokenizer:
+            tokenizer = pretrained.model_directory(tokenizer, "--tokenizer", pretrained.MODEL_FILES)
+        if pretrained.is_adapter(directory):
+            return cls.find(peft.base_directory(directory, base), directory, tokenizer)
+        return cls.find(directory, tokenizer=tokenizer)
 
     @property
     def is_multimodal(self):
@@ -100,6 +119,8 @@ class RunState:
                      validations after it
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
+    baseline         {digest of a validation set: its loss before the first step}
+    judged           digest of the validation set whose val_loss counts for `best`
     date             of the first start, an ISO text: a chat template may print it
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
     chosen           what `auto` means in this run, {"micro_batch_size": conversations,
@@ -108,10 +129,10 @@ class RunState:
     lines            what the banner says about settings and resume
     has_saved        whether this process has saved a checkpoint
 
-    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr" and, for
-    owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the number of "ranks", the
-    fingerprint of the "model" that the run started from ("base" with LoRA), and the digests of the training
-    "data" and of "val_data".
+    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr", "baseline",
+    "judged" and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", "val_split",
+    the number of "ranks", the fingerprint of the "model" that the run started from ("base" with LoRA), and
+    the digests of the training "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):
@@ -144,6 +165,7 @@ class RunState:
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
+        self.baseline, self.judged = self.saved.get("baseline") or {}, None
         self.chosen = {}
         today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
         self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
@@ -199,6 +221,11 @@ class RunState:
         is_name = name and not os.path.isfile(name) and not cfg.tokenizer
         return None if self.resumed and is_name and name == self.settings.get("chat_template") else name
 
+    def tokenizer(self):
+        """The ChatTokenizer of this run: with its chat template, and the date of its first start."""
+        return ChatTokenizer(self.paths.tokenizer, self.paths.config.vocab_size, self.chat_template,
+                             self.cfg.template_kwargs, self.date)
+
     def choose_memory(self, build, ranks):
         """The settings with numbers in place of `auto`: conversations of a micro-batch, checkpointed blocks.
 
@@ -209,6 +236,7 @@ class RunState:
         Sets ranks.planned, the PlannedRun: an out-of-memory error says with it which settings would help.
         Raises UserError if nothing fits.
         """
+        ranks.set_phase("load")
         cfg, meta = self.cfg, processes.single_process(torch.device("meta"))
         model, _ = build(
             dataclasses.replace(cfg, dtype=cfg.dtype_on(ranks.device), compile=False), self.paths, meta)
@@ -261,6 +289,7 @@ class RunState:
         Raises UserError where the resumed checkpoint was made with other values, or the ranks differ.
         """
         cfg = self.cfg
+        ranks.wait_for_slower()  # the tokens may be cached on this node, and not on another
         self.warn_of_positions(train_set)
         self.identity = dict(data=train_set.digest, seed=cfg.seed, batch_size=cfg.batch_size,
                              batch_tokens=cfg.batch_tokens)
@@ -268,13 +297,20 @@ class RunState:
             self.identity["freeze"] = cfg.freeze  # another set of tensors has optimizer state
         else:
             self.identity.update({name: getattr(cfg, name) for name in resume.ADAPTER})
+        self.identity["val_split"] = cfg.val_split
         if self.resumed:
             resume.check_identity(self.saved, self.identity, self.settings, cfg)
         self.identity.update(self.fingerprints())
         self.identity["val_data"] = val_set.digest if val_set else None
         ranks.agree("inputs", self.compared(train_set))
-        has_other_set = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
-        if has_other_set and self.best["val_loss"] is not None:
+
+    def judge_by(self, digest):
+        """Note the validation set by whose loss judge() goes. If it is another one, the best begins anew."""
+        self.judged, before = digest, self.saved.get("judged")
+        is_other = before != digest
+        if before is None:  # saved by an older version: it went by all validation data
+            is_other = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
+        if is_other and self.best["val_loss"] is not None:
             self.lines.append(f"best     begins anew: the val_loss {self.best['val_loss']:.4f} of step "
                               f"{self.best['step']} is of other validation data")
             self.best = {"val_loss": None, "step": 0, "behind": 0}
@@ -397,6 +433,8 @@ class RunState:
         state = {
             **self.identity,
             "best": self.best,
+            "judged": self.judged,
+            "baseline": self.baseline,
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
             "chosen": self.chosen,

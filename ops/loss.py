@@ -23,7 +23,7 @@ class LossOut(NamedTuple):
 
     total: torch.Tensor  # () fp32, nats summed over the targets (times their weights); the caller divides
     each: torch.Tensor  # (R,) fp32, the unweighted loss of each target; no gradient flows through it
-    correct: torch.Tensor | None  # (R,) bool, is the likeliest token the target? None: not computed
+    correct: torch.Tensor  # (R,) bool: the target is the likeliest token; of equal logits, the lowest id wins
 
 
 class Head(nn.Linear):
@@ -73,9 +73,8 @@ def loss(hidden, head, target_positions, targets, weights=None):
 
     All of it is in fp64 if hidden is.
     """
-    total, each = ChunkedCrossEntropy.apply(
-        hidden, head.local_weight(), target_positions, targets, weights, head, torch.is_grad_enabled())
-    return LossOut(total, each, None)
+    return LossOut(*ChunkedCrossEntropy.apply(
+        hidden, head.local_weight(), target_positions, targets, weights, head, torch.is_grad_enabled()))
 
 
 def wide(dtype):
@@ -94,6 +93,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, target_positions, targets, weights, head, grad_enabled):
         n, chunk = len(targets), chunk_size(weight.shape[0], hidden.device.type)
         each = torch.empty(n, dtype=wide(hidden.dtype), device=hidden.device)
+        correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
         hidden_grad = weight_grad = None
         if grad_enabled and ctx.needs_input_grad[0]:
             hidden_grad = hidden.new_empty(n, hidden.shape[1])  # only of the positions with a target
@@ -111,7 +111,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(h, weight.T, out=logits.resize_(len(h), weight.shape[0]))
             row_weights = None if weights is None else weights[span]
             # The logits become their gradient, so that no second buffer is needed.
-            each[span] = cross_entropy_(logits, targets[span], row_weights, head, needs_gradient)
+            each[span], correct[span] = cross_entropy_(
+                logits, targets[span], row_weights, head, needs_gradient)
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[span])
             if weight_grad is not None:
@@ -122,11 +123,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             weight_grad = weight_grad.to(weight.dtype)
         ctx.grads, ctx.n_tokens = (hidden_grad, weight_grad), len(hidden)
         ctx.save_for_backward(target_positions)
-        ctx.mark_non_differentiable(each)
-        return (each if weights is None else each * weights).sum(), each
+        ctx.mark_non_differentiable(each, correct)
+        return (each if weights is None else each * weights).sum(), each, correct
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         if ctx.grads is None:
             raise RuntimeError("backward was already called on this loss, and its gradients were scaled in "
                                "place; compute the loss again")
@@ -157,7 +158,9 @@ def add_product_(total, a, b, is_first):
 
 
 def cross_entropy_(logits, targets, weights, head, needs_gradient):
-    """The loss of each target, (rows,) fp32. Changes the logits: with needs_gradient, into their gradient.
+    """The loss of each target, (rows,) fp32, and whether it is the likeliest token, (rows,) bool.
+
+    Changes the logits: with needs_gradient, into their gradient.
 
     logits   (rows, V)  of any float dtype
     targets  (rows,)    int64
@@ -170,7 +173,7 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
         if head.soft_cap is not None:
             slope = cap_slope(logits.gather(1, targets[:, None]), head.soft_cap)[:, 0]
         # Without a gradient no weights are read; to pass them would only be another graph.
-        each = compiled(
+        each, correct = compiled(
             logits, targets, weights if needs_gradient else None, needs_gradient, head.soft_cap)
         if needs_gradient:
             at_target = torch.expm1(-each)  # probability minus one
@@ -179,17 +182,18 @@ def cross_entropy_(logits, targets, weights, head, needs_gradient):
             if head.soft_cap is not None:
                 at_target = at_target * slope
             logits.scatter_(1, targets[:, None], at_target.to(logits.dtype)[:, None])
-        return each
+        return each, correct
     # fp32 logits change in place; others are copied to fp32, piece by piece. So are those with a cap, which
     # the gradient needs as they are.
     is_wide = logits.dtype == wide(logits.dtype) and head.soft_cap is None
     piece = PIECE if logits.device.type == "cpu" else GPU_PIECE
     rows = len(logits) if is_wide else max(1, piece // logits.shape[1])
-    each = []
+    results = []
     for span in (slice(start, start + rows) for start in range(0, len(logits), rows)):
         row_weights = None if weights is None else weights[span]
-        each.append(eager_(logits[span], targets[span], row_weights, head, needs_gradient))
-    return torch.cat(each)
+        results.append(eager_(logits[span], targets[span], row_weights, head, needs_gradient))
+    each, correct = map(torch.cat, zip(*results))
+    return each, correct
 
 
 def eager_(logits, targets, weights, head, needs_gradient):
@@ -197,16 +201,21 @@ def eager_(logits, targets, weights, head, needs_gradient):
     t, products = targets[:, None] - head.first_id, logits
     if head.soft_cap is not None:
         logits = head.capped(logits.to(wide(logits.dtype)))
-    largest = logits.amax(dim=1, keepdim=True).to(wide(logits.dtype))
-    head.all_reduce(largest, "max")
+    largest, likeliest = logits.max(dim=1, keepdim=True)  # of equal logits the first
+    largest_here = largest = largest.to(wide(logits.dtype))
+    if head.tp_size > 1:
+        head.all_reduce(largest := largest_here.clone(), "max")
     x = logits.sub_(largest) if logits.dtype == largest.dtype else logits - largest
     # 1.0 where this rank's shard of the vocabulary has the target
     is_here = ((t >= 0) & (t < logits.shape[1])).to(x.dtype)
     t = t.clamp(0, logits.shape[1] - 1)
     picked = x.gather(1, t) * is_here
-    sums = torch.cat((x.exp_().sum(dim=1, keepdim=True), picked), dim=1)
+    # 1.0 where this rank has the largest logit at an id below the target
+    is_beaten = ((largest_here == largest) & (likeliest + head.first_id < targets[:, None])).to(x.dtype)
+    sums = torch.cat((x.exp_().sum(dim=1, keepdim=True), picked, is_beaten), dim=1)
     head.all_reduce(sums, "sum")
     each = sums[:, 0].log() - sums[:, 1]
+    correct = (sums[:, 1] == 0) & (sums[:, 2] == 0)
     if needs_gradient:
         # The gradient of the logits: probabilities minus the one-hot target.
         sums = sums[:, :1]
@@ -216,7 +225,7 @@ def eager_(logits, targets, weights, head, needs_gradient):
         torch.div(x, sums, out=logits).scatter_(1, t, at_target.to(logits.dtype))
         if head.soft_cap is not None:
             products.copy_(logits.mul_(cap_slope(products, head.soft_cap)))
-    return each
+    return each, correct
 
 
 def cap_slope(products, soft_cap):
@@ -233,7 +242,8 @@ def fused_(logits, targets, weights, needs_gradient, soft_cap=None):
     x = logits.to(wide(logits.dtype))
     if soft_cap is not None:
         slope, x = cap_slope(x, soft_cap), (x / soft_cap).tanh() * soft_cap
-    x = x - x.amax(dim=1, keepdim=True)
+    largest, likeliest = x.max(dim=1, keepdim=True)
+    x = x - largest
     log_sum = x.exp().sum(dim=1, keepdim=True).log()
     each = log_sum - x.gather(1, targets[:, None])
     if needs_gradient:
@@ -241,7 +251,7 @@ def fused_(logits, targets, weights, needs_gradient, soft_cap=None):
         if soft_cap is not None:
             probabilities = probabilities * slope
         logits.copy_(probabilities if weights is None else probabilities * weights[:, None])
-    return each[:, 0]
+    return each[:, 0], likeliest[:, 0] == targets
 
 
 def compiled(logits, targets, weights, needs_gradient, soft_cap=None):

@@ -96,6 +96,13 @@ class Ranks:
             time.sleep(0.1)
             done = self.store.add(phase, 0)
 
+    def each(self, batches):
+        """Yield data.MicroBatches on this rank's device, and remember which one is being computed."""
+        for batch in batches:
+            self.micro_batch = batch
+            yield batch.to(self.device)
+        self.micro_batch = None
+
     def warn_of_idle(self, batch_size):
         """Print a warning if a step has fewer conversations than there are ranks to read them."""
         if batch_size < self.dp_size and self.rank == 0:
@@ -145,10 +152,13 @@ class Ranks:
         """The signal that any rank has received, or 0. A collective: all ranks get the same.
 
         late  return what the late poll before found, or 0 after none: no rank waits for the others here. A
-              signal is then seen one such poll later. The next poll that is not late sees it in any case
+              signal is then seen one such poll later. The next poll that is not late sees it in any case.
+              Before the first step it does nothing, as on_signal ends the run itself
 
-        The first call, before the first step, ends the run if there is one.
+        The first call that is not late, before the first step, ends the run if there is one.
         """
+        if late and not self.has_polled:
+            return 0
         is_first, self.has_polled = not self.has_polled, True
         number = torch.tensor(self.received_signal)  # on the CPU, by gloo: no device sync
         if self.world_size > 1:

@@ -23,6 +23,7 @@ from disk import files
 from ops import flops, memory
 from screen import report
 from screen.trend import Trend
+from screen.validation import together
 from settings import venv
 from settings.errors import UserError
 from settings.parser import write_yaml
@@ -159,7 +160,8 @@ def open_trackio(settings, directory, last_step):
 def open_tensorboard(settings, directory, last_step):
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(os.path.join(directory, "tensorboard"), purge_step=last_step + 1, flush_secs=10)
+    purge_step = last_step + 1 if last_step else 0  # a new run begins with step 0
+    writer = SummaryWriter(os.path.join(directory, "tensorboard"), purge_step=purge_step, flush_secs=10)
 
     def log(values, step):
         for name, value in values.items():
@@ -227,11 +229,12 @@ class Log:
             settings = dataclasses.asdict(cfg)
             self.loggers = [
                 Logger(name, settings, self.directory, last_step) for name in names if name in OPEN]
-            self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last_step)
-            self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last_step)
+            last = last_step or -1  # a new run keeps no line, not even one of step 0
+            self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last)
+            self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last)
             self.trend, self.has_diagnosed = Trend(self.metrics.path), False
 
-    def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
+    def banner(self, cfg, run, model, tokenizer, train_set, validation, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
         self.train_set, self.model_config = train_set, model.config
         self.matrices = flops.block_matrices(model)
@@ -246,8 +249,9 @@ class Log:
                       f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
                       f"{strategy}")
         train_lines, val_lines = train_set.ledger.lines(train_set.files), []
-        if val_set:
+        if val_set := validation.dataset:
             val_lines = [f"{line} (validation)" for line in val_set.ledger.lines(val_set.files)]
+            val_lines += validation.lines(train_set)
         self.is_already_done = run.step >= self.total_steps and not run.owes_evaluation
         path = os.path.join(self.directory, "config.yaml")
         if not self.is_already_done:  # the next resume takes its settings from this file
@@ -323,7 +327,7 @@ class Log:
             values["mfu"] = flops.mfu(self.model_config, self.matrices, lengths, values["target_tokens"],
                                       self.is_lora, seconds, self.ranks)
             values["skipped"] = is_skipped or None
-            self.record(step, {name: value for name, value in values.items() if value is not None})
+            self.record(step, without_none(values))
         return None
 
     def record(self, step, values):
@@ -361,18 +365,29 @@ class Log:
             f"warning: step {step} changed {changed:.2%} of the weights at lr {values['lr']:.2g}: "
             "the learning rate is too small for this precision, or the gradients are zero; check --lr")
 
-    def validation(self, step, val_loss, val_set, answers):
-        """Record the loss on the validation set, if there is one, and the answers to --sample_prompts."""
+    def validation(self, step, results, answers):
+        """Record what was measured on the validation sets, and the answers to --sample_prompts.
+
+        results  {name of a set, None if it has none: validation.Result}; empty without validation data
+        """
         if not self.is_writer:
             return
-        if val_set:
-            n_targets, weight = val_set.ledger.target, val_set.ledger.weight
-            self.val_loss = val_loss
-            self.metrics.write(step=step, val_loss=val_loss, val_tokens=n_targets, val_weight=weight)
-            self.send("val", step, {"loss": val_loss, "tokens": n_targets, "weight": weight})
-            self.trend.add(step, val_loss=val_loss)
-            self.say(f"step {step}: val_loss {val_loss:.4f}")
-            if step >= self.total_steps / 4 and not self.has_diagnosed:  # earlier, the lr may still rise
+        if results:
+            whole = together(results)
+            self.val_loss = whole.loss
+            sets = {name: values_of(result) for name, result in results.items()} if len(results) > 1 else {}
+            values = dict(val_loss=whole.loss, val_tokens=whole.tokens, val_weight=whole.weight,
+                          val_accuracy=whole.accuracy, forgetting=whole.forgetting, val_sets=sets or None)
+            self.metrics.write(step=step, **without_none(values))
+            self.send("val", step, {**values_of(whole), "weight": whole.weight})
+            for name, numbers in sets.items():
+                self.send(f"val/{name}", step, numbers)
+            self.trend.add(step, val_loss=whole.loss)
+            self.say(f"step {step}: val_loss {described(step, whole)}")
+            for name in sets:
+                self.say(f"step {step}:   {name}: {described(step, results[name])}")
+            is_early = step < max(1, self.total_steps / 4)  # the lr may still rise
+            if not is_early and not self.has_diagnosed:
                 self.diagnose()
         for prompt, answer in answers:
             self.samples.write(step=step, kind="sample", prompt=prompt, answer=answer)
@@ -385,10 +400,15 @@ class Log:
             self.say(f"warning: {diagnosis}")
 
     def extremes(self, step, texts):
-        """Record the conversations of highest and lowest loss (samples.ConversationLosses.extremes)."""
+        """Record the conversations of highest and lowest loss (samples.ConversationLosses.extremes).
+
+        It comes before a save. So all that was recorded is flushed to the disk before the checkpoint is.
+        """
         if self.is_writer:
             for text in texts:
                 self.samples.write(step=step, **text)
+            self.metrics.sync()
+            self.samples.sync()
 
     def say(self, text):
         if self.on_console:
@@ -397,11 +417,6 @@ class Log:
     def send(self, kind, step, values):
         for logger in self.loggers:
             logger.put(({f"{kind}/{name}": value for name, value in values.items()}, step))
-
-    def sync(self):
-        if self.is_writer:
-            self.metrics.sync()
-            self.samples.sync()
 
     def report(self):
         if self.is_writer:
@@ -441,6 +456,23 @@ class Log:
         elif run.has_saved:
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
         print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
+
+
+def values_of(result):
+    """{name: number} of a validation.Result, without what is not known."""
+    values = {"loss": result.loss, "accuracy": result.accuracy, "tokens": result.tokens,
+              "forgetting": result.forgetting}
+    return without_none(values)
+
+
+def without_none(values):
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def described(step, result):
+    """A validation.Result in a line: "1.2345, accuracy 61.2 %, forgetting +0.0123, 1,234 tokens"."""
+    forgetting = f"forgetting {result.forgetting:+.4f}, " if step and result.forgetting is not None else ""
+    return f"{result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %, {forgetting}{result.tokens:,} tokens"
 
 
 def in_epochs(steps, per_epoch):

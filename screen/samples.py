@@ -65,15 +65,14 @@ class Prompts:
         All ranks call it: they compute each token together, and all-gather each block once per token.
         """
         answers = []
-        model.eval()
-        for prompt, tokens in self.encoded:
-            if ranks.poll_signals():
-                break
-            new = generate(model, tokens, SAMPLE_TOKENS, self.eos_ids,
-                           lambda logits: ranks.broadcast(int(logits.argmax())))
-            answers.append((prompt, self.tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)))
-        fsdp.reshard(model)
-        model.train()
+        with fsdp.evaluation(model):
+            for prompt, tokens in self.encoded:
+                if ranks.poll_signals():
+                    break
+                new = generate(model, tokens, SAMPLE_TOKENS, self.eos_ids,
+                               lambda logits: ranks.broadcast(int(logits.argmax())))
+                text = self.tokenizer.tokenizer.decode(list(new), skip_special_tokens=True)
+                answers.append((prompt, text))
         return answers
 
 

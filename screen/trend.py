@@ -13,7 +13,7 @@ class Trend:
 
     losses      of the training steps, in order
     epochs      epochs completed after each of them
-    val_losses  [(step, val_loss), ...]
+    val_losses  [(step, val_loss), ...] after training steps
     """
 
     def __init__(self, path=None):
@@ -26,7 +26,7 @@ class Trend:
 
     def add(self, step, loss=None, epoch=None, val_loss=None, **_):
         """Add a line of metrics.jsonl."""
-        if val_loss is not None:
+        if val_loss is not None and step:
             self.val_losses.append((step, val_loss))
         elif loss is not None:
             self.losses.append(loss)

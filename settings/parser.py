@@ -33,6 +33,7 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty text"}
 SOURCES = ("train_data", "val_data")  # may be lists of mappings, which text/sources.py reads
+NAME = "NAME"  # the word of a setting that may be any text
 CONFIG_FLAGS = ("config", "config-path", "config-name")
 # Settings of tools/plan.py that sft.py once had: the config.yaml of an older run has them, switched off.
 PLAN_SETTINGS = ("plan", "memory_gb", "ranks", "tflops", "gb_per_second", "tp_gb_per_second")
@@ -51,7 +52,8 @@ def setting(default, help, choices=(), *, group=None, env=None, low=-1e18, high=
     needs      settings without which it has no effect: "val_data or sample_prompts", "n_gpus and tp"
     unless     settings that it does not work with: "tp or lora_dora", "scheduler=constant"
     presets    values for which configs/VALUE.yaml is applied; only defaults have lower precedence
-    word       a text that is allowed beside the type, as in `size: int | str = setting(1, word="auto")`
+    word       a text that is allowed beside the type, as in `size: int | str = setting(1, word="auto")`;
+               NAME stands for any text, for a bool
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, group=group, env=env, low=low, high=high, needs=needs, unless=unless,
@@ -73,7 +75,7 @@ def type_name(field):
     if word is None:
         return TYPE_NAMES[type_of(field)]
     if type_of(field) is bool:
-        return f"true, false or {word}"
+        return f"true, false or {word if word != NAME else 'a name'}"
     return f"{TYPE_NAMES[type_of(field)]} of at least {low}, or {word}"
 
 
@@ -127,7 +129,7 @@ def flag_of(field, value):
 def check_range(written, value, field):
     low, high, word = (field.metadata[key] for key in ("low", "high", "word"))
     if word:
-        is_valid = value == word if isinstance(value, str) else low <= value <= high
+        is_valid = word in (value, NAME) if isinstance(value, str) else low <= value <= high
         if not is_valid:
             raise UserError(f"{written}: it must be {type_name(field)}")
     if isinstance(value, (int, float)) and not low <= value <= high:  # also true for nan
@@ -265,8 +267,11 @@ def read_setting(argument, arguments, fields):
         return field, "false"
     field = field_name(name, fields)
     is_bool = field in fields and type_of(fields[field]) is bool
-    values = {*BOOLEANS, fields[field].metadata["word"]} if is_bool else ()
-    if not equals and is_bool and (not arguments or arguments[0].lower() not in values):
+    word, following = fields[field].metadata["word"] if is_bool else None, arguments[0] if arguments else "--"
+    is_value = following.lower() in (*BOOLEANS, word)
+    if word == NAME:
+        is_value = not following.startswith("-") and "=" not in following
+    if not equals and is_bool and not is_value:
         value = "true"  # a flag without a value: the next argument is something else
     elif not equals:
         value = next_value(arguments, name)
@@ -436,6 +441,8 @@ def convert(field, text, origin):
         return field.metadata["word"]
     if kind is bool:
         if text.lower() not in BOOLEANS:
+            if field.metadata["word"] == NAME and text:
+                return text
             raise UserError(rule + type_name(field))
         return BOOLEANS[text.lower()]
     if kind in (int, float):

@@ -78,16 +78,17 @@ def launch_all(runs, directory):
     """Run several programs on many ranks, one after another; tests/programs/ranks_of.py forks all their ranks.
 
     runs       [(number of ranks, arguments), ...]: flags of sft.py; or, if the first argument is not a flag, the name
-               of a program under tests/programs/ and its arguments
+               of a program under tests/programs/, or the path of one of the project, and its arguments
     directory  the current directory of the runs
 
     Returns the CompletedProcess of ranks_of.py.
     """
     commands = []
     for ranks, arguments in runs:
-        path = os.path.join(ROOT, "sft.py")
-        if not str(arguments[0]).startswith("--"):
-            path, arguments = program_path(arguments[0]), arguments[1:]
+        path, first = os.path.join(ROOT, "sft.py"), str(arguments[0])
+        if not first.startswith("--"):
+            path = os.path.join(ROOT, first) if first.endswith(".py") else program_path(first)
+            arguments = arguments[1:]
         commands.append([ranks, [path, *map(str, arguments)]])
     (directory / "runs.json").write_text(json.dumps(commands))
     result = program("ranks_of", "runs.json", cwd=directory)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from settings.errors import UserError, printable
-from text import inference
+from text import inference, split
 from text.sources import describe_files
 
 N_WARNINGS = 3  # that are printed
@@ -176,7 +176,7 @@ class Ledger:
                   for difference, (count, example) in self.differing.items()]
         return lines + ["prompts  what to do: docs/data.md, Reasoning"] * bool(self.differing)
 
-    def check(self, spec, max_length):
+    def check(self, spec, options):
         """Raise UserError if no row is trained, or if the model would not learn to end its turn.
 
         It would not if less than 99 % of the trained turns have their stop token as a target, or if all turns
@@ -184,6 +184,8 @@ class Ledger:
         """
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self
+        max_length = options.max_length
+        split.check(spec, options, self.rows)
         if not self.rows:
             raise UserError(f"{spec}: no rows; pass a file with conversations")
         if not self.trained:
@@ -223,7 +225,7 @@ def check_settings(cfg, train_set, val_set):
         (cfg.split_turns and no_chats, "--split_turns", "no row has messages"),
         (not cfg.train_reasoning and not any(s.ledger.reasoning_tokens for s in (train_set, val_set) if s),
          "--train_reasoning false", "no trained answer has reasoning in the text"),
-        (val_set and val_set.mix(), f"the weights in --val_data {cfg.val_data}",
+        (cfg.val_data and val_set.mix(), f"the weights in --val_data {cfg.val_data}",
          "validation reads every conversation"),
     ]:
         if is_ignored:

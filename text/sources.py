@@ -81,6 +81,21 @@ def data_files(spec, split=None):
     return sources
 
 
+def set_names(spec):
+    """The names of the validation sets that --val_data names, in order; [] if no source has one.
+
+    Sources of the same name are one set, and those without are one set together. Raises UserError where only
+    some have a name.
+    """
+    wanted = parse(spec)
+    names = list(dict.fromkeys(source.name for source in wanted if source.name))
+    unnamed = [source.path for source in wanted if not source.name]
+    if names and unnamed:
+        raise UserError(f"{spec}: only some of the sources have a name, {listed(names)}; write NAME= before "
+                        f"{listed(unnamed)} too, or before none: then they are one set")
+    return names
+
+
 # ---- the grammar ----------------------------------------------------------------------------------------
 
 
@@ -463,6 +478,14 @@ def read_files(spec):
         if isinstance(row, UserError):
             raise row
         yield where, row
+
+
+def source_name(row, name, file):
+    """What a row's source is called in losses by source: NAME=, or its column "source", or the file."""
+    value = row.get("source") if isinstance(row, dict) and not name else None
+    if isinstance(value, (str, int)) and str(value).strip():
+        return str(value).strip()[:100]
+    return name or describe_files([file])
 
 
 def describe_files(files, count=3):

@@ -365,10 +365,10 @@ class ChatTokenizer:
         with ThreadPoolExecutor(1) as pool:
             waiting, encodings = None, None
             for batch in batches:
-                if waiting:
+                if waiting is not None:
                     yield waiting, encodings.result()
                 waiting, encodings = batch, pool.submit(encode, batch)
-            if waiting:
+            if waiting is not None:
                 yield waiting, encodings.result()
 
     def count(self, texts):

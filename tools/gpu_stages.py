@@ -341,8 +341,8 @@ def watch(report, key, flags, saves=False):
             super().step(step, *args, **values)
             watcher.after(step)
 
-        def sync(self):  # sft.py calls it before it writes a checkpoint,
-            super().sync()
+        def extremes(self, *args):  # sft.py calls it before it writes a checkpoint,
+            super().extremes(*args)
             watcher.save_started = time.perf_counter()
 
         def report(self):  # and this after it

@@ -95,7 +95,7 @@ def collectives(run):
         n_chunks = math.ceil(run.tokens / loss_chunk(run))
         counts["tp all-reduce, forward"] = n * (2 * n_blocks + 1), n * (2 * n_blocks + 1) * hidden
         counts["tp all-reduce, backward"] = n * backward, n * backward * hidden
-        counts["tp all-reduce, loss"] = n * (2 * n_chunks + 1), n * (3 * 4 * run.tokens + hidden)
+        counts["tp all-reduce, loss"] = n * (2 * n_chunks + 1), n * (4 * 4 * run.tokens + hidden)
         # once per step, before dp's: gradients of what tp does not split (lora_A or lora_B, q_norm, k_norm)
         unsplit = []
         for name, shape, itemsize, trained in run.parameters:

@@ -202,7 +202,7 @@ def test_when_the_numbers_of_a_step_are_read(train, monkeypatch):
     recording(sft.RunState, "save", "save")
     train(*FAST, "--max_steps", 6, "--save_steps", 5, "--val_data", EXAMPLES, "--eval_steps", 3)
     first, later = ["backward", "update"], ["backward", "read", "update"]  # nothing is unread, or the step before is
-    assert events == [*first, "read", *first, *later, "read", "evaluate",  # steps 1, 2, 3
+    assert events == ["evaluate", *first, "read", *first, *later, "read", "evaluate",  # steps 0, 1, 2, 3
                       *first, *later, "read", "save", *first, "read", "evaluate", "save"]  # 4, 5, 6
 
 

@@ -17,6 +17,7 @@ import data
 import sft
 from disk import checkpoint, run
 from model import CausalLM
+from text.template import ChatTokenizer
 from tools import selfcheck
 
 FAST = ("--batch_size", 8, "--max_length", 128, "--lr", "1e-3", "--no-gradient_checkpointing",
@@ -27,7 +28,7 @@ LATEST = os.path.join("out", "checkpoints", "latest")
 @pytest.fixture(scope="module")
 def rows():
     """The example set, tokenised as in the runs of this file."""
-    return data.load(EXAMPLES, sft.ChatTokenizer(TINY), 128)
+    return data.load(EXAMPLES, ChatTokenizer(TINY), 128)
 
 
 def conversation(rows, step, index):

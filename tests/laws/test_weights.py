@@ -94,7 +94,7 @@ def test_loss_and_gradient_equal_the_definition(shape, rows):
     losses = samples.ConversationLosses(dataset, ranks).restart(ids)
     loss = sft.backward(model, batches, dataset.count(ids)["target_weight"], ranks, losses).item()
     gradients = [p.grad.double() for p in model.parameters()]
-    value = sft.evaluate(model, dataset, cfg, ranks)
+    value, _ = sft.evaluate(model, dataset, ids, cfg, ranks)
 
     conversations = [pair for pair in map(weights_by_hand, (r["messages"] for r in weighted_rows())) if pair[1].any()]
     expected, expected_gradients, weight = by_reference(model.double(), conversations)
@@ -134,19 +134,25 @@ RUN = (*FAST, "--max_length", 128, "--batch_size", 3, "--max_steps", 6, "--timeo
 
 
 def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig):
-    """Losses, norms and val_loss of several ranks, tensor parallelism, offload and no packing, to 1e-5."""
+    """Losses, norms and val_loss of several ranks, tensor parallelism, offload and no packing, to 1e-5; tools/evaluate.py
+    has the same of the checkpoint, on two ranks."""
     common = (*RUN, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", TINY)
     layouts = {"dp2": ("--no-packing",), "tp2": ()}
     if pytestconfig.getoption("--full"):
         layouts |= {"dp4": (), "dp2 offload": ("--param_offload",), "dp2tp2": ("--optimizer_offload",)}
     runs = [(LAYOUTS[name.split()[0]][0], (*common, *LAYOUTS[name.split()[0]][1], *more, "--output_dir",
                                            tmp_path / name)) for name, more in layouts.items()]
-    run_all(runs, tmp_path)
+    evaluated = 2, ("tools/evaluate.py", tmp_path / "dp2/checkpoints/latest", rows, "--json")
+    out = run_all([*runs, evaluated], tmp_path)
+    (result,) = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    last = metrics(tmp_path / "dp2")[-1]
+    assert math.isclose(result["loss"], last["val_loss"], rel_tol=1e-12)
+    assert (result["accuracy"], result["tokens"]) == (last["val_accuracy"], last["val_tokens"])
     base = train(*common, out="base")
     assert any(line["target_weight"] != line["target_tokens"] for line in base if "loss" in line)
     for name in layouts:
         for a, b in zip(base, metrics(tmp_path / name), strict=True):
-            for key in "loss", "val_loss", "grad_norm":
+            for key in "loss", "val_loss", "forgetting", "grad_norm":
                 assert math.isclose(a.get(key, 1), b.get(key, 1), rel_tol=1e-4 if key == "grad_norm" else 1e-5), name
             for key in "target_tokens", "target_weight", "val_tokens", "val_weight":
                 assert a.get(key) == b.get(key)

@@ -20,6 +20,7 @@ import make_config
 import sft
 from ops import packing
 from settings import errors, parser
+from text.template import ChatTokenizer
 
 FIELDS = dataclasses.fields(sft.Config)
 DEFAULTS = dataclasses.asdict(sft.Config())
@@ -796,7 +797,7 @@ def stopped_with(capsys, main):
     (lambda: parse("--batchsize", "4"), "unknown setting 'batchsize'; the nearest is 'batch_size'"),
     (lambda: parse("--config", "missing.yaml"), "missing.yaml"),
     (lambda: sft.data.load("missing.json", None, 10), "missing.json: no such data file"),
-    (lambda: sft.ChatTokenizer("missing"), "missing has no tokenizer.json"),
+    (lambda: ChatTokenizer("missing"), "missing has no tokenizer.json"),
 ], ids=["range", "unknown name", "missing YAML", "missing data", "missing tokenizer"])
 def test_an_error_about_the_input_is_one_line_and_code_2(main, say, capsys, monkeypatch):
     """A UserError, or an OSError with a file name, is one line on standard error without a traceback."""

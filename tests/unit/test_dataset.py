@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import data
 import sft
+import text.conversations
 from settings.errors import UserError
 from text.ledger import check_settings
 from text.template import ChatTokenizer
@@ -379,8 +380,8 @@ def test_columns_that_are_new_in_each_row_take_bounded_memory(tmp_path):
 
 def test_progress_is_shown_after_each_megabyte(tmp_path, monkeypatch):
     """And not only after a thousand rows: --timeout counts from one batch to the next."""
-    assert data.BATCH_CHARACTERS == 2**20
-    monkeypatch.setattr(data, "BATCH_CHARACTERS", 1000)
+    assert text.conversations.BATCH_CHARACTERS == 2**20
+    monkeypatch.setattr(text.conversations, "BATCH_CHARACTERS", 1000)
     rows = [{"prompt": "x", "response": "y " * 300} for _ in range(4)]
     calls = []
     loaded = data.load(write(tmp_path / "long.json", rows), ChatTokenizer(TINY), 1000, progress=lambda: calls.append(1))

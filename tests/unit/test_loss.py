@@ -102,6 +102,34 @@ def test_a_soft_cap_has_the_gradient_of_autograd(weighted, compiles, monkeypatch
         assert error(result, exact) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["eager", "capped", "fused", "fused and capped", "compiled"])
+def test_correct_says_which_targets_argmax_finds(path, dtype, monkeypatch):
+    """Of equal logits the lowest id: two or three in a row are, and the target is each of them in turn."""
+    monkeypatch.setattr(ops.loss, "CHUNK", 64)
+    if path == "compiled":
+        torch._dynamo.reset()
+    if "fused" in path or path == "compiled":
+        monkeypatch.setattr(ops.loss, "has_compiler", lambda device_type: True)
+    if "fused" in path:
+        monkeypatch.setattr(ops.loss, "compile_fused", lambda: ops.loss.fused_)
+    hidden, head, positions, targets, _ = inputs(dtype=dtype)
+    head.soft_cap = 4.0 if "capped" in path else None
+    with torch.no_grad():
+        head.weight[V // 2:2 * (V // 2)] = head.weight[: V // 2]  # each id of the first half has a twin in the second
+        head.weight[V - 1] = head.weight[0]
+        found = head.capped((hidden[positions] @ head.weight.T).float()).argmax(dim=1)
+    first = found[:150]
+    assert (first < V // 2).all()
+    targets[:50], targets[50:100] = first[:50], first[50:100] + V // 2  # correct; beaten by its twin; far away
+    expected = found == targets
+    assert 50 <= expected.sum() < 60 and not expected[50:100].any()
+    out = loss(hidden, head, positions, targets)
+    assert out.correct.dtype == torch.bool and torch.equal(out.correct, expected)
+    with torch.no_grad():
+        assert torch.equal(loss(hidden, head, positions, targets).correct, expected)
+
+
 def test_the_gradient_is_that_of_finite_differences():
     """Of hidden, through the choice of rows and back: central differences of the total in fp64."""
     hidden, head, *rest = inputs(n=6, targets=4)
@@ -195,10 +223,11 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if not isinstance(result, torch.Tensor) or func.is_view or name.startswith(("empty", "new_empty", "resize_")):
+        if func.is_view or name.startswith(("empty", "new_empty", "resize_")):
             return result
-        reads = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
-        moved = nbytes(reads) + nbytes([result])
+        reads, writes = ([x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+                         for tree in (args, result))
+        moved = nbytes(reads) + nbytes(writes)
         if name in ("gather", "index_select"):
             moved = nbytes(reads[1:]) + 2 * nbytes([result])
         elif name in ("scatter_", "index_copy_"):
@@ -207,7 +236,7 @@ class Traffic(TorchDispatchMode):
             self.products += moved
         else:
             self.others += moved
-        self.calls.append((name, tuple(result.shape), result.dtype))
+        self.calls += [(name, tuple(x.shape), x.dtype) for x in writes]
         return result
 
     def calls_of(self, *names):
@@ -238,7 +267,7 @@ def test_forward_and_backward_run_on_meta(on_meta):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_eager_passes_move_26_bytes_a_logit(weighted):
-    """amax 2, subtract 2 + 4, exp 4 + 4, sum 4, divide 4 + 2; all else is vectors of one value per target."""
+    """max 2, subtract 2 + 4, exp 4 + 4, sum 4, divide 4 + 2; all else is vectors of one value per target."""
     logits = torch.empty(200, V, dtype=torch.bfloat16, device="meta")
     targets, weights = (torch.empty(200, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
     head = Head(C, V, device="meta")
@@ -259,7 +288,7 @@ def test_the_passes_are_all_that_the_loss_does_to_the_logits(on_meta, monkeypatc
     def one_operation(logits, targets, *_):
         passes.append(2 * nbytes([logits]))
         with torch.utils._python_dispatch._disable_current_modes():
-            return torch.empty(len(logits), device="meta")
+            return torch.empty(len(logits), device="meta"), torch.empty(len(logits), device="meta", dtype=torch.bool)
 
     monkeypatch.setattr(ops.loss, "cross_entropy_", one_operation)
     with Traffic() as traffic:
