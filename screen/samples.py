@@ -12,6 +12,7 @@ import torch
 import fsdp
 from model import generate
 from ops import overlap
+from screen.by_source import Sources
 from settings.errors import UserError
 from text import containers, formats, sources
 
@@ -80,17 +81,43 @@ class Prompts:
 class ConversationLosses:
     """The loss of each conversation when it was last trained; extremes() reports the highest and lowest.
 
+    And what is summed over a step beside its loss: how many targets are correct, and the loss by source.
+
     sums  (conversations,) fp32: nats summed over the targets that this rank computed; -1 if never trained
+    step  {name: fp64 tensor}: sums over the targets of the current step that this rank computed
     """
 
     def __init__(self, dataset, ranks):
-        self.dataset, self.ranks = dataset, ranks
+        self.dataset, self.ranks, self.sources = dataset, ranks, Sources(dataset)
         self.sums = torch.full((len(dataset),), -1.0, device=ranks.device)
+        if self.sources.names:
+            self.source_of = overlap.to_device(self.sources.index, ranks.device)
 
     def restart(self, ids):
-        """Set the conversations of a step to 0 on every rank; return the tensor that backward adds to."""
+        """Begin a step: on every rank, its conversations are set to 0. Return self, for backward."""
         self.sums.index_fill_(0, overlap.to_device(ids, self.sums.device), 0.0)
-        return self.sums
+        shapes = {"correct": (), "sources": (len(self.sources.names),)}
+        self.step = {name: self.sums.new_zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        return self
+
+    def add(self, batch, out):
+        """Add a micro-batch, a data.MicroBatch, with its LossOut."""
+        self.sums.index_add_(0, batch.conversation_of_target, out.each)
+        self.step["correct"] += out.correct.sum()
+        if self.sources.names:
+            losses = out.each if batch.weights is None else out.each * batch.weights
+            source_of_target = self.source_of.index_select(0, batch.conversation_of_target).int()
+            self.step["sources"].index_add_(0, source_of_target, losses.double())
+
+    def all_reduce(self, loss):
+        """{"loss": of the step, and the sums in `step`}, over all ranks, for Figures.queue: one all-reduce.
+
+        loss  () what backward returned
+        """
+        sums = {"loss": loss, **self.step}
+        flat = self.ranks.all_reduce(torch.cat([tensor.double().reshape(-1) for tensor in sums.values()]))
+        parts = flat.split([tensor.numel() for tensor in sums.values()])
+        return {name: part.view(tensor.shape) for (name, tensor), part in zip(sums.items(), parts)}
 
     def extremes(self, tokenizer, count=10):
         """Return the conversations of lowest and highest loss per target, as dicts for samples.jsonl.
