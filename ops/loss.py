@@ -66,7 +66,9 @@ def objective(nll, log_sum, head):
     eagerly, compiled, and with tensor parallelism: nll and log_sum are those of the complete vocabulary.
     An evaluation does not call this: its loss is nll.
     """
-    return nll, torch.ones_like(nll), torch.zeros_like(nll)
+    each, by_nll, by_log_sum = nll, torch.ones_like(nll), torch.zeros_like(nll)
+    # a term that a fork adds comes here, with its derivatives
+    return each, by_nll, by_log_sum
 
 
 def chunk_size(vocabulary, device_type):
@@ -246,8 +248,8 @@ def eager_(logits, targets, head, needs_gradient):
     log_sum = exp_sum.log() + largest
     if needs_gradient:
         each, factor, at_target = with_factors(nll, log_sum, targets.weights, head)
-        at_target = torch.where(is_here, at_target, x.gather(1, ids) / exp_sum * factor)
-        torch.div(x, exp_sum / factor, out=logits).scatter_(1, ids, at_target.to(logits.dtype))
+        torch.div(x, exp_sum / factor, out=logits)
+        logits.scatter_(1, ids, torch.where(is_here, at_target.to(logits.dtype), logits.gather(1, ids)))
         if head.soft_cap is not None:
             products.copy_(logits.mul_(cap_slope(products, head.soft_cap)))
     return each[:, 0], log_sum[:, 0], ((picked == 0) & (n_beaten == 0))[:, 0]

@@ -84,7 +84,7 @@ class ConversationLosses:
     And what is summed over a step beside its loss: how many targets are correct, and the loss by source.
 
     sums  (conversations,) fp32: nats summed over the targets that this rank computed; -1 if never trained
-    step  {name: fp64 tensor}: sums over the targets of the current step that this rank computed
+    step  {name: (1,) fp64, of "sources" (names,)}: sums over the targets that this rank computed in this step
     """
 
     def __init__(self, dataset, ranks):
@@ -96,28 +96,27 @@ class ConversationLosses:
     def restart(self, ids):
         """Begin a step: on every rank, its conversations are set to 0. Return self, for backward."""
         self.sums.index_fill_(0, overlap.to_device(ids, self.sums.device), 0.0)
-        shapes = {"correct": (), "sources": (len(self.sources.names),)}
-        self.step = {name: self.sums.new_zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        sizes = {"correct": 1, "sources": len(self.sources.names)}
+        self.step = {name: self.sums.new_zeros(n, dtype=torch.float64) for name, n in sizes.items()}
         return self
 
     def add(self, batch, out):
         """Add a micro-batch, a data.MicroBatch, with its LossOut."""
+        weights = 1.0 if batch.weights is None else batch.weights
         self.sums.index_add_(0, batch.conversation_of_target, out.each)
         self.step["correct"] += out.correct.sum()
         if self.sources.names:
-            losses = out.each if batch.weights is None else out.each * batch.weights
             source_of_target = self.source_of.index_select(0, batch.conversation_of_target).int()
-            self.step["sources"].index_add_(0, source_of_target, losses.double())
+            self.step["sources"].index_add_(0, source_of_target, (out.each * weights).double())
 
     def all_reduce(self, loss):
-        """{"loss": of the step, and the sums in `step`}, over all ranks, for Figures.queue: one all-reduce.
+        """{"loss": loss of the step, and the sums in `step`} over all ranks, for Figures.queue.
 
-        loss  () what backward returned
+        loss  () what backward returned. All ranks call it: one all-reduce
         """
-        sums = {"loss": loss, **self.step}
-        flat = self.ranks.all_reduce(torch.cat([tensor.double().reshape(-1) for tensor in sums.values()]))
-        parts = flat.split([tensor.numel() for tensor in sums.values()])
-        return {name: part.view(tensor.shape) for (name, tensor), part in zip(sums.items(), parts)}
+        sums = {"loss": loss.double()[None], **self.step}
+        parts = self.ranks.all_reduce(torch.cat(list(sums.values()))).split([len(x) for x in sums.values()])
+        return {name: part if name == "sources" else part[0] for name, part in zip(sums, parts)}
 
     def extremes(self, tokenizer, count=10):
         """Return the conversations of lowest and highest loss per target, as dicts for samples.jsonl.
