@@ -191,7 +191,7 @@ def backward(model, batches, weight, ranks, losses=None):
 
     weight   sum of the weights of the step's targets, over all ranks. Each micro-batch's weighted loss is
              divided by it, so the gradient does not depend on how the step is split into micro-batches
-    losses   (conversations of the data,) fp32: the unweighted loss of each one is added to its element
+    losses   samples.ConversationLosses, which gets the losses of each micro-batch
     returns  () the quotients of this rank's micro-batches, summed; the sum over dp ranks is the step's loss
     """
     total = torch.zeros((), device=ranks.device)
@@ -202,7 +202,7 @@ def backward(model, batches, weight, ranks, losses=None):
         loss.backward()
         total += loss.detach()
         if losses is not None:
-            losses.index_add_(0, batch.conversation_of_target, out.each)
+            losses.add(batch, out)
     return total
 
 
@@ -345,11 +345,11 @@ def train(cfg, ranks, origins):
         if cfg.use_lora and step == first_step:
             selfcheck.check_adapters(model, ranks)
         read()  # the step before: only now, so that the device had work meanwhile
-        loss, norm = ranks.all_reduce(loss), fsdp.grad_norm(model).to(ranks.device)
+        sums, norm = losses.all_reduce(loss), fsdp.grad_norm(model).to(ranks.device)
         lr = lr_at(step, len(sampler), cfg)
         meter.start(step)
-        optim.update(optimizer, loss, norm, lr=lr, grad_clip=cfg.grad_clip, norm_limit=run.norm_limit)
-        figures.queue(loss=loss, grad_norm=norm, changed=meter.changed())
+        optim.update(optimizer, sums["loss"], norm, lr=lr, grad_clip=cfg.grad_clip, norm_limit=run.norm_limit)
+        figures.queue(**sums, grad_norm=norm, changed=meter.changed())
         log.step(step, ids, figures, run.norm_limit, epoch=epoch, lr=lr, **counts)
         run.step, run.lr = step, lr
         after_step(step)

@@ -22,7 +22,9 @@ class LossOut(NamedTuple):
     """The loss of a micro-batch."""
 
     total: torch.Tensor  # () fp32, nats summed over the targets (times their weights); the caller divides
-    each: torch.Tensor  # (R,) fp32, the unweighted loss of each target; no gradient flows through it
+    # no gradient flows through these
+    each: torch.Tensor  # (R,) fp32, the unweighted loss of each target
+    log_sum: torch.Tensor  # (R,) fp32, the log of the sum of exp(logits) over the vocabulary
     correct: torch.Tensor  # (R,) bool: the target is the likeliest token; of equal logits, the lowest id wins
 
 
@@ -52,6 +54,23 @@ class Head(nn.Linear):
         """All-reduce a tensor over the shards of the vocabulary, in place; op is "sum" or "max"."""
 
 
+def objective(nll, log_sum, head):
+    """The loss that is trained. This is the place to change for another one: see docs/fork.md.
+
+    nll      (rows,) fp32, the negative log-likelihood of each target, in nats
+    log_sum  (rows,) fp32, LossOut.log_sum
+    head     the Head, for settings that a fork gives it
+    returns  (the loss of each target, its derivative with respect to nll, and with respect to log_sum)
+
+    All are (rows,) fp32. The gradient of the logits follows from the two derivatives. The same code runs
+    eagerly, compiled, and with tensor parallelism: nll and log_sum are those of the complete vocabulary.
+    An evaluation does not call this: its loss is nll.
+    """
+    each, by_nll, by_log_sum = nll, torch.ones_like(nll), torch.zeros_like(nll)
+    # a term that a fork adds comes here, with its derivatives
+    return each, by_nll, by_log_sum
+
+
 def chunk_size(vocabulary, device_type):
     """Targets whose logits exist at a time, for a head that holds `vocabulary` tokens.
 
@@ -73,8 +92,21 @@ def loss(hidden, head, target_positions, targets, weights=None):
 
     All of it is in fp64 if hidden is.
     """
-    return LossOut(*ChunkedCrossEntropy.apply(
-        hidden, head.local_weight(), target_positions, targets, weights, head, torch.is_grad_enabled()))
+    weight = head.local_weight()
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    return LossOut(*ChunkedLoss.apply(hidden, weight, Targets(target_positions, targets, weights), head))
+
+
+class Targets(NamedTuple):
+    """Arguments of loss()."""
+
+    positions: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor | None
+
+    def chunk(self, start, stop):
+        return Targets(*(None if x is None else x[start:stop] for x in self))
 
 
 def wide(dtype):
@@ -82,7 +114,7 @@ def wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedLoss(torch.autograd.Function):
     """Computes the gradient of each chunk in forward, while its logits exist.
 
     Nothing is computed twice. One (chunk, V) buffer is alive instead of the three (N, V) buffers of plain
@@ -90,14 +122,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target_positions, targets, weights, head, grad_enabled):
-        n, chunk = len(targets), chunk_size(weight.shape[0], hidden.device.type)
-        each = torch.empty(n, dtype=wide(hidden.dtype), device=hidden.device)
+    def forward(ctx, hidden, weight, targets, head):
+        n, chunk = len(targets.ids), chunk_size(weight.shape[0], hidden.device.type)
+        each, log_sum = (torch.empty(n, dtype=wide(hidden.dtype), device=hidden.device) for _ in range(2))
         correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
         hidden_grad = weight_grad = None
-        if grad_enabled and ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:
             hidden_grad = hidden.new_empty(n, hidden.shape[1])  # only of the positions with a target
-        if grad_enabled and ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:
             weight_grad = torch.empty_like(weight, dtype=each.dtype)  # a sum over chunks needs fp32
             if not n:
                 weight_grad.zero_()  # otherwise the first chunk's product overwrites it
@@ -106,13 +138,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # view would be another graph for the compiler.
         logits = hidden.new_empty(min(chunk, n), weight.shape[0])
         for start in range(0, n, chunk):
-            span = slice(start, start + chunk)
-            h = hidden.index_select(0, target_positions[span])
+            span, here = slice(start, start + chunk), targets.chunk(start, start + chunk)
+            h = hidden.index_select(0, here.positions)
             torch.mm(h, weight.T, out=logits.resize_(len(h), weight.shape[0]))
-            row_weights = None if weights is None else weights[span]
             # The logits become their gradient, so that no second buffer is needed.
-            each[span], correct[span] = cross_entropy_(
-                logits, targets[span], row_weights, head, needs_gradient)
+            each[span], log_sum[span], correct[span] = row_losses_(logits, here, head, needs_gradient)
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[span])
             if weight_grad is not None:
@@ -122,9 +152,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if weight_grad is not None and not (weight.is_leaf and weight.grad_dtype == torch.float32):
             weight_grad = weight_grad.to(weight.dtype)
         ctx.grads, ctx.n_tokens = (hidden_grad, weight_grad), len(hidden)
-        ctx.save_for_backward(target_positions)
-        ctx.mark_non_differentiable(each, correct)
-        return (each if weights is None else each * weights).sum(), each, correct
+        ctx.save_for_backward(targets.positions)
+        ctx.mark_non_differentiable(each, log_sum, correct)
+        return (each if targets.weights is None else each * targets.weights).sum(), each, log_sum, correct
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -140,7 +170,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # The gradient of hidden[target_positions] would sort them, in case two are equal.
             zeros = hidden_grad.new_zeros(ctx.n_tokens, hidden_grad.shape[1])
             hidden_grad = zeros.index_copy_(0, ctx.saved_tensors[0], hidden_grad)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None
 
 
 def add_product_(total, a, b, is_first):
@@ -157,75 +187,72 @@ def add_product_(total, a, b, is_first):
         total += a @ b
 
 
-def cross_entropy_(logits, targets, weights, head, needs_gradient):
-    """The loss of each target, (rows,) fp32, and whether it is the likeliest token, (rows,) bool.
+def row_losses_(logits, targets, head, needs_gradient):
+    """each, log_sum and correct of LossOut for these rows.
 
     Changes the logits: with needs_gradient, into their gradient.
 
     logits   (rows, V)  of any float dtype
-    targets  (rows,)    int64
-    weights  (rows,)    factors of the rows of the gradient, or None
+    targets  Targets of these rows
 
     Compiled it moves 6 bytes a bf16 logit, eager 26 (tests/unit/test_loss.py counts them). A compiled
     function can't all-reduce halfway, so with tensor parallelism it is eager, as where there is no compiler.
     """
     if head.tp_size == 1 and has_compiler(logits.device.type):
-        if head.soft_cap is not None:
-            slope = cap_slope(logits.gather(1, targets[:, None]), head.soft_cap)[:, 0]
         # Without a gradient no weights are read; to pass them would only be another graph.
-        each, correct = compiled(
-            logits, targets, weights if needs_gradient else None, needs_gradient, head.soft_cap)
+        each, log_sum, correct, at_target = compiled(
+            logits, targets.ids, targets.weights if needs_gradient else None, head, needs_gradient)
         if needs_gradient:
-            at_target = torch.expm1(-each)  # probability minus one
-            if weights is not None:
-                at_target = at_target * weights
-            if head.soft_cap is not None:
-                at_target = at_target * slope
-            logits.scatter_(1, targets[:, None], at_target.to(logits.dtype)[:, None])
-        return each, correct
+            logits.scatter_(1, targets.ids[:, None], at_target)
+        return each, log_sum, correct
     # fp32 logits change in place; others are copied to fp32, piece by piece. So are those with a cap, which
     # the gradient needs as they are.
     is_wide = logits.dtype == wide(logits.dtype) and head.soft_cap is None
     piece = PIECE if logits.device.type == "cpu" else GPU_PIECE
     rows = len(logits) if is_wide else max(1, piece // logits.shape[1])
-    results = []
-    for span in (slice(start, start + rows) for start in range(0, len(logits), rows)):
-        row_weights = None if weights is None else weights[span]
-        results.append(eager_(logits[span], targets[span], row_weights, head, needs_gradient))
-    each, correct = map(torch.cat, zip(*results))
-    return each, correct
+    pieces = [eager_(logits[i : i + rows], targets.chunk(i, i + rows), head, needs_gradient)
+              for i in range(0, len(logits), rows)]
+    return map(torch.cat, zip(*pieces))
 
 
-def eager_(logits, targets, weights, head, needs_gradient):
-    """cross_entropy_ as single operations, with all-reduces over the shards of the vocabulary."""
-    t, products = targets[:, None] - head.first_id, logits
+def with_factors(nll, log_sum, weights, head):
+    """(objective, factor, at_target), each (rows, 1) like the arguments.
+
+    The gradient of the logits is factor times the probabilities, but at_target at the target.
+    """
+    each, by_nll, by_log_sum = objective(nll, log_sum, head)
+    # probability minus one, exact for likely targets too
+    factor, at_target = by_nll + by_log_sum, by_nll * torch.expm1(-nll) + by_log_sum * torch.exp(-nll)
+    if weights is not None:
+        factor, at_target = factor * weights[:, None], at_target * weights[:, None]
+    return each, factor, at_target
+
+
+def eager_(logits, targets, head, needs_gradient):
+    """row_losses_ as single operations, with all-reduces over the shards of the vocabulary."""
+    ids, products = targets.ids[:, None] - head.first_id, logits
     if head.soft_cap is not None:
         logits = head.capped(logits.to(wide(logits.dtype)))
-    largest, likeliest = logits.max(dim=1, keepdim=True)  # of equal logits the first
-    largest_here = largest = largest.to(wide(logits.dtype))
-    if head.tp_size > 1:
-        head.all_reduce(largest := largest_here.clone(), "max")
+    largest_here, likeliest = logits.max(dim=1, keepdim=True)  # of equal logits the first
+    largest = largest_here.to(wide(logits.dtype), copy=True)
+    head.all_reduce(largest, "max")
     x = logits.sub_(largest) if logits.dtype == largest.dtype else logits - largest
-    # 1.0 where this rank's shard of the vocabulary has the target
-    is_here = ((t >= 0) & (t < logits.shape[1])).to(x.dtype)
-    t = t.clamp(0, logits.shape[1] - 1)
-    picked = x.gather(1, t) * is_here
-    # 1.0 where this rank has the largest logit at an id below the target
-    is_beaten = ((largest_here == largest) & (likeliest + head.first_id < targets[:, None])).to(x.dtype)
-    sums = torch.cat((x.exp_().sum(dim=1, keepdim=True), picked, is_beaten), dim=1)
+    is_here = (ids >= 0) & (ids < logits.shape[1])  # has this rank's shard the target?
+    is_beaten = (largest_here == largest) & (likeliest < ids)  # by an equal logit of a lower id
+    ids = ids.clamp(0, logits.shape[1] - 1)
+    picked = x.gather(1, ids) * is_here
+    sums = torch.cat((picked, is_beaten.to(x.dtype), x.exp_().sum(dim=1, keepdim=True)), dim=1)
     head.all_reduce(sums, "sum")
-    each = sums[:, 0].log() - sums[:, 1]
-    correct = (sums[:, 1] == 0) & (sums[:, 2] == 0)
+    picked, n_beaten, exp_sum = sums.split(1, dim=1)
+    each = nll = exp_sum.log() - picked
+    log_sum = exp_sum.log() + largest
     if needs_gradient:
-        # The gradient of the logits: probabilities minus the one-hot target.
-        sums = sums[:, :1]
-        at_target = x.gather(1, t) / sums - is_here
-        if weights is not None:
-            at_target, sums = at_target * weights[:, None], sums / weights[:, None]
-        torch.div(x, sums, out=logits).scatter_(1, t, at_target.to(logits.dtype))
+        each, factor, at_target = with_factors(nll, log_sum, targets.weights, head)
+        torch.div(x, exp_sum / factor, out=logits)
+        logits.scatter_(1, ids, torch.where(is_here, at_target.to(logits.dtype), logits.gather(1, ids)))
         if head.soft_cap is not None:
             products.copy_(logits.mul_(cap_slope(products, head.soft_cap)))
-    return each, correct
+    return each[:, 0], log_sum[:, 0], ((picked == 0) & (n_beaten == 0))[:, 0]
 
 
 def cap_slope(products, soft_cap):
@@ -233,33 +260,36 @@ def cap_slope(products, soft_cap):
     return 1 - (products.to(wide(products.dtype)) / soft_cap).tanh().square()
 
 
-def fused_(logits, targets, weights, needs_gradient, soft_cap=None):
-    """cross_entropy_ for the compiler, which holds no (rows, V) tensor but the logits.
+def fused_(logits, target_ids, weights, head, needs_gradient):
+    """row_losses_ for the compiler, which holds no (rows, V) tensor but the logits.
 
-    It leaves the gradient at the targets to its caller: one number a row, for which a kernel over all logits
-    would have to search.
+    It returns the gradient at the targets, (rows, 1), which the caller writes: one number a row, for which a
+    kernel over all logits would have to search.
     """
-    x = logits.to(wide(logits.dtype))
-    if soft_cap is not None:
-        slope, x = cap_slope(x, soft_cap), (x / soft_cap).tanh() * soft_cap
+    x, target_ids = logits.to(wide(logits.dtype)), target_ids[:, None]
+    if head.soft_cap is not None:
+        slope, x = cap_slope(x, head.soft_cap), head.capped(x)
     largest, likeliest = x.max(dim=1, keepdim=True)
     x = x - largest
-    log_sum = x.exp().sum(dim=1, keepdim=True).log()
-    each = log_sum - x.gather(1, targets[:, None])
+    exp_log_sum = x.exp().sum(dim=1, keepdim=True).log()
+    each = nll = exp_log_sum - x.gather(1, target_ids)
+    log_sum, at_target = exp_log_sum + largest, None
     if needs_gradient:
-        probabilities = (x - log_sum).exp()
-        if soft_cap is not None:
-            probabilities = probabilities * slope
-        logits.copy_(probabilities if weights is None else probabilities * weights[:, None])
-    return each[:, 0], likeliest[:, 0] == targets
+        each, factor, at_target = with_factors(nll, log_sum, weights, head)
+        gradient = (x - exp_log_sum).exp() * factor
+        if head.soft_cap is not None:
+            gradient, at_target = gradient * slope, at_target * slope.gather(1, target_ids)
+        logits.copy_(gradient)
+        at_target = at_target.to(logits.dtype)
+    return each[:, 0], log_sum[:, 0], (likeliest == target_ids)[:, 0], at_target
 
 
-def compiled(logits, targets, weights, needs_gradient, soft_cap=None):
+def compiled(logits, target_ids, weights, head, needs_gradient):
     """fused_(), compiled once for each vocabulary: to divide by a number that is not known is slow."""
-    for tensor in (logits, targets, weights):
+    for tensor in (logits, target_ids, weights):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return compile_fused()(logits, targets, weights, needs_gradient, soft_cap)
+    return compile_fused()(logits, target_ids, weights, head, needs_gradient)
 
 
 @functools.cache

@@ -54,21 +54,26 @@ class Figures:
         return event
 
     def queue(self, **tensors):
-        """Copy () tensors to the host as soon as they are computed; None is omitted. The step ends here."""
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        self.names = list(tensors)
+        """Copy () or (k,) tensors to the host as soon as they are computed. The step ends here.
+
+        None is omitted, and so is a tensor without elements.
+        """
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         # with offload, some are computed on the host
-        self.numbers = torch.stack([t.to(self.device, torch.float64) for t in tensors.values()])
+        self.numbers = torch.cat([t.to(self.device, torch.float64).reshape(-1) for t in tensors.values()])
         if self.is_cuda:
             pinned = torch.empty(self.numbers.shape, dtype=self.numbers.dtype, pin_memory=True)
             self.numbers = pinned.copy_(self.numbers, non_blocking=True)
         self.end = self.now()
 
     def read(self):
-        """({name: float}, seconds from the beginning to the end of the step). Waits for the device."""
+        """({name: float or list}, seconds from the step's beginning to its end). Waits for the device."""
         if self.is_cuda:
             self.end.synchronize()
             seconds = self.begin.elapsed_time(self.end) / 1000
         else:
             seconds = self.end - self.begin
-        return dict(zip(self.names, self.numbers.tolist())), seconds
+        parts = self.numbers.split([shape.numel() for shape in self.shapes.values()])
+        named = zip(self.shapes.items(), parts)
+        return {name: part.view(shape).tolist() for (name, shape), part in named}, seconds

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from disk import files
 from ops import flops, memory
 from screen import report
+from screen.by_source import Sources
 from screen.trend import Trend
 from screen.validation import together
 from settings import venv
@@ -236,7 +237,7 @@ class Log:
 
     def banner(self, cfg, run, model, tokenizer, train_set, validation, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
-        self.train_set, self.model_config = train_set, model.config
+        self.train_set, self.sources, self.model_config = train_set, Sources(train_set), model.config
         self.matrices = flops.block_matrices(model)
         if not self.is_writer:
             return
@@ -291,13 +292,14 @@ class Log:
         """Remember a training step until read() is called.
 
         ids         the conversations of the step
-        figures     overlap.Figures with loss, grad_norm and other numbers that the device computes
+        figures     overlap.Figures: the sums of ConversationLosses.all_reduce, grad_norm, and other numbers
+                    that the device computes
         norm_limit  a gradient norm above it made the optimizer skip the step
         the others  keys of its line in metrics.jsonl
         """
-        values = dict(  # in the order of the line; read() sets the two
-            epoch=epoch, loss=None, lr=lr, grad_norm=None, tokens=tokens, target_tokens=target_tokens,
-            target_weight=target_weight)
+        values = dict(  # in the order of the line; read() sets the three
+            epoch=epoch, loss=None, accuracy=None, lr=lr, grad_norm=None, tokens=tokens,
+            target_tokens=target_tokens, target_weight=target_weight)
         self.unread = step, ids, figures, norm_limit, values
 
     def read(self, norms):
@@ -320,6 +322,8 @@ class Log:
             if is_skipped:  # --max_grad_norm_factor
                 self.say(f"step {step}: skipped, gradient norm {grad_norm:.3g} exceeds the limit "
                          f"{norm_limit:.3g}; conversations: {self.train_set.sources(ids)}")
+            values["accuracy"] = numbers.pop("correct") / values["target_tokens"]
+            values["sources"] = self.sources.values(ids, numbers.pop("sources", ())) or None
             values.update(numbers, seconds=seconds, tokens_per_second=values["tokens"] / seconds,
                           peak_memory_gb=memory.peak_memory_gb(self.device))
             values["reserved_memory_gb"] = memory.reserved_memory_gb(self.device)
@@ -337,7 +341,9 @@ class Log:
         self.warn_if_unchanged(step, values)
         self.metrics.write(step=step, **values)
         self.trend.add(step, **values)
-        self.send("train", step, values)
+        by_source = {f"loss/{name}": part["loss"] for name, part in values.get("sources", {}).items()}
+        numbers = {name: value for name, value in values.items() if name != "sources"}
+        self.send("train", step, {**numbers, **by_source})
         val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""
         mfu = f"{100 * values['mfu']:.0f} % MFU, " if "mfu" in values else ""
         shown = (f"loss {values['loss']:.4f}, {val}lr {values['lr']:.2e}, norm {values['grad_norm']:.3g}, "

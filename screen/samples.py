@@ -12,6 +12,7 @@ import torch
 import fsdp
 from model import generate
 from ops import overlap
+from screen.by_source import Sources
 from settings.errors import UserError
 from text import containers, formats, sources
 
@@ -79,17 +80,42 @@ class Prompts:
 class ConversationLosses:
     """The loss of each conversation when it was last trained; extremes() reports the highest and lowest.
 
+    And what is summed over a step beside its loss: how many targets are correct, and the loss by source.
+
     sums  (conversations,) fp32: nats summed over the targets that this rank computed; -1 if never trained
+    step  {name: (1,) fp64, of "sources" (names,)}: sums over the targets that this rank computed in this step
     """
 
     def __init__(self, dataset, ranks):
-        self.dataset, self.ranks = dataset, ranks
+        self.dataset, self.ranks, self.sources = dataset, ranks, Sources(dataset)
         self.sums = torch.full((len(dataset),), -1.0, device=ranks.device)
+        if self.sources.names:
+            self.source_of = overlap.to_device(self.sources.index, ranks.device)
 
     def restart(self, ids):
-        """Set the conversations of a step to 0 on every rank; return the tensor that backward adds to."""
+        """Begin a step: on every rank, its conversations are set to 0. Return self, for backward."""
         self.sums.index_fill_(0, overlap.to_device(ids, self.sums.device), 0.0)
-        return self.sums
+        sizes = {"correct": 1, "sources": len(self.sources.names)}
+        self.step = {name: self.sums.new_zeros(n, dtype=torch.float64) for name, n in sizes.items()}
+        return self
+
+    def add(self, batch, out):
+        """Add a micro-batch, a data.MicroBatch, with its LossOut."""
+        weights = 1.0 if batch.weights is None else batch.weights
+        self.sums.index_add_(0, batch.conversation_of_target, out.each)
+        self.step["correct"] += out.correct.sum()
+        if self.sources.names:
+            source_of_target = self.source_of.index_select(0, batch.conversation_of_target).int()
+            self.step["sources"].index_add_(0, source_of_target, (out.each * weights).double())
+
+    def all_reduce(self, loss):
+        """{"loss": loss of the step, and the sums in `step`} over all ranks, for Figures.queue.
+
+        loss  () what backward returned. All ranks call it: one all-reduce
+        """
+        sums = {"loss": loss.double()[None], **self.step}
+        parts = self.ranks.all_reduce(torch.cat(list(sums.values()))).split([len(x) for x in sums.values()])
+        return {name: part if name == "sources" else part[0] for name, part in zip(sums, parts)}
 
     def extremes(self, tokenizer, count=10):
         """Return the conversations of lowest and highest loss per target, as dicts for samples.jsonl.

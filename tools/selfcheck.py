@@ -24,6 +24,7 @@ import data
 import fsdp
 from ops import packing
 from ops.memory import local
+from screen import samples
 from settings.errors import NonFiniteError, UserError
 
 # relative differences up to these are rounding, by the dtype of the computation
@@ -133,7 +134,7 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     for dp_rank in range(ranks.dp_size):
         batches = data.micro_batches(dataset, ids, *limits, dp_rank=dp_rank, dp_size=ranks.dp_size)
         for number, batch in enumerate(batches, 1):
-            losses = torch.zeros(len(dataset), device=ranks.device)
+            losses = samples.ConversationLosses(dataset, ranks).restart(batch.ids)
             is_mine = dp_rank == ranks.dp_rank
             for p in parameters:
                 p.grad = None
@@ -141,7 +142,7 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
                 model, [batch if is_mine else empty], weight, ranks, losses if is_mine else None)
             if math.isfinite(ranks.all_reduce(loss).item()) and fsdp.grad_norm(model).isfinite():
                 continue
-            bad = batch.ids[~ranks.all_reduce(losses).isfinite().cpu().numpy()[batch.ids]]
+            bad = batch.ids[~ranks.all_reduce(losses.sums).isfinite().cpu().numpy()[batch.ids]]
             suspects = bad if len(bad) else batch.ids  # only the gradient is bad: it may be any of them
             rank = dp_rank * ranks.world_size // ranks.dp_size
             return f"rank {rank}, micro-batch {number}; conversations: {dataset.sources(suspects)}"

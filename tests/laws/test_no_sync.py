@@ -60,8 +60,9 @@ def one_step(dataset, **settings):
         loss = sft.backward(model, batches, 1000, ranks, losses.restart(ids))
         norm = fsdp.grad_norm(model)
         meter.start(1)
-        optim.update(optimizer, ranks.all_reduce(loss), norm, lr=cfg.lr, grad_clip=cfg.grad_clip, norm_limit=3.0)
-        overlap.Figures(META).queue(loss=loss, grad_norm=norm, changed=meter.changed())
+        sums = losses.all_reduce(loss)
+        optim.update(optimizer, sums["loss"], norm, lr=cfg.lr, grad_clip=cfg.grad_clip, norm_limit=3.0)
+        overlap.Figures(META).queue(**sums, grad_norm=norm, changed=meter.changed())
     assert all(p.grad is None for p in model.parameters())
     return copies, batches
 
@@ -210,7 +211,7 @@ def test_numbers_of_the_host_and_the_device_are_read_together():
     """With --optimizer_offload the fraction of changed weights is computed on the host."""
     figures = overlap.Figures(META)
     figures.queue(loss=torch.zeros((), device=META), changed=torch.zeros(()))
-    assert figures.names == ["loss", "changed"] and figures.numbers.device == META
+    assert list(figures.shapes) == ["loss", "changed"] and figures.numbers.device == META
 
 
 class FakeEvent:

@@ -231,7 +231,7 @@ def interrupt_after(monkeypatch, last_step):
     monkeypatch.setattr(checkpoint, "save", save_and_die)
 
 
-EXACT = ("loss", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "target_weight", "val_loss",
+EXACT = ("loss", "accuracy", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "target_weight", "val_loss",
          "val_tokens", "val_weight")
 
 
@@ -404,8 +404,8 @@ def test_the_screen_shows_the_run_and_its_result(train, capsys):
     assert "step 9 of 9: loss" in out
     assert "saved    out/checkpoints/latest -> step_9 (Hugging Face model directory)" in out
     assert re.search(r"try it   .*chat.py out/checkpoints/latest", out)
-    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "target_weight",
-                             "seconds", "tokens_per_second", "peak_memory_gb", "changed"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens", "target_tokens",
+                             "target_weight", "seconds", "tokens_per_second", "peak_memory_gb", "changed"}
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert lines[-1]["epoch"] == 1.0
 

@@ -24,7 +24,10 @@ CONTENTS = ["How far?", "Two miles.", "And back?", "Two more, by the same road."
 
 
 def weighted_rows(count=15):
-    """Conversations of one to three turns. Their weights are 0.5, 2, 0, 1 and absent in turn, differently in each."""
+    """Conversations of one to three turns. Their weights are 0.5, 2, 0, 1 and absent in turn, differently in each.
+
+    They have three sources: a has a third of the conversations, b and c have others.
+    """
     rows = []
     for i in range(count):
         messages = chat(f"{i} times", *(text * (i % 3 + 1) for text in CONTENTS[1 : 2 * (i % 3) + 2]))
@@ -32,7 +35,7 @@ def weighted_rows(count=15):
             weight = (0.5, 2.0, 0.0, 1.0, None)[(i + 2 * j) % 5]
             if weight is not None:
                 message["weight"] = weight
-        rows.append({"messages": messages})
+        rows.append({"messages": messages, "source": "cab"[i % 3]})
     return rows
 
 
@@ -47,15 +50,16 @@ def weights_by_hand(messages):
 
 
 def by_reference(model, conversations):
-    """(loss, gradients) of a step in fp64, from the logits of each conversation alone."""
-    total = weight = 0
+    """(loss, gradients, weight, correct targets) of a step in fp64, from the logits of each conversation alone."""
+    total = weight = correct = 0
     for ids, weights in conversations:
         logits = model(torch.tensor(ids), Documents.of((len(ids),), torch.device("cpu")))
         each = F.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
         total = total + (each * torch.tensor(weights[1:])).sum()
         weight = weight + weights[1:].sum()
+        correct += ((logits[:-1].argmax(dim=1) == torch.tensor(ids[1:])) & (torch.tensor(weights[1:]) > 0)).sum().item()
     loss = total / weight
-    return loss.item(), torch.autograd.grad(loss, list(model.parameters())), weight
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters())), weight, correct
 
 
 @pytest.fixture
@@ -84,26 +88,41 @@ def test_the_dataset_has_the_weight_of_each_token(rows):
 @pytest.mark.parametrize("shape", [dict(micro_batch_size=4), dict(micro_batch_size=1), dict(packing=False),
                                    dict(packing=False, micro_batch_size=3)], ids=str)
 def test_loss_and_gradient_equal_the_definition(shape, rows):
-    """In fp32, for any micro-batches, to 1e-5; ConversationLosses stay unweighted."""
+    """In fp32, for any micro-batches, to 1e-5; ConversationLosses stay unweighted, the losses by source do not."""
     cfg = sft.Config(model="tiny", max_length=128, dtype="fp32", gradient_checkpointing=False, **shape)
     ranks = processes.single_process(torch.device("cpu"))
     model, _ = sft.build(cfg, ModelPaths.find(TINY), ranks)
     dataset = data.load(rows, tiny, cfg.max_length)
     ids = np.arange(len(dataset))
     batches = list(sft.micro_batches(dataset, ids, cfg, ranks))
+    for _ in range(3):  # so that some targets are the likeliest tokens
+        sft.backward(model, batches, 1000, ranks)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 2e-3 * p.grad.sign()
+                p.grad = None
     losses = samples.ConversationLosses(dataset, ranks).restart(ids)
     loss = sft.backward(model, batches, dataset.count(ids)["target_weight"], ranks, losses).item()
     gradients = [p.grad.double() for p in model.parameters()]
-    value, _ = sft.evaluate(model, dataset, ids, cfg, ranks)
+    value, accuracy = sft.evaluate(model, dataset, ids, cfg, ranks)
 
     conversations = [pair for pair in map(weights_by_hand, (r["messages"] for r in weighted_rows())) if pair[1].any()]
-    expected, expected_gradients, weight = by_reference(model.double(), conversations)
+    expected, expected_gradients, weight, correct = by_reference(model.double(), conversations)
     assert math.isclose(loss, expected, rel_tol=1e-5) and math.isclose(value, expected, rel_tol=1e-5)
     assert dataset.count(ids)["target_weight"] == weight
     for a, b in zip(gradients, expected_gradients, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
-    unweighted, _, n = by_reference(model, [(tokens, (weights > 0) * 1.0) for tokens, weights in conversations[:1]])
-    assert math.isclose(losses[0].item(), unweighted * n, rel_tol=1e-5)
+    sums = losses.all_reduce(torch.tensor(loss))
+    assert sums["correct"] == correct > 0 and sums["loss"] == loss
+    assert math.isclose(accuracy, correct / dataset.count(ids)["target_tokens"])
+    by_source = losses.sources.values(ids, sums["sources"].tolist())
+    assert list(by_source) == ["c", "a", "b"]
+    for name, part in by_source.items():
+        mine = [pair for pair, i in zip(conversations, dataset.source_of) if dataset.source_names[i] == name]
+        expected, _, weight, _ = by_reference(model, mine)
+        assert part["target_weight"] == weight and math.isclose(part["loss"], expected, rel_tol=1e-5)
+    unweighted, _, n, _ = by_reference(model, [(tokens, (weights > 0) * 1.0) for tokens, weights in conversations[:1]])
+    assert math.isclose(losses.sums[0].item(), unweighted * n, rel_tol=1e-5)
 
 
 def test_a_micro_batch_without_weights_has_none(tmp_path):
@@ -134,8 +153,11 @@ RUN = (*FAST, "--max_length", 128, "--batch_size", 3, "--max_steps", 6, "--timeo
 
 
 def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig):
-    """Losses, norms and val_loss of several ranks, tensor parallelism, offload and no packing, to 1e-5; tools/evaluate.py
-    has the same of the checkpoint, on two ranks."""
+    """Losses, norms and val_loss of several ranks, tensor parallelism, offload and no packing, to 1e-5.
+
+    So are the losses by source, which add up to that of the step; tools/evaluate.py has the same of the
+    checkpoint, on two ranks.
+    """
     common = (*RUN, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", TINY)
     layouts = {"dp2": ("--no-packing",), "tp2": ()}
     if pytestconfig.getoption("--full"):
@@ -150,12 +172,25 @@ def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig
     assert (result["accuracy"], result["tokens"]) == (last["val_accuracy"], last["val_tokens"])
     base = train(*common, out="base")
     assert any(line["target_weight"] != line["target_tokens"] for line in base if "loss" in line)
-    for name in layouts:
+    for name in ("base", *layouts):
         for a, b in zip(base, metrics(tmp_path / name), strict=True):
+            if "loss" in a:
+                assert sums_up(b) and abs(a["accuracy"] - b["accuracy"]) < 1.5 / a["target_tokens"]
+                assert a["sources"].keys() == b["sources"].keys() <= set("abc")
+                for key, part in a["sources"].items():
+                    assert part["target_weight"] == b["sources"][key]["target_weight"]
+                    assert math.isclose(part["loss"], b["sources"][key]["loss"], rel_tol=1e-5)
             for key in "loss", "val_loss", "forgetting", "grad_norm":
                 assert math.isclose(a.get(key, 1), b.get(key, 1), rel_tol=1e-4 if key == "grad_norm" else 1e-5), name
             for key in "target_tokens", "target_weight", "val_tokens", "val_weight":
                 assert a.get(key) == b.get(key)
+
+
+def sums_up(line):
+    """Is a line's loss, to 1e-6, the mean of those of its sources?"""
+    weights, losses = zip(*((part["target_weight"], part["loss"]) for part in line["sources"].values()))
+    assert sum(weights) == line["target_weight"]
+    return math.isclose(sum(map(math.prod, zip(weights, losses))) / sum(weights), line["loss"], rel_tol=1e-6)
 
 
 class Killed(BaseException):
@@ -177,7 +212,7 @@ def test_resume_is_bitwise_and_other_weights_are_refused(rows, train, tmp_path, 
         with pytest.raises(Killed):
             train(*common, out="killed")
     resumed = train(*common, "--resume_from", "auto", out="killed")
-    keys = "step", "loss", "grad_norm", "target_weight"
+    keys = "step", "loss", "grad_norm", "target_weight", "accuracy", "sources"
     assert [[line[key] for key in keys] for line in resumed] == [[line[key] for key in keys] for line in straight]
     a, b = (tensors_of(tmp_path / out / "checkpoints" / "step_6") for out in ("straight", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

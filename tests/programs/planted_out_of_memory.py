@@ -49,7 +49,7 @@ def plant(where, kind, rank="0", put=setattr):
     if where == "evaluation":
         put(CausalLM, "forward", planting(CausalLM.forward, lambda model, *_: not model.training))
     if where == "backward":
-        function = loss.ChunkedCrossEntropy
+        function = loss.ChunkedLoss
         put(function, "backward", staticmethod(planting(function.backward)))
     if where == "optimizer":
         put(optim.AdamW, "step", planting(optim.AdamW.step))
