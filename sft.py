@@ -92,7 +92,7 @@ class Config:
     lr: float = setting(2e-5, "peak learning rate; about 10 times more for LoRA", env="LEARNING_RATE", low=0,
                         group="optimizer (AdamW)")
     scheduler: str = setting("cosine", "shape of the learning rate after warm-up",
-                             ("cosine", "linear", "constant"), env="SCHEDULER")
+                             ("cosine", "linear", "constant", "wsd"), env="SCHEDULER")
     warmup_ratio: float = setting(0.1, "fraction of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
     min_lr_ratio: float = setting(0.0, "final lr / peak lr", low=0, high=1, unless="scheduler=constant")
     weight_decay: float = setting(0.01, "applied to matrices only", env="WEIGHT_DECAY", low=0)
@@ -172,7 +172,9 @@ def lr_at(step, total_steps, cfg):
     low = cfg.lr * cfg.min_lr_ratio
     if cfg.scheduler == "cosine":
         return low + (cfg.lr - low) * (1 + math.cos(math.pi * progress)) / 2
-    if cfg.scheduler == "linear":
+    if cfg.scheduler == "wsd":  # warm-up, stable, decay (arXiv 2404.06395): only the last fifth decays
+        progress = max(0, progress - 0.8) / 0.2
+    if cfg.scheduler in ("linear", "wsd"):
         return cfg.lr + (low - cfg.lr) * progress
     return cfg.lr
 
