@@ -266,11 +266,7 @@ def build(cfg, paths, ranks, trains=True):
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else ranks.device)
     model.tie_weights()
-    groups = optim.parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio)
-    optimizer = None
-    if trains:
-        optimizer = optim.build(optim.AdamW, groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
-                                offload=cfg.optimizer_offload)
+    optimizer = optim.create(model, cfg) if trains else None
     pretrained.load_weights(model, paths.model, optimizer)
     if paths.adapter:
         pretrained.load_weights(model, paths.adapter, optimizer)
