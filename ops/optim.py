@@ -31,7 +31,8 @@ def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
 
 def choose(model, cfg):
     """(class, parameter groups) of a run's optimizer. Training and the forecast of memory both ask here."""
-    return AdamW, parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio)
+    groups = parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio)
+    return AdamW, groups
 
 
 def create(model, cfg):
@@ -90,12 +91,14 @@ class AdamW:
     Not a torch.optim.Optimizer. That computes the same, but importing it loads torch's compiler, which takes
     0.7 s, and clipping the gradients for it takes one more pass over their memory.
 
-    param_groups  dicts with params, lr, weight_decay; other keys are kept, so a subclass can mark a group
+    param_groups  dicts with params, lr, weight_decay; other keys are kept, so `choose` can mark a group
+    group_of      parameter -> its group
     state         parameter -> {name: tensor} as new_state makes it; empty before the first step
     """
 
     def __init__(self, groups, lr, betas, eps):
         self.param_groups = [{"lr": lr, **group} for group in groups]
+        self.group_of = {p: group for group in self.param_groups for p in group["params"]}
         self.state, self.betas, self.eps = {}, betas, eps
         # per group, as fp32 on its device: the number of updates, once for each parameter
         self.counts = [torch.zeros(len(group["params"]), device=group["params"][0].device)

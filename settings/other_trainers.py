@@ -152,12 +152,12 @@ EXPLAINED = {
     "lr_scheduler_kwargs":
         "a cosine that does not end at 0 is --min_lr_ratio X; --scheduler wsd decays in the last 20 % of the "
         "steps",
-    "optim optimizer optimizer_type optimizer._component_ adamw_8bit use_8bit_adam":
+    "optim optimizer optimizer_type optimizer._component_ adamw_8bit use_8bit_adam use_muon":
         "the optimizer is AdamW; to save memory use --optimizer_offload. Another one is a small change: "
-        "docs/fork.md",
+        "docs/fork.md, which has Muon",
     "adam_epsilon adam_eps eps":
         "it is 1e-8, as everywhere; nothing to type",
-    "galore use_galore use_apollo use_badam optim_target_modules use_muon use_adam_mini":
+    "galore use_galore use_apollo use_badam optim_target_modules use_adam_mini":
         "there is no such optimizer; --use_lora or --optimizer_offload save memory",
     "loss_scale":
         "default is what happens anyway: only what the assistant says is trained; last_round is "
