@@ -94,7 +94,7 @@ class Config:
     lr: float = setting(2e-5, "peak learning rate; about 10 times more for LoRA", env="LEARNING_RATE", low=0,
                         group="optimizer (AdamW)")
     scheduler: str = setting("cosine", "shape of the learning rate after warm-up",
-                             ("cosine", "linear", "constant"), env="SCHEDULER")
+                             ("cosine", "linear", "constant", "wsd"), env="SCHEDULER")
     warmup_ratio: float = setting(0.1, "fraction of steps with rising lr", env="WARMUP_RATIO", low=0, high=1)
     min_lr_ratio: float = setting(0.0, "final lr / peak lr", low=0, high=1, unless="scheduler=constant")
     weight_decay: float = setting(0.01, "applied to matrices only", env="WEIGHT_DECAY", low=0)
@@ -175,7 +175,9 @@ def lr_at(step, total_steps, cfg):
     low = cfg.lr * cfg.min_lr_ratio
     if cfg.scheduler == "cosine":
         return low + (cfg.lr - low) * (1 + math.cos(math.pi * progress)) / 2
-    if cfg.scheduler == "linear":
+    if cfg.scheduler == "wsd":  # warm-up, stable, decay (arXiv 2404.06395): only the last fifth decays
+        progress = max(0, progress - 0.8) / 0.2
+    if cfg.scheduler in ("linear", "wsd"):
         return cfg.lr + (low - cfg.lr) * progress
     return cfg.lr
 
@@ -264,11 +266,7 @@ def build(cfg, paths, ranks, trains=True):
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else ranks.device)
     model.tie_weights()
-    groups = optim.parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio)
-    optimizer = None
-    if trains:
-        optimizer = optim.build(optim.AdamW, groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
-                                offload=cfg.optimizer_offload)
+    optimizer = optim.create(model, cfg) if trains else None
     pretrained.load_weights(model, paths.model, optimizer)
     if paths.adapter:
         pretrained.load_weights(model, paths.adapter, optimizer)

@@ -11,12 +11,12 @@ import bisect
 import math
 import os
 import resource
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
-from ops import compiler, loss, nf4
+from ops import compiler, loss, nf4, optim
 from ops.activations import measure
 from settings.errors import UserError
 
@@ -45,6 +45,7 @@ class PlannedRun:
     batch_size           conversations per step, over all ranks
     checkpointed_blocks  that many blocks, the first ones, keep only their input for backward
     compiled             torch.compile fuses the operations of a block
+    state_itemsizes      {name: bytes of optimizer state per element}, from the optimizer; 8 for other names
     """
 
     config: object
@@ -63,6 +64,7 @@ class PlannedRun:
     dropout: float = 0.0
     quantize: bool = False
     async_save: bool = False
+    state_itemsizes: dict = field(default_factory=dict, hash=False)
     measured: tuple = ()  # bytes per token that each block keeps, of a family with other blocks than model.py
 
     @classmethod
@@ -101,9 +103,14 @@ class PlannedRun:
             dropout=adapter.get("lora_dropout", 0.0),
             quantize=bool(cfg.quantize),
             async_save=cfg.async_save,
+            state_itemsizes=optim.state_itemsizes(model, cfg),
             measured=() if is_plain(model) else measure(
                 model, bf16=bf16, fused_norms=cuda, tp=cfg.tp),
         )
+
+    def state_itemsize(self, name):
+        """Bytes of optimizer state per element of a parameter, without the fp32 master."""
+        return self.state_itemsizes.get(name, 8)
 
     @property
     def dp(self):
@@ -239,7 +246,7 @@ def states(run):
         sizes["weights"] += n * itemsize
         if trained:
             sizes["gradients"] += n * gradient_itemsize(run, itemsize)
-            sizes["moments"] += 8 * n
+            sizes["moments"] += run.state_itemsize(name) * n
             sizes["masters"] += 4 * n * (run.optimizer_offload or run.has_own_masters)
     return sizes
 
@@ -499,13 +506,14 @@ def resting_bytes(run, state):
 def copied_bytes(run):
     """Bytes of a rank's copy of a checkpoint in host memory, with --async_save (disk/writer.py); otherwise 0.
 
-    Of each trained parameter two fp32 moments, the fp32 master and the weight in 16 bits. The dtype of the
-    model's files is not known here: if it is fp32, the weight is the master, and the copy 2 bytes smaller.
+    Of each trained parameter the optimizer's state, the fp32 master and the weight in 16 bits. The dtype of
+    the model's files is not known here: if it is fp32, the weight is the master, and the copy is smaller.
     """
     if not run.async_save:
         return 0
-    trained = sum(math.prod(shape) for _, shape, _, is_trained in run.parameters if is_trained)
-    return 14 * trained // run.world_size
+    copied = sum((6 + run.state_itemsize(name)) * math.prod(shape)
+                 for name, shape, _, is_trained in run.parameters if is_trained)
+    return copied // run.world_size
 
 
 def fragmentation(run, block):

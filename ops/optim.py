@@ -1,7 +1,7 @@
 """Parameter groups, AdamW on this rank's shards, and fp32 master weights of any optimizer.
 
-To use another optimizer, write a class with AdamW's methods and pass it to `build` in sft.py. Checkpoints
-then contain the state that its `new_state` names, and --optimizer_offload works with it.
+To use another optimizer, write a class with AdamW's methods and return it from `choose`. Checkpoints then
+contain the state that its `new_state` names, tools/plan.py counts it, and --optimizer_offload works with it.
 """
 
 import itertools
@@ -27,6 +27,36 @@ def parameter_groups(model, weight_decay, lora_plus_ratio=1.0):
     return [dict(params=vectors, weight_decay=0.0, lr_ratio=1.0),
             dict(params=matrices, weight_decay=weight_decay, lr_ratio=1.0),
             dict(params=lora_b, weight_decay=weight_decay, lr_ratio=lora_plus_ratio)]
+
+
+def choose(model, cfg):
+    """(class, parameter groups) of a run's optimizer. Training and the forecast of memory both ask here."""
+    groups = parameter_groups(model, cfg.weight_decay, cfg.lora_plus_ratio)
+    return AdamW, groups
+
+
+def create(model, cfg):
+    """The optimizer of a run, for a model with weights. cfg: sft.Config."""
+    optimizer_class, groups = choose(model, cfg)
+    return build(optimizer_class, groups, offload=cfg.optimizer_offload, **hyperparameters(cfg))
+
+
+def hyperparameters(cfg):
+    return dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8)
+
+
+def state_itemsizes(model, cfg):
+    """{name of a trained parameter: bytes of optimizer state for each of its elements}, without the master.
+
+    It asks new_state, which allocates nothing here: the parameters that it gets are on meta.
+    """
+    optimizer_class, groups = choose(model, cfg)
+    on_meta = {p: torch.nn.Parameter(torch.empty(p.shape, device="meta"))
+               for group in groups for p in group["params"]}
+    groups = [{**group, "params": [on_meta[p] for p in group["params"]]} for group in groups]
+    optimizer = optimizer_class(groups, **hyperparameters(cfg))
+    return {name: sum(t.element_size() for t in optimizer.new_state(on_meta[p]).values())
+            for name, p in model.named_parameters() if p in on_meta}
 
 
 def build(optimizer_class, groups, *, lr, betas, eps, offload=False):
@@ -61,12 +91,14 @@ class AdamW:
     Not a torch.optim.Optimizer. That computes the same, but importing it loads torch's compiler, which takes
     0.7 s, and clipping the gradients for it takes one more pass over their memory.
 
-    param_groups  dicts with params, lr, weight_decay; other keys are kept
+    param_groups  dicts with params, lr, weight_decay; other keys are kept, so `choose` can mark a group
+    group_of      parameter -> its group
     state         parameter -> {name: tensor} as new_state makes it; empty before the first step
     """
 
     def __init__(self, groups, lr, betas, eps):
         self.param_groups = [{"lr": lr, **group} for group in groups]
+        self.group_of = {p: group for group in self.param_groups for p in group["params"]}
         self.state, self.betas, self.eps = {}, betas, eps
         # per group, as fp32 on its device: the number of updates, once for each parameter
         self.counts = [torch.zeros(len(group["params"]), device=group["params"][0].device)
@@ -116,17 +148,21 @@ class AdamW:
                 grad_scale = None  # saves the kernel from writing the gradients
         groups = [group for group in self.param_groups if group["params"]]
         for group, counts in zip(groups, self.counts, strict=True):
-            updated = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            if not updated:
-                continue
-            params, counts = [group["params"][i] for i in updated], counts.unbind()
-            states = [self.state_of(p) for p in params]
-            adamw([local(p) for p in params], [local(p.grad) for p in params],
-                  [local(state["exp_avg"]) for state in states],
-                  [local(state["exp_avg_sq"]) for state in states], [], [counts[i] for i in updated],
-                  grad_scale=grad_scale, found_inf=skip,
-                  lr=group["lr"], weight_decay=group["weight_decay"], beta1=self.betas[0],
-                  beta2=self.betas[1], eps=self.eps, amsgrad=False, maximize=False, fused=True)
+            self.update_group(group, counts, grad_scale, skip)
+
+    def update_group(self, group, counts, grad_scale, skip):
+        """Update one group, and its `counts`. A subclass may update some groups in another way."""
+        updated = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        if not updated:
+            return
+        params, counts = [group["params"][i] for i in updated], counts.unbind()
+        states = [self.state_of(p) for p in params]
+        adamw([local(p) for p in params], [local(p.grad) for p in params],
+              [local(state["exp_avg"]) for state in states],
+              [local(state["exp_avg_sq"]) for state in states], [], [counts[i] for i in updated],
+              grad_scale=grad_scale, found_inf=skip,
+              lr=group["lr"], weight_decay=group["weight_decay"], beta1=self.betas[0],
+              beta2=self.betas[1], eps=self.eps, amsgrad=False, maximize=False, fused=True)
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -147,6 +183,8 @@ class MasterWeights:
     def __init__(self, optimizers, masters):
         self.optimizers, self.masters, self.state = optimizers, masters, {}
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.optimizer_of = {p: optimizer for optimizer in optimizers
+                             for group in optimizer.param_groups for p in group["params"]}
         for optimizer in optimizers:
             optimizer.state = self.state
         for p in masters:
@@ -163,10 +201,10 @@ class MasterWeights:
             optimizer.updates = count
 
     def new_state(self, p):
-        return self.optimizers[0].new_state(p)
+        return self.optimizer_of[p].new_state(p)
 
     def state_of(self, p):
-        return self.optimizers[0].state_of(p)
+        return self.optimizer_of[p].state_of(p)
 
     def master(self, p):
         """The fp32 copy of a trained parameter; a frozen parameter has no copy and is returned itself."""

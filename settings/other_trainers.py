@@ -150,13 +150,14 @@ EXPLAINED = {
     "warmup_epochs":
         "--warmup_ratio X is the fraction of all steps: warm-up epochs / --epochs",
     "lr_scheduler_kwargs":
-        "a cosine that does not end at 0 is --min_lr_ratio X; --scheduler lists the shapes",
-    "optim optimizer optimizer_type optimizer._component_ adamw_8bit use_8bit_adam":
+        "a cosine that does not end at 0 is --min_lr_ratio X; --scheduler wsd decays in the last 20 % of the "
+        "steps",
+    "optim optimizer optimizer_type optimizer._component_ adamw_8bit use_8bit_adam use_muon":
         "the optimizer is AdamW; to save memory use --optimizer_offload. Another one is a small change: "
-        "docs/fork.md",
+        "docs/fork.md, which has Muon",
     "adam_epsilon adam_eps eps":
         "it is 1e-8, as everywhere; nothing to type",
-    "galore use_galore use_apollo use_badam optim_target_modules use_muon use_adam_mini":
+    "galore use_galore use_apollo use_badam optim_target_modules use_adam_mini":
         "there is no such optimizer; --use_lora or --optimizer_offload save memory",
     "loss_scale":
         "default is what happens anyway: only what the assistant says is trained; last_round is "
@@ -329,6 +330,10 @@ EXPLAINED = {
         "the token that ends a turn is read from the chat template, and there is no padding; other "
         "tokens: put a tokenizer that has them in a directory, --tokenizer DIR",
 }
+
+# Values of --scheduler elsewhere: the nearest one here
+SCHEDULES = {"warmup_stable_decay": "wsd", "trapezoidal": "wsd", "WSD": "wsd", "cosine_with_min_lr": "cosine",
+             "cosine_warmup_with_min_lr": "cosine", "constant_with_warmup": "constant"}
 
 
 def settings():

@@ -453,6 +453,8 @@ def convert(field, text, origin):
     choices = field.metadata["choices"]
     if choices and text not in choices:
         near = difflib.get_close_matches(text, choices, n=1)
+        if field.name == "scheduler" and text in other_trainers.SCHEDULES:
+            near = [other_trainers.SCHEDULES[text]]
         nearest = f" (nearest: {near[0]})" if near else ""
         raise UserError(f"{rule}one of {', '.join(choices)}{nearest}")
     stays = field.name in ("prompt", "system") or text == field.default  # prose of chat.py; --cache_dir

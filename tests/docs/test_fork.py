@@ -15,6 +15,7 @@ CHECKS = {"A new setting": "fork_setting", "A new metric": "fork_metric",
           "A logger of your own": "fork_logger", "Another loss": "fork_loss",
           "Another optimizer": "fork_optimizer", "Another model family": "fork_family",
           "Another data format": "fork_format", "Another schedule": "fork_schedule"}
+MOST_LINES = {"Another optimizer": 60}  # that a diff may add; 25 of the others
 pytestmark = pytest.mark.repo  # a fork has its own code, which the diffs need not fit
 
 
@@ -63,7 +64,7 @@ def test_every_change_of_the_page_is_checked():
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_change_is_short(name):
     added = [line for line in sections()[name].splitlines() if re.match(r"\+(?!\+\+ b/)", line)]
-    assert len(added) <= 25
+    assert len(added) <= MOST_LINES.get(name, 25)
     assert [line for line in added if len(line) > 111] == []
 
 

@@ -137,11 +137,11 @@ def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
         return peak * step / W
     p, low = (step - 1 - W) / (total - W), peak * min_ratio
     return {"cosine": low + (peak - low) * (1 + math.cos(math.pi * p)) / 2, "linear": peak + (low - peak) * p,
-            "constant": peak}[scheduler]
+            "constant": peak, "wsd": peak if p <= 0.8 else 5 * (peak * (1 - p) + low * (p - 0.8))}[scheduler]
 
 
 @pytest.mark.parametrize("scheduler, min_ratio", [("cosine", 0.1), *(
-    pytest.param(*rest, marks=pytest.mark.full) for rest in (("cosine", 0.0), ("linear", 0.1), ("constant", 0.0)))])
+    pytest.param(*rest, marks=pytest.mark.full) for rest in (("cosine", 0.0), ("linear", 0.1), ("constant", 0.0), ("wsd", 0.1)))])
 def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
     """Ten steps have the losses of transformers' model and torch's AdamW on the same conversations, padded."""
     lines = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25,
@@ -178,7 +178,7 @@ def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
 
 
 @pytest.mark.parametrize("scheduler, ratio", [("cosine", 0.0), ("cosine", 0.2), ("linear", 0.0), ("linear", 0.1),
-                                              ("constant", 0.0)])
+                                              ("constant", 0.0), ("wsd", 0.0), ("wsd", 0.1)])
 def test_learning_rates_equal_their_definition(scheduler, ratio):
     """At every step of runs of several lengths. The peak is reached, and no step has a learning rate of 0."""
     for total, warmup in itertools.product((1, 2, 10, 11, 97), (0.0, 0.1, 0.25)):
@@ -187,6 +187,14 @@ def test_learning_rates_equal_their_definition(scheduler, ratio):
         expected = [reference_lr(step, total, scheduler, 3.0, warmup, ratio) for step in range(1, total + 1)]
         assert rates == pytest.approx(expected, rel=1e-12)
         assert min(rates) > 0 and max(rates) == 3.0, (total, warmup, rates)
+
+
+def test_wsd_is_constant_until_four_fifths():
+    """A run of 11 steps, one of them warm-up: the peak up to p = 0.8, which is step 10, then half of the way down."""
+    for low, last in ((0.0, 0.5), (0.2, 0.6)):
+        cfg = sft.Config(lr=1.0, scheduler="wsd", warmup_ratio=0.09, min_lr_ratio=low)
+        rates = [sft.lr_at(step, 11, cfg) for step in range(1, 12)]
+        assert rates == pytest.approx([1.0] * 10 + [last], rel=1e-12)
 
 
 def test_val_loss_is_weighted_by_tokens(train):

@@ -424,6 +424,7 @@ def test_tags_of_yaml_run_no_code(key, value, yaml_file, tmp_path):
     (["--model", "none"], "model can't be 'none'; it must be a non-empty text"),
     (["--scheduler", "cosin"],
      r"scheduler can't be 'cosin'; it must be one of cosine, .* \(nearest: cosine\)"),
+    (["--scheduler", "warmup_stable_decay"], r"scheduler can't be .* \(nearest: wsd\)"),
     (["--too_long", "left"], "too_long can't be 'left'; it must be one of truncate, drop, error"),
     (["--dtype", "fp16"], "dtype can't be 'fp16'; it must be one of bf16, fp32"),
     (["--no-lr"], "lr can't be"), (["--no-max_steps"], "max_steps can't be"), (["--no-val_data"], "val_data"),
@@ -554,7 +555,7 @@ def test_settings_without_effect_are_refused():
     assert parse("--eval_steps", "5", "--val_data", "v.json").eval_steps == 5
     with pytest.raises(ValueError, match="--min_lr_ratio 0.1 does not work with --scheduler constant"):
         parse("--min_lr_ratio", "0.1", "--scheduler", "constant")
-    for scheduler in ("cosine", "linear"):
+    for scheduler in ("cosine", "linear", "wsd"):
         assert parse("--min_lr_ratio", "0.1", "--scheduler", scheduler).min_lr_ratio == 0.1
     assert parse("--scheduler", "constant").scheduler == "constant"
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, chat, model_directory, model_loss, program, small_model, two_layers, write
+from helpers import TINY, chat, model_directory, model_loss, program, small_model, tensors_of, two_layers, write
 from test_families import FAMILY_CASES, SIZES
 
 import fsdp
@@ -22,7 +22,7 @@ import sft
 from disk import checkpoint, writer
 from families.config import ModelConfig
 from model import CausalLM
-from ops import activations, forecast, memory
+from ops import activations, forecast, memory, optim
 from ops.attention import Documents
 from ranks import processes
 from settings.parser import parse
@@ -182,6 +182,22 @@ def test_states_equal_the_tensors_of_a_run(train, monkeypatch, flags):
     monkeypatch.setattr(checkpoint, "save", counted_save)
     train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
     assert forecast.states(planned_by(monkeypatch, "--model", TINY, *flags)) == sizes
+
+
+def test_the_optimizer_says_how_much_state_it_has(monkeypatch):
+    """One moment for matrices, none for vectors: in the plan, and in what --async_save copies."""
+    class Sparse(optim.AdamW):
+        def new_state(self, p):
+            return {"momentum": torch.zeros_like(p)} if p.ndim > 1 else {}
+
+    monkeypatch.setattr(optim, "choose", lambda model, cfg: (Sparse, optim.parameter_groups(model, 0.1)))
+    run = planned_by(monkeypatch, "--model", TINY, "--async_save", "--dtype", "bf16")
+    tensors = tensors_of(TINY).values()
+    matrices, vectors = (sum(t.numel() for t in tensors if (t.ndim > 1) == wanted) for wanted in (True, False))
+    assert forecast.states(run)["moments"] == 4 * matrices
+    assert forecast.copied_bytes(run) == 10 * matrices + 6 * vectors
+    [line] = [line for line in plan.memory_lines(run) if line.startswith("optimizer")]
+    assert f" {4 * matrices / 2**30:.3f} GiB" in line
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

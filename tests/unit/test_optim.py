@@ -28,7 +28,7 @@ SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
 
 
 class Lion(optim.AdamW):
-    """As in docs/fork.md: an optimizer with one moment."""
+    """An optimizer with one moment."""
 
     def new_state(self, p):
         return {"exp_avg": torch.zeros_like(p)}
@@ -48,25 +48,23 @@ class Lion(optim.AdamW):
 
 
 class TwoKinds(optim.AdamW):
-    """Like Muon beside AdamW: matrices have one momentum, vectors AdamW's two moments and bias correction."""
+    """Like Muon beside AdamW: the groups with decay, of matrices, have one momentum, the others AdamW's moments."""
+
+    def __init__(self, groups, **hyperparameters):
+        super().__init__(groups, **hyperparameters)
+        self.matrices = {p for group in groups if group["weight_decay"] for p in group["params"]}
 
     def new_state(self, p):
-        return {"momentum": torch.zeros_like(p)} if p.ndim > 1 else super().new_state(p)
+        return {"momentum": torch.zeros_like(p)} if p in self.matrices else super().new_state(p)
 
-    @torch.no_grad()
-    def step(self, grad_scale=None, skip=None):
-        if skip is not None and skip.item():
+    def update_group(self, group, counts, grad_scale, skip):
+        if not group["weight_decay"]:
+            super().update_group(group, counts, grad_scale, skip)
             return
-        for group in self.param_groups:
-            for p in group["params"]:
-                state, grad = self.state_of(p), p.grad / (1.0 if grad_scale is None else grad_scale)
-                if p.ndim > 1:
-                    update = state["momentum"].mul_(0.9).add_(grad)
-                else:
-                    first = state["exp_avg"].lerp_(grad, 0.1) / (1 - 0.9 ** (self.updates + 1))
-                    update = first / (state["exp_avg_sq"].lerp_(grad.square(), 0.05).sqrt() + 1e-8)
-                p.sub_(group["lr"] * update)
-        self.updates += 1
+        for p in group["params"]:
+            grad = p.grad / (1.0 if grad_scale is None else grad_scale)
+            p.sub_(group["lr"] * self.state_of(p)["momentum"].mul_(0.9).add_(grad))
+        counts += 1
 
 
 def keys_of(kind, p):
@@ -623,8 +621,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("flags", [(), ("--optimizer_offload",)], ids=["plain", "offload"])
 def test_a_killed_run_with_lion_resumes_bitwise(train, tmp_path, monkeypatch, flags):
-    """As docs/fork.md says, only one name in sft.py has to be replaced. --optimizer_offload works with Lion too."""
-    monkeypatch.setattr(optim, "AdamW", Lion)
+    """Only the class that `choose` returns has to be replaced. --optimizer_offload works with Lion too."""
+    monkeypatch.setattr(optim, "choose", lambda model, cfg: (Lion, optim.parameter_groups(model, cfg.weight_decay)))
     flags = (*flags, "--batch_size", 8, "--max_length", 128, "--lr", 1e-4, "--save_steps", 2,
              "--max_steps", 4)
     lines = train(*flags, out="straight")

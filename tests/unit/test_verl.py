@@ -335,6 +335,15 @@ def passing(entry):
     return [examples.get(word, "1" if word.startswith("$") else word) for word in entry["same"].split()]
 
 
+@pytest.mark.parametrize("key, value", [("optim.lr_scheduler", "wsd"), ("optim.lr_scheduler_type", "wsd"),
+                                        ("optim.warmup_style", "wsd"), ("optim.lr_decay_style", "WSD")])
+def test_wsd_is_mapped_with_a_warning(key, value, parse):
+    """It decays in other steps here. verl's own share of constant steps, which its files have, passes."""
+    changed, [warning] = parse(nested({key: value, "optim.lr_wsd_stable_steps_ratio": 0.9}))
+    assert changed == {"scheduler": "wsd"}
+    assert f"{key}: {value} is not applicable: --scheduler wsd decays linearly in the last 20 % of the steps" in warning
+
+
 @pytest.mark.parametrize("name", WARNED)
 def test_a_key_that_changes_nothing_is_one_warning(name, parse):
     """No setting changes, and the warning has the place, the key and the reason. A value that asks for what
@@ -364,7 +373,6 @@ def test_a_value_that_would_change_the_result_is_refused(name, parse):
 
 @pytest.mark.parametrize("given, say", [
     ({"data.truncation": "left"}, "too_long can't be 'left'; it must be one of truncate, drop, error"),
-    ({"optim.lr_scheduler": "wsd"}, "wsd is refused: the schedules are cosine, linear and constant"),
     ({"optim.lr_scheduler_type": "polynomial"}, "scheduler can't be 'polynomial'; it must be one of cosine"),
     ({"optim.betas": "[0.9]"}, "0.9 can't be read; betas are two numbers"),
     *[({"model.lora_rank": value}, f"model.lora_rank can't be {value!r}; it must be an integer")
