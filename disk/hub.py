@@ -11,13 +11,13 @@ from settings.errors import UserError, printable
 
 # Weights that an earlier push may have left in a repository. Programs read model.safetensors before an index,
 # and take a directory with adapter_config.json for an adapter, so they must not stay beside other weights.
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", pretrained.INDEX_FILE, pretrained.ADAPTER_FILE,
-           pretrained.ADAPTER_CONFIG)
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", pretrained.INDEX_FILE,
+           pretrained.ADAPTER_FILE, pretrained.ADAPTER_CONFIG)
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def errors():
-    """The exceptions of a failed request or upload: huggingface_hub's, those of its HTTP package, the system's."""
+    """The exceptions of a failed push: of huggingface_hub, of its HTTP package, and of the system."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # RuntimeError: one upload of several failed. ValueError: the hub refuses the card, or answers nonsense
@@ -29,8 +29,8 @@ def check(name, flag="--push_to_hub"):
 
     Rank 0 asks the hub, the others check the name only.
 
-    Raises UserError for a malformed name, offline mode, a token that is missing, invalid or can only read, and
-    for the name of somebody else. What a fine-grained token may do is not known until the push.
+    Raises UserError for a malformed name, offline mode, a token that is missing, invalid or can only read,
+    and for the name of somebody else. What a fine-grained token may do is not known until the push.
     """
     check_name(name, flag)
     if int(os.environ.get("RANK", "0")):
@@ -59,8 +59,8 @@ def check(name, flag="--push_to_hub"):
     names = [user.get("name", ""), *(org.get("name", "") for org in user.get("orgs") or ())]
     owner = name.partition("/")[0]
     if role == "write" and owner.lower() not in map(str.lower, names):
-        raise UserError(f"{flag} {name}: the token belongs to {names[0]}, who is not {owner} and no member of "
-                        f"it; use {names[0]}/{name.partition('/')[2]}, or another token")
+        raise UserError(f"{flag} {name}: the token belongs to {names[0]}, who is not {owner} and no member "
+                        f"of it; use {names[0]}/{name.partition('/')[2]}, or another token")
 
 
 def check_name(name, flag):
@@ -68,11 +68,13 @@ def check_name(name, flag):
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    example = f"{flag} ORG/{os.path.basename(name.rstrip('/')) or 'NAME'}"
+    last = os.path.basename(name.rstrip("/"))
+    example = f"{flag} ORG/{'NAME' if last.lower() in ('', 'true') else last}"  # true: as in other trainers
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{flag} {name:.200}: not a name of the hub: {error!s:.200} Type {example}") from error
+        raise UserError(f"{flag} {name:.200}: not a name of the hub: {error!s:.200} "
+                        f"Type {example}") from error
     if name.count("/") != 1:
         raise UserError(f"{flag} {name}: the name of a user or an organisation is missing; type {example}")
 
@@ -93,7 +95,8 @@ def pushed_files(directory):
     pretrained.stored_entries(directory)
     found = {}
     for folder, folders, names in os.walk(directory):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != checkpoint.STATE_DIRECTORY]
+        folders[:] = [name for name in folders
+                      if not name.startswith(".") and name != checkpoint.STATE_DIRECTORY]
         for name in names:
             path = os.path.join(folder, name)
             if name.startswith(".") or name.endswith(".tmp"):
@@ -116,8 +119,8 @@ def push(directory, name, card, changed, is_replaceable, private=False):
 
     Weight files are uploaded one by one, and then one commit makes all files visible at once: the repository
     never has a part of a model. A push that was interrupted is started again: a file that the hub has is not
-    sent again, and of the one that was cut only what is missing, if huggingface_hub uses hf_xet. Weights of an
-    earlier push that this one does not have are removed by the same commit.
+    sent again, and of the one that was cut only what is missing, if huggingface_hub uses hf_xet. The same
+    commit removes weights of an earlier push that this one does not have.
 
     Raises the errors() of the requests.
     """
@@ -131,8 +134,8 @@ def push(directory, name, card, changed, is_replaceable, private=False):
         with open(api.hf_hub_download(name, "README.md"), "rb") as f:
             before = f.read()
         if before != card["README.md"] and not is_replaceable(before.decode(errors="replace")):
-            print(f"card     the README.md of {name} is not one that this program wrote, so it stays; delete it "
-                  "there to get the card")
+            print(f"card     the README.md of {name} is not one that this program wrote, so it stays; delete "
+                  "it there to get the card")
             sources = {path: source for path, source in sources.items() if path not in card}
     additions = [CommitOperationAdd(path, source) for path, source in sources.items()]
     weights = [operation for operation in additions if operation.path_in_repo.endswith(".safetensors")]
@@ -147,5 +150,6 @@ def push(directory, name, card, changed, is_replaceable, private=False):
 
 def reason(error):
     """The last line of an error's message, or its kind."""
+    error = error.__cause__ or error  # one upload of several: what it failed of
     lines = str(error).strip().splitlines()
     return f"{lines[-1]:.300}" if lines else type(error).__name__

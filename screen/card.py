@@ -23,8 +23,8 @@ from text import sources
 README, PICTURE = "README.md", "loss.png"
 MARK = re.compile(r"\n<!-- written by sft\.py, ([0-9a-f]{16}); an edited file is kept -->\n\Z")
 # Settings that say nothing about the result, or about this machine only
-NOT_SHOWN = (*resume.NOT_OF_THE_RUN, "output_dir", "cache_dir", "logger", "project", "run_name", "push_to_hub",
-             "timeout", "keep_checkpoints", "async_save")
+NOT_SHOWN = (*resume.NOT_OF_THE_RUN, "output_dir", "cache_dir", "logger", "project", "run_name",
+             "push_to_hub", "timeout", "keep_checkpoints", "async_save")
 # Directories of an absolute path, which say more about a machine than about a model
 FOLDERS = re.compile(r"(?<![\w.:/~])~?/(?:[^\s,:'\"/]+/)+")
 NOT_A_HUB_ID = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|gz|zst|arrow|ya?ml|jinja)$")
@@ -69,7 +69,8 @@ def files_of(directories, defaults, notes=(), title=None, base=None, online=Fals
     origin = Origin(directory, defaults, base)
     steps = [checkpoint.step_of(path) for path in directories]
     drawn = drawing(origin)
-    body = [f"# {plain(title or os.path.basename(os.path.abspath(directory)))}", sentence(origin, steps, notes)]
+    title = title or os.path.basename(os.path.abspath(directory))
+    body = [f"# {plain(title)}", sentence(origin, steps, notes)]
     if drawn:
         body.append(f"![loss]({PICTURE})\n\nLoss in nats per target token, by step: each step grey, smoothed "
                     "blue" + ("; validations orange." if origin.val else "."))

@@ -11,8 +11,9 @@ import numpy as np
 
 WIDTH, HEIGHT, SCALE = 900, 360, 2  # pixels of the picture; it is drawn SCALE times as large
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 34  # margins around the plot, in pixels of the picture
-GREY, LIGHT, BLUE, ORANGE, BLACK = (205, 210, 216), (232, 234, 237), (37, 99, 235), (234, 88, 12), (60, 64, 70)
-# Five rows of three pixels for each character of a number: an octal digit is a row
+GREY, LIGHT, BLACK = (205, 210, 216), (232, 234, 237), (60, 64, 70)
+BLUE, ORANGE = (37, 99, 235), (234, 88, 12)
+# Five rows of three pixels for each character of a number: a row is an octal digit
 GLYPHS = {"0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717", "6": "74757",
           "7": "71111", "8": "75757", "9": "75717", ".": "00002", "-": "00700", "e": "25743"}
 
@@ -73,16 +74,18 @@ class Plot:
 
     def png(self):
         """The bytes of a PNG file."""
-        small = self.pixels.reshape(HEIGHT, SCALE, WIDTH, SCALE, 3).mean((1, 3))
-        rows = np.rint(small).astype(np.uint8).reshape(HEIGHT, -1)
-        lines = np.concatenate([np.zeros((HEIGHT, 1), np.uint8), rows], 1)  # a row begins with its filter: none
+        parts = [self.pixels[i::SCALE, j::SCALE] for i in range(SCALE) for j in range(SCALE)]
+        small = sum(part.astype(np.uint16) for part in parts) // len(parts)
+        rows = small.astype(np.uint8).reshape(HEIGHT, -1)
+        no_filter = np.zeros((HEIGHT, 1), np.uint8)  # a row begins with its filter
+        lines = np.concatenate([no_filter, rows], 1)
 
         def chunk(kind, data):
             return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
         header = struct.pack(">2I5B", WIDTH, HEIGHT, 8, 2, 0, 0, 0)  # 8 bits of red, green and blue
         return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)) + chunk(b"IEND", b""))
+                + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b""))
 
 
 def limits(values):

@@ -66,6 +66,7 @@ def at_end(cfg, ranks):
         why, code = "interrupted", 130
     except hub.errors() as error:
         why, code = hub.reason(error), 1
-    print(printable(f"not pushed: {why}\nThe run is complete and saved in {link}; to push it, type "
-                    f"{venv.command('tools/push.py')} {shlex.quote(link)} {cfg.push_to_hub}"), file=sys.stderr)
+    again = f"{venv.command('tools/push.py')} {shlex.quote(link)} {cfg.push_to_hub}"
+    print(printable(f"not pushed: {why}; the run is complete and saved; to push it, type {again}"),
+          file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Write what a step directory has for users, without training state: python tools/export.py STEP [STEP2 ...] OUT"""
+"""Write a step directory without its training state: python tools/export.py STEP [STEP2 ...] OUT"""
 
 if __name__ == "__main__":
     import os
@@ -43,7 +43,7 @@ class Config:
     dtype: str | None = setting(None, "precision of the weights; none: as they are stored", tuple(DTYPES),
                                 group="export")
     shard_gb: float = setting(5, "most GB (10^9 bytes) in a weight file, unless one tensor is larger",
-                              low=0.001)
+                              low=1e-4)
 
     def __post_init__(self):
         check(self)
@@ -137,8 +137,8 @@ def check_same(steps):
     for step in steps[1:]:
         what = f"{first.directory} and {step.directory} can't be averaged"
         if pretrained.is_adapter(first.directory) or pretrained.is_adapter(step.directory):
-            raise UserError(f"{what}: the average of A and of B of several adapters is not the adapter of the "
-                            f"averaged product B A; merge each one first ({venv.command('tools/merge.py')} "
+            raise UserError(f"{what}: the average of A and of B of several adapters is not the adapter of "
+                            f"the averaged product B A; merge each one first ({venv.command('tools/merge.py')} "
                             "ADAPTER OUT), then average the merged models")
         (config, tensors), (other, others) = map(architecture, (first, step))
         for kind, before, now in ("config.json", config, other), ("the weights", tensors, others):
@@ -161,8 +161,9 @@ def check_same(steps):
 def architecture(step):
     """({key: value} of config.json, {name in the files: shape}), as far as averaged models must agree."""
     config = files.read_json(os.path.join(step.directory, "config.json"))
-    values = {f"{prefix}{key}": value for prefix, part in (("", config), ("text_config.", layout.text_part(config)))
-              for key, value in part.items() if key not in (*NOT_COMPARED, "text_config")}
+    parts = {"": config, "text_config.": layout.text_part(config)}
+    values = {prefix + key: value for prefix, part in parts.items() for key, value in part.items()
+              if key not in (*NOT_COMPARED, "text_config")}
     in_files = step.contents.names.in_files
     tensors = {in_files(name): entry.shape for name, entry in step.contents.entries.items()}
     return values, {**tensors, **{name: entry.shape for name, entry in step.contents.others.items()}}
