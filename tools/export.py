@@ -138,8 +138,8 @@ def check_same(steps):
         what = f"{first.directory} and {step.directory} can't be averaged"
         if pretrained.is_adapter(first.directory) or pretrained.is_adapter(step.directory):
             raise UserError(f"{what}: the average of A and of B of several adapters is not the adapter of "
-                            f"the averaged product B A; merge each one first ({venv.command('tools/merge.py')} "
-                            "ADAPTER OUT), then average the merged models")
+                            "the averaged product B A; merge each one first "
+                            f"({venv.command('tools/merge.py')} ADAPTER OUT), then average the merged models")
         (config, tensors), (other, others) = map(architecture, (first, step))
         for kind, before, now in ("config.json", config, other), ("the weights", tensors, others):
             differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
