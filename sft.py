@@ -34,7 +34,7 @@ from disk.run import RunState
 from families.registry import causal_lm
 from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packing
 from ranks import gate, processes, tp
-from screen import out_of_memory, profiler, samples
+from screen import out_of_memory, profiler, publish, samples
 from screen.log import Log, Warnings, check_loggers
 from screen.validation import Validation
 from settings import errors
@@ -138,6 +138,7 @@ class Config:
 
     output_dir: str = setting("./outputs", "directory for checkpoints, metrics and the report",
                               env="OUTPUT_DIR", group="output")
+    push_to_hub: str | None = setting(None, "ORG/NAME: push the best (--keep_best) or last step to a hub")
     resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
     save_steps: int | None = setting(None, "save every N steps; none: each epoch", env="SAVE_STEPS", low=1)
     async_save: bool = setting(False, "train on while a checkpoint is written, from a copy in host memory")
@@ -364,6 +365,7 @@ def main():
         train(cfg, ranks, origins)
     if ranks.stop_signal:
         processes.end_by_signal(ranks.stop_signal, has_trained=True)
+    publish.at_end(cfg, ranks)
 
 
 if __name__ == "__main__":

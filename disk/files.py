@@ -23,16 +23,10 @@ NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL
 def read_file(path):
     """The bytes of a file in a model directory, which may be untrusted.
 
-    Content that is read here is shown in errors and copied into checkpoints, so a link must not lead out of
-    the directory. Links of the hub's cache may: models--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
-
-    Raises UserError for any other such link, for a pipe or a directory, and for more than LARGEST_FILE bytes.
+    Raises UserError for a link out of the directory, for a pipe or a directory, and for more than
+    LARGEST_FILE bytes.
     """
-    target, directory = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
-    in_cache = re.search(r"/(models|datasets)--[^/]+/blobs/[^/]+$", target)
-    if os.path.islink(path) and not in_cache and os.path.commonpath([target, directory]) != directory:
-        raise UserError(f"{path} is a link to {target}, outside its directory; replace it with a copy of "
-                        "that file")
+    check_link(path)
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would block until somebody writes
         raise UserError(f"{path} is not a file")
     with open(path, "rb") as f:
@@ -40,6 +34,19 @@ def read_file(path):
     if len(content) > LARGEST_FILE:
         raise UserError(f"{path} has more than {LARGEST_FILE:,} bytes, too many for this file of a model")
     return content
+
+
+def check_link(path):
+    """Raise UserError if a file of a model directory is a link that leads out of the directory.
+
+    What is read of such a directory is shown in errors, copied into checkpoints and pushed to hubs. Links of
+    the hub's cache may lead out: models--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+    """
+    target, directory = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+    in_cache = re.search(r"/(models|datasets)--[^/]+/blobs/[^/]+$", target)
+    if os.path.islink(path) and not in_cache and os.path.commonpath([target, directory]) != directory:
+        raise UserError(f"{path} is a link to {target}, outside its directory; replace it with a copy of "
+                        "that file")
 
 
 def read_json(path):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 
-from disk import checkpoint, files, foreign, peft, pretrained
+from disk import checkpoint, files, foreign, hub, peft, pretrained
 from families.config import ModelConfig
 from settings import parser
 from settings.errors import UserError
@@ -62,6 +62,8 @@ def check(cfg):
     if not resumed or cfg.use_lora:  # a resumed full model is read from its checkpoint
         check_model(cfg)
     check_output(cfg.output_dir)
+    if cfg.push_to_hub:
+        hub.check(cfg.push_to_hub)
 
 
 def is_template_file(name):

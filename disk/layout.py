@@ -44,6 +44,17 @@ def with_values(config_json, **values):
     return {**config_json, **outside, "text_config": {**config_json["text_config"], **values}}
 
 
+def with_dtype(config_json, dtype):
+    """A copy of a config.json that says `dtype`, a torch.dtype, at each place that says one."""
+    name = str(dtype).removeprefix("torch.")
+
+    def of(part):
+        return {**part, **{key: name for key in ("torch_dtype", "dtype") if key in part}}
+
+    config = of(config_json)
+    return {**config, "text_config": of(config["text_config"])} if is_multimodal(config) else config
+
+
 @dataclass(frozen=True)
 class TextNames:
     """How the files of a model directory name the text model's tensors.

@@ -40,10 +40,30 @@ def assign_to_files(sizes, stem, n_files):
     for name, size in sizes.items():
         groups.setdefault(min(position * n_files // total, n_files - 1), []).append(name)
         position += size
+    return with_file_names(list(groups.values()), stem)
+
+
+def fill_files(sizes, stem, most):
+    """Assign {name: bytes}, in order, to files of at most `most` bytes; returns {file: names}.
+
+    A larger tensor has a file of its own.
+    """
+    groups, room = [], -1
+    for name, size in sizes.items():
+        if size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    return with_file_names(groups, stem)
+
+
+def with_file_names(groups, stem):
+    """{file: names} from [names, ...], with Hugging Face's names of files."""
     stems = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
     if len(groups) == 1:
         stems = [stem]
-    return {f"{file}.safetensors": names for file, names in zip(stems, groups.values())}
+    return {f"{file}.safetensors": names for file, names in zip(stems, groups)}
 
 
 def index_content(names_by_file, total_size):
@@ -165,10 +185,8 @@ def widen(shard_map, exported, masters):
     for codes in shard_map.codes.values():
         codes.update((name, "F32") for name in codes if name in names)
     config = exported["config.json"]
-    config = json.loads(config) if isinstance(config, bytes) else dict(config)
-    for part in (config, layout.text_part(config)):
-        part.update((key, "float32") for key in ("torch_dtype", "dtype") if key in part)
-    exported["config.json"] = config
+    config = json.loads(config) if isinstance(config, bytes) else config
+    exported["config.json"] = layout.with_dtype(config, torch.float32)
     if is_rank_0():
         print(f"warning: {len(names)} tensors have values beyond fp16 (65,504), such as {names[0]}: "
               "checkpoints have these tensors, and the dtype in config.json, in fp32", file=sys.stderr)
@@ -285,12 +303,15 @@ def count_elements(spans):
     return n
 
 
-def read_sliced(slices, tensor):
+def read_sliced(slices, tensor, spans=None):
     """Read this rank's shard of `tensor` from the slices that overlap it, whoever wrote them.
+
+    spans  [(start, stop) in each dimension] of the whole tensor that `tensor` is; by default the shard's
 
     Beside `tensor` it needs memory for the part of one slice, and only if columns are split.
     """
     shard, wanted = pretrained.local_shard(tensor)
+    wanted = spans or wanted
     for part in slices:
         common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part.spans, wanted)]
         if any(start >= stop for start, stop in common):

@@ -234,12 +234,27 @@ def memory(tensor):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor or CopiedTensor} and flush it. The bytes are those of safetensors' save_file."""
+    stored = {name: stored_as(tensor) for name, tensor in tensors.items()}
+    write_tensors(path, stored, tensors.__getitem__)
+
+
+def write_tensors(path, stored, tensor_of):
+    """Write a safetensors file tensor by tensor, and flush it. At most three tensors are in memory.
+
+    stored     {name: (dtype code, shape)}
+    tensor_of  a function: name -> the tensor, in any dtype, or CopiedTensor. If it raises, the file remains
+               incomplete
+    """
     directory, name = os.path.split(path)
     writer = Writer(directory, torch.device("cpu"))
-    file = writer.open(name, {name: stored_as(tensor) for name, tensor in tensors.items()})
-    for name in file.names:
-        writer.submit(file.add, tensors[name])
-    writer.finish()
+    try:
+        file = writer.open(name, stored)
+        for name in file.names:
+            writer.submit(file.add, tensor_of(name))
+        writer.submit(writer.do_last_jobs)
+    finally:
+        writer.jobs.put(None)
+        writer.join()  # a caller may remove the directory
     writer.wait()
 
 

@@ -294,9 +294,9 @@ EXPLAINED = {
         "hf download NAME --revision R --local-dir DIR, then --model DIR",
     "hf_hub_token use_auth_token hub_token token":
         "set the environment variable HF_TOKEN",
-    "push_to_hub hub_model_id hub_strategy hub_private_repo push_dataset_to_hub":
-        "hf upload NAME outputs/checkpoints/latest uploads a checkpoint: it is a model directory as it "
-        "stands",
+    "hub_model_id hub_strategy hub_private_repo push_dataset_to_hub":
+        "--push_to_hub ORG/NAME pushes the result of a run; tools/push.py pushes any step, also to a new "
+        "private repository",
     "logging_steps logging_strategy logging_first_step log_every_n_steps plot_loss logging_dir "
     "logging_nan_inf_filter include_tokens_per_second include_num_input_tokens_seen":
         "nothing to type: each step is a line of metrics.jsonl in --output_dir, and report.html draws "

@@ -10,23 +10,19 @@ if __name__ == "__main__":
     venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
 import dataclasses
-import math
-import os
 import shlex
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from disk import files, layout, peft, pretrained, saving, writer
+from disk import exporting, files, layout, peft, pretrained, writer
 from disk.run import ModelPaths
 from families.config import ModelConfig
 from settings import venv
 from settings.errors import UserError, printable, run
 from settings.parser import parse, setting
 from text import template
-
-FILE_BYTES = 2**30  # size of each output file, which is also the memory needed, unless one tensor is larger
 
 
 @dataclass
@@ -43,11 +39,11 @@ class Config:
 def merge(cfg):
     """Write the merged model directory, tensor by tensor.
 
-    Memory holds one output file of about FILE_BYTES, or one larger tensor.
+    Memory holds about three tensors.
 
     Raises UserError if the adapter does not fit the base, a merged tensor is not finite, or cfg.out exists.
     """
-    temporary = temporary_directory(cfg.out)
+    exporting.check_new(cfg.out)
     cfg = dataclasses.replace(cfg, adapter=files.follow(cfg.adapter))  # a run may move `latest` meanwhile
     peft_config = peft.read_config(cfg.adapter)
     base = peft.base_directory(cfg.adapter, cfg.base)
@@ -96,52 +92,27 @@ def merge(cfg):
     shapes = {name: adapter_entries.get(name, entry).shape for name, entry in base_entries.items()}
     check_rows(cfg.adapter, shapes, ModelConfig.from_dict(model_config).vocab_size)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
-    os.makedirs(temporary)
-    for part in (model_config, layout.text_part(model_config)):
-        part.update({key: str(dtype).removeprefix("torch.") for key in {"dtype", "torch_dtype"} & set(part)})
+    model_config = layout.with_dtype(model_config, dtype)
     tokenizer = template.ChatTokenizer(paths.tokenizer)
     exported = {**files.read_bytes(base, (*pretrained.TOKENIZER_FILES, *pretrained.PROCESSOR_FILES)),
                 **files.read_bytes(cfg.adapter, pretrained.TOKENIZER_FILES), "config.json": model_config,
                 "generation_config.json": pretrained.generation_config(
                     base, model_config, tokenizer.stop_token_id), **tokenizer.files}
-    for name, content in exported.items():
-        os.makedirs(os.path.dirname(os.path.join(temporary, name)), exist_ok=True)
-        files.write_file(os.path.join(temporary, name), content)
-    write_weights(temporary, contents, shapes, merged, dtype)
-    os.replace(temporary, cfg.out)
+    in_model = {contents.names.in_files(name): name for name in shapes}
+    copied = pretrained.copied_tensors(contents.others)
+    copied = {name: tensor for tensors in copied.values() for name, tensor in tensors.items()}
+    stored = {name: (writer.CODES[dtype], shapes[ours]) for name, ours in in_model.items()}
+    stored.update((name, writer.stored_as(tensor)) for name, tensor in copied.items())
+
+    def tensor_of(name):
+        return copied[name] if name in copied else merged(in_model[name]).to(dtype)
+
+    with exporting.new_directory(cfg.out) as directory:
+        exporting.write_files(directory, exported)
+        exporting.write_weights(directory, stored, tensor_of, exporting.FILE_BYTES)
     print(printable(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}\n"
                     f"saved    {cfg.out} (Hugging Face model directory)\n"
                     f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}"))
-
-
-def write_weights(directory, contents, shapes, merged, dtype):
-    """Write the weight files: tensors of {name: shape}, which merged(name) makes, and those that are copied.
-
-    contents  pretrained.Contents of the base
-    """
-    stored = {contents.names.in_files(name): name for name in shapes}
-    sizes = {name: math.prod(shapes[ours]) * dtype.itemsize for name, ours in stored.items()}
-    sizes.update((name, entry.n_bytes) for name, entry in contents.others.items())
-    copied = pretrained.copied_tensors(contents.others)
-    copied = {name: tensor for tensors in copied.values() for name, tensor in tensors.items()}
-    names_by_file = saving.assign_to_files(sizes, "model", math.ceil(sum(sizes.values()) / FILE_BYTES))
-    for file, names in names_by_file.items():
-        tensors = {name: merged(stored[name]).to(dtype) if name in stored else copied[name] for name in names}
-        writer.write_safetensors(os.path.join(directory, file), tensors)
-    if len(names_by_file) > 1:
-        files.write_file(os.path.join(directory, pretrained.INDEX_FILE),
-                         saving.index_content(names_by_file, sum(sizes.values())))
-
-
-def temporary_directory(out):
-    """Where files are written before `out` is complete. Raises UserError if one of the two exists."""
-    if os.path.exists(out):
-        raise UserError(f"{out} exists already; choose a new directory")
-    temporary = out.rstrip("/") + ".tmp"
-    if os.path.lexists(temporary):  # it may be somebody's
-        raise UserError(f"{temporary} exists already, perhaps of a merge that was interrupted; remove it, or "
-                        "choose another directory")
-    return temporary
 
 
 def check_names(adapter, base, adapter_entries, base_entries, lora_ranks):

@@ -18,7 +18,7 @@ from multimodal_helpers import IS_TEXT, KINDS, READ, SPELLINGS, check_kept, load
 from safetensors.torch import load_file, save_file
 
 import chat
-from disk import checkpoint, files, pretrained, saving
+from disk import checkpoint, exporting, files, pretrained, saving
 from model import generate
 from ops.attention import Documents
 from settings.errors import UserError
@@ -209,7 +209,7 @@ def test_peft_adapts_the_text_model_of_the_whole_one(train, tmp_path, monkeypatc
     assert (expected - base).abs().max() > 1e-2
     torch.testing.assert_close(our_logits(adapter), expected, atol=1e-4, rtol=1e-4)
     train(*SHORT, "--use_lora", "--resume_from", "auto", "--max_steps", 3, model=directory)
-    monkeypatch.setattr(merging, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(exporting, "FILE_BYTES", 100_000)
     merging.merge(merging.Config(adapter=str(adapter), out=str(tmp_path / "merged")))
     before, after = raw_tensors(directory), raw_tensors(tmp_path / "merged")
     assert before.keys() == after.keys()
