@@ -139,7 +139,8 @@ class Config:
     resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
     save_steps: int | None = setting(None, "save every N steps; none: each epoch", env="SAVE_STEPS", low=1)
     async_save: bool = setting(False, "train on while a checkpoint is written, from a copy in host memory")
-    keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
+    keep_checkpoints: int | str | None = setting(3, "newest N to keep, and that of lowest val_loss; or all",
+                                                 env="KEEP_CHECKPOINTS", low=1, word="all")
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or sample_prompts")
     keep_best: bool = setting(False, "also keep the checkpoint with the lowest val_loss", needs="val_data")
@@ -332,7 +333,7 @@ def train(cfg, ranks, origins):
             ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
             log.sync()  # the log reaches the disk before the checkpoint does
-            run.save(model, optimizer, is_best, is_last)
+            run.save(model, optimizer, is_last)
             log.report()
             ranks.poll_signals()
 

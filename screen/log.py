@@ -267,6 +267,10 @@ class Log:
         self.print_steps(train_set, sampler)
         if run.memory_line:
             print(run.memory_line)
+        if disk_lines := run.disk_lines(sampler.steps_of(0)):
+            print(disk_lines[0])
+            if disk_lines[1]:
+                print(disk_lines[1], file=sys.stderr, flush=True)
         print(*run.lines, sep="\n")
         if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
             # a terminal that reports a size of 0 × 0 would show an empty bar

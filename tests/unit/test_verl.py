@@ -435,8 +435,8 @@ def test_the_command_line_has_precedence_over_the_file(parse):
     assert parse("data.truncation: left\n", "data.truncation=right") == ({}, [])
     assert parse("model.trust_remote_code: True\n", "--model.trust_remote_code", "False") == ({}, [])
     assert parse("use_remove_padding: False\n", "+use_remove_padding=True") == ({}, [])
-    assert parse("trainer.max_ckpt_to_keep: 3\n", "trainer.max_ckpt_to_keep=null") == ({}, [])
-    assert parse("keep_checkpoints: 3\n", "trainer.max_ckpt_to_keep=null") == ({}, [])
+    for file in "trainer.max_ckpt_to_keep: 2\n", "keep_checkpoints: 2\n":  # null keeps all
+        assert parse(file, "trainer.max_ckpt_to_keep=null") == ({"keep_checkpoints": None}, [])
     assert parse("engine.offload_policy: True\n", "engine.offload_policy=False") == ({}, [])
     assert parse("trainer: {project_name: a, default_local_dir: 'o/${trainer.project_name}'}\n",
                  "trainer.project_name=b") == ({"project": "b", "output_dir": "o/b"}, [])
