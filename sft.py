@@ -142,7 +142,8 @@ class Config:
     resume_from: str | None = setting(None, "step directory to continue; auto: the latest", env="RESUME_FROM")
     save_steps: int | None = setting(None, "save every N steps; none: each epoch", env="SAVE_STEPS", low=1)
     async_save: bool = setting(False, "train on while a checkpoint is written, from a copy in host memory")
-    keep_checkpoints: int | None = setting(None, "newest N to keep; none: all", env="KEEP_CHECKPOINTS", low=1)
+    keep_checkpoints: int | str | None = setting(3, "newest N to keep, and that of lowest val_loss; or all",
+                                                 env="KEEP_CHECKPOINTS", low=1, word="all")
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or val_split or sample_prompts")
     keep_best: bool | str = setting(False, "also keep the checkpoint of lowest val_loss; NAME: of this set",
@@ -150,7 +151,7 @@ class Config:
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
                                          low=1, needs="val_data or val_split")
 
-    logger: str = setting("console", "console, wandb, tensorboard, trackio; several with commas",
+    logger: str = setting("console", "wandb, tensorboard, trackio, with commas; quiet: nothing on the screen",
                           env="LOGGER", group="logging")
     project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")
@@ -319,7 +320,7 @@ def train(cfg, ranks, origins):
         if is_last or saves or (is_best and cfg.keep_best):
             ranks.set_phase(f"save of step {step}")
             log.extremes(step, losses.extremes(tokenizer))
-            run.save(model, optimizer, is_best, is_last)
+            run.save(model, optimizer, is_last)
             log.report()
             ranks.poll_signals()
 

@@ -43,6 +43,11 @@ def is_best(value):
             and is_count(value["step"]) and is_count(value["behind"]))
 
 
+def is_best_saved(value):
+    """Whether a value is a RunState's `best_saved`."""
+    return isinstance(value, dict) and is_best({**value, "behind": 0}) and "behind" not in value
+
+
 def is_date(value):
     try:
         return isinstance(value, str) and bool(datetime.date.fromisoformat(value))
@@ -64,6 +69,7 @@ STATE_RULES = {
     "step": (functools.partial(is_count, low=1), "an integer of at least 1"),
     "updates": (is_count, "an integer of at least 0"),
     "best": (is_best, "an object with val_loss (a number or null), step and behind (integers)"),
+    "best_saved": (is_best_saved, "an object with val_loss (a number or null) and step (an integer)"),
     "norms": (lambda norms: isinstance(norms, list) and all(map(is_number, norms)), "a list of numbers"),
     "is_cut": (lambda value: type(value) is bool, "true or false"),
     "date": (is_date, "a date such as 2026-01-31"),
@@ -305,12 +311,12 @@ def steps_in(root):
 
 
 def prune(root, keep, step, keep_best_step=None):
-    """Remove old checkpoints; keep the newest `keep` (None: all) and the one of keep_best_step.
+    """Remove old checkpoints; keep the newest `keep` (None or "all": all) and the one of keep_best_step.
 
     Checkpoints later than `step` stay. They belong to a run that was abandoned when this one resumed from an
     earlier step.
     """
-    if not keep:
+    if keep in (None, "all"):
         return
     steps = [s for s in steps_in(root) if s <= step]
     for old in steps[:-keep]:

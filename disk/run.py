@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume
+from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume, space
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
@@ -117,6 +117,8 @@ class RunState:
     step             the last optimizer step that was taken
     best             {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, and the number of
                      validations after it
+    best_saved       {"val_loss", "step"}: of the saved steps, the one with the lowest val_loss. Pruning spares
+                     it, and the link `best` names it. Without --keep_best, `best` may be unsaved
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
     baseline         {digest of a validation set: its loss before the first step}
@@ -129,10 +131,10 @@ class RunState:
     lines            what the banner says about settings and resume
     has_saved        whether this process has saved a checkpoint
 
-    state.json of a checkpoint stores them as "step", "best", "norms", "chosen", "date", "lr", "baseline",
-    "judged" and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", "val_split",
-    the number of "ranks", the fingerprint of the "model" that the run started from ("base" with LoRA), and
-    the digests of the training "data" and of "val_data".
+    state.json of a checkpoint stores them as "step", "best", "best_saved", "norms", "chosen", "date", "lr",
+    "baseline", "judged" and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps",
+    "val_split", the number of "ranks", the fingerprint of the "model" that the run started from ("base" with
+    LoRA), and the digests of the training "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):
@@ -163,6 +165,8 @@ class RunState:
         if before != ranks.world_size:
             self.lines.append(f"changed: ranks {before!r:.60} -> {ranks.world_size} (steps hold the same)")
         self.best = self.saved.get("best") or {"val_loss": None, "step": 0, "behind": 0}
+        self.best_saved = self.find_best_saved()
+        self.last_judged = None  # (step, val_loss) of the last validation
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
         self.baseline, self.judged = self.saved.get("baseline") or {}, None
@@ -184,6 +188,13 @@ class RunState:
             raise UserError(f"{self.cfg.output_dir} already contains a run; use --resume_from auto to "
                             "continue it, or another --output_dir for a new run")
         lock.check_is_free(self.cfg.output_dir)
+
+    def find_best_saved(self):
+        """`best_saved` of the resumed run, if that checkpoint is there; an older version did not save it."""
+        saved = self.saved.get("best_saved") or {name: self.best[name] for name in ("val_loss", "step")}
+        if os.path.isdir(os.path.join(self.root, f"step_{saved['step']}")):
+            return saved
+        return {"val_loss": None, "step": 0}
 
     def compared(self, train_set):
         """What must be the same on all ranks, for Ranks.agree. Every rank calls it."""
@@ -314,6 +325,7 @@ class RunState:
             self.lines.append(f"best     begins anew: the val_loss {self.best['val_loss']:.4f} of step "
                               f"{self.best['step']} is of other validation data")
             self.best = {"val_loss": None, "step": 0, "behind": 0}
+            self.best_saved = {"val_loss": None, "step": 0}
 
     def fingerprints(self):
         """{"base" with LoRA, otherwise "model": the fingerprint of the model that the run started from}.
@@ -379,6 +391,8 @@ class RunState:
             self.shard_map = pretrained.shard_map(model, paths.model)
         self.exported = pretrained.export_files(
             paths.model, paths.config_json, paths.tokenizer, tokenizer, model.peft_config)
+        self.checkpoint_bytes = space.checkpoint_bytes(
+            model, optimizer, self.shard_map, {**self.exported, **resume.export(self.cfg)})
         if self.resumed:
             checkpoint.load_training_tensors(self.resumed, model, optimizer)
             if self.is_writer and os.path.dirname(self.resumed) == os.path.realpath(self.root):
@@ -393,10 +407,10 @@ class RunState:
         """
         checkpoint.set_link(self.root, self.step)
         best = os.path.join(self.root, "best")
-        if self.best["val_loss"] is None and os.path.lexists(best) and not os.path.isdir(best):
+        if self.best_saved["val_loss"] is not None:
+            checkpoint.set_link(self.root, self.best_saved["step"], "best")
+        elif os.path.lexists(best) and not (os.path.isdir(best) and not os.path.islink(best)):
             os.remove(best)  # of other validation data
-        if self.cfg.keep_best and os.path.isdir(os.path.join(self.root, f"step_{self.best['step']}")):
-            checkpoint.set_link(self.root, self.best["step"], "best")
 
     @property
     def stops_early(self):
@@ -405,6 +419,7 @@ class RunState:
 
     def judge(self, step, val_loss):
         """Compare a val_loss with the best so far; return whether it is lower."""
+        self.last_judged = step, val_loss
         self.best["behind"] += 1
         best = self.best["val_loss"]
         # nan compares as false with everything: as the best it would stay the best
@@ -421,7 +436,16 @@ class RunState:
             return factor * statistics.median(self.norms)
         return math.inf
 
-    def save(self, model, optimizer, is_best, is_last):
+    def is_best_saved(self):
+        """Whether this step's checkpoint has the lowest val_loss of those that are saved; remembers it."""
+        step, val_loss = self.last_judged or (None, math.nan)
+        lowest = self.best_saved["val_loss"]
+        is_best = step == self.step and math.isfinite(val_loss) and (lowest is None or not val_loss >= lowest)
+        if is_best:
+            self.best_saved = {"val_loss": val_loss, "step": step}
+        return is_best
+
+    def save(self, model, optimizer, is_last):
         """Write the checkpoint of the last step, then delete older ones as --keep_checkpoints says.
 
         Every rank calls it. With --async_save it returns when host memory has a copy of all that is saved,
@@ -429,12 +453,13 @@ class RunState:
         """
         self.publish()
         self.check_lock()
-        links = ("latest", "best") if is_best and self.cfg.keep_best else ("latest",)
+        links = ("latest", "best") if self.is_best_saved() else ("latest",)
         state = {
             **self.identity,
             "best": self.best,
             "judged": self.judged,
             "baseline": self.baseline,
+            "best_saved": self.best_saved,
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),
             "chosen": self.chosen,
@@ -447,12 +472,23 @@ class RunState:
         contents = dict(model=model, optimizer=optimizer, shard_map=self.shard_map, state=state, links=links,
                         exported={**self.exported, **resume.export(self.cfg)}, timeout=self.cfg.timeout)
         self.has_saved = True
-        self.saved_best = self.best["step"] if self.cfg.keep_best else None
         if self.cfg.async_save and not is_last:
             self.pending = checkpoint.start_save(self.root, self.step, in_background=True, **contents)
         else:
             checkpoint.save(self.root, self.step, **contents)
             self.prune(self.step)
+
+    def disk_lines(self, steps_per_epoch):
+        """The banner's line about the disk, and a warning or None (space.lines); None if nothing is saved."""
+        cfg, place = self.cfg, (self.step, self.total_steps)
+        n_left = space.saves_left(*place, cfg.save_steps, steps_per_epoch)
+        if not n_left:
+            return None
+        if cfg.keep_best and cfg.eval_steps != cfg.save_steps:
+            n_left += space.saves_left(*place, cfg.eval_steps, steps_per_epoch)
+        n_there = sum(step <= self.step for step in checkpoint.steps_in(self.root))
+        return space.lines(self.checkpoint_bytes, keep=cfg.keep_checkpoints, n_there=n_there, n_left=n_left,
+                           has_best=self.identity["val_data"] is not None, directory=cfg.output_dir)
 
     def publish(self, waits=True):
         """Complete the checkpoint that is written in the background, if there is one. Every rank calls it.
@@ -474,4 +510,4 @@ class RunState:
 
     def prune(self, step):
         if self.is_writer:
-            checkpoint.prune(self.root, self.cfg.keep_checkpoints, step, self.saved_best)
+            checkpoint.prune(self.root, self.cfg.keep_checkpoints, step, self.best_saved["step"])

@@ -17,19 +17,16 @@ import threading
 import time
 import uuid
 
-from tqdm import tqdm
-
 from disk import files
 from ops import flops, memory
-from screen import report
+from screen import bar, closing, report
 from screen.by_source import Sources
 from screen.trend import Trend
 from screen.validation import together
-from settings import venv
 from settings.errors import UserError
 from settings.parser import write_yaml
 
-LOGGERS = ("console", "wandb", "tensorboard", "trackio")
+LOGGERS = ("console", "quiet", "wandb", "tensorboard", "trackio")  # console is on unless quiet is named
 
 
 def check_loggers(names):
@@ -37,7 +34,7 @@ def check_loggers(names):
     for name in filter(None, map(str.strip, names.split(","))):
         if name not in LOGGERS:
             raise UserError(f"--logger {names}: unknown logger {name!r}; use {', '.join(LOGGERS)}")
-        if name != "console" and importlib.util.find_spec(name) is None:
+        if name not in ("console", "quiet") and importlib.util.find_spec(name) is None:
             raise UserError(f"--logger {names}: {name} is not installed; "
                             f"run {sys.executable} -m pip install {name}")
 
@@ -215,14 +212,14 @@ class Log:
         self.directory, self.last_step, self.total_steps = cfg.output_dir, last_step, total_steps
         self.is_writer, self.warnings = ranks.rank == 0, warnings
         names = [name.strip() for name in cfg.logger.split(",")]
-        self.on_console = self.is_writer and "console" in names
+        self.on_console = self.is_writer and "quiet" not in names
         self.peak_lr, self.val_loss = cfg.lr, None
         self.has_warned = False  # by warn_if_unchanged
         self.is_already_done = False  # a resumed run has no step left
         self.device, self.ranks, self.is_lora = ranks.device, ranks, cfg.use_lora
         self.unread = None  # the arguments of step(), until read()
         self.last_printed, self.started = -1e9, time.perf_counter()
-        self.loggers, self.bar = [], tqdm(disable=True)
+        self.loggers, self.bar = [], bar.Bar(disable=True)
         if self.is_writer:
             # if a file of the report is missing, stop here and not at the first checkpoint
             report.assets()
@@ -258,9 +255,12 @@ class Log:
         if not self.is_already_done:  # the next resume takes its settings from this file
             with files.naming(path):
                 write_yaml(run.cfg, path)  # auto stays auto: another machine chooses
+        # where the run was resumed; without the places after this one, as their steps are trained again
+        resumes = report.resumes_in(report.read_ledger(self.directory))
+        resumes = [step for step in resumes if step < run.step] + [run.step] * bool(run.step)
         with files.replaced(os.path.join(self.directory, "ledger.json"), "wb") as f:
             f.write(files.encoded({"model": model_line, "train": train_lines, "validation": val_lines,
-                                   "ranks": ranks.world_size}))
+                                   "ranks": ranks.world_size, "resumes": resumes}))
 
         print(model_line)
         if tokenizer.is_fallback:
@@ -272,10 +272,14 @@ class Log:
         self.print_steps(train_set, sampler)
         if run.memory_line:
             print(run.memory_line)
+        if disk_lines := run.disk_lines(sampler.steps_of(0)):
+            print(disk_lines[0])
+            if disk_lines[1]:
+                print(disk_lines[1], file=sys.stderr, flush=True)
         print(*run.lines, sep="\n")
         if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
             # a terminal that reports a size of 0 × 0 would show an empty bar
-            self.bar = tqdm(
+            self.bar = bar.Bar(
                 total=self.total_steps, initial=self.last_step, dynamic_ncols=True, mininterval=0.5)
         self.started = time.perf_counter()
 
@@ -344,19 +348,15 @@ class Log:
         by_source = {f"loss/{name}": part["loss"] for name, part in values.get("sources", {}).items()}
         numbers = {name: value for name, value in values.items() if name != "sources"}
         self.send("train", step, {**numbers, **by_source})
-        val = f"val_loss {self.val_loss:.4f}, " if self.val_loss is not None else ""
-        mfu = f"{100 * values['mfu']:.0f} % MFU, " if "mfu" in values else ""
-        shown = (f"loss {values['loss']:.4f}, {val}lr {values['lr']:.2e}, norm {values['grad_norm']:.3g}, "
-                 f"{mfu}{values['tokens_per_second']:,.0f} tokens/s, {values['peak_memory_gb']:.2f} GiB")
-        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.shown = shown = bar.parts(values, self.val_loss)
         self.bar.update()
         now = time.perf_counter()
         is_due = now - self.last_printed > 10 or step == self.total_steps
         if self.on_console and self.bar.disable and is_due:  # no bar: output goes to a file
             self.last_printed = now
             remaining = (now - self.started) / (step - self.last_step) * (self.total_steps - step)
-            print(f"step {step:,} of {self.total_steps:,}: {shown}, {tqdm.format_interval(remaining)} left",
-                  flush=True)
+            print(f"step {step:,} of {self.total_steps:,}: {', '.join(shown.values())}, "
+                  f"{bar.duration(remaining)} left", flush=True)
 
     def warn_if_unchanged(self, step, values):
         """Warn, once per run, about a step that changed less than 1 % of the weights.
@@ -447,7 +447,8 @@ class Log:
             logger.close()
         self.metrics.file.close()
         self.samples.file.close()
-        if stop_signal and (run.owes_evaluation or run.step < self.total_steps):
+        is_complete = not run.owes_evaluation and run.step >= self.total_steps
+        if stop_signal and not is_complete:
             print(f"stopped  after step {run.step} of {self.total_steps}; continue with --output_dir "
                   f"{shlex.quote(self.directory)} --resume_from auto")
         if run.stops_early:
@@ -460,8 +461,11 @@ class Log:
             print(f"done     already complete: raise {limit} to train longer (the checkpoint has step "
                   f"{run.step} of {self.total_steps})")
         elif run.has_saved:
+            print(*closing.result_lines(self.directory), sep="\n")
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
-        print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
+        if os.path.lexists(latest):
+            print(*closing.command_lines(run.cfg, latest, is_complete=is_complete or run.stops_early,
+                                         world_size=self.ranks.world_size), sep="\n")
 
 
 def values_of(result):

@@ -25,7 +25,10 @@ from settings import venv
 from settings.errors import UserError
 
 AXES = ("step", "tokens", "seconds")
-CURVES = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb")
+CURVES = ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gb", "accuracy", "mfu")
+OPTIONAL = ("sources", "val_sets", "forgetting", "accuracy", "mfu")  # charts for which a run may lack numbers
+OF_SET = ("loss", "accuracy", "tokens", "forgetting")  # of a validation set in a line of metrics.jsonl
+MOST_NAMES = 30  # validation sets and sources; the trainer writes at most 21 sources
 MOST_POINTS, MOST_ANSWERS = 2000, 20  # points per curve; answers per prompt, the newest
 
 LARGEST_CONFIG = 2**18  # bytes of config.yaml, as in settings/parser.py
@@ -71,10 +74,25 @@ def read_lines(path):
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(values, dict):
-                    for name in {*AXES, *CURVES, "epoch", "val_loss"} & values.keys():
-                        if type(values[name]) not in (int, float) or abs(values[name]) > 1e300:
-                            values[name] = None
+                    clear(values, (*AXES, *CURVES, "epoch", "val_loss", "val_accuracy", "forgetting"))
                     yield values
+
+
+def clear(values, names):
+    """Replace what is no number, among values that have to be numbers, by None."""
+    for name in {*names} & values.keys():
+        if type(values[name]) not in (int, float) or abs(values[name]) > 1e300:
+            values[name] = None
+
+
+def groups(value, names):
+    """{name: {key: number}} of a `sources` or `val_sets` in a line; without what is not of this form."""
+    if not isinstance(value, dict):
+        return {}
+    found = {name: group for name, group in list(value.items())[:MOST_NAMES] if isinstance(group, dict)}
+    for group in found.values():
+        clear(group, names)
+    return found
 
 
 def is_sample(line):
@@ -103,6 +121,17 @@ def read_dict(path, read):
     return values if isinstance(values, dict) else {}
 
 
+def read_ledger(directory):
+    """The content of a run's ledger.json; empty if it has none."""
+    return read_dict(os.path.join(directory, "ledger.json"), json.load)
+
+
+def resumes_in(ledger):
+    """The steps after which a run was resumed, from its ledger.json."""
+    steps = ledger.get("resumes")
+    return [step for step in (steps if isinstance(steps, list) else ()) if type(step) is int]
+
+
 class Run:
     """The contents of an output directory. Raises UserError without metrics.jsonl, the only required file."""
 
@@ -113,6 +142,7 @@ class Run:
                             f"sft.py run: {venv.command('tools/report.py')} ./outputs")
         self.directory = os.fspath(directory)
         self.val = []  # the lines of validations
+        self.sources = {}  # {name: [(index of a training line, loss), ...]}
         # Columns with NaN for gaps: a dict per step would take a kilobyte each.
         self.train = {name: array("d") for name in ("epoch", *AXES, *CURVES)}
         tokens, seconds = 0, 0.0
@@ -121,13 +151,20 @@ class Run:
             seconds += line.get("seconds") or 0
             line.update(tokens=tokens, seconds=seconds)  # totals since the start, for the x-axis
             if "loss" not in line and line.get("step") is not None:
-                self.val.append(line)
+                self.val.append({"val_loss": None, **line, "val_sets": groups(line.get("val_sets"), OF_SET)})
             if "loss" not in line:
                 continue
             for name, values in self.train.items():
                 values.append(math.nan if line.get(name) is None else line[name])
+            for name, group in groups(line.get("sources"), ("loss", "target_weight")).items():
+                is_known = name in self.sources or len(self.sources) < MOST_NAMES
+                if is_known and group.get("loss") is not None:
+                    self.sources.setdefault(name, []).append((len(self.train["loss"]) - 1, group["loss"]))
+        names = dict.fromkeys(name for line in self.val for name in line["val_sets"])
+        self.val_sets = list(names)[:MOST_NAMES]
         self.config = read_dict(os.path.join(directory, "config.yaml"), read_yaml)
-        ledger = read_dict(os.path.join(directory, "ledger.json"), json.load)
+        ledger = read_ledger(directory)
+        self.resumes = resumes_in(ledger)
         ranks, lines = ledger.get("ranks"), [ledger.get(key) for key in ("model", "train", "validation")]
         self.ranks = ranks if isinstance(ranks, int) else 1
         self.ledger = [line for part in lines for line in (part if isinstance(part, list) else [part])
@@ -169,34 +206,116 @@ class Run:
         train = {name: [rounded(self.train[name][i]) for i in kept] for name in (*AXES, *CURVES)}
         train["weight"] = [len(span) for span in spans]
         train["mean"] = [sum(span) / len(span) if span else None for span in spans]
-        val = {name: [rounded(line.get(name)) for line in self.val] for name in (*AXES, "val_loss")}
-        return {"name": self.name, "lines": n, "train": train, "val": val}
+        val = {name: [rounded(line.get(name)) for line in self.val]
+               for name in (*AXES, "val_loss", "val_accuracy", "forgetting")}
+        val["sets"] = {name: {key: [rounded(line["val_sets"].get(name, {}).get(key)) for line in self.val]
+                              for key in ("loss", "accuracy", "forgetting")} for name in self.val_sets}
+        sources = {name: self.source_curve(losses, kept) for name, losses in self.sources.items()}
+        return {"name": self.name, "lines": n, "train": train, "val": val, "sources": sources,
+                "resumes": self.resume_marks()}
+
+    @staticmethod
+    def source_curve(losses, kept):
+        """{"weight", "mean"} of a source's losses [(index, loss)] at the kept steps, as in curves()."""
+        spans, losses = [], iter([*losses, (math.inf, 0)])
+        index, loss = next(losses)
+        for point in kept:
+            spans.append([])
+            while index <= point:
+                spans[-1].append(loss)
+                index, loss = next(losses)
+        return {"weight": [len(span) for span in spans],
+                "mean": [rounded(statistics.fmean(span)) if span else None for span in spans]}
+
+    def resume_marks(self):
+        """Where the run was resumed, on each axis: {axis: [position, ...]}."""
+        marks = {name: [] for name in AXES}
+        steps = self.train["step"]
+        for resumed in self.resumes:
+            i = max((i for i, step in enumerate(steps) if step <= resumed), default=None)
+            if i is not None and i + 1 < len(steps):  # it has trained since
+                for name in AXES:
+                    marks[name].append(rounded(self.train[name][i]))
+        return marks
+
+    def values_at(self, i):
+        """{name: number} of a training step; empty if there is none."""
+        return {name: as_number(values[i]) for name, values in self.train.items() if values}
+
+    def median(self, name):
+        """The median of a column, None if it is empty."""
+        finite = [value for value in self.train[name] if math.isfinite(value)]
+        return statistics.median(finite) if finite else None
+
+    def peak_memory(self):
+        """GiB, None if unknown."""
+        return max((value for value in self.train["peak_memory_gb"] if math.isfinite(value)), default=None)
+
+    def judged_set(self):
+        """The name of the validation set whose loss decides which step is best; None: all sets together."""
+        wanted = self.config.get("keep_best")
+        return wanted if wanted in self.val_sets else next(iter(self.val_sets), None)
+
+    def val_losses(self, name=None):
+        """[(step, loss)] of the validations of a set, of all sets together (None), with that of step 0."""
+        losses = [(line["step"], line["val_loss"]) for line in self.val]
+        if name is not None:
+            losses = [(line["step"], line["val_sets"].get(name, {}).get("loss")) for line in self.val]
+        return [(step, loss) for step, loss in losses if loss is not None]
+
+    def lowest(self, name=None):
+        """(step, loss): the lowest of a validation set after a training step; (None, None) without one."""
+        after = [(step, loss) for step, loss in self.val_losses(name) if step]
+        return min(after, key=lambda pair: pair[1], default=(None, None))
+
+    def forgetting(self, name=None):
+        """The last known loss of a validation set minus the one before training; None if one is not known."""
+        lines = reversed([line for line in self.val if line["step"]])
+        known = (line.get("forgetting") if name is None else line["val_sets"].get(name, {}).get("forgetting")
+                 for line in lines)
+        return next((value for value in known if value is not None), None)
+
+    def has(self, chart):
+        """Whether there are numbers for one of the OPTIONAL charts."""
+        if chart in ("val_sets", "sources"):
+            return bool(self.val_sets) if chart == "val_sets" else len(self.sources) > 1
+        if chart == "forgetting":
+            return any(self.forgetting(name) is not None for name in (None, *self.val_sets))
+        of_val = chart == "accuracy" and any(line.get("val_accuracy") is not None for line in self.val)
+        return of_val or self.median(chart) is not None
 
     def summary(self):
-        """Return the figures at the top of the page: [(label, value, note), ...]."""
-        def values_at(i):
-            return {name: as_number(values[i]) for name, values in self.train.items() if values}
+        """Return the figures at the top of the page: [(label, value, note), ...].
 
-        def finite(name):
-            return [value for value in self.train[name] if math.isfinite(value)]
-
-        first, last = values_at(0), values_at(-1)
-        evaluated = [line for line in self.val if line.get("val_loss") is not None]
-        best = min(evaluated, key=lambda line: line["val_loss"], default={})
-        speeds, memory = finite("tokens_per_second"), finite("peak_memory_gb")
-        best_note = f"after step {show(best['step'], ',')}" if best else "no validation"
-        minutes = round(last.get("seconds", 0) / 60)
-        duration = f"{minutes} min"
-        if minutes < 2:
-            duration = f"{last.get('seconds', 0):.3g} s"
-        elif minutes >= 120:
-            duration = f"{minutes // 60} h {minutes % 60} min"
+        The page drops those that no run has: a dash with an empty note.
+        """
+        first, last = self.values_at(0), self.values_at(-1)
+        judged = self.judged_set()
+        best_step, best = self.lowest(judged)
+        of_set = f" of {judged}" if judged else ""
+        best_note = "no validation" if best is None else f"after step {show(best_step, ',')}{of_set}"
+        forgetting = {name or "all": self.forgetting(name) for name in self.val_sets or [None]}
+        forgotten = {name: value for name, value in forgetting.items() if value is not None}
+        worst = max(forgotten, key=forgotten.get, default=None)
+        mfu = self.median("mfu")
         return [("Steps", show(last.get("step"), ","), f"{show(last.get('epoch'), '.3g')} epochs"),
                 ("Last loss", show(last.get("loss"), ".4f"), f"{show(first.get('loss'), '.4f')} at step 1"),
-                ("Best val_loss", show(best.get("val_loss"), ".4f"), best_note),
-                ("Tokens per second", show(statistics.median(speeds) if speeds else None, ",.0f"), "median"),
-                ("Peak memory", show(max(memory, default=None), ".2f"), "GiB"),
-                ("Training time", duration, f"for {show(last.get('tokens'), ',')} tokens")]
+                ("Best val_loss", show(best, ".4f"), best_note),
+                ("Forgetting", show(forgotten.get(worst), "+.4f"),
+                 f"val_loss since step 0{f', {worst}' * bool(self.val_sets)}" if forgotten else ""),
+                ("Tokens per second", show(self.median("tokens_per_second"), ",.0f"), "median"),
+                ("MFU", show(mfu, ".0%"), "median" if mfu is not None else ""),
+                ("Peak memory", show(self.peak_memory(), ".2f"), "GiB"),
+                ("Training time", duration(last.get("seconds") or 0),
+                 f"for {show(last.get('tokens'), ',')} tokens")]
+
+
+def duration(seconds):
+    """Seconds as text: "41.3 s", "12 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.3g} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def as_number(value):
@@ -224,6 +343,27 @@ def setting_text(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def distinct(losses):
+    """Texts of losses, three decimals each, or as many as it takes to differ from an unequal neighbour."""
+    def text(loss, other):
+        decimals = 3
+        while other is not None and other != loss and decimals < 12:
+            if f"{loss:.{decimals}f}" != f"{other:.{decimals}f}":
+                break
+            decimals += 1
+        return f"{loss:.{decimals}f}"
+
+    neighbours = zip(losses, [None, *losses[:-1]], [*losses[1:], None])
+    return [max(text(loss, before), text(loss, after), key=len) for loss, before, after in neighbours]
+
+
+def tiles(runs):
+    """The summary() of each run, without the figures that none of them has."""
+    columns = zip(*(run.summary() for run in runs))
+    shown = [column for column in columns if any(value != "–" or note for _, value, note in column)]
+    return list(zip(*shown))
+
+
 def build(directories, path):
     """Write the page about these runs, atomically; return its path.
 
@@ -238,7 +378,9 @@ def build(directories, path):
     differ = [name for name in names if len({setting_text(run.config.get(name)) for run in runs}) > 1]
     style, script, page = assets()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = page.render(runs=runs, curves=[run.curves() for run in runs], differ=differ, style=style,
+    has = {name: any(run.has(name) for run in runs) for name in OPTIONAL}
+    text = page.render(runs=runs, summaries=tiles(runs), has=has, distinct=distinct, show=show,
+                       curves=[run.curves() for run in runs], differ=differ, style=style,
                        script=script, digest=digest, setting_text=setting_text, command=venv.command,
                        path=venv.quoted, shell=shlex.quote)
     # errors="replace": the data may contain an unpaired surrogate

@@ -128,7 +128,7 @@ def flag_of(field, value):
 
 def check_range(written, value, field):
     low, high, word = (field.metadata[key] for key in ("low", "high", "word"))
-    if word:
+    if word and value is not None:
         is_valid = word in (value, NAME) if isinstance(value, str) else low <= value <= high
         if not is_valid:
             raise UserError(f"{written}: it must be {type_name(field)}")

@@ -176,7 +176,7 @@ def test_the_shipped_file_is_accepted_as_it_is(parse):
         response_key="answer", batch_size=256, micro_batch_size=4, epochs=4, seed=1, lr=1e-5,
         strategy="fsdp2",
         output_dir="checkpoints/gsm8k-sft/test", resume_from="auto", save_steps=10**9, project="gsm8k-sft",
-        run_name="test", logger="console,wandb")
+        run_name="test", logger="console,wandb", keep_checkpoints=None)
     keys = [line.removeprefix("warning: verl.yaml:").split(" ")[1].rstrip(":") for line in warnings]
     assert keys == ["defaults", "data.val_files", "data.balance_dp_token", "use_remove_padding",
                     "trainer.test_freq",
@@ -193,7 +193,8 @@ def test_the_other_files_are_accepted_as_they_are(parse):
         lr=1e-3,
         scheduler="constant", warmup_ratio=0.0, beta2=0.999, dtype="bf16",
         output_dir="checkpoints/gsm8k-sft/test",
-        resume_from="auto", save_steps=10**9, project="gsm8k-sft", run_name="test", logger="console,wandb")
+        resume_from="auto", save_steps=10**9, project="gsm8k-sft", run_name="test", logger="console,wandb",
+        keep_checkpoints=None)
     assert [line.split(" ")[2].rstrip(":") for line in warnings] == [
         "defaults", "data.balance_dp_token", "trainer.test_freq", "engine.use_torch_compile"]
 
@@ -443,8 +444,8 @@ def test_the_command_line_has_precedence_over_the_file(parse):
     assert parse("data.truncation: left\n", "data.truncation=right") == ({}, [])
     assert parse("model.trust_remote_code: True\n", "--model.trust_remote_code", "False") == ({}, [])
     assert parse("use_remove_padding: False\n", "+use_remove_padding=True") == ({}, [])
-    assert parse("trainer.max_ckpt_to_keep: 3\n", "trainer.max_ckpt_to_keep=null") == ({}, [])
-    assert parse("keep_checkpoints: 3\n", "trainer.max_ckpt_to_keep=null") == ({}, [])
+    for file in "trainer.max_ckpt_to_keep: 2\n", "keep_checkpoints: 2\n":  # null keeps all
+        assert parse(file, "trainer.max_ckpt_to_keep=null") == ({"keep_checkpoints": None}, [])
     assert parse("engine.offload_policy: True\n", "engine.offload_policy=False") == ({}, [])
     assert parse("trainer: {project_name: a, default_local_dir: 'o/${trainer.project_name}'}\n",
                  "trainer.project_name=b") == ({"project": "b", "output_dir": "o/b"}, [])
