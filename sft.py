@@ -29,15 +29,15 @@ import torch
 import data
 import fsdp
 import lora
-from disk import inputs, lock, peft, pretrained, resume
+from disk import inputs, peft, pretrained, resume
 from disk.run import RunState
 from families.registry import causal_lm
 from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packing
-from ranks import gate, processes, tp
-from screen import out_of_memory, profiler, samples
-from screen.log import Log, Warnings, check_loggers
+from ranks import processes, tp
+from screen import entry, profiler, samples
+from screen.log import Log, check_loggers
 from settings import errors
-from settings.parser import check, parse, setting
+from settings.parser import Settings, parse, setting
 from text.template import ChatTokenizer
 
 # unless: a resumed adapter brings these settings with it
@@ -45,7 +45,7 @@ lora_setting = functools.partial(setting, needs="use_lora", unless="resume_adapt
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """Supervised fine-tuning: ./train.sh [--n_gpus N] [flags], or python sft.py [flags] [name=value ...]
 
     train.sh also reads the variables in CAPITALS, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
@@ -154,7 +154,7 @@ class Config:
     profile: int | None = setting(None, "trace N steps with torch.profiler, after two others", low=1)
 
     def __post_init__(self):
-        check(self)
+        self.complete(resume.settings)
         check_loggers(self.logger)
         processes.check_strategy(self.strategy, self.tp)
 
@@ -277,10 +277,11 @@ def build(cfg, paths, ranks, trains=True):
     return model, optimizer
 
 
-def train(cfg, ranks, origins):
-    """One run from start to end. Every rank calls it. origins: where each setting comes from."""
+def train(cfg, ranks=None, origins=None):
+    """One run from start to end, on every rank; origins: where settings come from. Returns an entry.Result."""
+    if ranks is None:  # from Python: train(Config(...))
+        return entry.from_python(train, cfg)
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
-    warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
     tokenizer = ChatTokenizer(run.paths.tokenizer, run.paths.config.vocab_size, run.chat_template,
                               cfg.template_kwargs, run.date)
@@ -300,7 +301,7 @@ def train(cfg, ranks, origins):
     prompts = samples.Prompts(cfg, tokenizer, run.eos_ids)
     losses = samples.ConversationLosses(train_set, ranks)
     meter = optim.ChangeMeter(optimizer)
-    log = Log(cfg, run.step, len(sampler), ranks, warnings)
+    log = Log(cfg, run.step, len(sampler), ranks, ranks.warnings)
     log.banner(cfg, run, model, tokenizer, train_set, val_set, sampler, ranks)
     first_step = run.step + 1
 
@@ -308,7 +309,6 @@ def train(cfg, ranks, origins):
         """Log the step that was queued last; stop the run if its loss or gradient was not finite."""
         if bad := log.read(run.norms):
             run.publish()
-            optimizer.zero_grad()  # the gradient of the next step
             selfcheck.stop_non_finite(backward, model, train_set, bad, cfg, ranks)
 
     def after_step(step):
@@ -372,11 +372,7 @@ def train(cfg, ranks, origins):
 def main():
     cfg, origins = parse(Config, sys.argv[1:], resumed=resume.settings)
     inputs.checked(cfg, origins)  # wrong paths, before a model is downloaded
-    with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic, gate.program(cfg)) as ranks,
-          out_of_memory.explained(cfg, ranks), lock.alone(cfg, ranks)):
-        train(cfg, ranks, origins)
-    if ranks.stop_signal:
-        processes.end_by_signal(ranks.stop_signal, has_trained=True)
+    entry.run(train, cfg, origins)
 
 
 if __name__ == "__main__":

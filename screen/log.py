@@ -230,6 +230,7 @@ class Log:
             self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last_step)
             self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last_step)
             self.trend, self.has_diagnosed = Trend(self.metrics.path), False
+            ranks.ends.callback(self.close)
 
     def banner(self, cfg, run, model, tokenizer, train_set, val_set, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
@@ -268,8 +269,7 @@ class Log:
         if run.memory_line:
             print(run.memory_line)
         print(*run.lines, sep="\n")
-        if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
-            # a terminal that reports a size of 0 × 0 would show an empty bar
+        if self.on_console and has_terminal(sys.stderr):
             self.bar = tqdm(
                 total=self.total_steps, initial=self.last_step, dynamic_ncols=True, mininterval=0.5)
         self.started = time.perf_counter()
@@ -410,6 +410,14 @@ class Log:
             except (OSError, UserError) as error:  # what only shows must not end a run
                 self.say(f"warning: no report: {error}")
 
+    def close(self):
+        """Close the files and loggers, also after an error if the process goes on."""
+        self.bar.close()
+        while self.loggers:
+            self.loggers.pop().close()
+        self.metrics.file.close()
+        self.samples.file.close()
+
     def finish(self, run, stop_signal):
         """Close the files and loggers; print how the run ended, where the checkpoint is, and how to try it.
 
@@ -422,10 +430,7 @@ class Log:
             self.warnings.collect()
         if not self.is_already_done:
             self.diagnose()
-        for logger in self.loggers:
-            logger.close()
-        self.metrics.file.close()
-        self.samples.file.close()
+        self.close()
         if stop_signal and (run.owes_evaluation or run.step < self.total_steps):
             print(f"stopped  after step {run.step} of {self.total_steps}; continue with --output_dir "
                   f"{shlex.quote(self.directory)} --resume_from auto")
@@ -441,6 +446,14 @@ class Log:
         elif run.has_saved:
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
         print(f"try it   {venv.command('chat.py')} {shlex.quote(latest)}")
+
+
+def has_terminal(stream):
+    """Whether a stream is a terminal in which a progress bar can be drawn."""
+    try:  # a terminal that reports a size of 0 × 0 would show an empty bar
+        return stream.isatty() and all(os.get_terminal_size(stream.fileno()))
+    except OSError:  # a notebook's stream may have no file, and some say they are terminals
+        return False
 
 
 def in_epochs(steps, per_epoch):
