@@ -42,6 +42,9 @@ class Result(NamedTuple):
     directory: str
     metrics: list
 
+    def __repr__(self):  # a notebook prints it
+        return f"Result({self.directory!r}, {len(self.metrics)} lines of metrics)"
+
 
 def result(cfg):
     """The Result of the run in cfg.output_dir; None with --selfcheck, which writes nothing."""
@@ -117,7 +120,8 @@ def unchanged(cfg):
     adapts its limits, has them fixed (memory.reset_malloc). With --compile and on CUDA, functions that the
     program itself has compiled are compiled again at their next call.
     """
-    environment, has_cuda = dict(os.environ), torch.cuda.is_initialized()
+    environment, hook = dict(os.environ), sys.excepthook  # init_process_group sets one that names the rank
+    has_cuda = torch.cuda.is_initialized()
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     switches = (torch.are_deterministic_algorithms_enabled(),
                 torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -136,6 +140,7 @@ def unchanged(cfg):
             os.environ.update(environment)
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
+            sys.excepthook = hook
             torch.set_default_dtype(dtype)
             set_default_device(device)
             torch.use_deterministic_algorithms(switches[0], warn_only=switches[1])
