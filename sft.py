@@ -278,7 +278,7 @@ def build(cfg, paths, ranks, trains=True):
 
 
 def train(cfg, ranks=None, origins=None):
-    """One run from start to end, on every rank; origins: where settings come from. Returns an entry.Result."""
+    """One run from start to end, on every rank: train(Config(...)). origins: where settings come from."""
     if ranks is None:  # from Python: train(Config(...))
         return entry.from_python(train, cfg)
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss

@@ -47,10 +47,10 @@ def tune_malloc(*, is_lora, offloads):
 
 
 def reset_malloc():
-    """Give memory back to the system, and set glibc's malloc to its defaults again, as far as that is possible.
+    """Undo tune_malloc as far as that is possible, and give memory back to the system.
 
-    By default glibc raises the two thresholds when the program frees larger blocks; once they were set it
-    no longer does. So nothing is set unless tune_malloc did it.
+    By default glibc raises the two thresholds when the program frees larger blocks; once they were set, it
+    no longer does.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if tuned and mallopt is not None:

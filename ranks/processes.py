@@ -53,7 +53,7 @@ class Ranks:
     has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
     watchdog: Watchdog | None = None  # with several ranks
     warnings: object = None  # with several ranks, the screen.log.Warnings
-    in_python: bool = False  # train() was called from Python: its process goes on, whatever happens
+    in_python: bool = False  # train() was called from Python: its process lives on, whatever happens
     ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed if in_python
     late: tuple | None = None  # the poll that poll_signals(late=True) has begun: (dist.Work, its number)
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
@@ -273,12 +273,13 @@ def check_tp(tp, world_size):
 
 def check_strategy(strategy, tp):
     """Raise UserError if --strategy and --tp contradict each other, or do not suit the ranks started."""
+    env = dict(os.environ)
     try:
-        cluster.check_rank(os.environ)
+        cluster.check_rank(env)
     except cluster.ClusterError as error:
         raise UserError(str(error)) from error
-    if "WORLD_SIZE" in os.environ:
-        check_tp(tp, int(os.environ["WORLD_SIZE"]))
+    if "WORLD_SIZE" in env:
+        check_tp(tp, int(env["WORLD_SIZE"]))
     if (tp > 1) != (strategy == "megatron"):
         other = f"--strategy megatron --tp {tp}" if tp > 1 else "--strategy megatron --tp 2"
         raise UserError(f"--strategy {strategy} does not go with --tp {tp}: use {other}, or --strategy fsdp "
@@ -299,6 +300,7 @@ def start(tp, timeout, deterministic=False, same=None):
     them.
     """
     try:
+        cluster.check_rank(os.environ)
         cluster.check_alone(os.environ)
     except cluster.ClusterError as error:
         raise UserError(str(error)) from error

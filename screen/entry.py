@@ -23,10 +23,10 @@ import torch.distributed as dist
 
 from disk import checkpoint, files, inputs, lock
 from ops import memory
-from ranks import cluster, gate, processes
+from ranks import gate, processes
 from screen import out_of_memory
 from screen.log import Warnings
-from settings import parser
+from settings import parser, venv
 from settings.errors import UserError
 
 RUNNING = threading.Lock()  # held by train() of this process: it has one process group
@@ -78,7 +78,7 @@ def run(train, cfg, origins, in_python=False):
 
 
 def from_python(train, cfg):
-    """train(cfg) from Python: like the command, but the process goes on. Returns the Result.
+    """train(cfg) from Python: like the command, but the process lives on. Returns the Result.
 
     Errors are exceptions. A signal lets the step finish and be saved; then the handler that was there before
     gets it: Ctrl-C, or a notebook's stop button, ends in a KeyboardInterrupt, and a second one does so at
@@ -94,6 +94,11 @@ def from_python(train, cfg):
         if dist.is_initialized():
             raise UserError("torch.distributed is initialised in this process, and train() needs a process "
                             "group of its own; call torch.distributed.destroy_process_group() first")
+        is_old, text = venv.check_torch()
+        if is_old:
+            raise UserError(f"{sys.executable} has {text}")
+        if text:
+            parser.show(f"warning: {text}", file=sys.stderr)
         with unchanged(cfg):
             parser.check(cfg)  # cfg.lr = -1
             inputs.check(cfg)
@@ -134,7 +139,6 @@ def unchanged(cfg):
         try:
             torch.set_default_dtype(torch.float32)
             set_default_device(None)
-            cluster.check_rank(os.environ)  # removes variables that are empty
             yield
         finally:
             os.environ.update(environment)
@@ -153,7 +157,7 @@ def unchanged(cfg):
 
 
 def set_default_device(device):
-    """torch.set_default_device(), unless that is the default: once set, it costs time in each call of torch."""
+    """torch.set_default_device() where that changes it: once set, it costs time in each call of torch."""
     if torch.get_default_device() != (device or torch.device("cpu")):
         torch.set_default_device(device)
 

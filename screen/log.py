@@ -411,7 +411,7 @@ class Log:
                 self.say(f"warning: no report: {error}")
 
     def close(self):
-        """Close the files and loggers, also after an error if the process goes on."""
+        """Close the files and loggers, also after an error if the process lives on."""
         self.bar.close()
         while self.loggers:
             self.loggers.pop().close()

@@ -263,7 +263,7 @@ def text_of(field, value):
 
 def show(text, file=None):
     """Print on rank 0 only: torchrun starts several processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         print(text, file=file)
 
 
