@@ -346,8 +346,10 @@ def start(tp, timeout, deterministic=False, same=None):
                                     timeout=BACKEND_TIMEOUT)
         ranks.mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
         if watchdog:
+            # torch 2.15 has it in public, and warns of the other one
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
             for group in ranks.mesh.get_all_groups():  # torch's defaults: 10 minutes for NCCL, 30 for gloo
-                dist.distributed_c10d._set_pg_timeout(BACKEND_TIMEOUT, group)
+                set_timeout(BACKEND_TIMEOUT, group)
         ends.pop_all()
     return ranks
 

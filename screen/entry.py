@@ -15,11 +15,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from disk import checkpoint, files, inputs, lock
 from ops import memory
@@ -27,7 +29,7 @@ from ranks import gate, processes
 from screen import out_of_memory
 from screen.log import Warnings
 from settings import parser, venv
-from settings.errors import UserError
+from settings.errors import NonFiniteError, OutOfMemory, UserError
 
 RUNNING = threading.Lock()  # held by train() of this process: it has one process group
 
@@ -102,7 +104,12 @@ def from_python(train, cfg):
         with unchanged(cfg):
             parser.check(cfg)  # cfg.lr = -1
             inputs.check(cfg)
-            run(train, cfg, cfg.origins, in_python=True)
+            try:
+                run(train, cfg, cfg.origins, in_python=True)
+            except (UserError, NonFiniteError, OutOfMemory, KeyboardInterrupt) as error:
+                # a notebook keeps the last error, whose frames hold the model; those of a bug serve to find it
+                traceback.clear_frames(error.__traceback__)
+                raise
     except processes.Stopped as stopped:
         stop = stopped.with_traceback(None)  # which would keep the model
     finally:
@@ -179,6 +186,9 @@ def unchanged_handlers():
 def free_memory(cfg):
     """Return the memory of a run that has ended, and drop what torch.compile keeps of it."""
     gc.collect()  # the model has cycles
+    if tqdm.monitor is not None:  # a thread, which the next bar starts again
+        tqdm.monitor.exit()
+        tqdm.monitor = None
     if cfg.compile is True or torch.cuda.is_initialized():
         if "torch._dynamo" in sys.modules:  # otherwise the next model would be compiled for any size
             torch._dynamo.reset()

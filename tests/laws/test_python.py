@@ -100,8 +100,9 @@ def test_two_runs_in_a_process_give_the_numbers_of_two_processes(settings, unusu
 
 def test_an_error_is_an_exception_and_leaves_nothing_behind(settings, unusual, monkeypatch):
     """A UserError before the model and one in a step; a bug; no memory. The lock is released, the files are closed."""
-    sft.train(settings())
     before = state()
+    sft.train(settings())
+    assert_unchanged(before)
     with pytest.raises(UserError, match="out already contains a run; use --resume_from auto"):
         sft.train(settings())
     with pytest.raises(UserError, match="--train_data nowhere.json: no such data file"):
@@ -115,8 +116,9 @@ def test_an_error_is_an_exception_and_leaves_nothing_behind(settings, unusual, m
     for error in (KeyError("planted"), UserError("planted"), MemoryError("planted")):
         with pytest.raises(entry.out_of_memory.OutOfMemory if isinstance(error, MemoryError) else type(error)) as info:
             sft.train(settings("other"))
-        del info
-        error.__traceback__ = None
+        if isinstance(error, KeyError):  # its frames stay for a debugger
+            del info
+            error.__traceback__ = None
         assert_unchanged(before)
         assert not os.path.exists("other/run.lock")
     monkeypatch.undo()
@@ -142,8 +144,8 @@ def test_an_interrupt_is_a_keyboard_interrupt(phase, times, saved, settings, mon
         before = state()
         with pytest.raises(KeyboardInterrupt) as info:
             sft.train(cfg)
-    del info
     assert_unchanged(before)
+    assert info.value.args == ()
     assert os.listdir("out/checkpoints") == [] if saved is None else os.readlink("out/checkpoints/latest") == saved
     assert not os.path.exists("out/run.lock")
     run = sft.train(settings(resume_from="auto"))
@@ -157,7 +159,10 @@ def test_a_handler_of_the_program_gets_its_signal_after_the_save(settings, monke
     try:
         with monkeypatch.context() as patch:
             signal_in("step 1", signal.SIGTERM, patch)
+            torch.rand(3)
+            here = state()
             run = sft.train(settings())
+            assert_unchanged(here)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert received == ["step_1"] and run.directory == "out/checkpoints/step_1" and len(run.metrics) == 1
