@@ -26,7 +26,9 @@ def installed(package):
 def requirements(path):
     """[(line, package, lowest version, the first version that is not tested, or None), ...] of a file."""
     found = []
-    for line in open(path, encoding="utf-8"):
+    with open(path, encoding="utf-8") as f:
+        lines = f.readlines()
+    for line in lines:
         if line.startswith("-r "):
             found += requirements(os.path.join(os.path.dirname(path), line[3:].strip()))
         requirement = re.match(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", line)
