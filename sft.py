@@ -29,23 +29,23 @@ import torch
 import data
 import fsdp
 import lora
-from disk import inputs, lock, peft, pretrained, resume
+from disk import inputs, peft, pretrained, resume
 from disk.run import RunState
 from families.registry import causal_lm
 from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packing
-from ranks import gate, processes, tp
-from screen import out_of_memory, profiler, publish, samples
-from screen.log import Log, Warnings, check_loggers
+from ranks import processes, tp
+from screen import entry, profiler, samples
+from screen.log import Log, check_loggers
 from screen.validation import Validation
 from settings import errors
-from settings.parser import check, parse, setting
+from settings.parser import Settings, parse, setting
 
 # unless: a resumed adapter brings these settings with it
 lora_setting = functools.partial(setting, needs="use_lora", unless="resume_adapter")
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """Supervised fine-tuning: ./train.sh [--n_gpus N] [flags], or python sft.py [flags] [name=value ...]
 
     train.sh also reads the variables in CAPITALS, and N_GPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
@@ -159,7 +159,7 @@ class Config:
     profile: int | None = setting(None, "trace N steps with torch.profiler, after two others", low=1)
 
     def __post_init__(self):
-        check(self)
+        self.complete(resume.settings)
         check_loggers(self.logger)
         processes.check_strategy(self.strategy, self.tp)
 
@@ -277,10 +277,11 @@ def build(cfg, paths, ranks, trains=True):
     return model, optimizer
 
 
-def train(cfg, ranks, origins):
-    """One run from start to end. Every rank calls it. origins: where each setting comes from."""
+def train(cfg, ranks=None, origins=None):
+    """One run from start to end, on every rank: train(Config(...)). origins: where settings come from."""
+    if ranks is None:  # from Python: train(Config(...))
+        return entry.from_python(train, cfg)
     from tools import selfcheck  # for --selfcheck, and to find the micro-batch of a non-finite loss
-    warnings = Warnings.install(ranks)
     run = RunState(cfg, ranks, origins)  # a new run, or one that resumes from a verified checkpoint
     tokenizer = run.tokenizer()
     ranks.set_phase("tokenise")
@@ -297,7 +298,7 @@ def train(cfg, ranks, origins):
     validation = Validation(cfg, val_set, samples.Prompts(cfg, tokenizer, run.eos_ids), run, ranks)
     losses = samples.ConversationLosses(train_set, ranks)
     meter = optim.ChangeMeter(optimizer)
-    log = Log(cfg, run.step, len(sampler), ranks, warnings)
+    log = Log(cfg, run.step, len(sampler), ranks, ranks.warnings)
     log.banner(cfg, run, model, tokenizer, train_set, validation, sampler, ranks)
     first_step = run.step + 1
 
@@ -361,12 +362,7 @@ def train(cfg, ranks, origins):
 def main():
     cfg, origins = parse(Config, sys.argv[1:], resumed=resume.settings)
     inputs.checked(cfg, origins)  # wrong paths, before a model is downloaded
-    with (processes.start(cfg.tp, cfg.timeout, cfg.deterministic, gate.program(cfg)) as ranks,
-          out_of_memory.explained(cfg, ranks), lock.alone(cfg, ranks)):
-        train(cfg, ranks, origins)
-    if ranks.stop_signal:
-        processes.end_by_signal(ranks.stop_signal, has_trained=True)
-    publish.at_end(cfg, ranks)
+    entry.run(train, cfg, origins)
 
 
 if __name__ == "__main__":

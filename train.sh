@@ -13,10 +13,10 @@ set -eu
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")") # through links; without cd, which obeys CDPATH
 
 # Python gets a file or -I, never - or -m alone: those import modules from the current directory, which may
-# be anyone's. Python 3.10 has no -P. Notes go to 3. Stderr is discarded: after a signal, bash prints source.
+# be anyone's. Python 3.10 has no -P. Stderr is discarded: after a signal, bash prints source.
 has_packages() {
     "$1" "$here/ranks/packages.py" "$2"
-} 3>&2 2>/dev/null
+} >/dev/null 2>&1
 
 setup() { # requirements file -> $python
     python=$here/.venv/bin/python
@@ -28,7 +28,9 @@ setup() { # requirements file -> $python
     done
     echo "train.sh: installing $(basename "$1") into $here/.venv (first run only)" >&2
     [ -x "$python" ] || "${PYTHON:-python3}" -I -m venv "$here/.venv"
-    "$python" -I -m pip install --quiet --disable-pip-version-check -r "$1" >&2
+    # only what is missing or too old: with all of FILE, pip would replace a torch newer than its range
+    missing=$("$python" -I "$here/ranks/packages.py" "$1") || [ $? = 1 ]
+    "$python" -I -m pip install --quiet --disable-pip-version-check -r /dev/stdin <<<"$missing" >&2
 }
 
 if [ "${1:-}" = --setup ]; then

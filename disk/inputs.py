@@ -29,7 +29,7 @@ def checked(cfg, origins):
     try:
         check(cfg)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")):
+        if int(os.environ.get("LOCAL_RANK") or "0"):
             time.sleep(1)  # torchrun ends the other ranks when one has exited, and the first has to print
             sys.exit(2)
         name = str(error).partition(" ")[0].removeprefix("--")

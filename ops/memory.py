@@ -8,6 +8,7 @@ import torch
 
 # mallopt's parameters (glibc's malloc.h)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+tuned = []  # not empty: tune_malloc has set something, which reset_malloc sets back
 
 
 def is_split(tensor):
@@ -36,11 +37,28 @@ def tune_malloc(*, is_lora, offloads):
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
+    if is_lora or not offloads:
+        tuned.append(True)
     if is_lora:
         mallopt(M_MMAP_THRESHOLD, 2**24)
     elif not offloads:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def reset_malloc():
+    """Undo tune_malloc as far as that is possible, and give memory back to the system.
+
+    By default glibc raises the two thresholds when the program frees larger blocks; once they were set, it
+    no longer does.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tuned and mallopt is not None:
+        mallopt(M_MMAP_MAX, 2**16)
+        mallopt(M_MMAP_THRESHOLD, 2**17)
+        mallopt(M_TRIM_THRESHOLD, 2**17)
+        ctypes.CDLL(None).malloc_trim(0)
+        tuned.clear()
 
 
 def peak_memory_gb(device):

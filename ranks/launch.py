@@ -200,10 +200,17 @@ def supervise(child, n_nodes, code_file):
 
 
 def handle_signals(handler):
-    """Install the handler for the signals of EXIT_CODES; but nohup has SIGHUP ignored."""
-    for number in EXIT_CODES:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+    """Install the handler for the signals of EXIT_CODES. Returns {signal: the handler before}.
+
+    Not for SIGHUP if nohup has it ignored, nor for a signal whose handler is not Python's: nobody could put
+    that back.
+    """
+    before = {number: signal.getsignal(number) for number in EXIT_CODES}
+    before = {number: old for number, old in before.items()
+              if old is not None and (number, old) != (signal.SIGHUP, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, handler)
+    return before
 
 
 def stop_early(number, _):

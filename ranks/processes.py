@@ -53,8 +53,12 @@ class Ranks:
     planned: object = None  # the forecast.PlannedRun, from which that error computes what would help
     has_polled: bool = False  # from the first poll_signals() on, a signal does not exit at once
     watchdog: Watchdog | None = None  # with several ranks
+    warnings: object = None  # with several ranks, the screen.log.Warnings
+    in_python: bool = False  # train() was called from Python: its process lives on, whatever happens
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed if in_python
     late: tuple | None = None  # the poll that poll_signals(late=True) has begun: (dist.Work, its number)
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
+    previous_mask: set = field(default_factory=set)  # the blocked signals, to restore too
 
     def set_phase(self, phase):
         """Write to the store what this rank is doing, for the others to report if it stops responding."""
@@ -135,6 +139,8 @@ class Ranks:
         if self.watchdog and (self.watchdog.failure or self.watchdog.lost):  # torchrun ends all ranks
             return
         if number == self.received_signal == signal.SIGINT:
+            if self.in_python and self.world_size == 1:
+                raise KeyboardInterrupt
             write_to_screen("stopped without saving; steps that no checkpoint has are lost")
             os._exit(EXIT_CODES[number])
         if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
@@ -177,9 +183,10 @@ class Ranks:
         with contextlib.ExitStack() as ends:
             ends.push(self)  # a signal may be pending
             self.set_phase("start")
-            self.previous_handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
-            handle_signals(self.on_signal)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # as ranks/launch.py has blocked them
+            if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other
+                self.previous_handlers = handle_signals(self.on_signal)
+                # as ranks/launch.py has blocked them
+                self.previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
             ends.pop_all()
         return self
 
@@ -210,6 +217,8 @@ class Ranks:
             dist.destroy_process_group()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        if self.in_python and self.previous_handlers:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.previous_mask)
 
     def wait_for_all(self):
         """Wait until all ranks are done, then close the process group.
@@ -232,10 +241,18 @@ class Ranks:
         dist.destroy_process_group()
 
 
+class Stopped(SystemExit):
+    """Signal `number` has ended the run. The exit code is that of the command."""
+
+    def __init__(self, number, has_trained):
+        super().__init__(leave_exit_code(exit_code(number, has_trained)))
+        self.number, self.has_trained = number, has_trained
+
+
 def end_by_signal(number, has_trained):
-    """Exit as signal `number` ends a run. Under train.sh that is the exit code of ranks/launch.py."""
+    """Raise Stopped, as signal `number` ends a run. Under train.sh its code is that of ranks/launch.py."""
     block_signals()
-    sys.exit(leave_exit_code(exit_code(number, has_trained)))
+    raise Stopped(number, has_trained)
 
 
 def block_signals():
@@ -267,12 +284,13 @@ def check_tp(tp, world_size):
 
 def check_strategy(strategy, tp):
     """Raise UserError if --strategy and --tp contradict each other, or do not suit the ranks started."""
+    env = dict(os.environ)
     try:
-        cluster.check_rank(os.environ)
+        cluster.check_rank(env)
     except cluster.ClusterError as error:
         raise UserError(str(error)) from error
-    if "WORLD_SIZE" in os.environ:
-        check_tp(tp, int(os.environ["WORLD_SIZE"]))
+    if "WORLD_SIZE" in env:
+        check_tp(tp, int(env["WORLD_SIZE"]))
     if (tp > 1) != (strategy == "megatron"):
         other = f"--strategy megatron --tp {tp}" if tp > 1 else "--strategy megatron --tp 2"
         raise UserError(f"--strategy {strategy} does not go with --tp {tp}: use {other}, or --strategy fsdp "
@@ -293,6 +311,7 @@ def start(tp, timeout, deterministic=False, same=None):
     them.
     """
     try:
+        cluster.check_rank(os.environ)
         cluster.check_alone(os.environ)
     except cluster.ClusterError as error:
         raise UserError(str(error)) from error
@@ -339,8 +358,10 @@ def start(tp, timeout, deterministic=False, same=None):
                                     timeout=BACKEND_TIMEOUT)
         ranks.mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
         if watchdog:
+            # torch 2.15 has it in public, and warns of the other one
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
             for group in ranks.mesh.get_all_groups():  # torch's defaults: 10 minutes for NCCL, 30 for gloo
-                dist.distributed_c10d._set_pg_timeout(BACKEND_TIMEOUT, group)
+                set_timeout(BACKEND_TIMEOUT, group)
         ends.pop_all()
     return ranks
 

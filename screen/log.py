@@ -231,6 +231,7 @@ class Log:
             self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last)
             self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last)
             self.trend, self.has_diagnosed = Trend(self.metrics.path), False
+            ranks.ends.callback(self.close)
 
     def banner(self, cfg, run, model, tokenizer, train_set, validation, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
@@ -277,8 +278,7 @@ class Log:
             if disk_lines[1]:
                 print(disk_lines[1], file=sys.stderr, flush=True)
         print(*run.lines, sep="\n")
-        if self.on_console and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
-            # a terminal that reports a size of 0 × 0 would show an empty bar
+        if self.on_console and has_terminal(sys.stderr):
             self.bar = bar.Bar(
                 total=self.total_steps, initial=self.last_step, dynamic_ncols=True, mininterval=0.5)
         self.started = time.perf_counter()
@@ -431,6 +431,14 @@ class Log:
             except (OSError, UserError) as error:  # what only shows must not end a run
                 self.say(f"warning: no report: {error}")
 
+    def close(self):
+        """Close the files and loggers, also after an error if the process lives on."""
+        self.bar.close()
+        while self.loggers:
+            self.loggers.pop().close()
+        self.metrics.file.close()
+        self.samples.file.close()
+
     def finish(self, run, stop_signal):
         """Close the files and loggers; print how the run ended, where the checkpoint is, and how to try it.
 
@@ -443,10 +451,7 @@ class Log:
             self.warnings.collect()
         if not self.is_already_done:
             self.diagnose()
-        for logger in self.loggers:
-            logger.close()
-        self.metrics.file.close()
-        self.samples.file.close()
+        self.close()
         is_complete = not run.owes_evaluation and run.step >= self.total_steps
         if stop_signal and not is_complete:
             print(f"stopped  after step {run.step} of {self.total_steps}; continue with --output_dir "
@@ -483,6 +488,14 @@ def described(step, result):
     """A validation.Result in a line: "1.2345, accuracy 61.2 %, forgetting +0.0123, 1,234 tokens"."""
     forgetting = f"forgetting {result.forgetting:+.4f}, " if step and result.forgetting is not None else ""
     return f"{result.loss:.4f}, accuracy {100 * result.accuracy:.1f} %, {forgetting}{result.tokens:,} tokens"
+
+
+def has_terminal(stream):
+    """Whether a stream is a terminal in which a progress bar can be drawn."""
+    try:  # a terminal that reports a size of 0 × 0 would show an empty bar
+        return stream.isatty() and all(os.get_terminal_size(stream.fileno()))
+    except OSError:  # a notebook's stream may have no file, and some say they are terminals
+        return False
 
 
 def in_epochs(steps, per_epoch):

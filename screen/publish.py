@@ -51,17 +51,19 @@ def check_directory(directory):
 def at_end(cfg, ranks):
     """--push_to_hub: push what a run made, its best step with --keep_best, otherwise the last one.
 
-    A push that fails does not cost the run, which is saved: a line says what to type, and the exit code is 1,
-    so that a script notices. Only rank 0 does anything.
+    A push that fails does not cost the run, which is saved: a line says what to type. Only rank 0 does
+    anything.
+
+    Returns the exit code of the process: 1 if the push has failed, so that a script notices, 130 for Ctrl-C.
     """
     if not cfg.push_to_hub or cfg.selfcheck or ranks.rank:
-        return
+        return 0
     root = os.path.join(cfg.output_dir, "checkpoints")
     names = ["best"] * bool(cfg.keep_best) + ["latest"]
     link = next(path for path in (os.path.join(root, name) for name in names) if os.path.exists(path))
     try:
         publish(files.follow(link), cfg.push_to_hub, card.defaults_of(type(cfg)))
-        return
+        return 0
     except KeyboardInterrupt:
         why, code = "interrupted", 130
     except hub.errors() as error:
@@ -69,4 +71,4 @@ def at_end(cfg, ranks):
     again = f"{venv.command('tools/push.py')} {shlex.quote(link)} {cfg.push_to_hub}"
     print(printable(f"not pushed: {why}; the run is complete and saved; to push it, type {again}"),
           file=sys.stderr)
-    sys.exit(code)
+    return code

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import numbers
 import os
 import re
 import shutil
@@ -89,6 +90,8 @@ def check(config):
     Raises UserError for a value outside its range, and for one that has no effect because of other settings.
     """
     fields = {f.name: f for f in dataclasses.fields(config)}
+    for name in vars(config).keys() - fields.keys() - {"given", "origins"}:  # config.learing_rate = 1
+        raise UserError(f"unknown setting {name!r:.200}: {type(config).__name__} has none of that name")
     check_values(fields, {name: getattr(config, name) for name in fields})
 
 
@@ -181,15 +184,7 @@ def parse(cls, argv, positional=(), resumed=None):
     path = config_path(line.files)
     from_file = read_yaml(path, fields) if path else []
     assignments, warnings = translate_verl([*from_file, *line.environment, *line.flags], fields)
-    if resumed:
-        of_run = resumed(resolve(assignments, fields)[0], fields)
-        assignments = [*translate_verl(of_run, fields)[0], *assignments]
-    values, origins, explicit = resolve(assignments, fields)
-    drop_inert(values, origins, assignments, fields)
-    apply_presets(values, origins, fields)
-    values = {name: values.get(name, field.default) for name, field in fields.items()}
-    origins = {name: origins.get(name, "default") for name in fields}
-    check_values(fields, values, explicit, origins)
+    values, origins = settle(assignments, fields, resumed)
     config = cls(**values)
     for warning in warnings:
         show(f"warning: {warning}", file=sys.stderr)
@@ -201,9 +196,76 @@ def parse(cls, argv, positional=(), resumed=None):
     return config, origins
 
 
+def settle(assignments, fields, resumed=None):
+    """Assignments, lowest precedence first -> ({field: value}, {field: origin}) of all fields, checked.
+
+    resumed  as in parse()
+    """
+    if resumed:
+        of_run = resumed(resolve(assignments, fields)[0], fields)
+        assignments = [*translate_verl(of_run, fields)[0], *assignments]
+    values, origins, explicit = resolve(assignments, fields)
+    drop_inert(values, origins, assignments, fields)
+    apply_presets(values, origins, fields)
+    values = {name: values.get(name, field.default) for name, field in fields.items()}
+    origins = {name: origins.get(name, "default") for name in fields}
+    check_values(fields, values, explicit, origins)
+    return values, origins
+
+
+class Settings:
+    """Base of a flat dataclass whose keyword arguments behave as flags: Config(model="tiny", lr=1e-4).
+
+    The constructor of a dataclass can't see which arguments were given: a preset replaces a default, and not
+    the same value if it was given. So __new__, which gets the same arguments, notes their names.
+
+    origins  {field: where its value came from}; {} if all fields were given, as dataclasses.replace() does
+    """
+
+    def __new__(cls, *args, **given):
+        fields, config = cls.__dataclass_fields__, super().__new__(cls)
+        for name in given:
+            if name not in fields:
+                field_name(name, fields)  # raises, with the nearest name
+                raise UserError(f"unknown setting {name!r:.200}: from Python, only the names of --help")
+        config.given, config.origins = {*list(fields)[:len(args)], *given}, {}
+        return config
+
+    def complete(self, resumed=None):
+        """Set what was not given: by the run that is resumed, a preset, the default. Then check all values.
+
+        resumed  as in parse()
+
+        __post_init__ calls this. Raises UserError as parse() does.
+        """
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        if self.given != fields.keys():
+            assignments = [Assignment(name, text_of(fields[name], getattr(self, name)), "flag",
+                                      f"argument {name}") for name in fields if name in self.given]
+            values, self.origins = settle(assignments, fields, resumed)
+            for name, value in values.items():
+                setattr(self, name, value)
+        check(self)
+
+
+def text_of(field, value):
+    """A value from Python as the text of a flag. Raises UserError for one that no flag could have."""
+    if value is None or (isinstance(value, numbers.Real) and type_of(field) is not str):
+        return str(value).lower()
+    if type_of(field) is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if isinstance(value, str):
+        return value
+    if type_of(field) is str and isinstance(value, (list, tuple, dict)):
+        is_plain = not isinstance(value, dict) and all(isinstance(item, (str, os.PathLike)) for item in value)
+        return ",".join(map(os.fspath, value)) if is_plain else json.dumps(value)
+    raise UserError(f"argument {field.name}: {field.name} can't be {value!r:.200}; it must be "
+                    f"{type_name(field)}")
+
+
 def show(text, file=None):
     """Print on rank 0 only: torchrun starts several processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         print(text, file=file)
 
 

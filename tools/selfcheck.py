@@ -126,7 +126,7 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     """Return a text that names the first micro-batch of a step whose loss or gradient is not finite.
 
     Computes each micro-batch alone, one rank after another. This takes as long as dp_size steps, but happens
-    only once, when a run has to stop.
+    only once, when a run has to stop. The gradient of the next step, which may be there, is dropped.
     """
     limits = packing.limits(cfg)
     weight, parameters = dataset.count(ids)["target_weight"], trained_parameters(model)

@@ -68,6 +68,23 @@ def test_both_readmes_have_the_same_commands_and_are_short():
         assert len(read(path).splitlines()) <= 180, path
 
 
+def python_blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", read(path), re.S | re.M)
+
+
+def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
+    """docs/python.md, whose block the READMEs may show too."""
+    (block,) = python_blocks(os.path.join(ROOT, "docs", "python.md"))
+    assert len(list(filter(None, block.splitlines()))) <= 8
+    assert all(shown == block for path in READMES for shown in python_blocks(path))
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    printed = capsys.readouterr().out
+    first, last = re.search(r"^loss (\S+) -> (\S+), in outputs/python/checkpoints/step_20$", printed, re.M).groups()
+    assert float(last) < float(first)
+    assert "40 lines of metrics, the last step is in outputs/python/checkpoints/step_40\n" in printed
+
+
 @pytest.mark.parametrize("path", READMES, ids=os.path.basename)
 def test_the_first_block_has_two_commands_and_limits_come_before(path):
     """On the first screen: what it does not do, then exactly two commands."""

@@ -15,8 +15,11 @@ import time
 import pytest
 from helpers import ROOT, TESTS
 
+import sft
+from ranks import packages
 from ranks.launch import EXIT_CODES, children
 from settings import venv
+from settings.errors import UserError
 
 TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
 PROGRAMS = ["sft.py", "chat.py", *(f"tools/{path.name}" for path in TOOLS if "__main__" in path.read_text())]
@@ -82,6 +85,85 @@ def test_train_sh_runs_nothing_from_the_current_directory(tmp_path):
                           env={**os.environ, "PYTHON": sys.executable, "CDPATH": str(tmp_path)})
     assert done.stderr == "train.sh: error: --n_gpus two: it must be an integer of at least 1\n"
     assert done.returncode == 2 and sorted(path.name for path in (tmp_path / "bin").iterdir()) == ["train"]
+
+
+PIP = """import json, sys
+print("torch 0.0 is installed", file=sys.stderr)
+json.dump([sys.argv[1:], sys.stdin.read()], open("LOG", "w"))"""
+
+
+@pytest.fixture
+def venv_with(tmp_path):
+    """A function: {package: version} -> the requirements that train.sh --setup gives to pip; None if it doesn't call it.
+
+    The project's .venv says that it has these packages, and its pip only notes how it is called.
+    """
+    os.makedirs(tmp_path / "ranks")
+    for name in ("train.sh", "ranks/packages.py", "requirements.txt"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
+    (tmp_path / "more.txt").write_text("-r requirements.txt\nsomething>=1.5\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    (packages,) = (tmp_path / ".venv" / "lib").glob("*/site-packages")
+    (packages / "pip.py").write_text(PIP.replace("LOG", str(tmp_path / "log")))
+
+    def setup(versions, file="requirements.txt"):
+        for name, version in versions.items():
+            os.makedirs(packages / f"{name}-{version}.dist-info")
+            (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+        done = subprocess.run([tmp_path / "train.sh", "--setup", file], capture_output=True, text=True,
+                              env={"PATH": f"{tmp_path / '.venv' / 'bin'}:/usr/bin:/bin"})
+        assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / ".venv" / "bin" / "python"), done.stderr
+        if not (tmp_path / "log").exists():
+            assert done.stderr == ""
+            return None
+        arguments, requirements = json.loads((tmp_path / "log").read_text())
+        assert arguments[:1] + arguments[-2:] == ["install", "-r", "/dev/stdin"]
+        return [re.match(r"[\w-]+", line)[0] for line in requirements.split()]
+
+    return setup
+
+
+OTHERS = {"safetensors": "9.0", "tokenizers": "9.0", "huggingface_hub": "9.0", "numpy": "9.0"}
+
+
+@pytest.mark.parametrize("versions, file, installs", [
+    ({"torch": "2.13.0+cpu", **OTHERS}, "requirements.txt", None),
+    ({"torch": "2.99.0.dev20280101+cu150", **OTHERS}, "requirements.txt", None),
+    ({"torch": "3.0.0", **OTHERS}, "more.txt", ["something"]),
+    ({"torch": "2.99.0", **OTHERS, "numpy": "1.26", "something": "1.5"}, "more.txt", ["numpy"]),
+    ({"torch": "2.10.0", **OTHERS}, "requirements.txt", ["torch"]),
+    ({"numpy": "2.0"}, "requirements.txt", ["torch", "safetensors", "tokenizers", "huggingface_hub"])], ids=str)
+def test_a_newer_torch_stays(venv_with, versions, file, installs):
+    """What is missing or too old is installed, and nothing else: pip would take a torch of the tested range."""
+    assert venv_with(versions, file) == installs
+
+
+def test_a_torch_outside_the_tested_range(monkeypatch, capsys):
+    """Newer: one line, on rank 0. Older: the program continues in .venv, or says what is needed; train() raises."""
+    (low, below), = re.findall(r"^torch>=([\d.]+),<([\d.]+)$", pathlib.Path(ROOT, "requirements.txt").read_text(), re.M)
+    major, minor = low.split(".")
+    monkeypatch.setattr(sys, "argv", ["/x/sft.py"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(venv, "PYTHON", "/nowhere/bin/python")
+    for version, old, printed in ((f"{low}.0", False, ""), (f"{below}.0+cpu", False, "sft.py: warning: torch {} is newer "
+                                  "than what is tested ({})\n"), (f"{major}.{int(minor) - 1}.1", True, "")):
+        text = printed.format(version, f"torch>={low},<{below}")
+        monkeypatch.setattr(packages, "installed", lambda name: version)
+        monkeypatch.delenv("RANK", raising=False)
+        if old:
+            with pytest.raises(SystemExit):
+                venv.enter()
+            assert re.fullmatch(rf"sft.py: error: \S+ has torch {version}, and the trainer needs torch>={low},<{below}; bash "
+                                r"\S*train.sh --setup requirements.txt makes a .venv that has it\n", capsys.readouterr().err)
+            with pytest.raises(UserError, match=f"has torch {version}, and the trainer needs torch>={low}"):
+                sft.train(sft.Config(model="tiny"))
+            continue
+        venv.enter()
+        assert capsys.readouterr().err == text
+        monkeypatch.setenv("RANK", "1")
+        venv.enter()
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.full
