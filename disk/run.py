@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume
+from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume, shards
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
@@ -338,9 +338,9 @@ class RunState:
         generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
         if self.cfg.use_lora:
-            self.shard_map = pretrained.adapter_shard_map(model, paths.is_multimodal)
+            self.shard_map = shards.adapter_shard_map(model, paths.is_multimodal)
         else:
-            self.shard_map = pretrained.shard_map(model, paths.model)
+            self.shard_map = shards.shard_map(model, paths.model)
         self.exported = pretrained.export_files(
             paths.model, paths.config_json, paths.tokenizer, tokenizer, model.peft_config)
         if self.resumed:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from disk import files, layout, peft, pretrained, saving, writer
+from disk import files, layout, peft, pretrained, saving, shards, writer
 from disk.run import ModelPaths
 from families.config import ModelConfig
 from settings import venv
@@ -122,7 +122,7 @@ def write_weights(directory, contents, shapes, merged, dtype):
     stored = {contents.names.in_files(name): name for name in shapes}
     sizes = {name: math.prod(shapes[ours]) * dtype.itemsize for name, ours in stored.items()}
     sizes.update((name, entry.n_bytes) for name, entry in contents.others.items())
-    copied = pretrained.copied_tensors(contents.others)
+    copied = shards.copied_tensors(contents.others)
     copied = {name: tensor for tensors in copied.values() for name, tensor in tensors.items()}
     names_by_file = saving.assign_to_files(sizes, "model", math.ceil(sum(sizes.values()) / FILE_BYTES))
     for file, names in names_by_file.items():

@@ -18,7 +18,7 @@ from multimodal_helpers import IS_TEXT, KINDS, READ, SPELLINGS, check_kept, load
 from safetensors.torch import load_file, save_file
 
 import chat
-from disk import checkpoint, files, pretrained, saving
+from disk import checkpoint, files, pretrained, saving, shards
 from model import generate
 from ops.attention import Documents
 from settings.errors import UserError
@@ -278,7 +278,7 @@ def test_frozen_parts_of_the_text_model(train, tmp_path):
 
 def test_values_beyond_fp16_widen_the_dtype_of_both_configs():
     config = {"dtype": "float16", "text_config": {"dtype": "float16", "vocab_size": 1}}
-    shard_map = pretrained.ShardMap({"f": {"w": "F16"}}, {"w": "w"}, {})
+    shard_map = shards.ShardMap({"f": {"w": "F16"}}, {"w": "w"}, {})
     exported = {"config.json": json.dumps(config).encode()}
     saving.widen(shard_map, exported, {"w": torch.tensor([1e6])})
     assert exported["config.json"] == {"dtype": "float32", "text_config": {"dtype": "float32", "vocab_size": 1}}
