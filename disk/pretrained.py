@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from disk import files, foreign, layout
 from families.config import ModelConfig
+from families.rows import TIED_BY_DEFAULT
 from ops.memory import is_split
 from ops.nf4 import NF4Weight, check_finite
 from settings.errors import UserError
@@ -354,6 +355,35 @@ def match_weights(model, directory):
     if wrong:
         raise UserError(f"{does_not_fit}: {'; '.join(wrong[:8])} ({len(wrong)} in all)")
     return entries, required, nf4_modules
+
+
+def tied_in_files(directory):
+    """Whether head and embedding of a model directory are one tensor; None: as config.json says.
+
+    As transformers 5 loads them. They are two if the files have both and they differ: it writes
+    tie_word_embeddings true for each Mistral 3 that it saves. They are one if there is no head and config.json
+    of a multimodal model says nothing outside of text_config, where most classes have true as a default.
+
+    Equal ones are read once in full, others up to the first difference.
+    """
+    config_json, entries = files.read_json(os.path.join(directory, "config.json")), Contents.of(directory).entries
+    embedding, head = (entries.get(name) for name in EMBEDDINGS)
+    if not head and layout.is_multimodal(config_json):
+        says = config_json.get("tie_word_embeddings") is not None
+        return None if says or config_json.get("model_type") not in TIED_BY_DEFAULT else True
+    if not (embedding and head) or {embedding.dtype, head.dtype} - {"F32", "BF16", "F16"}:
+        return None
+    if embedding.shape != head.shape or len(head.shape) != 2:
+        return False
+    rows, width = head.shape
+    for start in range(0, rows, step := max(1, 4 * CHUNK // max(1, width))):
+        spans = [(start, min(start + step, rows)), (0, width)]
+        pieces = torch.empty(2, spans[0][1] - start, width)
+        for entry, piece in zip((embedding, head), pieces):
+            read_into(entry, piece, spans)
+        if not torch.equal(*pieces):
+            return False
+    return None
 
 
 def check_dtypes(entries):

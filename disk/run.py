@@ -27,12 +27,16 @@ from settings.errors import UserError
 
 @dataclass
 class ModelPaths:
-    """The directories of a model, its adapter (if any) and its tokenizer; the content of config.json."""
+    """The directories of a model, its adapter (if any) and its tokenizer; the content of config.json.
+
+    is_tied  pretrained.tied_in_files: whether the head is the embedding, where config.json is wrong
+    """
 
     model: str
     adapter: str | None
     tokenizer: str
     config_json: dict
+    is_tied: bool | None = None
 
     @classmethod
     def find(cls, model, adapter=None, tokenizer=None):
@@ -51,7 +55,7 @@ class ModelPaths:
                 if name in pretrained.EMBEDDINGS and entry.shape:
                     rows = max(entry.shape[0], ModelConfig.from_dict(config_json).vocab_size)
                     config_json = layout.with_values(config_json, vocab_size=rows)
-        return cls(model, adapter, tokenizer, config_json)
+        return cls(model, adapter, tokenizer, config_json, pretrained.tied_in_files(model))
 
     @property
     def is_multimodal(self):
@@ -60,7 +64,10 @@ class ModelPaths:
 
     @property
     def config(self):
-        return ModelConfig.from_dict(self.config_json)
+        config = ModelConfig.from_dict(self.config_json)
+        if self.is_tied is None:
+            return config
+        return dataclasses.replace(config, tie_word_embeddings=self.is_tied)
 
     def resized(self, cfg):
         """--resize_embeddings: these paths, with a vocab_size for all ids of the tokenizer.

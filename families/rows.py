@@ -301,6 +301,8 @@ NESTED = {
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
 }
+# Those of them whose class in transformers ties head and embedding if config.json does not say
+TIED_BY_DEFAULT = ("mistral3", "gemma3", "gemma4", "gemma4_unified")
 
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
 REFUSED = {
