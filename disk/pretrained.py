@@ -361,12 +361,13 @@ def tied_in_files(directory):
     """Whether head and embedding of a model directory are one tensor; None: as config.json says.
 
     As transformers 5 loads them. They are two if the files have both and they differ: it writes
-    tie_word_embeddings true for each Mistral 3 that it saves. They are one if there is no head and config.json
-    of a multimodal model says nothing outside of text_config, where most classes have true as a default.
+    tie_word_embeddings true for each Mistral 3 that it saves. They are one if there is no head, and the
+    config.json of a multimodal model says nothing outside of text_config, where most classes have true.
 
     Equal ones are read once in full, others up to the first difference.
     """
-    config_json, entries = files.read_json(os.path.join(directory, "config.json")), Contents.of(directory).entries
+    config_json = files.read_json(os.path.join(directory, "config.json"))
+    entries = Contents.of(directory).entries
     embedding, head = (entries.get(name) for name in EMBEDDINGS)
     if not head and layout.is_multimodal(config_json):
         says = config_json.get("tie_word_embeddings") is not None
