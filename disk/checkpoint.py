@@ -91,7 +91,7 @@ def start_save(root, step, *, model, optimizer, shard_map, exported, state, link
     """Begin to write root/step_N; return the Save, whose `finish` completes it. Every rank calls both.
 
     optimizer      from ops.optim.build; the tensors that its state_of returns are saved by name
-    shard_map      from pretrained.shard_map or adapter_shard_map. A tensor in fp16 with values beyond fp16
+    shard_map      from shards.shard_map or adapter_shard_map. A tensor in fp16 with values beyond fp16
                    gets F32, from now on
     exported       {file: bytes or JSON value}, the model directory's other files (pretrained.export_files)
     state          JSON object that resume needs; load_state returns it

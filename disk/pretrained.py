@@ -6,8 +6,6 @@ rank's shard, and which other files such a directory needs. No file that is read
 An entry (TensorEntry) is what a safetensors file's header says about one tensor.
 """
 
-import dataclasses
-import functools
 import hashlib
 import math
 import os
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from disk import files, foreign, layout
 from families.config import ModelConfig
+from families.rows import TIED_BY_DEFAULT
 from ops.memory import is_split
 from ops.nf4 import NF4Weight, check_finite
 from settings.errors import UserError
@@ -358,6 +357,36 @@ def match_weights(model, directory):
     return entries, required, nf4_modules
 
 
+def tied_in_files(directory):
+    """Whether head and embedding of a model directory are one tensor; None: as config.json says.
+
+    As transformers 5 loads them. They are two if the files have both and they differ: it writes
+    tie_word_embeddings true for each Mistral 3 that it saves. They are one if there is no head, and the
+    config.json of a multimodal model says nothing outside of text_config, where most classes have true.
+
+    Equal ones are read once in full, others up to the first difference.
+    """
+    config_json = files.read_json(os.path.join(directory, "config.json"))
+    entries = Contents.of(directory).entries
+    embedding, head = (entries.get(name) for name in EMBEDDINGS)
+    if not head and layout.is_multimodal(config_json):
+        says = config_json.get("tie_word_embeddings") is not None
+        return None if says or config_json.get("model_type") not in TIED_BY_DEFAULT else True
+    if not (embedding and head) or {embedding.dtype, head.dtype} - {"F32", "BF16", "F16"}:
+        return None
+    if embedding.shape != head.shape or len(head.shape) != 2:
+        return False
+    rows, width = head.shape
+    for start in range(0, rows, step := max(1, 4 * CHUNK // max(1, width))):
+        spans = [(start, min(start + step, rows)), (0, width)]
+        pieces = torch.empty(2, spans[0][1] - start, width)
+        for entry, piece in zip((embedding, head), pieces):
+            read_into(entry, piece, spans)
+        if not torch.equal(*pieces):
+            return False
+    return None
+
+
 def check_dtypes(entries):
     """Raise UserError if a weight of {name: TensorEntry} has a dtype that can't be trained."""
     for name, entry in entries.items():
@@ -400,104 +429,6 @@ def load_weights(model, directory, optimizer=None):
         if not torch.equal(local_shard(copy)[0], local_shard(masters[name])[0]):
             raise UserError(f"{entries[name].file}: config.json ties {name} to the embedding, but they "
                             "differ; set tie_word_embeddings to false")
-
-
-@dataclass
-class CopiedTensor:
-    """A tensor that each save copies, byte for byte, from the file where the run found it.
-
-    The file stays open: it may be removed, or replaced by another one, before the first save. From then on
-    the checkpoint before is the source, so that a run does not depend on the directory it started from.
-
-    source    an open file; None on a rank that does not write the tensor
-    checksum  CRC-32 of the tensor's bytes when the run began
-    written   (open file, position) in the checkpoint that is written now, on the rank that writes the tensor
-    """
-
-    entry: TensorEntry
-    source: object
-    checksum: int = 0
-    written: tuple | None = None
-
-    def follow(self, directory):
-        """Copy from the checkpoint that is complete now; close the source before, which may be pruned."""
-        self.source, start = self.written or (None, 0)
-        if self.written:
-            path = os.path.join(directory, os.path.basename(self.source.name))
-            self.entry = dataclasses.replace(self.entry, file=path, start=start)
-        self.written = None
-
-    def chunks(self):
-        """Yield the bytes as memory views, each valid until the next one.
-
-        Raises UserError if the file is shorter than its header said.
-        """
-        buffer = memoryview(bytearray(min(2**22, max(self.entry.n_bytes, 1))))
-        start, stop = self.entry.start, self.entry.start + self.entry.n_bytes
-        while start < stop:
-            with files.naming(self.entry.file):
-                n = os.preadv(self.source.fileno(), [buffer[: stop - start]], start)
-            if not n:
-                raise UserError(f"{self.entry.file} ended while it was read")
-            yield buffer[:n]
-            start += n
-
-
-@dataclass
-class ShardMap:
-    """Which tensors the weight files of a directory have. Every save repeats them.
-
-    codes   {file: {parameter's name: dtype code}} of the tensors that are written from memory
-    names   {parameter's name: its name in the files}
-    copied  {file: {name in the files: CopiedTensor}} of those that are not trained
-    """
-
-    codes: dict
-    names: dict
-    copied: dict
-
-
-def shard_map(model, directory):
-    """The ShardMap of a model directory, for the checkpoints of a run that trains `model`.
-
-    Every rank calls it. Frozen parameters are copied too: they then are what they were, in whichever dtype
-    the model computes.
-
-    Raises UserError if a frozen parameter has more rows than the directory (--resize_embeddings).
-    """
-    contents, (entries, parameters, _) = Contents.of(directory), match_weights(model, directory)
-    names = {name: contents.names.in_files(name) for name in parameters}
-    codes, copied = {}, dict(contents.others)
-    for name, entry in entries.items():
-        if name not in parameters:
-            continue  # a second copy of a tied weight
-        if parameters[name].requires_grad:
-            codes.setdefault(os.path.basename(entry.file), {})[name] = entry.dtype
-        elif entry.shape != tuple(parameters[name].shape):
-            raise UserError(f"--resize_embeddings with --freeze: the new rows of {name} would not be "
-                            "trained; do not freeze it")
-        else:
-            copied[names[name]] = entry
-    return ShardMap(codes, names, copied_tensors(copied))
-
-
-def copied_tensors(entries):
-    """{file: {name: CopiedTensor}} from {name: TensorEntry}. Every rank calls it; they share the reading."""
-    (rank, world_size), sources, result = rank_and_world_size(), {}, {}
-    for name, entry in entries.items():
-        if entry.file not in sources:
-            sources[entry.file] = open(entry.file, "rb", buffering=0)
-        tensors = result.setdefault(os.path.basename(entry.file), {})
-        tensors[name] = CopiedTensor(entry, sources[entry.file])
-    copied = [tensor for tensors in result.values() for tensor in tensors.values()]
-    checksums = torch.zeros(len(copied), dtype=torch.int64)
-    for i in range(rank, len(copied), world_size):
-        checksums[i] = functools.reduce(lambda crc, data: zlib.crc32(data, crc), copied[i].chunks(), 0)
-    if world_size > 1 and copied:
-        dist.all_reduce(checksums)
-    for tensor, checksum in zip(copied, checksums.tolist()):
-        tensor.checksum = checksum
-    return result
 
 
 def master_weights(model, optimizer):
@@ -633,16 +564,6 @@ def copy_slice(tensor, full):
     """Copy this rank's slice of the unsharded tensor `full` into `tensor`, which may be sharded."""
     local, spans = local_shard(tensor)
     local.copy_(full[tuple(slice(*span) for span in spans)])
-
-
-def adapter_shard_map(model, multimodal=False):
-    """The ShardMap of an adapter: one file with all trained parameters in fp32, tied ones twice.
-
-    multimodal  whether the model is the text model of a multimodal one
-    """
-    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-    return ShardMap({ADAPTER_FILE: dict.fromkeys(names, "F32")},
-                    {n: ADAPTER_PREFIX + layout.name_in_adapter(n, multimodal) for n in names}, {})
 
 
 def rank_and_world_size():

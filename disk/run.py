@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume, space
+from disk import checkpoint, files, foreign, layout, lock, peft, pretrained, resume, shards, space
 from families.config import ModelConfig
 from ops import forecast, optim
 from ops.forecast import AUTO, GB
@@ -28,12 +28,16 @@ from text.template import ChatTokenizer
 
 @dataclass
 class ModelPaths:
-    """The directories of a model, its adapter (if any) and its tokenizer; the content of config.json."""
+    """The directories of a model, its adapter (if any) and its tokenizer; the content of config.json.
+
+    is_tied  pretrained.tied_in_files: whether the head is the embedding, where config.json is wrong
+    """
 
     model: str
     adapter: str | None
     tokenizer: str
     config_json: dict
+    is_tied: bool | None = None
 
     @classmethod
     def find(cls, model, adapter=None, tokenizer=None):
@@ -52,7 +56,7 @@ class ModelPaths:
                 if name in pretrained.EMBEDDINGS and entry.shape:
                     rows = max(entry.shape[0], ModelConfig.from_dict(config_json).vocab_size)
                     config_json = layout.with_values(config_json, vocab_size=rows)
-        return cls(model, adapter, tokenizer, config_json)
+        return cls(model, adapter, tokenizer, config_json, pretrained.tied_in_files(model))
 
     @classmethod
     def of_model(cls, name, base=None, tokenizer=None):
@@ -79,7 +83,10 @@ class ModelPaths:
 
     @property
     def config(self):
-        return ModelConfig.from_dict(self.config_json)
+        config = ModelConfig.from_dict(self.config_json)
+        if self.is_tied is None:
+            return config
+        return dataclasses.replace(config, tie_word_embeddings=self.is_tied)
 
     def resized(self, cfg):
         """--resize_embeddings: these paths, with a vocab_size for all ids of the tokenizer.
@@ -386,9 +393,9 @@ class RunState:
         generation = pretrained.generation_config(paths.model, paths.config_json, tokenizer.stop_token_id)
         self.eos_ids = np.atleast_1d(generation["eos_token_id"]).tolist()
         if self.cfg.use_lora:
-            self.shard_map = pretrained.adapter_shard_map(model, paths.is_multimodal)
+            self.shard_map = shards.adapter_shard_map(model, paths.is_multimodal)
         else:
-            self.shard_map = pretrained.shard_map(model, paths.model)
+            self.shard_map = shards.shard_map(model, paths.model)
         self.exported = pretrained.export_files(
             paths.model, paths.config_json, paths.tokenizer, tokenizer, model.peft_config)
         self.checkpoint_bytes = space.checkpoint_bytes(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from disk import layout, pretrained
-from disk.pretrained import CopiedTensor
+from disk.shards import CopiedTensor
 from disk.writer import CODES, TensorFile
 from ops.memory import is_split, local
 from settings.errors import UserError

@@ -16,7 +16,8 @@ from collections import deque
 import torch
 
 from disk import files
-from disk.pretrained import BITS, DTYPES, CopiedTensor
+from disk.pretrained import BITS, DTYPES
+from disk.shards import CopiedTensor
 from ops.optim import CopyStream
 from settings.errors import UserError
 

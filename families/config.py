@@ -137,10 +137,11 @@ def check_architecture(config):
     """Raise UserError for a model_type that is not supported, with the model's kind where it is known."""
     model_type = config.get("model_type")
     is_known = isinstance(model_type, str) and model_type in FAMILIES
+    unused = FAMILIES[model_type].unused if is_known else ()
     for kind, (pattern, keys) in REFUSED.items():
         is_named = isinstance(model_type, str) and not is_known and re.search(pattern, model_type)
         shown = [key for key, value in config.items()
-                 if key in keys and (value is True or value not in (None, False, 0, 1))]
+                 if key in keys and key not in unused and (value is True or value not in (None, False, 0, 1))]
         if is_named or shown:
             reason = f" ({shown[0]} is {config[shown[0]]!r:.20})" if shown else ""
             raise UserError(f"config.json: model_type {model_type!r:.60} is {kind}{reason}, which is not "

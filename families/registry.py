@@ -10,6 +10,7 @@ MODULES = {
     "gemma3_text": "gemma",
     "gemma4_text": "gemma4",
     "gemma4_unified_text": "gemma4",
+    "granitemoehybrid": "granite",
     "ministral3": "ministral3",
     "olmo2": "olmo",
     "olmo3": "olmo",

@@ -184,6 +184,28 @@ def qwen3_5_layers(values):
             for i in range(values["num_hidden_layers"])]
 
 
+def granite_hybrid_values(values):
+    """Granite 4's values, with the size of its MLP as intermediate_size.
+
+    Raises UserError for a model with experts or Mamba layers.
+    """
+    if values.get("num_local_experts", 8):
+        raise UserError("config.json: model_type 'granitemoehybrid' is a mixture of experts "
+                        "(num_local_experts is not 0), which is not supported; docs/models.md lists the models "
+                        "that are")
+    kinds = values.get("layer_types", values.get("layers_block_type")) or ["mamba"]
+    if not isinstance(kinds, list) or any(kind not in ("attention", "full_attention") for kind in kinds):
+        raise UserError("config.json: model_type 'granitemoehybrid' is an architecture with Mamba layers "
+                        f"(layer_types is {kinds!r:.60}), which is not supported; of Granite 4, 350M and 1B "
+                        "without -h are")
+    return {**values, "intermediate_size": values.get("shared_intermediate_size", 1024)}
+
+
+def granite_hybrid_rope(values):
+    """(num_hidden_layers,) bool: all layers of Granite 4 have rotary positions, or none."""
+    return [values.get("position_embedding_type") == "rope"] * values["num_hidden_layers"]
+
+
 @dataclass(frozen=True)
 class Family:
     """What config.json does not say about a model_type: what is fixed, and the defaults of optional keys.
@@ -208,6 +230,7 @@ class Family:
     supported: dict = field(default_factory=dict)  # key -> its only value, or a tuple, beside SUPPORTED
     complete: object = None  # function from the values to the values: checks and adds what one family has
     aliases: dict = field(default_factory=dict)  # other names of keys
+    unused: tuple = ()  # keys of REFUSED that its config.json has without what they stand for
     no_tp: str = ""  # why tensor parallelism is refused
 
 
@@ -254,6 +277,10 @@ FAMILIES = {
                       mlp_bias="mlp_bias", windows="layer_types", has_switch=True, layer_types=smollm3_layers,
                       rope_layers=smollm3_rope),
     "granite": Family(dict(max_position_embeddings=2**11, attention_multiplier=1.0), mlp_bias="mlp_bias"),
+    "granitemoehybrid": Family(
+        dict(max_position_embeddings=2**11, attention_multiplier=1.0), complete=granite_hybrid_values,
+        rope_layers=granite_hybrid_rope, supported=dict(position_embedding_type=("rope",)),
+        unused=("mamba_d_state",), no_tp="its matrix input_linear is fused"),
     "olmo2": OLMO,
     "olmo3": replace(OLMO, defaults={**OLMO.defaults, "rope_theta": 500_000.0, "sliding_window": 4096},
                      windows="layer_types", layer_types=olmo3_layers, rope_parts=olmo3_rope),
@@ -301,6 +328,8 @@ NESTED = {
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
 }
+# Those of them whose class in transformers ties head and embedding if config.json does not say
+TIED_BY_DEFAULT = ("mistral3", "gemma3", "gemma4", "gemma4_unified")
 
 # Architectures that are refused by name: a pattern of model_type, and keys of config.json that show them
 REFUSED = {

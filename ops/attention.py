@@ -60,7 +60,7 @@ class Documents:
 
 
 def attend_function(x, head_dim, *, cached, compiled):
-    """The function that computes attention: attend_each, or varlen_attention().
+    """The function that computes attention: varlen_attention(), attend_each, or the latter as one operation.
 
     x         hidden states, of the dtype and on the device of the computation
     cached    keys come from a cache, so there are more of them than queries
@@ -77,7 +77,7 @@ def attend_function(x, head_dim, *, cached, compiled):
     """
     if fits_varlen(x, head_dim) and not cached:
         return varlen_attention()
-    return opaque(attend_each) if compiled else attend_each
+    return opaque_attention() if compiled and not cached else attend_each
 
 
 def fits_varlen(x, head_dim):
@@ -90,7 +90,10 @@ def fits_varlen(x, head_dim):
 
 @functools.cache
 def varlen_attention():
-    """Attention of all documents in one call of torch's varlen_attn. Cached: see opaque."""
+    """Attention of all documents in one call of torch's varlen_attn.
+
+    Cached, because torch.compile would compile a block again for each new function.
+    """
     from torch.nn.attention.varlen import varlen_attn  # takes a second
 
     # torch 2.12 wants to be asked for fewer key/value heads than query heads; 2.11 has no such argument
@@ -141,9 +144,22 @@ def attend_alone(q, k, v, window, scale=None):
 
 
 @functools.cache
-def opaque(function):
-    """A function hidden from torch.compile, which would recompile a loop over documents for each packing.
+def opaque_attention():
+    """attend_each as one operation: torch.compile would trace its loop anew for each packing. Cached, too.
 
-    Cached, because torch.compile would recompile for each new wrapper too.
+    Backward computes the attention again, one document at a time.
     """
-    return torch.compiler.disable(function)
+    from ops.opaque import operation  # registers operations, which takes a moment
+
+    def attend(q, k, v, offsets, window, scale):
+        parts = zip(*(x.split(offsets.diff().tolist()) for x in (q, k, v)))
+        return torch.cat([attend_alone(*part, window, scale) for part in parts])
+
+    attend_documents = operation(
+        "attend_documents", "Tensor q, Tensor k, Tensor v, Tensor offsets, int? window, float? scale", 3,
+        attend, like=0)
+
+    def attend_opaque(q, k, v, documents, window, scale=None):
+        return attend_documents(q, k, v, documents.host_offsets, window, scale)
+
+    return attend_opaque

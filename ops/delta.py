@@ -19,7 +19,7 @@ import importlib.util
 
 import torch
 
-from ops.attention import opaque
+from ops.opaque import operation
 
 CHUNK = 64  # tokens of a chunk: larger ones take more products within a chunk, smaller ones more steps
 EPS = 1e-6  # of the normalisation of q and k
@@ -75,7 +75,8 @@ def delta_rule(q, k, v, g, beta, documents, past=None):
         y, past["state"] = step(q, k, v, g, beta, past.get("state"))
         return y
     if uses_fla(q):
-        return opaque(fla_rule)(q, k, v, g, beta, documents)
+        rule = opaque_fla_rule if torch.compiler.is_compiling() else fla_rule
+        return rule(q, k, v, wide(g), beta, documents.offsets)
     chunks = documents.chunks or cut(documents)
     return chunked(q, k, v, g, beta, chunks.place, chunks.active)
 
@@ -84,7 +85,7 @@ def uses_fla(q):
     return HAS_FLA and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def fla_rule(q, k, v, g, beta, documents):
+def fla_rule(q, k, v, g, beta, offsets):
     """delta_rule by flash-linear-attention. It takes a batch of 1, the offsets of the documents, and fp32 g.
 
     All layers pass the same tensor of offsets, for which fla computes and keeps its own chunks once. The
@@ -93,10 +94,14 @@ def fla_rule(q, k, v, g, beta, documents):
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # installed by few, and slow to import
 
     q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
-    q, k, v, g, beta = (x[None] for x in (q, k, v, wide(g), beta))
+    q, k, v, g, beta = (x[None] for x in (q, k, v, g, beta))
     y, _ = chunk_gated_delta_rule(
-        q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=documents.offsets)
+        q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=offsets)
     return y[0]
+
+
+opaque_fla_rule = operation("fla_delta_rule", "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
+                            "Tensor offsets", 5, fla_rule, like=2)
 
 
 def one_token(q, k, v, g, beta, state):

@@ -216,7 +216,7 @@ class Log:
         self.peak_lr, self.val_loss = cfg.lr, None
         self.has_warned = False  # by warn_if_unchanged
         self.is_already_done = False  # a resumed run has no step left
-        self.device, self.ranks, self.is_lora = ranks.device, ranks, cfg.use_lora
+        self.device, self.ranks = ranks.device, ranks
         self.unread = None  # the arguments of step(), until read()
         self.last_printed, self.started = -1e9, time.perf_counter()
         self.loggers, self.bar = [], bar.Bar(disable=True)
@@ -236,7 +236,7 @@ class Log:
     def banner(self, cfg, run, model, tokenizer, train_set, validation, sampler, ranks):
         """Print model, data and steps; write ledger.json and config.yaml; start the progress bar."""
         self.train_set, self.sources, self.model_config = train_set, Sources(train_set), model.config
-        self.matrices = flops.block_matrices(model)
+        self.matrices = flops.Matrices.of(model)
         if not self.is_writer:
             return
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -333,7 +333,7 @@ class Log:
             values["reserved_memory_gb"] = memory.reserved_memory_gb(self.device)
             lengths = self.train_set.n_inputs[ids]
             values["mfu"] = flops.mfu(self.model_config, self.matrices, lengths, values["target_tokens"],
-                                      self.is_lora, seconds, self.ranks)
+                                      seconds, self.ranks)
             values["skipped"] = is_skipped or None
             self.record(step, without_none(values))
         return None

@@ -7,7 +7,7 @@ import torch
 from helpers import model_loss
 from safetensors.torch import load_file, save_file
 
-from disk import checkpoint, files, pretrained
+from disk import checkpoint, files, pretrained, shards
 from families.config import ModelConfig
 from model import CausalLM
 from ops import optim
@@ -45,7 +45,7 @@ def loaded(directory):
     """(the CausalLM of a directory, its shard_map), as sft.py makes them."""
     model = created(directory)
     pretrained.load_weights(model, directory)
-    return model, pretrained.shard_map(model, directory)
+    return model, shards.shard_map(model, directory)
 
 
 def adamw(model, optimizer_class=optim.AdamW, offload=False):

@@ -88,7 +88,7 @@ import data
 from disk import pretrained
 from families.config import ModelConfig
 from model import CausalLM
-from ops.flops import block_matrices, step_flops
+from ops.flops import Matrices, step_flops
 from settings.errors import UserError, run
 from settings.parser import check, parse, setting
 from settings.venv import PROJECT
@@ -416,8 +416,9 @@ def useful_flops(cfg, config, directory):
     batches = [sampler.step(step).ids for step in range(1, len(sampler) + 1)]
     config = ModelConfig.from_dict(config)
     with torch.device("meta"):
-        matrices = block_matrices(CausalLM(config))
-    return [step_flops(config, matrices, dataset.n_inputs[ids], dataset.n_targets[ids].sum(), cfg.lora)
+        matrices = Matrices.of(CausalLM(config).requires_grad_(not cfg.lora))
+    matrices = dataclasses.replace(matrices, first=0)  # LoRA trains in each block
+    return [step_flops(config, matrices, dataset.n_inputs[ids], dataset.n_targets[ids].sum())
             for ids in batches]
 
 

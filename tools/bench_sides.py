@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 import chat
 import data
 import fsdp
-from disk import checkpoint, files, pretrained
+from disk import checkpoint, files, pretrained, shards
 from families.config import ModelConfig
 from families.registry import causal_lm
 from model import CausalLM, generate
@@ -135,7 +135,7 @@ def side_save(cfg):
     model.to_empty(device="cpu")
     model.tie_weights()
     pretrained.load_weights(model, cfg.directory)
-    shard_map = pretrained.shard_map(model, cfg.directory)
+    shard_map = shards.shard_map(model, cfg.directory)
     optimizer = optim.AdamW(optim.parameter_groups(model, 0.0), lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     for p in model.parameters():
         optimizer.state[p] = {name: torch.rand_like(p) for name in optimizer.new_state(p)}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import sft
-from disk import checkpoint, exporting, files, layout, peft, pretrained, saving, writer
+from disk import checkpoint, exporting, files, layout, peft, pretrained, saving, shards, writer
 from families.config import ModelConfig
 from screen import card, publish
 from settings import venv
@@ -171,7 +171,7 @@ def architecture(step):
 
 def copied(step):
     """{name in the files: CopiedTensor} of the tensors that are not the text model's."""
-    by_file = pretrained.copied_tensors(step.contents.others)
+    by_file = shards.copied_tensors(step.contents.others)
     return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
 

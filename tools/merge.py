@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from disk import exporting, files, layout, peft, pretrained, writer
+from disk import exporting, files, layout, peft, pretrained, shards, writer
 from disk.run import ModelPaths
 from families.config import ModelConfig
 from settings import venv
@@ -99,7 +99,7 @@ def merge(cfg):
                 "generation_config.json": pretrained.generation_config(
                     base, model_config, tokenizer.stop_token_id), **tokenizer.files}
     in_model = {contents.names.in_files(name): name for name in shapes}
-    copied = pretrained.copied_tensors(contents.others)
+    copied = shards.copied_tensors(contents.others)
     copied = {name: tensor for tensors in copied.values() for name, tensor in tensors.items()}
     stored = {name: (writer.CODES[dtype], shapes[ours]) for name, ours in in_model.items()}
     stored.update((name, writer.stored_as(tensor)) for name, tensor in copied.items())

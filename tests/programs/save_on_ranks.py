@@ -15,7 +15,7 @@ import zlib
 import torch
 
 import sft
-from disk import checkpoint, files, pretrained, saving, writer
+from disk import checkpoint, files, pretrained, saving, shards, writer
 from disk.run import ModelPaths
 from ranks import processes
 from settings.parser import parse
@@ -77,7 +77,7 @@ with processes.start(cfg.tp, 60) as ranks:
         with torch.no_grad():
             for name, tensor in tensors(model, optimizer).items():
                 pretrained.copy_slice(tensor, known(name, tensor.shape))
-        shard_map = pretrained.shard_map(model, cfg.model)
+        shard_map = shards.shard_map(model, cfg.model)
         exported = files.read_bytes(cfg.model, ["config.json"])
         save = checkpoint.start_save(directory, 1, model=model, optimizer=optimizer, shard_map=shard_map,
                                      exported=exported, state={}, in_background=in_background)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import varlen_helpers
 from helpers import Operations, model_loss, small_model
+from torch.utils.checkpoint import checkpoint
 
 from families.config import ModelConfig
 from model import CausalLM, generate
@@ -40,8 +41,26 @@ def inputs(lengths=LENGTHS, heads=(6, 2), dtype=torch.float64):
 def outcome(function, tensors, documents, window):
     """The output, and the gradients of a fixed weighted sum of it."""
     out = function(*tensors, documents, window)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     return out, *torch.autograd.grad((out * weights).sum(), tensors)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_opaque_attention_is_that_of_one_document_after_another(window):
+    """Output and gradients are equal to the last bit; checkpointed, too. On meta it gives the same shapes."""
+    documents, tensors = Documents.of(LENGTHS), inputs()
+    opaque = attention.opaque_attention()
+
+    def checkpointed(*arguments):
+        return checkpoint(opaque, *arguments, use_reentrant=False)
+
+    expected, *results = (outcome(function, tensors, documents, window)
+                          for function in (attend_each, opaque, checkpointed))
+    for result in results:
+        assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
+    on_meta = [x.detach().to("meta").requires_grad_() for x in tensors]
+    result = outcome(opaque, on_meta, documents, window)
+    assert [x.shape for x in result] == [x.shape for x in expected]
 
 
 # ---- what is passed to varlen_attn --------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def test_useful_flops_are_those_of_every_conversation_once(tmp_path):
     config = ModelConfig.from_dict(SHAPE)
     assert len(steps) == 3
     with torch.device("meta"):
-        matrices = flops.block_matrices(CausalLM(config))
-    assert sum(steps) == flops.step_flops(config, matrices, dataset.n_inputs, dataset.n_targets.sum(), is_lora=False)
+        matrices = flops.Matrices.of(CausalLM(config))
+    assert sum(steps) == flops.step_flops(config, matrices, dataset.n_inputs, dataset.n_targets.sum())
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM
 
 import sft
 from disk import checkpoint, files, pretrained, writer
+from disk.run import ModelPaths
 from families.config import ModelConfig
 from model import CausalLM
 from ops.attention import Documents
@@ -320,12 +321,18 @@ def test_a_config_that_is_not_json_is_named(source, content):
         files.read_json(source / "config.json")
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
-    """One of the two would be lost. The error names the tensor and the key in config.json."""
+def test_a_head_that_differs_from_the_embedding_is_a_tensor_of_its_own(tmp_path):
+    """Whatever config.json says, as in transformers 5; even if one number differs, at the end. Both are saved."""
     source = published(tmp_path / "base", TIED, torch.bfloat16)
-    change(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] * 1.01}))
-    message = refusal(source)
-    assert HEAD in message and "tie_word_embeddings" in message
+    change(source, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    assert pretrained.tied_in_files(str(source)) is None and ModelPaths.find(str(source)).config.tie_word_embeddings
+    change(source, lambda tensors: tensors[HEAD][-1, -1].add_(1))
+    theirs = AutoModelForCausalLM.from_pretrained(source)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    model = CausalLM(ModelPaths.find(str(source)).config)
+    pretrained.load_weights(model, str(source))
+    for name in (HEAD, EMBEDDING):
+        assert torch.equal(model.state_dict()[name], theirs.state_dict()[name])
 
 
 # generation_config.json

@@ -95,6 +95,20 @@ def test_all_blocks_and_packings_share_one_graph(traced, options):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("window", [
+    dict(use_sliding_window=True, sliding_window=5, max_window_layers=0), pytest.param({}, marks=full)])
+def test_without_varlen_attn_there_is_one_graph_too(traced, window, monkeypatch):
+    """In fp32, and for heads that it does not take; with a checkpoint. Loss and gradients are those of eager."""
+    monkeypatch.setattr(attention, "fits_varlen", lambda x, head_dim: False)
+    net, eager = fresh(checkpointed_blocks=1, **window), fresh(compiled=False, **window)
+    for lengths in PACKINGS[:3]:
+        expected = step(eager, lengths)
+        for name, value in step(net, lengths).items():
+            torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("options", [
     {}, dict(use_lora=True), pytest.param(dict(quantize=True, use_lora=True), marks=full)], ids=str)
 def test_a_compiled_block_keeps_gate_and_up_alone(traced, options):

@@ -9,7 +9,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from ops import attention, delta
+from ops import delta
 from ops.attention import Documents
 from ops.convolution import short_convolution
 from ops.delta import CHUNK, cut, delta_rule
@@ -263,6 +263,20 @@ def test_all_packings_are_one_graph():
     torch._dynamo.reset()
 
 
+class FlaFunction(torch.autograd.Function):
+    """A Function as fla's are: in an older form, which torch.func can't differentiate."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, place, active):
+        arguments = (*(x[0] for x in (q, k, v, g, beta)), place, active)
+        ctx.save_for_backward(*arguments)
+        return delta.chunked(*arguments)[None]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(x[None] for x in delta.chunked_backward(grad[0], *ctx.saved_tensors)), None, None
+
+
 @pytest.fixture
 def fla(monkeypatch):
     """A module with the signature of flash-linear-attention, which checks what it asks for and calls our rule."""
@@ -277,7 +291,7 @@ def fla(monkeypatch):
         lengths = tuple(cu_seqlens.diff().tolist())
         documents = Documents.of(lengths)
         chunks = cut(documents)
-        return delta.chunked(*(x[0] for x in (q, k, v, g, beta)), chunks.place, chunks.active)[None], None
+        return FlaFunction.apply(q, k, v, g, beta, chunks.place, chunks.active), None
 
     module = types.ModuleType("fla.ops.gated_delta_rule")
     module.chunk_gated_delta_rule = chunk_gated_delta_rule
@@ -285,8 +299,7 @@ def fla(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
     monkeypatch.setattr(delta, "uses_fla", lambda q: q.dtype == torch.bfloat16)
-    yield calls
-    attention.opaque.cache_clear()
+    return calls
 
 
 def test_fla_gets_the_offsets_of_the_documents(fla):
@@ -299,6 +312,24 @@ def test_fla_gets_the_offsets_of_the_documents(fla):
     assert len(fla) == 2 and all(offsets is documents.offsets for offsets in fla)
     delta_rule(*(x.detach()[:3] for x in tensors), Documents.of((3,)), {})  # generation uses our own
     assert len(fla) == 2
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_fla_is_one_operation_of_a_compiled_block(fla, backend):
+    """One graph for all packings. Output and gradients are those of eager to the last bit (inductor: to bf16), and the
+    offsets are the same tensor in forward and backward."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(delta_rule, dynamic=True, fullgraph=True, backend=backend)
+    for lengths in PACKINGS[:4]:
+        tensors, documents = cast(inputs(lengths), torch.bfloat16), Documents.of(lengths)
+        expected = outcome(lambda *x: delta_rule(*x, documents), tensors)
+        fla.clear()
+        results = outcome(lambda *x: compiled(*x, documents), tensors)
+        assert len(fla) == 2 and all(offsets is documents.offsets for offsets in fla)
+        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+        assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("installed, device, dtype, uses", [

@@ -8,8 +8,9 @@ import torch
 from helpers import model_loss, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from ops import flops
+from ops import flops, freezing
 
+MATRICES = flops.Matrices((2, 2, 1), 5, first=0, trains_head=True)
 ATTENTION = ("attention", "bmm")  # in the names of the operations that are not a product with a weight
 
 
@@ -24,17 +25,33 @@ def counted_products(model, length, n_targets):
                if not any(word in str(name) for word in ATTENTION))
 
 
-@pytest.mark.parametrize("is_frozen", [False, True])
-def test_products_equal_the_counter_of_torch(is_frozen):
-    """All matrices of all layers and the head on its targets; frozen matrices have no gradient."""
-    model = small_model(tie_word_embeddings=False)
-    if is_frozen:  # the gradient reaches the embedding, so every product has one for its input
-        model.requires_grad_(False)
-        model.model.embed_tokens.weight.requires_grad_()
+@pytest.mark.parametrize("frozen", [
+    None, "lm_head", "mlp", "q_proj,layers.2", "embed_tokens,layers.0", "embed_tokens,layers.0,layers.1",
+    "layers,lm_head", "model", "embed_tokens,layers", "embed_tokens,layers,lm_head"])
+def test_products_equal_the_counter_of_torch(frozen):
+    """All matrices of all layers and the head on its targets. With --freeze, frozen ones have no gradient, and backward
+    ends at the first block that trains; its attention, too."""
+    model = small_model(tie_word_embeddings=False, num_hidden_layers=3)
+    if frozen:
+        freezing.freeze(model, frozen)
     length, n_targets = 11, 5
-    needed = flops.step_flops(model.config, flops.block_matrices(model), [length], n_targets, is_lora=is_frozen)
-    attention = 12 * 2 * 96 * (length * (length + 1) // 2)  # 2 layers of 6 heads of 16
+    matrices = flops.Matrices.of(model)
+    needed = flops.step_flops(model.config, matrices, [length], n_targets)
+    pairs = 96 * (length * (length + 1) // 2)  # 6 heads of 16
+    attention = sum(12 if i >= matrices.first else 4 for i in range(3)) * pairs
     assert needed - attention == counted_products(model, length, n_targets)
+    with_backward = [block.self_attn.o_proj.weight.grad is not None for block in model.model.layers]
+    assert not any(with_backward[: matrices.first])
+
+
+def test_adapters_leave_the_matrices_without_gradients():
+    """LoRA: forward and the gradient of the input; the gradient reaches the embedding's output."""
+    model = small_model(use_lora=True)
+    full, matrices = (flops.Matrices.of(net) for net in (small_model(), model))
+    assert (matrices.blocks, matrices.trained, matrices.first) == (full.blocks, 0, 0) and not matrices.trains_head
+    assert full.trained == sum(full.blocks) and full.trains_head
+    products = [flops.step_flops(dataclasses.replace(model.config, layer_types=()), m, [9], 4) for m in (matrices, full)]
+    assert products[0] * 6 == products[1] * 4
 
 
 def test_attention_counts_the_pairs_that_see_each_other():
@@ -45,18 +62,17 @@ def test_attention_counts_the_pairs_that_see_each_other():
     lengths = torch.tensor([1, 3, 4, 17], dtype=torch.int32).numpy()
     pairs = sum(1 for window in config.sliding_windows for length in lengths for i in range(length)
                 for j in range(i + 1) if window is None or i - j < window)
-    needed = {is_lora: flops.step_flops(config, 5, lengths, 7, is_lora) for is_lora in (True, False)}
-    products = {is_lora: flops.step_flops(dataclasses.replace(config, sliding_windows=()), 5, lengths, 7, is_lora)
-                for is_lora in (True, False)}
+    needed = flops.step_flops(config, MATRICES, lengths, 7)
+    products = flops.step_flops(dataclasses.replace(config, sliding_windows=()), MATRICES, lengths, 7)
     per_pair = 2 * 2 * 3 * config.num_attention_heads * config.head_dim  # 2 products, a multiply and an add, 3 times
-    assert [needed[k] - products[k] for k in (True, False)] == [per_pair * pairs] * 2
+    assert needed - products == per_pair * pairs
 
 
 def test_long_conversations_do_not_overflow():
     """Lengths are int32 in the data; the square of a length is not."""
     config = small_model().config
     lengths = torch.full((64,), 2**17, dtype=torch.int32).numpy()
-    assert flops.step_flops(config, 0, lengths, 0, True) > 12 * 2 * 96 * 64 * (2**34 // 2)
+    assert flops.step_flops(config, MATRICES, lengths, 0) > 12 * 2 * 96 * 64 * (2**34 // 2)
 
 
 def test_mfu_is_the_rate_over_the_peak_of_all_gpus(monkeypatch):
@@ -66,12 +82,12 @@ def test_mfu_is_the_rate_over_the_peak_of_all_gpus(monkeypatch):
     monkeypatch.setattr(flops, "product_flops", lambda device, dtype, size: measured.append(dtype) or 1e12)
     flops.peak_flops.cache_clear()
     config = small_model().config
-    needed = flops.step_flops(config, 5, [9], 4, False)
+    needed = flops.step_flops(config, MATRICES, [9], 4)
     for index, peak in ((0, 989e12), (1, 1e12), (1, 1e12)):
         ranks = SimpleNamespace(device=torch.device("cuda", index), world_size=4)
-        assert flops.mfu(config, 5, [9], 4, False, 2.0, ranks) == pytest.approx(needed / 2 / (4 * peak))
+        assert flops.mfu(config, MATRICES, [9], 4, 2.0, ranks) == pytest.approx(needed / 2 / (4 * peak))
     assert measured == [torch.bfloat16]
-    assert flops.mfu(config, 5, [9], 4, False, 2.0, SimpleNamespace(device=torch.device("cpu"))) is None
+    assert flops.mfu(config, MATRICES, [9], 4, 2.0, SimpleNamespace(device=torch.device("cpu"))) is None
     flops.peak_flops.cache_clear()
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers import TINY, model_directory, run_all, small_model, tensors_of, two_layers
 
 import sft
-from disk import pretrained
+from disk import shards
 from disk.run import ModelPaths
 from ops import forecast, freezing
 from ranks import processes
@@ -94,7 +94,7 @@ def test_new_rows_can_not_be_frozen(tmp_path, base):
     paths.config_json = {**paths.config_json, "vocab_size": 2052}
     built, _ = sft.build(cfg, paths, ranks)
     with pytest.raises(UserError, match="the new rows of model.embed_tokens.weight would not be trained"):
-        pretrained.shard_map(built, str(base))
+        shards.shard_map(built, str(base))
 
 
 def test_the_forecast_counts_gradients_and_moments_of_trained_ones():

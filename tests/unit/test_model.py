@@ -155,6 +155,8 @@ def test_missing_keys_have_the_defaults_of_transformers(kind):
     """A config.json with only the sizes equals the one in which transformers has written all defaults."""
     least = dict(model_type=kind, vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=32, attention_dropout=0.0, residual_dropout=0.0, hidden_size_per_layer_input=0)
+    if kind == "granitemoehybrid":  # its defaults are a model with experts and Mamba layers
+        least |= dict(num_local_experts=0, layer_types=["attention"] * 2)
     assert ModelConfig.from_dict(least) == ModelConfig.from_dict(AutoConfig.for_model(**least).to_dict())
 
 
@@ -503,7 +505,12 @@ REFUSED = [
     (dict(model_type=None), "model_type None"),
     (dict(model_type="gemma3", text_config=None), "text_config is None"),
     (dict(model_type="granitemoehybrid", num_local_experts=64), "is a mixture of experts (num_local_experts is 64)"),
-    (dict(model_type="granitemoehybrid", num_local_experts=0), "is an architecture with Mamba or other state space"),
+    (dict(model_type="granitemoehybrid"), "is a mixture of experts (num_local_experts is not 0)"),
+    (dict(model_type="granitemoehybrid", num_local_experts=0), "is an architecture with Mamba layers"),
+    (dict(model_type="granitemoehybrid", num_local_experts=0, layer_types=["attention", "mamba"], mamba_d_state=128),
+     "is an architecture with Mamba layers"),
+    (dict(model_type="granitemoehybrid", num_local_experts=0, layer_types=["attention"] * 2,
+          position_embedding_type="nope"), "position_embedding_type is 'nope'"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
     (dict(model_type="llama", layer_types=["sliding_attention"] * 3, sliding_window=8), "models of type llama have no windows"),
     (dict(model_type="phi3", resid_pdrop=0.1), "resid_pdrop is 0.1"),

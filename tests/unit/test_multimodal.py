@@ -1,5 +1,6 @@
 """The text model of a multimodal directory is trained; all else in it is in each checkpoint as it was."""
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from multimodal_helpers import IS_TEXT, KINDS, READ, SPELLINGS, check_kept, load
 from safetensors.torch import load_file, save_file
 
 import chat
-from disk import checkpoint, exporting, files, pretrained, saving
+from disk import checkpoint, exporting, files, pretrained, saving, shards
 from model import generate
 from ops.attention import Documents
 from settings.errors import UserError
@@ -278,8 +279,46 @@ def test_frozen_parts_of_the_text_model(train, tmp_path):
 
 def test_values_beyond_fp16_widen_the_dtype_of_both_configs():
     config = {"dtype": "float16", "text_config": {"dtype": "float16", "vocab_size": 1}}
-    shard_map = pretrained.ShardMap({"f": {"w": "F16"}}, {"w": "w"}, {})
+    shard_map = shards.ShardMap({"f": {"w": "F16"}}, {"w": "w"}, {})
     exported = {"config.json": json.dumps(config).encode()}
     saving.widen(shard_map, exported, {"w": torch.tensor([1e6])})
     assert exported["config.json"] == {"dtype": "float32", "text_config": {"dtype": "float32", "vocab_size": 1}}
     assert shard_map.codes == {"f": {"w": "F32"}}
+
+
+TIES = [pytest.param(kind, marks=() if kind == UNTIED else pytest.mark.full) for kind in READ]
+
+
+@pytest.mark.parametrize("kind", TIES)
+def test_head_and_embedding_are_one_tensor_where_they_are_in_transformers(tmp_path, kind):
+    """Whatever config.json and its text_config say; of a head that is in the files, and of one that is not.
+
+    transformers gives a head random values if it is neither in the files nor tied; here the model is refused, except
+    for a Qwen3.5 whose text_config alone ties it: that holds for transformers' class of the text model.
+    """
+    directory, seen = multimodal(tmp_path / "m", kind), set()
+    path, config = directory / "model.safetensors", files.read_json(directory / "config.json")
+    names, tensors = pretrained.Contents.of(directory).names, load_file(path)
+    tensors.pop(names.head, None)
+    head = {names.head: torch.randn(2048, 32)}
+    for outer, nested, own in itertools.product((None, True, False), (None, True, False), (head, {})):
+        values = [dict(part, tie_word_embeddings=tied)
+                  for part, tied in ((config, outer), (config["text_config"], nested))]
+        for value in values:
+            if value["tie_word_embeddings"] is None:
+                del value["tie_word_embeddings"]
+        (directory / "config.json").write_text(json.dumps(dict(values[0], text_config=values[1])))
+        save_file({**tensors, **own}, path, {"format": "pt"})
+        theirs, info = loading_info(directory)
+        is_tied = theirs.lm_head.weight is theirs.get_input_embeddings().weight
+        if info["missing_keys"] and nested and outer is None:
+            assert kind == "qwen3_5"
+        elif info["missing_keys"]:
+            with pytest.raises(UserError, match=r"missing \['(language_model\.)?lm_head"):
+                chat.load(str(directory))
+        else:
+            model, _, _ = chat.load(str(directory))
+            assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied, (outer, nested, len(own))
+            assert torch.equal(model.lm_head.weight, theirs.lm_head.weight)
+            seen.add(is_tied)
+    assert seen == {True, False}
