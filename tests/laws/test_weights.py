@@ -3,6 +3,7 @@
 The reference is plain torch in fp64 on the logits of one conversation at a time; it shares no code with ops/loss.py.
 """
 
+import json
 import math
 
 import numpy as np

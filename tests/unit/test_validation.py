@@ -124,6 +124,7 @@ def test_the_split_depends_on_what_rows_say_alone(tmp_path):
     # as docs/data.md defines it: another hash would give every user another split
     contents = [json.dumps([[{"content": row["prompt"], "role": "user"}, {"content": row["response"], "role": "assistant"}],
                             None, None, None]) for row in ROWS]
+    assert len(sides(EXAMPLES, 0.1)[1]) == 7  # as the page says
     numbers = [int(hashlib.blake2b(content.encode(), digest_size=8).hexdigest(), 16) for content in contents]
     assert [text.split("<")[0] for text in val] == [row["response"] for row, n in zip(ROWS, numbers) if n < 0.3 * 2**64]
 
