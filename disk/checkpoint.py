@@ -504,9 +504,9 @@ def load_training_tensors(directory, model, optimizer):
 
 
 def load_masters(directory, model):
-    """Load the fp32 master weights of a step directory into a model without an optimizer, where it has some.
+    """Load the fp32 master weights of a step directory into a model without an optimizer.
 
-    Returns whether it has. They are what the run computed with; the model's own files have them rounded. Every
+    Returns whether it has some. They are what the run computed with; its own files have them rounded. Every
     rank calls it. Raises UserError if they are of another model.
     """
     state_directory = os.path.join(directory, STATE_DIRECTORY)

@@ -48,8 +48,8 @@ def check(cfg):
         check_data("--val_data", cfg.val_data, "validation")
         check_sets(cfg)
     elif isinstance(cfg.keep_best, str):
-        raise UserError(f"--keep_best {cfg.keep_best}: --val_split makes one set, without a name; use --keep_best "
-                        "alone")
+        raise UserError(f"--keep_best {cfg.keep_best}: --val_split makes one set, without a name; use "
+                        "--keep_best alone")
     if cfg.sample_prompts:
         check_prompts(cfg.sample_prompts, (cfg.prompt_key, cfg.response_key, cfg.messages_key))
     if cfg.tokenizer:

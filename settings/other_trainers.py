@@ -188,8 +188,7 @@ EXPLAINED = {
     "chat_template_type prompt_template prompt_style conversation_template":
         "the model's own chat template is used, no name is needed; another one: --chat_template FILE",
     "val_size val_set_size test_size eval_split_ratio split_dataset_ratio validation_split_percentage":
-        "nothing is split off the training data; put some rows into a file of their own and pass "
-        "--val_data FILE",
+        "--val_split 0.02 takes that share of the rows for validation; or pass --val_data FILE",
     "max_samples max_train_samples num_train_samples train_dataset_sample sample_size":
         "--train_data 'FILE[:N]' takes the first N rows; --max_steps N ends the run early",
     "max_eval_samples max_val_samples val_dataset_sample":
@@ -285,7 +284,7 @@ EXPLAINED = {
     "stage rlhf_type rl trainer_type task":
         "this program does supervised fine-tuning only; nothing to type",
     "do_train do_eval do_predict":
-        "it always trains; with --val_data FILE it also validates",
+        "it always trains; with --val_data FILE it also validates, and tools/evaluate.py does only that",
     "pref_beta dpo_beta beta kl_coef reward_model ref_model num_generations":
         "this program does supervised fine-tuning only: no preference tuning, no reinforcement learning",
     "trust_remote_code":
@@ -305,7 +304,7 @@ EXPLAINED = {
         "--save_steps N; without it, each epoch is saved, always safetensors and always what a resume "
         "needs",
     "eval_strategy evaluation_strategy evals_per_epoch eval_on_start do_eval_at_start":
-        "--eval_steps N; without it, validation is once per epoch, with --val_data FILE",
+        "--eval_steps N; without it, validation is before training and once per epoch, with --val_data FILE",
     "metric_for_best_model greater_is_better compute_metrics compute_accuracy":
         "--keep_best and --early_stopping compare val_loss",
     "predict_with_generate generation_max_length eval_table_size sample_generation":

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 tools/evaluate.py outputs/checkpoints/best math=a.json general=b.json --json
 
 Each FILE is a set, with a line of its own: what --val_data of sft.py takes, also NAME=FILE. MODEL is a model
-directory, a step directory, an adapter, a hub id or `tiny`. A step directory has the settings of its run, with
-which the conversations are read, and the fp32 weights, if those in its files are rounded: the numbers are
-those of the run's validation. Nothing is written.
+directory, a step directory, an adapter, a hub id or `tiny`. A step directory has the settings of its run,
+with which the conversations are read, and the fp32 weights, if those in its files are rounded: the numbers
+are those of the run's validation. Nothing is written.
 """
 
 if __name__ == "__main__":
@@ -89,7 +89,7 @@ def settings_of_run(given, fields):
 
 
 def arguments_of(argv):
-    """The arguments with MODEL and each FILE as flags: a FILE may be NAME=FILE, which name=value looks like."""
+    """The arguments with MODEL and each FILE as flags: NAME=FILE would be read as name=value."""
     n = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
     if n < 2:
         return argv
@@ -145,7 +145,8 @@ def values_of(size, result):
 def table(rows):
     """The lines of {name: values_of()}."""
     width = max(map(len, ("set", *rows)))
-    yield f"{'set':{width}} {'loss':>10} {'perplexity':>12} {'accuracy':>10} {'targets':>12} {'conversations':>14}"
+    yield (f"{'set':{width}} {'loss':>10} {'perplexity':>12} {'accuracy':>10} {'targets':>12} "
+           f"{'conversations':>14}")
     for name, row in rows.items():
         yield (f"{name:{width}} {row['loss']:10.4f} {row['perplexity']:12.4f} {100 * row['accuracy']:8.2f} % "
                f"{row['tokens']:12,} {row['conversations']:14,}")

@@ -202,15 +202,17 @@ def test_val_loss_is_weighted_by_tokens(train):
     for flags in ((), ("--no-packing",)):
         lines = train(*FAST, "--lr", 0, "--max_steps", 2, "--val_data", EXAMPLES, "--eval_steps", 2, *flags,
                       out=f"out{len(flags)}")
-        assert [line for line in lines if "val_loss" in line] == lines[-1:] and "loss" not in lines[-1]
+        assert [line for line in lines if "val_loss" in line] == [lines[0], lines[-1]] and "loss" not in lines[-1]
+        assert (lines[0]["step"], lines[-1]["step"]) == (0, 2) and lines[0]["val_loss"] == lines[-1]["val_loss"]  # lr 0
         model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-        total = count = 0
+        total = count = correct = 0
         with torch.no_grad():
             for ids, labels in reference_rows():
                 logits, targets = model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:])
                 total += F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
                 count += int((targets != -100).sum())
-        assert lines[-1]["val_tokens"] == count
+                correct += int((logits.argmax(-1) == targets).sum())
+        assert lines[-1]["val_tokens"] == count and lines[-1]["val_accuracy"] == correct / count > 0
         assert math.isclose(lines[-1]["val_loss"], total / count, rel_tol=1e-6)
 
 
@@ -240,7 +242,7 @@ def interrupt_after(monkeypatch, last_step):
 
 
 EXACT = ("loss", "accuracy", "lr", "grad_norm", "epoch", "tokens", "target_tokens", "target_weight", "val_loss",
-         "val_tokens", "val_weight")
+         "val_tokens", "val_weight", "val_accuracy", "forgetting")
 
 
 def test_resume_is_exact(train, monkeypatch, tmp_path):

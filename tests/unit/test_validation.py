@@ -16,7 +16,6 @@ from helpers import EXAMPLES, FAST, TINY, VALIDATION, metrics, target_texts, wri
 import data
 import sft
 from disk import inputs
-from ranks import processes
 from screen import validation
 from settings import parser
 from settings.errors import UserError
@@ -124,6 +123,7 @@ def test_the_split_depends_on_what_rows_say_alone(tmp_path):
     # as docs/data.md defines it: another hash would give every user another split
     contents = [json.dumps([[{"content": row["prompt"], "role": "user"}, {"content": row["response"], "role": "assistant"}],
                             None, None, None]) for row in ROWS]
+    assert len(sides(EXAMPLES, 0.1)[1]) == 7  # as the page says
     numbers = [int(hashlib.blake2b(content.encode(), digest_size=8).hexdigest(), 16) for content in contents]
     assert [text.split("<")[0] for text in val] == [row["response"] for row, n in zip(ROWS, numbers) if n < 0.3 * 2**64]
 
@@ -160,7 +160,7 @@ def test_a_run_with_a_split(train, tmp_path, capsys):
     assert f"rows     {80 - len(val)} in = " in out and f"rows     {len(val)} in = {len(val)} trained + 0 dropped (validation)" in out
     assert f"split    {len(val)} of 80 rows are for validation, by a hash of each one (--val_split 0.3)" in out
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 1]
-    for share in "0.2", "none":
+    for share in "0.2", "none", "0.300001":  # the last one makes the same sides
         with pytest.raises(UserError, match=f"val_split 0.3 then, {share} now.*type --val_split 0.3"):
             train(*flags, "--resume_from", "auto", "--val_split", share)
     assert len(train(*flags, "--resume_from", "auto", "--max_steps", 2)) == 5
@@ -235,16 +235,15 @@ def test_a_new_run_over_one_that_never_saved_has_step_0_once(train, tmp_path):
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(train, tmp_path, monkeypatch, capfd):
     """In the evaluation, which may take long; nothing is saved, and the next run begins with step 0."""
-    set_phase = processes.Ranks.set_phase
+    whole = sft.evaluate
 
-    def set_phase_and_signal(self, name):
-        set_phase(self, name)
-        if name == "evaluation before step 1":
-            os.kill(os.getpid(), signal.SIGTERM)
+    def evaluate_and_signal(*args):
+        whole(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     flags = (*SHORT, "--max_steps", 1, "--val_data", VALIDATION)
     with monkeypatch.context() as patch:
-        patch.setattr(processes.Ranks, "set_phase", set_phase_and_signal)
+        patch.setattr(sft, "evaluate", evaluate_and_signal)
         with pytest.raises(SystemExit) as info:
             train(*flags)
     assert info.value.code == 143
