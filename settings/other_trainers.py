@@ -276,9 +276,9 @@ EXPLAINED = {
         "there is no NEFTune: noise drawn for each micro-batch would make the loss depend on how a step "
         "is split",
     "label_smoothing_factor label_smoothing":
-        "there is no label smoothing; docs/fork.md shows another loss",
+        "there is no setting for it; docs/fork.md has the diff (\"Label smoothing\")",
     "loss_type use_dft_loss use_asft_loss loss._component_":
-        "the loss is cross-entropy; docs/fork.md shows another",
+        "the loss is cross-entropy; docs/fork.md has the diff of DFT, and shows where another loss goes",
     "average_tokens_across_devices num_items_in_batch":
         "it is what happens anyway: the loss is the mean over the step's target tokens of all GPUs",
     "stage rlhf_type rl trainer_type task":

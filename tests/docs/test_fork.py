@@ -10,9 +10,10 @@ import sys
 import pytest
 from helpers import ROOT, program
 
-# heading -> the program under tests/programs/ that checks the change
+# heading -> the program under tests/programs/ that checks the change, and its arguments
 CHECKS = {"A new setting": "fork_setting", "A new metric": "fork_metric",
-          "A logger of your own": "fork_logger", "Another loss": "fork_loss",
+          "A logger of your own": "fork_logger", "DFT": "fork_loss dft", "z-loss": "fork_loss z_loss",
+          "Label smoothing": "fork_loss label_smoothing",
           "Another optimizer": "fork_optimizer", "Another model family": "fork_family",
           "Another data format": "fork_format", "Another schedule": "fork_schedule"}
 MOST_LINES = {"Another optimizer": 60}  # that a diff may add; 25 of the others
@@ -22,8 +23,9 @@ pytestmark = pytest.mark.repo  # a fork has its own code, which the diffs need n
 def sections():
     """heading -> diff"""
     with open(os.path.join(ROOT, "docs", "fork.md"), encoding="utf-8") as f:
-        parts = re.split(r"^## ", f.read(), flags=re.M)[1:]
-    return {part.splitlines()[0]: re.search(r"^```diff\n(.*?)^```", part, re.S | re.M)[1] for part in parts}
+        parts = re.split(r"^##+ ", f.read(), flags=re.M)[1:]
+    diffs = {part.splitlines()[0]: re.search(r"^```diff\n(.*?)^```", part, re.S | re.M) for part in parts}
+    return {heading: diff[1] for heading, diff in diffs.items() if diff}
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def apply(diff, project):
 def check(name, project, directory):
     """Run the program of a section in a new directory, on the copy's modules."""
     directory.mkdir()
-    return program(CHECKS[name], project=project, cwd=directory)
+    return program(*CHECKS[name].split(), project=project, cwd=directory)
 
 
 def test_every_change_of_the_page_is_checked():

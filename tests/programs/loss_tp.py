@@ -1,7 +1,11 @@
 """The loss of a head that two ranks share, with and without weights: value, gradients and what is correct are those
-of one rank. Some tokens of the second half have the logits of one of the first."""
+of one rank. Some tokens of the second half have the logits of one of the first.
+
+loss_tp.py [ATTRIBUTE NUMBER]: with this attribute of the head, which a diff of docs/fork.md reads.
+"""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -36,6 +40,8 @@ for dtype, tolerance, soft_cap in ((torch.float32, 1e-5, None), (torch.bfloat16,
     for given in (None, weights):
         whole.weight.grad = None
         head = VocabParallelHead(whole, mesh)
+        for each in (whole, head) if sys.argv[1:] else ():
+            setattr(each, sys.argv[1], float(sys.argv[2]))
         (*expected, correct), (*found, found_correct) = compute(whole, hidden, given), compute(head, hidden, given)
         assert torch.equal(found_correct, correct) and torch.equal(correct, likeliest == targets)
         assert 100 <= correct.sum() < 200 and not correct[100:200].all()
