@@ -188,12 +188,16 @@ def check_identity(then, now, saved, cfg):
     then, now  {key: value}, of the checkpoint and of this run: RunState.identity
     saved      its settings, see saved_settings
     """
-    faults, remedies = [], []
+    faults, remedies, again = [], [], "start a new run with another --output_dir"
     for key, value in now.items():
         before = then.get(key)
         if before == value:
             continue
         if key == "data":
+            flag = f"--model {cfg.model} --use_lora --resume_adapter" if cfg.use_lora else "--model"
+            step = checkpoint.resume_directory(cfg.resume_from, os.path.join(cfg.output_dir, "checkpoints"))
+            again = (f"train other data in a new run from these weights: {flag} {os.path.relpath(step)} "
+                     "--output_dir DIR in place of --resume_from (docs/continue.md)")
             reasons = [change for change in changes(saved, cfg) if change[0] in DATA]
             texts = [f"{name} {text_of(a)} then, {text_of(b)} now" for name, a, b in reasons]
             faults.append("other training data: " + ("; ".join(texts) or "other rows, or another template or "
@@ -205,6 +209,5 @@ def check_identity(then, now, saved, cfg):
     if faults:
         remedy = f"type {' '.join(remedies)}" if remedies else "give the data that the run had"
         raise UserError(f"--resume_from {cfg.resume_from}: this would be another run: "
-                        f"{'; '.join(faults)}. Instead, {remedy}, or start a new run with another "
-                        "--output_dir")
+                        f"{'; '.join(faults)}. Instead, {remedy}, or {again}")
 

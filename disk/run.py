@@ -366,7 +366,11 @@ class RunState:
             now = lr_at(self.step + 1, total_steps, self.cfg)
             rates = f"{self.lr:.2e} at step {self.step:,} -> {now:.2e} at step {self.step + 1:,}"
             jumps = f"{now:.2e}" != f"{self.lr:.2e}"
-            advice = " (docs/checkpoints.md, Resume, says how to avoid a jump)" if jumps else ""
+            advice = " (docs/continue.md says how to avoid a jump)" if jumps else ""
+            warmup = math.ceil(self.settings.get("warmup_ratio", 0) * before)  # of the run so far
+            if warmup <= self.step < math.ceil(self.cfg.warmup_ratio * total_steps):
+                advice = (f" (in the warm-up again; --warmup_ratio {(warmup - 0.5) / total_steps:.3g} keeps "
+                          f"that of {warmup:,} steps)" if warmup else " (in a warm-up; --warmup_ratio 0)")
             self.lines.append(f"schedule computed anew for {total_steps:,} steps (it was {before:,}): lr "
                               f"{rates}{advice}")
 

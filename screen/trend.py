@@ -43,12 +43,15 @@ class Trend:
     def means(self):
         """(mean at the beginning, mean at the end, standard error of their difference).
 
-        From two epochs on, these are the first and the last whole epoch: they hold the same conversations, so
-        the error is 0. Otherwise they are the first and the last quarter.
+        From two epochs on, these are the first and the last whole epoch of metrics.jsonl: they hold the same
+        conversations, so the error is 0. Otherwise they are the first and the last quarter.
         """
-        whole = round(self.epochs[-1], 6) // 1
-        if whole >= 2:
-            first = [loss for loss, epoch in zip(self.losses, self.epochs) if epoch < 1 + 1e-6]
+        whole, start = round(self.epochs[-1], 6) // 1, (self.epochs[0] - 1e-6) // 1
+        if self.epochs[0] - start > self.epochs[1] - self.epochs[0] + 1e-6:
+            start += 1  # the run was resumed from another directory, within an epoch
+        if whole - start >= 2:
+            first = [loss for loss, epoch in zip(self.losses, self.epochs)
+                     if start + 1e-6 < epoch < start + 1 + 1e-6]
             last = [loss for loss, epoch in zip(self.losses, self.epochs)
                     if whole - 1 + 1e-6 < epoch < whole + 1e-6]
             return statistics.fmean(first), statistics.fmean(last), 0.0

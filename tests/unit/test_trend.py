@@ -65,6 +65,20 @@ def test_a_val_loss_that_rises_while_the_loss_falls(val_losses, says):
     assert (line is None) if says is None else says in line, line
 
 
+@pytest.mark.parametrize("first", [31, 35, 41, 51])
+def test_a_run_that_was_resumed_into_another_directory(first):
+    """metrics.jsonl begins at a later step: the first and the last of the epochs that it has whole are compared."""
+    losses = {step: 4.0 - 0.05 * step + step % 10 for step in range(first, 61)}
+    made = Trend()
+    for step, loss in losses.items():
+        made.add(step, loss=loss, epoch=step / 10)
+    begin = {31: 31, 35: 41, 41: 41}.get(first)  # of the first whole epoch, if it is not the last one too
+    if begin:
+        means = (sum(losses[step] for step in range(start, start + 10)) / 10 for start in (begin, 51))
+        assert made.means() == (*map(pytest.approx, means), 0.0)
+        assert made.diagnosis() is None
+
+
 def test_a_resumed_run_remembers_the_losses_before(tmp_path):
     """They are read from metrics.jsonl, in which other lines may stand."""
     path = tmp_path / "metrics.jsonl"
