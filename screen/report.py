@@ -344,13 +344,11 @@ def setting_text(value):
 
 
 def distinct(losses):
-    """Texts of losses, three decimals each, or as many as it takes to differ from an unequal neighbour."""
+    """Texts of losses: three decimals, or so many that the difference to an unequal neighbour has two digits."""
     def text(loss, other):
         decimals = 3
-        while other is not None and other != loss and decimals < 12:
-            if f"{loss:.{decimals}f}" != f"{other:.{decimals}f}":
-                break
-            decimals += 1
+        if other is not None and 1e-11 < abs(loss - other) < 0.01:
+            decimals = 1 - math.floor(math.log10(abs(loss - other)))
         return f"{loss:.{decimals}f}"
 
     neighbours = zip(losses, [None, *losses[:-1]], [*losses[1:], None])

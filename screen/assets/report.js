@@ -5,6 +5,8 @@ const [smoothing, decay, axis, log] = ["smoothing", "decay", "axis", "log"].map(
 const COLORS = [ // one per run, for both themes
   "#3b82f6", "#ef8a1f", "#12a594", "#d6409f", "#8e6bea", "#a3832f", "#e5484d", "#64923f"];
 const DECAYS = [0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999]; // positions of the slider
+const DASHES = [[], [5, 4], [2, 3], [8, 3, 2, 3]]; // of the sources or sets of several runs
+const FREE = ["loss", "sources", "val_sets", "forgetting"]; // charts whose y-axis need not begin at 0
 const BIG = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 2});
 const charts = {};
 
@@ -36,18 +38,52 @@ function abscissa() {
 // The curves of a chart: pairs of uPlot's options and the columns [x, y].
 function lines(name) {
   const alone = runs.length == 1, [, length] = abscissa(), over = columns => columns[axis.value].map(x => x / length);
-  return runs.flatMap(({name: run, train, val}, i) => {
+  return runs.flatMap(({name: run, train, val, sources}, i) => {
     const stroke = COLORS[i % COLORS.length], x = over(train);
-    if (name != "loss") return [[{label: alone ? name : run, stroke, width: 1.5}, [x, train[name]]]];
     const mark = {stroke: alone ? COLORS[1] : stroke, width: 1.5, dash: alone ? [] : [5, 4]};
+    const dots = color => ({points: {show: true, size: 6, fill: color}}), percent = ys => ys.map(y => y && 100 * y);
+    // one line for each source or set: in the color of its place, or, of several runs, of the run
+    const each = (named, columns) => Object.entries(named).map(([of, ys], k) => {
+      const color = alone ? COLORS[k % COLORS.length] : stroke;
+      return [{label: alone ? of : `${run}, ${of}`, stroke: color, width: 1.5, dash: alone ? [] : DASHES[k % 4],
+               spanGaps: true, ...(name == "sources" ? {} : dots(color))}, [columns, ys]];
+    });
+    const ofSets = key => Object.fromEntries(Object.entries(val.sets).map(([of, set]) => [of, set[key]]));
+    if (name == "sources") return each(Object.fromEntries(Object.entries(sources).map(([of, {mean, weight}]) =>
+      [of, smooth({loss: mean, mean, weight}, DECAYS[smoothing.value])])), x);
+    if (name == "val_sets") return each(ofSets("loss"), over(val));
+    if (name == "forgetting") return each({...ofSets("forgetting"), all: val.forgetting}, over(val));
+    if (name == "accuracy") return [
+      [{label: alone ? name : run, stroke, width: 1.5}, [x, percent(train.accuracy)]],
+      [{label: alone ? "validation" : `${run}, val`, ...mark, ...dots(mark.stroke)}, [over(val), percent(val.val_accuracy)]]];
+    if (name != "loss") return [[{label: alone ? name : run, stroke, width: 1.5},
+                                 [x, name == "mfu" ? percent(train.mfu) : train[name]]]];
     return [[{label: "each step", stroke: stroke + "60", width: 1, class: "raw"}, [x, train.loss]],
             [{label: alone ? "loss" : run, stroke, width: 2}, [x, smooth(train, DECAYS[smoothing.value])]],
-            [{label: alone ? "val_loss" : `${run}, val`, ...mark, points: {show: true, size: 6, fill: mark.stroke}},
+            [{label: alone ? "val_loss" : `${run}, val`, ...mark, ...dots(mark.stroke)},
              [over(val), val.val_loss]]];
   }).filter(([, [x]]) => x.length);
 }
 
 const joined = curves => curves.length ? uPlot.join(curves.map(([, columns]) => columns)) : [[]];
+
+// A dotted vertical line where a run was resumed.
+function markResumes(u) {
+  const [, length] = abscissa(), {left, top, width, height} = u.bbox;
+  runs.forEach(({resumes}, i) => resumes[axis.value].forEach(place => {
+    const x = u.valToPos(place / length, "x", true);
+    if (x < left || x > left + width) return;
+    u.ctx.save();
+    u.ctx.strokeStyle = runs.length == 1 ? getComputedStyle(document.body).color : COLORS[i % COLORS.length];
+    u.ctx.setLineDash([2 * devicePixelRatio, 4 * devicePixelRatio]);
+    u.ctx.lineWidth = devicePixelRatio;
+    u.ctx.beginPath();
+    u.ctx.moveTo(x, top);
+    u.ctx.lineTo(x, top + height);
+    u.ctx.stroke();
+    u.ctx.restore();
+  }));
+}
 
 const fromZero = (u, low, high) => [0, high * 1.08 || 1];
 
@@ -56,12 +92,13 @@ function draw() {
   const line = {stroke: color("--line"), width: 1}, look = {stroke: color("--muted"), grid: line, ticks: line};
   for (const box of document.querySelectorAll("[data-curve]")) {
     const name = box.dataset.curve, curves = lines(name);
-    const isLog = log.checked && ["loss", "grad_norm"].includes(name);
+    const isLog = log.checked && ["loss", "sources", "val_sets", "grad_norm"].includes(name);
     charts[name]?.destroy();
     charts[name] = new uPlot({
       width: box.clientWidth, height: name == "loss" ? 330 : 200,
       cursor: {sync: {key: "report"}},
-      scales: {x: {time: false}, y: isLog ? {distr: 3} : name == "loss" ? {} : {range: fromZero}},
+      scales: {x: {time: false}, y: isLog ? {distr: 3} : FREE.includes(name) ? {} : {range: fromZero}},
+      hooks: {draw: [markResumes]},
       axes: [{...look, size: 36, values: (u, marks) => marks.map(text)},
              {...look, size: 56, values: (u, marks) => marks.map(mark => mark == null ? "" : text(mark))}],
       series: [{label: abscissa()[0], value: (u, value) => text(value)},
@@ -72,8 +109,10 @@ function draw() {
 
 function smoothen() {
   decay.value = DECAYS[smoothing.value];
-  charts.loss?.setData(joined(lines("loss")), false); // false: keep the zoom
-  charts.loss?.redraw();
+  for (const name of ["loss", "sources"]) {
+    charts[name]?.setData(joined(lines(name)), false); // false: keep the zoom
+    charts[name]?.redraw();
+  }
 }
 
 document.querySelectorAll("table, .runs").forEach(list => list.querySelectorAll(".swatch").forEach((swatch, i) => {

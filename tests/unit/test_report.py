@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, write
 
 from screen import report
 from settings.errors import UserError
@@ -40,6 +40,44 @@ def make_run(directory, steps=60, text="你好 🙂", **config):
     (directory / "ledger.json").write_text(json.dumps({"model": "model    tiny", "train": ["rows     9 in"],
                                                        "validation": []}))
     (directory / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "run_name": None, **config}))
+    return directory
+
+
+def make_full_run(directory, steps=200, **config):
+    """A run with all that a page can show: two validation sets, three sources, resumes, MFU, losses that are near."""
+    os.makedirs(directory / "checkpoints")
+    lines = []
+    for step in range(steps + 1):
+        if step % 50 == 0:
+            sets = {"math": {"loss": 2 - step / 200, "accuracy": 0.5 + step / 800, "tokens": 1200,
+                             "forgetting": -step / 200},
+                    "general knowledge": {"loss": 1 + step / 800, "accuracy": 0.7 - step / 2000, "tokens": 34_567,
+                                          "forgetting": step / 800}}
+            lines.append({"step": step, "val_loss": 1.5 - step / 800, "val_accuracy": 0.6, "val_tokens": 35_767,
+                          "forgetting": -step / 800, "val_sets": sets})
+        if step:
+            sources = {"gsm8k": {"loss": 2 - step / 200 + step % 3 / 20, "target_weight": 30.0}}
+            if step % 2:
+                sources["data/chat.jsonl"] = {"loss": 1.5 - step / 400, "target_weight": 20.0}
+            if step % 3 == 0:
+                sources["other"] = {"loss": 1.0 + step % 5 / 10, "target_weight": 1.0}
+            lines.append({"step": step, "epoch": step / 50, "loss": 2 - step / 200 + step % 7 / 30, "lr": 1e-4,
+                          "grad_norm": 1.0 + step % 5 / 5, "tokens": 12_345, "target_tokens": 9000, "seconds": 2.0,
+                          "tokens_per_second": 12_345.0 + step % 9 * 100, "peak_memory_gb": 61.3, "mfu": 0.4,
+                          "accuracy": 0.5 + step / 600, "sources": sources})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    losses = {"worst": [3.1, 1.2349, 1.2345, 1.2345], "best": [0.1, 0.10004, 0.2]}
+    samples = [{"step": 200, "kind": kind, "loss": loss, "target_tokens": 12, "source": f"data/x.json[{i}]",
+                "text": f"{kind} {i} " + "word " * 60} for kind in losses for i, loss in enumerate(losses[kind])]
+    samples += [{"step": step, "kind": "sample", "prompt": "What is it?", "answer": "An answer. " * 20}
+                for step in (100, 200)]
+    (directory / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (directory / "ledger.json").write_text(json.dumps({
+        "model": "model    tiny (qwen2): 1,050,752 parameters", "train": ["rows     72 in = 72 trained + 0 dropped"],
+        "validation": [], "resumes": [60, 120]}))
+    config = {"model": "Qwen/Qwen2.5-0.5B", "train_data": "math=gsm8k.json,data/chat.jsonl", "run_name": None,
+              "keep_best": "general knowledge", "lr": 1e-4, **config}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
     return directory
 
 
@@ -109,6 +147,79 @@ def test_how_to_resume(tmp_path, ranks, start, monkeypatch):
     report.write(directory)
     page = (directory / "report.html").read_text(encoding="utf-8")
     assert f"<code>{start} --config {directory}/config.yaml --resume_from auto</code>" in page
+
+
+def test_sets_sources_forgetting_and_resumes(tmp_path):
+    """What the page reads of the lines of a run; a run without them has neither their charts nor their tiles."""
+    run = report.Run(make_full_run(tmp_path / "full"))
+    assert run.judged_set() == "general knowledge" and run.lowest("math") == (200, 1.0)
+    assert run.lowest("general knowledge") == (50, 1.0625)  # step 0 is lower, but nothing was trained then
+    assert [run.forgetting(name) for name in (None, "math", "general knowledge")] == [-0.25, -1.0, 0.25]
+    figures = {label: (value, note) for label, value, note in report.tiles([run])[0]}
+    assert figures["Forgetting"] == ("+0.2500", "val_loss since step 0, general knowledge")
+    assert figures["Best val_loss"] == ("1.0625", "after step 50 of general knowledge")
+    assert figures["MFU"] == ("40%", "median")
+    curves = run.curves()
+    assert curves["resumes"] == {"step": [60, 120], "tokens": [60 * 12_345, 120 * 12_345], "seconds": [120, 240]}
+    assert curves["val"]["sets"]["math"]["loss"] == [2.0, 1.75, 1.5, 1.25, 1.0]
+    assert list(curves["sources"]) == ["gsm8k", "data/chat.jsonl", "other"]
+    assert curves["sources"]["other"]["weight"][:4] == [0, 0, 1, 0]  # not in each step
+    plain = report.Run(make_run(tmp_path / "plain"))
+    assert not any(plain.has(name) for name in report.OPTIONAL) and all(run.has(name) for name in report.OPTIONAL)
+    assert len(report.tiles([plain])[0]) == 6 and [len(row) for row in report.tiles([plain, run])] == [8, 8]
+    page = open(report.write(plain.directory), encoding="utf-8").read()
+    assert page.count("data-curve=") == 5 and "Resumed after" not in page
+    page = open(report.write(run.directory), encoding="utf-8").read()
+    assert page.count("data-curve=") == 10 and "Resumed after steps" in page
+
+
+def test_the_losses_of_a_source_in_a_thinned_run_cover_all_steps(tmp_path):
+    run = report.Run(make_full_run(tmp_path / "run", steps=9000))
+    for name, losses in run.sources.items():
+        curve = run.curves()["sources"][name]
+        assert len(curve["mean"]) == len(run.curves()["train"]["step"]) <= report.MOST_POINTS
+        total = sum(weight * mean for weight, mean in zip(curve["weight"], curve["mean"]) if weight)
+        assert math.isclose(total, sum(loss for _, loss in losses), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("line", [
+    {"step": 1, "loss": 1, "sources": {"a": 5, "b": {"loss": "low"}, "c": {"loss": 1e999}, "d": {}, "e": {"loss": 2}}},
+    {"step": 1, "loss": 1, "sources": ["a"]}, {"step": 0, "val_loss": 1, "val_sets": {"a": {"loss": [1]}, "b": 7}},
+    {"step": 1, "val_loss": None, "val_sets": "x", "forgetting": "much"}, {"step": "one", "val_loss": 1.0},
+    {"step": None}, {"step": 1, "loss": 1, "sources": {str(i): {"loss": i} for i in range(10_000)}}], ids=str)
+def test_sets_and_sources_that_are_damaged_end_nothing(line, tmp_path):
+    run = make_full_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(line).replace("Infinity", "1e999") + "\n")
+    (run / "ledger.json").write_text('{"resumes": [1, "two", null, 10]}')
+    read = report.Run(run)
+    assert read.resumes == [1, 10] and len(read.sources) <= report.MOST_NAMES
+    report.write(run)
+
+
+@pytest.mark.parametrize("losses, texts", [
+    ([3.1, 1.2349, 1.2345, 1.2345, 0.5], ["3.100", "1.23490", "1.23450", "1.234", "0.500"]),
+    ([0.1, 0.10004], ["0.100000", "0.100040"]), ([1.0, 1.0 + 1e-15], ["1.000", "1.000"]), ([], []), ([2], ["2.000"])])
+def test_losses_side_by_side_differ_in_two_digits(losses, texts):
+    assert report.distinct(losses) == texts
+
+
+def test_a_resume_is_recorded_where_it_was(train, tmp_path, monkeypatch):
+    """In ledger.json, for the page. A resume from an earlier step trains the later ones again: their marks go."""
+    short = write(tmp_path / "short.json", [{"prompt": f"{i}?", "response": "!"} for i in range(6)])
+    flags = ("--train_data", short, "--max_length", 32, "--use_lora", "--lora_rank", 1, "--batch_size", 2, "--save_steps",
+             1, "--keep_checkpoints", "all")
+
+    def resumes():
+        return report.Run(tmp_path / "out").resumes
+
+    train(*flags, "--max_steps", 2)
+    assert resumes() == []
+    train(*flags, "--max_steps", 3, "--resume_from", "auto")
+    train(*flags, "--max_steps", 4, "--resume_from", "auto")
+    assert resumes() == [2, 3]
+    train(*flags, "--max_steps", 4, "--resume_from", "out/checkpoints/step_1")
+    assert resumes() == [1]
 
 
 def test_an_unpaired_surrogate_in_a_text(tmp_path):
@@ -256,6 +367,61 @@ def test_page(browser, tmp_path):
         assert text in body
     assert body.count("worst 你好") == 1  # only the last step's
     assert browser.logs() == ([], [])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (1200, "dark"), (390, "light"), (390, "dark")])
+def test_everything_on_a_desktop_on_a_phone_and_in_the_dark(browser, tmp_path, width, scheme):
+    """The page is as wide as the screen, and so is each table, which scrolls rather than squeezes; all charts are
+    drawn."""
+    runs = [make_full_run(tmp_path / name, lr=lr) for name, lr in (("one", 1e-4), ("two", 2e-4))]
+    for page in report.write(runs[0]), report.build(runs, str(tmp_path / "both.html")):
+        browser.open(tmp_path / page, width=width, scheme=scheme)
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        pixels = browser.run(PIXELS, ORANGE if "both" in page else BLUE)  # the second run is drawn over the first
+        assert len(pixels) == 10 and min(pixels.values()) > 50, pixels
+        tables = browser.run("""return [...document.querySelectorAll("main > .scroll")].map(box => {
+          const rows = [...box.querySelectorAll("tr")];
+          box.scrollLeft = 1000;
+          const [name, at] = [box.querySelector("tr:last-child > th"), box].map(part => part.getBoundingClientRect());
+          return [box.scrollWidth, box.clientWidth, Math.max(...rows.map(row => row.getClientRects()[0].height)),
+                  box.scrollLeft, name.left - at.left, name.width];
+        })""")
+        assert len(tables) == (2 if "both" in page else 1)
+        if width < 500 or "both" not in page:
+            assert any(inside > outside for inside, outside, *_ in tables) == (width < 500)
+        for inside, outside, height, scrolled, left, name_width in tables:
+            assert height < 110  # the name has a few lines; in a squeezed table it has many
+            assert (scrolled > 0) == (inside > outside) and 0 <= left < 30 and name_width < 0.45 * width + 30
+        text = browser.run("return document.body.innerText")
+        assert "esumed after steps 60, 120" in text
+        if "both" not in page:
+            assert "1.23490 " in text and "1.23450 " in text and "Validation sets" in text
+        assert browser.logs() == ([], [])
+
+
+@pytest.mark.full
+def test_the_mark_of_a_resume_is_where_its_step_is(browser, tmp_path):
+    """On each axis, in a chart with a line of another color there: the text's color, in both schemes."""
+    report.write(make_full_run(tmp_path / "run"))
+    for scheme, color in ("light", [28, 32, 36]), ("dark", [228, 231, 235]):
+        browser.open(tmp_path / "run" / "report.html", scheme=scheme)
+        for axis in "step", "tokens", "seconds":
+            browser.run("axis.value = arguments[0]; axis.onchange()", axis)
+            shares = browser.run("""const {ctx, bbox: {left, top, width, height}} = charts.lr, found = [];
+            const [color] = arguments;
+            const {data} = ctx.getImageData(left, top, width, height);
+            for (let x = 0; x < width; x++) {
+              let n = 0;
+              for (let y = 0; y < height; y++)
+                n += color.every((value, k) => Math.abs(data[4 * (y * width + x) + k] - value) < 40)
+                     && data[4 * (y * width + x) + 3] > 100;
+              if (n > height / 5) found.push(x / width);
+            }
+            return found""", color)
+            groups = [share for i, share in enumerate(shares) if not i or share - shares[i - 1] > 0.02]
+            # the axis begins at the first step
+            assert groups == pytest.approx([59 / 199, 119 / 199], abs=0.02), (scheme, axis, shares)
 
 
 def test_smoothing_is_over_all_steps(browser, tmp_path):
