@@ -138,32 +138,38 @@ def unchanged(cfg):
     environment, hook = dict(os.environ), sys.excepthook  # init_process_group sets one that names the rank
     has_cuda = torch.cuda.is_initialized()
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    switches = (torch.are_deterministic_algorithms_enabled(),
-                torch.is_deterministic_algorithms_warn_only_enabled(),
-                torch.utils.deterministic.fill_uninitialized_memory)
+    deterministic, fill = deterministic_mode(), torch.utils.deterministic.fill_uninitialized_memory
     numbers = torch.get_rng_state()
     if has_cuda:
         current, cuda_numbers = torch.cuda.current_device(), torch.cuda.get_rng_state_all()
         torch.cuda.reset_peak_memory_stats()
-    with (warnings.catch_warnings(), unchanged_handlers(), torch.inference_mode(False), torch.enable_grad()):
+    # inference_mode(False) switches gradients on, too
+    with warnings.catch_warnings(), unchanged_handlers(), torch.inference_mode(False):
         try:
             torch.set_default_dtype(torch.float32)
             set_default_device(None)
             yield
         finally:
-            os.environ.update(environment)
-            for name in os.environ.keys() - environment.keys():
-                del os.environ[name]
             sys.excepthook = hook
             torch.set_default_dtype(dtype)
             set_default_device(device)
-            torch.use_deterministic_algorithms(switches[0], warn_only=switches[1])
-            torch.utils.deterministic.fill_uninitialized_memory = switches[2]
+            if deterministic_mode() != deterministic:  # the call imports Inductor, which takes a second
+                torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+            torch.utils.deterministic.fill_uninitialized_memory = fill
             torch.set_rng_state(numbers)
             if has_cuda:
                 torch.cuda.set_device(current)
                 torch.cuda.set_rng_state_all(cuda_numbers)
             free_memory(cfg)
+            os.environ.update(environment)  # at last: modules that are imported here set some, too
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+
+
+def deterministic_mode():
+    """(whether it is on, whether it only warns)"""
+    return (torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled())
 
 
 def set_default_device(device):

@@ -171,7 +171,7 @@ def test_a_value_that_is_neither_of_the_type_nor_the_word(arguments, message):
 
 def test_a_config_made_in_code_is_checked_too():
     """Not only the text of arguments."""
-    for values in dict(micro_batch_size="many"), dict(gradient_checkpointing="some"), dict(compile="yes"):
+    for values in dict(micro_batch_size="many"), dict(gradient_checkpointing="some"), dict(compile="perhaps"):
         with pytest.raises(ValueError, match="or auto"):
             sft.Config(**values)
 
