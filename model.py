@@ -163,7 +163,8 @@ class Decoder(nn.Module):
     def forward(self, tokens, documents, past=None):
         ropes = {rope: rope_cos_sin(documents, rope) for rope in set(self.config.ropes) if rope}
         x = self.embed(tokens)  # (N, C)
-        if self.compiled and torch.is_grad_enabled():
+        first_trains = any(p.requires_grad for p in self.layers[0].parameters())  # not with --freeze layers.0
+        if self.compiled and torch.is_grad_enabled() and first_trains:
             x.requires_grad_()  # with LoRA the first block's input needs none, and would be compiled apart
         for i, block in enumerate(self.layers):
             cos, sin = ropes.get(self.config.ropes[i], (None, None))  # None: no rotary positions

@@ -103,7 +103,7 @@ class Config(Settings):
         None, "skip a step whose gradient norm exceeds this × the median of the last 64 steps", low=1)
     beta1: float = setting(0.9, "decay rate of the first moment", low=0, high=0.9999999)
     beta2: float = setting(0.95, "decay rate of the second moment", low=0, high=0.9999999)
-    freeze: str | None = setting(None, "names of parts that are not trained, or a regex", unless="use_lora")
+    freeze: str | None = setting(None, "names and regexes of parts that are not trained", unless="use_lora")
 
     use_lora: bool = setting(False, "freeze the model, train LoRA adapters", env="USE_LORA", group="LoRA")
     lora_rank: int = lora_setting(8, "adapter rank: higher learns more, costs more", env="LORA_RANK", low=1)

@@ -73,6 +73,13 @@ class ShardMap:
     names: dict
     copied: dict
 
+    def others(self):
+        """(number, bytes) of the tensors that are not the model's: of a vision tower, ..."""
+        own = set(self.names.values())
+        sizes = [tensor.entry.n_bytes for tensors in self.copied.values()
+                 for name, tensor in tensors.items() if name not in own]
+        return len(sizes), sum(sizes)
+
 
 def shard_map(model, directory):
     """The ShardMap of a model directory, for the checkpoints of a run that trains `model`.

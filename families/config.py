@@ -167,7 +167,8 @@ def check_values(values, family):
         allowed = value if isinstance(value, tuple) else (value,)
         if values.get(key) not in (*allowed, None):
             dropouts = [name for name in values if name.endswith(("_dropout", "_pdrop")) and values[name]]
-            advice = f"; to train without, set {' and '.join(dropouts)} to 0 there"
+            advice = (f"; to train without, set {' and '.join(dropouts)} to 0 there, for a model of the hub "
+                      "in a local copy: hf download NAME --local-dir DIR, then --model DIR")
             raise UserError(f"config.json: {key} is {values[key]!r:.60}; only {allowed[0]!r} is supported"
                             f"{advice if key in dropouts else ''}")
     for key, low in (("rms_norm_eps", 0), ("rope_theta", 1), ("sliding_window", 1), ("logits_scaling", 1e-6),

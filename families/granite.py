@@ -1,4 +1,4 @@
-"""Granite 4 dense (350M, 1B): the attention of Granite 3, and one matrix for gate and up as it is on disk.
+"""Granite 4 dense (350M, 1B, micro): attention of Granite 3, and one matrix for gate and up, as on disk.
 
 Not here: the Mamba layers and experts of the larger ones (they are refused). Source: the definition of
 GraniteMoeHybridForCausalLM in transformers 5.24.

@@ -191,13 +191,13 @@ def granite_hybrid_values(values):
     """
     if values.get("num_local_experts", 8):
         raise UserError("config.json: model_type 'granitemoehybrid' is a mixture of experts "
-                        "(num_local_experts is not 0), which is not supported; docs/models.md lists the models "
-                        "that are")
+                        "(num_local_experts is not 0), which is not supported; docs/models.md lists the "
+                        "models that are")
     kinds = values.get("layer_types", values.get("layers_block_type")) or ["mamba"]
     if not isinstance(kinds, list) or any(kind not in ("attention", "full_attention") for kind in kinds):
         raise UserError("config.json: model_type 'granitemoehybrid' is an architecture with Mamba layers "
-                        f"(layer_types is {kinds!r:.60}), which is not supported; of Granite 4, 350M and 1B "
-                        "without -h are")
+                        f"(layer_types is {kinds!r:.60}), which is not supported; of Granite 4, those "
+                        "without -h in their names are")
     return {**values, "intermediate_size": values.get("shared_intermediate_size", 1024)}
 
 

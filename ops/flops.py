@@ -59,7 +59,7 @@ def step_flops(config, matrices, lengths, n_targets):
 
     A product takes two operations per weight and token forward, and backward as many for the gradient of its
     input and of its weight. Frozen matrices have none of their weight (LoRA, --freeze), and blocks below the
-    first one that trains have neither. The adapters, of about one per cent of the operations, are not counted.
+    first one that trains have neither. The adapters, about one per cent of the operations, are not counted.
     Attention counts the pairs of tokens that see each other. The recurrence of linear attention is not
     counted: beside its matrices it is small. Checkpointing's second forward is not counted either: the loss
     does not need it.
@@ -75,7 +75,7 @@ def step_flops(config, matrices, lengths, n_targets):
         attention += (12 if i >= matrices.first else 4) * head_dim * pairs  # 2 products, and 2 x 2 backward
     reached = sum(matrices.blocks[matrices.first :])
     products = (sum(matrices.blocks) + reached + matrices.trained) * int(lengths.sum())
-    is_below = matrices.first <= len(matrices.blocks)  # what is trained: then the head's input has a gradient
+    is_below = matrices.first <= len(matrices.blocks)  # what is trained: the head's input has a gradient
     head = config.vocab_size * config.hidden_size * (1 + is_below + matrices.trains_head)
     return 2 * (products + head * int(n_targets)) + config.num_attention_heads * attention
 

@@ -27,23 +27,24 @@ def read_names(text, flag):
 def freeze(model, names, bf16=False):
     """Freeze parameters of a model, in place: they get no gradient and no optimizer state.
 
-    names  a name freezes each part of the model that is called so, with all that is in it: embed_tokens,
-           layers.0, mlp, self_attn.q_proj. A regular expression freezes the parts whose full names it
-           matches: model.layers.[0-7]
+    names  names and regular expressions, with commas; a comma in brackets is part of an expression. A name
+           freezes each part of the model that is called so, with all that is in it: embed_tokens, layers.0,
+           mlp, self_attn.q_proj. An expression freezes the parts whose full names it matches:
+           model.layers.[0-7]. Full names may be those in the files of a multimodal model
     bf16   store them in bf16, in which the run computes. Checkpoints copy them from the model's files
 
     If head and embedding are one tensor, either name freezes both.
 
-    Raises UserError for a name that matches nothing, and if nothing is left to train.
+    Raises UserError for an entry that matches nothing, and if nothing is left to train.
     """
-    entries, pattern = read_names(names, "--freeze")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for entry in entries:
+    for entry in re.split(r",(?![^({\[]*[)}\]])", names):
+        (entry,), pattern = read_names(entry.strip(), "--freeze")
         matched = [name for name in parameters if is_part(name, entry, pattern)]
         if not matched:
-            raise UserError(f"--freeze {names}: {entry} matches nothing in the text model; use names with "
-                            "commas, such as embed_tokens, layers.0 or mlp.down_proj, or one regular "
-                            "expression that matches full names, such as "
+            raise UserError(f"--freeze {names}: {entry} matches nothing in the text model; use names and "
+                            "regular expressions with commas, such as embed_tokens, layers.0 or "
+                            "mlp.down_proj; an expression matches full names, such as "
                             f"{next(iter(parameters)).removesuffix('.weight')}. "
                             "What is not the text model stays as it is anyway")
         for name in matched:
@@ -57,7 +58,13 @@ def freeze(model, names, bf16=False):
 
 def is_part(name, entry, pattern):
     """Whether a parameter is, or is inside, a part of the model that is named by an entry of read_names."""
+    spellings = [name]
+    if name.startswith("model."):  # as in the files of multimodal models
+        rest = name.removeprefix("model.")
+        spellings += [f"model.language_model.{rest}", f"language_model.model.{rest}"]
+    elif name.startswith("lm_head."):
+        spellings.append(f"language_model.{name}")
     if pattern is None:
-        return f".{entry}." in f".{name}."
-    parts = name.split(".")
-    return any(pattern.fullmatch(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+        return any(f".{entry}." in f".{spelling}." for spelling in spellings)
+    return any(pattern.fullmatch(".".join(parts[:n]))
+               for parts in (spelling.split(".") for spelling in spellings) for n in range(1, len(parts) + 1))

@@ -247,6 +247,9 @@ class Log:
         model_line = (f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
                       f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
                       f"{strategy}")
+        n_others, n_bytes = run.shard_map.others()
+        if n_others:
+            model_line += f"; its {n_others:,} other tensors ({n_bytes / 1e9:,.2f} GB) are kept"
         train_lines, val_lines = train_set.ledger.lines(train_set.files), []
         if val_set := validation.dataset:
             val_lines = [f"{line} (validation)" for line in val_set.ledger.lines(val_set.files)]

@@ -268,8 +268,8 @@ EXPLAINED = {
         "python tools/merge.py ADAPTER OUT merges after training",
     "freeze_trainable_layers unfrozen_parameters freeze_parameters trainable_parameters train_layers "
     "freeze_layers freeze_embeddings freeze_modules":
-        "--freeze NAMES freezes parts of the model: names with commas, such as embed_tokens,layers.0, or a "
-        "regular expression",
+        "--freeze NAMES freezes parts of the model: names and regular expressions with commas, such as "
+        "embed_tokens,layers.0",
     "freeze_vision_tower freeze_multi_modal_projector freeze_vit freeze_aligner":
         "only the text model of a multimodal one is trained; all else in its directory stays as it is",
     "neftune_noise_alpha neftune_alpha":

@@ -190,16 +190,25 @@ def loaded(directory, config=None):
     return net
 
 
-def published(directory, config, dtype=torch.float32, **saving):
-    """Let transformers write a model directory, all weights random, norms and biases too; return its model."""
+def published(directory, config, dtype=torch.float32, normal=None, attention=None, tokenizer=False, **saving):
+    """Let transformers write a model directory, all weights random, norms and biases too; return its model.
+
+    normal     function from name and parameter to mean and standard deviation; None: 1 for norms, otherwise 0; and 0.3
+    attention  transformers' attn_implementation
+    tokenizer  copy that of models/tiny, too
+    """
     from transformers import AutoConfig, AutoModelForCausalLM  # slow, and no program under tests/programs/ needs it
 
     torch.manual_seed(0)
-    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention).eval()
+    scalars = [(name, buffer) for name, buffer in oracle.named_buffers() if "layer_scalar" in name]  # of Gemma 4
     with torch.no_grad():
-        for name, p in oracle.named_parameters():
-            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+        for name, p in [*oracle.named_parameters(), *scalars]:
+            p.normal_(*(normal(name, p) if normal else (1.0 if "norm" in name else 0.0, 0.3)))
     oracle.to(dtype).save_pretrained(directory, **saving)
+    for file in os.listdir(TINY) if tokenizer else ():
+        if file.startswith("tokenizer"):
+            shutil.copy(os.path.join(TINY, file), directory)
     return oracle
 
 

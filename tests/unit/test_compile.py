@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fsdp
 from model import generate
-from ops import attention, compiler, nf4
+from ops import attention, compiler, freezing, nf4
 
 # the lengths of the documents of seven micro-batches; one token is a case of its own for torch.compile
 PACKINGS = ((30, 40), (20, 33, 50, 7), (9,) * 11, (100, 60, 3), (1,), (64,) * 5, (200, 17))
@@ -93,6 +93,22 @@ def test_all_blocks_and_packings_share_one_graph(traced, options):
     checkpoints, and with LoRA, whose first block gets an input without gradient."""
     assert graphs_after_each_step(fresh(**options)) == ONE_GRAPH
     assert not counters["graph_break"]
+
+
+@full
+def test_backward_ends_above_frozen_blocks(traced):
+    """With --freeze of the first blocks; gradients are those of eager. These blocks are one graph more, without backward."""
+    net, eager = fresh(num_hidden_layers=3, tie_word_embeddings=False), fresh(
+        False, num_hidden_layers=3, tie_word_embeddings=False)
+    for model in (net, eager):
+        freezing.freeze(model, "embed_tokens,layers.0,layers.1")
+    needs = []
+    net.model.layers[1].register_forward_hook(lambda block, args, out: needs.append(out.requires_grad))
+    for lengths in PACKINGS[:3]:
+        expected = step(eager, lengths)
+        for name, value in step(net, lengths).items():
+            torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    assert needs == [False] * 3 and counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("window", [

@@ -58,7 +58,14 @@ def test_resume_is_bitwise_and_keeps_the_choice(train, tmp_path, base):
 
 @pytest.mark.parametrize("names, expected", [
     ("layers.1", r"model\.layers\.1\..*"), ("lm_head, self_attn.q_proj", r"lm_head\.weight|.*q_proj.*"), ("norm", r"model\.norm\.weight"),
-    (r"model\.layers\.[01]\.mlp", r".*\.mlp\..*"), (r".*layernorm\.weight", ".*layernorm.weight")])
+    (r"model\.layers\.[01]\.mlp", r".*\.mlp\..*"),
+    (r"lm_head, model\.layers\.\d{1,2}\.mlp,model.norm", r"lm_head.*|.*\.mlp\..*|model\.norm\.weight"),
+    (r".*\.(q_proj|k_proj)\.[a-z,]+", r".*\.[qk]_proj\..*"),
+    (r"(?!.*mlp\.).*(weight|bias|A_log)", r"(?!.*mlp\.).*"),
+    (r"embed_tokens,lm_head,model.norm,model\.layers\.([1-9]|[12][0-9])", r"(?!.*layers\.0).*"),
+    ("model.language_model.layers.1.mlp,language_model.lm_head", r"model\.layers\.1\.mlp\..*|lm_head\.weight"),
+    (r"model\.language_model\.layers\.1,language_model.model.norm", r"model\.layers\.1\..*|model\.norm\.weight"),
+    (r".*layernorm\.weight", ".*layernorm.weight")])
 def test_names_and_expressions(names, expected):
     model = small_model(tie_word_embeddings=False)
     freezing.freeze(model, names)
@@ -74,8 +81,9 @@ def test_tied_embeddings_are_one():
 
 
 @pytest.mark.parametrize("names, message", [
-    ("mlp,layers.7", "layers.7 matches nothing in the text model; use names with commas, such as embed_tokens"),
+    ("mlp,layers.7", "layers.7 matches nothing in the text model; use names and regular expressions with commas, such as embed_tokens"),
     ("proj", "proj matches nothing"), ("(", "not a regular expression"),
+    (r"norm,model\.layer\.\d", r"model.*layer.* matches nothing"),
     ("model,lm_head", r"leaves nothing to train \(head and embedding are one tensor\)"), ("layers,norm,lm_head", "leaves nothing")])
 def test_names_that_can_not_be_frozen(names, message):
     with pytest.raises(UserError, match=message):

@@ -3,14 +3,13 @@
 import functools
 import json
 import math
-import os
-import shutil
 
 import pytest
 import torch
 import torch._dynamo
+import helpers
 import varlen_helpers
-from helpers import EXAMPLES, LAYOUTS, TINY, metrics, model_loss, run_all, tensors_of
+from helpers import EXAMPLES, LAYOUTS, metrics, model_loss, run_all, tensors_of
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,22 +58,13 @@ FAMILIES = ("gemma2", "gemma3", "gemma4")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@torch.no_grad()
 def published(directory, config):
     """Let transformers write a model directory with random values, with models/tiny's tokenizer; return its model."""
-    torch.manual_seed(0)
+    def normal(name, _):
+        return float("layer_scalar" in name or "norm" in name and "gemma4" in config["model_type"]), 0.2
+
     # eager: transformers' other attentions ignore the soft cap
-    config = AutoConfig.for_model(**SIZES | config)
-    oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for name, tensor in [*oracle.named_parameters(), *oracle.named_buffers()]:
-        if "layer_scalar" in name or isinstance(tensor, torch.nn.Parameter):
-            is_near_one = "layer_scalar" in name or "norm" in name and "gemma4" in config.model_type
-            tensor.normal_(float(is_near_one), 0.2)
-    oracle.save_pretrained(directory)
-    for file in os.listdir(TINY):
-        if file.startswith("tokenizer"):
-            shutil.copy(os.path.join(TINY, file), directory)
-    return oracle
+    return helpers.published(directory, SIZES | config, normal=normal, attention="eager", tokenizer=True)
 
 
 @pytest.fixture(scope="module")

@@ -32,10 +32,13 @@ SHORT = ("--batch_size", "2", "--max_length", "64", "--max_steps", "2", "--cache
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_a_checkpoint_has_all_tensors_and_files(train, tmp_path, kind):
+def test_a_checkpoint_has_all_tensors_and_files(train, tmp_path, kind, capsys):
     """The trained ones changed, the others to the byte; transformers loads it as it loads the original."""
     directory = multimodal(tmp_path / "m", kind)
     train(*SHORT, "--lr", "1e-2", model=directory)
+    others = pretrained.Contents.of(directory).others.values()
+    size = f"{sum(entry.n_bytes for entry in others) / 1e9:.2f}"
+    assert f"; its {len(others)} other tensors ({size} GB) are kept\n" in capsys.readouterr().out
     step = tmp_path / "out" / "checkpoints" / "step_2"
     check_kept(directory, step)
     model, info = loading_info(step)

@@ -2,6 +2,14 @@
 
 Only the keys that this trainer or transformers reads are kept; others have no effect on the model. docs/models.md has
 the same table.
+
+No hub could be reached. Of the models written down from memory, these values were then compared with copies of the
+published config.json, or with code that names the model, in public repositories:
+  Ministral-8B-2410, Mistral-Small-3.1, Qwen3-8B (copies), OLMo-2-1B (fairseq2's default): all
+  Ministral-3-8B, IQuest-Coder: the sizes; they are the defaults of transformers' class, whose docstring names the model
+  granite-3.3-2b: sizes and multipliers, of 3.1-2b; NOT its vocabulary and rope_theta, which are those of 3.3-8b
+  granite-4.0-350m: sizes of a layer and multipliers; NOT layers, vocabulary, rope_theta and positions
+Not compared: Qwen3-8B's 40,960 positions (the base model's copy has 32,768) and its YaRN.
 """
 
 import pytest
@@ -41,6 +49,13 @@ PUBLISHED = {
     "ibm-granite/granite-3.3-8b-instruct": (dict(
         GRANITE, hidden_size=4096, intermediate_size=12800, attention_multiplier=0.0078125, logits_scaling=16.0),
         131072),
+    "ibm-granite/granite-4.0-350m": (dict(
+        model_type="granitemoehybrid", attention_bias=False, attention_dropout=0.0, hidden_act="silu", hidden_size=1024,
+        intermediate_size=2048, shared_intermediate_size=2048, num_local_experts=0, num_experts_per_tok=0,
+        layer_types=["attention"] * 28, position_embedding_type="rope", num_attention_heads=16, num_hidden_layers=28,
+        num_key_value_heads=4, rms_norm_eps=1e-5, rope_theta=1e7, rope_scaling=None, max_position_embeddings=32768,
+        embedding_multiplier=12.0, residual_multiplier=0.263, attention_multiplier=0.015625, logits_scaling=4.0,
+        mamba_d_state=256, mamba_n_heads=128, tie_word_embeddings=True, vocab_size=100352), 32768),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": (dict(
         model_type="seed_oss", attention_bias=True, attention_out_bias=False, attention_dropout=0.1,
         residual_dropout=0.1, mlp_bias=False, head_dim=128, hidden_act="silu", hidden_size=5120, intermediate_size=27648,

@@ -3,8 +3,6 @@
 import gc
 import json
 import math
-import os
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +11,9 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+import helpers
 import varlen_helpers
-from helpers import EXAMPLES, TINY, chat as messages, loaded, metrics, model_loss, run_all, tensors_of
+from helpers import EXAMPLES, chat as messages, loaded, metrics, model_loss, run_all, tensors_of
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,17 +60,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def published(directory, **changes):
     """Let transformers write a directory with tiny's tokenizer, all weights random; return its model."""
-    config = {**SIZES, **changes}
-    torch.manual_seed(0)
-    oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
-    with torch.no_grad():
-        for name, p in oracle.named_parameters():
-            p.normal_(1.0 if "linear_attn.norm" in name else 0.0, 0.1 if p.ndim > 1 else 0.3)
-    oracle.save_pretrained(directory)
-    for file in os.listdir(TINY):
-        if file.startswith("tokenizer"):
-            shutil.copy(os.path.join(TINY, file), directory)
-    return oracle
+    def normal(name, p):
+        return 1.0 if "linear_attn.norm" in name else 0.0, 0.1 if p.ndim > 1 else 0.3
+
+    return helpers.published(directory, {**SIZES, **changes}, normal=normal, tokenizer=True)
 
 
 @pytest.fixture(scope="module")
