@@ -244,7 +244,6 @@ def test_a_token_that_can_not_push_is_an_error_before_training(kind, server, tra
     assert not server.repos and not (tmp_path / "out/metrics.jsonl").exists()
 
 
-@pytest.mark.full
 def test_a_run_pushes_its_last_step(server, train, tmp_path):
     """Also one that is complete when it is resumed, as after a push that failed."""
     train(*SHORT, "--max_steps", 1, "--push_to_hub", "me/model")
