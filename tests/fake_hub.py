@@ -29,7 +29,7 @@ class Hub:
         self.breaks, self.role = None, "write"
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def environment(self):
         """For a program in another process."""
@@ -51,6 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers requests; `hub` is the Hub."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # otherwise each answer waits 40 ms
 
     def log_message(self, *_):
         pass
