@@ -110,7 +110,7 @@ def from_python(train, cfg):
             try:
                 run(train, cfg, cfg.origins, in_python=True)
             except (UserError, NonFiniteError, OutOfMemory, KeyboardInterrupt) as error:
-                # a notebook keeps the last error, whose frames hold the model; those of a bug serve to find it
+                # a notebook keeps the last error, whose frames hold the model; those of a bug help to find it
                 traceback.clear_frames(error.__traceback__)
                 raise
     except processes.Stopped as stopped:

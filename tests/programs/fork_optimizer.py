@@ -17,7 +17,8 @@ from ranks import processes
 from settings.errors import UserError
 
 FLAGS = ("--model", TINY, "--use_muon", "--batch_size", "4", "--cache_dir", "none", "--lr", "1e-3", "--dtype", "fp32",
-         "--grad_clip", "0.5", "--weight_decay", "0.1", "--max_steps", "4", "--save_steps", "1")
+         "--grad_clip", "0.5", "--weight_decay", "0.1", "--max_steps", "4", "--save_steps", "1",
+         "--keep_checkpoints", "all")
 CFG = sft.Config(model=TINY, use_muon=True)
 
 
