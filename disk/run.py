@@ -98,8 +98,8 @@ class RunState:
     step             the last optimizer step that was taken
     best             {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, and the number of
                      validations after it
-    best_saved       {"val_loss", "step"}: of the saved steps, the one with the lowest val_loss. Pruning spares
-                     it, and the link `best` names it. Without --keep_best, `best` may be unsaved
+    best_saved       {"val_loss", "step"}: of the saved steps, the one with the lowest val_loss. Pruning keeps
+                     it, and the link `best` names it. Without --keep_best, `best` may not be saved
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
     date             of the first start, an ISO text: a chat template may print it
@@ -111,9 +111,9 @@ class RunState:
     has_saved        whether this process has saved a checkpoint
 
     state.json of a checkpoint stores them as "step", "best", "best_saved", "norms", "chosen", "date", "lr"
-    and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the number of "ranks", the
-    fingerprint of the "model" that the run started from ("base" with LoRA), and the digests of the training
-    "data" and of "val_data".
+    and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps", the number of "ranks",
+    the fingerprint of the "model" that the run started from ("base" with LoRA), and the digests of the
+    training "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):

@@ -40,7 +40,8 @@ for i, offload in enumerate(OFFLOAD):
 run(2, [sft.__file__, *FLAGS, "--output_dir", "ranks"])
 
 for i, offload in enumerate(OFFLOAD):
-    sft_main(*FLAGS, *offload, "--output_dir", f"straight{i}", "--save_steps", 1)
+    sft_main(*FLAGS, *offload, "--output_dir", f"straight{i}", "--save_steps", 1,
+             "--keep_checkpoints", "all")
     sft_main(*FLAGS, *offload, "--output_dir", f"again{i}", "--save_steps", 2, "--resume_from", "auto")
     losses = [line["loss"] for line in metrics(f"straight{i}")]
     assert [line["loss"] for line in metrics(f"again{i}")] == losses
