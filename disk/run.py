@@ -124,8 +124,8 @@ class RunState:
     step             the last optimizer step that was taken
     best             {"val_loss", "step", "behind"}: the lowest val_loss so far, its step, and the number of
                      validations after it
-    best_saved       {"val_loss", "step"}: of the saved steps, the one with the lowest val_loss, which pruning
-                     spares and the link `best` names. Without --keep_best, `best` may be unsaved
+    best_saved       {"val_loss", "step"}: of the saved steps, the one with the lowest val_loss. Pruning keeps
+                     it, and the link `best` names it. Without --keep_best, `best` may not be saved
     norms            the last 64 gradient norms, before clipping; the loop appends to them
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
     baseline         {digest of a validation set: its loss before the first step}

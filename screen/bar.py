@@ -34,7 +34,7 @@ def parts(values, val_loss=None):
 def fitted(shown, columns):
     """The texts of `shown` that fit into the columns, joined in its order; ORDER says which come first."""
     line, kept = "", set()
-    for name in sorted(shown, key=ORDER.index):
+    for name in sorted(shown, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         longer = ", ".join(text for key, text in shown.items() if key in {*kept, name})
         if len(longer) <= columns:
             line, kept = longer, {*kept, name}

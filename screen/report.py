@@ -344,7 +344,7 @@ def setting_text(value):
 
 
 def distinct(losses):
-    """Texts of losses: three decimals, or as many as give two digits to the difference of neighbours."""
+    """Texts of losses: three decimals, or so many that the difference to a neighbour has two digits."""
     def text(loss, other):
         decimals = 3
         if other is not None and 1e-11 < abs(loss - other) < 0.01:

@@ -22,7 +22,6 @@ class Terminal:
 
     def __init__(self, columns):
         self.master, self.slave = os.openpty()
-        os.set_blocking(self.master, False)
         self.file, self.rows, self.cursor = os.fdopen(self.slave, "w"), [""], 0
         self.resize(columns)
 
@@ -32,11 +31,11 @@ class Terminal:
 
     def read(self):
         """Draw what was written; return the rows of the screen, without blanks at their ends."""
-        self.file.flush()
-        try:
-            text = os.read(self.master, 2**20).decode()
-        except BlockingIOError:
-            text = ""
+        print(end="\0", file=self.file, flush=True)  # what was written arrives some time later, and this last
+        written = b""
+        while not written.endswith(b"\0"):
+            written += os.read(self.master, 2**16)
+        text = written[:-1].decode()
         for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|.", text, re.S):
             if part == "\x1b[K":
                 self.rows[-1] = self.rows[-1][: self.cursor]
@@ -62,10 +61,12 @@ def bar_in(columns, total=12_000):
     line = bar.Bar(total=total, dynamic_ncols=True, file=terminal.file, mininterval=0, miniters=1)
     terminal.read()
     line.start_t -= 100
-    yield line, terminal
-    line.close()
-    terminal.file.close()
-    os.close(terminal.master)
+    try:
+        yield line, terminal
+    finally:
+        line.close()
+        terminal.file.close()
+        os.close(terminal.master)
 
 
 def draw(columns, values, days=0.0, val_loss=None):

@@ -207,8 +207,8 @@ def test_losses_side_by_side_differ_in_two_digits(losses, texts):
 def test_a_resume_is_recorded_where_it_was(train, tmp_path, monkeypatch):
     """In ledger.json, for the page. A resume from an earlier step trains the later ones again: their marks go."""
     short = write(tmp_path / "short.json", [{"prompt": f"{i}?", "response": "!"} for i in range(6)])
-    flags = ("--train_data", short, "--max_length", 32, "--use_lora", "--lora_rank", 1, "--batch_size", 2, "--save_steps",
-             1, "--keep_checkpoints", "all")
+    flags = ("--train_data", short, "--max_length", 32, "--use_lora", "--batch_size", 2, "--save_steps", 1,
+             "--keep_checkpoints", "all")
 
     def resumes():
         return report.Run(tmp_path / "out").resumes
