@@ -128,7 +128,7 @@ def test_the_table_of_settings_is_true(path):
     defaults_of = {name: field.default for name, field in fields.items()} | {"n_gpus": 1}
     table = table_of_settings(path)
     named = {flag for flags, *_ in table for flag in flags}
-    assert 24 <= len(named) <= 32 and {"chat_template", "bad_rows", "split_turns"} <= named
+    assert 24 <= len(named) <= 34 and {"chat_template", "bad_rows", "split_turns"} <= named
     for flags, variables, defaults in table:
         assert variables == [variables_of[flag] for flag in flags if variables_of[flag]]
         for flag, shown in zip(flags, defaults, strict=True):
