@@ -249,7 +249,10 @@ def eager_(logits, targets, head, needs_gradient):
     if needs_gradient:
         each, factor, at_target = with_factors(nll, log_sum, targets.weights, head)
         torch.div(x, exp_sum / factor, out=logits)
-        logits.scatter_(1, ids, torch.where(is_here, at_target.to(logits.dtype), logits.gather(1, ids)))
+        at_target = at_target.to(logits.dtype)
+        if head.tp_size > 1:  # the target may be in another rank's shard
+            at_target = torch.where(is_here, at_target, logits.gather(1, ids))
+        logits.scatter_(1, ids, at_target)
         if head.soft_cap is not None:
             products.copy_(logits.mul_(cap_slope(products, head.soft_cap)))
     return each[:, 0], log_sum[:, 0], ((picked == 0) & (n_beaten == 0))[:, 0]

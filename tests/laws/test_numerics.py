@@ -141,7 +141,8 @@ def test_resume_after_a_skipped_step_is_bitwise(train, tmp_path, monkeypatch, fl
 def test_a_skipped_step_changes_nothing(train, tmp_path, monkeypatch):
     """Neither weights nor moments change in steps 17 and 18, which are skipped; they do change in step 16."""
     monkeypatch.setattr(run.statistics, "median", lambda norms: 0.0)
-    train(*FAST, "--batch_size", 2, "--max_steps", 18, "--max_grad_norm_factor", 1, "--save_steps", 1)
+    train(*FAST, "--batch_size", 2, "--max_steps", 18, "--max_grad_norm_factor", 1, "--save_steps", 1,
+          "--keep_checkpoints", "all")
     for name in ("model.safetensors", "training_state/tensors.safetensors"):
         step_15, step_16, step_18 = (
             load_file(tmp_path / "out" / "checkpoints" / f"step_{step}" / name) for step in (15, 16, 18))

@@ -322,7 +322,7 @@ def test_the_loss_of_each_target_is_returned():
     torch.testing.assert_close(out.each, expected.detach()[targets != IGNORE])
     torch.testing.assert_close(out.each.sum(), out.total.detach())
     assert out.total.requires_grad and not out.each.requires_grad
-    assert out.correct is None
+    assert out.correct.shape == out.each.shape and out.correct.dtype == torch.bool
 
 
 def test_chunked_loss_is_finite_for_large_logits():

@@ -80,7 +80,9 @@ def test_frequencies_and_attention_factor_equal_transformers(name):
 def test_yarn_is_read_for_each_family(kind):
     """Each family with YaRN in transformers has it here, too: all but Phi-3 and Gemma 4, which have their own scaling."""
     config = {**SIZES, "model_type": kind, "num_hidden_layers": 4, "rope_scaling": YARN, "attention_dropout": 0,
-              "residual_dropout": 0, "sliding_window_pattern": 2, "hidden_size_per_layer_input": 0}
+              "residual_dropout": 0, "sliding_window_pattern": 2, "hidden_size_per_layer_input": 0,
+              "num_local_experts": 0, "position_embedding_type": "rope",
+              "layer_types": None if kind != "granitemoehybrid" else ["attention"] * 4}
     result, error = attempt(ModelConfig.from_dict, config)
     if "yarn" in FAMILIES[kind].rope_types:
         assert 1.13 < max(rope.factor for rope in result.ropes if rope) < 1.14
