@@ -214,7 +214,7 @@ def project(tmp_path_factory):
     (directory / ".venv" / "bin" / "torchrun").symlink_to(torchrun)
 
     shutil.copytree(directory / "models" / "tiny", directory / "Qwen" / "Qwen2.5-0.5B")
-    for name in ("my.json", "val.json"):
+    for name in ("my.json", "val.json", "my_val.json", "chats.json"):
         shutil.copy(directory / "data" / "example_sft.json", directory / name)
     stubs.mkdir()
     (stubs / "srun").write_text("#!/bin/bash\n"
