@@ -239,6 +239,8 @@ class Ranks:
                 limit = datetime.timedelta(seconds=60)
                 self.store.wait([f"left {rank}" for rank in range(self.world_size)], limit)
         dist.destroy_process_group()
+        if self.world_size > 1:  # a script that called train() may end at once, see errors.end
+            time.sleep(PAUSE)  # in which gloo's threads can free the tensors of the last collectives
 
 
 class Stopped(SystemExit):
