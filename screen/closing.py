@@ -23,7 +23,7 @@ def result_lines(directory):
     if best is not None:
         of_set = f" of {judged}" if judged else ""
         lines.append(f"val_loss {best:.4f}{of_set} after step {step:,} is the lowest")
-    forgetting = [(name, run.forgetting(name)) for name in run.val_sets or [None]]
+    forgetting = [(name, run.forgetting(name)) for name in run.last_sets()]
     texts = [f"{value:+.4f}" + f" of {name}" * bool(name) for name, value in forgetting if value is not None]
     if texts:
         lines.append(f"forgot   {', '.join(texts)}: the last val_loss minus the one before training")

@@ -391,7 +391,7 @@ class Log:
             self.send("val", step, {**values_of(whole), "weight": whole.weight})
             for name, numbers in sets.items():
                 self.send(f"val/{name}", step, numbers)
-            self.trend.add(step, val_loss=whole.loss)
+            self.trend.add(step, val_loss=whole.loss, val_tokens=whole.tokens)
             self.say(f"step {step}: val_loss {described(step, whole)}")
             for name in sets:
                 self.say(f"step {step}:   {name}: {described(step, results[name])}")

@@ -75,6 +75,25 @@ def test_sets_and_forgetting(tmp_path):
     assert "forgot   +0.1000: the last val_loss minus the one before training" in closing.result_lines(tmp_path)
 
 
+def test_only_the_sets_of_the_last_validation_count(tmp_path):
+    """A resume may have renamed or removed sets: those of before have no last loss, and decide nothing."""
+    lines = [{"step": 0, "val_loss": 2.0, "val_tokens": 9}, {"step": 1, "loss": 3.0, "seconds": 1},
+             {"step": 1, "val_loss": 1.0, "val_tokens": 9, "forgetting": -1.0, "val_sets": {
+                 "old": {"loss": 1.0, "forgetting": -1.0}, "b": {"loss": 1.5, "forgetting": 0.5}}},
+             {"step": 2, "val_loss": 1.9, "val_tokens": 7, "val_sets": {
+                 "b": {"loss": 1.25, "forgetting": 0.25}, "new": {"loss": 1.75}}}]
+
+    def said():
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return closing.result_lines(tmp_path)
+
+    assert "val_loss 1.2500 of b after step 2 is the lowest" in said()
+    assert "forgot   +0.2500 of b: the last val_loss minus the one before training" in said()
+    del lines[-1]["val_sets"]  # one set, with fewer targets: other data than before
+    assert "val_loss 1.9000 after step 2 is the lowest" in said()
+    assert not any(line.startswith("forgot") for line in said())
+
+
 def arguments_of(command, program):
     """The arguments of a printed command, whose program must be this file of the project, as a shell reads them."""
     python, path, *arguments = shlex.split(command)

@@ -65,6 +65,16 @@ def test_a_val_loss_that_rises_while_the_loss_falls(val_losses, says):
     assert (line is None) if says is None else says in line, line
 
 
+def test_val_losses_of_other_data_are_not_compared():
+    """A resume may bring other --val_data, whose loss is higher from the start."""
+    made = trend(FALLS, 10)
+    for step, val_loss, val_tokens in (10, 2.0, 5), (20, 3.0, 9), (30, 2.9, 9):
+        made.add(step, val_loss=val_loss, val_tokens=val_tokens)
+    assert made.diagnosis() is None
+    made.add(40, val_loss=3.1, val_tokens=9)
+    assert "rose from 2.9 at step 30" in made.diagnosis()
+
+
 @pytest.mark.parametrize("first", [31, 35, 41, 51])
 def test_a_run_that_was_resumed_into_another_directory(first):
     """metrics.jsonl begins at a later step: the first and the last of the epochs that it has whole are compared."""
