@@ -115,6 +115,14 @@ def parse(spec):
     return found
 
 
+def label(name):
+    """The name of a source without blanks around it; None if nothing is left. It is shown on the screen."""
+    name = (name or "").strip()
+    if not name.isprintable():
+        raise UserError(f"the name {name!r:.100} of a source has characters that can't be shown; use others")
+    return name or None
+
+
 def find(path):
     """The path as the file system has it, or None if it does not exist."""
     if "\0" in path:
@@ -130,7 +138,7 @@ def find(path):
 def parse_one(spec, at):
     """(the Wanted source that begins at this position of the text, the position after its comma)"""
     name = re.compile(r"\s*([^=,:@\[\]/]+)=").match(spec, at)
-    for begin, word in [(at, None), *([(name.end(), name[1].strip())] if name else [])]:
+    for begin, word in [(at, None), *([(name.end(), label(name[1]))] if name else [])]:
         cuts = [cut.start() for cut in re.compile(r"[,:@\[]|$").finditer(spec, begin)]
         for cut in reversed(cuts):  # the longest path that exists
             suffix = SUFFIX.match(spec, cut)
@@ -142,7 +150,10 @@ def parse_one(spec, at):
     text = spec[at:end].strip()
     match = re.fullmatch(rf"(?:([^=,:@\[\]/]+)=)?\s*({HUB_NAME.pattern}){SUFFIX.pattern}", text)
     if match and not match[2].lower().endswith(ENDINGS):
-        return Wanted(match[2], match[1], *match.groups()[2:]), end + 1
+        return Wanted(match[2], label(match[1]), *match.groups()[2:]), end + 1
+    label_of, _, path = text.rpartition("=")
+    if re.search(r"[:@\[\]/]", label_of) and find(re.split(r"[:@\[]", path)[0]):
+        raise UserError(f"{text}: the name {label_of} can't have any of : @ [ ] / in it; write another one")
     path = re.match(r"(?:([^=,:@\[\]/]+)=)?([^:@\[]*)", text)[2]
     if find(path):
         raise UserError(f"{text}: can't read {text[len(path):]!r} after the path {path}; write {GRAMMAR}, "
@@ -185,7 +196,7 @@ def from_mapping(item):
     path, rows, weight = texts["path"], texts.get("rows"), texts.get("weight")
     if weight is not None and not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", weight):
         raise UserError(f"{path}: weight must be a number above 0, it is {weight}")
-    return Wanted(find(path) or path, texts.get("name"), texts.get("config") or texts.get("entry"),
+    return Wanted(find(path) or path, label(texts.get("name")), texts.get("config") or texts.get("entry"),
                   texts.get("split"), rows.strip("[]") if rows else None, weight)
 
 
