@@ -295,7 +295,7 @@ def test_a_directory_without_a_model_is_refused(server, run, tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         pushed(tmp_path / "missing")
     with pytest.raises(UserError, match="is missing; type ORG/model$"):
-        pushed(run, name="model")
+        pushed(run / "checkpoints/step_2", name="model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is no model directory"):
         pushed(tmp_path / "empty")
