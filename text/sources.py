@@ -64,8 +64,8 @@ def data_files(spec, split=None):
 
     spec   sources separated by commas, each written as GRAMMAR says: a file, a directory of files, the id of
            a hub dataset, or dataset_info.json of LLaMA-Factory. Or a JSON list of such texts and of objects
-           with KEYS, which is how a list in a YAML file arrives. A path that exists is always taken as it
-           is, the longest one first.
+           with KEYS, or an object {name: such a text}: so lists and mappings of YAML and Python arrive. A
+           path that exists is always taken as it is, the longest one first.
            Either all sources or none have a WEIGHT, the fraction of an epoch's conversations that come from
            this source. Weights are relative, so their sum may be any number.
     split  None: train files are read; "validation" (of --val_data): validation files, or else test files
@@ -101,11 +101,15 @@ def set_names(spec):
 
 def parse(spec):
     """The Wanted sources of a text, see data_files."""
-    if spec.lstrip().startswith("[") and not find(spec):
+    if spec.lstrip().startswith(("[", "{")) and not find(spec):
         try:
             items = json.loads(spec)
         except ValueError as error:
             raise UserError(f"{spec:.200}: a list of sources must be JSON or YAML: {error}") from error
+        if isinstance(items, dict) and "path" not in items:  # {name: source}
+            return [wanted._replace(name=label(name)) for name, source in items.items()
+                    for wanted in parse(str(source))]
+        items = items if isinstance(items, list) else [items]
         return [wanted for item in items for wanted in (
             [from_mapping(item)] if isinstance(item, dict) else parse(str(item)))]
     found, at = [], 0

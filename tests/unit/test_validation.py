@@ -55,7 +55,8 @@ def test_very_many_sources_take_bounded_memory(tmp_path, monkeypatch):
 def test_names_make_sets(tmp_path):
     """The same name twice is one set; without names all sources are one."""
     a, b, c = (write(tmp_path / f"{i}.json", ROWS[i : i + 1]) for i in range(3))
-    for spec, expected in [(f"x={a},y={b},x={c}", {"x": [0, 2], "y": [1]}), (f"{a},{b}", {None: [0, 1]}),
+    in_yaml = json.dumps({"x": a, "y": b})  # val_data: {x: a.json, y: b.json}
+    for spec, expected in [(f"x={a},y={b},x={c}", {"x": [0, 2], "y": [1]}), (in_yaml, {"x": [0], "y": [1]}), (f"{a},{b}", {None: [0, 1]}),
                            (f"x={a}", {"x": [0]})]:
         sets = validation.sets_of(data.load(spec, tiny, 64), spec)
         assert {name: part.ids.tolist() for name, part in sets.items()} == expected
