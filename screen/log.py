@@ -472,7 +472,7 @@ class Log:
             print(*closing.result_lines(self.directory), sep="\n")
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
         if os.path.lexists(latest):
-            print(*closing.command_lines(run.cfg, latest, is_complete=is_complete or run.stops_early,
+            print(*closing.command_lines(run.cfg, latest, is_complete=is_complete, stops_early=run.stops_early,
                                          world_size=self.ranks.world_size), sep="\n")
 
 

@@ -130,6 +130,16 @@ def test_a_stopped_run_is_resumed_as_it_is():
         assert re.match(r"resume   NNODES=2 bash \S*train.sh --n_gpus 4 --output_dir o", resume(cfg, False, 8))
 
 
+def test_the_command_trains_on_after_early_stopping(folder, capsys):
+    """Which ends a resumed run at once, however many epochs it is given."""
+    sft_main(*FLAGS, "--epochs", 2, "--val_data", "short.json", "--eval_steps", 1, "--early_stopping", 1, "--lr", 1)
+    said = labelled(capsys.readouterr().out)
+    steps = [line["step"] for line in metrics("my run") if "loss" in line]
+    assert said["stopped "] and steps[-1] < 6
+    sft_main(*arguments_of(said["resume  "], "sft.py"))
+    assert [line["step"] for line in metrics("my run") if "loss" in line] == list(range(1, 7))
+
+
 @pytest.mark.full
 def test_a_shell_runs_the_commands(folder, capsys):
     """The same, as a user pastes them; push.py at least prints its help."""
