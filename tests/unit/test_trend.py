@@ -94,7 +94,8 @@ def test_a_resumed_run_remembers_the_losses_before(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [
         {"step": 1, "loss": 3.0, "epoch": 0.5, "lr": 1}, {"step": 1, "val_loss": 2.0, "val_tokens": 3},
-        {"step": 2, "loss": 2.0, "epoch": 1.0, "skipped": True}]))
+        {"step": 2, "loss": 2.0, "epoch": 1.0, "skipped": True},
+        {"step": 2, "loss": "x", "epoch": 1.0}, {"step": 2, "loss": 1.0, "epoch": None}, {"step": 2, "val_loss": []}]))
     read = Trend(path)
     assert (read.losses, read.epochs, read.val_losses) == ([3.0, 2.0], [0.5, 1.0], [(1, 2.0)])
 
