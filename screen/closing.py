@@ -34,13 +34,14 @@ def result_lines(directory):
     return [*lines, f"took     {', '.join([*took, space.text(space.used(directory)) + ' on the disk'])}"]
 
 
-def command_lines(cfg, latest, *, is_complete, world_size, stops_early=False):
+def command_lines(cfg, latest, *, is_complete, world_size, stops_early=False, times=2):
     """Lines with commands: to look at the report, try the result, train on, and publish it.
 
     cfg          the settings as the run was started
     latest       the path of the last checkpoint
     is_complete  no step is left: training on needs more of them
     stops_early  --early_stopping ended the run, and would end it again
+    times        how much longer a complete run becomes
     """
     directory, latest = shlex.quote(cfg.output_dir), shlex.quote(latest)
     n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -51,7 +52,7 @@ def command_lines(cfg, latest, *, is_complete, world_size, stops_early=False):
         start = f"NNODES={world_size // n_gpus} {start}"
     more = ""
     if is_complete:
-        more = f" --max_steps {2 * cfg.max_steps}" if cfg.max_steps else f" --epochs {2 * cfg.epochs:g}"
+        more = f" --max_steps {times * cfg.max_steps}" if cfg.max_steps else f" --epochs {times * cfg.epochs:g}"
     more += " --early_stopping none" * stops_early
     return [f"report   {os.path.join(cfg.output_dir, 'report.html')}",
             f"try it   {venv.command('chat.py')} {latest}",

@@ -110,6 +110,9 @@ def test_the_commands_work_where_they_are_printed(folder, capsys, monkeypatch):
     chat.main()
     sft_main(*arguments_of(said["resume  "], "sft.py"))
     assert [line["step"] for line in metrics("my run")] == list(range(1, 7))  # twice as many as before
+    sft_main("--output_dir", "my run", "--resume_from", "auto", "--max_steps", 2)  # fewer than it has
+    more = arguments_of(labelled(capsys.readouterr().out)["resume  "], "sft.py")[-2:]
+    assert more == ["--max_steps", "12"]
     assert re.search(r"tools/push.py 'my run/checkpoints/latest' ORG/NAME$", said["push    "])
 
 
