@@ -52,7 +52,9 @@ def command_lines(cfg, latest, *, is_complete, world_size, stops_early=False, ti
         start = f"NNODES={world_size // n_gpus} {start}"
     more = ""
     if is_complete:
-        more = f" --max_steps {times * cfg.max_steps}" if cfg.max_steps else f" --epochs {times * cfg.epochs:g}"
+        more = f" --epochs {times * cfg.epochs:g}"
+        if cfg.max_steps:
+            more = f" --max_steps {times * cfg.max_steps}"
     more += " --early_stopping none" * stops_early
     return [f"report   {os.path.join(cfg.output_dir, 'report.html')}",
             f"try it   {venv.command('chat.py')} {latest}",
