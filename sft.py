@@ -151,7 +151,7 @@ class Config(Settings):
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
                                          low=1, needs="val_data or val_split")
 
-    logger: str = setting("console", "wandb, tensorboard, trackio, with commas; quiet: nothing on the screen",
+    logger: str = setting("console", "wandb, tensorboard, trackio, with commas; quiet: no progress shown",
                           env="LOGGER", group="logging")
     project: str | None = setting(None, "project name in wandb and trackio", env="WANDB_PROJECT")
     run_name: str | None = setting(None, "name of the run in wandb, trackio and the report")

@@ -7,14 +7,21 @@ import contextlib
 import math
 import os
 
-from disk import files, pretrained, saving, writer
+from disk import checkpoint, files, pretrained, saving, writer
 from settings.errors import UserError
 
 FILE_BYTES = 5 * 10**9  # of a weight file, unless one tensor is larger
 
 
 def check_new(out):
-    """Raise UserError if a directory that is to be written exists, or the one that is its name until then."""
+    """Raise UserError if a directory that is to be written exists, or the one that is its name until then.
+
+    Or if it would be inside a step directory, which --keep_checkpoints may delete.
+    """
+    outer = os.path.dirname(os.path.realpath(out))
+    if os.path.isdir(os.path.join(outer, checkpoint.STATE_DIRECTORY)):
+        raise UserError(f"{out} would be inside the step directory {outer}, which a run may delete; choose "
+                        "another place")
     if os.path.lexists(out):
         raise UserError(f"{out} exists already; choose a new directory")
     if os.path.lexists(temporary_name(out)):  # it may be somebody's

@@ -69,7 +69,12 @@ def check_name(name, flag):
     from huggingface_hub.utils import validate_repo_id
 
     last = os.path.basename(name.rstrip("/"))
-    example = f"{flag} ORG/{'NAME' if last.lower() in ('', 'true') else last}"  # true: as in other trainers
+    try:
+        validate_repo_id(last)
+    except HFValidationError:
+        last = ""
+    last = "NAME" if last.lower() in ("", "true") else last  # true: as in other trainers
+    example = f"{flag} ORG/{last}" if flag.startswith("--") else f"ORG/{last}"
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -61,8 +61,9 @@ def lines(size, *, keep, has_best, n_there, n_left, directory):
     kept = n if keeps_all else min(n, keep + has_best)
     most = kept + (n > kept)  # an old one is removed when the new one is complete
     free = shutil.disk_usage(directory).free
-    words, verb = f"all {n}", "are" if keeps_all or keep > 1 or has_best else "is"
+    words, verb = (f"all {n}", "are") if n > 1 else ("it", "is")
     if not keeps_all:
+        verb = "are" if keep > 1 or has_best else "is"
         words = "the last" + f" {keep}" * (keep > 1) + " and the best" * has_best
     hint = " (--keep_checkpoints all keeps all)" if n > kept else ""
     line = (f"disk     {text(size)} a checkpoint, {words} {verb} kept{hint}: at most {text(most * size)}; "

@@ -23,7 +23,7 @@ def result_lines(directory):
     if best is not None:
         of_set = f" of {judged}" if judged else ""
         lines.append(f"val_loss {best:.4f}{of_set} after step {step:,} is the lowest")
-    forgetting = [(name, run.forgetting(name)) for name in run.val_sets or [None]]
+    forgetting = [(name, run.forgetting(name)) for name in run.last_sets()]
     texts = [f"{value:+.4f}" + f" of {name}" * bool(name) for name, value in forgetting if value is not None]
     if texts:
         lines.append(f"forgot   {', '.join(texts)}: the last val_loss minus the one before training")
@@ -34,12 +34,14 @@ def result_lines(directory):
     return [*lines, f"took     {', '.join([*took, space.text(space.used(directory)) + ' on the disk'])}"]
 
 
-def command_lines(cfg, latest, *, is_complete, world_size):
+def command_lines(cfg, latest, *, is_complete, world_size, stops_early=False, times=2):
     """Lines with commands: to look at the report, try the result, train on, and publish it.
 
     cfg          the settings as the run was started
     latest       the path of the last checkpoint
     is_complete  no step is left: training on needs more of them
+    stops_early  --early_stopping ended the run, and would end it again
+    times        how much longer a complete run becomes
     """
     directory, latest = shlex.quote(cfg.output_dir), shlex.quote(latest)
     n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -50,7 +52,10 @@ def command_lines(cfg, latest, *, is_complete, world_size):
         start = f"NNODES={world_size // n_gpus} {start}"
     more = ""
     if is_complete:
-        more = f" --max_steps {2 * cfg.max_steps}" if cfg.max_steps else f" --epochs {2 * cfg.epochs:g}"
+        more = f" --epochs {times * cfg.epochs:g}"
+        if cfg.max_steps:
+            more = f" --max_steps {times * cfg.max_steps}"
+    more += " --early_stopping none" * stops_early
     return [f"report   {os.path.join(cfg.output_dir, 'report.html')}",
             f"try it   {venv.command('chat.py')} {latest}",
             f"resume   {start} --output_dir {directory} --resume_from auto{more}",

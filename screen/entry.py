@@ -91,6 +91,8 @@ def from_python(train, cfg):
 
     Raises UserError for wrong settings, and if torch.distributed is in use in this process.
     """
+    if not isinstance(cfg, parser.Settings):
+        raise UserError(f"train() needs a Config, as in train(Config(model=\"tiny\")); it got {cfg!r:.100}")
     if not RUNNING.acquire(blocking=False):
         raise UserError("train() is running in this process already, and there can be one at a time; wait "
                         "for it, or start another process")
@@ -105,7 +107,7 @@ def from_python(train, cfg):
         if text:
             parser.show(f"warning: {text}", file=sys.stderr)
         with unchanged(cfg):
-            parser.check(cfg)  # cfg.lr = -1
+            cfg.check_again()  # cfg.lr = -1
             inputs.check(cfg)
             try:
                 run(train, cfg, cfg.origins, in_python=True)

@@ -391,7 +391,7 @@ class Log:
             self.send("val", step, {**values_of(whole), "weight": whole.weight})
             for name, numbers in sets.items():
                 self.send(f"val/{name}", step, numbers)
-            self.trend.add(step, val_loss=whole.loss)
+            self.trend.add(step, val_loss=whole.loss, val_tokens=whole.tokens)
             self.say(f"step {step}: val_loss {described(step, whole)}")
             for name in sets:
                 self.say(f"step {step}:   {name}: {described(step, results[name])}")
@@ -472,8 +472,10 @@ class Log:
             print(*closing.result_lines(self.directory), sep="\n")
             print(f"saved    {latest} -> step_{run.step} ({kind} directory)")
         if os.path.lexists(latest):
-            print(*closing.command_lines(run.cfg, latest, is_complete=is_complete or run.stops_early,
-                                         world_size=self.ranks.world_size), sep="\n")
+            times = 2 * math.ceil(max(1, run.step / self.total_steps))  # a resume may have lowered --epochs
+            print(*closing.command_lines(
+                run.cfg, latest, is_complete=is_complete, stops_early=run.stops_early, times=times,
+                world_size=self.ranks.world_size), sep="\n")
 
 
 def values_of(result):

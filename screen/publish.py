@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 
-from disk import files, hub, peft, pretrained
+from disk import checkpoint, files, hub, peft, pretrained
 from screen import card
 from settings import venv
 from settings.errors import UserError, printable
@@ -42,6 +42,9 @@ def check_directory(directory):
     names = ("config.json", pretrained.ADAPTER_CONFIG)
     if any(os.path.isfile(os.path.join(directory, name)) for name in names):
         return
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory}: no such directory; use a step directory such as "
+                        "outputs/checkpoints/latest")
     latest = os.path.join(directory, "checkpoints", "latest")
     advice = f"name one of its steps, such as {latest}" if os.path.exists(latest) else (
         "use a step directory such as outputs/checkpoints/latest")
@@ -60,7 +63,9 @@ def at_end(cfg, ranks):
         return 0
     root = os.path.join(cfg.output_dir, "checkpoints")
     names = ["best"] * bool(cfg.keep_best) + ["latest"]
-    link = next(path for path in (os.path.join(root, name) for name in names) if os.path.exists(path))
+    links = filter(os.path.exists, (os.path.join(root, name) for name in names))
+    # without a link, the run had no step left and was resumed from another directory
+    link = next(links, None) or checkpoint.resume_directory(cfg.resume_from, root)
     try:
         publish(files.follow(link), cfg.push_to_hub, card.defaults_of(type(cfg)))
         return 0

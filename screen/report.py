@@ -251,10 +251,17 @@ class Run:
         """GiB, None if unknown."""
         return max((value for value in self.train["peak_memory_gb"] if math.isfinite(value)), default=None)
 
+    def last_sets(self):
+        """The names of the validation sets of the last validation; [None] if they had none.
+
+        A resume may have changed --val_data, so `val_sets` may have more.
+        """
+        return (list(self.val[-1]["val_sets"]) if self.val else []) or [None]
+
     def judged_set(self):
         """The name of the validation set whose loss decides which step is best; None: all sets together."""
-        wanted = self.config.get("keep_best")
-        return wanted if wanted in self.val_sets else next(iter(self.val_sets), None)
+        wanted, names = self.config.get("keep_best"), self.last_sets()
+        return wanted if wanted in names else names[0]
 
     def val_losses(self, name=None):
         """[(step, loss)] of the validations of a set, of all sets together (None), with that of step 0."""
@@ -264,23 +271,31 @@ class Run:
         return [(step, loss) for step, loss in losses if loss is not None]
 
     def lowest(self, name=None):
-        """(step, loss): the lowest of a validation set after a training step; (None, None) without one."""
-        after = [(step, loss) for step, loss in self.val_losses(name) if step]
+        """(step, loss): the lowest of a validation set after a training step; (None, None) without one.
+
+        Losses of all sets together are compared with those of the same number of targets: before a resume,
+        --val_data may have been other data.
+        """
+        n = self.val[-1].get("val_tokens") if self.val and name is None else None
+        steps = {line["step"] for line in self.val if n is None or line.get("val_tokens") == n}
+        after = [(step, loss) for step, loss in self.val_losses(name) if step and step in steps]
         return min(after, key=lambda pair: pair[1], default=(None, None))
 
     def forgetting(self, name=None):
-        """The last known loss of a validation set minus the one before training; None if one is not known."""
-        lines = reversed([line for line in self.val if line["step"]])
-        known = (line.get("forgetting") if name is None else line["val_sets"].get(name, {}).get("forgetting")
-                 for line in lines)
-        return next((value for value in known if value is not None), None)
+        """The last loss of a validation set minus the one before training; None if one is not known."""
+        for line in reversed(self.val):
+            part, key = (line, "val_loss") if name is None else (line["val_sets"].get(name, {}), "loss")
+            if line["step"] and part.get(key) is not None:
+                return part.get("forgetting")
+        return None
 
     def has(self, chart):
         """Whether there are numbers for one of the OPTIONAL charts."""
         if chart in ("val_sets", "sources"):
             return bool(self.val_sets) if chart == "val_sets" else len(self.sources) > 1
         if chart == "forgetting":
-            return any(self.forgetting(name) is not None for name in (None, *self.val_sets))
+            return any(part.get(chart) is not None for line in self.val
+                       for part in (line, *line["val_sets"].values()))
         of_val = chart == "accuracy" and any(line.get("val_accuracy") is not None for line in self.val)
         return of_val or self.median(chart) is not None
 
@@ -294,7 +309,7 @@ class Run:
         best_step, best = self.lowest(judged)
         of_set = f" of {judged}" if judged else ""
         best_note = "no validation" if best is None else f"after step {show(best_step, ',')}{of_set}"
-        forgetting = {name or "all": self.forgetting(name) for name in self.val_sets or [None]}
+        forgetting = {name or "all": self.forgetting(name) for name in self.last_sets()}
         forgotten = {name: value for name, value in forgetting.items() if value is not None}
         worst = max(forgotten, key=forgotten.get, default=None)
         mfu = self.median("mfu")
@@ -302,7 +317,7 @@ class Run:
                 ("Last loss", show(last.get("loss"), ".4f"), f"{show(first.get('loss'), '.4f')} at step 1"),
                 ("Best val_loss", show(best, ".4f"), best_note),
                 ("Forgetting", show(forgotten.get(worst), "+.4f"),
-                 f"val_loss since step 0{f', {worst}' * bool(self.val_sets)}" if forgotten else ""),
+                 f"val_loss since step 0{f', {worst}' * (worst != 'all')}" if forgotten else ""),
                 ("Tokens per second", show(self.median("tokens_per_second"), ",.0f"), "median"),
                 ("MFU", show(mfu, ".0%"), "median" if mfu is not None else ""),
                 ("Peak memory", show(self.peak_memory(), ".2f"), "GiB"),

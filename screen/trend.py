@@ -1,7 +1,8 @@
 """Does the loss fall? A line, with likely causes, if it rose, did not move, or fell in training only."""
 
-import json
 import statistics
+
+from screen import report
 
 ENOUGH = 20  # steps; fewer show no trend, unless the loss has risen to MANY times the first
 MANY = 3
@@ -14,21 +15,22 @@ class Trend:
     losses      of the training steps, in order
     epochs      epochs completed after each of them
     val_losses  [(step, val_loss), ...] after training steps
+    val_tokens  the targets of the last validation; with another number, --val_data is other data
     """
 
     def __init__(self, path=None):
         """Read what a metrics.jsonl already has, if there is one."""
-        self.losses, self.epochs, self.val_losses = [], [], []
-        if path:
-            with open(path, encoding="utf-8") as f:
-                for line in f:
-                    self.add(**json.loads(line))
+        self.losses, self.epochs, self.val_losses, self.val_tokens = [], [], [], None
+        for line in report.read_lines(path) if path else ():  # a damaged line has no numbers
+            self.add(**line)
 
-    def add(self, step, loss=None, epoch=None, val_loss=None, **_):
+    def add(self, step, loss=None, epoch=None, val_loss=None, val_tokens=None, **_):
         """Add a line of metrics.jsonl."""
         if val_loss is not None and step:
+            if val_tokens != self.val_tokens:
+                self.val_losses, self.val_tokens = [], val_tokens
             self.val_losses.append((step, val_loss))
-        elif loss is not None:
+        elif loss is not None and epoch is not None:
             self.losses.append(loss)
             self.epochs.append(epoch)
 

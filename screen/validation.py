@@ -41,8 +41,8 @@ def sets_of(dataset, spec):
     chosen = {name: parts[name] for name in names} or {None: np.arange(len(dataset))}
     empty = [name for name, ids in chosen.items() if not len(ids)]
     if empty:
-        raise UserError(f"{spec}: all rows of {listed(empty)} are dropped, so this set has nothing to "
-                        "measure; remove it, or pass its file alone to see why")
+        raise UserError(f"{spec}: {listed(empty)} has no rows, or all are dropped, so this set has nothing "
+                        "to measure; remove it, or pass its file alone to see why")
     result = {}
     for name, ids in chosen.items():
         counts = dataset.count(ids)

@@ -9,6 +9,7 @@ The environment is read only if the argument --environment is given; ranks/launc
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -33,7 +34,7 @@ LARGEST_YAML = 2**18  # bytes: verl's full configuration has 40,000
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True,
             "false": False, "no": False, "off": False, "0": False}
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a non-empty text"}
-SOURCES = ("train_data", "val_data")  # may be lists of mappings, which text/sources.py reads
+SOURCES = ("train_data", "val_data")  # may be lists or mappings, which text/sources.py reads
 NAME = "NAME"  # the word of a setting that may be any text
 CONFIG_FLAGS = ("config", "config-path", "config-name")
 # Settings of tools/plan.py that sft.py once had: the config.yaml of an older run has them, switched off.
@@ -247,6 +248,13 @@ class Settings:
                 setattr(self, name, value)
         check(self)
 
+    def check_again(self):
+        """Check what was set since, by cfg.lr = 1 or dataclasses.replace(), as the constructor does."""
+        for field in dataclasses.fields(self):
+            value = convert(field, text_of(field, getattr(self, field.name)), f"argument {field.name}")
+            setattr(self, field.name, value)
+        check(self)
+
 
 def text_of(field, value):
     """A value from Python as the text of a flag. Raises UserError for one that no flag could have."""
@@ -258,7 +266,8 @@ def text_of(field, value):
         return value
     if type_of(field) is str and isinstance(value, (list, tuple, dict)):
         is_plain = not isinstance(value, dict) and all(isinstance(item, (str, os.PathLike)) for item in value)
-        return ",".join(map(os.fspath, value)) if is_plain else json.dumps(value)
+        with contextlib.suppress(TypeError):  # neither JSON nor a path
+            return ",".join(map(os.fspath, value)) if is_plain else json.dumps(value, default=os.fspath)
     raise UserError(f"argument {field.name}: {field.name} can't be {value!r:.200}; it must be "
                     f"{type_name(field)}")
 
@@ -604,7 +613,12 @@ def yaml_values(node, name, path, seen):
             if times > 1:
                 raise UserError(f"{place}: the key {key:.200} appears twice")
         for key, value in node.value:
-            yield from yaml_values(value, f"{name}.{key.value}".lstrip("."), path, seen)
+            inner = f"{name}.{key.value}".lstrip(".")
+            values = yaml_values(value, inner, path, seen)
+            if inner in SOURCES and value.tag == "tag:yaml.org,2002:map" and value.value:
+                texts = {key.removeprefix(f"{inner}."): text for key, text, _ in values}
+                values = [(inner, json.dumps(texts), f"{path}:{value.start_mark.line + 1}")]
+            yield from values
     elif isinstance(node, yaml.ScalarNode):
         yield name, "null" if node.tag == "tag:yaml.org,2002:null" else node.value, place
     elif name == "defaults":  # Hydra's list of other files

@@ -54,7 +54,10 @@ def batches(sources, tokenizer, options, names):
             name = source_name(row, *of_file[file])
             if name not in names and len(names) >= MOST_SOURCES:
                 name = OTHER
-            batch.append(conversation._replace(source=names.setdefault(name, len(names))))
+            unused = conversation.unused
+            if not of_file[file][0]:  # the name of the source is one use of this column
+                unused = tuple(column for column in unused if column != "source")
+            batch.append(conversation._replace(source=names.setdefault(name, len(names)), unused=unused))
             size += len(conversation.text)
         n_rows += 1
         if len(batch) >= 1000 or size > BATCH_CHARACTERS or n_rows == MOST_ROWS:

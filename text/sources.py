@@ -64,8 +64,8 @@ def data_files(spec, split=None):
 
     spec   sources separated by commas, each written as GRAMMAR says: a file, a directory of files, the id of
            a hub dataset, or dataset_info.json of LLaMA-Factory. Or a JSON list of such texts and of objects
-           with KEYS, which is how a list in a YAML file arrives. A path that exists is always taken as it
-           is, the longest one first.
+           with KEYS, or an object {name: such a text}: so lists and mappings of YAML and Python arrive. A
+           path that exists is always taken as it is, the longest one first.
            Either all sources or none have a WEIGHT, the fraction of an epoch's conversations that come from
            this source. Weights are relative, so their sum may be any number.
     split  None: train files are read; "validation" (of --val_data): validation files, or else test files
@@ -101,11 +101,15 @@ def set_names(spec):
 
 def parse(spec):
     """The Wanted sources of a text, see data_files."""
-    if spec.lstrip().startswith("[") and not find(spec):
+    if spec.lstrip().startswith(("[", "{")) and not find(spec):
         try:
             items = json.loads(spec)
         except ValueError as error:
             raise UserError(f"{spec:.200}: a list of sources must be JSON or YAML: {error}") from error
+        if isinstance(items, dict) and "path" not in items:  # {name: source}
+            return [wanted._replace(name=label(name)) for name, source in items.items()
+                    for wanted in parse(str(source))]
+        items = items if isinstance(items, list) else [items]
         return [wanted for item in items for wanted in (
             [from_mapping(item)] if isinstance(item, dict) else parse(str(item)))]
     found, at = [], 0
@@ -113,6 +117,14 @@ def parse(spec):
         wanted, at = parse_one(spec, at)
         found.append(wanted)
     return found
+
+
+def label(name):
+    """The name of a source without blanks around it; None if nothing is left. It is shown on the screen."""
+    name = (name or "").strip()
+    if not name.isprintable():
+        raise UserError(f"the name {name!r:.100} of a source has characters that can't be shown; use others")
+    return name or None
 
 
 def find(path):
@@ -130,7 +142,7 @@ def find(path):
 def parse_one(spec, at):
     """(the Wanted source that begins at this position of the text, the position after its comma)"""
     name = re.compile(r"\s*([^=,:@\[\]/]+)=").match(spec, at)
-    for begin, word in [(at, None), *([(name.end(), name[1].strip())] if name else [])]:
+    for begin, word in [(at, None), *([(name.end(), label(name[1]))] if name else [])]:
         cuts = [cut.start() for cut in re.compile(r"[,:@\[]|$").finditer(spec, begin)]
         for cut in reversed(cuts):  # the longest path that exists
             suffix = SUFFIX.match(spec, cut)
@@ -142,7 +154,10 @@ def parse_one(spec, at):
     text = spec[at:end].strip()
     match = re.fullmatch(rf"(?:([^=,:@\[\]/]+)=)?\s*({HUB_NAME.pattern}){SUFFIX.pattern}", text)
     if match and not match[2].lower().endswith(ENDINGS):
-        return Wanted(match[2], match[1], *match.groups()[2:]), end + 1
+        return Wanted(match[2], label(match[1]), *match.groups()[2:]), end + 1
+    label_of, _, path = text.rpartition("=")
+    if re.search(r"[:@\[\]/]", label_of) and find(re.split(r"[:@\[]", path)[0]):
+        raise UserError(f"{text}: the name {label_of} can't have any of : @ [ ] / in it; write another one")
     path = re.match(r"(?:([^=,:@\[\]/]+)=)?([^:@\[]*)", text)[2]
     if find(path):
         raise UserError(f"{text}: can't read {text[len(path):]!r} after the path {path}; write {GRAMMAR}, "
@@ -185,7 +200,7 @@ def from_mapping(item):
     path, rows, weight = texts["path"], texts.get("rows"), texts.get("weight")
     if weight is not None and not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", weight):
         raise UserError(f"{path}: weight must be a number above 0, it is {weight}")
-    return Wanted(find(path) or path, texts.get("name"), texts.get("config") or texts.get("entry"),
+    return Wanted(find(path) or path, label(texts.get("name")), texts.get("config") or texts.get("entry"),
                   texts.get("split"), rows.strip("[]") if rows else None, weight)
 
 

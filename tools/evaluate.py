@@ -35,6 +35,7 @@ from settings.parser import check, parse, setting
 from text.sources import set_names
 from text.template import ChatTokenizer
 
+USAGE = "python tools/evaluate.py MODEL FILE [FILE ...] [flags]"
 OF_RUN = {*resume.DATA, "quantize", "dtype"} - {"train_data", "val_split", "tokenizer", "chat_template"}
 SHARED = [*OF_RUN, "tokenizer", "chat_template", "cache_dir", "packing", "strategy", "tp", "timeout",
           "param_offload"]  # settings of sft.py that this program has too
@@ -71,7 +72,7 @@ def config_class():
             default = None if field.name == "cache_dir" else field.default  # it would write
             fields.append((field.name, field.type, dataclasses.field(default=default, metadata=metadata)))
     cls = dataclasses.make_dataclass("Config", fields, bases=(Own,))
-    cls.__doc__ = "Evaluate a model: python tools/evaluate.py MODEL FILE [FILE ...] [flags]"
+    cls.__doc__ = f"Evaluate a model: {USAGE}"
     return cls
 
 
@@ -91,8 +92,10 @@ def settings_of_run(given, fields):
 def arguments_of(argv):
     """The arguments with MODEL and each FILE as flags: NAME=FILE would be read as name=value."""
     n = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    if n < 2:
+    if n == 0 or n == 1 and "=" in argv[0]:  # only flags, or name=value
         return argv
+    if n == 1:
+        raise errors.UserError(f"{argv[0]}: no FILE follows; write {USAGE}")
     return [f"--model={argv[0]}", f"--data={json.dumps(argv[1:n])}", *argv[n:]]
 
 
@@ -143,11 +146,11 @@ def values_of(size, result):
 
 
 def table(rows):
-    """The lines of {name: values_of()}."""
-    width = max(map(len, ("set", *rows)))
+    """The lines of [(name, values_of())]."""
+    width = max(len(name) for name, _ in [("set", None), *rows])
     yield (f"{'set':{width}} {'loss':>10} {'perplexity':>12} {'accuracy':>10} {'targets':>12} "
            f"{'conversations':>14}")
-    for name, row in rows.items():
+    for name, row in rows:
         yield (f"{name:{width}} {row['loss']:10.4f} {row['perplexity']:12.4f} {100 * row['accuracy']:8.2f} % "
                f"{row['tokens']:12,} {row['conversations']:14,}")
 
@@ -172,7 +175,7 @@ def main():
         return
     print(f"model    {own.model} ({paths.config.model_type}), {cfg.dtype_on(ranks.device)} on "
           f"{ranks.world_size} × {ranks.device.type}", *lines, sep="\n")
-    print(*table({**rows, **({"together": whole} if len(rows) > 1 else {})}), sep="\n")
+    print(*table([*rows.items(), *[("together", whole)] * (len(rows) > 1)]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import os
+import pathlib
 import random
 import signal
 import sys
@@ -241,6 +242,8 @@ ALIKE = {
     "lists": (dict(train_data=["a.json", "b.json:2"], use_lora=True, lora_targets=("q_proj", "v_proj")),
               ["--train_data", "a.json,b.json:2", "--use_lora", "--lora_targets", "q_proj,v_proj"]),
     "object": (dict(template_kwargs={"enable_thinking": False}), ["--template_kwargs", '{"enable_thinking": false}']),
+    "sets": (dict(val_data={"a": pathlib.Path("a.json"), "b": "b.json"}),
+             ["--val_data", '{"a": "a.json", "b": "b.json"}']),
     "home": (dict(output_dir="~/out", train_data="~/a.json"), ["--output_dir=~/out", "--train_data=~/a.json"]),
 }
 
@@ -280,11 +283,13 @@ def test_wrong_arguments_are_user_errors(case):
 
 
 def test_what_is_set_later_is_checked_by_train(settings):
-    for name, value, message in (("lr", -1, "--lr -1: it must be"), ("learing_rate", 1, "unknown setting 'learing_rate'")):
+    for name, value, message in (("lr", -1, "--lr -1.0: it must be"), ("lr", "high", "lr can't be 'high'"), ("learing_rate", 1, "unknown setting 'learing_rate'")):
         cfg = settings()
         setattr(cfg, name, value)
         with pytest.raises(UserError, match=message):
             sft.train(cfg)
+    with pytest.raises(UserError, match=r"train\(\) needs a Config, .* it got {'model': 'tiny'}"):
+        sft.train({"model": "tiny"})
 
 
 def test_a_resumed_run_brings_its_settings(settings, monkeypatch):

@@ -75,6 +75,25 @@ def test_sets_and_forgetting(tmp_path):
     assert "forgot   +0.1000: the last val_loss minus the one before training" in closing.result_lines(tmp_path)
 
 
+def test_only_the_sets_of_the_last_validation_count(tmp_path):
+    """A resume may have renamed or removed sets: those of before have no last loss, and decide nothing."""
+    lines = [{"step": 0, "val_loss": 2.0, "val_tokens": 9}, {"step": 1, "loss": 3.0, "seconds": 1},
+             {"step": 1, "val_loss": 1.0, "val_tokens": 9, "forgetting": -1.0, "val_sets": {
+                 "old": {"loss": 1.0, "forgetting": -1.0}, "b": {"loss": 1.5, "forgetting": 0.5}}},
+             {"step": 2, "val_loss": 1.9, "val_tokens": 7, "val_sets": {
+                 "b": {"loss": 1.25, "forgetting": 0.25}, "new": {"loss": 1.75}}}]
+
+    def said():
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return closing.result_lines(tmp_path)
+
+    assert "val_loss 1.2500 of b after step 2 is the lowest" in said()
+    assert "forgot   +0.2500 of b: the last val_loss minus the one before training" in said()
+    del lines[-1]["val_sets"]  # one set, with fewer targets: other data than before
+    assert "val_loss 1.9000 after step 2 is the lowest" in said()
+    assert not any(line.startswith("forgot") for line in said())
+
+
 def arguments_of(command, program):
     """The arguments of a printed command, whose program must be this file of the project, as a shell reads them."""
     python, path, *arguments = shlex.split(command)
@@ -91,6 +110,9 @@ def test_the_commands_work_where_they_are_printed(folder, capsys, monkeypatch):
     chat.main()
     sft_main(*arguments_of(said["resume  "], "sft.py"))
     assert [line["step"] for line in metrics("my run")] == list(range(1, 7))  # twice as many as before
+    sft_main("--output_dir", "my run", "--resume_from", "auto", "--max_steps", 2)  # fewer than it has
+    more = arguments_of(labelled(capsys.readouterr().out)["resume  "], "sft.py")[-2:]
+    assert more == ["--max_steps", "12"]
     assert re.search(r"tools/push.py 'my run/checkpoints/latest' ORG/NAME$", said["push    "])
 
 
@@ -109,6 +131,16 @@ def test_a_stopped_run_is_resumed_as_it_is():
         patch.setenv("LOCAL_WORLD_SIZE", "4")
         assert re.match(r"resume   bash \S*train.sh --n_gpus 4 --output_dir o", resume(cfg, False, 4))
         assert re.match(r"resume   NNODES=2 bash \S*train.sh --n_gpus 4 --output_dir o", resume(cfg, False, 8))
+
+
+def test_the_command_trains_on_after_early_stopping(folder, capsys):
+    """Which ends a resumed run at once, however many epochs it is given."""
+    sft_main(*FLAGS, "--epochs", 2, "--val_data", "short.json", "--eval_steps", 1, "--early_stopping", 1, "--lr", 1)
+    said = labelled(capsys.readouterr().out)
+    steps = [line["step"] for line in metrics("my run") if "loss" in line]
+    assert said["stopped "] and steps[-1] < 6
+    sft_main(*arguments_of(said["resume  "], "sft.py"))
+    assert [line["step"] for line in metrics("my run") if "loss" in line] == list(range(1, 7))
 
 
 @pytest.mark.full

@@ -232,6 +232,8 @@ def test_yaml_lists_and_null(yaml_file):
             "train_data:\n- a.json\n- 'b.json'\nval_data: ~\nmax_steps:\n"]
     for text in both:
         assert changed("--config", yaml_file(text)) == {"train_data": "a.json,b.json"}
+    assert changed("--config", yaml_file("val_data:\n  math: a.json\n  qa: b.json\n")) == {
+        "val_data": '{"math": "a.json", "qa": "b.json"}'}
     assert changed("--config", yaml_file("")) == changed("--config", yaml_file("# nothing\n")) == {}
 
 

@@ -196,6 +196,10 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"{name} exists already"):
             export.export([TINY], str(tmp_path / "out"))
         (tmp_path / name).rmdir()
+    (tmp_path / "step_3/training_state").mkdir(parents=True)
+    os.symlink("step_3", tmp_path / "latest")
+    with pytest.raises(UserError, match="inside the step directory .*step_3, which a run may delete"):
+        export.export([TINY], str(tmp_path / "latest/out/"))
     with pytest.raises(UserError, match="STEP2"):
         run(monkeypatch, TINY, "--dtype", "bf16")
     with pytest.raises(UserError, match="no model directory"):

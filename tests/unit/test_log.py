@@ -175,7 +175,8 @@ def test_a_log_file_has_plain_lines(train, capsys):
     """Lines with loss, val_loss, learning rate, norm, speed, memory and time left; no bar and no carriage return."""
     train(*FAST, "--max_length", 128, "--epochs", 2, "--val_data", VALIDATION)
     out, err = capsys.readouterr()
-    numbers = r"loss \d\.\d+, accuracy \d+\.\d %, val_loss \d\.\d+, lr \S+, norm \S+, [\d,]+ tokens/s, \d\.\d\d GiB, \d\d:\d\d left"
+    numbers = (r"loss \d\.\d+, accuracy \S+ %, val_loss \d\.\d+, lr \S+, norm \S+, [\d,]+ tokens/s, "
+               r"\d\.\d\d GiB, \d\d:\d\d left")
     assert re.search("step 1 of 18: " + numbers, out)
     assert all(re.search(rf"^step {step}: val_loss \d", out, re.M) for step in (0, 9, 18))
     assert "\r" not in out + err

@@ -213,7 +213,8 @@ def test_a_link_out_of_the_directory_is_not_pushed(server, tmp_path):
 
 @pytest.mark.parametrize("name, part", [
     ("model", "a user or an organisation is missing"), ("a/b/c", "not a name"), ("me/a--b", "not a name"),
-    ("you/model", "no member of it; use me/model"), ("me/.x", "not a name")])
+    ("you/model", "no member of it; use me/model"), ("me/.x", "not a name"),
+    ("me/my model", "[Tt]ype --push_to_hub ORG/NAME"), ("https://hub/me/model", "[Tt]ype --push_to_hub ORG/model")])
 def test_a_bad_name_is_an_error_before_training(server, train, name, part):
     """Names of an organisation of the user are fine, in any case."""
     with pytest.raises(UserError, match=part):
@@ -264,6 +265,15 @@ def test_a_run_with_keep_best_pushes_the_best_step(server, run):
         assert server.repos["me/model"]["model.safetensors"] == weights
 
 
+def test_a_finished_run_that_is_resumed_elsewhere_is_pushed(server, run, tmp_path):
+    """No step is left, so the new directory has no checkpoint: the one that was resumed is the result."""
+    sys.argv = ["sft.py", "--resume_from", str(run / "checkpoints/step_3"), "--output_dir", str(tmp_path / "new"),
+                "--push_to_hub", "me/model"]
+    sft.main()
+    content = (run / "checkpoints/step_3/model.safetensors").read_bytes()
+    assert server.repos["me/model"]["model.safetensors"] == content
+
+
 def test_a_push_that_fails_does_not_lose_the_run(server, run, tmp_path, capsys):
     """The exit code is 1, and the line that is printed pushes the run."""
     os.symlink(run, tmp_path / "my out")
@@ -282,6 +292,10 @@ def test_a_directory_without_a_model_is_refused(server, run, tmp_path):
     """A run: the error names its latest step."""
     with pytest.raises(UserError, match="checkpoints/latest"):
         pushed(run)
+    with pytest.raises(UserError, match="no such directory"):
+        pushed(tmp_path / "missing")
+    with pytest.raises(UserError, match="is missing; type ORG/model$"):
+        pushed(run / "checkpoints/step_2", name="model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is no model directory"):
         pushed(tmp_path / "empty")

@@ -685,8 +685,9 @@ def test_the_ledger_lists_unused_columns_once(tmp_path):
     rows = [{"prompt": "q", "response": "a", "id": i, "source": "web"} for i in range(3)] + [
         {"messages": [Q, {**A, "rating": 5}], "id": 3}, {"prompt": "q", "response": "a", "label": False, "url": "x"}]
     ledger = data.load(write(tmp_path / "rows.json", rows), tiny, 100, cache_dir=str(tmp_path / "cache")).ledger
-    assert ledger.lines()[3:] == ("columns not used: id, source, messages.rating, url",)
-    assert ledger.unused == {"id": 4, "source": 3, "messages.rating": 1, "url": 1}
+    assert ledger.lines()[3:] == ("columns not used: id, messages.rating, url",)  # losses by source use `source`
+    assert ledger.unused == {"id": 4, "messages.rating": 1, "url": 1}
+    assert data.load(f"web={tmp_path / 'rows.json'}", tiny, 100).ledger.unused["source"] == 3
     assert len(data.load(write(tmp_path / "b.json", [{"prompt": "q", "response": "a"}]), tiny, 100).ledger.lines()) == 3
 
 

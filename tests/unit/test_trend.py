@@ -65,6 +65,16 @@ def test_a_val_loss_that_rises_while_the_loss_falls(val_losses, says):
     assert (line is None) if says is None else says in line, line
 
 
+def test_val_losses_of_other_data_are_not_compared():
+    """A resume may bring other --val_data, whose loss is higher from the start."""
+    made = trend(FALLS, 10)
+    for step, val_loss, val_tokens in (10, 2.0, 5), (20, 3.0, 9), (30, 2.9, 9):
+        made.add(step, val_loss=val_loss, val_tokens=val_tokens)
+    assert made.diagnosis() is None
+    made.add(40, val_loss=3.1, val_tokens=9)
+    assert "rose from 2.9 at step 30" in made.diagnosis()
+
+
 @pytest.mark.parametrize("first", [31, 35, 41, 51])
 def test_a_run_that_was_resumed_into_another_directory(first):
     """metrics.jsonl begins at a later step: the first and the last of the epochs that it has whole are compared."""
@@ -84,7 +94,8 @@ def test_a_resumed_run_remembers_the_losses_before(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [
         {"step": 1, "loss": 3.0, "epoch": 0.5, "lr": 1}, {"step": 1, "val_loss": 2.0, "val_tokens": 3},
-        {"step": 2, "loss": 2.0, "epoch": 1.0, "skipped": True}]))
+        {"step": 2, "loss": 2.0, "epoch": 1.0, "skipped": True},
+        {"step": 2, "loss": "x", "epoch": 1.0}, {"step": 2, "loss": 1.0, "epoch": None}, {"step": 2, "val_loss": []}]))
     read = Trend(path)
     assert (read.losses, read.epochs, read.val_losses) == ([3.0, 2.0], [0.5, 1.0], [(1, 2.0)])
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 
@@ -54,7 +55,8 @@ def test_very_many_sources_take_bounded_memory(tmp_path, monkeypatch):
 def test_names_make_sets(tmp_path):
     """The same name twice is one set; without names all sources are one."""
     a, b, c = (write(tmp_path / f"{i}.json", ROWS[i : i + 1]) for i in range(3))
-    for spec, expected in [(f"x={a},y={b},x={c}", {"x": [0, 2], "y": [1]}), (f"{a},{b}", {None: [0, 1]}),
+    in_yaml = json.dumps({"x": a, "y": b})  # val_data: {x: a.json, y: b.json}
+    for spec, expected in [(f"x={a},y={b},x={c}", {"x": [0, 2], "y": [1]}), (in_yaml, {"x": [0], "y": [1]}), (f"{a},{b}", {None: [0, 1]}),
                            (f"x={a}", {"x": [0]})]:
         sets = validation.sets_of(data.load(spec, tiny, 64), spec)
         assert {name: part.ids.tolist() for name, part in sets.items()} == expected
@@ -87,8 +89,21 @@ def test_wrong_names_are_one_clear_error(tmp_path):
         inputs.check(sft.Config(model=TINY, train_data=EXAMPLES, val_split=0.5, keep_best="z"))
     empty = write(tmp_path / "c.json", [{**ROWS[0], "weight": 0}])
     spec = f"x={a},y={empty}"
-    with pytest.raises(UserError, match="all rows of y are dropped"):
+    with pytest.raises(UserError, match="y has no rows, or all are dropped"):
         validation.sets_of(data.load(spec, tiny, 64), spec)
+
+
+def test_a_name_can_be_shown(tmp_path):
+    """Blanks around it do not count, in any form; no character moves the cursor or is part of the grammar."""
+    a = write(tmp_path / "a.json", ROWS[:1])
+    mapping = json.dumps([{"path": a, "name": " my set "}])
+    assert all(sources.set_names(spec) == ["my set"] for spec in (f" my set ={a}", "my set =org/name", mapping))
+    for spec in f"x\x1b[2J={a}", f"x\ny={a}", json.dumps([{"path": a, "name": "x\x1by"}]):
+        with pytest.raises(UserError, match="can't"):
+            sources.set_names(spec)
+    for name in "gsm8k/test", "a:b", "a@b", "a=b/c":
+        with pytest.raises(UserError, match=re.escape(f"the name {name} can't have any of : @ [ ] /")):
+            sources.set_names(f"{name}={a}")
 
 
 @pytest.mark.parametrize("flags, value", [
@@ -291,8 +306,13 @@ def test_evaluate_has_the_numbers_of_the_run(lora, train, tmp_path, capsys, monk
 
 def test_evaluate_takes_sets_in_any_form():
     """Arguments with names are one set each; one without is called as it is written."""
+    values = evaluate.values_of(1, validation.Result(1.0, 0.5, 2, 2.0))
     assert evaluate.arguments_of(["m", "a=x", "y", "--tp", "2"]) == ["--model=m", '--data=["a=x", "y"]', "--tp", "2"]
     assert evaluate.arguments_of(["--model", "m", "--data", "a=x,b=y"]) == ["--model", "m", "--data", "a=x,b=y"]
+    with pytest.raises(UserError, match=r"m: no FILE follows; write python tools/evaluate.py MODEL FILE \[FILE"):
+        evaluate.arguments_of(["m", "--json", "a=x"])
+    rows = evaluate.table([("together", values), ("together", values)])  # a set may be called so
+    assert [row.split()[0] for row in rows] == ["set", "together", "together"]
     assert evaluate.specs_of(json.dumps([EXAMPLES])) == [(EXAMPLES, EXAMPLES)]
     named = f"a={EXAMPLES}", f"b={VALIDATION},a={VALIDATION}"
     assert evaluate.specs_of(json.dumps([named[0], EXAMPLES, named[1]])) == [(None, ",".join(named)), (EXAMPLES, EXAMPLES)]
