@@ -181,7 +181,7 @@ def add_product_(total, a, b, is_first):
     elif total.device.type != "cpu":
         # 16-bit factors, summed and added in fp32 inside the product: no second buffer, no rounding between.
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # torch (2.11 to 2.13) has out_dtype on the GPU only
+    else:  # torch (2.11 to 2.15) has out_dtype on the GPU only
         if is_first:
             total.zero_()
         total += a @ b

@@ -48,6 +48,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def addmm_on_meta():
+    """torch.addmm with out_dtype on device meta, as the loss calls it. torch 2.11 takes the dtype for beta there; its
+    function of CUDA is right."""
+    import torch
+
+    library = torch.library.Library("aten", "IMPL")
+    if torch.__version__ < "2.13":
+        library.impl("addmm.dtype_out", lambda *_, out, **__: out, "Meta", allow_override=True)
+    return library  # when it is freed, the function is, too
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """A function: flags of sft.py -> the lines of its metrics.jsonl. Runs in tmp_path; `out` is --output_dir."""
