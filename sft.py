@@ -146,7 +146,7 @@ class Config(Settings):
                                                  env="KEEP_CHECKPOINTS", low=1, word="all")
     eval_steps: int | None = setting(None, "validate every N steps; none: once per epoch", low=1,
                                      env="EVAL_STEPS", needs="val_data or val_split or sample_prompts")
-    keep_best: bool | str = setting(False, "also keep the checkpoint of lowest val_loss; NAME: of this set",
+    keep_best: bool | str = setting(False, "also save each step of a new lowest val_loss; NAME: of this set",
                                     word="NAME", needs="val_data or val_split")
     early_stopping: int | None = setting(None, "stop after N validations in a row without a lower val_loss",
                                          low=1, needs="val_data or val_split")

@@ -5,6 +5,8 @@ huggingface_hub is imported where it is used: it is slow, and most runs push not
 
 import contextlib
 import os
+import shlex
+import sys
 
 from disk import checkpoint, files, pretrained
 from settings.errors import UserError, printable
@@ -42,7 +44,8 @@ def check(name, flag="--push_to_hub"):
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{flag} {name}: the environment sets HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE), so "
                         "nothing can be pushed; unset it, or push later with tools/push.py")
-    remedy = f"run `hf auth login`, or set HF_TOKEN, with a token that may write: {TOKENS}"
+    login = shlex.quote(os.path.join(os.path.dirname(sys.executable), "hf"))
+    remedy = f"run `{login} auth login`, or set HF_TOKEN, with a token that may write: {TOKENS}"
     try:
         user = HfApi().whoami()
     except LocalTokenNotFoundError as error:

@@ -130,6 +130,7 @@ class RunState:
     owes_evaluation  a signal interrupted the evaluation after `step`; resume repeats it before the next step
     baseline         {digest of a validation set: its loss before the first step}
     judged           digest of the validation set whose val_loss counts for `best`
+    lowest           {digest of a validation set: {"val_loss", "step"} of its lowest loss}
     date             of the first start, an ISO text: a chat template may print it
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
     chosen           what `auto` means in this run, {"micro_batch_size": conversations,
@@ -139,7 +140,7 @@ class RunState:
     has_saved        whether this process has saved a checkpoint
 
     state.json of a checkpoint stores them as "step", "best", "best_saved", "norms", "chosen", "date", "lr",
-    "baseline", "judged" and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps",
+    "baseline", "judged", "lowest" and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps",
     "val_split", the number of "ranks", the fingerprint of the "model" that the run started from ("base" with
     LoRA), and the digests of the training "data" and of "val_data".
     """
@@ -177,6 +178,7 @@ class RunState:
         self.norms = collections.deque(self.saved.get("norms", ()), maxlen=64)
         self.owes_evaluation = bool(self.saved.get("is_cut"))
         self.baseline, self.judged = self.saved.get("baseline") or {}, None
+        self.lowest = self.saved.get("lowest") or {}
         self.chosen = {}
         today = ranks.broadcast(datetime.date.today().toordinal())  # another node may be in another day
         self.date = self.saved.get("date") or datetime.date.fromordinal(today).isoformat()
@@ -198,10 +200,13 @@ class RunState:
 
     def find_best_saved(self):
         """`best_saved` of the resumed run, if that checkpoint is there; an older version did not save it."""
-        saved = self.saved.get("best_saved") or {name: self.best[name] for name in ("val_loss", "step")}
-        if os.path.isdir(os.path.join(self.root, f"step_{saved['step']}")):
-            return saved
-        return {"val_loss": None, "step": 0}
+        return self.if_there(self.saved.get("best_saved") or {
+            name: self.best[name] for name in ("val_loss", "step")})
+
+    def if_there(self, saved):
+        """{"val_loss", "step"} if that step's checkpoint is there, otherwise those of no step."""
+        is_there = os.path.isdir(os.path.join(self.root, f"step_{saved['step']}"))
+        return saved if is_there else {"val_loss": None, "step": 0}
 
     def compared(self, train_set):
         """What must be the same on all ranks, for Ranks.agree. Every rank calls it."""
@@ -323,16 +328,22 @@ class RunState:
         ranks.agree("inputs", self.compared(train_set))
 
     def judge_by(self, digest):
-        """Note the validation set by whose loss judge() goes. If it is another one, the best begins anew."""
+        """Note the validation set by whose loss judge() goes. If it is another one, so is the best step."""
         self.judged, before = digest, self.saved.get("judged")
         is_other = before != digest
         if before is None:  # saved by an older version: it went by all validation data
             is_other = self.saved.get("val_data", self.identity["val_data"]) != self.identity["val_data"]
-        if is_other and self.best["val_loss"] is not None:
+        if not is_other or self.best["val_loss"] is None:
+            return
+        known = self.lowest.get(digest)
+        if known:
+            self.lines.append(f"best     goes by another validation set now: its lowest val_loss is "
+                              f"{known['val_loss']:.4f}, of step {known['step']}")
+        else:
             self.lines.append(f"best     begins anew: the val_loss {self.best['val_loss']:.4f} of step "
                               f"{self.best['step']} is of other validation data")
-            self.best = {"val_loss": None, "step": 0, "behind": 0}
-            self.best_saved = {"val_loss": None, "step": 0}
+        known = known or {"val_loss": None, "step": 0}
+        self.best, self.best_saved = {**known, "behind": 0}, self.if_there(known)
 
     def fingerprints(self):
         """{"base" with LoRA, otherwise "model": the fingerprint of the model that the run started from}.
@@ -428,6 +439,12 @@ class RunState:
         """--early_stopping N: whether the last N validations brought no lower val_loss."""
         return bool(self.cfg.early_stopping) and self.best["behind"] >= self.cfg.early_stopping
 
+    def note_lowest(self, digest, step, val_loss):
+        """Remember the lowest loss of each validation set: a resume may name another one by --keep_best."""
+        known = self.lowest.get(digest)
+        if math.isfinite(val_loss) and (known is None or val_loss < known["val_loss"]):
+            self.lowest[digest] = {"val_loss": val_loss, "step": step}
+
     def judge(self, step, val_loss):
         """Compare a val_loss with the best so far; return whether it is lower."""
         self.last_judged = step, val_loss
@@ -470,6 +487,7 @@ class RunState:
             "best": self.best,
             "judged": self.judged,
             "baseline": self.baseline,
+            "lowest": self.lowest,
             "best_saved": self.best_saved,
             "is_cut": self.owes_evaluation,
             "norms": list(self.norms),

@@ -230,7 +230,7 @@ class Log:
             last = last_step or -1  # a new run keeps no line, not even one of step 0
             self.metrics = JsonLines(os.path.join(self.directory, "metrics.jsonl"), last)
             self.samples = JsonLines(os.path.join(self.directory, "samples.jsonl"), last)
-            self.trend, self.has_diagnosed = Trend(self.metrics.path), False
+            self.trend, self.diagnosis = Trend(self.metrics.path), None
             ranks.ends.callback(self.close)
 
     def banner(self, cfg, run, model, tokenizer, train_set, validation, sampler, ranks):
@@ -396,16 +396,17 @@ class Log:
             for name in sets:
                 self.say(f"step {step}:   {name}: {described(step, results[name])}")
             is_early = step < max(1, self.total_steps / 4)  # the lr may still rise
-            if not is_early and not self.has_diagnosed:
+            if not is_early and not self.diagnosis:
                 self.diagnose()
         for prompt, answer in answers:
             self.samples.write(step=step, kind="sample", prompt=prompt, answer=answer)
             self.say(f"step {step}: {prompt!r:.60} -> {answer!r:.100}")
 
     def diagnose(self):
-        """Print a line if the loss does not fall as it should."""
-        if diagnosis := self.trend.diagnosis():
-            self.has_diagnosed = True
+        """Print a line if the loss does not fall as it should, unless it was the last such line."""
+        diagnosis = self.trend.diagnosis()
+        if diagnosis and diagnosis != self.diagnosis:
+            self.diagnosis = diagnosis
             self.say(f"warning: {diagnosis}")
 
     def extremes(self, step, texts):

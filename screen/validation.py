@@ -152,6 +152,8 @@ class Validation:
         if run.owes_evaluation:
             return False
         log.validation(step, self.compared(results), answers)
+        for name, result in results.items():
+            run.note_lowest(self.sets[name].digest, step, result.loss)
         return bool(results) and run.judge(step, results[self.judged].loss)
 
     def compared(self, results):

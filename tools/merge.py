@@ -110,7 +110,7 @@ def merge(cfg):
     with exporting.new_directory(cfg.out) as directory:
         exporting.write_files(directory, exported)
         exporting.write_weights(directory, stored, tensor_of, exporting.FILE_BYTES)
-    print(printable(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} layers, {cfg.dtype}\n"
+    print(printable(f"merged   {cfg.adapter} into {base}: {len(lora_ranks)} matrices, {cfg.dtype}\n"
                     f"saved    {cfg.out} (Hugging Face model directory)\n"
                     f"try it   {venv.command('chat.py')} {shlex.quote(cfg.out)}"))
 

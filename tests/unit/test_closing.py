@@ -66,13 +66,13 @@ def test_sets_and_forgetting(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = closing.result_lines(tmp_path)
     assert "val_loss 2.0000 of math after step 4 is the lowest" in said
-    assert "forgot   -1.0000 of math, +0.5000 of general: the last val_loss minus the one before training" in said
+    assert "forgot   -1.0000 of math, +0.5000 of general: the last val_loss minus the one before training; above 0 it is worse" in said
     (tmp_path / "config.yaml").write_text("keep_best: general\n")
     assert "val_loss 1.2500 of general after step 2 is the lowest" in closing.result_lines(tmp_path)
     for line in lines:
         line.pop("val_sets", None)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "forgot   +0.1000: the last val_loss minus the one before training" in closing.result_lines(tmp_path)
+    assert "forgot   +0.1000: the last val_loss minus the one before training; above 0 it is worse" in closing.result_lines(tmp_path)
 
 
 def test_only_the_sets_of_the_last_validation_count(tmp_path):
@@ -88,7 +88,7 @@ def test_only_the_sets_of_the_last_validation_count(tmp_path):
         return closing.result_lines(tmp_path)
 
     assert "val_loss 1.2500 of b after step 2 is the lowest" in said()
-    assert "forgot   +0.2500 of b: the last val_loss minus the one before training" in said()
+    assert "forgot   +0.2500 of b: the last val_loss minus the one before training; above 0 it is worse" in said()
     del lines[-1]["val_sets"]  # one set, with fewer targets: other data than before
     assert "val_loss 1.9000 after step 2 is the lowest" in said()
     assert not any(line.startswith("forgot") for line in said())

@@ -172,6 +172,7 @@ def test_sft_may_import_selfcheck_inside_a_function():
     assert not tools_in_the_trainer({"sft.py": "def f():\n    from tools import selfcheck", "tools/selfcheck.py": ""})
 
 
+@pytest.mark.repo
 def test_levels_contain_every_module_and_nothing_else(code):
     """Otherwise a module would be above all levels, or a name in LEVELS would have no module."""
     modules = {module_of(path) for path in code if path.endswith(".py")}

@@ -214,13 +214,22 @@ def test_losses_before_training_and_what_is_forgotten(train, tmp_path, capsys, m
     assert f"forgetting {lines[3]['forgetting']:+.4f}, {lines[3]['val_tokens']} tokens" in out
     assert "sets     general 9 conversations" in out
 
-    # another set to judge by begins anew; a set that is new has no loss from before training
-    train(*flags[:-1], "general", "--resume_from", "auto", "--max_steps", 4, "--val_data",
-          f"general={general},new={write(tmp_path / 'new.json', ROWS[12:14])}")
+    # another set to judge by has a lowest loss already; a set that is new has none, nor a loss from before training
+    changed = (*flags[:-1], "general", "--resume_from", "auto", "--max_steps", 4, "--lr", 0)
+    train(*changed, "--val_data", f"general={general},new={write(tmp_path / 'new.json', ROWS[12:14])}")
     out = capsys.readouterr().out
-    assert "is of other validation data" in out and "forgetting is not known of new" in out
+    lowest = min(line["val_sets"]["general"]["loss"] for line in lines[1:])
+    assert f"another validation set now: its lowest val_loss is {lowest:.4f}, of step 3" in out
+    assert "forgetting is not known of new" in out
     last = val_lines(metrics(tmp_path / "out"))[-1]
     assert "forgetting" not in last and "forgetting" not in last["val_sets"]["new"] and last["val_sets"]["general"]["forgetting"] < 0
+    state = json.loads((tmp_path / "out/checkpoints/latest/training_state/state.json").read_text())
+    assert state["best"]["val_loss"] == lowest and os.readlink(tmp_path / "out/checkpoints/best") in ("step_3", "step_4")
+    train(*changed, "--max_steps", 5, "--val_data", f"new={tmp_path / 'new.json'},general={general}", "--keep_best", "new")
+    assert "another validation set now" in capsys.readouterr().out
+    train(*changed, "--max_steps", 6, "--val_data", f"other={write(tmp_path / 'other.json', ROWS[14:15])}",
+          "--keep_best", "other")
+    assert "is of other validation data" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_an_older_version_has_no_loss_from_before(train, tmp_path, capsys, monkeypatch):
