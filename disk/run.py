@@ -140,9 +140,9 @@ class RunState:
     has_saved        whether this process has saved a checkpoint
 
     state.json of a checkpoint stores them as "step", "best", "best_saved", "norms", "chosen", "date", "lr",
-    "baseline", "judged", "lowest" and, for owes_evaluation, "is_cut". It also has "template_kwargs", "total_steps",
-    "val_split", the number of "ranks", the fingerprint of the "model" that the run started from ("base" with
-    LoRA), and the digests of the training "data" and of "val_data".
+    "baseline", "judged", "lowest" and, for owes_evaluation, "is_cut". It also has "template_kwargs",
+    "total_steps", "val_split", the number of "ranks", the fingerprint of the "model" that the run started
+    from ("base" with LoRA), and the digests of the training "data" and of "val_data".
     """
 
     def __init__(self, cfg, ranks, origins):

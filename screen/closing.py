@@ -26,7 +26,8 @@ def result_lines(directory):
     forgetting = [(name, run.forgetting(name)) for name in run.last_sets()]
     texts = [f"{value:+.4f}" + f" of {name}" * bool(name) for name, value in forgetting if value is not None]
     if texts:
-        lines.append(f"forgot   {', '.join(texts)}: the last val_loss minus the one before training; above 0 it is worse")
+        lines.append(f"forgot   {', '.join(texts)}: the last val_loss minus the one before training; above 0 "
+                     "it is worse")
     speed, memory = run.median("tokens_per_second"), run.peak_memory()
     took = [f"{report.duration(last.get('seconds') or 0)} of training"]
     took += [f"{speed:,.0f} tokens/s"] if speed is not None else []
