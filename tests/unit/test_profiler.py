@@ -13,6 +13,9 @@ from torch.cuda import _memory_viz
 from screen import profiler
 
 
+pytestmark = pytest.mark.filterwarnings("error:.*Profiler clears events")  # nothing of that on the screen
+
+
 @pytest.fixture
 def run(tmp_path):
     """A function: traces a run whose steps are one product each; returns the steps that it took and those traced."""
