@@ -63,6 +63,7 @@ def trace(cfg, device):
         torch.cuda.memory._record_memory_history(enabled=None)
         tqdm.write(f"         {path}: the memory; screen/profiler.py says how to look at it")
 
+    # acc_events: there is one cycle, and torch 2.11 warns that others would be lost
     return torch.profiler.profile(
-        activities=activities, on_trace_ready=write, record_shapes=True,
+        activities=activities, on_trace_ready=write, record_shapes=True, acc_events=True,
         schedule=torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=cfg.profile, repeat=1))
