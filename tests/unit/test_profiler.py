@@ -41,13 +41,14 @@ def run(tmp_path):
     return run
 
 
-def test_the_trace_has_the_steps_after_the_warm_up(run, capsys, tmp_path):
+def test_the_trace_has_the_steps_after_the_warm_up(run, capsys, tmp_path, recwarn):
     """From the first step of this run, which a resumed run has too; every step is taken once."""
     for steps in range(1, 9), range(7, 12):
         assert run(steps) == (list(steps), list(steps[2:5]))
         assert f"profile  {tmp_path}/trace.json.gz: 3 of 3 steps" in capsys.readouterr().out
     assert run(range(1, 6), n=None) == ([1, 2, 3, 4, 5], None)
     assert run(range(1, 6), rank=1) == ([1, 2, 3, 4, 5], None)
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_a_run_that_ends_early_has_a_shorter_trace(run, capsys):
