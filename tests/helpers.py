@@ -48,6 +48,12 @@ def torchrun(ranks, *arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
+def first(n, cases):
+    """Cases of a test: the first n, and the others with --full only."""
+    return [case if i < n else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full)
+            for i, case in enumerate(cases)]
+
+
 def program_path(name):
     return os.path.join(TESTS, "programs", f"{name}.py")
 

@@ -151,7 +151,8 @@ def test_a_skipped_step_changes_nothing(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, low, high", [
-    ((), 0.9, 1.0), (("--use_lora",), 0.3, 1.0), (("--optimizer_offload",), 0.9, 1.0)])
+    ((), 0.9, 1.0), *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        (("--use_lora",), 0.3, 1.0), (("--optimizer_offload",), 0.9, 1.0)))])
 def test_the_fraction_of_changed_weights_is_logged(train, capsys, flags, low, high):
     """In steps 1, 11, ...: the fraction of all trained weights that the update changed."""
     lines = train(*FAST, *flags, "--max_steps", 12)

@@ -73,8 +73,8 @@ def test_a_step_casts_each_trained_parameter_once(dataset, lora):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--dtype", "bf16"), pytest.param(("--dtype", "bf16", "--use_lora"), marks=pytest.mark.full),
-    pytest.param(("--optimizer_offload",), marks=pytest.mark.full), ("--param_offload",)], ids=" ".join)
+    (), ("--dtype", "bf16"), *(pytest.param(flags, marks=pytest.mark.full) for flags in (
+        ("--dtype", "bf16", "--use_lora"), ("--optimizer_offload",), ("--param_offload",)))], ids=" ".join)
 def test_one_process_has_no_collective(train, monkeypatch, tmp_path, flags):
     """A run with evaluation, samples and saves, in which any collective raises."""
     def refused(*args, **options):

@@ -118,7 +118,8 @@ def test_before_the_first_step_nothing_is_saved(where, lines):
     assert lines[-1] == last
 
 
-@pytest.mark.parametrize("where, rank", [("backward", 1), pytest.param("optimizer", 0, marks=pytest.mark.full)])
+@pytest.mark.parametrize("where, rank", [("backward", 1), ("optimizer", 0)])
+@pytest.mark.full
 def test_one_of_two_ranks(where, rank, tmp_path):
     """The message comes once, from that rank; the other ends at once, without a word."""
     started = time.monotonic()

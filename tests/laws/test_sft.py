@@ -48,9 +48,9 @@ def masters(directory):
     ("--micro_batch_size", 1, "--no-packing", "--gradient_checkpointing"),
     ("--micro_batch_size", 3, "--no-packing", "--no-gradient_checkpointing"),
     ("--micro_batch_size", 8, "--packing", "--no-gradient_checkpointing"),
-    ("--micro_batch_size", 1, "--packing", "--no-gradient_checkpointing"),
-    ("--micro_batch_size", "auto", "--gradient_checkpointing", "auto"),
-])
+    *(pytest.param(flags, marks=pytest.mark.full) for flags in (
+        ("--micro_batch_size", 1, "--packing", "--no-gradient_checkpointing"),
+        ("--micro_batch_size", "auto", "--gradient_checkpointing", "auto")))])
 def test_a_step_does_not_depend_on_its_micro_batches(train, flags, tmp_path):
     """Loss, gradient norm and gradients are the same with packing on or off, for any micro_batch_size."""
     common = ("--lr", "1e-3", "--batch_size", "10", "--max_length", "256", "--max_steps", "5")

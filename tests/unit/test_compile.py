@@ -137,6 +137,7 @@ def test_a_compiled_block_keeps_gate_and_up_alone(traced, options):
     assert kept.count((sum(PACKINGS[0]), width)) == 2 * net.config.num_hidden_layers
 
 
+@pytest.mark.full
 def test_compiled_qlora_keeps_no_dequantised_matrix(traced):
     """One graph, and for backward only what is stored in 4 bits. A dequantisation that the compiler saw would be the same
     in forward and backward, so it would be computed once and kept."""

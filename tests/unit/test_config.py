@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, first
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -270,6 +270,7 @@ def test_hydra_names_a_file_by_directory_and_name(yaml_file, tmp_path, monkeypat
     assert parse("--config-name", "mine").seed == 7
 
 
+@pytest.mark.full
 def test_a_configuration_survives_being_written(tmp_path):
     """write_yaml and then --config give an equal configuration; so does json_text, which is JSON too."""
     path = str(tmp_path / "config.yaml")
@@ -697,8 +698,7 @@ PRESET = {name: (value, "preset configs/tiny.yaml") for name, value in {
     "keep_checkpoints": "2"}.items()}
 
 
-@pytest.mark.parametrize("arguments, env, expected", [
-    ([], {}, {}),
+@pytest.mark.parametrize("arguments, env, expected", first(2, [
     (["--model", "tiny"], {}, {**PRESET, "model": ("tiny", "flag --model")}),
     (["--lr=1", "--use_lora"], {"MODEL_PATH": "tiny", "NUM_EPOCHS": "2", "BATCH_SIZE": ""},
      {**PRESET, "model": ("tiny", "environment MODEL_PATH"), "epochs": ("2", "environment NUM_EPOCHS"),
@@ -711,7 +711,8 @@ PRESET = {name: (value, "preset configs/tiny.yaml") for name, value in {
     (["--model", "tiny"], {"CONFIG": os.path.join(ROOT, "config.yaml"), "SEED": "5"},
      {**{name: (str(value), None) for name, value in DEFAULTS.items()}, "model": ("tiny", "flag --model"),
       "seed": ("5", "environment SEED")}),
-], ids=range(6))
+    ([], {}, {}),
+]), ids=range(6))
 def test_presets_environment_and_flags_of_train_sh(arguments, env, expected, tmp_path):
     """Precedence: preset < file < environment < flag. The preset is that of the model in the end. The example
     data is found from another directory than the project's."""
@@ -849,6 +850,7 @@ def test_run_returns_when_all_is_well(capsys):
         errors.run(fail)
 
 
+@pytest.mark.full
 def test_a_misspelt_flag_of_the_program_is_one_line(tmp_path):
     """python sft.py --batchsize 4: exit code 2, one line with the nearest name, and no files written."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), "--batchsize", "4"], cwd=tmp_path,

@@ -390,6 +390,7 @@ def test_ids_of_the_hub_are_not_checked(hub, tmp_path):
         inputs.check_data("--val_data", spec)
 
 
+@pytest.mark.full
 def test_several_ranks_print_one_line(tmp_path):
     """Only the first rank of a node prints; without this each would, in two forms."""
     command = [sys.executable, os.path.join(ROOT, "sft.py"), "--model", TINY, "--train_data", "nope.json"]

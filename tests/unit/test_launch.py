@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, TESTS
+from helpers import ROOT, TESTS, first
 
 import sft
 from ranks import packages
@@ -447,9 +447,9 @@ def test_a_program_without_torch_continues_in_the_venv(program, safe_path, bare,
     assert (done.returncode, done.stdout, done.stderr) == (0, " ".join(arguments) + "\n", "")
 
 
-@pytest.mark.parametrize("program, arguments, printed", [
+@pytest.mark.parametrize("program, arguments, printed", first(1, [
     ("tools/show.py", ["show", "-n", "1"], "data/example_sft.json[0]: "),
-    ("sft.py", ["--help"], "Supervised fine-tuning: "), ("chat.py", ["--help"], "Talk to a model: ")])
+    ("sft.py", ["--help"], "Supervised fine-tuning: "), ("chat.py", ["--help"], "Talk to a model: ")]))
 def test_a_command_of_the_readme_runs_where_only_the_venv_has_torch(program, arguments, printed, bare, dot_venv,
                                                                     tmp_path):
     """In a directory without the example data, and with a file in tools/ that has the name of a package."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from checkpoint_helpers import Run
-from helpers import EXAMPLES, make_directory, model_directory, run_all, tensors_of
+from helpers import EXAMPLES, first, make_directory, model_directory, run_all, tensors_of
 from multimodal_helpers import IS_TEXT, KINDS, READ, SPELLINGS, check_kept, loading_info, multimodal, raw_tensors
 from safetensors.torch import load_file, save_file
 
@@ -199,9 +199,9 @@ def our_logits(directory, base=None):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.full] * (kind != "gemma3")) for kind in READ])
-@pytest.mark.parametrize("flags, n_layers", [
+@pytest.mark.parametrize("flags, n_layers", first(1, [
     ((), None), (("--lora_targets", "q_proj,layers.1.mlp.down_proj", "--lora_modules_to_save", "embed_tokens,lm_head"), None),
-    (("--lora_targets", r"model\.layers\.1\..*(q|v)_proj"), 2)])
+    (("--lora_targets", r"model\.layers\.1\..*(q|v)_proj"), 2)]))
 def test_peft_adapts_the_text_model_of_the_whole_one(train, tmp_path, monkeypatch, kind, flags, n_layers):
     """Not the vision tower, which has layers with the same names. And the merged directory has all tensors."""
     directory = multimodal(tmp_path / "m", kind)

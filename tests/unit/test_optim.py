@@ -619,7 +619,8 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the code catches it."""
 
 
-@pytest.mark.parametrize("flags", [(), ("--optimizer_offload",)], ids=["plain", "offload"])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--optimizer_offload",), marks=pytest.mark.full)],
+                         ids=["plain", "offload"])
 def test_a_killed_run_with_lion_resumes_bitwise(train, tmp_path, monkeypatch, flags):
     """Only the class that `choose` returns has to be replaced. --optimizer_offload works with Lion too."""
     monkeypatch.setattr(optim, "choose", lambda model, cfg: (Lion, optim.parameter_groups(model, cfg.weight_decay)))

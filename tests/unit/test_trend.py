@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from helpers import TINY, write
+from helpers import TINY, first, write
 
 from screen.trend import ENOUGH, Trend
 
@@ -110,12 +110,12 @@ def pairs(answer, n=8):
 RUN = "--model", TINY, "--batch_size", 4, "--max_length", 64
 
 
-@pytest.mark.parametrize("flags, says", [
+@pytest.mark.parametrize("flags, says", first(2, [
     (("--lr", 1, "--epochs", 10), "the loss rose"),
     (("--lr", 1e-9, "--epochs", 10), "the loss did not fall"),
     (("--lr", 4e-3, "--epochs", 10), None),
     (("--lr", 1e-9, "--epochs", 8, "--use_lora"), None),  # 16 steps are too few
-], ids=str)
+]), ids=str)
 def test_a_run_ends_with_the_line(flags, says, train, tmp_path, capsys):
     """A planted learning rate: too high, too low, right."""
     path = write(tmp_path / "rows.json", pairs(lambda i: WORDS[i]))

@@ -212,6 +212,7 @@ def test_the_keys_added_since_are_accepted_as_they_are(parse):
     assert "there is no padding" in parse("", "engine.pad_to_length=true")[1][0]
 
 
+@pytest.mark.full
 def test_a_run_of_the_shipped_file(tmp_path, monkeypatch, capsys):
     """It trains on the example data, which does not have its columns, and on rows that do."""
     monkeypatch.chdir(tmp_path)
