@@ -50,6 +50,8 @@ def torchrun(ranks, *arguments, **options):
 
 def first(n, cases):
     """Cases of a test: the first n, and the others with --full only."""
+    import pytest  # slow, and programs do not need it
+
     return [case if i < n else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full)
             for i, case in enumerate(cases)]
 
