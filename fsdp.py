@@ -39,10 +39,12 @@ def shard(model, ranks, *, bf16, param_offload):
     offload = OffloadPolicy()
     if param_offload:
         offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+    has_replicas = ranks.mesh["replicas"].size() > 1
+    mesh = ranks.mesh["replicas", "shards"] if has_replicas else ranks.mesh["shards"]
     for module in (*model.model.layers, model):
-        fully_shard(module, mesh=ranks.mesh["dp"], mp_policy=precision, offload_policy=offload)
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for module in model.modules():
-        if isinstance(module, FSDPModule) and ranks.dp_size > 1:  # a factor would cost one rank a copy
+        if isinstance(module, FSDPModule) and mesh.size() > 1:  # a factor would cost one rank a copy
             # Sum the gradients, as backward() already divides the loss by the target tokens of the step.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
@@ -68,8 +70,8 @@ def grad_norm(model):
     """Global norm of all gradients, a scalar tensor on their device.
 
     torch.nn.utils.clip_grad_norm_ refuses gradients on several meshes (torch 2.13): with tp, a matrix's
-    gradient is on (dp, tp), an RMSNorm's on (dp). So the gradients are grouped by mesh and sharding; the
-    squares of each group are summed locally, then over the ranks that hold its other shards.
+    gradient is on (shards, tp), an RMSNorm's on (shards). So the gradients are grouped by mesh and sharding;
+    the squares of each group are summed locally, then over the ranks that hold its other shards.
     """
     groups = {}  # (mesh, mesh axes that shard the gradient) -> local shards
     for p in model.parameters():

@@ -121,6 +121,8 @@ class Config(Settings):
     strategy: str = setting("fsdp", "fsdp and fsdp2: FSDP2; megatron: tensor parallel × FSDP2",
                             ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
     tp: int = setting(1, "split each matrix over N ranks (tensor parallel)", env="TP", low=1)
+    sp: int = setting(1, "split each conversation over N ranks (sequence parallel)", env="SP", low=1)
+    replicas: int = setting(1, "N copies of the model, each sharded over 1/N of the ranks (HSDP)", low=1)
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
                                   env="PARAM_OFFLOAD")
@@ -161,7 +163,7 @@ class Config(Settings):
     def __post_init__(self):
         self.complete(resume.settings)
         check_loggers(self.logger)
-        processes.check_strategy(self.strategy, self.tp)
+        processes.check_strategy(self.strategy, self.tp, self.sp, self.replicas)
 
     def dtype_on(self, device):
         """Compute precision on a device, "bf16" or "fp32"."""
@@ -340,7 +342,7 @@ def train(cfg, ranks=None, origins=None):
         if ranks.stop_signal or run.stops_early:
             break
         ranks.set_phase(f"step {step}")
-        torch.manual_seed(hash((cfg.seed, step, ranks.dp_rank)))  # for dropout; resume needs no RNG state
+        torch.manual_seed(hash((cfg.seed, step, ranks.tokens_rank)))  # for dropout; resume needs no RNG state
         counts = train_set.count(ids)
         loss = backward(model, batches, counts["target_weight"], ranks, losses.restart(ids))
         if cfg.use_lora and step == first_step:

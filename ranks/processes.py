@@ -1,8 +1,10 @@
 """The processes of a run: their place in the mesh, the phase that each is in, and how all end together.
 
-The mesh is (dp, tp). Ranks of one tp group read the same conversations and hold slices of each matrix; ranks
-along dp read different conversations. If one rank fails, all end (failures.py). If one rank receives a
-signal, all finish the step, save and exit.
+The mesh is (replicas, shards, tp). Ranks of one tp group read the same conversations and hold slices of each
+matrix. FSDP2 shards these over `shards`; `replicas` hold copies. Ranks along replicas and shards read other
+conversations (dp), but those of one sp group, neighbours in `shards`: each has a part of every conversation.
+
+If one rank fails, all end (failures.py). If one rank receives a signal, all finish the step, save and exit.
 """
 
 import contextlib
@@ -43,9 +45,12 @@ class Ranks:
     world_size: int
     dp_rank: int  # decides which conversations this process reads
     dp_size: int
-    mesh: DeviceMesh | None  # with the axes dp and tp; None without a process group
+    mesh: DeviceMesh | None  # with the axes replicas, shards and tp; None without a process group
     device: torch.device
     store: dist.Store
+    sp_rank: int = 0  # decides which of a micro-batch's tokens this process has
+    sp_size: int = 1
+    sp_group: dist.ProcessGroup | None = None  # with sp_size > 1
     phase: str = "start"
     received_signal: int = 0  # number of the signal that this rank has received, or 0
     stop_signal: int = 0  # number of the signal that all ranks have agreed on, or 0
@@ -59,6 +64,11 @@ class Ranks:
     late: tuple | None = None  # the poll that poll_signals(late=True) has begun: (dist.Work, its number)
     previous_handlers: dict = field(default_factory=dict)  # signal -> handler to restore at the end
     previous_mask: set = field(default_factory=set)  # the blocked signals, to restore too
+
+    @property
+    def tokens_rank(self):
+        """The number of this rank among those that compute other tokens; the same in a tp group."""
+        return self.dp_rank * self.sp_size + self.sp_rank
 
     def set_phase(self, phase):
         """Write to the store what this rank is doing, for the others to report if it stops responding."""
@@ -115,9 +125,10 @@ class Ranks:
                   "more, or use fewer ranks", file=sys.stderr)
 
     def all_reduce(self, tensor):
-        """Sum a tensor over the data-parallel ranks, in place: one all-reduce."""
-        if self.dp_size > 1:
-            dist.all_reduce(tensor, group=self.mesh["dp"].get_group())
+        """Sum a tensor over the ranks that compute other tokens, in place."""
+        for axis in ("shards", "replicas"):
+            if self.mesh and self.mesh[axis].size() > 1:
+                dist.all_reduce(tensor, group=self.mesh[axis].get_group())
         return tensor
 
     def broadcast(self, number):
@@ -272,6 +283,26 @@ def write_to_screen(line):
         os.write(2, f"\n{line}\n".encode())
 
 
+def check_layout(tp, sp, replicas, world_size):
+    """Raise UserError unless tp * sp * replicas divides the world size."""
+    check_tp(tp, world_size)
+    sizes = {"--tp": tp, "--sp": sp, "--replicas": replicas}
+    used = {flag: size for flag, size in sizes.items() if size > 1}
+    product = tp * sp * replicas
+    if world_size % product == 0:
+        return
+    fits = []
+    for flag, size in used.items():
+        others = product // size
+        if flag != "--tp" and world_size % others == 0:
+            divisors = [n for n in range(1, world_size // others + 1) if world_size // others % n == 0]
+            fits.append(f"{flag} {' or '.join(map(str, divisors))}")
+    flags = " ".join(f"{flag} {size}" for flag, size in used.items())
+    choices = f", or use {', '.join(fits)}" if fits else ""
+    raise UserError(f"{flags} needs a multiple of {product} processes, and this run has {world_size}; start "
+                    f"them with ./train.sh --n_gpus {product}{choices}")
+
+
 def check_tp(tp, world_size):
     """Raise UserError if tp, the number of ranks that split each matrix, does not divide the world size."""
     if world_size < tp:
@@ -284,33 +315,35 @@ def check_tp(tp, world_size):
                         f"{', '.join(divisors)} (1 with --strategy fsdp)")
 
 
-def check_strategy(strategy, tp):
-    """Raise UserError if --strategy and --tp contradict each other, or do not suit the ranks started."""
+def check_strategy(strategy, tp, sp=1, replicas=1):
+    """Raise UserError if --strategy and --tp contradict each other, or a size does not suit the processes."""
     env = dict(os.environ)
     try:
         cluster.check_rank(env)
     except cluster.ClusterError as error:
         raise UserError(str(error)) from error
-    if "WORLD_SIZE" in env:
-        check_tp(tp, int(env["WORLD_SIZE"]))
+    if "WORLD_SIZE" in env or sp * replicas > 1:
+        check_layout(tp, sp, replicas, int(env.get("WORLD_SIZE", "1")))
     if (tp > 1) != (strategy == "megatron"):
         other = f"--strategy megatron --tp {tp}" if tp > 1 else "--strategy megatron --tp 2"
         raise UserError(f"--strategy {strategy} does not go with --tp {tp}: use {other}, or --strategy fsdp "
                         "--tp 1")
 
 
-def start(tp, timeout, deterministic=False, same=None):
+def start(tp, timeout, deterministic=False, same=None, *, sp=1, replicas=1):
     """Join the process group that torchrun describes, or create one for this single process.
 
     tp             number of ranks that split each matrix
+    sp             number of ranks that share the tokens of a conversation
+    replicas       number of copies of the model
     timeout        seconds until a rank that does not respond counts as failed, see failures.Watchdog
     deterministic  make results on CUDA bit-identical from run to run
     same           {what: text} that must be the same on all ranks, see gate.compare. Here, because ranks with
                    another tp would wait for each other to build the mesh
 
-    Returns the Ranks of this process. Raises UserError if tp does not divide the number of processes, if
-    another run uses the store of this one, or the environment speaks of several and does not say how to meet
-    them.
+    Returns the Ranks of this process. Raises UserError if these sizes do not divide the number of processes,
+    if another run uses the store of this one, or the environment speaks of several and does not say how to
+    meet them.
     """
     try:
         cluster.check_rank(os.environ)
@@ -320,7 +353,7 @@ def start(tp, timeout, deterministic=False, same=None):
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    check_tp(tp, world_size)
+    check_layout(tp, sp, replicas, world_size)
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -346,7 +379,8 @@ def start(tp, timeout, deterministic=False, same=None):
         store = join(connect(rank, world_size, timeout), rank, timeout)
         watchdog = Watchdog(store.clone(), rank, world_size, timeout)
         watchdog.start()
-    ranks = Ranks(rank=rank, world_size=world_size, dp_rank=rank // tp, dp_size=world_size // tp, mesh=None,
+    ranks = Ranks(rank=rank, world_size=world_size, dp_rank=rank // (sp * tp),
+                  dp_size=world_size // (sp * tp), sp_rank=rank // tp % sp, sp_size=sp, mesh=None,
                   device=device, store=store, watchdog=watchdog)
     with contextlib.ExitStack() as ends:
         ends.push(ranks)  # so that an error ends the other ranks too
@@ -358,11 +392,17 @@ def start(tp, timeout, deterministic=False, same=None):
             errors.exits_at_once = world_size > 1
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                     timeout=BACKEND_TIMEOUT)
-        ranks.mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
+        ranks.mesh = init_device_mesh(device.type, (replicas, world_size // (replicas * tp), tp),
+                                      mesh_dim_names=("replicas", "shards", "tp"))
+        groups = ranks.mesh.get_all_groups()
+        if sp > 1:
+            tokens = init_device_mesh(device.type, (ranks.dp_size, sp, tp), mesh_dim_names=("dp", "sp", "tp"))
+            ranks.sp_group = tokens["sp"].get_group()
+            groups += tokens.get_all_groups()
         if watchdog:
             # torch 2.15 has it in public, and warns of the other one
             set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-            for group in ranks.mesh.get_all_groups():  # torch's defaults: 10 minutes for NCCL, 30 for gloo
+            for group in groups:  # torch's defaults: 10 minutes for NCCL, 30 for gloo
                 set_timeout(BACKEND_TIMEOUT, group)
         ends.pop_all()
     return ranks

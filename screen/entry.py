@@ -71,7 +71,8 @@ def run(train, cfg, origins, in_python=False):
     Raises processes.Stopped if a signal ended the run. Exits if --push_to_hub has failed; from Python, where
     a line says so, the run is as good as without it.
     """
-    with processes.start(cfg.tp, cfg.timeout, cfg.deterministic, gate.program(cfg)) as ranks:
+    with processes.start(cfg.tp, cfg.timeout, cfg.deterministic, gate.program(cfg),
+                         sp=cfg.sp, replicas=cfg.replicas) as ranks:
         ranks.in_python, ranks.warnings = in_python, Warnings.install(ranks)
         with (out_of_memory.explained(cfg, ranks), lock.alone(cfg, ranks),
               ranks.ends if in_python else contextlib.nullcontext()):
