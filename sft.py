@@ -262,8 +262,6 @@ def build(cfg, paths, ranks, trains=True):
         model.to(torch.bfloat16)  # the optimizer has fp32 masters; FSDP2 would cast its fp32 parameters
     if is_meta:
         return model, None
-    if compiled and not (cfg.use_lora or cfg.freeze or fsdp.is_used(ranks, cfg.param_offload)):
-        compiler.join_products(model)  # with FSDP2 each block's joined weight would be held unsharded
 
     if trains and ranks.device.type == "cpu":
         memory.tune_malloc(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)

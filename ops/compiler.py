@@ -32,18 +32,6 @@ def choose(setting, device, tp=1):
     return reason is None
 
 
-def join_products(model):
-    """Have the compiler join q_proj, k_proj and v_proj of a block into one product, in backward too.
-
-    On a GPU the narrow ones are bound by memory, and one product needs no sum of three gradients of its input.
-    More generally: linear layers of the same input, three or more. The joined weight is kept for backward. For
-    a model that is trained whole: autograd would compute the gradient of a frozen part of a joined weight.
-    """
-    options = {"pre_grad_fusion_options": {"batch_linear_lhs": {"min_fuse_set_size": 3}}}
-    for block in model.model.layers:
-        block.compile(dynamic=True, options=options)
-
-
 def has_compiler(device_type):
     """Whether a function that runs on this device should be compiled; device_type is "cuda", "cpu" or "meta".
 

@@ -76,14 +76,14 @@ STAGES = (
     Stage(2, "out_of_memory", 45, needs_gpu=True),
     Stage(3, "eager_0.5b", 90, expected={
         f"long.{SPEED}": (80e3, None), f"short.{SPEED}": (80e3, None), "watched.syncs": (0, None)}),
-    Stage(4, "compiled_0.5b", 75, expected={f"long.{SPEED}": (100e3, 90e3), f"short.{SPEED}": (105e3, None)}),
+    Stage(4, "compiled_0.5b", 100, expected={f"long.{SPEED}": (100e3, 90e3), f"short.{SPEED}": (105e3, None)}),
     Stage(5, "trl_0.5b", 60, "trl", {SPEED: (70e3, None)}),
     Stage(6, "compiled_1.5b", 75, expected={f"long.{SPEED}": (42e3, 38e3)}),
     Stage(6, "trl_1.5b", 60, "trl", {SPEED: (34e3, None)}),
     Stage(7, "lora_7b", 100, expected={f"long.{SPEED}": (14.5e3, 13e3)}),
     # 14,110 is what NeMo AutoModel publishes for this run
-    Stage(7, "lora_7b_4096", 60, expected={f"long.{SPEED}": (14.1e3, 14.11e3)}),
-    Stage(8, "qlora_7b", 75, expected={
+    Stage(7, "lora_7b_4096", 80, expected={f"long.{SPEED}": (14.1e3, 14.11e3)}),
+    Stage(8, "qlora_7b", 90, expected={
         f"long.{SPEED}": (13.5e3, None), "first_loss_error": (0.1, 0.15)}),
     Stage(9, "trl_7b", 60, "trl", {SPEED: (12.5e3, None)}),
     Stage(10, "offload_7b", 190, expected={f"long.{SPEED}": (7.5e3, 7e3)}),

@@ -229,26 +229,6 @@ def test_compiled_numbers_equal_eager_ones_and_kernels_are_few(monkeypatch):
     assert 4 * MOST_KERNELS < eager_operations(3) - eager_operations(2)  # each layer's, of which the products stay
 
 
-@full
-def test_one_product_for_q_k_and_v(monkeypatch):
-    """Five products of matrices in forward, twice as many in backward; loss and gradients are those of eager. Kept for
-    backward beside what a block keeps otherwise: the joined weight."""
-    sources, kept = [], []
-    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(sources.append))
-    net = fresh(num_hidden_layers=1)
-    compiler.join_products(net)
-    expected = step(fresh(False, num_hidden_layers=1), PACKINGS[0])
-    with fresh_cache():
-        for name, value in step(net, PACKINGS[0]).items():
-            torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4, msg=name)
-    assert [len(re.findall(r"extern_kernels\.(?:add)?mm\(", source)) for source in sources] == [5, 10]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        step(net, PACKINGS[0])
-    attention = net.model.layers[0].self_attn
-    rows = sum(layer.out_features for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
-    assert kept.count((rows, net.config.hidden_size)) == 1
-
-
 def distance(tensor, other):
     """Norm of the difference / norm of the other."""
     return ((tensor - other).norm() / other.norm()).item()
