@@ -76,7 +76,8 @@ STAGES = (
     Stage(2, "out_of_memory", 45, needs_gpu=True),
     Stage(3, "eager_0.5b", 90, expected={
         f"long.{SPEED}": (80e3, None), f"short.{SPEED}": (80e3, None), "watched.syncs": (0, None)}),
-    Stage(4, "compiled_0.5b", 100, expected={f"long.{SPEED}": (100e3, 90e3), f"short.{SPEED}": (105e3, None)}),
+    Stage(4, "compiled_0.5b", 100, expected={
+        f"long.{SPEED}": (100e3, 90e3), f"short.{SPEED}": (105e3, None)}),
     Stage(5, "trl_0.5b", 60, "trl", {SPEED: (70e3, None)}),
     Stage(6, "compiled_1.5b", 75, expected={f"long.{SPEED}": (42e3, 38e3)}),
     Stage(6, "trl_1.5b", 60, "trl", {SPEED: (34e3, None)}),
