@@ -1,13 +1,13 @@
-"""Saving: which rank writes which tensor of a checkpoint, and the slices of the training state.
+"""Saving: the exchange of weights, and the slices of the training state.
 
-All ranks write at the same time, each with a thread (disk/writer.py). The main thread hands it tensors in the
-order of the file and makes all collectives, so that their order is the same on all ranks.
+All ranks write at the same time, each with a thread (disk/writer.py), what disk/ownership.py says. The main
+thread hands it tensors in the order of the file and makes all collectives, so that their order is the same on
+all ranks.
 
 Weights are whole tensors in Hugging Face's files. Training state is written as each rank has it, in slices.
 """
 
 import errno
-import itertools
 import json
 import math
 import os
@@ -20,12 +20,14 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from disk import layout, pretrained
+from disk import layout, ownership, pretrained
+from disk.exchange import Exchange, layout_of, split_of, within
 from disk.shards import CopiedTensor
-from disk.writer import CODES, TensorFile
+from disk.writer import CODES, in_order
 from ops.memory import is_split, local
 from settings.errors import UserError
 
+TURN = 2**27  # bytes of weights that a rank receives at a time, to write them
 FP16_LIMIT = 65520  # from here on, values round to inf in fp16
 SPAN = re.compile("([0-9]{1,18}):([0-9]{1,18}) of ([0-9]{1,18})")
 
@@ -33,37 +35,12 @@ SPAN = re.compile("([0-9]{1,18}):([0-9]{1,18}) of ([0-9]{1,18})")
 # whole tensors: the model's files
 
 
-def assign_to_files(sizes, stem, n_files):
-    """Assign {name: bytes}, in order, to n_files files of about equal size; returns {file: names}."""
-    total = max(sum(sizes.values()), 1)
-    groups, position = {}, 0
-    for name, size in sizes.items():
-        groups.setdefault(min(position * n_files // total, n_files - 1), []).append(name)
-        position += size
-    return with_file_names(list(groups.values()), stem)
-
-
 def fill_files(sizes, stem, most):
     """Assign {name: bytes}, in order, to files of at most `most` bytes; returns {file: names}.
 
     A larger tensor has a file of its own.
     """
-    groups, room = [], -1
-    for name, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = most
-        groups[-1].append(name)
-        room -= size
-    return with_file_names(groups, stem)
-
-
-def with_file_names(groups, stem):
-    """{file: names} from [names, ...], with Hugging Face's names of files."""
-    stems = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
-    if len(groups) == 1:
-        stems = [stem]
-    return {f"{file}.safetensors": names for file, names in zip(stems, groups)}
+    return ownership.with_file_names(ownership.filled(sizes, most), stem)
 
 
 def index_content(names_by_file, total_size):
@@ -72,52 +49,38 @@ def index_content(names_by_file, total_size):
     return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
 
 
-def write_whole(writer, names_by_file, tensors, codes):
-    """Write the files {file: names} of whole tensors, which may be sharded.
+def write_whole(writer, names_by_file, owners, tensors, codes):
+    """Write the files {file: names} of whole tensors, which may be sharded, each by the rank of `owners`.
 
     tensors, codes  {name in the files: tensor or CopiedTensor} and {name in the files: dtype code}
 
-    Every rank calls it. The files are distributed over the ranks. Sharded tensors are gathered one by one, in
-    turn for each rank that writes: so all ranks write at the same time, and none has more than three gathered
-    tensors in memory: one that is gathered, one that waits, one that is written. The rank that writes a file
-    copies its CopiedTensors.
+    Every rank calls it. In each turn every rank that writes receives the next TURN bytes of its files from the
+    ranks that hold them, in one collective. So all write at the same time. The rank that writes a file copies
+    its CopiedTensors.
+
+    Host memory of a rank: five turns, whatever the model. What it sends, what arrives, the same in the order of
+    the file, a piece that waits for the thread, and one that is written.
     """
     rank, world_size = pretrained.rank_and_world_size()
-    writers = {file: i % world_size for i, file in enumerate(names_by_file)}
-    turns = {}  # rank -> [(file, tensor's name), ...] in the order of writing
-    for file, names in names_by_file.items():
-        shapes = {name: (codes[name], shape_of(tensors[name])) for name in names}
-        if writers[file] == rank:
-            opened = writer.open(file, shapes)
-        else:
-            opened = TensorFile(file, shapes, None, None)  # only for the order of its names
-        turns.setdefault(writers[file], []).extend((opened, name) for name in opened.names)
-    for item in itertools.chain.from_iterable(itertools.zip_longest(*turns.values())):
-        if item is None:
-            continue
-        file, name = item
-        tensor = tensors[name]
-        if not isinstance(tensor, CopiedTensor):
-            tensor = gather(tensor.detach(), pretrained.DTYPES[codes[name]])
-        if file.writer is writer:
-            writer.submit(file.add, tensor)
-        del tensor
+    stored = {name: (codes[name], shape_of(tensor)) for name, tensor in tensors.items()}
+    names_by_file = {file: in_order({name: stored[name] for name in names})
+                     for file, names in names_by_file.items()}
+    opened = {file: writer.open(file, {name: stored[name] for name in names})
+              for file, names in names_by_file.items() if owners[file] == rank}
+    exchange = Exchange({name: tensor.detach() for name, tensor in tensors.items()
+                         if world_size > 1 and not isinstance(tensor, CopiedTensor)}, codes)
+    for turn in ownership.turns(names_by_file, owners, exchange.sizes, exchange.shapes, TURN):
+        received = exchange.take(turn)
+        for piece in turn.get(rank, []):
+            tensor, dtype = tensors[piece.name], pretrained.DTYPES.get(codes[piece.name])
+            if piece in received:
+                tensor, dtype = received.pop(piece), torch.uint8
+            writer.submit(opened[piece.file].add, tensor, dtype)
+            del tensor
 
 
 def shape_of(tensor):
     return tensor.entry.shape if isinstance(tensor, CopiedTensor) else tuple(tensor.shape)
-
-
-def gather(tensor, dtype):
-    """The full tensor. If it is sharded, every rank calls this, and `dtype` travels through the device."""
-    if not is_split(tensor):
-        return tensor
-    tensor = tensor.to(tensor.device_mesh.device_type, dtype)
-    if tensor.device_mesh.ndim > 1:  # dp first, then tp: full_tensor uses this order too, but with a warning
-        from torch.distributed.tensor import Replicate  # takes half a second, but tp has imported it
-
-        tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
-    return tensor.full_tensor()
 
 
 def overflowing(tensors, dtypes):
@@ -138,17 +101,18 @@ def overflowing(tensors, dtypes):
 def write_model(writer, masters, shard_map, exported):
     """Write the files of a model or adapter directory; return the names of all of them.
 
-    The weight files have the same names and tensors as those that were read. If there are more ranks than
-    files, each rank writes one file of about equal size instead. An adapter is small and stays one file.
+    The weight files have the same names and tensors as those that were read, unless ownership.assign finds
+    others that the ranks can share. An adapter is small and stays one file.
     """
     tensors, codes, names_by_file = stored_tensors(shard_map, masters)
     is_adapter = pretrained.ADAPTER_CONFIG in exported
-    world_size = pretrained.rank_and_world_size()[1]
     sizes = {name: math.prod(shape_of(tensor)) * pretrained.BITS[codes[name]] // 8
              for name, tensor in tensors.items()}
-    if len(names_by_file) < world_size and not is_adapter:
-        names_by_file = assign_to_files(sizes, "model", world_size)
-    write_whole(writer, names_by_file, tensors, codes)
+    if shard_map.assigned is None:  # once in a run: the rank that wrote a CopiedTensor has its source
+        world_size = 1 if is_adapter else pretrained.rank_and_world_size()[1]
+        shard_map.assigned = ownership.assign(sizes, names_by_file, world_size)
+    names_by_file, owners = shard_map.assigned
+    write_whole(writer, names_by_file, owners, tensors, codes)
     others = dict(exported)
     if list(names_by_file) != ["model.safetensors"] and not is_adapter:  # the only name without an index
         others[pretrained.INDEX_FILE] = index_content(names_by_file, sum(sizes.values()))
@@ -220,42 +184,32 @@ class Slice:
 def write_slices(writer, folder, tensors):
     """Write this rank's slices of {name: tensor} into its file in `folder`; return all ranks' files.
 
-    Every rank calls it. Of ranks with the same slice, the first one writes it. Nothing is gathered. The
-    metadata of the file has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension.
+    Every rank calls it. Ranks with copies of a shard divide its rows. Nothing is sent. The metadata of the file
+    has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension.
     """
     rank, world_size = pretrained.rank_and_world_size()
-    stems = [f"tensors-{i + 1:05d}-of-{world_size:05d}" for i in range(world_size)]
-    if world_size == 1:
-        stems = ["tensors"]
-    names = [os.path.join(folder, f"{stem}.safetensors") for stem in stems]
-    metadata, mine = {}, {}
-    for name, is_first in zip(tensors, first_holders(tensors.values())):
-        shard, spans = pretrained.local_shard(tensors[name])
-        if is_first and shard.numel():
+    names = [os.path.join(folder, file) for file in slice_files(world_size)]
+    mesh, metadata, mine = layout_of(tensors.values()), {}, {}
+    for name, tensor in tensors.items():
+        shard, held = pretrained.local_shard(tensor)
+        spans = ownership.as_integers(ownership.written_spans(tensor.shape, split_of(tensor), mesh, rank))
+        shard = shard[within(spans, held)]
+        if shard.numel():
             mine[name] = shard
-            if shard.shape != tensors[name].shape:
+            if shard.shape != tensor.shape:
                 metadata[name] = ", ".join(f"{start}:{stop} of {size}"
-                                           for (start, stop), size in zip(spans, tensors[name].shape))
+                                           for (start, stop), size in zip(spans, tensor.shape))
     file = writer.open(names[rank], {name: (CODES[t.dtype], t.shape) for name, t in mine.items()}, metadata)
     for name in file.names:
-        writer.submit(file.add, mine[name])
+        writer.submit(file.add, mine[name], mine[name].dtype)
     return names
 
 
-def first_holders(tensors):
-    """For each tensor, whether this rank is the first with its slice. Every rank calls it."""
-    rank, world_size = pretrained.rank_and_world_size()
-    spans = [list(itertools.chain(*pretrained.local_shard(t)[1])) for t in tensors]
-    if world_size == 1 or not spans:
-        return [True] * len(spans)
-    width = max(map(len, spans))
-    spans = torch.tensor([row + [0] * (width - len(row)) for row in spans])
-    everyone = [torch.empty_like(spans) for _ in range(world_size)]
-    dist.all_gather(everyone, spans)
-    is_first = torch.ones(len(spans), dtype=torch.bool)
-    for other in everyone[:rank]:
-        is_first &= (other != spans).any(1)
-    return is_first.tolist()
+def slice_files(world_size):
+    """The names of the files of the training state, by rank."""
+    if world_size == 1:
+        return ["tensors.safetensors"]
+    return [f"tensors-{rank + 1:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)]
 
 
 def read_slices(directory):
@@ -287,20 +241,13 @@ def read_slices(directory):
                                     f"{metadata[name]:.200}")
             slices.setdefault(name, []).append(Slice(entry, spans, shape))
     for name, parts in slices.items():
-        shape, count = parts[0].shape, sum(count_elements(part.spans) for part in parts)
+        shape, count = parts[0].shape, sum(ownership.count_elements(part.spans) for part in parts)
         starts = {tuple(start for start, _ in part.spans) for part in parts}
         if (any(part.shape != shape or part.entry.dtype != parts[0].entry.dtype for part in parts)
-                or len(starts) < len(parts) or count != count_elements([(0, size) for size in shape])):
+                or len(starts) < len(parts) or count != math.prod(shape)):
             raise UserError(f"{directory}: the slices of {name:.200} in its files do not make up one tensor; "
                             "use another step directory")
     return slices
-
-
-def count_elements(spans):
-    n = 1
-    for start, stop in spans:
-        n *= stop - start
-    return n
 
 
 def read_sliced(slices, tensor, spans=None):
@@ -313,7 +260,7 @@ def read_sliced(slices, tensor, spans=None):
     shard, wanted = pretrained.local_shard(tensor)
     wanted = spans or wanted
     for part in slices:
-        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part.spans, wanted)]
+        common = ownership.as_integers(ownership.overlap(part.spans, wanted))
         if any(start >= stop for start, stop in common):
             continue
         target = shard[within(common, wanted)]
@@ -322,11 +269,6 @@ def read_sliced(slices, tensor, spans=None):
         pretrained.read_into(part.entry, rows, spans)
         if rows is not target:
             target.copy_(rows)
-
-
-def within(spans, outer):
-    """The index of the elements `spans` of a tensor in its slice `outer`."""
-    return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(spans, outer))
 
 
 # what ranks exchange
