@@ -7,6 +7,7 @@ all ranks.
 Weights are whole tensors in Hugging Face's files. Training state is written as each rank has it, in slices.
 """
 
+import dataclasses
 import errno
 import json
 import math
@@ -16,17 +17,19 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from disk import layout, ownership, pretrained
+from disk import files, layout, ownership, pretrained
 from disk.exchange import Exchange, layout_of, split_of, within
 from disk.shards import CopiedTensor
 from disk.writer import CODES, in_order
 from ops.memory import is_split, local
 from settings.errors import UserError
 
+SLICES = "slices.json"  # beside the slices: the layout of the ranks, and {name: [shape, split]}
 TURN = 2**27  # bytes of weights that a rank receives at a time, to write them
 FP16_LIMIT = 65520  # from here on, values round to inf in fp16
 SPAN = re.compile("([0-9]{1,18}):([0-9]{1,18}) of ([0-9]{1,18})")
@@ -185,7 +188,8 @@ def write_slices(writer, folder, tensors):
     """Write this rank's slices of {name: tensor} into its file in `folder`; return all ranks' files.
 
     Every rank calls it. Ranks with copies of a shard divide its rows. Nothing is sent. The metadata of the file
-    has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension.
+    has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension. With several ranks,
+    rank 0 writes SLICES: which file has what, so that a reader opens only those that it needs.
     """
     rank, world_size = pretrained.rank_and_world_size()
     names = [os.path.join(folder, file) for file in slice_files(world_size)]
@@ -202,6 +206,11 @@ def write_slices(writer, folder, tensors):
     file = writer.open(names[rank], {name: (CODES[t.dtype], t.shape) for name, t in mine.items()}, metadata)
     for name in file.names:
         writer.submit(file.add, mine[name], mine[name].dtype)
+    if world_size > 1:
+        names.append(os.path.join(folder, SLICES))
+        if rank == 0:
+            listed = {name: [list(tensor.shape), split_of(tensor)] for name, tensor in tensors.items()}
+            writer.write_file(names[-1], {**dataclasses.asdict(mesh), "tensors": listed})
     return names
 
 
@@ -212,42 +221,103 @@ def slice_files(world_size):
     return [f"tensors-{rank + 1:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)]
 
 
-def read_slices(directory):
+def read_slices(directory, wanted=None):
     """{name: [Slice, ...]} of all tensors in a directory's safetensors files; together they are whole.
+
+    wanted  {name: tensor, which may be sharded}: read only the headers of the files that this rank needs for
+            its shards, if there is a SLICES file. The slices that a shard needs are then complete, and there
+            may be none if the shard is empty
 
     Files of whole tensors, as older versions wrote them, have no spans. Raises UserError if a part of a
     tensor is missing or there twice, or if its files do not agree.
     """
-    slices = {}
-    for file in sorted(os.listdir(directory)):
-        if not file.endswith(".safetensors"):
-            continue
-        path = os.path.join(directory, file)
-        entries = pretrained.read_header(path)
-        unknown = [name for name, entry in entries.items() if entry.dtype not in pretrained.DTYPES]
-        if unknown:
-            raise UserError(f"{path}: {unknown[0]:.200} has dtype {entries[unknown[0]].dtype}; supported are "
-                            f"{', '.join(pretrained.DTYPES)}")
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-        for name, entry in entries.items():
-            spans, shape = [(0, size) for size in entry.shape], entry.shape
-            if name in metadata:
-                numbers = [tuple(map(int, numbers)) for numbers in SPAN.findall(metadata[name])]
-                spans, shape = [(start, stop) for start, stop, _ in numbers], tuple(n for *_, n in numbers)
-                is_inside = all(start <= stop <= size for start, stop, size in numbers)
-                if not is_inside or tuple(stop - start for start, stop in spans) != entry.shape:
-                    raise UserError(f"{path}: {name:.200} has shape {entry.shape}, but its metadata says "
-                                    f"{metadata[name]:.200}")
-            slices.setdefault(name, []).append(Slice(entry, spans, shape))
+    names = sorted(file for file in os.listdir(directory) if file.endswith(".safetensors"))
+    planned, plan = None, os.path.join(directory, SLICES)
+    if wanted is not None and os.path.exists(plan):
+        planned = planned_slices(plan, names, wanted)
+        names = sorted({file for parts in planned.values() for file in parts})
+    slices = {name: [] for name in planned or ()}
+    for file in names:
+        for name, part in slices_of(os.path.join(directory, file)).items():
+            slices.setdefault(name, []).append(part)
     for name, parts in slices.items():
-        shape, count = parts[0].shape, sum(ownership.count_elements(part.spans) for part in parts)
         starts = {tuple(start for start, _ in part.spans) for part in parts}
-        if (any(part.shape != shape or part.entry.dtype != parts[0].entry.dtype for part in parts)
-                or len(starts) < len(parts) or count != math.prod(shape)):
+        if planned is None:
+            is_whole = sum(ownership.count_elements(part.spans) for part in parts) == math.prod(parts[0].shape)
+        else:
+            found = {os.path.basename(part.entry.file): (part.spans, part.shape) for part in parts}
+            is_whole = planned.get(name, {}).items() <= found.items()
+        kinds = {(part.shape, part.entry.dtype) for part in parts}
+        if len(kinds) > 1 or len(starts) < len(parts) or not is_whole:
             raise UserError(f"{directory}: the slices of {name:.200} in its files do not make up one tensor; "
                             "use another step directory")
     return slices
+
+
+def slices_of(path):
+    """{name: Slice} of a file. Raises UserError if its metadata does not fit its tensors."""
+    entries, slices = pretrained.read_header(path), {}
+    unknown = [name for name, entry in entries.items() if entry.dtype not in pretrained.DTYPES]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]:.200} has dtype {entries[unknown[0]].dtype}; supported are "
+                        f"{', '.join(pretrained.DTYPES)}")
+    with safe_open(path, framework="pt") as f:
+        metadata = f.metadata() or {}
+    for name, entry in entries.items():
+        spans, shape = [(0, size) for size in entry.shape], entry.shape
+        if name in metadata:
+            numbers = [tuple(map(int, numbers)) for numbers in SPAN.findall(metadata[name])]
+            spans, shape = [(start, stop) for start, stop, _ in numbers], tuple(n for *_, n in numbers)
+            is_inside = all(start <= stop <= size for start, stop, size in numbers)
+            if not is_inside or tuple(stop - start for start, stop in spans) != entry.shape:
+                raise UserError(f"{path}: {name:.200} has shape {entry.shape}, but its metadata says "
+                                f"{metadata[name]:.200}")
+        slices[name] = Slice(entry, spans, shape)
+    return slices
+
+
+def planned_slices(path, names, wanted):
+    """{name: {file: (spans, shape)}} of the slices that this rank's shards of {name: tensor} need.
+
+    path   of a SLICES file
+    names  of the files of slices beside it
+
+    Raises UserError if it is malformed, or of other tensors.
+    """
+    content = files.read_json(path)
+    if not is_plan(content, len(names)):
+        raise UserError(f"{path} does not fit the {len(names)} files beside it; use another step directory")
+    listed = content.pop("tensors")
+    differences = sorted(name for name in listed.keys() | wanted.keys() if name not in listed
+                         or name not in wanted or tuple(listed[name][0]) != tuple(wanted[name].shape))
+    if differences:
+        raise UserError(f"{os.path.dirname(path)} does not belong to this model and optimizer: "
+                        f"{differences[:5]} differ")
+    mesh = ownership.Layout(**content)
+    names, ranks, planned = slice_files(mesh.world_size), np.arange(mesh.world_size), {}
+    for name, (shape, split) in listed.items():
+        spans = ownership.written_spans(shape, split, mesh, ranks)
+        common = ownership.overlap(spans, pretrained.local_shard(wanted[name])[1])
+        needed = np.ones(len(ranks), dtype=bool)
+        for start, stop in common:
+            needed &= start < stop
+        planned[name] = {names[rank]: (ownership.as_integers(ownership.written_spans(shape, split, mesh, rank)),
+                                       tuple(shape)) for rank in ranks[needed].tolist()}
+    return planned
+
+
+def is_plan(content, n_files):
+    """Whether a value is the content of a SLICES file beside n_files files of slices."""
+    if not isinstance(content, dict) or content.keys() != {*ownership.AXES, "tensors"}:
+        return False
+    *sizes, tensors = (content[key] for key in (*ownership.AXES, "tensors"))
+    if any(type(n) is not int or n < 1 for n in sizes) or math.prod(sizes) != n_files:
+        return False
+    return isinstance(tensors, dict) and all(
+        isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and isinstance(item[1], dict)
+        and all(type(n) is int and 0 <= n < 10**18 for n in item[0])
+        and all(axis in ownership.AXES and type(dim) is int and 0 <= dim < len(item[0])
+                for axis, dim in item[1].items()) for item in tensors.values())
 
 
 def read_sliced(slices, tensor, spans=None):
@@ -312,6 +382,14 @@ def shared_sums(names, mine):
     if pretrained.rank_and_world_size()[1] > 1:
         dist.all_reduce(sums)
     return dict(zip(names, sums.tolist()))
+
+
+def total(number):
+    """The sum of an integer over all ranks. Every rank calls it."""
+    number = torch.tensor(number)
+    if pretrained.rank_and_world_size()[1] > 1:
+        dist.all_reduce(number)
+    return int(number)
 
 
 def is_rank_0():

@@ -44,6 +44,7 @@ class Writer(threading.Thread):
         self.jobs, self.error, self.buffers = queue.Queue(1), None, None
         self.last_jobs = []  # what `finish` does
         self.n_bytes = 0  # written so far
+        self.opened = {}  # name of a file of tensors -> {name: (dtype code, shape)}
         self.sums = {}  # name of a file that this rank has written -> (size, CRC-32)
         self.start()
         self.submit(self.prepare)
@@ -86,6 +87,7 @@ class Writer(threading.Thread):
     def open(self, name, tensors, metadata=None):
         """A new TensorFile of this rank."""
         file = TensorFile(os.path.join(self.directory, name), tensors, metadata, self)
+        self.opened[name] = tensors
         self.last_jobs.append((self.flush, name, file))
         return file
 

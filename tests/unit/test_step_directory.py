@@ -140,5 +140,7 @@ def test_eight_ranks_write_each_byte_once_and_read_it_about_once(pairs, tmp_path
             assert len(run[key]) == RANKS and (max(run[key]) <= 1.2 * sum(run[key]) / RANKS
                                                or is_lora and key == "weights")  # PEFT has one file
             replicas = int(dict(re.findall(r"(replicas)=(\d)", run["read"])).get("replicas", 1))
+            # each rank of a tp group reads an adapter's matrices that tp does not split
+            limit = 2 if is_lora and "tp" in run["read"] else 1.1
             n_read = sum(run[f"read_{key}"]) / replicas
-            assert bytes_of[key] <= n_read <= 1.1 * bytes_of[key], (key, run)
+            assert bytes_of[key] <= n_read <= limit * bytes_of[key], (key, run)
