@@ -10,7 +10,7 @@ from ops.memory import is_split
 
 def layout_of(tensors):
     """The ownership.Layout of the ranks of this run, from the meshes of some of its tensors."""
-    sizes, world_size = {}, pretrained.rank_and_world_size()[1]
+    sizes, (rank, world_size) = {}, pretrained.rank_and_world_size()
     for tensor in tensors:
         if is_split(tensor):
             sizes.update(zip(tensor.device_mesh.mesh_dim_names, tensor.device_mesh.shape))
@@ -18,7 +18,7 @@ def layout_of(tensors):
     replicas, shards = sizes.get("replicas", 1), sizes.get("shards", world_size)
     layout = ownership.Layout(replicas, shards, world_size // (replicas * shards))
     for tensor in tensors:
-        spans = ownership.shard_spans(tensor.shape, split_of(tensor), layout, pretrained.rank_and_world_size()[0])
+        spans = ownership.shard_spans(tensor.shape, split_of(tensor), layout, rank)
         assert ownership.as_integers(spans) == pretrained.local_shard(tensor)[1], f"not the shard of {layout}"
     return layout
 
@@ -56,7 +56,8 @@ class Exchange:
 
         turn  {rank: [ownership.Piece, ...]}
         """
-        turn = {rank: [piece for piece in pieces if piece.name in self.tensors] for rank, pieces in turn.items()}
+        turn = {rank: [piece for piece in pieces if piece.name in self.tensors]
+                for rank, pieces in turn.items()}
         if not any(turn.values()):
             return {}  # on all ranks
         held = [(rank, self.held_for(rank, piece)) for rank, pieces in turn.items() for piece in pieces]
@@ -67,7 +68,7 @@ class Exchange:
         del held
         mine = turn.get(self.rank, [])
         sources = [(source, piece, spans) for piece in mine for source, spans in self.sources(piece)]
-        sources.sort(key=lambda item: item[0])  # as the bytes arrive: those of a rank in the order of the pieces
+        sources.sort(key=lambda item: item[0])  # as the bytes arrive: of a rank in the order of the pieces
         counts = [ownership.count_elements(spans) * self.dtypes[piece.name].itemsize
                   for _, piece, spans in sources]
         receive_sizes = [0] * self.layout.world_size
@@ -76,16 +77,16 @@ class Exchange:
         incoming = torch.empty(sum(counts), dtype=torch.uint8)
         dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
         parts = list(zip(sources, incoming.split(counts)))
-        return {piece: self.joined(piece, [(spans, part) for (_, other, spans), part in parts if other is piece])
-                for piece in mine}
+        return {piece: self.joined(piece, [(spans, part) for (_, other, spans), part in parts
+                                           if other is piece]) for piece in mine}
 
     def held_for(self, rank, piece):
         """The bytes of a Piece that this rank sends to another one, on their device; there may be none."""
         shape, split = self.shapes[piece.name], self.splits[piece.name]
         shard, held = pretrained.local_shard(self.tensors[piece.name])
         common = ownership.as_integers(ownership.overlap(piece.spans(shape), held))
-        is_its_copy = ownership.copy_of(split, self.layout, rank) == ownership.copy_of(split, self.layout, self.rank)
-        if not is_its_copy or any(start >= stop for start, stop in common):
+        here, there = (ownership.copy_of(split, self.layout, n) for n in (self.rank, rank))
+        if here != there or any(start >= stop for start, stop in common):
             return torch.empty(0, dtype=torch.uint8, device=shard.device)
         return bytes_of(shard[within(common, held)].to(self.dtypes[piece.name])).reshape(-1)
 

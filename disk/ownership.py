@@ -1,4 +1,4 @@
-"""Which rank writes which bytes of a checkpoint, as pure functions of names, shapes and the layout of the ranks.
+"""Which rank writes which bytes of a checkpoint: pure functions of names, shapes and the layout of the ranks.
 
 Nothing is asked of other ranks: each computes what all of them do. A `rank` may be a number, or an array of
 numbers; then what is returned has arrays too. bytes_by_rank(layout, tensors, files) is the whole plan.
@@ -69,7 +69,8 @@ def copy_of(split, layout, rank):
 def written_spans(shape, split, layout, rank):
     """[(start, stop) in each dimension] of the slice of a tensor that a rank writes; it may be empty.
 
-    Ranks with copies of a shard divide its rows. So the slices of all ranks are the tensor, each element once.
+    Ranks with copies of a shard divide its rows. So the slices of all ranks make up the tensor, each element
+    once.
     """
     spans = shard_spans(shape, split, layout, rank)
     if spans:
@@ -82,7 +83,7 @@ def count_elements(spans):
 
 
 def overlap(spans, others):
-    """[(start, stop) in each dimension] of what two slices have in common; stop <= start if that is nothing."""
+    """[(start, stop) in each dimension] of what two slices have in common; stop <= start if nothing."""
     return [(np.maximum(a, c), np.minimum(b, d)) for (a, b), (c, d) in zip(spans, others)]
 
 

@@ -57,12 +57,12 @@ def write_whole(writer, names_by_file, owners, tensors, codes):
 
     tensors, codes  {name in the files: tensor or CopiedTensor} and {name in the files: dtype code}
 
-    Every rank calls it. In each turn every rank that writes receives the next TURN bytes of its files from the
-    ranks that hold them, in one collective. So all write at the same time. The rank that writes a file copies
-    its CopiedTensors.
+    Every rank calls it. In each turn every rank that writes receives the next TURN bytes of its files from
+    the ranks that hold them, in one collective. So all write at the same time. The rank that writes a file
+    copies its CopiedTensors.
 
-    Host memory of a rank: five turns, whatever the model. What it sends, what arrives, the same in the order of
-    the file, a piece that waits for the thread, and one that is written.
+    Host memory of a rank, whatever the model: about five turns. What it sends, what arrives, the same in the
+    order of the file, a piece that waits for the thread, and one that is written.
     """
     rank, world_size = pretrained.rank_and_world_size()
     stored = {name: (codes[name], shape_of(tensor)) for name, tensor in tensors.items()}
@@ -78,6 +78,8 @@ def write_whole(writer, names_by_file, owners, tensors, codes):
             tensor, dtype = tensors[piece.name], pretrained.DTYPES.get(codes[piece.name])
             if piece in received:
                 tensor, dtype = received.pop(piece), torch.uint8
+            elif not isinstance(tensor, CopiedTensor):
+                tensor = local(tensor)  # of one rank, which may be sharded for offload
             writer.submit(opened[piece.file].add, tensor, dtype)
             del tensor
 
@@ -187,9 +189,9 @@ class Slice:
 def write_slices(writer, folder, tensors):
     """Write this rank's slices of {name: tensor} into its file in `folder`; return all ranks' files.
 
-    Every rank calls it. Ranks with copies of a shard divide its rows. Nothing is sent. The metadata of the file
-    has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension. With several ranks,
-    rank 0 writes SLICES: which file has what, so that a reader opens only those that it needs.
+    Every rank calls it. Ranks with copies of a shard divide its rows. Nothing is sent. The metadata of the
+    file has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension. With several
+    ranks, rank 0 writes SLICES: which file has what, so that a reader opens only those that it needs.
     """
     rank, world_size = pretrained.rank_and_world_size()
     names = [os.path.join(folder, file) for file in slice_files(world_size)]
@@ -243,7 +245,8 @@ def read_slices(directory, wanted=None):
     for name, parts in slices.items():
         starts = {tuple(start for start, _ in part.spans) for part in parts}
         if planned is None:
-            is_whole = sum(ownership.count_elements(part.spans) for part in parts) == math.prod(parts[0].shape)
+            n_elements = sum(ownership.count_elements(part.spans) for part in parts)
+            is_whole = n_elements == math.prod(parts[0].shape)
         else:
             found = {os.path.basename(part.entry.file): (part.spans, part.shape) for part in parts}
             is_whole = planned.get(name, {}).items() <= found.items()
@@ -301,8 +304,10 @@ def planned_slices(path, names, wanted):
         needed = np.ones(len(ranks), dtype=bool)
         for start, stop in common:
             needed &= start < stop
-        planned[name] = {names[rank]: (ownership.as_integers(ownership.written_spans(shape, split, mesh, rank)),
-                                       tuple(shape)) for rank in ranks[needed].tolist()}
+        planned[name] = {}
+        for rank in ranks[needed].tolist():
+            spans = ownership.written_spans(shape, split, mesh, rank)
+            planned[name][names[rank]] = ownership.as_integers(spans), tuple(shape)
     return planned
 
 

@@ -4,7 +4,8 @@ A layout is a list of flags of sft.py without dashes, such as `tp=2,replicas=2`;
 saves a checkpoint of known values on the first layout, lets every rank of the second one read it, and asserts that
 each has bitwise these values. Rank 0 prints a JSON object: {"saved", "read": the layouts, and for each rank
 "weights", "state": bytes written to the files of the model and of training_state/; "read_weights", "read_state":
-bytes of tensors read}. Asserts that all ranks are writing at the same time, but for an adapter, which is one file.
+bytes of tensors read; "opened": files of training_state/ whose headers were read}. Asserts that all ranks are writing at
+the same time, but for an adapter, which is one file.
 """
 
 import builtins
@@ -20,13 +21,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import sft
-from disk import checkpoint, files, pretrained, shards, writer
+from disk import checkpoint, files, pretrained, saving, shards, writer
 from disk.run import ModelPaths
 from ranks import processes
 from settings.parser import parse
 
 source, out, *pairs = sys.argv[1:]
-written, n_read = [], [0]
+written, n_read, opened = [], [0], []
 
 
 def known(name, shape):
@@ -68,6 +69,11 @@ def counted_write(file, data, write=writer.TensorFile.write):
             time.sleep(0.01)
     written.append((is_state, len(data)))
     write(file, data)
+
+
+def counted_slices_of(path, slices_of=saving.slices_of):
+    opened.append(path)
+    return slices_of(path)
 
 
 def shaped(ranks, layout):
@@ -114,8 +120,9 @@ def read(ranks, layout, directory):
     pretrained.load_weights(model, directory, optimizer)
     counts = {"read_weights": n_read[0]}
     n_read[0] = 0
+    opened.clear()
     checkpoint.load_training_tensors(directory, model, optimizer)
-    counts["read_state"] = n_read[0]
+    counts.update(read_state=n_read[0], opened=len(opened))
     for name, tensor in tensors(model, optimizer).items():
         shard, spans = pretrained.local_shard(tensor)
         expected = known(name, tensor.shape)[tuple(slice(*span) for span in spans)]
@@ -123,7 +130,7 @@ def read(ranks, layout, directory):
     return counts
 
 
-pretrained.open, writer.TensorFile.write = CountingFile, counted_write
+pretrained.open, saving.slices_of, writer.TensorFile.write = CountingFile, counted_slices_of, counted_write
 with processes.start(1, 60) as ranks:
     for i, pair in enumerate(pairs):
         first, second = pair.split(">")
