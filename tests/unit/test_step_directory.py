@@ -135,6 +135,7 @@ def test_eight_ranks_write_each_byte_once_and_read_it_about_once(pairs, tmp_path
         trained = {name.partition(".")[2]: parts[0].shape for name, parts in state.items()}
         n_elements = sum(map(math.prod, trained.values()))
         is_lora = "use_lora" in run["saved"]
+        print(f"saved by {run['saved']}, read by {run['read']}; files opened: {max(run['opened'])} of {RANKS}")
         assert bytes_of == {"weights": (4 if is_lora else 2) * n_elements, "state": (8 if is_lora else 12) * n_elements}
         assert max(run["opened"]) < RANKS
         for key, pattern in (("weights", "*.safetensors"), ("state", "training_state/*.safetensors")):
@@ -145,4 +146,6 @@ def test_eight_ranks_write_each_byte_once_and_read_it_about_once(pairs, tmp_path
             # each rank of a tp group reads an adapter's matrices that tp does not split
             limit = 2 if is_lora and "tp" in run["read"] else 1.1
             n_read = sum(run[f"read_{key}"]) / replicas
+            print(f"  {key:8}{bytes_of[key]:>12,} bytes of tensors, {sum(run[key]):>12,} written, largest / mean "
+                  f"{max(run[key]) / sum(run[key]) * RANKS:.2f}; read {n_read / bytes_of[key]:.2f} times a replica")
             assert bytes_of[key] <= n_read <= limit * bytes_of[key], (key, run)
