@@ -2,7 +2,8 @@
 
 A layout is a list of flags of sft.py without dashes, such as `tp=2,replicas=2`; `one` stands for none. For each pair,
 saves a checkpoint of known values on the first layout, lets every rank of the second one read it, and asserts that
-each has bitwise these values. Rank 0 prints a JSON object: {"saved", "read": the layouts, and for each rank
+each has bitwise these values, or those that the weight files round to. Rank 0 prints a JSON object:
+{"saved", "read": the layouts, and for each rank
 "weights", "state": bytes written to the files of the model and of training_state/; "read_weights", "read_state":
 bytes of tensors read; "opened": files of training_state/ whose headers were read}. Asserts that all ranks are writing at
 the same time, but for an adapter, which is one file.
@@ -110,6 +111,14 @@ def save(ranks, layout, directory):
             "state": sum(n for is_state, n in written if is_state)}
 
 
+def check(found, directory, dtype):
+    """Assert that this rank's shards of {name: tensor} are the known values, rounded to the dtype of the file."""
+    for name, tensor in found.items():
+        shard, spans = pretrained.local_shard(tensor)
+        expected = known(name, tensor.shape)[tuple(slice(*span) for span in spans)].to(dtype).float()
+        assert torch.equal(shard, expected), f"{name} of {directory} on rank {dist.get_rank()}, {dtype}"
+
+
 def read(ranks, layout, directory):
     cfg, ranks = shaped(ranks, layout)
     paths = ModelPaths.find(cfg.model)
@@ -119,14 +128,12 @@ def read(ranks, layout, directory):
     n_read[0] = 0
     pretrained.load_weights(model, directory, optimizer)
     counts = {"read_weights": n_read[0]}
+    check(checkpoint.trained_weights(model, optimizer), directory, torch.float32 if cfg.use_lora else torch.bfloat16)
     n_read[0] = 0
     opened.clear()
     checkpoint.load_training_tensors(directory, model, optimizer)
     counts.update(read_state=n_read[0], opened=len(opened))
-    for name, tensor in tensors(model, optimizer).items():
-        shard, spans = pretrained.local_shard(tensor)
-        expected = known(name, tensor.shape)[tuple(slice(*span) for span in spans)]
-        assert torch.equal(shard, expected), f"{name} of {directory} on rank {ranks.rank}"
+    check(tensors(model, optimizer), directory, torch.float32)
     return counts
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from disk import checkpoint, ownership, pretrained, saving
 from disk.ownership import Layout
+from settings.errors import UserError
 
 RANKS = 8
 SHAPE_OF_7B = dict(num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
@@ -107,6 +108,54 @@ def test_turns_have_all_bytes_of_a_file_in_their_order(most):
                 if end in expected] == expected
         for (name, _, stop), (following, start, _) in zip(pieces, pieces[1:]):
             assert (following, start) == (name, stop) or start == 0
+
+
+# slices.json
+
+
+@pytest.fixture
+def state(tmp_path):
+    """The training state of two tensors, as two shards write it."""
+    whole = {"master.a": torch.arange(12.0).view(6, 2), "master.b": torch.arange(5.0)}
+    for rank, file in enumerate(saving.slice_files(2)):
+        slices, metadata = {}, {"format": "pt"}
+        for name, tensor in whole.items():
+            spans = ownership.as_integers(ownership.written_spans(tensor.shape, {"shards": 0}, Layout(1, 2, 1), rank))
+            slices[name] = tensor[slice(*spans[0])].clone()
+            metadata[name] = ", ".join(f"{start}:{stop} of {size}" for (start, stop), size in zip(spans, tensor.shape))
+        save_file(slices, tmp_path / file, metadata)
+    plan = {"replicas": 1, "shards": 2, "tp": 1,
+            "tensors": {name: [list(tensor.shape), {"shards": 0}] for name, tensor in whole.items()}}
+    (tmp_path / saving.SLICES).write_text(json.dumps(plan))
+    return tmp_path, whole, plan
+
+
+def test_slices_are_found_with_the_plan_and_without(state):
+    directory, whole, _ = state
+    for _ in range(2):
+        slices = saving.read_slices(str(directory), whole)
+        for name, expected in whole.items():
+            saving.read_sliced(slices[name], found := torch.empty_like(expected))
+            assert torch.equal(found, expected)
+        (directory / saving.SLICES).unlink(missing_ok=True)  # as in an older checkpoint
+
+
+B = {"master.b": [[5], {"shards": 0}]}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"shards": 3}, "does not fit the 2 files"), ({"shards": 0}, "does not fit"), ({"shards": True}, "does not fit"),
+    ({"more": 1}, "does not fit"), ({"tensors": []}, "does not fit"),
+    ({"tensors": {"master.a": [[6, -2], {}], **B}}, "does not fit"),
+    ({"tensors": {"master.a": [[6, 2], {"shards": 2}], **B}}, "does not fit"),
+    ({"tensors": {"master.a": [[6, 2], {"shards": 1}], **B}}, "slices of master.a in its files do not make up one"),
+    ({"tensors": B}, r"does not belong .*\['master.a'\] differ"),
+    ({"tensors": {"master.a": [[7, 2], {"shards": 0}], **B}}, r"does not belong .*\['master.a'\] differ")])
+def test_a_plan_of_other_files_or_tensors_is_an_error(state, change, message):
+    directory, whole, plan = state
+    (directory / saving.SLICES).write_text(json.dumps({**plan, **change}))
+    with pytest.raises(UserError, match=message):
+        saving.read_slices(str(directory), whole)
 
 
 # eight ranks
