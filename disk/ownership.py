@@ -236,8 +236,6 @@ def bytes_by_rank(layout, tensors, names_by_file, state_bytes):
     tensors        {name: (shape, split, bytes of an element in the weight files)}
     names_by_file  {file: names} of the model that was read
     state_bytes    bytes of training state for each element: 12 with fp32 masters and AdamW
-
-    Takes 0.2 s for 72B on 1,024 ranks.
     """
     ranks = np.arange(layout.world_size)
     weights, state = np.zeros((2, len(ranks)), dtype=np.int64)
