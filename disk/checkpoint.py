@@ -8,6 +8,7 @@ run resumes only if all of them still match. Everything is safetensors or JSON: 
 import datetime
 import errno
 import functools
+import math
 import os
 import re
 import zlib
@@ -158,6 +159,7 @@ class Save:
         """
         saving.wait_for_all(self.writer, self.timeout)
         directory = self.writer.directory
+        self.check_own_files()
         sums = saving.shared_sums(self.names, self.writer.sums)
         if saving.is_rank_0():
             files.write_file(os.path.join(directory, MANIFEST), manifest(self.step, sums))
@@ -169,15 +171,29 @@ class Save:
             tensor.follow(final)
         return final
 
+    def check_own_files(self):
+        """AssertionError unless the functions that resume uses find in this rank's files what was saved, and
+        the slices of all ranks have as many elements as the tensors. Every rank calls it."""
+        n_elements = 0
+        for name, tensors in self.writer.opened.items():
+            path, is_state = os.path.join(self.writer.directory, name), name.startswith(STATE_DIRECTORY)
+            if not is_state:
+                entries = pretrained.read_header(path)
+            else:
+                entries = {name: part.entry for name, part in saving.slices_of(path).items()}
+                n_elements += sum(math.prod(entry.shape) for entry in entries.values())
+            found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+            expected = {name: (code, tuple(shape)) for name, (code, shape) in tensors.items()}
+            assert found == expected, f"{path} has other tensors than were saved"
+        expected = sum(math.prod(shape) for shape in self.tensors.values())
+        assert saving.total(n_elements) == expected, "the training state has other tensors than were saved"
+
     def check_readable(self):
-        """AssertionError unless the functions that resume uses find in the directory what was saved."""
+        """AssertionError unless the functions that load a model find in the directory what was saved."""
         directory = self.writer.directory
         entries = pretrained.stored_entries(directory).items()
         weights = {name: (entry.dtype, entry.shape) for name, entry in entries}
         assert weights == self.weights, f"{directory}: its weight files have other tensors than were saved"
-        slices = saving.read_slices(os.path.join(directory, STATE_DIRECTORY))
-        shapes = {name: parts[0].shape for name, parts in slices.items()}
-        assert shapes == self.tensors, f"{directory}: its training state has other tensors than were saved"
 
 
 def start_directory(root, step):
@@ -485,15 +501,16 @@ def load_training_tensors(directory, model, optimizer):
     """
     state_directory = os.path.join(directory, STATE_DIRECTORY)
     updates = load_state(directory)["updates"]
-    slices = saving.read_slices(state_directory)
     trained = trained_weights(model, optimizer)
     states = {name: optimizer.new_state(p) for name, p in trained.items()}
     entries = pretrained.Contents.of(directory).entries
     dtypes = {name: pretrained.DTYPES.get(entry.dtype) for name, entry in entries.items()}
     tensors = training_tensors(trained, states, dtypes)
+    slices = saving.read_slices(state_directory, tensors)
     differences = sorted(set(slices) ^ set(tensors))
     if not differences:
-        differences = [name for name, tensor in tensors.items() if slices[name][0].shape != tensor.shape]
+        differences = [name for name, tensor in tensors.items()
+                       if any(part.shape != tensor.shape for part in slices[name])]
     if differences:
         raise UserError(f"{state_directory} does not belong to this model and optimizer: "
                         f"{differences[:5]} differ")

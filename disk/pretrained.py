@@ -377,8 +377,10 @@ def tied_in_files(directory):
     if embedding.shape != head.shape or len(head.shape) != 2:
         return False
     rows, width = head.shape
-    for start in range(0, rows, step := max(1, 4 * CHUNK // max(1, width))):
-        spans = [(start, min(start + step, rows)), (0, width)]
+    start = stop = 0
+    while stop < rows:  # few rows first: of two tensors the first ones differ
+        start, stop = stop, min(rows, max(4 * stop, 16), stop + max(1, 4 * CHUNK // max(1, width)))
+        spans = [(start, stop), (0, width)]
         pieces = torch.empty(2, spans[0][1] - start, width)
         for entry, piece in zip((embedding, head), pieces):
             read_into(entry, piece, spans)

@@ -1,13 +1,14 @@
-"""Saving: which rank writes which tensor of a checkpoint, and the slices of the training state.
+"""Saving: the exchange of weights, and the slices of the training state.
 
-All ranks write at the same time, each with a thread (disk/writer.py). The main thread hands it tensors in the
-order of the file and makes all collectives, so that their order is the same on all ranks.
+All ranks write at the same time, each with a thread (disk/writer.py), what disk/ownership.py says. The main
+thread hands it tensors in the order of the file and makes all collectives, so that their order is the same on
+all ranks.
 
 Weights are whole tensors in Hugging Face's files. Training state is written as each rank has it, in slices.
 """
 
+import dataclasses
 import errno
-import itertools
 import json
 import math
 import os
@@ -16,16 +17,20 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from disk import layout, pretrained
+from disk import files, layout, ownership, pretrained
+from disk.exchange import Exchange, layout_of, split_of, within
 from disk.shards import CopiedTensor
-from disk.writer import CODES, TensorFile
+from disk.writer import CODES, in_order
 from ops.memory import is_split, local
 from settings.errors import UserError
 
+SLICES = "slices.json"  # beside the slices: the layout of the ranks, and {name: [shape, split]}
+TURN = 2**27  # bytes of weights that a rank receives at a time, to write them
 FP16_LIMIT = 65520  # from here on, values round to inf in fp16
 SPAN = re.compile("([0-9]{1,18}):([0-9]{1,18}) of ([0-9]{1,18})")
 
@@ -33,37 +38,12 @@ SPAN = re.compile("([0-9]{1,18}):([0-9]{1,18}) of ([0-9]{1,18})")
 # whole tensors: the model's files
 
 
-def assign_to_files(sizes, stem, n_files):
-    """Assign {name: bytes}, in order, to n_files files of about equal size; returns {file: names}."""
-    total = max(sum(sizes.values()), 1)
-    groups, position = {}, 0
-    for name, size in sizes.items():
-        groups.setdefault(min(position * n_files // total, n_files - 1), []).append(name)
-        position += size
-    return with_file_names(list(groups.values()), stem)
-
-
 def fill_files(sizes, stem, most):
     """Assign {name: bytes}, in order, to files of at most `most` bytes; returns {file: names}.
 
     A larger tensor has a file of its own.
     """
-    groups, room = [], -1
-    for name, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = most
-        groups[-1].append(name)
-        room -= size
-    return with_file_names(groups, stem)
-
-
-def with_file_names(groups, stem):
-    """{file: names} from [names, ...], with Hugging Face's names of files."""
-    stems = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))]
-    if len(groups) == 1:
-        stems = [stem]
-    return {f"{file}.safetensors": names for file, names in zip(stems, groups)}
+    return ownership.with_file_names(ownership.filled(sizes, most), stem)
 
 
 def index_content(names_by_file, total_size):
@@ -72,52 +52,40 @@ def index_content(names_by_file, total_size):
     return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
 
 
-def write_whole(writer, names_by_file, tensors, codes):
-    """Write the files {file: names} of whole tensors, which may be sharded.
+def write_whole(writer, names_by_file, owners, tensors, codes):
+    """Write the files {file: names} of whole tensors, which may be sharded, each by the rank of `owners`.
 
     tensors, codes  {name in the files: tensor or CopiedTensor} and {name in the files: dtype code}
 
-    Every rank calls it. The files are distributed over the ranks. Sharded tensors are gathered one by one, in
-    turn for each rank that writes: so all ranks write at the same time, and none has more than three gathered
-    tensors in memory: one that is gathered, one that waits, one that is written. The rank that writes a file
+    Every rank calls it. In each turn every rank that writes receives the next TURN bytes of its files from
+    the ranks that hold them, in one collective. So all write at the same time. The rank that writes a file
     copies its CopiedTensors.
+
+    Host memory of a rank, whatever the model: about five turns. What it sends, what arrives, the same in the
+    order of the file, a piece that waits for the thread, and one that is written.
     """
     rank, world_size = pretrained.rank_and_world_size()
-    writers = {file: i % world_size for i, file in enumerate(names_by_file)}
-    turns = {}  # rank -> [(file, tensor's name), ...] in the order of writing
-    for file, names in names_by_file.items():
-        shapes = {name: (codes[name], shape_of(tensors[name])) for name in names}
-        if writers[file] == rank:
-            opened = writer.open(file, shapes)
-        else:
-            opened = TensorFile(file, shapes, None, None)  # only for the order of its names
-        turns.setdefault(writers[file], []).extend((opened, name) for name in opened.names)
-    for item in itertools.chain.from_iterable(itertools.zip_longest(*turns.values())):
-        if item is None:
-            continue
-        file, name = item
-        tensor = tensors[name]
-        if not isinstance(tensor, CopiedTensor):
-            tensor = gather(tensor.detach(), pretrained.DTYPES[codes[name]])
-        if file.writer is writer:
-            writer.submit(file.add, tensor)
-        del tensor
+    stored = {name: (codes[name], shape_of(tensor)) for name, tensor in tensors.items()}
+    names_by_file = {file: in_order({name: stored[name] for name in names})
+                     for file, names in names_by_file.items()}
+    opened = {file: writer.open(file, {name: stored[name] for name in names})
+              for file, names in names_by_file.items() if owners[file] == rank}
+    exchange = Exchange({name: tensor.detach() for name, tensor in tensors.items()
+                         if world_size > 1 and not isinstance(tensor, CopiedTensor)}, codes)
+    for turn in ownership.turns(names_by_file, owners, exchange.sizes, exchange.shapes, TURN):
+        received = exchange.take(turn)
+        for piece in turn.get(rank, []):
+            tensor, dtype = tensors[piece.name], pretrained.DTYPES.get(codes[piece.name])
+            if piece in received:
+                tensor, dtype = received.pop(piece), torch.uint8
+            elif not isinstance(tensor, CopiedTensor):
+                tensor = local(tensor)  # of one rank, which may be sharded for offload
+            writer.submit(opened[piece.file].add, tensor, dtype)
+            del tensor
 
 
 def shape_of(tensor):
     return tensor.entry.shape if isinstance(tensor, CopiedTensor) else tuple(tensor.shape)
-
-
-def gather(tensor, dtype):
-    """The full tensor. If it is sharded, every rank calls this, and `dtype` travels through the device."""
-    if not is_split(tensor):
-        return tensor
-    tensor = tensor.to(tensor.device_mesh.device_type, dtype)
-    if tensor.device_mesh.ndim > 1:  # dp first, then tp: full_tensor uses this order too, but with a warning
-        from torch.distributed.tensor import Replicate  # takes half a second, but tp has imported it
-
-        tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
-    return tensor.full_tensor()
 
 
 def overflowing(tensors, dtypes):
@@ -138,17 +106,18 @@ def overflowing(tensors, dtypes):
 def write_model(writer, masters, shard_map, exported):
     """Write the files of a model or adapter directory; return the names of all of them.
 
-    The weight files have the same names and tensors as those that were read. If there are more ranks than
-    files, each rank writes one file of about equal size instead. An adapter is small and stays one file.
+    The weight files have the same names and tensors as those that were read, unless ownership.assign finds
+    others that the ranks can share. An adapter is small and stays one file.
     """
     tensors, codes, names_by_file = stored_tensors(shard_map, masters)
     is_adapter = pretrained.ADAPTER_CONFIG in exported
-    world_size = pretrained.rank_and_world_size()[1]
     sizes = {name: math.prod(shape_of(tensor)) * pretrained.BITS[codes[name]] // 8
              for name, tensor in tensors.items()}
-    if len(names_by_file) < world_size and not is_adapter:
-        names_by_file = assign_to_files(sizes, "model", world_size)
-    write_whole(writer, names_by_file, tensors, codes)
+    if shard_map.assigned is None:  # once in a run: the rank that wrote a CopiedTensor has its source
+        world_size = 1 if is_adapter else pretrained.rank_and_world_size()[1]
+        shard_map.assigned = ownership.assign(sizes, names_by_file, world_size)
+    names_by_file, owners = shard_map.assigned
+    write_whole(writer, names_by_file, owners, tensors, codes)
     others = dict(exported)
     if list(names_by_file) != ["model.safetensors"] and not is_adapter:  # the only name without an index
         others[pretrained.INDEX_FILE] = index_content(names_by_file, sum(sizes.values()))
@@ -220,87 +189,140 @@ class Slice:
 def write_slices(writer, folder, tensors):
     """Write this rank's slices of {name: tensor} into its file in `folder`; return all ranks' files.
 
-    Every rank calls it. Of ranks with the same slice, the first one writes it. Nothing is gathered. The
-    metadata of the file has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension.
+    Every rank calls it. Ranks with copies of a shard divide its rows. Nothing is sent. The metadata of the
+    file has, for each tensor that is not whole in it, "START:STOP of SIZE" of each dimension. With several
+    ranks, rank 0 writes SLICES: which file has what, so that a reader opens only those that it needs.
     """
     rank, world_size = pretrained.rank_and_world_size()
-    stems = [f"tensors-{i + 1:05d}-of-{world_size:05d}" for i in range(world_size)]
-    if world_size == 1:
-        stems = ["tensors"]
-    names = [os.path.join(folder, f"{stem}.safetensors") for stem in stems]
-    metadata, mine = {}, {}
-    for name, is_first in zip(tensors, first_holders(tensors.values())):
-        shard, spans = pretrained.local_shard(tensors[name])
-        if is_first and shard.numel():
+    names = [os.path.join(folder, file) for file in slice_files(world_size)]
+    mesh, metadata, mine = layout_of(tensors.values()), {}, {}
+    for name, tensor in tensors.items():
+        shard, held = pretrained.local_shard(tensor)
+        spans = ownership.as_integers(ownership.written_spans(tensor.shape, split_of(tensor), mesh, rank))
+        shard = shard[within(spans, held)]
+        if shard.numel():
             mine[name] = shard
-            if shard.shape != tensors[name].shape:
+            if shard.shape != tensor.shape:
                 metadata[name] = ", ".join(f"{start}:{stop} of {size}"
-                                           for (start, stop), size in zip(spans, tensors[name].shape))
+                                           for (start, stop), size in zip(spans, tensor.shape))
     file = writer.open(names[rank], {name: (CODES[t.dtype], t.shape) for name, t in mine.items()}, metadata)
     for name in file.names:
-        writer.submit(file.add, mine[name])
+        writer.submit(file.add, mine[name], mine[name].dtype)
+    if world_size > 1:
+        names.append(os.path.join(folder, SLICES))
+        if rank == 0:
+            listed = {name: [list(tensor.shape), split_of(tensor)] for name, tensor in tensors.items()}
+            writer.write_file(names[-1], {**dataclasses.asdict(mesh), "tensors": listed})
     return names
 
 
-def first_holders(tensors):
-    """For each tensor, whether this rank is the first with its slice. Every rank calls it."""
-    rank, world_size = pretrained.rank_and_world_size()
-    spans = [list(itertools.chain(*pretrained.local_shard(t)[1])) for t in tensors]
-    if world_size == 1 or not spans:
-        return [True] * len(spans)
-    width = max(map(len, spans))
-    spans = torch.tensor([row + [0] * (width - len(row)) for row in spans])
-    everyone = [torch.empty_like(spans) for _ in range(world_size)]
-    dist.all_gather(everyone, spans)
-    is_first = torch.ones(len(spans), dtype=torch.bool)
-    for other in everyone[:rank]:
-        is_first &= (other != spans).any(1)
-    return is_first.tolist()
+def slice_files(world_size):
+    """The names of the files of the training state, by rank."""
+    if world_size == 1:
+        return ["tensors.safetensors"]
+    return [f"tensors-{rank + 1:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)]
 
 
-def read_slices(directory):
+def read_slices(directory, wanted=None):
     """{name: [Slice, ...]} of all tensors in a directory's safetensors files; together they are whole.
+
+    wanted  {name: tensor, which may be sharded}: read only the headers of the files that this rank needs for
+            its shards, if there is a SLICES file. The slices that a shard needs are then complete, and there
+            may be none if the shard is empty
 
     Files of whole tensors, as older versions wrote them, have no spans. Raises UserError if a part of a
     tensor is missing or there twice, or if its files do not agree.
     """
-    slices = {}
-    for file in sorted(os.listdir(directory)):
-        if not file.endswith(".safetensors"):
-            continue
-        path = os.path.join(directory, file)
-        entries = pretrained.read_header(path)
-        unknown = [name for name, entry in entries.items() if entry.dtype not in pretrained.DTYPES]
-        if unknown:
-            raise UserError(f"{path}: {unknown[0]:.200} has dtype {entries[unknown[0]].dtype}; supported are "
-                            f"{', '.join(pretrained.DTYPES)}")
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-        for name, entry in entries.items():
-            spans, shape = [(0, size) for size in entry.shape], entry.shape
-            if name in metadata:
-                numbers = [tuple(map(int, numbers)) for numbers in SPAN.findall(metadata[name])]
-                spans, shape = [(start, stop) for start, stop, _ in numbers], tuple(n for *_, n in numbers)
-                is_inside = all(start <= stop <= size for start, stop, size in numbers)
-                if not is_inside or tuple(stop - start for start, stop in spans) != entry.shape:
-                    raise UserError(f"{path}: {name:.200} has shape {entry.shape}, but its metadata says "
-                                    f"{metadata[name]:.200}")
-            slices.setdefault(name, []).append(Slice(entry, spans, shape))
+    names = sorted(file for file in os.listdir(directory) if file.endswith(".safetensors"))
+    planned, plan = None, os.path.join(directory, SLICES)
+    if wanted is not None and os.path.exists(plan):
+        planned = planned_slices(plan, names, wanted)
+        names = sorted({file for parts in planned.values() for file in parts})
+    slices = {name: [] for name in planned or ()}
+    for file in names:
+        for name, part in slices_of(os.path.join(directory, file)).items():
+            slices.setdefault(name, []).append(part)
     for name, parts in slices.items():
-        shape, count = parts[0].shape, sum(count_elements(part.spans) for part in parts)
         starts = {tuple(start for start, _ in part.spans) for part in parts}
-        if (any(part.shape != shape or part.entry.dtype != parts[0].entry.dtype for part in parts)
-                or len(starts) < len(parts) or count != count_elements([(0, size) for size in shape])):
+        if planned is None:
+            n_elements = sum(ownership.count_elements(part.spans) for part in parts)
+            is_whole = n_elements == math.prod(parts[0].shape)
+        else:
+            found = {os.path.basename(part.entry.file): (part.spans, part.shape) for part in parts}
+            is_whole = planned.get(name, {}).items() <= found.items()
+        kinds = {(part.shape, part.entry.dtype) for part in parts}
+        if len(kinds) > 1 or len(starts) < len(parts) or not is_whole:
             raise UserError(f"{directory}: the slices of {name:.200} in its files do not make up one tensor; "
                             "use another step directory")
     return slices
 
 
-def count_elements(spans):
-    n = 1
-    for start, stop in spans:
-        n *= stop - start
-    return n
+def slices_of(path):
+    """{name: Slice} of a file. Raises UserError if its metadata does not fit its tensors."""
+    entries, slices = pretrained.read_header(path), {}
+    unknown = [name for name, entry in entries.items() if entry.dtype not in pretrained.DTYPES]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]:.200} has dtype {entries[unknown[0]].dtype}; supported are "
+                        f"{', '.join(pretrained.DTYPES)}")
+    with safe_open(path, framework="pt") as f:
+        metadata = f.metadata() or {}
+    for name, entry in entries.items():
+        spans, shape = [(0, size) for size in entry.shape], entry.shape
+        if name in metadata:
+            numbers = [tuple(map(int, numbers)) for numbers in SPAN.findall(metadata[name])]
+            spans, shape = [(start, stop) for start, stop, _ in numbers], tuple(n for *_, n in numbers)
+            is_inside = all(start <= stop <= size for start, stop, size in numbers)
+            if not is_inside or tuple(stop - start for start, stop in spans) != entry.shape:
+                raise UserError(f"{path}: {name:.200} has shape {entry.shape}, but its metadata says "
+                                f"{metadata[name]:.200}")
+        slices[name] = Slice(entry, spans, shape)
+    return slices
+
+
+def planned_slices(path, names, wanted):
+    """{name: {file: (spans, shape)}} of the slices that this rank's shards of {name: tensor} need.
+
+    path   of a SLICES file
+    names  of the files of slices beside it
+
+    Raises UserError if it is malformed, or of other tensors.
+    """
+    content = files.read_json(path)
+    if not is_plan(content, len(names)):
+        raise UserError(f"{path} does not fit the {len(names)} files beside it; use another step directory")
+    listed = content.pop("tensors")
+    differences = sorted(name for name in listed.keys() | wanted.keys() if name not in listed
+                         or name not in wanted or tuple(listed[name][0]) != tuple(wanted[name].shape))
+    if differences:
+        raise UserError(f"{os.path.dirname(path)} does not belong to this model and optimizer: "
+                        f"{differences[:5]} differ")
+    mesh = ownership.Layout(**content)
+    names, ranks, planned = slice_files(mesh.world_size), np.arange(mesh.world_size), {}
+    for name, (shape, split) in listed.items():
+        spans = ownership.written_spans(shape, split, mesh, ranks)
+        common = ownership.overlap(spans, pretrained.local_shard(wanted[name])[1])
+        needed = np.ones(len(ranks), dtype=bool)
+        for start, stop in common:
+            needed &= start < stop
+        planned[name] = {}
+        for rank in ranks[needed].tolist():
+            spans = ownership.written_spans(shape, split, mesh, rank)
+            planned[name][names[rank]] = ownership.as_integers(spans), tuple(shape)
+    return planned
+
+
+def is_plan(content, n_files):
+    """Whether a value is the content of a SLICES file beside n_files files of slices."""
+    if not isinstance(content, dict) or content.keys() != {*ownership.AXES, "tensors"}:
+        return False
+    *sizes, tensors = (content[key] for key in (*ownership.AXES, "tensors"))
+    if any(type(n) is not int or n < 1 for n in sizes) or math.prod(sizes) != n_files:
+        return False
+    return isinstance(tensors, dict) and all(
+        isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and isinstance(item[1], dict)
+        and all(type(n) is int and 0 <= n < 10**18 for n in item[0])
+        and all(axis in ownership.AXES and type(dim) is int and 0 <= dim < len(item[0])
+                for axis, dim in item[1].items()) for item in tensors.values())
 
 
 def read_sliced(slices, tensor, spans=None):
@@ -313,7 +335,7 @@ def read_sliced(slices, tensor, spans=None):
     shard, wanted = pretrained.local_shard(tensor)
     wanted = spans or wanted
     for part in slices:
-        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part.spans, wanted)]
+        common = ownership.as_integers(ownership.overlap(part.spans, wanted))
         if any(start >= stop for start, stop in common):
             continue
         target = shard[within(common, wanted)]
@@ -322,11 +344,6 @@ def read_sliced(slices, tensor, spans=None):
         pretrained.read_into(part.entry, rows, spans)
         if rows is not target:
             target.copy_(rows)
-
-
-def within(spans, outer):
-    """The index of the elements `spans` of a tensor in its slice `outer`."""
-    return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(spans, outer))
 
 
 # what ranks exchange
@@ -370,6 +387,14 @@ def shared_sums(names, mine):
     if pretrained.rank_and_world_size()[1] > 1:
         dist.all_reduce(sums)
     return dict(zip(names, sums.tolist()))
+
+
+def total(number):
+    """The sum of an integer over all ranks. Every rank calls it."""
+    number = torch.tensor(number)
+    if pretrained.rank_and_world_size()[1] > 1:
+        dist.all_reduce(number)
+    return int(number)
 
 
 def is_rank_0():

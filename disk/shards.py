@@ -64,14 +64,16 @@ class CopiedTensor:
 class ShardMap:
     """Which tensors the weight files of a directory have. Every save repeats them.
 
-    codes   {file: {parameter's name: dtype code}} of the tensors that are written from memory
-    names   {parameter's name: its name in the files}
-    copied  {file: {name in the files: CopiedTensor}} of those that are not trained
+    codes     {file: {parameter's name: dtype code}} of the tensors that are written from memory
+    names     {parameter's name: its name in the files}
+    copied    {file: {name in the files: CopiedTensor}} of those that are not trained
+    assigned  from the first save on: what ownership.assign has returned
     """
 
     codes: dict
     names: dict
     copied: dict
+    assigned: tuple | None = None
 
     def others(self):
         """(number, bytes) of the tensors that are not the model's: of a vision tower, ..."""

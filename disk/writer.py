@@ -44,6 +44,7 @@ class Writer(threading.Thread):
         self.jobs, self.error, self.buffers = queue.Queue(1), None, None
         self.last_jobs = []  # what `finish` does
         self.n_bytes = 0  # written so far
+        self.opened = {}  # name of a file of tensors -> {name: (dtype code, shape)}
         self.sums = {}  # name of a file that this rank has written -> (size, CRC-32)
         self.start()
         self.submit(self.prepare)
@@ -86,6 +87,7 @@ class Writer(threading.Thread):
     def open(self, name, tensors, metadata=None):
         """A new TensorFile of this rank."""
         file = TensorFile(os.path.join(self.directory, name), tensors, metadata, self)
+        self.opened[name] = tensors
         self.last_jobs.append((self.flush, name, file))
         return file
 
@@ -125,7 +127,7 @@ class TensorFile:
 
     def __init__(self, path, tensors, metadata, writer):
         self.path, self.writer = path, writer
-        self.names = sorted(tensors, key=lambda name: (DTYPE_ORDER.index(tensors[name][0]), name))
+        self.names = in_order(tensors)
         header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
         for name in self.names:
             code, shape = tensors[name]
@@ -133,24 +135,25 @@ class TensorFile:
             header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
         header = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        self.codes = [tensors[name][0] for name in reversed(self.names)]  # of those that are not yet added
         # Bytes, and tensors to copy, that are not yet written
         self.held = deque([len(header).to_bytes(8, "little") + header])
         self.file, self.size, self.crc = None, 0, 0
+        self.full_size = 8 + len(header) + end
         self.copied = []  # (CopiedTensor, its position in this file)
 
-    def add(self, tensor):
+    def add(self, tensor, dtype):
         """Write the next tensor of `names`, or keep a copy of it in host memory. Called by the thread.
+
+        dtype  in the file. A tensor may also come in pieces, in order: its bytes, with dtype uint8
 
         A CopiedTensor needs no copy there: its bytes stay on the disk until they are written.
         """
-        code = self.codes.pop()
         if isinstance(tensor, CopiedTensor):
             self.held.append(tensor)
             if not self.writer.in_memory:
                 self.write_held()
             return
-        for view in self.writer.buffers.views(tensor, DTYPES[code]):
+        for view in self.writer.buffers.views(tensor, dtype):
             if self.writer.in_memory:
                 self.held.append(bytes(view))
             else:
@@ -189,6 +192,7 @@ class TensorFile:
     def flush(self):
         """Write what is held, flush the file to the disk and close it; return (size, CRC-32)."""
         self.write_held()
+        assert self.size == self.full_size, f"{self.path} has other tensors than were saved"
         with files.naming(self.path), self.file:
             self.file.flush()
         files.sync(self.path)
@@ -196,6 +200,11 @@ class TensorFile:
         for tensor, start in self.copied:
             tensor.written = source, start
         return self.size, self.crc
+
+
+def in_order(tensors):
+    """The names of {name: (dtype code, shape)} in the order that a file has them."""
+    return sorted(tensors, key=lambda name: (DTYPE_ORDER.index(tensors[name][0]), name))
 
 
 class Buffers:
@@ -251,7 +260,7 @@ def write_tensors(path, stored, tensor_of):
     try:
         file = writer.open(name, stored)
         for name in file.names:
-            writer.submit(file.add, tensor_of(name))
+            writer.submit(file.add, tensor_of(name), DTYPES.get(stored[name][0]))
         writer.submit(writer.do_last_jobs)
     finally:
         writer.jobs.put(None)

@@ -2,8 +2,8 @@
 
 Builds the model as sft.py does, on any layout. Reads the checkpoints TO_READ and asserts that every rank has bitwise
 the known values. Then saves them as DIRECTORY/step_1, once directly and once as DIRECTORY.background/step_1, from host
-memory, while the tensors change. Asserts that all ranks are writing their weights at the same time, and that no rank
-has more than three gathered tensors.
+memory, while the tensors change. Asserts that all ranks are writing their weights at the same time, and that of the
+pieces that a rank has received no more than two are in memory when the next ones come.
 """
 
 import os
@@ -15,7 +15,7 @@ import zlib
 import torch
 
 import sft
-from disk import checkpoint, files, pretrained, saving, shards, writer
+from disk import checkpoint, exchange, files, pretrained, saving, shards, writer
 from disk.run import ModelPaths
 from ranks import processes
 from settings.parser import parse
@@ -36,8 +36,8 @@ def tensors(model, optimizer):
 
 
 def watch(ranks, directory):
-    """Let each rank's first write wait for all ranks'; count the gathered tensors that are in memory."""
-    write, gather, gathered, waiting = writer.TensorFile.write, saving.gather, [], [True]
+    """Let each rank's first write wait for all ranks'; count the received pieces that are in memory."""
+    write, take, received, waiting = writer.TensorFile.write, exchange.Exchange.take, [], [True]
 
     def meeting_write(file, data):
         if waiting and not os.path.dirname(file.path).endswith("training_state"):
@@ -49,18 +49,19 @@ def watch(ranks, directory):
                 time.sleep(0.01)
         write(file, data)
 
-    def counted_gather(tensor, dtype):
-        assert sum(ref() is not None for ref in gathered) <= 2, "more than three gathered tensors in memory"
-        whole = gather(tensor, dtype)
-        if saving.is_split(tensor):
-            gathered.append(weakref.ref(whole))
-        return whole
+    def counted_take(self, turn):
+        assert sum(ref() is not None for ref in received) <= 2, "more than two received pieces in memory"
+        pieces = take(self, turn)
+        assert sum(piece.numel() for piece in pieces.values()) <= saving.TURN
+        received.extend(map(weakref.ref, pieces.values()))
+        return pieces
 
-    writer.TensorFile.write, saving.gather = meeting_write, counted_gather
-    return gathered
+    writer.TensorFile.write, exchange.Exchange.take = meeting_write, counted_take
+    return received
 
 
-with processes.start(cfg.tp, 60) as ranks:
+saving.TURN = 2**14  # of 0.6 MB
+with processes.start(cfg.tp, 60, sp=cfg.sp, replicas=cfg.replicas) as ranks:
     for directory in filter(None, to_read.split(",")):
         model, optimizer = sft.build(cfg, ModelPaths.find(cfg.model), ranks)
         checkpoint.verify(directory)
@@ -72,7 +73,7 @@ with processes.start(cfg.tp, 60) as ranks:
             assert torch.equal(shard, expected), f"{name} of {directory} on rank {ranks.rank}"
     model, optimizer = sft.build(cfg, ModelPaths.find(cfg.model), ranks)
     optimizer.updates = 7
-    gathered = watch(ranks, out)
+    received = watch(ranks, out)
     for directory, in_background in ((out, False), (f"{out}.background", True)):
         with torch.no_grad():
             for name, tensor in tensors(model, optimizer).items():
@@ -89,4 +90,4 @@ with processes.start(cfg.tp, 60) as ranks:
             while not save.is_written():
                 time.sleep(0.01)
         save.finish()
-    assert bool(gathered) == (ranks.world_size > 1)
+    assert bool(received) == (ranks.world_size > 1)

@@ -699,7 +699,7 @@ def test_files_have_the_bytes_of_save_file(tmp_path, monkeypatch, in_memory, buf
     thread = writer.Writer(str(tmp_path), torch.device("cpu"), in_memory)
     file = thread.open("a.safetensors", {name: (writer.CODES[t.dtype], t.shape) for name, t in tensors.items()})
     for name in file.names:
-        thread.submit(file.add, tensors[name])
+        thread.submit(file.add, tensors[name], tensors[name].dtype)
     assert not thread.sums
     thread.finish()
     thread.wait()
