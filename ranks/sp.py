@@ -72,7 +72,7 @@ class Exchange(torch.autograd.Function):
 
 
 def exchange(x, cut, join, size, group):
-    """Cut x (tokens, heads, D) into `size` parts along `cut`, send one to each rank; join theirs along `join`.
+    """Cut x (tokens, heads, D) into `size` parts along `cut`, one for each rank; join theirs along `join`.
 
     cut, join  0: tokens, 1: heads
     group      name of the process group, whose ranks are in the order of their parts
