@@ -274,6 +274,7 @@ MEANINGS = [  # keys of verl in a file -> settings that differ from our defaults
     ({"engine.strategy": "megatron", "engine.tensor_model_parallel_size": 2},
      {"strategy": "megatron", "tp": 2}),
     ({"engine.tensor_model_parallel_size": 1}, {}),
+    ({"engine.ulysses_sequence_parallel_size": 2}, {"sp": 2}), ({"ulysses_sequence_parallel_size": 4}, {"sp": 4}),
     ({"actor_rollout_ref.actor.megatron.tensor_model_parallel_size": 4}, {"strategy": "megatron", "tp": 4}),
     ({"actor_rollout_ref.actor.fsdp_config.param_offload": True}, {"param_offload": True}),
     ({"actor_rollout_ref.actor.fsdp_config.optimizer_offload": True}, {"optimizer_offload": True}),
