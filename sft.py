@@ -123,6 +123,9 @@ class Config(Settings):
     tp: int = setting(1, "split each matrix over N ranks (tensor parallel)", env="TP", low=1)
     sp: int = setting(1, "split each conversation over N ranks (sequence parallel)", env="SP", low=1)
     replicas: int = setting(1, "N copies of the model, each sharded over 1/N of the ranks (HSDP)", low=1)
+    gradient_reduction: str = setting("auto", "sum gradients over ranks once a step or, for less memory, with "
+                                              "each micro_batch; auto: once if a tenth of the memory can hold "
+                                              "a whole gradient", ("auto", "step", "micro_batch"))
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
                                   env="PARAM_OFFLOAD")
@@ -202,7 +205,7 @@ def backward(model, batches, weight, ranks, losses=None):
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(ranks.each(batches), 1):
-        fsdp.set_gradient_sync(model, enabled=i == len(batches))
+        fsdp.set_gradient_sync(model, is_last=i == len(batches))
         out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
         loss = out.total / weight
         loss.backward()
@@ -267,7 +270,8 @@ def build(cfg, paths, ranks, trains=True):
         memory.tune_malloc(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
     if cfg.tp > 1:
         tp.split(model, ranks.mesh["tp"])
-    fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
+    fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload,
+               gradient_reduction=cfg.gradient_reduction)
     model.to_empty(device="cpu" if cfg.param_offload else ranks.device)
     model.tie_weights()
     optimizer = optim.create(model, cfg) if trains else None
