@@ -82,11 +82,14 @@ def collectives(run):
     gathered = {i: unsharded_bytes(run, i, 2 if run.bf16 else None) for i in groups}
     reduced = [unsharded_bytes(run, i, reduce_itemsize, only_trained=True) for i in groups]
     reduced = [size for size in reduced if size]
+    has_head = not run.config.tie_word_embeddings  # with the last norm, a group beside the embedding's
     counts = {}
     if dp > 1:
-        counts["dp all-gather, forward"] = n * len(groups), n * sum(gathered.values())
-        counts["dp all-gather, backward"] = n * n_blocks, n * (sum(gathered.values()) - gathered[None])
-        counts["dp reduce-scatter"] = len(reduced), sum(reduced)
+        counts["dp all-gather, forward"] = n * (len(groups) + has_head), n * sum(gathered.values())
+        again = [gathered[i] for i in groups[: n_blocks - 1]]  # the other groups are still there
+        counts["dp all-gather, backward"] = n * len(again), n * sum(again)
+        both_train = has_head and run.trains_embedding and forecast.trains_head(run)
+        counts["dp reduce-scatter"] = len(reduced) + both_train, sum(reduced)
     if tp > 1:
         hidden = run.hidden_bytes
         recomputed = run.checkpointed_blocks  # checkpointing repeats the attention's all-reduce

@@ -63,7 +63,7 @@ def counted(model):
         p.grad = None
     with Bytes() as mode:
         for is_last in (False, True):
-            fsdp.set_gradient_sync(model, enabled=is_last)
+            fsdp.set_gradient_sync(model, is_last)
             model_loss(model, tokens, (300,), tokens).backward()
     return mode.counts
 
