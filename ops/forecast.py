@@ -41,8 +41,10 @@ class PlannedRun:
     config               families.config.ModelConfig
     parameters           ((name, shape, bytes per element, is trained), ...), unsharded; a tied one once
     length               tokens per conversation
-    micro_batch_size     conversations per micro-batch
+    micro_batch_size     conversations per micro-batch, which an sp group has together
     batch_size           conversations per step, over all ranks
+    gradient_reduction   "step": between the micro-batches of a step each rank holds the unsharded gradient;
+                         "micro_batch": its shard
     checkpointed_blocks  that many blocks, the first ones, keep only their input for backward
     compiled             torch.compile fuses the operations of a block
     state_itemsizes      {name: bytes of optimizer state per element}, from the optimizer; 8 for other names
@@ -55,6 +57,9 @@ class PlannedRun:
     batch_size: int = 1
     world_size: int = 1
     tp: int = 1
+    sp: int = 1
+    replicas: int = 1
+    gradient_reduction: str = "step"
     bf16: bool = False
     cuda: bool = False
     checkpointed_blocks: int = 0
@@ -71,7 +76,8 @@ class PlannedRun:
     def of(cls, model, cfg, *, world_size, cuda):
         """The PlannedRun of a model, on meta or loaded and sharded, and the settings of a run.
 
-        cfg  sft.Config. `auto` counts as micro_batch_size 1 and as checkpointing all blocks; see choose()
+        cfg  sft.Config. `auto` counts as micro_batch_size 1, as checkpointing all blocks and as reducing the
+             gradient once per step; see choose()
         """
         bf16 = (cfg.dtype or ("bf16" if cuda else "fp32")) == "bf16"
         is_alone = world_size == 1 and not cfg.param_offload
@@ -94,6 +100,9 @@ class PlannedRun:
             batch_size=batch_size,
             world_size=world_size,
             tp=cfg.tp,
+            sp=cfg.sp,
+            replicas=cfg.replicas,
+            gradient_reduction="step" if getattr(cfg, "gradient_reduction", AUTO) == AUTO else cfg.gradient_reduction,
             bf16=bf16,
             cuda=cuda,
             checkpointed_blocks=checkpointed_blocks(cfg, model.config),
@@ -105,7 +114,7 @@ class PlannedRun:
             async_save=cfg.async_save,
             state_itemsizes=optim.state_itemsizes(model, cfg),
             measured=() if is_plain(model) else measure(
-                model, bf16=bf16, fused_norms=cuda, tp=cfg.tp),
+                model, bf16=bf16, fused_norms=cuda, tp=cfg.tp, sp=cfg.sp),
         )
 
     def state_itemsize(self, name):
@@ -114,7 +123,13 @@ class PlannedRun:
 
     @property
     def dp(self):
-        return self.world_size // self.tp
+        """Groups of ranks that read other conversations."""
+        return self.world_size // (self.tp * self.sp)
+
+    @property
+    def shards(self):
+        """Ranks over which FSDP2 shards each parameter."""
+        return self.world_size // (self.tp * self.replicas)
 
     @property
     def micro_batches(self):
@@ -123,8 +138,19 @@ class PlannedRun:
 
     @property
     def tokens(self):
-        """Tokens per micro-batch."""
+        """Tokens per micro-batch, over the ranks of an sp group."""
         return self.micro_batch_size * self.length
+
+    @property
+    def rank_tokens(self):
+        """Tokens of a micro-batch that a rank has; data.collate pads it to a multiple of sp."""
+        return math.ceil(self.tokens / self.sp)
+
+    @property
+    def key_heads(self):
+        """Key/value heads on a tp rank, with those that sp repeats: ranks/sp.py."""
+        heads = self.config.num_key_value_heads // self.tp
+        return heads * self.sp // math.gcd(heads, self.sp)
 
     @property
     def itemsize(self):
@@ -137,8 +163,8 @@ class PlannedRun:
 
     @property
     def hidden_bytes(self):
-        """Bytes of the hidden states of a micro-batch."""
-        return self.tokens * self.config.hidden_size * self.itemsize
+        """Bytes of the hidden states of a micro-batch on a rank."""
+        return self.rank_tokens * self.config.hidden_size * self.itemsize
 
     @property
     def is_sharded(self):
@@ -230,7 +256,7 @@ def shard_sizes(run, name, shape):
         columns //= n_slices
     else:
         rows //= n_slices
-    return rows * columns, math.ceil(rows / run.dp) * columns
+    return rows * columns, math.ceil(rows / run.shards) * columns
 
 
 def gradient_itemsize(run, itemsize):
@@ -280,7 +306,7 @@ def block_activations(run, is_first=False):
     Of a family with other blocks: the measured bytes of the block that keeps most.
     """
     if run.measured:
-        return int(run.tokens * max(run.measured))
+        return int(run.rank_tokens * max(run.measured))
     c, w = run.config, run.itemsize
     lora_ranks, is_trained = {}, {}
     for name, shape, _, trained in run.parameters:
@@ -306,9 +332,12 @@ def block_activations(run, is_first=False):
     kept = 0 if has_frozen_input else copies * C * w + 4  # norm: x, and 1 / rms in fp32
     kept += kept_inputs("q_proj", "k_proj", "v_proj") * w
     kept += (H + K) * (copies * D * w + 4) * c.qk_norm
-    kept += (2 * H + 2 * K) * D * w + 4 * H  # attention: q, k, v, its output, and a logsumexp per head
-    # with one call per conversation their outputs are copied into one tensor
-    kept += kept_inputs("o_proj") * w * (run.micro_batch_size > 1 and not run.has_varlen_attention)
+    # attention: q, k, v, its output, and a logsumexp per head. With sp they are of all tokens and 1 / sp of the
+    # heads; keys and values are repeated where sp exceeds their heads
+    kept += (2 * H + 2 * run.key_heads) * D * w + 4 * H
+    # with one call per conversation their outputs are copied into one tensor, with sp into a rank's tokens
+    is_copied = run.sp > 1 or (run.micro_batch_size > 1 and not run.has_varlen_attention)
+    kept += kept_inputs("o_proj") * w * is_copied
     rng_state = 16 * run.has_varlen_attention
     kept += copies * C * w + 4 + kept_inputs("gate_proj", "up_proj") * w
     # gate, up, silu(gate) and the product, which down_proj keeps. Compiled, the last two are computed again,
@@ -320,13 +349,14 @@ def block_activations(run, is_first=False):
         if run.dropout:  # the masked input, and the mask unless the input needs no gradient
             has_mask = not has_frozen_input or layer not in ("q_proj", "k_proj", "v_proj")
             kept += sizes[layer][0] * (w + (1 if run.cuda else w) * has_mask)
-    return run.tokens * kept + rng_state + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
+    return run.rank_tokens * kept + rng_state + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
 
 
 def mask_bytes(run, blocks):
     """Bytes of the masks that attention keeps for these blocks: of each window, for each conversation.
 
     The CPU, and CUDA in fp32, build them where a window is shorter than a conversation (ops/attention.py).
+    With sp each rank has them in full: its heads see all tokens.
     """
     if run.has_varlen_attention:
         return 0
@@ -343,7 +373,7 @@ def kept_bytes(run, n_blocks=None):
     if n_blocks == n_checkpointed:
         return kept
     if run.measured:
-        return kept + int(run.tokens * sum(run.measured[n_checkpointed:n_blocks]))
+        return kept + int(run.rank_tokens * sum(run.measured[n_checkpointed:n_blocks]))
     is_first = n_checkpointed == 0
     return kept + block_activations(run, is_first) + (n_blocks - n_checkpointed - 1) * block_activations(run)
 
@@ -420,7 +450,7 @@ def trains_head(run):
 
 def loss_bytes(run):
     """Bytes of a chunk's logits, the head's gradient, the hidden states, a chunk of them, their gradient."""
-    c, rows = run.config, min(loss_chunk(run), run.tokens)
+    c, rows = run.config, min(loss_chunk(run), run.rank_tokens)
     logits = rows * (c.vocab_size // run.tp)
     size = logits * run.itemsize + rows * c.hidden_size * run.itemsize
     head_itemsize = 4
@@ -448,7 +478,7 @@ def backward_bytes(run, held):
     # The gradients of gate and up. Compiled, the product that is computed again too, and with LoRA the part
     # of its gradient that comes through the adapter.
     n_wide = 2 + run.compiled + (run.compiled and run.is_lora)
-    of_mlp = n_wide * run.tokens * (c.intermediate_size // run.tp) * w
+    of_mlp = n_wide * run.rank_tokens * (c.intermediate_size // run.tp) * w
     freed = 2 * of_mlp  # what the MLP kept, before the layer that mixes tokens has its turn
     work = max(of_mlp, mixing_bytes(run) - freed) + run.hidden_bytes
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
@@ -523,7 +553,7 @@ def fragmentation(run, block):
     """
     one = block_activations(run)
     # the largest tensors are the MLP's; a block keeps four of them
-    wide = run.tokens * (run.config.intermediate_size // run.tp) * run.itemsize
+    wide = run.rank_tokens * (run.config.intermediate_size // run.tp) * run.itemsize
     in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[run.is_lora])
     of_blocks = BLOCK_FRAGMENTATION * (one + block) * run.config.num_hidden_layers
     return int(in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks))
