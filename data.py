@@ -2,7 +2,7 @@
 
 load() reads the conversations, renders each one with the model's chat template, tokenises it and makes its
 loss mask from character offsets. Sampler decides which conversations each step holds. micro_batches() packs a
-step's conversations for one data-parallel rank. This file knows ranks only as two integers.
+step's conversations for one data-parallel rank. This file knows ranks only as integers.
 """
 
 import bisect
@@ -305,8 +305,10 @@ class Sampler:
 class MicroBatch:
     """Conversations one after another, without padding: N tokens, R of which are followed by a target.
 
+    With --sp these are N tokens of a micro-batch of sp_size * N, which this rank has a part of.
+
     buffer     (S,) int64. The tensors below are views of it, so that one copy moves all of them to the device
-    lengths    tuple of ints with sum N, the tokens of each conversation
+    lengths    tuple of ints with sum sp_size * N, the tokens of each conversation
     n_targets  R
     ids        (conversations,) int64 array, their indices in the Dataset
 
@@ -318,42 +320,48 @@ class MicroBatch:
     documents               ops.attention.Documents
     """
 
-    def __init__(self, buffer, lengths, n_targets, ids, has_weights):
+    def __init__(self, buffer, lengths, n_targets, ids, has_weights, sp_rank, sp_size):
         self.buffer, self.lengths, self.n_targets, self.ids = buffer, lengths, n_targets, ids
-        self.has_weights = has_weights
-        N, R = sum(lengths), n_targets
+        self.has_weights, self.sp_rank, self.sp_size = has_weights, sp_rank, sp_size
+        N, R = sum(lengths) // sp_size, n_targets
         n_offsets, n_weights = len(lengths) // 2 + 1, ceil_div(R, 2) if has_weights else 0
         (self.tokens, positions, self.target_positions, self.targets, self.conversation_of_target, offsets,
          weights) = buffer.split([N, N, R, R, R, n_offsets, n_weights])
         self.weights = weights.view(torch.float32)[:R] if has_weights else None
-        self.documents = Documents(lengths, positions, offsets.view(torch.int32)[: len(lengths) + 1])
+        self.documents = Documents(lengths, positions, offsets.view(torch.int32)[: len(lengths) + 1],
+                                   first=sp_rank * N, is_part=sp_size > 1)
 
     def to(self, device):
         """The same MicroBatch on a device. If it is in pinned memory, the host does not wait for the copy."""
         return MicroBatch(self.buffer.to(device, non_blocking=True), self.lengths, self.n_targets, self.ids,
-                          self.has_weights)
+                          self.has_weights, self.sp_rank, self.sp_size)
 
 
-def collate(dataset, ids, pin_memory=False):
+def collate(dataset, ids, pin_memory=False, sp_rank=0, sp_size=1):
     """The MicroBatch of these conversations, in this order, in host memory. Each ends before its last target.
 
     Without conversations it has one token and no target: a rank that gets none must still take part in the
-    collectives of a micro-batch.
+    collectives of a micro-batch. With --sp, a document without targets ends a micro-batch that sp_size does
+    not divide.
     """
     spans = [(int(dataset.starts[i]), int(dataset.n_inputs[i])) for i in ids]
+    padding = -sum(n for _, n in spans) % sp_size if spans else sp_size
 
     def flat(array, shift):
         """The elements of all conversations, each `shift` after an input."""
         pieces = [array[s + shift : s + shift + n] for s, n in spans]
-        return np.concatenate(pieces or [np.zeros(1, array.dtype)])
+        return np.concatenate([*pieces, np.zeros(padding, array.dtype)])
 
-    lengths = tuple(n for _, n in spans) or (1,)
+    lengths = (*(n for _, n in spans), *[padding] * (padding > 0))
     ends = np.cumsum(lengths)
+    n_here = ends[-1] // sp_size
+    here = slice(sp_rank * n_here, (sp_rank + 1) * n_here)
     offsets = np.zeros(len(lengths) + 2 & ~1, dtype=np.int32)  # an even number: they are stored as int64
     offsets[1 : len(lengths) + 1] = ends
-    target_positions = np.flatnonzero(flat(dataset.loss_mask, 1))
-    parts = [flat(dataset.tokens, 0), np.arange(ends[-1]) - np.repeat(ends - lengths, lengths),
-             target_positions, flat(dataset.tokens, 1)[target_positions],
+    target_positions = here.start + np.flatnonzero(flat(dataset.loss_mask, 1)[here])
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    parts = [flat(dataset.tokens, 0)[here], positions[here],
+             target_positions - here.start, flat(dataset.tokens, 1)[target_positions],
              ids[np.searchsorted(ends, target_positions, "right")], offsets.view(np.int64)]
     if has_weights := len(dataset.weight) > 0:
         weights = [dataset.weights_of(i)[1:][: n] for i, (_, n) in zip(ids, spans)]
@@ -361,11 +369,16 @@ def collate(dataset, ids, pin_memory=False):
         parts.append(np.append(weights, np.zeros(len(weights) % 2, np.float32)).view(np.int64))
     buffer = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=pin_memory)
     np.concatenate(parts, out=buffer.numpy())
-    return MicroBatch(buffer, lengths, len(target_positions), ids, has_weights)
+    return MicroBatch(buffer, lengths, len(target_positions), ids, has_weights, sp_rank, sp_size)
 
 
-def micro_batches(dataset, ids, capacity, max_conversations=None, *, dp_rank=0, dp_size=1, pin_memory=False):
-    """Yield one data-parallel rank's MicroBatches of a step's conversations `ids`; see packing.pack."""
+def micro_batches(dataset, ids, capacity, max_conversations=None, *, dp_rank=0, dp_size=1, sp_rank=0,
+                  sp_size=1, pin_memory=False):
+    """Yield one rank's MicroBatches of a step's conversations `ids`; see packing.pack.
+
+    dp_rank  of dp_size: which conversations it reads
+    sp_rank  of sp_size: which part of each micro-batch's tokens it has
+    """
     ids = np.asarray(ids, dtype=np.int64)
     for group in pack(dataset.n_inputs[ids], capacity, max_conversations, dp_rank=dp_rank, dp_size=dp_size):
-        yield collate(dataset, ids[group], pin_memory)
+        yield collate(dataset, ids[group], pin_memory, sp_rank, sp_size)

@@ -33,7 +33,7 @@ from disk import inputs, peft, pretrained, resume
 from disk.run import RunState
 from families.registry import causal_lm
 from ops import compiler, forecast, freezing, memory, nf4, optim, overlap, packing
-from ranks import processes, tp
+from ranks import processes, sp, tp
 from screen import entry, profiler, samples
 from screen.log import Log, check_loggers
 from screen.validation import Validation
@@ -121,7 +121,8 @@ class Config(Settings):
     strategy: str = setting("fsdp", "fsdp and fsdp2: FSDP2; megatron: tensor parallel × FSDP2",
                             ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
     tp: int = setting(1, "split each matrix over N ranks (tensor parallel)", env="TP", low=1)
-    sp: int = setting(1, "split each conversation over N ranks (sequence parallel)", env="SP", low=1)
+    sp: int = setting(1, "each micro-batch's tokens over N ranks, attention's heads too (sequence parallel)",
+                     env="SP", low=1)
     replicas: int = setting(1, "N copies of the model, each sharded over 1/N of the ranks (HSDP)", low=1)
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
@@ -189,7 +190,8 @@ def lr_at(step, total_steps, cfg):
 def micro_batches(dataset, ids, cfg, ranks):
     """This rank's micro-batches of the conversations `ids`."""
     return data.micro_batches(dataset, ids, *packing.limits(cfg), dp_rank=ranks.dp_rank,
-                              dp_size=ranks.dp_size, pin_memory=ranks.device.type == "cuda")
+                              dp_size=ranks.dp_size, sp_rank=ranks.sp_rank, sp_size=ranks.sp_size,
+                              pin_memory=ranks.device.type == "cuda")
 
 
 def backward(model, batches, weight, ranks, losses=None):
@@ -267,6 +269,8 @@ def build(cfg, paths, ranks, trains=True):
         memory.tune_malloc(is_lora=cfg.use_lora, offloads=cfg.param_offload or cfg.optimizer_offload)
     if cfg.tp > 1:
         tp.split(model, ranks.mesh["tp"])
+    if cfg.sp > 1:
+        sp.split(model, ranks)
     fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
     model.to_empty(device="cpu" if cfg.param_offload else ranks.device)
     model.tie_weights()

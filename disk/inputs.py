@@ -156,6 +156,7 @@ def check_model(cfg):
     try:
         config = ModelConfig.from_dict(files.read_json(os.path.join(directory, "config.json")))
         config.check_tp(cfg.tp)
+        config.check_sp(cfg.sp, int(os.environ.get("WORLD_SIZE", "1")) // (cfg.tp * cfg.replicas), cfg.tp)
     except UserError as error:
         raise UserError(f"--model {cfg.model}: {error}") from error
     adapter = cfg.resume_from or cfg.resume_adapter  # it mostly has the tokenizer

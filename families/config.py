@@ -118,6 +118,25 @@ class ModelConfig:
             raise UserError(f"--tp {size}: tensor parallelism can't split a model of type {self.model_type}: "
                             f"{reason}; use --strategy fsdp --tp 1")
 
+    def check_sp(self, size, n_ranks, tp=1):
+        """Raise UserError if `size` ranks can't exchange tokens for the heads of this model (--sp).
+
+        n_ranks  ranks that such groups divide: those of a replica, each tp group as one
+        tp       ranks that share the heads already
+
+        Key/value heads are no limit: their number divides that of the query heads, and they are repeated.
+        """
+        reason = FAMILIES[self.model_type].no_sp
+        if size > 1 and reason:
+            raise UserError(f"--sp {size}: sequence parallelism can't split a model of type "
+                            f"{self.model_type}: {reason}; use --sp 1")
+        heads = self.num_attention_heads // tp
+        if heads % size:
+            fits = [n for n in range(1, n_ranks + 1) if n_ranks % n == 0 and heads % n == 0]
+            of_rank = f" that --tp {tp} leaves" if tp > 1 else ""
+            raise UserError(f"--sp {size} must divide the {heads} query heads{of_rank}; with this model and "
+                            f"this number of ranks, use --sp {' or '.join(map(str, fits))}")
+
 
 def text_config(config):
     """The part of config.json about the text model: its text_config, or all of it.

@@ -232,6 +232,7 @@ class Family:
     aliases: dict = field(default_factory=dict)  # other names of keys
     unused: tuple = ()  # keys of REFUSED that its config.json has without what they stand for
     no_tp: str = ""  # why tensor parallelism is refused
+    no_sp: str = ""  # why sequence parallelism is refused
 
 
 DEFAULTS = dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10_000.0, head_dim=None, sliding_window=None,
@@ -318,7 +319,8 @@ FAMILIES = {
                            partial_rotary=True,
                            layer_kinds=("linear_attention", "full_attention"),
                            supported=dict(attn_output_gate=True, mlp_only_layers=[]),
-                           no_tp="its gated delta nets aren't split over ranks"),
+                           no_tp="its gated delta nets aren't split over ranks",
+                           no_sp="its gated delta nets carry a state from token to token"),
 }
 # model_type of a config.json with a nested text_config -> model_type of a text_config that has none
 NESTED = {

@@ -25,14 +25,18 @@ class Documents:
     longest    tokens of the longest document, rounded up to a multiple of 128: torch.compile specialises on a
                number that it sees first, so it should see few
     n_past     tokens of a document that a cache holds before these, in generation
+    first      with --sp: the number of the first of these N tokens in the micro-batch, of which each rank has
+               a part. `lengths` then sum to its tokens, `offsets` end with them
+    is_part    whether these N tokens are such a part
     chunks     ops.delta.Chunks, for the families with linear attention; otherwise None
 
     A class of its own for torch.compile: it guards on the values of a tuple and would recompile for each
     number of documents.
     """
 
-    def __init__(self, lengths, positions, offsets, n_past=0):
+    def __init__(self, lengths, positions, offsets, n_past=0, *, first=0, is_part=False):
         self.lengths, self.positions, self.offsets, self.n_past = lengths, positions, offsets, n_past
+        self.first, self.is_part = first, is_part
         self.host_offsets = torch.tensor((0, *itertools.accumulate(lengths)), device="cpu")
         self.longest = -(-max(lengths) // 128) * 128
         self.chunks = None
@@ -56,7 +60,8 @@ class Documents:
         """
         lengths = self.offsets.diff()
         is_longer = lengths + self.n_past > length
-        return is_longer.repeat_interleave(lengths, output_size=self.positions.shape[0])
+        of_all = is_longer.repeat_interleave(lengths, output_size=sum(self.lengths))
+        return of_all[self.first : self.first + self.positions.shape[0]]
 
 
 def attend_function(x, head_dim, *, cached, compiled):
@@ -68,7 +73,7 @@ def attend_function(x, head_dim, *, cached, compiled):
 
     Both have the same arguments:
 
-    q          (N, H, D)
+    q          (N, H, D); with --sp all tokens of the micro-batch, and some of the heads (ranks/sp.py)
     k, v       (M, K, D); M is N. For a single document M may be larger: its earlier tokens, from a cache
     documents  Documents whose lengths sum to N
     window     each token attends to itself and the window - 1 tokens before it; None: to all before it

@@ -244,6 +244,8 @@ class Log:
         if cfg.freeze:
             trained = f"{n_trained:,} trained"
         strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.world_size > 1 else ""
+        if cfg.sp > 1:
+            strategy += f", sp {cfg.sp}"
         model_line = (f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
                       f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
                       f"{strategy}")

@@ -63,7 +63,8 @@ def lines(error, frame, cfg, ranks):
     batch, run = ranks.micro_batch, ranks.planned
     yield f"  at           {frame}"[:COLUMNS]
     if batch is not None:
-        yield (f"  micro-batch  {len(batch.lengths)} conversations, {sum(batch.lengths):,} tokens, the "
+        shared = f" over {batch.sp_size} ranks" if batch.sp_size > 1 else ""
+        yield (f"  micro-batch  {len(batch.ids)} conversations, {sum(batch.lengths):,} tokens{shared}, the "
                f"longest {max(batch.lengths):,}")
     yield (f"  memory       {allocation(error)}peak {memory.peak_memory_gb(device):.2f} of "
            f"{forecast.device_memory(device) / forecast.GB:.2f} GiB"

@@ -37,8 +37,8 @@ from text.template import ChatTokenizer
 
 USAGE = "python tools/evaluate.py MODEL FILE [FILE ...] [flags]"
 OF_RUN = {*resume.DATA, "quantize", "dtype"} - {"train_data", "val_split", "tokenizer", "chat_template"}
-SHARED = [*OF_RUN, "tokenizer", "chat_template", "cache_dir", "packing", "strategy", "tp", "timeout",
-          "param_offload"]  # settings of sft.py that this program has too
+SHARED = [*OF_RUN, "tokenizer", "chat_template", "cache_dir", "packing", "strategy", "tp", "sp",
+          "replicas", "timeout", "param_offload"]  # settings of sft.py that this program has too
 
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ class Own:
         if self.tp > 1:
             self.strategy = "megatron"
         check(self)
-        processes.check_strategy(self.strategy, self.tp)
+        processes.check_strategy(self.strategy, self.tp, self.sp, self.replicas)
 
 
 def config_class():
@@ -161,7 +161,8 @@ def main():
     shared = {name: getattr(own, name) for name in (*SHARED, "micro_batch_size")}
     cfg = sft.Config(**{**shared, "model": own.model, "val_data": own.data, "use_lora": bool(paths.adapter),
                         "gradient_checkpointing": False, "compile": False})
-    with processes.start(cfg.tp, cfg.timeout, same=gate.program(cfg)) as ranks:
+    with processes.start(cfg.tp, cfg.timeout, same=gate.program(cfg), sp=cfg.sp,
+                         replicas=cfg.replicas) as ranks:
         sizes, results, lines = evaluate(cfg, ranks, paths)
     if ranks.rank:
         return

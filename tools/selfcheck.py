@@ -38,7 +38,8 @@ def compare(backward, model, dataset, ids, cfg, ranks):
     """Compare loss and gradients of one step in several layouts; print their largest relative difference.
 
     The layouts cut the step's conversations into micro-batches in different ways, with and without
-    checkpointing; with several data-parallel ranks, one layout computes everything on one of them.
+    checkpointing. With several data-parallel ranks, one layout computes everything on one of them; with --sp,
+    one computes each conversation on a single rank, which needs the memory for it.
 
     ids  the step's conversations
 
@@ -56,6 +57,8 @@ def compare(backward, model, dataset, ids, cfg, ranks):
     }
     if ranks.dp_size > 1:
         layouts["one data-parallel rank"] = dict(capacity=max_length, on_one_rank=True)
+    if ranks.sp_size > 1:
+        layouts["no sequence parallelism"] = dict(capacity=max_length, uses_sp=False)
     model.eval()  # no dropout: its masks depend on the layout
     base, worst = None, 0.0
     for name, layout in layouts.items():
@@ -77,16 +80,21 @@ def compare(backward, model, dataset, ids, cfg, ranks):
         print(f"selfcheck: ok, {len(ids)} conversations, all differences below {limit}")
 
 
-def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversations=None, on_one_rank=False):
+def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversations=None, on_one_rank=False,
+             uses_sp=True):
     """(loss, this rank's shard of every gradient) of a step in one layout."""
-    weight = dataset.count(ids)["target_weight"]
+    weight, limits = dataset.count(ids)["target_weight"], (capacity, max_conversations)
+    part = dict(sp_rank=ranks.sp_rank, sp_size=ranks.sp_size)
     if on_one_rank:
-        batches = list(data.micro_batches(dataset, ids, capacity, max_conversations))
+        batches = list(data.micro_batches(dataset, ids, *limits, **part))
         if ranks.dp_rank:  # as many empty micro-batches: every rank takes part in the collectives
-            batches = list(data.micro_batches(dataset, ids[:0], capacity)) * len(batches)
+            batches = list(data.micro_batches(dataset, ids[:0], *limits, **part)) * len(batches)
+    elif uses_sp:
+        batches = list(data.micro_batches(
+            dataset, ids, *limits, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, **part))
     else:
         batches = list(data.micro_batches(
-            dataset, ids, capacity, max_conversations, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size))
+            dataset, ids, *limits, dp_rank=ranks.tokens_rank, dp_size=ranks.dp_size * ranks.sp_size))
     loss = backward(model, batches, weight, ranks)
     parameters = trained_parameters(model)
     gradients = [local(p.grad).clone() for p in parameters]
@@ -128,11 +136,11 @@ def find_non_finite(backward, model, dataset, ids, cfg, ranks):
     Computes each micro-batch alone, one rank after another. This takes as long as dp_size steps, but happens
     only once, when a run has to stop. The gradient of the next step, which may be there, is dropped.
     """
-    limits = packing.limits(cfg)
+    limits, part = packing.limits(cfg), dict(sp_rank=ranks.sp_rank, sp_size=ranks.sp_size)
     weight, parameters = dataset.count(ids)["target_weight"], trained_parameters(model)
-    (empty,) = data.micro_batches(dataset, ids[:0], *limits)
+    (empty,) = data.micro_batches(dataset, ids[:0], *limits, **part)
     for dp_rank in range(ranks.dp_size):
-        batches = data.micro_batches(dataset, ids, *limits, dp_rank=dp_rank, dp_size=ranks.dp_size)
+        batches = data.micro_batches(dataset, ids, *limits, dp_rank=dp_rank, dp_size=ranks.dp_size, **part)
         for number, batch in enumerate(batches, 1):
             losses = samples.ConversationLosses(dataset, ranks).restart(batch.ids)
             is_mine = dp_rank == ranks.dp_rank
