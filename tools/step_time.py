@@ -42,11 +42,17 @@ class Cluster:
 def padded_sizes(parameters, tp, shards):
     """{(group, bytes per element, is trained): elements on a tp rank}, padded to equal shards.
 
-    FSDP2 gathers a group together: blocks "0", "1", ..., and "root".
+    The groups of fsdp.shard: blocks "0", "1", ...; "embedding" and "head", or "root" if they are tied.
     """
+    is_untied = any(name.startswith("lm_head") for name, *_ in parameters)
     sizes, layout = {}, SimpleNamespace(tp=tp, shards=shards)
     for name, shape, itemsize, trained in parameters:
-        key = name.split(".")[2] if ".layers." in name else "root", itemsize, trained
+        group = "root"
+        if ".layers." in name:
+            group = name.split(".")[2]
+        elif is_untied:
+            group = "embedding" if "embed_tokens" in name else "head"
+        key = group, itemsize, trained
         sizes[key] = sizes.get(key, 0) + shard_sizes(layout, name, shape)[1] * shards
     return sizes
 
@@ -90,10 +96,10 @@ def fsdp_collectives(run):
     reduced = fsdp_groups(run, 4 if run.bf16 else None, only_trained=True)
     reduced = [size for size in reduced.values() if size]
     n_reductions = n if run.gradient_reduction == "micro_batch" else 1
-    again = sum(gathered.values()) - gathered["root"]
+    again = [gathered[str(i)] for i in range(n_blocks - 1)]  # the last block stays gathered
     return {
         "shards all-gather, forward": (n * len(gathered), n * sum(gathered.values())),
-        "shards all-gather, backward": (n * n_blocks, n * again),
+        "shards all-gather, backward": (n * len(again), n * sum(again)),
         "shards reduce-scatter": (n_reductions * len(reduced), n_reductions * sum(reduced)),
         "replicas all-reduce": (len(reduced), sum(reduced) // run.shards),
     }
