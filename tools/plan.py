@@ -46,7 +46,7 @@ from tools import best
 from tools.step_time import Cluster, collectives, sent, step_time
 
 GPU_GB = 79  # GiB of an H100 of 80 GB: the memory of a planned GPU, where --memory_gb does not say it
-SEARCHED = ("tp or sp or replicas or micro_batch_size or gradient_checkpointing "
+SEARCHED = ("tp or sp or replicas or micro_batch_size or gradient_checkpointing or gradient_reduction "
             "or param_offload or optimizer_offload")
 
 
