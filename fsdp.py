@@ -1,7 +1,7 @@
 """FSDP2: shard parameters, gradients and optimizer state over the data-parallel ranks (dp).
 
-Also offload to host memory, gradient synchronisation and the gradient norm. Parameters that ranks/tp.py has
-split are sharded again, over dp.
+Also replicas (HSDP), offload to host memory, gradient reduction and the gradient norm. Parameters that
+ranks/tp.py has split are sharded again, over dp.
 """
 
 import contextlib
@@ -17,11 +17,19 @@ def is_used(ranks, param_offload):
     return ranks.world_size > 1 or param_offload
 
 
-def shard(model, ranks, *, bf16, param_offload):
+def shard(model, ranks, *, bf16, param_offload, gradient_reduction="step"):
     """Apply fully_shard to each block and to the model, in place. The model is on meta.
 
-    bf16           all-gather and compute in bf16, from fp32 parameters
-    param_offload  keep parameters and gradients in host memory
+    bf16                all-gather and compute in bf16, from fp32 parameters
+    param_offload       keep parameters and gradients in host memory
+    gradient_reduction  "step" or "micro_batch", see set_gradient_sync
+
+    The parameters of a group are gathered together, and so are their gradients reduced. Each block is one.
+    With a tied head the rest is another: gathered from the start of forward to the end of backward. Otherwise
+    the embedding is one, gathered for its forward only; and norm and head are one, gathered from the norm's
+    forward to its backward, so that head and embedding are not in memory at the same time. The last block
+    stays gathered too, because backward begins with it. So a micro-batch of L blocks has 2 L gathers if the
+    head is tied, otherwise 2 L + 1.
     """
     if not is_used(ranks, param_offload):
         return
@@ -41,8 +49,18 @@ def shard(model, ranks, *, bf16, param_offload):
         offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
     has_replicas = ranks.mesh["replicas"].size() > 1
     mesh = ranks.mesh["replicas", "shards"] if has_replicas else ranks.mesh["shards"]
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    options = dict(mesh=mesh, mp_policy=precision, offload_policy=offload)
+    decoder, head = model.model, model.lm_head
+    *blocks, last_block = decoder.layers
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(last_block, reshard_after_forward=False, **options)
+    if head.weight is not decoder.embed_tokens.weight:
+        fully_shard(decoder.embed_tokens, **options)
+        decoder.embed_tokens.set_unshard_in_backward(False)  # its gradient needs the tokens only
+        fully_shard([decoder.norm, head], reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+    model.gradient_reduction = gradient_reduction
     for module in model.modules():
         if isinstance(module, FSDPModule) and mesh.size() > 1:  # a factor would cost one rank a copy
             # Sum the gradients, as backward() already divides the loss by the target tokens of the step.
@@ -50,19 +68,35 @@ def shard(model, ranks, *, bf16, param_offload):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum (torch 2.13)
 
 
-def set_gradient_sync(model, enabled):
-    """Set whether backward reduces gradients over dp; enabled only for the last micro-batch of a step."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(enabled)
+def set_gradient_sync(model, is_last):
+    """Set which gradients the next backward reduces. Call it before each micro-batch.
+
+    is_last  whether it is the last micro-batch of its step
+
+    With --gradient_reduction "step" only the last micro-batch reduces gradients; until then each rank holds
+    the sum of its own ones, unsharded. With "micro_batch" each one reduces them over `shards`, and each rank
+    holds its shard; only the last one reduces them over `replicas`.
+    """
+    if not hasattr(model, "set_requires_gradient_sync"):
+        return
+    is_often = model.gradient_reduction == "micro_batch"
+    model.set_requires_gradient_sync(is_last or is_often)
+    model.set_requires_all_reduce(is_last)
+    for p in model.parameters() if is_often else ():
+        # --optimizer_offload: FSDP2 would sum the micro-batches in bf16, the dtype of the parameters
+        if p.grad is not None and p.grad.dtype == torch.bfloat16:
+            p.grad_dtype = None  # any
+            p.grad = p.grad.to(torch.float32)
 
 
 @contextlib.contextmanager
 def evaluation(model):
-    """Without dropout. At the end the root is resharded: FSDP2 leaves it unsharded without a backward."""
+    """Without dropout. At the end all is resharded: FSDP2 leaves some groups unsharded without a backward."""
     model.eval()
     yield
-    if hasattr(model, "reshard"):
-        model.reshard()
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
     model.train()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ops.attention import Documents, attend_function
-from ops.loss import Head, loss
+from ops.loss import Head
 from settings.errors import UserError
 
 
@@ -221,9 +221,9 @@ class CausalLM(nn.Module):
                           With `past`, logits of the last token, (1, V). Otherwise logits, (N, V)
         """
         hidden = self.model(tokens, documents, past)
-        if targets is not None:
-            return loss(hidden, self.lm_head, target_positions, targets, weights)
-        return self.lm_head(hidden if past is None else hidden[-1:])
+        if past is not None:
+            hidden = hidden[-1:]
+        return self.lm_head(hidden, target_positions, targets, weights)
 
 
 @torch.no_grad()

@@ -124,6 +124,9 @@ class Config(Settings):
     sp: int = setting(1, "each micro-batch's tokens over N ranks, attention's heads too (sequence parallel)",
                      env="SP", low=1)
     replicas: int = setting(1, "N copies of the model, each sharded over 1/N of the ranks (HSDP)", low=1)
+    gradient_reduction: str = setting("auto", "sum gradients over ranks once a step or, for less memory, with "
+                                              "each micro_batch; auto: once if a tenth of the memory can hold "
+                                              "a whole gradient", ("auto", "step", "micro_batch"))
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
                                   env="PARAM_OFFLOAD")
@@ -204,7 +207,7 @@ def backward(model, batches, weight, ranks, losses=None):
     """
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(ranks.each(batches), 1):
-        fsdp.set_gradient_sync(model, enabled=i == len(batches))
+        fsdp.set_gradient_sync(model, is_last=i == len(batches))
         out = model(batch.tokens, batch.documents, batch.target_positions, batch.targets, batch.weights)
         loss = out.total / weight
         loss.backward()
@@ -271,7 +274,8 @@ def build(cfg, paths, ranks, trains=True):
         tp.split(model, ranks.mesh["tp"])
     if cfg.sp > 1:
         sp.split(model, ranks)
-    fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload)
+    fsdp.shard(model, ranks, bf16=bf16, param_offload=cfg.param_offload,
+               gradient_reduction=cfg.gradient_reduction)
     model.to_empty(device="cpu" if cfg.param_offload else ranks.device)
     model.tie_weights()
     optimizer = optim.create(model, cfg) if trains else None

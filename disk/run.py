@@ -26,6 +26,11 @@ from settings.errors import UserError
 from text.template import ChatTokenizer
 
 
+# Settings for which `auto` chooses: a resumed run with the same ones takes what it chose before. Beside them
+# the number of ranks.
+PLACE = ("tp", "sp", "replicas", "max_length")
+
+
 @dataclass
 class ModelPaths:
     """The directories of a model, its adapter (if any) and its tokenizer; the content of config.json.
@@ -134,7 +139,8 @@ class RunState:
     date             of the first start, an ISO text: a chat template may print it
     paths            ModelPaths: where the weights come from. A checkpoint is a model directory too
     chosen           what `auto` means in this run, {"micro_batch_size": conversations,
-                     "checkpointed_blocks": number}, and the "world_size" and "tp" that it was chosen for
+                     "checkpointed_blocks": number, "gradient_reduction": "step" or "micro_batch"}, and the
+                     "world_size" and PLACE that it was chosen for
     lr               the learning rate of `step`
     lines            what the banner says about settings and resume
     has_saved        whether this process has saved a checkpoint
@@ -154,6 +160,9 @@ class RunState:
         of the other kind (full or LoRA) than cfg asks for. A failed resume never trains.
         """
         self.cfg, self.is_writer, self.has_saved = cfg, ranks.rank == 0, False
+        if cfg.gradient_reduction != AUTO and ranks.world_size == 1 and not cfg.param_offload:
+            raise UserError(f"--gradient_reduction {cfg.gradient_reduction} has no effect: one process has no "
+                            "others to sum gradients with; remove it, or use --gradient_reduction auto")
         ranks.warn_of_idle(cfg.batch_size if cfg.batch_tokens is None else ranks.dp_size)
         self.root = os.path.join(cfg.output_dir, "checkpoints")
         os.makedirs(self.root, exist_ok=True)
@@ -250,12 +259,13 @@ class RunState:
                              self.cfg.template_kwargs, self.date)
 
     def choose_memory(self, build, ranks):
-        """The settings with numbers in place of `auto`: conversations of a micro-batch, checkpointed blocks.
+        """The settings with a choice in place of `auto`: conversations of a micro-batch, checkpointed blocks,
+        when gradients are reduced.
 
         build  sft.build. It creates the model on meta, which takes some milliseconds
 
-        A resumed run takes what it chose before if ranks and max_length are the same and it still fits: then
-        the same numbers come out.
+        A resumed run takes what it chose before if the layout of ranks and max_length are the same and it
+        still fits: then the same numbers come out.
         Sets ranks.planned, the PlannedRun: an out-of-memory error says with it which settings would help.
         Raises UserError if nothing fits.
         """
@@ -265,14 +275,17 @@ class RunState:
             dataclasses.replace(cfg, dtype=cfg.dtype_on(ranks.device), compile=False), self.paths, meta)
         run = forecast.PlannedRun.of(
             model, cfg, world_size=ranks.world_size, cuda=ranks.device.type == "cuda")
-        ranks.planned, self.memory_line = run, None
         settings = {"micro_batch_size": cfg.micro_batch_size,
-                    "checkpointed_blocks": cfg.gradient_checkpointing}
+                    "checkpointed_blocks": cfg.gradient_checkpointing,
+                    "gradient_reduction": cfg.gradient_reduction if run.is_sharded else "step"}
+        if settings["gradient_reduction"] != AUTO:
+            run = dataclasses.replace(run, gradient_reduction=settings["gradient_reduction"])
+        ranks.planned, self.memory_line = run, None
         automatic = [name for name, value in settings.items() if value == AUTO]
         if not automatic:
             return cfg
         capacity = forecast.smallest(forecast.device_memory(ranks.device), ranks)
-        place = {"world_size": ranks.world_size, "tp": cfg.tp, "max_length": cfg.max_length}
+        place = {"world_size": ranks.world_size, **{name: getattr(cfg, name) for name in PLACE}}
         before = self.chosen_before()
         if all(before.get(key) == value for key, value in place.items()):
             again = {name: before[name] for name in set(automatic) & before.keys()}
@@ -280,17 +293,20 @@ class RunState:
             if forecast.memory(repeated)["device"] <= forecast.FILL * capacity:  # else on a smaller device
                 settings.update(again)
                 run = repeated
-        if AUTO in settings.values():
+        if settings["gradient_reduction"] == AUTO:
+            run = dataclasses.replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity))
+        if AUTO in (settings["micro_batch_size"], settings["checkpointed_blocks"]):
             run = forecast.choose(run, capacity, micro_batch_size=settings["micro_batch_size"],
                                   gradient_checkpointing=settings["checkpointed_blocks"])
         self.chosen = {**place, **{name: getattr(run, name) for name in automatic}}
-        planned = forecast.memory(run)["device"]
-        self.memory_line = (
-            f"memory   micro_batch_size {run.micro_batch_size} ({run.tokens:,} tokens), "
-            f"{run.checkpointed_blocks} of {model.config.num_hidden_layers} blocks checkpointed: "
-            f"forecast {planned / GB:.1f} of {capacity / GB:.1f} GiB")
+        if automatic != ["gradient_reduction"]:
+            planned = forecast.memory(run)["device"]
+            self.memory_line = (
+                f"memory   micro_batch_size {run.micro_batch_size} ({run.tokens:,} tokens), "
+                f"{run.checkpointed_blocks} of {model.config.num_hidden_layers} blocks checkpointed: "
+                f"forecast {planned / GB:.1f} of {capacity / GB:.1f} GiB")
         ranks.planned = run
-        changes = {"micro_batch_size": run.micro_batch_size}
+        changes = {"micro_batch_size": run.micro_batch_size, "gradient_reduction": run.gradient_reduction}
         if cfg.gradient_checkpointing == AUTO:
             changes["gradient_checkpointing"] = run.checkpointed_blocks
         return dataclasses.replace(cfg, **changes)
@@ -298,13 +314,18 @@ class RunState:
     def chosen_before(self):
         """What the resumed checkpoint says about `auto`. Raises UserError if that is not a choice."""
         before = self.saved.get("chosen", {})
-        lowest = {"world_size": 1, "tp": 1, "max_length": 1, "micro_batch_size": 1, "checkpointed_blocks": 0}
-        is_choice = isinstance(before, dict) and all(
-            type(value) is int and value >= lowest.get(name, math.inf) for name, value in before.items())
-        if not is_choice:
+        lowest = {"checkpointed_blocks": 0, **dict.fromkeys(("world_size", "micro_batch_size", *PLACE), 1)}
+
+        def is_choice(name, value):
+            if name == "gradient_reduction":
+                return value in ("step", "micro_batch")
+            return type(value) is int and value >= lowest.get(name, math.inf)
+
+        if not isinstance(before, dict) or not all(is_choice(*item) for item in before.items()):
             raise UserError(f"{self.resumed}: `chosen` in its state.json must be numbers, it is "
-                            f"{before!r:.60}; set --micro_batch_size and --gradient_checkpointing")
-        return before
+                            f"{before!r:.60}; set --micro_batch_size, --gradient_checkpointing and "
+                            "--gradient_reduction")
+        return {"sp": 1, "replicas": 1, **before}  # an older version had neither
 
     def identify(self, train_set, val_set, ranks):
         """Record what a resume must not change: data, order of steps, model, settings of the adapter.

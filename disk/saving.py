@@ -114,9 +114,10 @@ def gather(tensor, dtype):
         return tensor
     tensor = tensor.to(tensor.device_mesh.device_type, dtype)
     if tensor.device_mesh.ndim > 1:  # dp first, then tp: full_tensor uses this order too, but with a warning
-        from torch.distributed.tensor import Replicate  # takes half a second, but tp has imported it
+        from torch.distributed.tensor import Replicate  # takes half a second, but FSDP2 has imported it
 
-        tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
+        *others, last = tensor.placements
+        tensor = tensor.redistribute(placements=[*(Replicate() for _ in others), last])
     return tensor.full_tensor()
 
 

@@ -22,6 +22,7 @@ from settings.errors import UserError
 
 GB = 2**30
 AUTO = "auto"  # the value of --micro_batch_size and --gradient_checkpointing that choose() replaces
+HELD = 0.1  # of the device's memory: `auto` reduces a larger gradient with each micro-batch
 FILL = 0.85  # of the device's memory: the rest is for what the forecast does not count
 TOKENS = 2**15  # `auto` makes no larger micro-batches, unless max_length is longer: they keep a GPU busy
 FIXED_TOKENS = 2048  # the fixed time of a micro-batch, as tokens that take as long: an estimate
@@ -619,6 +620,17 @@ def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO)
         raise UserError(does_not_fit(replace(run, micro_batch_size=sizes[-1], checkpointed_blocks=blocks[-1]),
                                      capacity))
     return min(fitting, key=seconds)
+
+
+def gradient_reduction(run, capacity):
+    """What `auto` means for --gradient_reduction: "step" or "micro_batch".
+
+    Once a step costs the least traffic. But a rank then holds the gradient of all parameters that it trains,
+    unsharded, between micro-batches. If that exceeds HELD of `capacity` bytes, each micro-batch reduces it.
+    """
+    itemsize = 4 if run.bf16 else None
+    held = sum(unsharded_bytes(run, part, itemsize, only_trained=True) for part in ("", None))
+    return "micro_batch" if run.is_sharded and held > HELD * capacity else "step"
 
 
 def does_not_fit(run, capacity):

@@ -29,7 +29,7 @@ class LossOut(NamedTuple):
 
 
 class Head(nn.Linear):
-    """lm_head: hidden states (N, C) -> logits (N, V).
+    """lm_head: hidden states (N, C) -> logits (N, V), or their loss.
 
     The loss uses its weight and the members below. A head that holds only a shard of the vocabulary
     overrides them (ranks/tp.py).
@@ -39,7 +39,13 @@ class Head(nn.Linear):
     tp_size = 1  # ranks that share the vocabulary
     soft_cap = None  # a number: the logits are soft_cap * tanh(products / soft_cap)
 
-    def forward(self, hidden):
+    def forward(self, hidden, target_positions=None, targets=None, weights=None):
+        """Logits; with targets, loss() of them. Both come here because FSDP2 gathers the weight for it."""
+        if targets is None:
+            return self.logits(hidden)
+        return loss(hidden, self, target_positions, targets, weights)
+
+    def logits(self, hidden):
         return self.capped(super().forward(hidden))
 
     def capped(self, logits):

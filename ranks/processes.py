@@ -126,9 +126,10 @@ class Ranks:
 
     def all_reduce(self, tensor):
         """Sum a tensor over the ranks that compute other tokens, in place."""
-        for axis in ("shards", "replicas"):
-            if self.mesh and self.mesh[axis].size() > 1:
-                dist.all_reduce(tensor, group=self.mesh[axis].get_group())
+        for axis in ("shards", "replicas") if self.world_size > 1 else ():
+            group = self.mesh.get_group(axis)
+            if group.size() > 1:
+                dist.all_reduce(tensor, group=group)
         return tensor
 
     def broadcast(self, number):

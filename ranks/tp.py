@@ -95,8 +95,8 @@ def parallel_styles(config):
 class VocabParallelHead(Head):
     """lm_head with the vocabulary sharded over tp: this rank holds V / tp rows of the weight.
 
-    The loss works on the shard, so no rank ever holds the full logits of a chunk. forward(), which is for
-    generation, all-gathers the full logits.
+    The loss works on the shard, so no rank ever holds the full logits of a chunk. logits(), which is for
+    generation, all-gathers them.
     """
 
     def __init__(self, head, mesh):
@@ -116,7 +116,7 @@ class VocabParallelHead(Head):
     def all_reduce(self, tensor, op):
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
 
-    def forward(self, hidden):
+    def logits(self, hidden):
         logits = nn.functional.linear(hidden, self.local_weight()).contiguous()  # (N, V / tp)
         shards = [torch.empty_like(logits) for _ in range(self.tp_size)]
         dist.all_gather(shards, logits, group=self.group)

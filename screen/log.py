@@ -243,12 +243,9 @@ class Log:
         trained = f"{n_trained:,} trained with LoRA" if cfg.use_lora else "all trained"
         if cfg.freeze:
             trained = f"{n_trained:,} trained"
-        strategy = f", {cfg.strategy}, tp {cfg.tp}" if ranks.world_size > 1 else ""
-        if cfg.sp > 1:
-            strategy += f", sp {cfg.sp}"
         model_line = (f"model    {cfg.model} ({model.config.model_type}): {model.n_parameters:,} parameters, "
                       f"{trained}, {cfg.dtype_on(ranks.device)} on {ranks.world_size} × {ranks.device.type}"
-                      f"{strategy}")
+                      f"{layout_text(cfg, ranks)}")
         n_others, n_bytes = run.shard_map.others()
         if n_others:
             model_line += f"; its {n_others:,} other tensors ({n_bytes / 1e9:,.2f} GB) are kept"
@@ -479,6 +476,16 @@ class Log:
             print(*closing.command_lines(
                 run.cfg, latest, is_complete=is_complete, stops_early=run.stops_early, times=times,
                 world_size=self.ranks.world_size), sep="\n")
+
+
+def layout_text(cfg, ranks):
+    """How a run uses its ranks: ", fsdp, tp 1, replicas 2, gradients reduced once a step"."""
+    parts = [f"tp {cfg.tp}", *(f"{name} {n}" for name in ("sp", "replicas") if (n := getattr(cfg, name)) > 1)]
+    text = f", {cfg.strategy}, {', '.join(parts)}" if ranks.world_size > 1 else ""
+    if ranks.world_size == 1 and not cfg.param_offload:
+        return text
+    when = {"step": "once a step", "micro_batch": "with each micro-batch"}[cfg.gradient_reduction]
+    return f"{text}, gradients reduced {when}"
 
 
 def values_of(result):

@@ -44,7 +44,7 @@ def count(model):
     model_loss(model, *batch).backward()  # FSDP2's first call has extra collectives
     counts = []
     for is_last in (False, True):
-        fsdp.set_gradient_sync(model, enabled=is_last)
+        fsdp.set_gradient_sync(model, is_last)
         with CommDebugMode() as forward:
             loss = model_loss(model, *batch)
         with CommDebugMode() as backward:
