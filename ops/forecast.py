@@ -418,10 +418,13 @@ def memory(run):
         stages["the head's backward"] = held + at_loss + reduction_bytes(run, HEAD)
     # the matrices of a step change linearly between these blocks
     for i in sorted({0, min(1, last), max(0, k - 1), min(k, last), max(0, last - 1), last}):
-        # this block's parameters, and a buffer with those of the next
-        gathered = root + block + block * (run.shards > 1 and i > 0)
         gradients = finished if held else finished + gradients_of(run, "") * (last - i) // (last + 1)
-        stages[stage_name(i, last)] = gradients + activations(run, i) + gathered + backward_bytes(run, held, i)
+        others = gradients + waiting_gradients(run, held, i) + root + block
+        # a buffer with the parameters of the next block; gloo copies it
+        next_block = block * (run.shards > 1)
+        gathers = kept_bytes(run, i + 1) + next_block * (1 + (i > 0 and not run.cuda))
+        computes = activations(run, i) + backward_bytes(run) + next_block * (i > 0)
+        stages[stage_name(i, last)] = others + max(gathers, computes)
     stages["the embedding's backward"] = embedding_bytes(run, held, state)
     stage = max(stages, key=stages.get)
     resting, host = resting_bytes(run, state)
@@ -534,11 +537,8 @@ def gradients_of(run, group):
     return total
 
 
-def backward_bytes(run, held, i):
-    """Bytes of the backward of block i beside activations and finished gradients, and of the head's gradient.
-
-    held  gradients of earlier micro-batches, see held_bytes
-    """
+def backward_bytes(run):
+    """Bytes that a block's backward allocates, without the gradients of parameters."""
     c, w = run.config, run.itemsize
     # The gradients of gate and up. Compiled, the product that is computed again too, and with LoRA the part
     # of its gradient that comes through the adapter.
@@ -548,19 +548,27 @@ def backward_bytes(run, held, i):
     work = max(of_mlp, mixing_bytes(run) - freed) + run.hidden_bytes
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += dequantised_values(run) * (8 if run.bf16 else 6)
+    return work
+
+
+def waiting_gradients(run, held, i):
+    """Bytes of gradients of parameters that are not yet reduced, in the backward of block i.
+
+    held  gradients of earlier micro-batches, see held_bytes
+    """
+    size = 0
     if run.is_sharded:
-        # the flat gradient of the group before, until this one's is reduced: then the block's activations are
+        # The flat gradient of the group before, until this one's is reduced: then the block's activations are
         # freed already. Where the step's gradient is held, it was a part of it
         before = HEAD if i == run.config.num_hidden_layers - 1 else "0"
-        work += full_gradient(run, before) * (run.gradient_reduction == "micro_batch" or not held)
-        work += full_gradient(run, "0") * run.cuda
+        size += full_gradient(run, before) * (run.gradient_reduction == "micro_batch" or not held)
+        size += full_gradient(run, "0") * run.cuda
     elif run.has_own_masters:  # the largest gradient in bf16, before it is cast
-        work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
+        size += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
                      if trained and ".layers.0." in name), default=0)
     # the head's gradient waits for the embedding's if they are tied
-    head_itemsize = gradient_itemsize(run, w)
-    waits = c.tie_word_embeddings or not (run.is_sharded or held)
-    return work + matrix_bytes(run, head_itemsize) * (trains_head(run) and waits)
+    waits = run.config.tie_word_embeddings or not (run.is_sharded or held)
+    return size + matrix_bytes(run, gradient_itemsize(run, run.itemsize)) * (trains_head(run) and waits)
 
 
 def mixing_bytes(run):
