@@ -161,8 +161,8 @@ class RunState:
         """
         self.cfg, self.is_writer, self.has_saved = cfg, ranks.rank == 0, False
         if cfg.gradient_reduction != AUTO and ranks.world_size == 1 and not cfg.param_offload:
-            raise UserError(f"--gradient_reduction {cfg.gradient_reduction} has no effect: one process has no "
-                            "others to sum gradients with; remove it, or use --gradient_reduction auto")
+            raise UserError(f"--gradient_reduction {cfg.gradient_reduction} has no effect: one process has "
+                            "no others to sum gradients with; remove it, or use --gradient_reduction auto")
         ranks.warn_of_idle(cfg.batch_size if cfg.batch_tokens is None else ranks.dp_size)
         self.root = os.path.join(cfg.output_dir, "checkpoints")
         os.makedirs(self.root, exist_ok=True)
