@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ops import compiler, loss, nf4, optim
 from ops.activations import measure
+from ranks import processes
 from settings.errors import UserError
 
 GB = 2**30
@@ -216,7 +217,10 @@ def checkpointed_blocks(cfg, config):
 
 
 def check(run):
-    """Raise UserError if tp does not divide what it splits: the rules of processes.start and tp.split."""
+    """Raise UserError if tp, sp or replicas do not divide what they split.
+
+    The rules are those of processes.start, tp.split and sp.split.
+    """
     c, tp, world_size = run.config, run.tp, run.world_size
     c.check_tp(tp)
     sizes = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
@@ -225,6 +229,8 @@ def check(run):
         raise UserError(f"--tp {tp} must divide the {world_size} ranks (--n_gpus) and the attention heads, "
                         f"key/value heads, intermediate_size and vocab_size, here {sizes}; "
                         f"use {' or '.join(map(str, valid))}")
+    processes.check_layout(tp, run.sp, run.replicas, world_size)
+    c.check_sp(run.sp, run.shards, tp)
 
 
 def loss_chunk(run):

@@ -48,6 +48,7 @@ from tools.step_time import Cluster, collectives, sent, step_time
 GPU_GB = 79  # GiB of an H100 of 80 GB: the memory of a planned GPU, where --memory_gb does not say it
 SEARCHED = ("tp or sp or replicas or micro_batch_size or gradient_checkpointing or gradient_reduction "
             "or param_offload or optimizer_offload")
+WHEN = {"step": "once a step", "micro_batch": "with each"}
 
 
 @dataclass
@@ -122,8 +123,9 @@ def memory_lines(run):
     dtype = "bf16" if run.bf16 else "fp32"
     sp = f"sp {run.sp} × " * (run.sp > 1)
     replicas = f", {run.replicas} replicas of {run.shards} shards" * (run.replicas > 1)
+    reduction = f", gradients reduced {WHEN[run.gradient_reduction]}" * (run.micro_batches > 1 and run.is_sharded)
     yield (f"plan     {run.world_size} × {device} = dp {run.dp} × {sp}tp {run.tp}{replicas}, {dtype}; micro-batch "
-           f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank; "
+           f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank{reduction}; "
            f"{run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
     yield f"weights       {size['weights']:>14}  {place}"
     reduced = ", after they are reduced" * (run.world_size > 1)
@@ -213,12 +215,19 @@ def plan(cfg):
         printed = best.lines(run, cluster, capacity(cfg))
     else:
         check(run)
-        if AUTO in (cfg.micro_batch_size, cfg.gradient_checkpointing):
-            run = forecast.choose(run, capacity(cfg), micro_batch_size=cfg.micro_batch_size,
-                                  gradient_checkpointing=cfg.gradient_checkpointing)
-        printed = lines(run, cluster, memory_gb=cfg.memory_gb)
+        printed = lines(chosen(run, cfg), cluster, memory_gb=cfg.memory_gb)
     if os.environ.get("RANK", "0") == "0":
         print(*printed, sep="\n")
+
+
+def chosen(run, cfg):
+    """The PlannedRun with what `auto` chooses. Raises UserError if nothing fits."""
+    if cfg.gradient_reduction == AUTO:
+        run = replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity(cfg)))
+    if AUTO in (cfg.micro_batch_size, cfg.gradient_checkpointing):
+        run = forecast.choose(run, capacity(cfg), micro_batch_size=cfg.micro_batch_size,
+                              gradient_checkpointing=cfg.gradient_checkpointing)
+    return run
 
 
 def capacity(cfg):
