@@ -408,7 +408,9 @@ def memory(run):
     gathered = 2 * block + 2 * buffer
     reduce_itemsize = 4 if run.bf16 else None  # gradients are reduced or accumulated in fp32
     full_gradient = sum(unsharded_bytes(run, part, reduce_itemsize, only_trained=True) for part in ("", None))
-    held = full_gradient * (run.micro_batches > 1)  # nothing is reduced before a step's last micro-batch
+    # between micro-batches: nothing is reduced yet, or each rank has its shard
+    held = full_gradient if run.gradient_reduction == "step" else state["gradients"]
+    held *= run.micro_batches > 1
     reduced = state["gradients"] * (not (run.cuda and run.param_offload))
     of_loss = loss_bytes(run)
     stages = {"the loss": held + kept_bytes(run) + 2 * hidden + of_loss + root + buffer,

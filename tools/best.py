@@ -226,7 +226,7 @@ def loses(candidate, first):
                     if abs(seconds) >= max(0.005, 0.02 * slower)), key=lambda item: -item[1])
     reason = ", ".join(f"{seconds:+.2f} s {text}" for text, seconds in shown)
     if slower < 0.005:
-        return f"as fast as the first: {reason or f'{(candidate.device - first.device) / GB:+.1f} GiB'}"
+        return f"as fast as the first, with {(candidate.device - first.device) / GB:+.1f} GiB"
     return f"loses {slower:.2f} s ({slower / first.seconds:.0%}) to the first: {reason}"
 
 
@@ -257,8 +257,8 @@ def impossible(runs, limit):
     for axis in ("sp", "tp"):
         needed, candidate = least([run for run in runs if getattr(run, axis) == 1])
         if needed > limit:
-            yield f"without --{axis}, {tokens} {needed / GB:.0f} GiB, with {candidate.flags}"
+            yield f"without --{axis}, {tokens} {needed / GB:.1f} GiB, with {candidate.flags}"
     for changes, text in ((dict(checkpointed_blocks=0), "gradient_checkpointing"), (dict(offload=False), "offload")):
         needed, candidate = least(runs, **changes)
         if needed > limit:
-            yield f"without {text}, {tokens} {needed / GB:.0f} GiB, with {candidate.flags}"
+            yield f"without {text}, {tokens} {needed / GB:.1f} GiB, with {candidate.flags}"

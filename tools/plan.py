@@ -36,14 +36,13 @@ from ops.forecast import (
     check,
     largest_micro_batch,
     memory,
-    unsharded_bytes,
 )
 from ranks import processes
 from settings import errors
 from settings.errors import UserError
 from settings.parser import parse, setting
 from tools import best
-from tools.step_time import Cluster, collectives, sent, step_time
+from tools.step_time import Cluster, collectives, gathers, sent, step_time
 
 GPU_GB = 79  # GiB of an H100 of 80 GB: the memory of a planned GPU, where --memory_gb does not say it
 SEARCHED = ("tp or sp or replicas or micro_batch_size or gradient_checkpointing or gradient_reduction "
@@ -137,7 +136,7 @@ def memory_lines(run):
            f"{without:.3f} without")
     yield f"loss          {size['loss']:>14}  logits of a chunk, gradients of head and hidden states"
     if run.is_sharded:
-        yield f"gathered      {size['gathered']:>14}  unsharded parameters: embedding, head, two blocks"
+        yield f"gathered      {size['gathered']:>14}  unsharded parameters"
     if sizes["held"] and run.world_size > 1:  # on one rank it is the gradient above
         yield f"held          {size['held']:>14}  the full gradient, between micro-batches"
     if sizes["slack"]:
@@ -147,8 +146,8 @@ def memory_lines(run):
         yield f"{'':30}not counting the imported libraries"
     if sizes["host"]:
         yield f"host          {size['host']:>14}  per rank, in host memory"
-    if run.cuda and run.param_offload:  # as in collectives(), backward does not fetch the root's again
-        fetched = run.micro_batches * (2 * sizes["weights"] - unsharded_bytes(run, None) // run.shards)
+    if run.cuda and run.param_offload:
+        fetched = run.micro_batches * sum(map(sum, gathers(run))) / run.shards
         yield (f"PCIe     {(fetched + sizes['gradients']) / GB:>15.3f} GiB  per rank and step: weights twice "
                "per micro-batch, gradients once; prefer --optimizer_offload if it fits: both once")
 
