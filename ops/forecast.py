@@ -685,6 +685,8 @@ def savings(run, place="device"):
 def on_ranks(run, world_size):
     """The run on more ranks: there its trained parameters are fp32, see has_own_masters."""
     more = replace(run, world_size=world_size)
+    if not run.is_sharded:  # `auto` of more ranks, for a gradient that is large beside the memory
+        more = replace(more, gradient_reduction="micro_batch")
     if not run.has_own_masters or more.has_own_masters:
         return more
     return replace(more, parameters=tuple((name, shape, 4 if trained else itemsize, trained)

@@ -15,7 +15,8 @@ from ops.forecast import FILL, GB, PlannedRun, memory
 from settings.errors import UserError
 from tools.step_time import StepTime, step_time
 
-OFFLOADS = {"": {}, "--optimizer_offload": {"optimizer_offload": True}, "--param_offload": {"param_offload": True}}
+OFFLOADS = {"": {}, "--optimizer_offload": {"optimizer_offload": True},
+            "--param_offload": {"param_offload": True}}  # flag -> fields of PlannedRun
 PARTS = {  # fields of StepTime -> what is printed
     "computation": "computation", "recomputation": "recomputation", "tp": "tp's all-reduces",
     "sp": "sp's all-to-alls", "shards": "FSDP2's collectives", "replicas": "all-reduces over replicas",
@@ -107,18 +108,19 @@ class Search:
         self.too_large = []  # sizes_of runs that do not fit
         self.best = {}  # (tp, sp, replicas) -> Candidate
         self.layouts, self.reasons = layouts(run)
-        self.queue = []
+        self.queue, self.numbers = [], itertools.count()
         for layout in self.layouts:
             for planned in variants(layout):
                 self.push(planned, "")
 
     def push(self, run, offload):
         run = replace(run, **OFFLOADS[offload])
-        heapq.heappush(self.queue, (middle(step_time(run, self.cluster)), len(self.queue), id(run), run, offload))
+        bound = middle(step_time(run, self.cluster))
+        heapq.heappush(self.queue, (bound, next(self.numbers), run, offload))  # no run is compared
 
     def candidates(self):
         while self.queue:
-            bound, *_, run, offload = heapq.heappop(self.queue)
+            bound, _, run, offload = heapq.heappop(self.queue)
             key, found = (run.tp, run.sp, run.replicas), self.fastest()
             slowest = found[-1].seconds if len(found) == self.count else math.inf
             if bound > slowest:
@@ -138,7 +140,7 @@ class Search:
         return sorted(self.best.values(), key=order)[: self.count]
 
     def fitting(self, run, offload, slowest):
-        """The Candidate with as few checkpointed blocks as fit; None if it then takes more than `slowest` s."""
+        """The Candidate with as few checkpointed blocks as fit; None if that takes over `slowest` s."""
         def seconds(k):
             return middle(step_time(replace(run, checkpointed_blocks=k), self.cluster))
 
@@ -199,29 +201,31 @@ def lines(run, cluster, capacity):
         time = candidate.time
         tokens = run.batch_size * run.length / candidate.seconds
         yield f"{i}        {candidate.flags}"
-        yield (f"         {candidate.device / GB:.1f} GiB; {time.least:.2f} s if FSDP2's collectives overlap, "
-               f"{time.most:.2f} s if not: about {tokens:,.0f} tokens per second")
+        yield (f"         {candidate.device / GB:.1f} GiB; {time.least:.2f} s if FSDP2's collectives "
+               f"overlap, {time.most:.2f} s if not: about {tokens:,.0f} tokens per second")
         yield f"         {parts(time)}"
         if i > 1:
             yield f"         {loses(candidate, found[0])}"
     idle = found[0].run.dp - run.batch_size
     if idle > 0:
-        yield (f"idle     {idle} of {found[0].run.dp} groups of ranks have no conversation: raise --batch_size "
-               f"to {found[0].run.dp}, or use fewer GPUs")
+        yield (f"idle     {idle} of {found[0].run.dp} groups of ranks have no conversation: raise "
+               f"--batch_size to {found[0].run.dp}, or use fewer GPUs")
     for text in (*search.reasons, *impossible(search.layouts, limit)):
         yield f"not      {text}"
 
 
 def parts(time):
     """The seconds of a step by what takes them."""
-    shown = [f"{getattr(time, name):.2f} s {text}" for name, text in PARTS.items() if getattr(time, name) >= 0.005]
+    shown = [f"{getattr(time, name):.2f} s {text}" for name, text in PARTS.items()
+             if getattr(time, name) >= 0.005]
     return ", ".join(shown)
 
 
 def loses(candidate, first):
     """Why a candidate is slower than the first one: the parts of its time that differ."""
     slower = candidate.seconds - first.seconds
-    differences = {text: getattr(candidate.time, name) - getattr(first.time, name) for name, text in PARTS.items()}
+    differences = {text: getattr(candidate.time, name) - getattr(first.time, name)
+                   for name, text in PARTS.items()}
     shown = sorted(((text, seconds) for text, seconds in differences.items()
                     if abs(seconds) >= max(0.005, 0.02 * slower)), key=lambda item: -item[1])
     reason = ", ".join(f"{seconds:+.2f} s {text}" for text, seconds in shown)
@@ -258,7 +262,8 @@ def impossible(runs, limit):
         needed, candidate = least([run for run in runs if getattr(run, axis) == 1])
         if needed > limit:
             yield f"without --{axis}, {tokens} {needed / GB:.1f} GiB, with {candidate.flags}"
-    for changes, text in ((dict(checkpointed_blocks=0), "gradient_checkpointing"), (dict(offload=False), "offload")):
+    for text, changes in dict(gradient_checkpointing=dict(checkpointed_blocks=0),
+                              offload=dict(offload=False)).items():
         needed, candidate = least(runs, **changes)
         if needed > limit:
             yield f"without {text}, {tokens} {needed / GB:.1f} GiB, with {candidate.flags}"

@@ -68,7 +68,7 @@ class Config(sft.Config):
         Cluster.node_gb_per_second, "GB/s that a GPU sends inside its node; 300 is about right for NVLink, "
         "25 for PCIe", low=1e-3, needs="n_gpus or ranks")
     network_gb_per_second: float = setting(
-        Cluster.network_gb_per_second, "GB/s that a GPU sends to other nodes; 50: each has a card of 400 Gb/s",
+        Cluster.network_gb_per_second, "GB/s that a GPU sends to other nodes; 50: a card of 400 Gb/s each",
         low=1e-3, needs="ranks")
 
     def __post_init__(self):
@@ -87,8 +87,8 @@ class Config(sft.Config):
             n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", n))
         elif n % n_gpus and (n > n_gpus or self.n_gpus):
             divisors = [str(i) for i in range(1, n + 1) if n % i == 0]
-            raise UserError(f"--ranks {n} is not a multiple of the {n_gpus} GPUs of a node; set --n_gpus to one of "
-                            f"{', '.join(divisors)}, or --ranks {max(1, n // n_gpus) * n_gpus}")
+            raise UserError(f"--ranks {n} is not a multiple of the {n_gpus} GPUs of a node; set --n_gpus to one "
+                            f"of {', '.join(divisors)}, or --ranks {max(1, n // n_gpus) * n_gpus}")
         return Cluster(min(n, n_gpus), self.tflops, self.node_gb_per_second, self.network_gb_per_second)
 
 
@@ -96,7 +96,7 @@ class Config(sft.Config):
 # what is printed
 
 
-def lines(run, cluster, *, memory_gb=None):
+def lines(run, *, cluster, memory_gb=None):
     """Yield the lines to print: memory always; collectives and time for several ranks."""
     yield from memory_lines(run)
     if memory_gb:
@@ -122,10 +122,11 @@ def memory_lines(run):
     dtype = "bf16" if run.bf16 else "fp32"
     sp = f"sp {run.sp} × " * (run.sp > 1)
     replicas = f", {run.replicas} replicas of {run.shards} shards" * (run.replicas > 1)
-    reduction = f", gradients reduced {WHEN[run.gradient_reduction]}" * (run.micro_batches > 1 and run.is_sharded)
-    yield (f"plan     {run.world_size} × {device} = dp {run.dp} × {sp}tp {run.tp}{replicas}, {dtype}; micro-batch "
-           f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank{reduction}; "
-           f"{run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
+    has_choice = run.micro_batches > 1 and run.is_sharded
+    reduction = f", gradients reduced {WHEN[run.gradient_reduction]}" * has_choice
+    yield (f"plan     {run.world_size} × {device} = dp {run.dp} × {sp}tp {run.tp}{replicas}, {dtype}; "
+           f"micro-batch {run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per "
+           f"rank{reduction}; {run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
     yield f"weights       {size['weights']:>14}  {place}"
     reduced = ", after they are reduced" * (run.world_size > 1)
     yield f"gradients     {size['gradients']:>14}  {place}{reduced}"
@@ -191,11 +192,11 @@ def time_lines(run, cluster):
            f"{time.network:.2f} s between nodes at {cluster.network_gb_per_second:g} GB/s")
     yield f"         {best.parts(time)}"
     tokens = run.batch_size * run.length
-    yield (f"         {time.least:.2f} s if FSDP2's collectives overlap with computation, {time.most:.2f} s if "
-           f"not: {tokens / time.least:,.0f} to {tokens / time.most:,.0f} tokens per second")
+    yield (f"         {time.least:.2f} s if FSDP2's collectives overlap with computation, {time.most:.2f} s "
+           f"if not: {tokens / time.least:,.0f} to {tokens / time.most:,.0f} tokens per second")
     if run.batch_size < run.dp:
-        yield (f"         {run.batch_size} conversations for {run.dp} groups of ranks: the others compute nothing; "
-               "more --batch_size, or more --sp")
+        yield (f"         {run.batch_size} conversations for {run.dp} groups of ranks: the others compute "
+               "nothing; use more --batch_size, or more --sp")
 
 
 def plan(cfg):
@@ -214,7 +215,7 @@ def plan(cfg):
         printed = best.lines(run, cluster, capacity(cfg))
     else:
         check(run)
-        printed = lines(chosen(run, cfg), cluster, memory_gb=cfg.memory_gb)
+        printed = lines(chosen(run, cfg), cluster=cluster, memory_gb=cfg.memory_gb)
     if os.environ.get("RANK", "0") == "0":
         print(*printed, sep="\n")
 

@@ -77,7 +77,7 @@ def gathers(run, itemsize=None):
 
 
 def collectives(run):
-    """{name: (calls, bytes of the full tensors, bytes that a rank sends)} per step; a name begins with the axis.
+    """{name, which begins with the axis: (calls, bytes of the full tensors, bytes that a rank sends)} per step.
 
     A rank sends (n - 1) / n of a tensor in a ring all-gather or reduce-scatter and in an all-to-all, twice
     that in a ring all-reduce. Of an all-gather or reduce-scatter the unsharded tensor counts, of the others
@@ -128,7 +128,7 @@ def sp_collectives(run):
 
 
 def tp_collectives(run):
-    """Of hidden states: two per block and direction, and of what the loss needs of other ranks' vocabulary."""
+    """Of hidden states: two per block and direction; and of what the loss needs of the vocabulary."""
     n, n_blocks, hidden = run.micro_batches, run.config.num_hidden_layers, run.hidden_bytes
     recomputed = run.checkpointed_blocks  # checkpointing repeats the attention's all-reduce
     # if the embedding is frozen, the first block's input needs no gradient
@@ -171,7 +171,7 @@ def share_between_nodes(stride, size, world_size, gpus_per_node, is_ring=True):
 
 
 def sent(run, cluster):
-    """{name of a collective: (bytes that a rank sends inside its node, bytes that it sends to other nodes)}"""
+    """{name of a collective: (bytes that a rank sends inside its node, bytes to other nodes)}"""
     strides = dict(tp=1, sp=run.tp, shards=run.tp, replicas=run.tp * run.shards)
     sizes = dict(tp=run.tp, sp=run.sp, shards=run.shards, replicas=run.replicas)
     result = {}

@@ -593,7 +593,7 @@ def test_step_time_is_work_over_speed(large):
     """Half the speed takes twice the time. With checkpointing a step needs 8 operations per parameter and token, the
     embedding excluded. tp is inside a node, the shards are in different ones."""
     def seconds(*speeds):
-        text = "\n".join(plan.lines(large, Cluster(8, *speeds)))
+        text = "\n".join(plan.lines(large, cluster=Cluster(8, *speeds)))
         pattern = r"step +([\d.]+) s of computation.*\n +([\d.]+) s in a node.*?, ([\d.]+) s between"
         compute, node, network = [float(x) for x in re.search(pattern, text).groups()]
         return [compute, network, node]

@@ -1,4 +1,4 @@
-"""tools/step_time.py and tools/best.py: which bytes cross nodes, the time of a step, and the search against all candidates.
+"""tools/step_time.py and tools/best.py: which bytes cross nodes, the time of a step, the search against all candidates.
 
 test_forecast.py compares the calls and bytes of collectives with those of four ranks.
 """
@@ -34,7 +34,7 @@ def of(run, **changes):
     return dataclasses.replace(run, **changes)
 
 
-# ---- links ------------------------------------------------------------------------------------------------------------
+# ---- links -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride, size, ring, all_to_all", [
@@ -74,7 +74,8 @@ def test_a_collective_takes_as_long_as_its_slower_link(run):
     node, network = (sum(sizes) / 1e9 for sizes in zip(*sent(run, Cluster()).values()))
     assert node == pytest.approx(7 * network)
     for speeds in ((300, 50), (300, 10), (300, 1000)):
-        assert step_time(run, Cluster(8, 400, *speeds)).shards == pytest.approx(max(node / speeds[0], network / speeds[1]))
+        seconds = max(node / speeds[0], network / speeds[1])
+        assert step_time(run, Cluster(8, 400, *speeds)).shards == pytest.approx(seconds)
 
 
 # ---- collectives ------------------------------------------------------------------------------------------------------
@@ -96,7 +97,8 @@ def test_four_all_to_alls_a_block_and_direction_and_four_when_recomputed(run):
 def test_when_gradients_are_reduced(run):
     """Over replicas once a step, whatever the number of micro-batches; over shards once, or with each."""
     def of_names(**changes):
-        return [collectives(of(run, replicas=2, **changes))[name] for name in ("shards reduce-scatter", "replicas all-reduce")]
+        found = collectives(of(run, replicas=2, **changes))
+        return [found[name] for name in ("shards reduce-scatter", "replicas all-reduce")]
 
     once, often = of_names(batch_size=32), of_names(batch_size=128)
     assert once == often
@@ -154,7 +156,8 @@ def test_best_prints_runs_that_plan_prints_too(monkeypatch, capsys):
     cluster = ("--ranks", 32, "--max_length", 32768, "--batch_size", 16, "--memory_gb", 0.5)
     out = printed(monkeypatch, capsys, *cluster, "--best")
     assert "32 GPUs in 4 nodes of 8, 0.5 GiB each, of which 85% may be used" in out
-    entries = re.findall(r"^\d +(.*)\n +([\d.]+) GiB; ([\d.]+) s if .*, ([\d.]+) s if not.*\n +(.*)\n( +.* the first.*)?", out, re.M)
+    pattern = r"^\d +(.*)\n +([\d.]+) GiB; ([\d.]+) s if .*, ([\d.]+) s if not.*\n +(.*)\n( +.* the first.*)?"
+    entries = re.findall(pattern, out, re.M)
     assert len(entries) == 3 and [bool(reason) for *_, reason in entries] == [False, True, True]
     for flags, *figures, parts, _ in entries:
         flags = flags.replace("the defaults", "").split()
