@@ -111,6 +111,17 @@ def run_all(runs, directory):
     return result.stdout
 
 
+def count_collectives(ranks, cases, directory):
+    """What tests/programs/count_collectives.py measures on this many ranks: a dict for each case."""
+    printed = run_all([(ranks, ("count_collectives", *map(json.dumps, cases)))], directory)
+    return json.loads(re.search(r"RESULT (.*)", printed)[1])
+
+
+def calls(counts, kind):
+    """The number of calls of a kind of collective: "all_gather", "reduce_scatter" or "all_reduce"."""
+    return sum(n for op, n in counts.items() if kind.replace("_", "") in op.replace("_", ""))
+
+
 # ---- the output of a run ------------------------------------------------------------------------------------------
 
 

@@ -8,13 +8,24 @@ import json
 import math
 import os
 import re
-import sys
 
 import pytest
 import torch
 import torch.distributed.fsdp as fsdp2
-from helpers import EXAMPLES, LAYOUTS, ROOT, TINY, metrics, program, run_all, tensors_of, torchrun, two_layers
-
+from helpers import (
+    EXAMPLES,
+    LAYOUTS,
+    ROOT,
+    TINY,
+    calls,
+    count_collectives,
+    metrics,
+    program,
+    run_all,
+    tensors_of,
+    torchrun,
+    two_layers,
+)
 
 import fsdp
 import sft
@@ -148,50 +159,41 @@ def test_few_conversations_for_many_ranks(models, tmp_path, train):
 
 @pytest.fixture(scope="module")
 def collectives(models, pytestconfig, tmp_path_factory):
-    """{(tp, "full" or "lora"): (collectives, elements that rank 0 holds, elements of the model)} on two ranks.
-
-    The collectives are those of forward and backward, of a micro-batch that is not the last of its step and of the last
-    one; see tests/programs/count_collectives.py.
-    """
+    """{(tp, "full" or "lora"): what tests/programs/count_collectives.py measures} of the tied model on two ranks."""
     cases = [(1, "full"), (2, "full")]
     if pytestconfig.getoption("--full"):
         cases.append((2, "lora"))
-    arguments = "count_collectives", models["tied"], *(f"{tp}:{how}" for tp, how in cases)
-    printed = run_all([(2, arguments)], tmp_path_factory.mktemp("count"))
-    return dict(zip(cases, json.loads(re.search(r"RESULT (.*)", printed)[1]), strict=True))
-
-
-def calls(counts, kind):
-    """The number of calls of a kind of collective."""
-    return sum(n for op, n in counts.items() if kind in op.replace("allreduce", "all_reduce"))
+    arguments = [dict(model=str(models["tied"]), tp=tp, use_lora=how == "lora") for tp, how in cases]
+    return dict(zip(cases, count_collectives(2, arguments, tmp_path_factory.mktemp("count")), strict=True))
 
 
 def test_gradients_are_reduced_once_per_step(collectives):
     """FSDP2 on two ranks: only the last micro-batch of a step reduces gradients, once per group."""
-    ((_, not_last), (_, last)), n_held, n_parameters = collectives[1, "full"]
+    measured = collectives[1, "full"]
+    (_, not_last), (_, last) = measured["counts"]
     assert calls(not_last, "reduce_scatter") == 0
     assert calls(last, "reduce_scatter") == 3  # two blocks and the root
-    assert n_held == n_parameters // 2
+    assert measured["held"] == measured["parameters"] // 2
 
 
 def test_two_all_reduces_per_block_and_direction(collectives):
     """tp 2, two blocks: Megatron's two all-reduces per block in forward and in backward, plus embedding and loss."""
-    ((forward, backward), _), n_held, n_parameters = collectives[2, "full"]
+    (forward, backward), _ = collectives[2, "full"]["counts"]
     # forward: 2 per block, 1 for the embedding, 3 for the loss (max and sum of a chunk, gradient of hidden states)
     assert calls(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
     assert calls(backward, "all_reduce") == 2 * 2, backward
-    assert n_held < 0.52 * n_parameters
+    assert collectives[2, "full"]["held"] < 0.52 * collectives[2, "full"]["parameters"]
 
 
 @pytest.mark.full
 def test_adapters_add_no_all_reduce_to_a_micro_batch(collectives):
     """tp 2 with LoRA: the same two all-reduces per block and direction; the first block has one less in backward, as
     its input needs no gradient. Once per step, the gradient of each adapter's unsplit matrix is all-reduced."""
-    ((forward, backward), (_, last)), n_held, n_parameters = collectives[2, "lora"]
+    (forward, backward), (_, last) = collectives[2, "lora"]["counts"]
     assert calls(forward, "all_reduce") == 2 * 2 + 1 + 3, forward
     assert calls(backward, "all_reduce") == 2 * 2 - 1, backward
     assert calls(last, "all_reduce") == 2 * 2 - 1 + 2 * 7, last  # seven adapted layers per block
-    assert n_held < 0.55 * n_parameters
+    assert collectives[2, "lora"]["held"] < 0.55 * collectives[2, "lora"]["parameters"]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -269,7 +271,7 @@ def test_where_tensors_are(offload, models, monkeypatch, train):
     optimizer, parameters = saved["optimizer"], list(saved["model"].parameters())
     updated = [p for group in optimizer.param_groups for p in group["params"]]
     if offload == "param":
-        assert len(policies) == 3
+        assert len(policies) == 5  # two blocks, the embedding, norm and head, the root
         assert all(isinstance(p, fsdp2.CPUOffloadPolicy) for p in policies)
     else:
         assert not policies  # one rank in fp32: FSDP2 would only copy

@@ -172,7 +172,7 @@ def test_a_resumed_run_takes_what_was_chosen_before(train, tmp_path, monkeypatch
     limited(run, monkeypatch, micro_batch_size=8, checkpointed_blocks=3)
     straight = train(*AUTO, "--max_steps", 4, out="straight")
     before = chosen(tmp_path / "straight", 4)
-    place = {"world_size": 1, "tp": 1, "max_length": 256}
+    place = {"world_size": 1, "tp": 1, "sp": 1, "replicas": 1, "max_length": 256}
     assert before == {**place, "micro_batch_size": 8, "checkpointed_blocks": 3}
     train(*AUTO, "--max_steps", 4, "--save_steps", 2, out="resumed")
     for step in 3, 4:  # as if killed after step 2

@@ -2,7 +2,9 @@
 
 import datetime
 import fcntl
+import itertools
 import os
+import re
 import subprocess
 import threading
 import time
@@ -36,6 +38,40 @@ def test_tp_divides_the_processes():
         processes.check_tp(tp, world_size)
     with pytest.raises(UserError, match=r"--tp 4 does not divide the 6 processes; use one of 1, 2, 3, 6 \(1 with --strategy fsdp\)$"):
         processes.check_tp(4, 6)
+
+
+@pytest.mark.parametrize("tp, sp, replicas, world_size, message", [
+    (1, 1, 2, 1, "--replicas 2 needs a multiple of 2 processes, and this run has 1; start them with ./train.sh --n_gpus 2, "
+     "or use --replicas 1"),
+    (1, 1, 3, 4, "--replicas 3 needs a multiple of 3 processes, and this run has 4; start them with ./train.sh --n_gpus 3, "
+     "or use --replicas 1 or 2 or 4"),
+    (2, 1, 3, 4, "--tp 2 --replicas 3 needs a multiple of 6 processes, and this run has 4; start them with "
+     "./train.sh --n_gpus 6, or use --replicas 1 or 2"),
+    (1, 2, 4, 6, "--sp 2 --replicas 4 needs a multiple of 8 processes, and this run has 6; start them with "
+     "./train.sh --n_gpus 8, or use --replicas 1 or 3"),
+    (2, 3, 5, 8, "--tp 2 --sp 3 --replicas 5 needs a multiple of 30 processes, and this run has 8; start them with "
+     "./train.sh --n_gpus 30"),
+    (4, 2, 2, 2, "--tp 4 needs at least 4 processes, and this run has 2"),
+])
+def test_a_layout_that_does_not_divide_the_processes_is_an_error(tp, sp, replicas, world_size, message):
+    """The error lists sizes that work with the other ones, each of which check_layout then accepts."""
+    with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
+        processes.check_layout(tp, sp, replicas, world_size)
+    sizes = dict(tp=tp, sp=sp, replicas=replicas)
+    for name, numbers in re.findall(r"--(sp|replicas) ([0-9]+(?: or [0-9]+)*)", str(error.value).partition(", or use ")[2]):
+        for number in numbers.split(" or "):
+            processes.check_layout(**{**sizes, name: int(number)}, world_size=world_size)
+
+
+def test_layouts_that_divide_the_processes():
+    """Every one whose product divides them, and no other."""
+    for tp, sp, replicas, world_size in itertools.product(range(1, 5), range(1, 5), range(1, 5), range(1, 13)):
+        try:
+            processes.check_layout(tp, sp, replicas, world_size)
+            is_valid = True
+        except UserError:
+            is_valid = False
+        assert is_valid == (world_size % (tp * sp * replicas) == 0), (tp, sp, replicas, world_size)
 
 
 def test_a_lock_names_its_holder(tmp_path):
