@@ -23,6 +23,7 @@ from settings.errors import UserError
 
 GB = 2**30
 AUTO = "auto"  # the value of --micro_batch_size and --gradient_checkpointing that choose() replaces
+HEAD, ALL = "head", "all"  # groups of parameters, see unsharded_bytes
 HELD = 0.1  # of the device's memory: `auto` reduces a larger gradient with each micro-batch
 FILL = 0.85  # of the device's memory: the rest is for what the forecast does not count
 TOKENS = 2**15  # `auto` makes no larger micro-batches, unless max_length is longer: they keep a GPU busy
@@ -174,6 +175,11 @@ class PlannedRun:
         return self.world_size > 1 or self.param_offload
 
     @property
+    def has_head_group(self):
+        """Whether last norm and head are an FSDP2 group of their own; the rule of fsdp.shard."""
+        return self.is_sharded and not self.config.tie_word_embeddings
+
+    @property
     def has_own_masters(self):
         """Whether trained parameters are bf16, and the optimizer has fp32 masters; the rule of sft.build."""
         return self.bf16 and not self.is_sharded
@@ -267,8 +273,12 @@ def shard_sizes(run, name, shape):
 
 
 def gradient_itemsize(run, itemsize):
-    """Bytes per element of the gradient of a trained parameter, after it is reduced."""
-    return 4 if run.has_own_masters else itemsize
+    """Bytes per element of the gradient of a trained parameter, after it is reduced.
+
+    Where FSDP2 would sum several micro-batches in bf16, fsdp.set_gradient_sync makes them fp32.
+    """
+    sums = run.gradient_reduction == "micro_batch" and run.micro_batches > 1 and run.replicas == 1
+    return 4 if run.has_own_masters or (run.is_sharded and sums) else itemsize
 
 
 def states(run):
@@ -287,15 +297,18 @@ def states(run):
 def unsharded_bytes(run, blocks, itemsize=None, only_trained=False):
     """Bytes of parameters on a tp rank, before FSDP2 shards them.
 
-    blocks    "0": of that block; "": of all blocks; None: of the root group, which is outside the blocks
+    blocks    "0": of that block; "": of all blocks; HEAD: of last norm and head where they are a group of
+              their own; None: of the group of the embedding, which is the rest; ALL
     itemsize  bytes per element; None: as stored
     """
     total = 0
     for name, shape, stored, trained in run.parameters:
-        if blocks is None:
-            in_group = ".layers." not in name
+        if ".layers." in name:
+            in_group = blocks == ALL or (
+                blocks not in (None, HEAD) and name.startswith(f"model.layers.{blocks}." if blocks else "model.layers."))
         else:
-            in_group = name.startswith(f"model.layers.{blocks}." if blocks else "model.layers.")
+            of_head = run.has_head_group and "embed_tokens" not in name
+            in_group = blocks == ALL or blocks == (HEAD if of_head else None)
         if in_group and (trained or not only_trained):
             total += shard_sizes(run, name, shape)[0] * (itemsize or stored)
     return total
@@ -398,47 +411,85 @@ def memory(run):
 
     The largest of the stages of a step counts. On the CPU everything is `device`, and `host` is 0.
     """
-    w, hidden, state = run.itemsize, run.hidden_bytes, states(run)
-    # FSDP2 gathers a group's parameters while it computes: the root's always, and the next block's in advance
-    gather_itemsize = 2 if run.bf16 else None
-    root = unsharded_bytes(run, None, gather_itemsize) * run.is_sharded
-    block = unsharded_bytes(run, "0", gather_itemsize) * run.is_sharded
-    # the buffer of an all-gather, before it is copied into the parameters; two of them in backward
-    buffer = block * (run.dp > 1)
-    gathered = 2 * block + 2 * buffer
-    reduce_itemsize = 4 if run.bf16 else None  # gradients are reduced or accumulated in fp32
-    full_gradient = sum(unsharded_bytes(run, part, reduce_itemsize, only_trained=True) for part in ("", None))
-    # between micro-batches: nothing is reduced yet, or each rank has its shard
-    held = full_gradient if run.gradient_reduction == "step" else state["gradients"]
-    held *= run.micro_batches > 1
-    reduced = state["gradients"] * (not (run.cuda and run.param_offload))
-    of_loss = loss_bytes(run)
-    stages = {"the loss": held + kept_bytes(run) + 2 * hidden + of_loss + root + buffer,
-              "the optimizer step": reduced}
-    # the matrices of a step change linearly between these blocks
+    state, held, of_loss = states(run), held_bytes(run), loss_bytes(run)
+    root, head, block = (gathered_bytes(run, group) for group in (None, HEAD, "0"))
     last, k = run.config.num_hidden_layers - 1, run.checkpointed_blocks
-    while_in_block = backward_bytes(run, held) + root + gathered
-    of_blocks = gradients_of_blocks(run)
-    for i in sorted({0, max(0, k - 1), min(k, last), last}):
-        finished = held or of_blocks * (last - i) // (last + 1)  # gradients that exist already
-        stages[stage_name(i, last)] = finished + activations(run, i) + while_in_block
-    embedding = matrix_bytes(run, w) * run.trains_embedding  # its dense gradient
-    tied_gradient = matrix_bytes(run, gradient_itemsize(run, w)) * (
-        run.trains_embedding and run.config.tie_word_embeddings)  # the head's, which is added to it
-    if run.is_sharded:
-        # the root's gradient: what is reduced (only with several dp ranks), and the result
-        root_gradient = unsharded_bytes(run, None, reduce_itemsize, only_trained=True)
-        root_gradient = root_gradient * (run.dp > 1) + root_gradient // run.dp
-        gradients = (held or of_blocks) + root + 2 * buffer
-        gradients += unsharded_bytes(run, None, w, only_trained=True) + max(tied_gradient, root_gradient)
-    else:
-        gradients = (held or reduced) + tied_gradient + embedding * run.has_own_masters
-    stages["the embedding's backward"] = gradients
+    finished = held or gradients_of(run, HEAD)
+    # The last block stays gathered, and so does the buffer of the last gather
+    buffer = (head or block) * (run.shards > 1)
+    at_loss = kept_bytes(run) + 2 * run.hidden_bytes + root + block
+    stages = {"the loss": held + at_loss + of_loss + head + buffer,
+              "the optimizer step": state["gradients"] * (not (run.cuda and run.param_offload))}
+    if head:
+        stages["the head's backward"] = held + at_loss + reduction_bytes(run, HEAD)
+    # the matrices of a step change linearly between these blocks
+    for i in sorted({0, min(1, last), max(0, k - 1), min(k, last), max(0, last - 1), last}):
+        # this block's parameters, and a buffer with those of the next
+        gathered = root + block + block * (run.shards > 1 and i > 0)
+        gradients = finished if held else finished + gradients_of(run, "") * (last - i) // (last + 1)
+        stages[stage_name(i, last)] = gradients + activations(run, i) + gathered + backward_bytes(run, held, i)
+    stages["the embedding's backward"] = embedding_bytes(run, held, state)
     stage = max(stages, key=stages.get)
     resting, host = resting_bytes(run, state)
     slack = 0 if run.cuda else fragmentation(run, block)
-    return dict(state, activations=activations(run), loss=of_loss, gathered=root + gathered, held=held,
+    gathered = max(root + head, root + block) + block * (run.shards > 1)
+    return dict(state, activations=activations(run), loss=of_loss, gathered=gathered, held=held,
                 slack=slack, stage=stage, stages=stages, host=host, device=resting + stages[stage] + slack)
+
+
+def gathered_bytes(run, group):
+    """Bytes of a group's parameters while FSDP2 has gathered them; 0 without FSDP2.
+
+    An embedding of its own is gathered for its forward only, which is never the peak: 0 too.
+    """
+    if not run.is_sharded or (group is None and run.has_head_group):
+        return 0
+    return unsharded_bytes(run, group, 2 if run.bf16 else None)
+
+
+def full_gradient(run, group=ALL):
+    """Bytes of the gradient of a group, or of all, before it is reduced: in fp32, in which it is summed."""
+    return unsharded_bytes(run, group, 4 if run.bf16 else None, only_trained=True)
+
+
+def held_bytes(run):
+    """Bytes of gradients on the device between the micro-batches of a step; 0 if it has only one.
+
+    With --gradient_reduction step the gradient of a whole tp rank. With micro_batch that of its shards, and
+    FSDP2 has that of several replicas in a buffer on the device, until it sums them.
+    """
+    if run.micro_batches == 1:
+        return 0
+    if run.gradient_reduction == "step" or not run.is_sharded:
+        return full_gradient(run)
+    if run.cuda and run.param_offload and run.replicas == 1:
+        return 0
+    return sum(4 * shard_sizes(run, name, shape)[1] for name, shape, _, trained in run.parameters if trained)
+
+
+def reduction_bytes(run, group):
+    """Most bytes while the gradient of a group is reduced, the gradient and the result included.
+
+    FSDP2 copies it into one tensor, frees it, and reduces that into the shard. gloo copies it once more.
+    """
+    before = unsharded_bytes(run, group, run.itemsize, only_trained=True)
+    flat = full_gradient(run, group)
+    copies = 1 + (run.shards > 1 and not run.cuda)
+    return max(before + flat, copies * flat + flat // run.shards)
+
+
+def embedding_bytes(run, held, state):
+    """Bytes of gradients and parameters while the embedding's backward, the last one, adds and reduces them."""
+    tied_gradient = matrix_bytes(run, gradient_itemsize(run, run.itemsize)) * (
+        run.trains_embedding and run.config.tie_word_embeddings)  # the head's, which is added to it
+    if not run.is_sharded:
+        reduced = state["gradients"]
+        dense = matrix_bytes(run, run.itemsize) * run.trains_embedding  # its gradient in bf16
+        return (held or reduced) + tied_gradient + dense * run.has_own_masters
+    gradients = held or gradients_of(run, "") + gradients_of(run, HEAD)
+    dense = unsharded_bytes(run, None, run.itemsize, only_trained=True)
+    before = 0 if held else full_gradient(run, "0")  # the flat tensor of the first block's
+    return gradients + gathered_bytes(run, None) + before + max(dense + tied_gradient, reduction_bytes(run, None))
 
 
 def stage_name(block, last):
@@ -473,16 +524,27 @@ def loss_bytes(run):
     return size + matrix_bytes(run, head_itemsize) * trains_head(run) + 2 * run.hidden_bytes
 
 
-def gradients_of_blocks(run):
-    """Bytes on the device of the reduced gradients of all blocks."""
-    if run.cuda and run.param_offload:
-        return 0
-    return sum(shard_sizes(run, name, shape)[1] * gradient_itemsize(run, itemsize)
-               for name, shape, itemsize, trained in run.parameters if trained and ".layers." in name)
+def gradients_of(run, group):
+    """Bytes on the device of the reduced gradients of a group: "" or HEAD.
+
+    With replicas, FSDP2 keeps the fp32 buffer in which it has summed them if the gradient is another tensor.
+    """
+    is_elsewhere, total = run.cuda and run.param_offload, 0
+    for name, shape, itemsize, trained in run.parameters:
+        in_group = ".layers." in name if group == "" else (
+            run.has_head_group and ".layers." not in name and "embed_tokens" not in name)
+        if trained and in_group:
+            size = gradient_itemsize(run, itemsize)
+            has_buffer = run.replicas > 1 and (is_elsewhere or size != 4)
+            total += shard_sizes(run, name, shape)[1] * (size * (not is_elsewhere) + 4 * has_buffer)
+    return total
 
 
-def backward_bytes(run, held):
-    """Bytes of a block's backward beside activations and finished gradients, and of the head's gradient."""
+def backward_bytes(run, held, i):
+    """Bytes of the backward of block i beside activations and finished gradients, and of the head's gradient.
+
+    held  gradients of earlier micro-batches, see held_bytes
+    """
     c, w = run.config, run.itemsize
     # The gradients of gate and up. Compiled, the product that is computed again too, and with LoRA the part
     # of its gradient that comes through the adapter.
@@ -492,14 +554,18 @@ def backward_bytes(run, held):
     work = max(of_mlp, mixing_bytes(run) - freed) + run.hidden_bytes
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += dequantised_values(run) * (8 if run.bf16 else 6)
-    if run.is_sharded and run.cuda:  # the block's gradient before it is reduced
-        work += unsharded_bytes(run, "0", 4 if run.bf16 else None, only_trained=True)
+    if run.is_sharded:
+        # the flat gradient of the group before, until this one's is reduced: then the block's activations are
+        # freed already. Where the step's gradient is held, it was a part of it
+        before = HEAD if i == run.config.num_hidden_layers - 1 else "0"
+        work += full_gradient(run, before) * (run.gradient_reduction == "micro_batch" or not held)
+        work += full_gradient(run, "0") * run.cuda
     elif run.has_own_masters:  # the largest gradient in bf16, before it is cast
         work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
                      if trained and ".layers.0." in name), default=0)
     # the head's gradient waits for the embedding's if they are tied
     head_itemsize = gradient_itemsize(run, w)
-    waits = c.tie_word_embeddings or run.is_sharded or not held
+    waits = c.tie_word_embeddings or not (run.is_sharded or held)
     return work + matrix_bytes(run, head_itemsize) * (trains_head(run) and waits)
 
 

@@ -426,7 +426,7 @@ def test_auto_that_does_not_fit_says_what_it_needs_and_what_would_help():
     sizes = dict(re.findall(r"^  (--.*?) +([\d.]+) GiB$", text, re.M))
     in_fp32 = tuple((name, shape, 4, trained) for name, shape, _, trained in run.parameters)  # as where it is sharded
     for flags, changes in (("--optimizer_offload", dict(optimizer_offload=True)),
-                           ("--n_gpus 2", dict(world_size=2, parameters=in_fp32)),
+                           ("--n_gpus 2", dict(world_size=2, parameters=in_fp32, gradient_reduction="micro_batch")),
                            ("--max_length 1024", dict(length=1024))):
         saved = device_gb(smallest) - device_gb(dataclasses.replace(smallest, **changes))
         assert float(sizes[flags]) == pytest.approx(saved, abs=0.01)
