@@ -8,6 +8,7 @@ without the imported libraries.
 """
 
 import bisect
+import functools
 import math
 import os
 import resource
@@ -262,14 +263,17 @@ def is_split_by_tp(name, by_columns):
 
 def shard_sizes(run, name, shape):
     """(elements of a parameter on a tp rank, elements after FSDP2 on rank 0, which has the largest shard)."""
-    by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
-    n_slices = run.tp if is_split_by_tp(name, by_columns) else 1
-    rows, columns = shape[0], math.prod(shape[1:])
-    if by_columns:
-        columns //= n_slices
-    else:
-        rows //= n_slices
+    rows, columns = tp_shape(name, shape, run.tp)
     return rows * columns, math.ceil(rows / run.shards) * columns
+
+
+@functools.lru_cache(maxsize=2**15)  # plan.py --best asks for the same ones thousands of times
+def tp_shape(name, shape, tp):
+    """(rows, columns) of a parameter on a tp rank."""
+    by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
+    n_slices = tp if is_split_by_tp(name, by_columns) else 1
+    rows, columns = shape[0], math.prod(shape[1:])
+    return (rows, columns // n_slices) if by_columns else (rows // n_slices, columns)
 
 
 def gradient_itemsize(run, itemsize):
@@ -318,6 +322,21 @@ def unsharded_bytes(run, blocks, itemsize=None, only_trained=False):
 # memory of a step
 
 
+@functools.lru_cache(maxsize=16)
+def layers_of_blocks(parameters):
+    """({layer: rank of its adapter}, {layer: whether it trains}); what trains in any block counts in all."""
+    lora_ranks, is_trained = {}, {}
+    for name, shape, _, trained in parameters:
+        if name.startswith("model.layers."):
+            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
+            names = name.split(".")
+            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
+            is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
+            if names[-2] == "lora_A":
+                lora_ranks[layer] = shape[0]
+    return lora_ranks, is_trained
+
+
 def block_activations(run, is_first=False):
     """Bytes that autograd keeps for a block without checkpointing; test_forecast.py checks every byte.
 
@@ -328,15 +347,7 @@ def block_activations(run, is_first=False):
     if run.measured:
         return int(run.rank_tokens * max(run.measured))
     c, w = run.config, run.itemsize
-    lora_ranks, is_trained = {}, {}
-    for name, shape, _, trained in run.parameters:
-        if name.startswith("model.layers."):  # with --freeze, what is trained in any block counts in all
-            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
-            names = name.split(".")
-            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
-            is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
-            if names[-2] == "lora_A":
-                lora_ranks[layer] = shape[0]
+    lora_ranks, is_trained = layers_of_blocks(run.parameters)
     C, D, I = c.hidden_size, c.head_dim, c.intermediate_size // run.tp
     H, K = c.num_attention_heads // run.tp, c.num_key_value_heads // run.tp
     sizes = {"q_proj": (C, H * D), "k_proj": (C, K * D), "v_proj": (C, K * D), "o_proj": (H * D, C),
@@ -702,9 +713,7 @@ def gradient_reduction(run, capacity):
     Once a step costs the least traffic. But a rank then holds the gradient of all parameters that it trains,
     unsharded, between micro-batches. If that exceeds HELD of `capacity` bytes, each micro-batch reduces it.
     """
-    itemsize = 4 if run.bf16 else None
-    held = sum(unsharded_bytes(run, part, itemsize, only_trained=True) for part in ("", None))
-    return "micro_batch" if run.is_sharded and held > HELD * capacity else "step"
+    return "micro_batch" if run.is_sharded and full_gradient(run) > HELD * capacity else "step"
 
 
 def does_not_fit(run, capacity):
