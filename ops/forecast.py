@@ -8,6 +8,7 @@ without the imported libraries.
 """
 
 import bisect
+import functools
 import math
 import os
 import resource
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from ops import compiler, loss, nf4, optim
 from ops.activations import measure
+from ranks import processes
 from settings.errors import UserError
 
 GB = 2**30
@@ -222,7 +224,10 @@ def checkpointed_blocks(cfg, config):
 
 
 def check(run):
-    """Raise UserError if tp does not divide what it splits: the rules of processes.start and tp.split."""
+    """Raise UserError if tp, sp or replicas do not divide what they split.
+
+    The rules are those of processes.start, tp.split and sp.split.
+    """
     c, tp, world_size = run.config, run.tp, run.world_size
     c.check_tp(tp)
     sizes = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
@@ -231,6 +236,8 @@ def check(run):
         raise UserError(f"--tp {tp} must divide the {world_size} ranks (--n_gpus) and the attention heads, "
                         f"key/value heads, intermediate_size and vocab_size, here {sizes}; "
                         f"use {' or '.join(map(str, valid))}")
+    processes.check_layout(tp, run.sp, run.replicas, world_size)
+    c.check_sp(run.sp, run.shards, tp)
 
 
 def loss_chunk(run):
@@ -256,14 +263,17 @@ def is_split_by_tp(name, by_columns):
 
 def shard_sizes(run, name, shape):
     """(elements of a parameter on a tp rank, elements after FSDP2 on rank 0, which has the largest shard)."""
-    by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
-    n_slices = run.tp if is_split_by_tp(name, by_columns) else 1
-    rows, columns = shape[0], math.prod(shape[1:])
-    if by_columns:
-        columns //= n_slices
-    else:
-        rows //= n_slices
+    rows, columns = tp_shape(name, shape, run.tp)
     return rows * columns, math.ceil(rows / run.shards) * columns
+
+
+@functools.lru_cache(maxsize=2**15)  # plan.py --best asks for the same ones thousands of times
+def tp_shape(name, shape, tp):
+    """(rows, columns) of a parameter on a tp rank."""
+    by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
+    n_slices = tp if is_split_by_tp(name, by_columns) else 1
+    rows, columns = shape[0], math.prod(shape[1:])
+    return (rows, columns // n_slices) if by_columns else (rows // n_slices, columns)
 
 
 def gradient_itemsize(run, itemsize):
@@ -312,6 +322,21 @@ def unsharded_bytes(run, blocks, itemsize=None, only_trained=False):
 # memory of a step
 
 
+@functools.lru_cache(maxsize=16)
+def layers_of_blocks(parameters):
+    """({layer: rank of its adapter}, {layer: whether it trains}); what trains in any block counts in all."""
+    lora_ranks, is_trained = {}, {}
+    for name, shape, _, trained in parameters:
+        if name.startswith("model.layers."):
+            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
+            names = name.split(".")
+            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
+            is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
+            if names[-2] == "lora_A":
+                lora_ranks[layer] = shape[0]
+    return lora_ranks, is_trained
+
+
 def block_activations(run, is_first=False):
     """Bytes that autograd keeps for a block without checkpointing; test_forecast.py checks every byte.
 
@@ -322,15 +347,7 @@ def block_activations(run, is_first=False):
     if run.measured:
         return int(run.rank_tokens * max(run.measured))
     c, w = run.config, run.itemsize
-    lora_ranks, is_trained = {}, {}
-    for name, shape, _, trained in run.parameters:
-        if name.startswith("model.layers."):  # with --freeze, what is trained in any block counts in all
-            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
-            names = name.split(".")
-            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
-            is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
-            if names[-2] == "lora_A":
-                lora_ranks[layer] = shape[0]
+    lora_ranks, is_trained = layers_of_blocks(run.parameters)
     C, D, I = c.hidden_size, c.head_dim, c.intermediate_size // run.tp
     H, K = c.num_attention_heads // run.tp, c.num_key_value_heads // run.tp
     sizes = {"q_proj": (C, H * D), "k_proj": (C, K * D), "v_proj": (C, K * D), "o_proj": (H * D, C),
@@ -786,6 +803,8 @@ def larger_sp(run):
 def on_ranks(run, world_size):
     """The run on more ranks: there its trained parameters are fp32, see has_own_masters."""
     more = replace(run, world_size=world_size)
+    if not run.is_sharded:  # `auto` of more ranks, for a gradient that is large beside the memory
+        more = replace(more, gradient_reduction="micro_batch")
     if not run.has_own_masters or more.has_own_masters:
         return more
     return replace(more, parameters=tuple((name, shape, 4 if trained else itemsize, trained)

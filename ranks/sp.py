@@ -1,8 +1,8 @@
 """Sequence parallelism in Ulysses' way (Jacobs et al. 2023, arXiv 2309.14509): --sp N.
 
-The N ranks of an sp group share each micro-batch. data.collate gives each of them an equal part of its tokens.
-All layers but attention treat tokens one by one, so they work on the part as on any other tokens. Attention
-treats heads one by one. So around it an all-to-all exchanges tokens for heads, and back:
+The N ranks of an sp group share each micro-batch. data.collate gives each of them an equal part of its
+tokens. All layers but attention treat tokens one by one, so they work on the part as on any other tokens.
+Attention treats heads one by one. So around it an all-to-all exchanges tokens for heads, and back:
 
     in the layers   n tokens of this rank,      all H heads    (n, H, D)
     in attention    all N · n tokens,           H / N heads    (N · n, H / N, D)
@@ -23,7 +23,7 @@ import torch
 
 
 def split(model, ranks):
-    """Let the attention layers of a model exchange tokens for heads within the sp group of this rank, in place.
+    """Let the attention layers of a model exchange tokens for heads within this rank's sp group, in place.
 
     Generation and other calls with whole documents work as before: each rank computes all of them.
 
@@ -37,7 +37,7 @@ def split(model, ranks):
 
 
 def attend_by_heads(size, group, layer, inputs):
-    """Hook of an attention layer, before its forward(): replace `attend`, one of its inputs, by on_heads()."""
+    """Hook before forward() of an attention layer: replace `attend`, one of its inputs, by on_heads()."""
     *others, documents, attend, past = inputs
     if documents.is_part:
         attend = functools.partial(on_heads, attend, size, group)
@@ -72,7 +72,7 @@ class Exchange(torch.autograd.Function):
 
 
 def exchange(x, cut, join, size, group):
-    """Cut dimension `cut` of x (tokens, heads, D) into `size` parts, send one to each rank; join what they send.
+    """Cut x (tokens, heads, D) into `size` parts along `cut`, send one to each rank; join theirs along `join`.
 
     cut, join  0: tokens, 1: heads
     group      name of the process group, whose ranks are in the order of their parts

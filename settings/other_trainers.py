@@ -94,6 +94,8 @@ RENAMED = {
         "optimizer_cpu_offload offload_optimizer",
     "--strategy megatron --tp N":
         "tensor_parallel_size tensor_parallel_dim tensor_model_parallel_size tensor_parallel tp_size",
+    "--sp N":
+        "context_parallel_size sequence_parallel_degree sequence_parallel_size ulysses_parallel_size cp_size",
     "--timeout SECONDS":
         "ddp_timeout",
     "--keep_checkpoints N":
@@ -242,9 +244,9 @@ EXPLAINED = {
     "device_map low_cpu_mem_usage use_cache":
         "nothing to type: the device and the processes are found, and each rank reads only its own "
         "weights",
-    "context_parallel_size sequence_parallel_degree sequence_parallel_size cp_size ring_attn_func":
-        "sequences are not split over GPUs; --strategy megatron --tp N splits each matrix, "
-        "--gradient_checkpointing saves activations",
+    "ring_attn_func":
+        "--sp N splits conversations over GPUs and exchanges tokens for heads around attention; there is no "
+        "ring",
     "pipeline_model_parallel_size pipeline_parallel_size expert_parallel_size dp_shard_size "
     "dp_replicate_size":
         "there is FSDP2 over all GPUs, and --strategy megatron --tp N",

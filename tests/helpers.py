@@ -36,6 +36,8 @@ LAYOUTS = {  # name: (ranks, flags)
     "one": (1, ()), "dp2": (2, ()), "dp4": (4, ("--strategy", "fsdp2")),
     "tp2": (2, ("--strategy", "megatron", "--tp", "2")),
     "dp2tp2": (4, ("--strategy", "megatron", "--tp", "2")), "tp4": (4, ("--strategy", "megatron", "--tp", "4")),
+    "sp2": (2, ("--sp", "2")), "sp4": (4, ("--sp", "4")),
+    "sp2tp2": (4, ("--strategy", "megatron", "--tp", "2", "--sp", "2")),
 }
 
 # ---- processes ----------------------------------------------------------------------------------------------------

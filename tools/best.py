@@ -15,7 +15,8 @@ from ops.forecast import FILL, GB, PlannedRun, memory
 from settings.errors import UserError
 from tools.step_time import StepTime, step_time
 
-OFFLOADS = {"": {}, "--optimizer_offload": {"optimizer_offload": True}, "--param_offload": {"param_offload": True}}
+OFFLOADS = {"": {}, "--optimizer_offload": {"optimizer_offload": True},
+            "--param_offload": {"param_offload": True}}  # flag -> fields of PlannedRun
 PARTS = {  # fields of StepTime -> what is printed
     "computation": "computation", "recomputation": "recomputation", "tp": "tp's all-reduces",
     "sp": "sp's all-to-alls", "shards": "FSDP2's collectives", "replicas": "all-reduces over replicas",
@@ -104,48 +105,57 @@ class Search:
 
     def __init__(self, run, cluster, limit, count=3):
         self.cluster, self.limit, self.count = cluster, limit, count
-        self.too_large = []  # sizes of runs that do not fit, see is_larger
+        self.too_large = []  # sizes_of runs that do not fit
         self.best = {}  # (tp, sp, replicas) -> Candidate
         self.layouts, self.reasons = layouts(run)
-        self.queue = []
+        self.queue, self.numbers = [], itertools.count()
         for layout in self.layouts:
             for planned in variants(layout):
                 self.push(planned, "")
 
     def push(self, run, offload):
         run = replace(run, **OFFLOADS[offload])
-        heapq.heappush(self.queue, (middle(step_time(run, self.cluster)), len(self.queue), id(run), run, offload))
+        bound = middle(step_time(run, self.cluster))
+        heapq.heappush(self.queue, (bound, next(self.numbers), run, offload))  # no run is compared
 
     def candidates(self):
         while self.queue:
-            bound, *_, run, offload = heapq.heappop(self.queue)
-            found = sorted(self.best.values(), key=order)[: self.count]
-            if len(found) == self.count and bound > found[-1].seconds:
+            bound, _, run, offload = heapq.heappop(self.queue)
+            key, found = (run.tp, run.sp, run.replicas), self.fastest()
+            slowest = found[-1].seconds if len(found) == self.count else math.inf
+            if bound > slowest:
                 break
-            candidate = self.fitting(run, offload)
+            if key in self.best:
+                slowest = min(slowest, self.best[key].seconds)
+            candidate = self.fitting(run, offload, slowest)
             if candidate is None or candidate.run.checkpointed_blocks:
                 for other, changes in OFFLOADS.items():
                     if run.cuda and changes and not offload:
                         self.push(run, other)
             if candidate:
-                key = run.tp, run.sp, run.replicas
                 self.best[key] = min([candidate, self.best.get(key, candidate)], key=order)
+        return self.fastest()
+
+    def fastest(self):
         return sorted(self.best.values(), key=order)[: self.count]
 
-    def fitting(self, run, offload):
-        """The Candidate with as few checkpointed blocks as fit; None if it does not fit with all of them."""
-        n_blocks = run.config.num_hidden_layers
-        sizes = sizes_of(run, offload)
-        if any(is_larger(sizes, other) for other in self.too_large):
-            return None
+    def fitting(self, run, offload, slowest):
+        """The Candidate with as few checkpointed blocks as fit; None if that takes over `slowest` s."""
+        def seconds(k):
+            return middle(step_time(replace(run, checkpointed_blocks=k), self.cluster))
 
         def fits(k):
             return memory(replace(run, checkpointed_blocks=k))["device"] <= self.limit
 
-        if not fits(n_blocks):
+        blocks = range(run.config.num_hidden_layers + 1)
+        most = bisect.bisect_right(blocks, slowest, key=seconds) - 1  # that a run so fast may recompute
+        sizes = sizes_of(run, offload, most)
+        if most < 0 or any(is_larger(sizes, other) for other in self.too_large):
+            return None
+        if not fits(most):
             self.too_large.append(sizes)
             return None
-        k = bisect.bisect_left(range(n_blocks), True, key=fits)  # memory falls with k
+        k = bisect.bisect_left(range(most), True, key=fits)  # memory falls with k
         run = replace(run, checkpointed_blocks=k)
         return Candidate(run, offload, step_time(run, self.cluster), memory(run)["device"])
 
@@ -155,14 +165,15 @@ def order(candidate):
     return candidate.seconds, run.replicas, candidate.device
 
 
-def sizes_of(run, offload):
-    """(what must be equal, what must be at most as large, so that a run's memory is at most another's)."""
+def sizes_of(run, offload, checkpointed_blocks):
+    """(what two runs must have in common, numbers with each of which memory rises), for is_larger."""
     holds = run.micro_batches > 1 and run.gradient_reduction == "step"
-    return (run.tp, run.micro_batches > 1, offload), (run.micro_batch_size, run.replicas, -run.sp, holds)
+    sizes = run.micro_batch_size, run.replicas, -run.sp, holds, -checkpointed_blocks
+    return (run.tp, run.micro_batches > 1, offload), sizes
 
 
 def is_larger(sizes, other):
-    """Whether a run surely needs as much memory as another one: it has the same kind, and no smaller size."""
+    """Whether a run needs at least as much memory as another one, by their sizes_of alone."""
     return sizes[0] == other[0] and all(a >= b for a, b in zip(sizes[1], other[1]))
 
 
@@ -182,41 +193,44 @@ def lines(run, cluster, capacity):
                         f"{capacity / GB:.1f} GiB may be used; use more ranks, a shorter --max_length or "
                         "--use_lora")
     n_nodes = math.ceil(run.world_size / cluster.gpus_per_node)
-    yield (f"best     {run.world_size} GPUs in {n_nodes} nodes of {cluster.gpus_per_node}, {capacity / GB:g} GiB each, of which "
-           f"{FILL:.0%} may be used")
+    nodes = f"{n_nodes} nodes of {cluster.gpus_per_node}" if n_nodes > 1 else "one node"
+    yield (f"best     {run.world_size} GPUs in {nodes}, {capacity / GB:g} GiB each, of which {FILL:.0%} may "
+           "be used")
     yield f"         a step has {run.batch_size} conversations of {run.length:,} tokens"
     for i, candidate in enumerate(found, 1):
         time = candidate.time
         tokens = run.batch_size * run.length / candidate.seconds
         yield f"{i}        {candidate.flags}"
-        yield (f"         {candidate.device / GB:.1f} GiB; {time.least:.2f} s if FSDP2's collectives overlap, "
-               f"{time.most:.2f} s if not: about {tokens:,.0f} tokens per second")
+        yield (f"         {candidate.device / GB:.1f} GiB; {time.least:.2f} s if FSDP2's collectives "
+               f"overlap, {time.most:.2f} s if not: about {tokens:,.0f} tokens per second")
         yield f"         {parts(time)}"
         if i > 1:
             yield f"         {loses(candidate, found[0])}"
     idle = found[0].run.dp - run.batch_size
     if idle > 0:
-        yield (f"idle     {idle} of {found[0].run.dp} groups of ranks have no conversation: raise --batch_size "
-               f"to {found[0].run.dp}, or use fewer GPUs")
+        yield (f"idle     {idle} of {found[0].run.dp} groups of ranks have no conversation: raise "
+               f"--batch_size to {found[0].run.dp}, or use fewer GPUs")
     for text in (*search.reasons, *impossible(search.layouts, limit)):
         yield f"not      {text}"
 
 
 def parts(time):
     """The seconds of a step by what takes them."""
-    shown = [f"{getattr(time, name):.2f} s {text}" for name, text in PARTS.items() if getattr(time, name) >= 0.005]
+    shown = [f"{getattr(time, name):.2f} s {text}" for name, text in PARTS.items()
+             if getattr(time, name) >= 0.005]
     return ", ".join(shown)
 
 
 def loses(candidate, first):
     """Why a candidate is slower than the first one: the parts of its time that differ."""
     slower = candidate.seconds - first.seconds
-    differences = {text: getattr(candidate.time, name) - getattr(first.time, name) for name, text in PARTS.items()}
+    differences = {text: getattr(candidate.time, name) - getattr(first.time, name)
+                   for name, text in PARTS.items()}
     shown = sorted(((text, seconds) for text, seconds in differences.items()
                     if abs(seconds) >= max(0.005, 0.02 * slower)), key=lambda item: -item[1])
     reason = ", ".join(f"{seconds:+.2f} s {text}" for text, seconds in shown)
     if slower < 0.005:
-        return f"as fast as the first: {reason or f'{(candidate.device - first.device) / GB:+.1f} GiB'}"
+        return f"as fast as the first, with {(candidate.device - first.device) / GB:+.1f} GiB"
     return f"loses {slower:.2f} s ({slower / first.seconds:.0%}) to the first: {reason}"
 
 
@@ -247,8 +261,9 @@ def impossible(runs, limit):
     for axis in ("sp", "tp"):
         needed, candidate = least([run for run in runs if getattr(run, axis) == 1])
         if needed > limit:
-            yield f"without --{axis}, {tokens} {needed / GB:.0f} GiB, with {candidate.flags}"
-    for changes, text in ((dict(checkpointed_blocks=0), "gradient_checkpointing"), (dict(offload=False), "offload")):
+            yield f"without --{axis}, {tokens} {needed / GB:.1f} GiB, with {candidate.flags}"
+    for text, changes in dict(gradient_checkpointing=dict(checkpointed_blocks=0),
+                              offload=dict(offload=False)).items():
         needed, candidate = least(runs, **changes)
         if needed > limit:
-            yield f"without {text}, {tokens} {needed / GB:.0f} GiB, with {candidate.flags}"
+            yield f"without {text}, {tokens} {needed / GB:.1f} GiB, with {candidate.flags}"

@@ -36,18 +36,18 @@ from ops.forecast import (
     check,
     largest_micro_batch,
     memory,
-    unsharded_bytes,
 )
 from ranks import processes
 from settings import errors
 from settings.errors import UserError
 from settings.parser import parse, setting
 from tools import best
-from tools.step_time import Cluster, collectives, sent, step_time
+from tools.step_time import Cluster, collectives, gathers, sent, step_time
 
 GPU_GB = 79  # GiB of an H100 of 80 GB: the memory of a planned GPU, where --memory_gb does not say it
 SEARCHED = ("tp or sp or replicas or micro_batch_size or gradient_checkpointing or gradient_reduction "
             "or param_offload or optimizer_offload")
+WHEN = {"step": "once a step", "micro_batch": "with each"}
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Config(sft.Config):
         Cluster.node_gb_per_second, "GB/s that a GPU sends inside its node; 300 is about right for NVLink, "
         "25 for PCIe", low=1e-3, needs="n_gpus or ranks")
     network_gb_per_second: float = setting(
-        Cluster.network_gb_per_second, "GB/s that a GPU sends to other nodes; 50: each has a card of 400 Gb/s",
+        Cluster.network_gb_per_second, "GB/s that a GPU sends to other nodes; 50: a card of 400 Gb/s each",
         low=1e-3, needs="ranks")
 
     def __post_init__(self):
@@ -87,8 +87,8 @@ class Config(sft.Config):
             n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", n))
         elif n % n_gpus and (n > n_gpus or self.n_gpus):
             divisors = [str(i) for i in range(1, n + 1) if n % i == 0]
-            raise UserError(f"--ranks {n} is not a multiple of the {n_gpus} GPUs of a node; set --n_gpus to one of "
-                            f"{', '.join(divisors)}, or --ranks {max(1, n // n_gpus) * n_gpus}")
+            raise UserError(f"--ranks {n} is not a multiple of the {n_gpus} GPUs of a node; set --n_gpus to one "
+                            f"of {', '.join(divisors)}, or --ranks {max(1, n // n_gpus) * n_gpus}")
         return Cluster(min(n, n_gpus), self.tflops, self.node_gb_per_second, self.network_gb_per_second)
 
 
@@ -96,7 +96,7 @@ class Config(sft.Config):
 # what is printed
 
 
-def lines(run, cluster, *, memory_gb=None):
+def lines(run, *, cluster, memory_gb=None):
     """Yield the lines to print: memory always; collectives and time for several ranks."""
     yield from memory_lines(run)
     if memory_gb:
@@ -122,9 +122,11 @@ def memory_lines(run):
     dtype = "bf16" if run.bf16 else "fp32"
     sp = f"sp {run.sp} × " * (run.sp > 1)
     replicas = f", {run.replicas} replicas of {run.shards} shards" * (run.replicas > 1)
-    yield (f"plan     {run.world_size} × {device} = dp {run.dp} × {sp}tp {run.tp}{replicas}, {dtype}; micro-batch "
-           f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank; "
-           f"{run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
+    has_choice = run.micro_batches > 1 and run.is_sharded
+    reduction = f", gradients reduced {WHEN[run.gradient_reduction]}" * has_choice
+    yield (f"plan     {run.world_size} × {device} = dp {run.dp} × {sp}tp {run.tp}{replicas}, {dtype}; "
+           f"micro-batch {run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per "
+           f"rank{reduction}; {run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
     yield f"weights       {size['weights']:>14}  {place}"
     reduced = ", after they are reduced" * (run.world_size > 1)
     yield f"gradients     {size['gradients']:>14}  {place}{reduced}"
@@ -135,7 +137,7 @@ def memory_lines(run):
            f"{without:.3f} without")
     yield f"loss          {size['loss']:>14}  logits of a chunk, gradients of head and hidden states"
     if run.is_sharded:
-        yield f"gathered      {size['gathered']:>14}  unsharded parameters: embedding, head, two blocks"
+        yield f"gathered      {size['gathered']:>14}  unsharded parameters"
     if sizes["held"] and run.world_size > 1:  # on one rank it is the gradient above
         yield f"held          {size['held']:>14}  the full gradient, between micro-batches"
     if sizes["slack"]:
@@ -145,8 +147,8 @@ def memory_lines(run):
         yield f"{'':30}not counting the imported libraries"
     if sizes["host"]:
         yield f"host          {size['host']:>14}  per rank, in host memory"
-    if run.cuda and run.param_offload:  # as in collectives(), backward does not fetch the root's again
-        fetched = run.micro_batches * (2 * sizes["weights"] - unsharded_bytes(run, None) // run.shards)
+    if run.cuda and run.param_offload:
+        fetched = run.micro_batches * sum(map(sum, gathers(run))) / run.shards
         yield (f"PCIe     {(fetched + sizes['gradients']) / GB:>15.3f} GiB  per rank and step: weights twice "
                "per micro-batch, gradients once; prefer --optimizer_offload if it fits: both once")
 
@@ -190,11 +192,11 @@ def time_lines(run, cluster):
            f"{time.network:.2f} s between nodes at {cluster.network_gb_per_second:g} GB/s")
     yield f"         {best.parts(time)}"
     tokens = run.batch_size * run.length
-    yield (f"         {time.least:.2f} s if FSDP2's collectives overlap with computation, {time.most:.2f} s if "
-           f"not: {tokens / time.least:,.0f} to {tokens / time.most:,.0f} tokens per second")
+    yield (f"         {time.least:.2f} s if FSDP2's collectives overlap with computation, {time.most:.2f} s "
+           f"if not: {tokens / time.least:,.0f} to {tokens / time.most:,.0f} tokens per second")
     if run.batch_size < run.dp:
-        yield (f"         {run.batch_size} conversations for {run.dp} groups of ranks: the others compute nothing; "
-               "more --batch_size, or more --sp")
+        yield (f"         {run.batch_size} conversations for {run.dp} groups of ranks: the others compute "
+               "nothing; use more --batch_size, or more --sp")
 
 
 def plan(cfg):
@@ -213,12 +215,19 @@ def plan(cfg):
         printed = best.lines(run, cluster, capacity(cfg))
     else:
         check(run)
-        if AUTO in (cfg.micro_batch_size, cfg.gradient_checkpointing):
-            run = forecast.choose(run, capacity(cfg), micro_batch_size=cfg.micro_batch_size,
-                                  gradient_checkpointing=cfg.gradient_checkpointing)
-        printed = lines(run, cluster, memory_gb=cfg.memory_gb)
+        printed = lines(chosen(run, cfg), cluster=cluster, memory_gb=cfg.memory_gb)
     if os.environ.get("RANK", "0") == "0":
         print(*printed, sep="\n")
+
+
+def chosen(run, cfg):
+    """The PlannedRun with what `auto` chooses. Raises UserError if nothing fits."""
+    if cfg.gradient_reduction == AUTO:
+        run = replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity(cfg)))
+    if AUTO in (cfg.micro_batch_size, cfg.gradient_checkpointing):
+        run = forecast.choose(run, capacity(cfg), micro_batch_size=cfg.micro_batch_size,
+                              gradient_checkpointing=cfg.gradient_checkpointing)
+    return run
 
 
 def capacity(cfg):

@@ -67,8 +67,17 @@ def fsdp_groups(run, itemsize=None, only_trained=False):
     return sizes
 
 
+def gathers(run, itemsize=None):
+    """(bytes of each group gathered in forward, those gathered again in backward) of a micro-batch.
+
+    The last block, norm and head stay gathered, and the embedding's backward needs no weight.
+    """
+    groups = fsdp_groups(run, itemsize)
+    return list(groups.values()), [groups[str(i)] for i in range(run.config.num_hidden_layers - 1)]
+
+
 def collectives(run):
-    """{name: (calls, bytes of the full tensors, bytes that a rank sends)} per step; a name begins with the axis.
+    """{name, which begins with the axis: (calls, bytes of the full tensors, bytes that a rank sends)} per step.
 
     A rank sends (n - 1) / n of a tensor in a ring all-gather or reduce-scatter and in an all-to-all, twice
     that in a ring all-reduce. Of an all-gather or reduce-scatter the unsharded tensor counts, of the others
@@ -91,15 +100,13 @@ def fsdp_collectives(run):
 
     Over replicas they are reduced with the last micro-batch only.
     """
-    n, n_blocks = run.micro_batches, run.config.num_hidden_layers
-    gathered = fsdp_groups(run, 2 if run.bf16 else None)
+    n, (forward, backward) = run.micro_batches, gathers(run, 2 if run.bf16 else None)
     reduced = fsdp_groups(run, 4 if run.bf16 else None, only_trained=True)
     reduced = [size for size in reduced.values() if size]
     n_reductions = n if run.gradient_reduction == "micro_batch" else 1
-    again = [gathered[str(i)] for i in range(n_blocks - 1)]  # the last block stays gathered
     return {
-        "shards all-gather, forward": (n * len(gathered), n * sum(gathered.values())),
-        "shards all-gather, backward": (n * len(again), n * sum(again)),
+        "shards all-gather, forward": (n * len(forward), n * sum(forward)),
+        "shards all-gather, backward": (n * len(backward), n * sum(backward)),
         "shards reduce-scatter": (n_reductions * len(reduced), n_reductions * sum(reduced)),
         "replicas all-reduce": (len(reduced), sum(reduced) // run.shards),
     }
@@ -121,7 +128,7 @@ def sp_collectives(run):
 
 
 def tp_collectives(run):
-    """Of hidden states: two per block and direction, and of what the loss needs of other ranks' vocabulary."""
+    """Of hidden states: two per block and direction; and of what the loss needs of the vocabulary."""
     n, n_blocks, hidden = run.micro_batches, run.config.num_hidden_layers, run.hidden_bytes
     recomputed = run.checkpointed_blocks  # checkpointing repeats the attention's all-reduce
     # if the embedding is frozen, the first block's input needs no gradient
@@ -164,7 +171,7 @@ def share_between_nodes(stride, size, world_size, gpus_per_node, is_ring=True):
 
 
 def sent(run, cluster):
-    """{name of a collective: (bytes that a rank sends inside its node, bytes that it sends to other nodes)}"""
+    """{name of a collective: (bytes that a rank sends inside its node, bytes to other nodes)}"""
     strides = dict(tp=1, sp=run.tp, shards=run.tp, replicas=run.tp * run.shards)
     sizes = dict(tp=run.tp, sp=run.sp, shards=run.shards, replicas=run.replicas)
     result = {}
@@ -218,11 +225,11 @@ def offload_seconds(run):
     """Seconds in which a rank waits for copies to and from host memory and for AdamW on the CPU."""
     if not (run.cuda and (run.param_offload or run.optimizer_offload)):
         return 0.0
-    weights = sum(fsdp_groups(run).values()) / run.shards
     gradients = sum(fsdp_groups(run, only_trained=True).values()) / run.shards
     n_trained = sum(fsdp_groups(run, 1, only_trained=True).values()) / run.shards
-    n_fetches = 2 * run.micro_batches if run.param_offload else 1  # in forward and in backward
-    return (gradients + n_fetches * weights) / PCIE + ADAMW_BYTES * n_trained / HOST
+    forward, backward = (sum(sizes) / run.shards for sizes in gathers(run))
+    weights = run.micro_batches * (forward + backward) if run.param_offload else forward
+    return (gradients + weights) / PCIE + ADAMW_BYTES * n_trained / HOST
 
 
 @dataclass(frozen=True)

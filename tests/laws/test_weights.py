@@ -154,18 +154,18 @@ RUN = (*FAST, "--max_length", 128, "--batch_size", 3, "--max_steps", 6, "--timeo
 
 
 def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig):
-    """Losses, norms and val_loss of several ranks, tensor parallelism, offload and no packing, to 1e-5.
+    """Losses, norms and val_loss of several ranks, tensor and sequence parallelism, offload, no packing, to 1e-5.
 
     So are the losses by source, which add up to that of the step; tools/evaluate.py has the same of the
-    checkpoint, on two ranks.
+    checkpoint, on two ranks, with sequence parallelism.
     """
     common = (*RUN, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", TINY)
-    layouts = {"dp2": ("--no-packing",), "tp2": ()}
+    layouts = {"dp2": ("--no-packing",), "sp2tp2": ()}
     if pytestconfig.getoption("--full"):
-        layouts |= {"dp4": (), "dp2 offload": ("--param_offload",), "dp2tp2": ("--optimizer_offload",)}
+        layouts |= {"tp2": (), "sp4": (), "dp4": (), "dp2 offload": ("--param_offload",), "dp2tp2": ("--optimizer_offload",)}
     runs = [(LAYOUTS[name.split()[0]][0], (*common, *LAYOUTS[name.split()[0]][1], *more, "--output_dir",
                                            tmp_path / name)) for name, more in layouts.items()]
-    evaluated = 2, ("tools/evaluate.py", tmp_path / "dp2/checkpoints/latest", rows, "--json")
+    evaluated = 2, ("tools/evaluate.py", tmp_path / "dp2/checkpoints/latest", rows, "--json", "--sp", 2)
     out = run_all([*runs, evaluated], tmp_path)
     (result,) = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     last = metrics(tmp_path / "dp2")[-1]

@@ -27,6 +27,7 @@ from ops.attention import Documents
 from ranks import processes
 from settings.parser import parse
 from tools import plan
+from tools.step_time import Cluster, flops
 
 GB = 2**30
 
@@ -299,13 +300,15 @@ def test_the_peak_of_each_family_is_within_10_percent(name, flags, train, tmp_pa
 
 @pytest.mark.full
 def test_collectives_equal_those_of_four_ranks():
-    """dp 2 × tp 2, two micro-batches, full with and without checkpointing, and LoRA: calls and bytes of each kind, and
-    the bytes that rank 0 holds."""
+    """tp, sp and replicas, two micro-batches, full with and without checkpointing, and LoRA: calls and bytes of each
+    kind, and the bytes that rank 0 holds."""
     result = program("collective_bytes", ranks=4)
     assert result.returncode == 0, result.stderr[-2000:]
-    for counted, planned, held, planned_states in json.loads(re.search(r"RESULT (.*)", result.stdout)[1]):
-        assert counted == planned
-        assert held == planned_states
+    cases = json.loads(re.search(r"RESULT (.*)", result.stdout)[1])
+    assert len(cases) == 8
+    for name, (counted, planned, held, planned_states) in cases.items():
+        assert counted == planned, name
+        assert held == planned_states, name
 
 
 QWEN_72B = dict(model_type="qwen2", hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, vocab_size=152064,
@@ -423,7 +426,7 @@ def test_auto_that_does_not_fit_says_what_it_needs_and_what_would_help():
     sizes = dict(re.findall(r"^  (--.*?) +([\d.]+) GiB$", text, re.M))
     in_fp32 = tuple((name, shape, 4, trained) for name, shape, _, trained in run.parameters)  # as where it is sharded
     for flags, changes in (("--optimizer_offload", dict(optimizer_offload=True)),
-                           ("--n_gpus 2", dict(world_size=2, parameters=in_fp32)),
+                           ("--n_gpus 2", dict(world_size=2, parameters=in_fp32, gradient_reduction="micro_batch")),
                            ("--max_length 1024", dict(length=1024))):
         saved = device_gb(smallest) - device_gb(dataclasses.replace(smallest, **changes))
         assert float(sizes[flags]) == pytest.approx(saved, abs=0.01)
@@ -489,8 +492,8 @@ def test_plan_prints_what_auto_would_choose(monkeypatch, capsys):
     plan.main()
     assert "micro-batch 4 × 2,048 tokens, 1 per step per rank" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments, "--n_gpus", "1"])
-    with pytest.raises(ValueError, match="needs --memory_gb with --n_gpus"):
-        plan.main()
+    plan.main()  # a GPU of 79 GiB
+    assert "micro-batch 4 × 2,048 tokens, 1 per step per rank; 0 of 4 blocks" in capsys.readouterr().out
 
 
 def test_plan_says_what_does_not_fit_and_what_would(tmp_path, monkeypatch, capsys):
@@ -552,7 +555,7 @@ def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
     processes only rank 0 prints."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_72B))
     monkeypatch.chdir(tmp_path)
-    arguments = ["--model", ".", "--train_data", "none.json", "--n_gpus", "64", "--tp", "8", "--memory_gb", "80"]
+    arguments = ["--model", ".", "--train_data", "none.json", "--ranks", "64", "--tp", "8", "--memory_gb", "80"]
     monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
     monkeypatch.setattr(processes, "start", None)
     plan.main()
@@ -588,27 +591,27 @@ def test_only_config_json_is_downloaded_from_the_hub(tmp_path, monkeypatch, caps
 
 def test_step_time_is_work_over_speed(large):
     """Half the speed takes twice the time. With checkpointing a step needs 8 operations per parameter and token, the
-    embedding excluded."""
+    embedding excluded. tp is inside a node, the shards are in different ones."""
     def seconds(*speeds):
-        tflops, gb, tp_gb = speeds
-        text = "\n".join(plan.lines(large, tflops=tflops, gb_per_second=gb, tp_gb_per_second=tp_gb))
-        pattern = r"step +([\d.]+) s of computation.*\n +([\d.]+) s of dp.*?, ([\d.]+) s of tp"
-        return [float(x) for x in re.search(pattern, text).groups()]
+        text = "\n".join(plan.lines(large, cluster=Cluster(8, *speeds)))
+        pattern = r"step +([\d.]+) s of computation.*\n +([\d.]+) s in a node.*?, ([\d.]+) s between"
+        compute, node, network = [float(x) for x in re.search(pattern, text).groups()]
+        return [compute, network, node]
 
-    full, half = seconds(4, 0.5, 3), seconds(2, 0.25, 1.5)
+    full, half = seconds(4, 3, 0.5), seconds(2, 1.5, 0.25)
     assert all(math.isclose(2 * a, b, rel_tol=1e-3) for a, b in zip(full, half))
-    assert seconds(4, 0.5, 1.5) == [*full[:2], half[2]]
-    assert seconds(4, 0.25, 3) == [full[0], half[1], full[2]]
+    assert seconds(4, 1.5, 0.5) == [*full[:2], half[2]]
+    assert seconds(4, 3, 0.25) == [full[0], half[1], full[2]]
     tokens, parameters = 128 * 4096 / 64, 72_706_203_648 - 152064 * 8192
     attention = 4 * 2 * 80 * 8192 * 4096 * tokens
     head = 2 * 152064 * 8192 * tokens  # the head is not recomputed
-    assert math.isclose(plan.flops(large), 8 * parameters * tokens + attention - head, rel_tol=1e-3)
+    assert math.isclose(sum(flops(large)), 8 * parameters * tokens + attention - head, rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (("--tflops", "300"), "--tflops 300.0 has no effect without --n_gpus"),
-    (("--gb_per_second", "60"), "has no effect without --n_gpus"),
-    (("--n_gpus", "8", "--tp_gb_per_second", "60"), "has no effect without --tp"),
+    (("--node_gb_per_second", "60"), "has no effect without --n_gpus or --ranks"),
+    (("--n_gpus", "8", "--network_gb_per_second", "60"), "has no effect without --ranks"),
     (("--n_gpus", "0"), "it must be at least 1"),
     (("--n_gpus", "8", "--strategy", "megatron", "--tp", "4"), "use 1 or 2"),
     (("--n_gpus", "3", "--strategy", "megatron", "--tp", "2"), "use 1"),
