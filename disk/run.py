@@ -293,11 +293,13 @@ class RunState:
             if forecast.memory(repeated)["device"] <= forecast.FILL * capacity:  # else on a smaller device
                 settings.update(again)
                 run = repeated
-        if settings["gradient_reduction"] == AUTO:
-            run = dataclasses.replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity))
+        reduction = settings["gradient_reduction"]
         if AUTO in (settings["micro_batch_size"], settings["checkpointed_blocks"]):
             run = forecast.choose(run, capacity, micro_batch_size=settings["micro_batch_size"],
-                                  gradient_checkpointing=settings["checkpointed_blocks"])
+                                  gradient_checkpointing=settings["checkpointed_blocks"],
+                                  reduction=reduction)
+        elif reduction == AUTO:
+            run = dataclasses.replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity))
         self.chosen = {**place, **{name: getattr(run, name) for name in automatic}}
         if automatic != ["gradient_reduction"]:
             planned = forecast.memory(run)["device"]

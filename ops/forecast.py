@@ -8,6 +8,7 @@ without the imported libraries.
 """
 
 import bisect
+import functools
 import math
 import os
 import resource
@@ -18,10 +19,12 @@ import torch.distributed as dist
 
 from ops import compiler, loss, nf4, optim
 from ops.activations import measure
+from ranks import processes
 from settings.errors import UserError
 
 GB = 2**30
 AUTO = "auto"  # the value of --micro_batch_size and --gradient_checkpointing that choose() replaces
+HEAD, ALL = "head", "all"  # groups of parameters, see unsharded_bytes
 HELD = 0.1  # of the device's memory: `auto` reduces a larger gradient with each micro-batch
 FILL = 0.85  # of the device's memory: the rest is for what the forecast does not count
 TOKENS = 2**15  # `auto` makes no larger micro-batches, unless max_length is longer: they keep a GPU busy
@@ -42,8 +45,10 @@ class PlannedRun:
     config               families.config.ModelConfig
     parameters           ((name, shape, bytes per element, is trained), ...), unsharded; a tied one once
     length               tokens per conversation
-    micro_batch_size     conversations per micro-batch
+    micro_batch_size     conversations per micro-batch, which an sp group has together
     batch_size           conversations per step, over all ranks
+    gradient_reduction   "step": between the micro-batches of a step each rank holds the unsharded gradient;
+                         "micro_batch": its shard
     checkpointed_blocks  that many blocks, the first ones, keep only their input for backward
     compiled             torch.compile fuses the operations of a block
     state_itemsizes      {name: bytes of optimizer state per element}, from the optimizer; 8 for other names
@@ -56,6 +61,9 @@ class PlannedRun:
     batch_size: int = 1
     world_size: int = 1
     tp: int = 1
+    sp: int = 1
+    replicas: int = 1
+    gradient_reduction: str = "step"
     bf16: bool = False
     cuda: bool = False
     checkpointed_blocks: int = 0
@@ -65,7 +73,6 @@ class PlannedRun:
     dropout: float = 0.0
     quantize: bool = False
     async_save: bool = False
-    gradient_reduction: str = "step"
     state_itemsizes: dict = field(default_factory=dict, hash=False)
     measured: tuple = ()  # bytes per token that each block keeps, of a family with other blocks than model.py
 
@@ -73,7 +80,8 @@ class PlannedRun:
     def of(cls, model, cfg, *, world_size, cuda):
         """The PlannedRun of a model, on meta or loaded and sharded, and the settings of a run.
 
-        cfg  sft.Config. `auto` counts as micro_batch_size 1 and as checkpointing all blocks; see choose()
+        cfg  sft.Config. `auto` counts as micro_batch_size 1, as checkpointing all blocks and as reducing the
+             gradient once per step; see choose()
         """
         bf16 = (cfg.dtype or ("bf16" if cuda else "fp32")) == "bf16"
         is_alone = world_size == 1 and not cfg.param_offload
@@ -96,6 +104,9 @@ class PlannedRun:
             batch_size=batch_size,
             world_size=world_size,
             tp=cfg.tp,
+            sp=cfg.sp,
+            replicas=cfg.replicas,
+            gradient_reduction="step" if cfg.gradient_reduction == AUTO else cfg.gradient_reduction,
             bf16=bf16,
             cuda=cuda,
             checkpointed_blocks=checkpointed_blocks(cfg, model.config),
@@ -107,7 +118,7 @@ class PlannedRun:
             async_save=cfg.async_save,
             state_itemsizes=optim.state_itemsizes(model, cfg),
             measured=() if is_plain(model) else measure(
-                model, bf16=bf16, fused_norms=cuda, tp=cfg.tp),
+                model, bf16=bf16, fused_norms=cuda, tp=cfg.tp, sp=cfg.sp),
         )
 
     def state_itemsize(self, name):
@@ -116,7 +127,13 @@ class PlannedRun:
 
     @property
     def dp(self):
-        return self.world_size // self.tp
+        """Groups of ranks that read other conversations."""
+        return self.world_size // (self.tp * self.sp)
+
+    @property
+    def shards(self):
+        """Ranks over which FSDP2 shards each parameter."""
+        return self.world_size // (self.tp * self.replicas)
 
     @property
     def micro_batches(self):
@@ -125,8 +142,19 @@ class PlannedRun:
 
     @property
     def tokens(self):
-        """Tokens per micro-batch."""
+        """Tokens per micro-batch, over the ranks of an sp group."""
         return self.micro_batch_size * self.length
+
+    @property
+    def rank_tokens(self):
+        """Tokens of a micro-batch that a rank has; data.collate pads it to a multiple of sp."""
+        return math.ceil(self.tokens / self.sp)
+
+    @property
+    def key_heads(self):
+        """Key/value heads on a tp rank, with those that sp repeats: ranks/sp.py."""
+        heads = self.config.num_key_value_heads // self.tp
+        return heads * self.sp // math.gcd(heads, self.sp)
 
     @property
     def itemsize(self):
@@ -139,13 +167,18 @@ class PlannedRun:
 
     @property
     def hidden_bytes(self):
-        """Bytes of the hidden states of a micro-batch."""
-        return self.tokens * self.config.hidden_size * self.itemsize
+        """Bytes of the hidden states of a micro-batch on a rank."""
+        return self.rank_tokens * self.config.hidden_size * self.itemsize
 
     @property
     def is_sharded(self):
         """Whether FSDP2 is used; the rule of fsdp.shard."""
         return self.world_size > 1 or self.param_offload
+
+    @property
+    def has_head_group(self):
+        """Whether last norm and head are an FSDP2 group of their own; the rule of fsdp.shard."""
+        return self.is_sharded and not self.config.tie_word_embeddings
 
     @property
     def has_own_masters(self):
@@ -191,7 +224,10 @@ def checkpointed_blocks(cfg, config):
 
 
 def check(run):
-    """Raise UserError if tp does not divide what it splits: the rules of processes.start and tp.split."""
+    """Raise UserError if tp, sp or replicas do not divide what they split.
+
+    The rules are those of processes.start, tp.split and sp.split.
+    """
     c, tp, world_size = run.config, run.tp, run.world_size
     c.check_tp(tp)
     sizes = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size, c.vocab_size
@@ -200,6 +236,8 @@ def check(run):
         raise UserError(f"--tp {tp} must divide the {world_size} ranks (--n_gpus) and the attention heads, "
                         f"key/value heads, intermediate_size and vocab_size, here {sizes}; "
                         f"use {' or '.join(map(str, valid))}")
+    processes.check_layout(tp, run.sp, run.replicas, world_size)
+    c.check_sp(run.sp, run.shards, tp)
 
 
 def loss_chunk(run):
@@ -225,19 +263,26 @@ def is_split_by_tp(name, by_columns):
 
 def shard_sizes(run, name, shape):
     """(elements of a parameter on a tp rank, elements after FSDP2 on rank 0, which has the largest shard)."""
+    rows, columns = tp_shape(name, shape, run.tp)
+    return rows * columns, math.ceil(rows / run.shards) * columns
+
+
+@functools.lru_cache(maxsize=2**15)  # plan.py --best asks for the same ones thousands of times
+def tp_shape(name, shape, tp):
+    """(rows, columns) of a parameter on a tp rank."""
     by_columns = any(f".{layer}." in name for layer in BY_COLUMNS)
-    n_slices = run.tp if is_split_by_tp(name, by_columns) else 1
+    n_slices = tp if is_split_by_tp(name, by_columns) else 1
     rows, columns = shape[0], math.prod(shape[1:])
-    if by_columns:
-        columns //= n_slices
-    else:
-        rows //= n_slices
-    return rows * columns, math.ceil(rows / run.dp) * columns
+    return (rows, columns // n_slices) if by_columns else (rows // n_slices, columns)
 
 
 def gradient_itemsize(run, itemsize):
-    """Bytes per element of the gradient of a trained parameter, after it is reduced."""
-    return 4 if run.has_own_masters else itemsize
+    """Bytes per element of the gradient of a trained parameter, after it is reduced.
+
+    Where FSDP2 would sum several micro-batches in bf16, fsdp.set_gradient_sync makes them fp32.
+    """
+    sums = run.gradient_reduction == "micro_batch" and run.micro_batches > 1 and run.replicas == 1
+    return 4 if run.has_own_masters or (run.is_sharded and sums) else itemsize
 
 
 def states(run):
@@ -256,22 +301,40 @@ def states(run):
 def unsharded_bytes(run, blocks, itemsize=None, only_trained=False):
     """Bytes of parameters on a tp rank, before FSDP2 shards them.
 
-    blocks    "0": of that block; "": of all blocks; None: of the root group, which is outside the blocks
+    blocks    "0": of that block; "": of all blocks; HEAD: of last norm and head where they are a group of
+              their own; None: of the group of the embedding, which is the rest; ALL
     itemsize  bytes per element; None: as stored
     """
     total = 0
     for name, shape, stored, trained in run.parameters:
-        if blocks is None:
-            in_group = ".layers." not in name
+        if ".layers." in name:
+            prefix = f"model.layers.{blocks}." if blocks else "model.layers."
+            in_group = blocks not in (None, HEAD) and name.startswith(prefix)
         else:
-            in_group = name.startswith(f"model.layers.{blocks}." if blocks else "model.layers.")
-        if in_group and (trained or not only_trained):
+            of_head = run.has_head_group and "embed_tokens" not in name
+            in_group = blocks == (HEAD if of_head else None)
+        if (in_group or blocks == ALL) and (trained or not only_trained):
             total += shard_sizes(run, name, shape)[0] * (itemsize or stored)
     return total
 
 
 # ------------------------------------------------------------------------------------------------------------
 # memory of a step
+
+
+@functools.lru_cache(maxsize=16)
+def layers_of_blocks(parameters):
+    """({layer: rank of its adapter}, {layer: whether it trains}); what trains in any block counts in all."""
+    lora_ranks, is_trained = {}, {}
+    for name, shape, _, trained in parameters:
+        if name.startswith("model.layers."):
+            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
+            names = name.split(".")
+            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
+            is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
+            if names[-2] == "lora_A":
+                lora_ranks[layer] = shape[0]
+    return lora_ranks, is_trained
 
 
 def block_activations(run, is_first=False):
@@ -282,17 +345,9 @@ def block_activations(run, is_first=False):
     Of a family with other blocks: the measured bytes of the block that keeps most.
     """
     if run.measured:
-        return int(run.tokens * max(run.measured))
+        return int(run.rank_tokens * max(run.measured))
     c, w = run.config, run.itemsize
-    lora_ranks, is_trained = {}, {}
-    for name, shape, _, trained in run.parameters:
-        if name.startswith("model.layers."):  # with --freeze, what is trained in any block counts in all
-            # model.layers.0.input_layernorm.weight, or model.layers.0.mlp.up_proj.weight
-            names = name.split(".")
-            layer = names[4] if "_proj" in name or "_norm" in name else names[3]
-            is_trained[layer] = is_trained.get(layer) or trained  # its weight or its adapter
-            if names[-2] == "lora_A":
-                lora_ranks[layer] = shape[0]
+    lora_ranks, is_trained = layers_of_blocks(run.parameters)
     C, D, I = c.hidden_size, c.head_dim, c.intermediate_size // run.tp
     H, K = c.num_attention_heads // run.tp, c.num_key_value_heads // run.tp
     sizes = {"q_proj": (C, H * D), "k_proj": (C, K * D), "v_proj": (C, K * D), "o_proj": (H * D, C),
@@ -308,9 +363,12 @@ def block_activations(run, is_first=False):
     kept = 0 if has_frozen_input else copies * C * w + 4  # norm: x, and 1 / rms in fp32
     kept += kept_inputs("q_proj", "k_proj", "v_proj") * w
     kept += (H + K) * (copies * D * w + 4) * c.qk_norm
-    kept += (2 * H + 2 * K) * D * w + 4 * H  # attention: q, k, v, its output, and a logsumexp per head
-    # with one call per conversation their outputs are copied into one tensor
-    kept += kept_inputs("o_proj") * w * (run.micro_batch_size > 1 and not run.has_varlen_attention)
+    # attention: q, k, v, its output, and a logsumexp per head. With sp they are of all tokens and 1 / sp of
+    # the heads; keys and values are repeated where sp exceeds their heads
+    kept += (2 * H + 2 * run.key_heads) * D * w + 4 * H
+    # with one call per conversation their outputs are copied into one tensor, with sp into a rank's tokens
+    is_copied = run.sp > 1 or (run.micro_batch_size > 1 and not run.has_varlen_attention)
+    kept += kept_inputs("o_proj") * w * is_copied
     rng_state = 16 * run.has_varlen_attention
     kept += copies * C * w + 4 + kept_inputs("gate_proj", "up_proj") * w
     # gate, up, silu(gate) and the product, which down_proj keeps. Compiled, the last two are computed again,
@@ -322,13 +380,14 @@ def block_activations(run, is_first=False):
         if run.dropout:  # the masked input, and the mask unless the input needs no gradient
             has_mask = not has_frozen_input or layer not in ("q_proj", "k_proj", "v_proj")
             kept += sizes[layer][0] * (w + (1 if run.cuda else w) * has_mask)
-    return run.tokens * kept + rng_state + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
+    return run.rank_tokens * kept + rng_state + is_dora * sum(2 * sizes[layer][1] * w for layer in lora_ranks)
 
 
 def mask_bytes(run, blocks):
     """Bytes of the masks that attention keeps for these blocks: of each window, for each conversation.
 
     The CPU, and CUDA in fp32, build them where a window is shorter than a conversation (ops/attention.py).
+    With sp each rank has them in full: its heads see all tokens.
     """
     if run.has_varlen_attention:
         return 0
@@ -345,7 +404,7 @@ def kept_bytes(run, n_blocks=None):
     if n_blocks == n_checkpointed:
         return kept
     if run.measured:
-        return kept + int(run.tokens * sum(run.measured[n_checkpointed:n_blocks]))
+        return kept + int(run.rank_tokens * sum(run.measured[n_checkpointed:n_blocks]))
     is_first = n_checkpointed == 0
     return kept + block_activations(run, is_first) + (n_blocks - n_checkpointed - 1) * block_activations(run)
 
@@ -363,45 +422,89 @@ def memory(run):
 
     The largest of the stages of a step counts. On the CPU everything is `device`, and `host` is 0.
     """
-    w, hidden, state = run.itemsize, run.hidden_bytes, states(run)
-    # FSDP2 gathers a group's parameters while it computes: the root's always, and the next block's in advance
-    gather_itemsize = 2 if run.bf16 else None
-    root = unsharded_bytes(run, None, gather_itemsize) * run.is_sharded
-    block = unsharded_bytes(run, "0", gather_itemsize) * run.is_sharded
-    # the buffer of an all-gather, before it is copied into the parameters; two of them in backward
-    buffer = block * (run.dp > 1)
-    gathered = 2 * block + 2 * buffer
-    reduce_itemsize = 4 if run.bf16 else None  # gradients are reduced or accumulated in fp32
-    full_gradient = sum(unsharded_bytes(run, part, reduce_itemsize, only_trained=True) for part in ("", None))
-    held = full_gradient * (run.micro_batches > 1)  # nothing is reduced before a step's last micro-batch
-    reduced = state["gradients"] * (not (run.cuda and run.param_offload))
-    of_loss = loss_bytes(run)
-    stages = {"the loss": held + kept_bytes(run) + 2 * hidden + of_loss + root + buffer,
-              "the optimizer step": reduced}
-    # the matrices of a step change linearly between these blocks
+    state, held, of_loss = states(run), held_bytes(run), loss_bytes(run)
+    root, head, block = (gathered_bytes(run, group) for group in (None, HEAD, "0"))
     last, k = run.config.num_hidden_layers - 1, run.checkpointed_blocks
-    while_in_block = backward_bytes(run, held) + root + gathered
-    of_blocks = gradients_of_blocks(run)
-    for i in sorted({0, max(0, k - 1), min(k, last), last}):
-        finished = held or of_blocks * (last - i) // (last + 1)  # gradients that exist already
-        stages[stage_name(i, last)] = finished + activations(run, i) + while_in_block
-    embedding = matrix_bytes(run, w) * run.trains_embedding  # its dense gradient
-    tied_gradient = matrix_bytes(run, gradient_itemsize(run, w)) * (
-        run.trains_embedding and run.config.tie_word_embeddings)  # the head's, which is added to it
-    if run.is_sharded:
-        # the root's gradient: what is reduced (only with several dp ranks), and the result
-        root_gradient = unsharded_bytes(run, None, reduce_itemsize, only_trained=True)
-        root_gradient = root_gradient * (run.dp > 1) + root_gradient // run.dp
-        gradients = (held or of_blocks) + root + 2 * buffer
-        gradients += unsharded_bytes(run, None, w, only_trained=True) + max(tied_gradient, root_gradient)
-    else:
-        gradients = (held or reduced) + tied_gradient + embedding * run.has_own_masters
-    stages["the embedding's backward"] = gradients
+    finished = held or gradients_of(run, HEAD)
+    # The last block stays gathered, and so does the buffer of the last gather
+    buffer = (head or block) * (run.shards > 1)
+    at_loss = kept_bytes(run) + 2 * run.hidden_bytes + root + block
+    stages = {"the loss": held + at_loss + of_loss + head + buffer,
+              "the optimizer step": state["gradients"] * (not (run.cuda and run.param_offload))}
+    if head:
+        stages["the head's backward"] = held + at_loss + reduction_bytes(run, HEAD)
+    # the matrices of a step change linearly between these blocks
+    for i in sorted({0, min(1, last), max(0, k - 1), min(k, last), max(0, last - 1), last}):
+        gradients = finished if held else finished + gradients_of(run, "") * (last - i) // (last + 1)
+        others = gradients + waiting_gradients(run, held, i) + root + block
+        # a buffer with the parameters of the next block; gloo copies it
+        next_block = block * (run.shards > 1)
+        gathers = kept_bytes(run, i + 1) + next_block * (1 + (i > 0 and not run.cuda))
+        computes = activations(run, i) + backward_bytes(run) + next_block * (i > 0)
+        stages[stage_name(i, last)] = others + max(gathers, computes)
+    stages["the embedding's backward"] = embedding_bytes(run, held, state)
     stage = max(stages, key=stages.get)
     resting, host = resting_bytes(run, state)
     slack = 0 if run.cuda else fragmentation(run, block)
-    return dict(state, activations=activations(run), loss=of_loss, gathered=root + gathered, held=held,
+    gathered = max(root + head, root + block) + block * (run.shards > 1)
+    return dict(state, activations=activations(run), loss=of_loss, gathered=gathered, held=held,
                 slack=slack, stage=stage, stages=stages, host=host, device=resting + stages[stage] + slack)
+
+
+def gathered_bytes(run, group):
+    """Bytes of a group's parameters while FSDP2 has gathered them; 0 without FSDP2.
+
+    An embedding of its own is gathered for its forward only, which is never the peak: 0 too.
+    """
+    if not run.is_sharded or (group is None and run.has_head_group):
+        return 0
+    return unsharded_bytes(run, group, 2 if run.bf16 else None)
+
+
+def full_gradient(run, group=ALL):
+    """Bytes of the gradient of a group, or of all, before it is reduced: in fp32, in which it is summed."""
+    return unsharded_bytes(run, group, 4 if run.bf16 else None, only_trained=True)
+
+
+def held_bytes(run):
+    """Bytes of gradients on the device between the micro-batches of a step; 0 if it has only one.
+
+    With --gradient_reduction step the gradient of a whole tp rank. With micro_batch that of its shards, and
+    FSDP2 has that of several replicas in a buffer on the device, until it sums them.
+    """
+    if run.micro_batches == 1:
+        return 0
+    if run.gradient_reduction == "step" or not run.is_sharded:
+        return full_gradient(run)
+    if run.cuda and run.param_offload and run.replicas == 1:
+        return 0
+    return sum(4 * shard_sizes(run, name, shape)[1] for name, shape, _, trained in run.parameters if trained)
+
+
+def reduction_bytes(run, group):
+    """Most bytes while the gradient of a group is reduced, the gradient and the result included.
+
+    FSDP2 copies it into one tensor, frees it, and reduces that into the shard. gloo copies it once more.
+    """
+    before = unsharded_bytes(run, group, run.itemsize, only_trained=True)
+    flat = full_gradient(run, group)
+    copies = 1 + (run.shards > 1 and not run.cuda)
+    return max(before + flat, copies * flat + flat // run.shards)
+
+
+def embedding_bytes(run, held, state):
+    """Bytes of gradients and parameters while the embedding's backward, the last, adds and reduces them."""
+    tied_gradient = matrix_bytes(run, gradient_itemsize(run, run.itemsize)) * (
+        run.trains_embedding and run.config.tie_word_embeddings)  # the head's, which is added to it
+    if not run.is_sharded:
+        reduced = state["gradients"]
+        dense = matrix_bytes(run, run.itemsize) * run.trains_embedding  # its gradient in bf16
+        return (held or reduced) + tied_gradient + dense * run.has_own_masters
+    gradients = held or gradients_of(run, "") + gradients_of(run, HEAD)
+    dense = unsharded_bytes(run, None, run.itemsize, only_trained=True)
+    before = 0 if held else full_gradient(run, "0")  # the flat tensor of the first block's
+    embedding = max(dense + tied_gradient, reduction_bytes(run, None))
+    return gradients + gathered_bytes(run, None) + before + embedding
 
 
 def stage_name(block, last):
@@ -422,7 +525,7 @@ def trains_head(run):
 
 def loss_bytes(run):
     """Bytes of a chunk's logits, the head's gradient, the hidden states, a chunk of them, their gradient."""
-    c, rows = run.config, min(loss_chunk(run), run.tokens)
+    c, rows = run.config, min(loss_chunk(run), run.rank_tokens)
     logits = rows * (c.vocab_size // run.tp)
     size = logits * run.itemsize + rows * c.hidden_size * run.itemsize
     head_itemsize = 4
@@ -436,34 +539,62 @@ def loss_bytes(run):
     return size + matrix_bytes(run, head_itemsize) * trains_head(run) + 2 * run.hidden_bytes
 
 
-def gradients_of_blocks(run):
-    """Bytes on the device of the reduced gradients of all blocks."""
-    if run.cuda and run.param_offload:
-        return 0
-    return sum(shard_sizes(run, name, shape)[1] * gradient_itemsize(run, itemsize)
-               for name, shape, itemsize, trained in run.parameters if trained and ".layers." in name)
+def gradients_of(run, group):
+    """Bytes on the device of the reduced gradients of a group: "" or HEAD.
+
+    With replicas, FSDP2 keeps the fp32 buffer in which it has summed them if the gradient is another tensor.
+    """
+    is_elsewhere, total = run.cuda and run.param_offload, 0
+    for name, shape, itemsize, trained in run.parameters:
+        in_group = ".layers." in name if group == "" else (
+            run.has_head_group and ".layers." not in name and "embed_tokens" not in name)
+        if trained and in_group:
+            size = gradient_itemsize(run, itemsize)
+            has_buffer = run.replicas > 1 and (is_elsewhere or size != 4)
+            total += shard_sizes(run, name, shape)[1] * (size * (not is_elsewhere) + 4 * has_buffer)
+    return total
 
 
-def backward_bytes(run, held):
-    """Bytes of a block's backward beside activations and finished gradients, and of the head's gradient."""
+def backward_bytes(run):
+    """Bytes that a block's backward allocates, without the gradients of parameters."""
     c, w = run.config, run.itemsize
     # The gradients of gate and up. Compiled, the product that is computed again too, and with LoRA the part
     # of its gradient that comes through the adapter.
     n_wide = 2 + run.compiled + (run.compiled and run.is_lora)
-    of_mlp = n_wide * run.tokens * (c.intermediate_size // run.tp) * w
+    of_mlp = n_wide * run.rank_tokens * (c.intermediate_size // run.tp) * w
     freed = 2 * of_mlp  # what the MLP kept, before the layer that mixes tokens has its turn
-    work = max(of_mlp, mixing_bytes(run) - freed) + run.hidden_bytes
+    work = max(of_mlp, mixing_bytes(run) + exchange_bytes(run) - freed) + run.hidden_bytes
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += dequantised_values(run) * (8 if run.bf16 else 6)
-    if run.is_sharded and run.cuda:  # the block's gradient before it is reduced
-        work += unsharded_bytes(run, "0", 4 if run.bf16 else None, only_trained=True)
+    return work
+
+
+def waiting_gradients(run, held, i):
+    """Bytes of gradients of parameters that are not yet reduced, in the backward of block i.
+
+    held  gradients of earlier micro-batches, see held_bytes
+    """
+    size = 0
+    if run.is_sharded:
+        # The flat gradient of the group before, until this one's is reduced: then the block's activations are
+        # freed already. Where the step's gradient is held, it was a part of it
+        before = HEAD if i == run.config.num_hidden_layers - 1 else "0"
+        size += full_gradient(run, before) * (run.gradient_reduction == "micro_batch" or not held)
+        size += full_gradient(run, "0") * run.cuda
     elif run.has_own_masters:  # the largest gradient in bf16, before it is cast
-        work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
+        size += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
                      if trained and ".layers.0." in name), default=0)
     # the head's gradient waits for the embedding's if they are tied
-    head_itemsize = gradient_itemsize(run, w)
-    waits = c.tie_word_embeddings or run.is_sharded or not held
-    return work + matrix_bytes(run, head_itemsize) * (trains_head(run) and waits)
+    waits = run.config.tie_word_embeddings or not (run.is_sharded or held)
+    return size + matrix_bytes(run, gradient_itemsize(run, run.itemsize)) * (trains_head(run) and waits)
+
+
+def exchange_bytes(run):
+    """Bytes that attention's backward allocates with sp: gradients of q, k, v, one of them being exchanged."""
+    if run.sp == 1:
+        return 0
+    heads = run.config.num_attention_heads // run.tp
+    return (3 * heads + 2 * run.key_heads) * run.config.head_dim * run.rank_tokens * run.itemsize
 
 
 def mixing_bytes(run):
@@ -476,12 +607,12 @@ def mixing_bytes(run):
     if values.get("attn_logit_softcapping"):
         from ops import soft_cap  # registers operations; few models have them
 
-        scores = run.length**2 * run.config.num_attention_heads // run.tp
+        scores = run.length**2 * run.config.num_attention_heads // (run.tp * run.sp)
         return 16 * min(soft_cap.GPU_BLOCK if run.cuda else soft_cap.BLOCK, scores)
     if "linear_attention" in run.config.layer_types:
         from ops import delta  # as above
 
-        places = run.tokens * values.get("linear_num_value_heads", 32)
+        places = run.rank_tokens * values.get("linear_num_value_heads", 32)
         width = values.get("linear_key_head_dim", 128) + values.get("linear_value_head_dim", 128)
         return 44 * width * min(delta.GPU_PIECE if run.cuda else delta.PIECE, places)
     return 0
@@ -525,7 +656,7 @@ def fragmentation(run, block):
     """
     one = block_activations(run)
     # the largest tensors are the MLP's; a block keeps four of them
-    wide = run.tokens * (run.config.intermediate_size // run.tp) * run.itemsize
+    wide = run.rank_tokens * (run.config.intermediate_size // run.tp) * run.itemsize
     in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[run.is_lora])
     of_blocks = BLOCK_FRAGMENTATION * (one + block) * run.config.num_hidden_layers
     return int(in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks))
@@ -553,55 +684,66 @@ def largest_micro_batch(run, limit, several=True):
 # what `auto` chooses, and what would save memory
 
 
-def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO):
+def gradient_reduction(run, capacity):
+    """What `auto` means for --gradient_reduction: "step" or "micro_batch".
+
+    Once a step costs the least traffic. But a rank then holds the gradient of all parameters that it trains,
+    unsharded, between micro-batches. If that exceeds HELD of `capacity` bytes, each micro-batch reduces it.
+    Where a step is one micro-batch, or a reduction leaves the gradient as large as it is, once a step.
+    """
+    shrinks = run.shards > 1 or run.param_offload
+    is_large = full_gradient(run) > HELD * capacity
+    return "micro_batch" if run.micro_batches > 1 and shrinks and is_large else "step"
+
+
+def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO, reduction=None):
     """The PlannedRun that fits into FILL of `capacity` bytes and whose step takes the least time.
 
-    capacity                                  bytes of the device, see device_memory
-    micro_batch_size, gradient_checkpointing  what is not AUTO stays as it is in `run`
+    capacity  bytes of the device, see device_memory
+    micro_batch_size, gradient_checkpointing, and the gradient's reduction
+              what is not AUTO stays as it is in `run`
 
-    A micro-batch holds at most TOKENS tokens (max_length, if that is longer) and at most what the step of a
-    rank needs. For this size, a half, a quarter, ... of it, the fewest checkpointed blocks that fit are
-    taken, k of L. A step's time is in proportion to (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens): a block that
-    is checkpointed is computed once more, a third of its forward and backward. The size with the least time
-    is chosen. Raises UserError if nothing fits.
+    The order of the choices:
+
+    1. The size of a micro-batch: at most TOKENS tokens a rank (max_length, if that is longer) and what the
+       step of a rank needs; and a half, a quarter, ... of it.
+    2. For each size, how the gradient is reduced: gradient_reduction() of a run with it. Where the step is a single
+       micro-batch it is reduced once in any case.
+    3. For each size, the fewest checkpointed blocks that fit, k of L.
+    4. Of the sizes that fit, that of the least time. A step's time is in proportion to
+       (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens of a rank): a block that is checkpointed is computed once
+       more, a third of its forward and backward. What more reductions cost is not in it.
+
+    Raises UserError if nothing fits.
     """
     n_blocks = run.config.num_hidden_layers
     sizes, blocks = [run.micro_batch_size], [run.checkpointed_blocks]
     if micro_batch_size == AUTO:
         needed = math.ceil(run.batch_size / run.dp)
-        sizes = [max(1, min(TOKENS // run.length, needed))]
+        sizes = [max(1, min(TOKENS * run.sp // run.length, needed))]
         while sizes[-1] > 1:
             sizes.append(sizes[-1] // 2)
     if gradient_checkpointing == AUTO:
         blocks = range(n_blocks + 1)
 
     def seconds(planned):
-        return (1 + planned.checkpointed_blocks / (3 * n_blocks)) * (1 + FIXED_TOKENS / planned.tokens)
+        return (1 + planned.checkpointed_blocks / (3 * n_blocks)) * (1 + FIXED_TOKENS / planned.rank_tokens)
 
     fitting = []
     for size in sizes:
-        def fits(k, size=size):
-            planned = replace(run, micro_batch_size=size, checkpointed_blocks=k)
-            return memory(planned)["device"] <= FILL * capacity
+        sized = replace(run, micro_batch_size=size)
+        if reduction == AUTO:
+            sized = replace(sized, gradient_reduction=gradient_reduction(sized, capacity))
+
+        def fits(k, sized=sized):
+            return memory(replace(sized, checkpointed_blocks=k))["device"] <= FILL * capacity
 
         i = bisect.bisect_left(blocks, True, key=fits)  # memory falls with k
         if i < len(blocks):
-            fitting.append(replace(run, micro_batch_size=size, checkpointed_blocks=blocks[i]))
+            fitting.append(replace(sized, checkpointed_blocks=blocks[i]))
     if not fitting:
-        raise UserError(does_not_fit(replace(run, micro_batch_size=sizes[-1], checkpointed_blocks=blocks[-1]),
-                                     capacity))
+        raise UserError(does_not_fit(replace(sized, checkpointed_blocks=blocks[-1]), capacity))
     return min(fitting, key=seconds)
-
-
-def gradient_reduction(run, capacity):
-    """What `auto` means for --gradient_reduction: "step" or "micro_batch".
-
-    Once a step costs the least traffic. But a rank then holds the gradient of all parameters that it trains,
-    unsharded, between micro-batches. If that exceeds HELD of `capacity` bytes, each micro-batch reduces it.
-    """
-    itemsize = 4 if run.bf16 else None
-    held = sum(unsharded_bytes(run, part, itemsize, only_trained=True) for part in ("", None))
-    return "micro_batch" if run.is_sharded and held > HELD * capacity else "step"
 
 
 def does_not_fit(run, capacity):
@@ -635,6 +777,8 @@ def savings(run, place="device"):
         "--quantize nf4": run.is_lora and not run.quantize and not is_dora and run.tp == 1
             and with_lora(run, quantize=True),
         "--optimizer_offload": run.cuda and not run.param_offload and replace(run, optimizer_offload=True),
+        "--gradient_reduction micro_batch": run.is_sharded and replace(run, gradient_reduction="micro_batch"),
+        f"--sp {larger_sp(run)}": larger_sp(run) and replace(run, sp=larger_sp(run)),
         f"--n_gpus {2 * run.world_size}": run.cuda and on_ranks(run, 2 * run.world_size),
     }
     if place == "host":
@@ -645,9 +789,23 @@ def savings(run, place="device"):
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
 
 
+def larger_sp(run):
+    """The next larger --sp that the ranks, the heads and the model's family allow; None if there is none."""
+    for sp in range(run.sp + 1, run.shards + 1):
+        if run.shards % sp == 0:
+            try:
+                run.config.check_sp(sp, run.shards, run.tp)
+            except UserError:
+                continue
+            return sp
+    return None
+
+
 def on_ranks(run, world_size):
     """The run on more ranks: there its trained parameters are fp32, see has_own_masters."""
     more = replace(run, world_size=world_size)
+    if not run.is_sharded:  # `auto` of more ranks, for a gradient that is large beside the memory
+        more = replace(more, gradient_reduction="micro_batch")
     if not run.has_own_masters or more.has_own_masters:
         return more
     return replace(more, parameters=tuple((name, shape, 4 if trained else itemsize, trained)

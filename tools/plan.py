@@ -1,10 +1,12 @@
 """Estimate the memory of a rank, and the bytes and time of its collectives, from config.json alone.
 
     python tools/plan.py --model Qwen/Qwen2.5-0.5B --micro_batch_size 4 --memory_gb 24
-    python tools/plan.py --model Qwen/Qwen2.5-7B --n_gpus 64 --tp 8
+    python tools/plan.py --model Qwen/Qwen2.5-7B --ranks 64 --tp 8
+    python tools/plan.py --model Qwen/Qwen2.5-7B --ranks 64 --max_length 131072 --best
 
-Takes the settings of sft.py and five of its own. sft.build() creates the model on meta; the rest is
-arithmetic on names and shapes. ops/forecast.py, which computes the memory, says what is counted.
+Takes the settings of sft.py and seven of its own. sft.build() creates the model on meta; the rest is
+arithmetic on names and shapes. ops/forecast.py computes the memory, tools/step_time.py the time, and says
+what is counted; tools/best.py searches.
 """
 
 if __name__ == "__main__":
@@ -16,7 +18,6 @@ if __name__ == "__main__":
 
     venv.enter()  # where torch is missing, continue in the .venv that train.sh made
 
-import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import sft
-from disk import files, pretrained
+from disk import files, pretrained, resume
 from disk.run import ModelPaths
 from ops import forecast
 from ops.forecast import (
@@ -34,114 +35,68 @@ from ops.forecast import (
     activations,
     check,
     largest_micro_batch,
-    loss_chunk,
     memory,
-    shard_sizes,
-    unsharded_bytes,
 )
 from ranks import processes
 from settings import errors
 from settings.errors import UserError
 from settings.parser import parse, setting
+from tools import best
+from tools.step_time import Cluster, collectives, gathers, sent, step_time
+
+GPU_GB = 79  # GiB of an H100 of 80 GB: the memory of a planned GPU, where --memory_gb does not say it
+SEARCHED = ("tp or sp or replicas or micro_batch_size or gradient_checkpointing or gradient_reduction "
+            "or param_offload or optimizer_offload")
+WHEN = {"step": "once a step", "micro_batch": "with each"}
 
 
 @dataclass
 class Config(sft.Config):
     """Estimate what a run with these settings needs: python tools/plan.py [flags of sft.py] [flags]"""
 
-    memory_gb: float | None = setting(None, "GiB per rank; prints the largest micro_batch_size that fits",
-                                      low=1e-3, group="planning")
-    n_gpus: int | None = setting(None, "plan for this many GPUs; none: the device of this machine", low=1)
-    tflops: float = setting(400.0, "speed of a GPU in TFLOP/s; 400 is about an H100 in bf16", low=1e-3,
-                            needs="n_gpus")
-    gb_per_second: float = setting(50.0, "GB/s that a rank sends for dp; 50 is about right between nodes",
-                                   low=1e-3, needs="n_gpus")
-    tp_gb_per_second: float = setting(300.0, "GB/s that a rank sends for tp; 300 is about right in a node",
-                                      low=1e-3, needs="n_gpus and tp")
+    memory_gb: float | None = setting(None, "GiB per rank; prints the largest micro_batch_size that fits. "
+                                      f"auto and --best: none means {GPU_GB}, an H100", low=1e-3,
+                                      group="planning")
+    n_gpus: int | None = setting(None, "GPUs of a node, as of train.sh; none: 8 with --ranks, otherwise the "
+                                 "plan is for the device of this machine", low=1)
+    ranks: int | None = setting(None, "GPUs of all nodes; none: one node", low=1)
+    best: bool = setting(False, "search the layouts of these GPUs and print the three fastest that fit",
+                         needs="n_gpus or ranks", unless=SEARCHED)
+    tflops: float = setting(Cluster.tflops, "speed of a GPU in TFLOP/s; 400 is about an H100 in bf16",
+                            low=1e-3, needs="n_gpus or ranks")
+    node_gb_per_second: float = setting(
+        Cluster.node_gb_per_second, "GB/s that a GPU sends inside its node; 300 is about right for NVLink, "
+        "25 for PCIe", low=1e-3, needs="n_gpus or ranks")
+    network_gb_per_second: float = setting(
+        Cluster.network_gb_per_second, "GB/s that a GPU sends to other nodes; 50: a card of 400 Gb/s each",
+        low=1e-3, needs="ranks")
 
     def __post_init__(self):
         if self.tp > 1:
             self.strategy = "megatron"
-        super().__post_init__()
+        self.complete(resume.settings)
+        processes.check_strategy(self.strategy, self.tp)  # sp and replicas divide --ranks: forecast.check
 
+    def world_size(self):
+        return self.ranks or self.n_gpus or int(os.environ.get("WORLD_SIZE", "1"))
 
-# ------------------------------------------------------------------------------------------------------------
-# communication and computation of a step
-
-
-def collectives(run):
-    """{name: (calls, bytes of the full tensors, bytes that a rank sends)} per step, for dp and tp.
-
-    A rank sends (n - 1) / n of a tensor in a ring all-gather or reduce-scatter, twice that in an all-reduce.
-    Single numbers (loss and gradient norm) are not counted.
-    """
-    n, dp, tp = run.micro_batches, run.dp, run.tp
-    n_blocks = run.config.num_hidden_layers
-    reduce_itemsize = 4 if run.bf16 else None
-    groups = [*map(str, range(n_blocks)), None]
-    gathered = {i: unsharded_bytes(run, i, 2 if run.bf16 else None) for i in groups}
-    reduced = [unsharded_bytes(run, i, reduce_itemsize, only_trained=True) for i in groups]
-    reduced = [size for size in reduced if size]
-    has_head = not run.config.tie_word_embeddings  # with the last norm, a group beside the embedding's
-    counts = {}
-    if dp > 1:
-        counts["dp all-gather, forward"] = n * (len(groups) + has_head), n * sum(gathered.values())
-        again = [gathered[i] for i in groups[: n_blocks - 1]]  # the other groups are still there
-        counts["dp all-gather, backward"] = n * len(again), n * sum(again)
-        both_train = has_head and run.trains_embedding and forecast.trains_head(run)
-        counts["dp reduce-scatter"] = len(reduced) + both_train, sum(reduced)
-    if tp > 1:
-        hidden = run.hidden_bytes
-        recomputed = run.checkpointed_blocks  # checkpointing repeats the attention's all-reduce
-        # if the embedding is frozen, the first block's input needs no gradient
-        backward = 2 * n_blocks + recomputed - (not run.trains_embedding)
-        n_chunks = math.ceil(run.tokens / loss_chunk(run))
-        counts["tp all-reduce, forward"] = n * (2 * n_blocks + 1), n * (2 * n_blocks + 1) * hidden
-        counts["tp all-reduce, backward"] = n * backward, n * backward * hidden
-        counts["tp all-reduce, loss"] = n * (2 * n_chunks + 1), n * (4 * 4 * run.tokens + hidden)
-        # once per step, before dp's: gradients of what tp does not split (lora_A or lora_B, q_norm, k_norm)
-        unsplit = []
-        for name, shape, itemsize, trained in run.parameters:
-            n_elements = shard_sizes(run, name, shape)[0]
-            is_partial = ".lora_" in name or "q_norm" in name or "k_norm" in name
-            if trained and is_partial and n_elements == math.prod(shape):
-                unsplit.append(n_elements * itemsize)
-        if unsplit:
-            counts["tp all-reduce, gradients"] = len(unsplit), sum(unsplit)
-    result = {}
-    for name, (calls, size) in counts.items():
-        ranks = dp if "dp" in name else tp
-        result[name] = calls, size, size * (2 if "all-reduce" in name else 1) * (1 - 1 / ranks)
-    return result
-
-
-def trained_share(run, part):
-    """The share of trained values among those of the matrices in a part of the model, without adapters."""
-    sizes = [(math.prod(shape), trained) for name, shape, _, trained in run.parameters
-             if part in name and len(shape) > 1 and ".lora_" not in name]
-    return sum(n for n, trained in sizes if trained) / max(1, sum(n for n, _ in sizes))
-
-
-def flops(run):
-    """Floating-point operations per step per rank: matrix products, and causal attention per conversation."""
-    c, tokens = run.config, run.tokens * run.micro_batches
-    attention_matrices = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    matrices = c.num_hidden_layers * (attention_matrices + 3 * c.hidden_size * c.intermediate_size)
-    # forward, gradient of the input, gradient of the weight unless frozen, recomputed forward
-    recomputed = run.checkpointed_blocks / c.num_hidden_layers
-    passes = 2 + trained_share(run, ".layers.") + recomputed
-    # per token, in forward
-    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * run.length
-    head_name = "embed_tokens" if c.tie_word_embeddings else "lm_head"
-    head = 2 * c.vocab_size * c.hidden_size * (2 + trained_share(run, head_name))
-    return tokens * (passes * 2 * matrices + (3 + recomputed) * attention + head) / run.tp
+    def cluster(self):
+        """The Cluster of a plan. Raises UserError if --ranks is not a whole number of nodes."""
+        n, n_gpus = self.world_size(), self.n_gpus or Cluster.gpus_per_node
+        if not (self.n_gpus or self.ranks):  # the processes of torchrun
+            n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", n))
+        elif n % n_gpus and (n > n_gpus or self.n_gpus):
+            divisors = [str(i) for i in range(1, n + 1) if n % i == 0]
+            raise UserError(f"--ranks {n} is not a multiple of the {n_gpus} GPUs of a node; set --n_gpus to one "
+                            f"of {', '.join(divisors)}, or --ranks {max(1, n // n_gpus) * n_gpus}")
+        return Cluster(min(n, n_gpus), self.tflops, self.node_gb_per_second, self.network_gb_per_second)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # what is printed
 
 
-def lines(run, *, memory_gb=None, tflops=None, gb_per_second=None, tp_gb_per_second=None):
+def lines(run, *, cluster, memory_gb=None):
     """Yield the lines to print: memory always; collectives and time for several ranks."""
     yield from memory_lines(run)
     if memory_gb:
@@ -149,9 +104,9 @@ def lines(run, *, memory_gb=None, tflops=None, gb_per_second=None, tp_gb_per_sec
             yield fit_line(replace(run, checkpointed_blocks=checkpointed_blocks), memory_gb)
         smallest = replace(run, micro_batch_size=1, checkpointed_blocks=run.config.num_hidden_layers)
         if memory(smallest)["device"] > memory_gb * GB:
-            yield from remedies(smallest)
+            yield from remedies(smallest, cluster)
     if run.world_size > 1:
-        yield from time_lines(run, tflops, gb_per_second, tp_gb_per_second)
+        yield from time_lines(run, cluster)
 
 
 def memory_lines(run):
@@ -165,9 +120,13 @@ def memory_lines(run):
     with_checkpointing = activations(replace(run, checkpointed_blocks=n_blocks)) / GB
     without = activations(replace(run, checkpointed_blocks=0)) / GB
     dtype = "bf16" if run.bf16 else "fp32"
-    yield (f"plan     {run.world_size} × {device} = dp {run.dp} × tp {run.tp}, {dtype}; micro-batch "
-           f"{run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per rank; "
-           f"{run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
+    sp = f"sp {run.sp} × " * (run.sp > 1)
+    replicas = f", {run.replicas} replicas of {run.shards} shards" * (run.replicas > 1)
+    has_choice = run.micro_batches > 1 and run.is_sharded
+    reduction = f", gradients reduced {WHEN[run.gradient_reduction]}" * has_choice
+    yield (f"plan     {run.world_size} × {device} = dp {run.dp} × {sp}tp {run.tp}{replicas}, {dtype}; "
+           f"micro-batch {run.micro_batch_size} × {run.length:,} tokens, {run.micro_batches} per step per "
+           f"rank{reduction}; {run.checkpointed_blocks} of {n_blocks} blocks checkpointed")
     yield f"weights       {size['weights']:>14}  {place}"
     reduced = ", after they are reduced" * (run.world_size > 1)
     yield f"gradients     {size['gradients']:>14}  {place}{reduced}"
@@ -178,7 +137,7 @@ def memory_lines(run):
            f"{without:.3f} without")
     yield f"loss          {size['loss']:>14}  logits of a chunk, gradients of head and hidden states"
     if run.is_sharded:
-        yield f"gathered      {size['gathered']:>14}  unsharded parameters: embedding, head, two blocks"
+        yield f"gathered      {size['gathered']:>14}  unsharded parameters"
     if sizes["held"] and run.world_size > 1:  # on one rank it is the gradient above
         yield f"held          {size['held']:>14}  the full gradient, between micro-batches"
     if sizes["slack"]:
@@ -188,17 +147,19 @@ def memory_lines(run):
         yield f"{'':30}not counting the imported libraries"
     if sizes["host"]:
         yield f"host          {size['host']:>14}  per rank, in host memory"
-    if run.cuda and run.param_offload:  # as in collectives(), backward does not fetch the root's again
-        fetched = run.micro_batches * (2 * sizes["weights"] - unsharded_bytes(run, None) // run.dp)
+    if run.cuda and run.param_offload:
+        fetched = run.micro_batches * sum(map(sum, gathers(run))) / run.shards
         yield (f"PCIe     {(fetched + sizes['gradients']) / GB:>15.3f} GiB  per rank and step: weights twice "
                "per micro-batch, gradients once; prefer --optimizer_offload if it fits: both once")
 
 
-def remedies(run):
+def remedies(run, cluster):
     """The lines about a run that does not fit: what it needs, and what it would need with other settings."""
+    has_nodes = run.world_size > cluster.gpus_per_node
     needed = memory(run)["device"]
     yield f"         it needs {needed / GB:.1f} GiB; it would need"
     for flags, saved in forecast.savings(run):
+        flags = flags.replace("--n_gpus", "--ranks") if has_nodes else flags
         yield f"           {(needed - saved) / GB:7.1f} GiB with {flags}"
 
 
@@ -216,22 +177,26 @@ def fit_line(run, memory_gb):
     return f"fits     in {memory_gb:g} GiB {how}: --micro_batch_size {several or single}{condition}"
 
 
-def time_lines(run, tflops, gb_per_second, tp_gb_per_second):
-    seconds, speeds = dict(dp=0, tp=0), dict(dp=gb_per_second, tp=tp_gb_per_second)
-    yield f"{'collectives per step':26}{'calls':>8}{'GiB in total':>16}{'GiB sent per rank':>20}"
-    for name, (calls, total, sent) in collectives(run).items():
-        axis = name[:2]
-        seconds[axis] += sent / speeds[axis] / 1e9
-        yield f"{name:26}{calls:8,}{total / GB:16.3f}{sent / GB:20.3f}"
-    work, communication = flops(run) / 1e12, sum(seconds.values())
-    compute = work / tflops
-    yield f"step     {compute:.2f} s of computation: {work:,.0f} TFLOP per rank at {tflops:g} TFLOP/s"
-    yield (f"         {seconds['dp']:.2f} s of dp at {gb_per_second:g} GB/s, "
-           f"{seconds['tp']:.2f} s of tp at {tp_gb_per_second:g} GB/s")
-    tokens = run.tokens * run.micro_batches * run.dp
-    best, worst = max(compute, communication), compute + communication
-    yield (f"         {best:.2f} s if they overlap, {worst:.2f} s if not: "
-           f"{tokens / best:,.0f} to {tokens / worst:,.0f} tokens per second")
+def time_lines(run, cluster):
+    """The bytes of each collective on each link, the seconds of each link, and those of a step."""
+    yield f"{'sent per rank and step':26}{'calls':>8}{'GiB in its node':>18}{'GiB to other nodes':>20}"
+    links = sent(run, cluster)
+    for name, (calls, *_) in collectives(run).items():
+        in_node, between = links[name]
+        yield f"{name:26}{calls:8,}{in_node / GB:18.3f}{between / GB:20.3f}"
+    time = step_time(run, cluster)
+    compute = time.computation + time.recomputation
+    again = f", {time.recomputation:.2f} s of it in checkpointed blocks" * (time.recomputation > 0)
+    yield f"step     {compute:.2f} s of computation at {cluster.tflops:g} TFLOP/s{again}"
+    yield (f"         {time.node:.2f} s in a node at {cluster.node_gb_per_second:g} GB/s, "
+           f"{time.network:.2f} s between nodes at {cluster.network_gb_per_second:g} GB/s")
+    yield f"         {best.parts(time)}"
+    tokens = run.batch_size * run.length
+    yield (f"         {time.least:.2f} s if FSDP2's collectives overlap with computation, {time.most:.2f} s "
+           f"if not: {tokens / time.least:,.0f} to {tokens / time.most:,.0f} tokens per second")
+    if run.batch_size < run.dp:
+        yield (f"         {run.batch_size} conversations for {run.dp} groups of ranks: the others compute "
+               "nothing; use more --batch_size, or more --sp")
 
 
 def plan(cfg):
@@ -240,31 +205,36 @@ def plan(cfg):
     config_json = files.read_json(os.path.join(directory, "config.json"))
     paths = ModelPaths(
         model=directory, adapter=cfg.resume_adapter, tokenizer=directory, config_json=config_json)
-    cuda = bool(cfg.n_gpus) or torch.cuda.is_available()
+    cuda = bool(cfg.n_gpus or cfg.ranks) or torch.cuda.is_available()
     dtype = cfg.dtype or ("bf16" if cuda else "fp32")
     ranks = processes.single_process(torch.device("meta"))
     model, _ = sft.build(replace(cfg, dtype=dtype), paths, ranks)
-    world_size = cfg.n_gpus or int(os.environ.get("WORLD_SIZE", "1"))
-    run = PlannedRun.of(model, cfg, world_size=world_size, cuda=cuda)
-    check(run)
-    if AUTO in (cfg.micro_batch_size, cfg.gradient_checkpointing):
-        run = chosen(run, cfg)
+    run = PlannedRun.of(model, cfg, world_size=cfg.world_size(), cuda=cuda)
+    cluster = cfg.cluster()
+    if cfg.best:
+        printed = best.lines(run, cluster, capacity(cfg))
+    else:
+        check(run)
+        printed = lines(chosen(run, cfg), cluster=cluster, memory_gb=cfg.memory_gb)
     if os.environ.get("RANK", "0") == "0":
-        print(*lines(run, memory_gb=cfg.memory_gb, tflops=cfg.tflops, gb_per_second=cfg.gb_per_second,
-                     tp_gb_per_second=cfg.tp_gb_per_second), sep="\n")
+        print(*printed, sep="\n")
 
 
 def chosen(run, cfg):
-    """The PlannedRun that `auto` chooses with --memory_gb, or with the memory of this machine's device.
+    """The PlannedRun with what `auto` chooses. Raises UserError if nothing fits."""
+    if cfg.gradient_reduction == AUTO:
+        run = replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity(cfg)))
+    if AUTO in (cfg.micro_batch_size, cfg.gradient_checkpointing):
+        run = forecast.choose(run, capacity(cfg), micro_batch_size=cfg.micro_batch_size,
+                              gradient_checkpointing=cfg.gradient_checkpointing)
+    return run
 
-    Raises UserError if nothing fits, and for a plan for GPUs whose memory is not known.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if cfg.n_gpus and not cfg.memory_gb:
-        raise UserError("auto needs --memory_gb with --n_gpus; 79 is an H100 of 80 GB")
-    capacity = int(cfg.memory_gb * GB) if cfg.memory_gb else forecast.device_memory(device)
-    return forecast.choose(run, capacity, micro_batch_size=cfg.micro_batch_size,
-                           gradient_checkpointing=cfg.gradient_checkpointing)
+
+def capacity(cfg):
+    """Bytes of a rank's device: of --memory_gb, of a planned GPU, or of this machine's device."""
+    if cfg.memory_gb or cfg.n_gpus or cfg.ranks:
+        return int((cfg.memory_gb or GPU_GB) * GB)
+    return forecast.device_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def main():

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 
+import make_scaling
 import pytest
 from helpers import ROOT
 
@@ -162,39 +163,27 @@ def test_the_map_has_every_file_of_the_top_level_and_every_folder_of_code(path):
     assert named == there | {"train.sh", "configs"}
 
 
-def test_the_table_of_plans_is_what_is_printed(tmp_path, monkeypatch, capsys):
+def test_the_tables_of_plans_are_what_is_printed():
     """Each row of docs/scaling.md has the figures that tools/plan.py prints with the flags in it."""
     text = read(SCALING)
-    monkeypatch.chdir(tmp_path)
-    for name, config in re.findall(r"mkdir (\S+) && echo '(.*)' >", text):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(config)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-            for line in text.splitlines() if "`--model qwen" in line]
-    assert len(rows) >= 14
-    for gpus, flags, *shown in rows:
-        flags = ["--max_length", "4096", "--memory_gb", "80", *flags.strip("`").split()]
-        monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
-        plan.main()
-        printed = capsys.readouterr().out
-        assert gpus.split(",")[0] == flags[flags.index("--n_gpus") + 1]
-        gib = {part: float(size) for part, size in re.findall(r"^(\w+) +([\d.]+) GiB", printed, re.M)}
-        seconds = re.search(r"^step +([\d.]+) s .*?([\d.]+) s of dp.*?([\d.]+) s of tp", printed, re.M | re.S)
-        parts = ("peak", "held", "activations")
-        assert [f"{gib[part]:.1f}" if part in gib else "0" for part in parts] == shown[:3], flags
-        assert list(seconds.groups()) == shown[3:6], flags
-        how = "without" if "--no-gradient_checkpointing" in flags else "with"
-        (line,) = [line for line in printed.splitlines() if f" {how} checkpointing: " in line]
-        several, single = fitting_micro_batches(line)
-        assert f"{several}, {single}" == shown[6]
+    assert len(list(make_scaling.rows(text))) >= 16
+    assert make_scaling.rewritten(text) == text
 
 
-def fitting_micro_batches(line):
-    """The micro_batch_size that fits if a step has several micro-batches, and if it has one; 0: none does."""
-    if "does not fit" in line:
-        return 0, 0
-    found = [int(number) for number in re.findall(r"(?:--micro_batch_size|or) (\d+)", line)]
-    return (0, found[0]) if "only if" in line else (found[0], found[-1])
+@pytest.mark.full
+def test_the_best_rows_of_the_tables_are_what_best_prints_first():
+    text, wanted = read(SCALING), ("tp", "sp", "replicas", "micro_batch_size", "gradient_checkpointing")
+    lines = text.splitlines()
+    best = [flags for i, flags in make_scaling.rows(text) if "**best**" in lines[i]]
+    assert len(best) == 3
+    with make_scaling.models(text):
+        for flags in best:
+            n, length, batch = (re.search(rf"--{name} (\d+)", flags)[1] for name in ("ranks", "max_length", "batch_size"))
+            model = re.search(r"--model \S+", flags)[0]
+            first = make_scaling.printed(f"{model} --ranks {n} --max_length {length} --batch_size {batch} --best")
+            first = re.search(r"^1 +(.*)", first, re.M)[1]
+            pattern = rf"--({'|'.join(wanted)}) (\S+)"
+            assert re.findall(pattern, first) == re.findall(pattern, flags.partition("--batch_size ")[2])
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,37 @@
-"""Counts the collectives of four ranks, dp 2 × tp 2, and compares them with tools/plan.py, for three kinds of run.
+"""Counts the collectives of four ranks in several layouts and kinds of run, and compares them with tools/plan.py.
 
-No fault is planted. Prints for each run: calls and bytes by kind, counted and planned; then bytes of weights and
-gradients on rank 0, counted and planned.
+No fault is planted. Prints {name: [counted, planned, bytes held, planned]} of the cases: calls and bytes by kind of
+collective; then bytes of weights and gradients on rank 0.
 """
 
+import dataclasses
 import json
 
 import torch
-from helpers import model_loss, small_model
+from helpers import small_model
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp
 from ops import forecast
+from ops.attention import Documents
 from ops.memory import local
-from ranks import processes, tp
+from ranks import processes, sp, tp
 from tools import plan
 
-KINDS = "allgather", "reducescatter", "allreduce"
+KINDS = "allgather", "reducescatter", "allreduce", "alltoall"
+LENGTH = 299  # tokens of a micro-batch, which sp pads
+# Fields of PlannedRun, and use_lora. Two micro-batches per step
+CASES = {
+    "tp": dict(tp=2, checkpointed_blocks=2),
+    "tp, no checkpointing": dict(tp=2),
+    "tp, LoRA": dict(tp=2, checkpointed_blocks=2, use_lora=True),
+    "sp, repeated heads": dict(sp=4, checkpointed_blocks=1),
+    "tp and sp": dict(tp=2, sp=2, checkpointed_blocks=2),
+    "replicas, tied": dict(replicas=2, tie_word_embeddings=True),
+    "replicas and sp, each micro-batch": dict(replicas=2, sp=2, gradient_reduction="micro_batch"),
+    "LoRA, each micro-batch": dict(replicas=2, gradient_reduction="micro_batch", use_lora=True, checkpointed_blocks=2),
+}
 
 
 class Bytes(TorchDispatchMode):
@@ -37,34 +52,60 @@ class Bytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def built(use_lora, checkpointing, ranks):
-    """(a model split over the ranks, its forecast.PlannedRun)."""
+def laid_out(ranks, run):
+    """The Ranks of another layout of the same processes, as processes.start makes them."""
+    n = ranks.world_size
+    mesh = init_device_mesh("cpu", (run.replicas, run.shards, run.tp), mesh_dim_names=("replicas", "shards", "tp"))
+    tokens = init_device_mesh("cpu", (n // (run.sp * run.tp), run.sp, run.tp), mesh_dim_names=("dp", "sp", "tp"))
+    return dataclasses.replace(ranks, mesh=mesh, sp_rank=ranks.rank // run.tp % run.sp, sp_size=run.sp,
+                               sp_group=tokens["sp"].get_group())
+
+
+def built(ranks, use_lora=False, tie_word_embeddings=False, **settings):
+    """(a model split over the ranks, its forecast.PlannedRun, the Ranks of its layout)."""
     with torch.device("meta"):
-        model = small_model(use_lora, tp_size=2, model_type="qwen3", tie_word_embeddings=False)
+        model = small_model(use_lora, tp_size=settings.get("tp", 1), model_type="qwen3", num_hidden_layers=3,
+                            num_attention_heads=8, tie_word_embeddings=tie_word_embeddings)
     parameters = tuple(
         (n, tuple(p.shape), p.element_size(), p.requires_grad) for n, p in model.named_parameters())
-    checkpointed_blocks = model.config.num_hidden_layers * checkpointing
-    run = forecast.PlannedRun(
-        model.config, parameters, 300, batch_size=4, world_size=4, tp=2, checkpointed_blocks=checkpointed_blocks)
-    model.model.checkpointed_blocks = checkpointed_blocks
-    tp.split(model, ranks.mesh["tp"])
-    fsdp.shard(model, ranks, bf16=False, param_offload=False)
+    run = forecast.PlannedRun(model.config, parameters, LENGTH, world_size=4, **settings)
+    run = dataclasses.replace(run, batch_size=2 * run.dp)
+    model.model.checkpointed_blocks = run.checkpointed_blocks
+    ranks = laid_out(ranks, run)
+    if run.tp > 1:
+        tp.split(model, ranks.mesh["tp"])
+    if run.sp > 1:
+        sp.split(model, ranks)
+    fsdp.shard(model, ranks, bf16=False, param_offload=False, gradient_reduction=run.gradient_reduction)
     model.to_empty(device="cpu")
     for p in model.parameters():
         torch.nn.init.normal_(local(p), std=0.02)
-    return model, run
+    return model, run, ranks
 
 
-def counted(model):
+def loss_of(model, ranks):
+    """The loss of this rank's part of a micro-batch of one conversation, laid out as data.collate does."""
+    padding = -LENGTH % ranks.sp_size
+    n = (LENGTH + padding) // ranks.sp_size
+    first = ranks.sp_rank * n
+    lengths = (LENGTH, padding) if padding else (LENGTH,)
+    positions = torch.cat([torch.arange(length) for length in lengths])[first : first + n]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    documents = Documents(lengths, positions, offsets, first=first, is_part=ranks.sp_size > 1)
+    tokens = torch.arange(first, first + n) + 3
+    return model(tokens, documents, torch.arange(n), tokens).total
+
+
+def counted(model, ranks):
     """{kind: (calls, bytes)} of a step of two micro-batches."""
-    tokens = torch.arange(300) + 3
-    model_loss(model, tokens, (300,), tokens).backward()  # FSDP2's first call has extra collectives
+    fsdp.set_gradient_sync(model, True)
+    loss_of(model, ranks).backward()  # FSDP2's first call has extra collectives
     for p in model.parameters():
         p.grad = None
     with Bytes() as mode:
         for is_last in (False, True):
             fsdp.set_gradient_sync(model, is_last)
-            model_loss(model, tokens, (300,), tokens).backward()
+            loss_of(model, ranks).backward()
     return mode.counts
 
 
@@ -76,14 +117,14 @@ def planned(run):
     return sums
 
 
-results = []
-with processes.start(2, 60) as ranks:
-    for use_lora, checkpointing in ((False, True), (False, False), (True, True)):
-        model, run = built(use_lora, checkpointing, ranks)
+results = {}
+with processes.start(1, 60) as ranks:
+    for name, case in CASES.items():
+        model, run, layout = built(ranks, **case)
         weights = sum(local(p).numel() * 4 for p in model.parameters())
-        counts = counted(model)
+        counts = counted(model, layout)
         gradients = sum(local(p.grad).numel() * 4 for p in model.parameters() if p.requires_grad)
         states = forecast.states(run)
-        results.append([counts, planned(run), [weights, gradients], [states["weights"], states["gradients"]]])
+        results[name] = counts, planned(run), [weights, gradients], [states["weights"], states["gradients"]]
     if ranks.rank == 0:
         print("RESULT " + json.dumps(results))
