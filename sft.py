@@ -124,9 +124,9 @@ class Config(Settings):
     sp: int = setting(1, "each micro-batch's tokens over N ranks, attention's heads too (sequence parallel)",
                      env="SP", low=1)
     replicas: int = setting(1, "N copies of the model, each sharded over 1/N of the ranks (HSDP)", low=1)
-    gradient_reduction: str = setting("auto", "sum gradients over ranks once a step or, for less memory, with "
-                                              "each micro_batch; auto: once if a tenth of the memory can hold "
-                                              "a whole gradient", ("auto", "step", "micro_batch"))
+    gradient_reduction: str = setting(
+        "auto", "sum gradients over ranks once a step or, for less memory, with each micro_batch; auto: once a "
+                "step if a whole gradient fits into a tenth of the memory", ("auto", "step", "micro_batch"))
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
                                   env="PARAM_OFFLOAD")

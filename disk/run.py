@@ -161,8 +161,8 @@ class RunState:
         """
         self.cfg, self.is_writer, self.has_saved = cfg, ranks.rank == 0, False
         if cfg.gradient_reduction != AUTO and ranks.world_size == 1 and not cfg.param_offload:
-            raise UserError(f"--gradient_reduction {cfg.gradient_reduction} has no effect: one process has no "
-                            "others to sum gradients with; remove it, or use --gradient_reduction auto")
+            raise UserError(f"--gradient_reduction {cfg.gradient_reduction} has no effect: one process has "
+                            "no others to sum gradients with; remove it, or use --gradient_reduction auto")
         ranks.warn_of_idle(cfg.batch_size if cfg.batch_tokens is None else ranks.dp_size)
         self.root = os.path.join(cfg.output_dir, "checkpoints")
         os.makedirs(self.root, exist_ok=True)
@@ -293,11 +293,13 @@ class RunState:
             if forecast.memory(repeated)["device"] <= forecast.FILL * capacity:  # else on a smaller device
                 settings.update(again)
                 run = repeated
-        if settings["gradient_reduction"] == AUTO:
-            run = dataclasses.replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity))
+        reduction = settings["gradient_reduction"]
         if AUTO in (settings["micro_batch_size"], settings["checkpointed_blocks"]):
             run = forecast.choose(run, capacity, micro_batch_size=settings["micro_batch_size"],
-                                  gradient_checkpointing=settings["checkpointed_blocks"])
+                                  gradient_checkpointing=settings["checkpointed_blocks"],
+                                  reduction=reduction)
+        elif reduction == AUTO:
+            run = dataclasses.replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity))
         self.chosen = {**place, **{name: getattr(run, name) for name in automatic}}
         if automatic != ["gradient_reduction"]:
             planned = forecast.memory(run)["device"]

@@ -106,7 +106,7 @@ class PlannedRun:
             tp=cfg.tp,
             sp=cfg.sp,
             replicas=cfg.replicas,
-            gradient_reduction="step" if getattr(cfg, "gradient_reduction", AUTO) == AUTO else cfg.gradient_reduction,
+            gradient_reduction="step" if cfg.gradient_reduction == AUTO else cfg.gradient_reduction,
             bf16=bf16,
             cuda=cuda,
             checkpointed_blocks=checkpointed_blocks(cfg, model.config),
@@ -435,10 +435,13 @@ def memory(run):
         stages["the head's backward"] = held + at_loss + reduction_bytes(run, HEAD)
     # the matrices of a step change linearly between these blocks
     for i in sorted({0, min(1, last), max(0, k - 1), min(k, last), max(0, last - 1), last}):
-        # this block's parameters, and a buffer with those of the next
-        gathered = root + block + block * (run.shards > 1 and i > 0)
         gradients = finished if held else finished + gradients_of(run, "") * (last - i) // (last + 1)
-        stages[stage_name(i, last)] = gradients + activations(run, i) + gathered + backward_bytes(run, held, i)
+        others = gradients + waiting_gradients(run, held, i) + root + block
+        # a buffer with the parameters of the next block; gloo copies it
+        next_block = block * (run.shards > 1)
+        gathers = kept_bytes(run, i + 1) + next_block * (1 + (i > 0 and not run.cuda))
+        computes = activations(run, i) + backward_bytes(run) + next_block * (i > 0)
+        stages[stage_name(i, last)] = others + max(gathers, computes)
     stages["the embedding's backward"] = embedding_bytes(run, held, state)
     stage = max(stages, key=stages.get)
     resting, host = resting_bytes(run, state)
@@ -551,33 +554,46 @@ def gradients_of(run, group):
     return total
 
 
-def backward_bytes(run, held, i):
-    """Bytes of the backward of block i beside activations and finished gradients, and of the head's gradient.
-
-    held  gradients of earlier micro-batches, see held_bytes
-    """
+def backward_bytes(run):
+    """Bytes that a block's backward allocates, without the gradients of parameters."""
     c, w = run.config, run.itemsize
     # The gradients of gate and up. Compiled, the product that is computed again too, and with LoRA the part
     # of its gradient that comes through the adapter.
     n_wide = 2 + run.compiled + (run.compiled and run.is_lora)
     of_mlp = n_wide * run.rank_tokens * (c.intermediate_size // run.tp) * w
     freed = 2 * of_mlp  # what the MLP kept, before the layer that mixes tokens has its turn
-    work = max(of_mlp, mixing_bytes(run) - freed) + run.hidden_bytes
+    work = max(of_mlp, mixing_bytes(run) + exchange_bytes(run) - freed) + run.hidden_bytes
     if run.quantize:  # a piece of a matrix being dequantised: its codes and values
         work += dequantised_values(run) * (8 if run.bf16 else 6)
+    return work
+
+
+def waiting_gradients(run, held, i):
+    """Bytes of gradients of parameters that are not yet reduced, in the backward of block i.
+
+    held  gradients of earlier micro-batches, see held_bytes
+    """
+    size = 0
     if run.is_sharded:
-        # the flat gradient of the group before, until this one's is reduced: then the block's activations are
+        # The flat gradient of the group before, until this one's is reduced: then the block's activations are
         # freed already. Where the step's gradient is held, it was a part of it
         before = HEAD if i == run.config.num_hidden_layers - 1 else "0"
-        work += full_gradient(run, before) * (run.gradient_reduction == "micro_batch" or not held)
-        work += full_gradient(run, "0") * run.cuda
+        size += full_gradient(run, before) * (run.gradient_reduction == "micro_batch" or not held)
+        size += full_gradient(run, "0") * run.cuda
     elif run.has_own_masters:  # the largest gradient in bf16, before it is cast
-        work += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
+        size += max((2 * math.prod(shape) for name, shape, _, trained in run.parameters
                      if trained and ".layers.0." in name), default=0)
     # the head's gradient waits for the embedding's if they are tied
-    head_itemsize = gradient_itemsize(run, w)
-    waits = c.tie_word_embeddings or not (run.is_sharded or held)
-    return work + matrix_bytes(run, head_itemsize) * (trains_head(run) and waits)
+    waits = run.config.tie_word_embeddings or not (run.is_sharded or held)
+    return size + matrix_bytes(run, gradient_itemsize(run, run.itemsize)) * (trains_head(run) and waits)
+
+
+def exchange_bytes(run):
+    """Bytes that attention's backward allocates with sp: gradients of q, k, v, one of them being exchanged."""
+    if run.sp == 1:
+        return 0
+    heads = run.config.num_attention_heads // run.tp
+    return (3 * heads + 2 * run.key_heads) * run.config.head_dim * run.rank_tokens * run.itemsize
 
 
 def mixing_bytes(run):
@@ -590,12 +606,12 @@ def mixing_bytes(run):
     if values.get("attn_logit_softcapping"):
         from ops import soft_cap  # registers operations; few models have them
 
-        scores = run.length**2 * run.config.num_attention_heads // run.tp
+        scores = run.length**2 * run.config.num_attention_heads // (run.tp * run.sp)
         return 16 * min(soft_cap.GPU_BLOCK if run.cuda else soft_cap.BLOCK, scores)
     if "linear_attention" in run.config.layer_types:
         from ops import delta  # as above
 
-        places = run.tokens * values.get("linear_num_value_heads", 32)
+        places = run.rank_tokens * values.get("linear_num_value_heads", 32)
         width = values.get("linear_key_head_dim", 128) + values.get("linear_value_head_dim", 128)
         return 44 * width * min(delta.GPU_PIECE if run.cuda else delta.PIECE, places)
     return 0
@@ -667,53 +683,66 @@ def largest_micro_batch(run, limit, several=True):
 # what `auto` chooses, and what would save memory
 
 
-def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO):
+def gradient_reduction(run, capacity):
+    """What `auto` means for --gradient_reduction: "step" or "micro_batch".
+
+    Once a step costs the least traffic. But a rank then holds the gradient of all parameters that it trains,
+    unsharded, between micro-batches. If that exceeds HELD of `capacity` bytes, each micro-batch reduces it.
+    Where a step is one micro-batch, or a reduction leaves the gradient as large as it is, once a step.
+    """
+    shrinks = run.shards > 1 or run.param_offload
+    is_large = full_gradient(run) > HELD * capacity
+    return "micro_batch" if run.micro_batches > 1 and shrinks and is_large else "step"
+
+
+def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO, reduction=None):
     """The PlannedRun that fits into FILL of `capacity` bytes and whose step takes the least time.
 
-    capacity                                  bytes of the device, see device_memory
-    micro_batch_size, gradient_checkpointing  what is not AUTO stays as it is in `run`
+    capacity  bytes of the device, see device_memory
+    micro_batch_size, gradient_checkpointing, and the gradient's reduction
+              what is not AUTO stays as it is in `run`
 
-    A micro-batch holds at most TOKENS tokens (max_length, if that is longer) and at most what the step of a
-    rank needs. For this size, a half, a quarter, ... of it, the fewest checkpointed blocks that fit are
-    taken, k of L. A step's time is in proportion to (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens): a block that
-    is checkpointed is computed once more, a third of its forward and backward. The size with the least time
-    is chosen. Raises UserError if nothing fits.
+    The order of the choices:
+
+    1. The size of a micro-batch: at most TOKENS tokens a rank (max_length, if that is longer) and what the
+       step of a rank needs; and a half, a quarter, ... of it.
+    2. For each size, how the gradient is reduced: gradient_reduction() of a run with it. Where the step is a single
+       micro-batch it is reduced once in any case.
+    3. For each size, the fewest checkpointed blocks that fit, k of L.
+    4. Of the sizes that fit, that of the least time. A step's time is in proportion to
+       (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens of a rank): a block that is checkpointed is computed once
+       more, a third of its forward and backward. What other reductions cost is not in it.
+
+    Raises UserError if nothing fits.
     """
     n_blocks = run.config.num_hidden_layers
     sizes, blocks = [run.micro_batch_size], [run.checkpointed_blocks]
     if micro_batch_size == AUTO:
         needed = math.ceil(run.batch_size / run.dp)
-        sizes = [max(1, min(TOKENS // run.length, needed))]
+        sizes = [max(1, min(TOKENS * run.sp // run.length, needed))]
         while sizes[-1] > 1:
             sizes.append(sizes[-1] // 2)
     if gradient_checkpointing == AUTO:
         blocks = range(n_blocks + 1)
 
     def seconds(planned):
-        return (1 + planned.checkpointed_blocks / (3 * n_blocks)) * (1 + FIXED_TOKENS / planned.tokens)
+        return (1 + planned.checkpointed_blocks / (3 * n_blocks)) * (1 + FIXED_TOKENS / planned.rank_tokens)
 
     fitting = []
     for size in sizes:
-        def fits(k, size=size):
-            planned = replace(run, micro_batch_size=size, checkpointed_blocks=k)
-            return memory(planned)["device"] <= FILL * capacity
+        sized = replace(run, micro_batch_size=size)
+        if reduction == AUTO:
+            sized = replace(sized, gradient_reduction=gradient_reduction(sized, capacity))
+
+        def fits(k, sized=sized):
+            return memory(replace(sized, checkpointed_blocks=k))["device"] <= FILL * capacity
 
         i = bisect.bisect_left(blocks, True, key=fits)  # memory falls with k
         if i < len(blocks):
-            fitting.append(replace(run, micro_batch_size=size, checkpointed_blocks=blocks[i]))
+            fitting.append(replace(sized, checkpointed_blocks=blocks[i]))
     if not fitting:
-        raise UserError(does_not_fit(replace(run, micro_batch_size=sizes[-1], checkpointed_blocks=blocks[-1]),
-                                     capacity))
+        raise UserError(does_not_fit(replace(sized, checkpointed_blocks=blocks[-1]), capacity))
     return min(fitting, key=seconds)
-
-
-def gradient_reduction(run, capacity):
-    """What `auto` means for --gradient_reduction: "step" or "micro_batch".
-
-    Once a step costs the least traffic. But a rank then holds the gradient of all parameters that it trains,
-    unsharded, between micro-batches. If that exceeds HELD of `capacity` bytes, each micro-batch reduces it.
-    """
-    return "micro_batch" if run.is_sharded and full_gradient(run) > HELD * capacity else "step"
 
 
 def does_not_fit(run, capacity):
@@ -747,6 +776,8 @@ def savings(run, place="device"):
         "--quantize nf4": run.is_lora and not run.quantize and not is_dora and run.tp == 1
             and with_lora(run, quantize=True),
         "--optimizer_offload": run.cuda and not run.param_offload and replace(run, optimizer_offload=True),
+        "--gradient_reduction micro_batch": run.is_sharded and replace(run, gradient_reduction="micro_batch"),
+        f"--sp {larger_sp(run)}": larger_sp(run) and replace(run, sp=larger_sp(run)),
         f"--n_gpus {2 * run.world_size}": run.cuda and on_ranks(run, 2 * run.world_size),
     }
     if place == "host":
@@ -755,6 +786,18 @@ def savings(run, place="device"):
     now = memory(run)[place]
     saved = [(flags, now - memory(other)[place]) for flags, other in options.items() if other]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
+
+
+def larger_sp(run):
+    """The next larger --sp that the ranks, the heads and the model's family allow; None if there is none."""
+    for sp in range(run.sp + 1, run.shards + 1):
+        if run.shards % sp == 0:
+            try:
+                run.config.check_sp(sp, run.shards, run.tp)
+            except UserError:
+                continue
+            return sp
+    return None
 
 
 def on_ranks(run, world_size):

@@ -14,7 +14,8 @@ from settings.venv import PROJECT
 
 COLUMNS = 100
 # these settings do not change what is trained, and a resumed run may change them
-NEUTRAL = "--micro_batch_size", "--gradient_checkpointing", "--optimizer_offload", "--n_gpus", "--no-"
+NEUTRAL = ("--micro_batch_size", "--gradient_checkpointing", "--gradient_reduction", "--optimizer_offload",
+           "--n_gpus", "--sp", "--no-")
 OTHER_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",  # pinned memory
                "CUBLAS_STATUS_ALLOC_FAILED")
 

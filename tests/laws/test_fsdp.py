@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 
 import pytest
 import torch

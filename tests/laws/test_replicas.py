@@ -43,7 +43,8 @@ def grid():
         if layout.startswith("1") and how == "step" or (i + j + k) % 3:
             continue  # test_fsdp.py has the former
         model = ("tied", "untied")[(i + k) % 2]
-        cases[f"{model} {layout}, {offload}, {how}"] = *LAYOUTS[layout], *OFFLOADS[offload], "--gradient_reduction", how
+        flags = *LAYOUTS[layout], *OFFLOADS[offload], "--gradient_reduction", how
+        cases[f"{model} {layout}, {offload}, {how}"] = flags
     for layout, how in ("2x2", "step"), ("2x2", "micro_batch"), ("2x1, tp 2", "micro_batch"), ("1x4", "micro_batch"):
         cases[f"lora {layout}, {how}"] = *LAYOUTS[layout], "--gradient_reduction", how
     return cases
@@ -132,8 +133,8 @@ def measured(models, tmp_path_factory, pytestconfig):
 
 
 def test_gathers_of_a_micro_batch(measured):
-    """L = 2 blocks. Tied: the root and L blocks in forward, L - 1 blocks in backward. Untied: the embedding, L blocks,
-    norm and head; L - 1 blocks. The last block, norm and head are gathered once, the embedding for forward only."""
+    """L = 2 blocks. Tied: the root and L blocks in forward, L - 1 blocks in backward. Untied: the embedding, L blocks, norm
+    and head; L - 1 blocks. The last block, norm and head are gathered once, the embedding for forward only."""
     for (model, tp, replicas, how), result in measured.items():
         n_groups = 3 if model == "tied" else 4
         for forward, backward in result["counts"]:
@@ -144,8 +145,8 @@ def test_gathers_of_a_micro_batch(measured):
 
 
 def test_gradients_cross_replicas_once_a_step(measured):
-    """One all-reduce for each group, in the last micro-batch only. Over the shards gradients are reduced once a step, or
-    with each micro-batch."""
+    """One all-reduce for each group, in the last micro-batch only. Over the shards gradients are reduced once a step, or with
+    each micro-batch."""
     for (model, tp, replicas, how), result in measured.items():
         (_, first), (_, last) = result["counts"]
         n_groups = {"tied": 3, "untied": 4, "lora": 2}[model]  # those that train something
@@ -161,8 +162,8 @@ def test_gradients_cross_replicas_once_a_step(measured):
 
 
 def test_what_a_rank_holds(measured):
-    """Of the parameters its shard, also after an evaluation and a generated answer. Between micro-batches the gradient of
-    all of them, or of its shard; after the last one, of its shard."""
+    """Of the parameters its shard, also after an evaluation and a generated answer. Between micro-batches the gradient
+    of all of them, or of its shard; after the last one, of its shard."""
     for (model, tp, replicas, how), result in measured.items():
         shards = 4 // (tp * replicas)
         if tp == 1:
@@ -174,7 +175,7 @@ def test_what_a_rank_holds(measured):
             assert result["reduced"] == result["held"], (model, tp, replicas, how)
 
 
-# ---- the choice -------------------------------------------------------------------------------------------------------
+# ---- the choice -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -215,15 +216,15 @@ def test_what_is_no_choice_is_an_error():
     def before(**chosen):
         return RunState.chosen_before(SimpleNamespace(saved={"chosen": chosen}, resumed="step_2"))
 
-    assert before(tp=2, gradient_reduction="micro_batch") == dict(tp=2, gradient_reduction="micro_batch", sp=1, replicas=1)
+    assert before(tp=2, gradient_reduction="step") == dict(tp=2, gradient_reduction="step", sp=1, replicas=1)
     for chosen in dict(gradient_reduction="often"), dict(gradient_reduction=1), dict(replicas="2"), dict(other=1):
         with pytest.raises(UserError, match="`chosen` in its state.json"):
             before(**chosen)
 
 
 def test_micro_batches_are_summed_in_fp32(train, monkeypatch):
-    """With --optimizer_offload the parameters are bf16, and FSDP2 would sum their gradients in bf16: 16 micro-batches would
-    lose the small ones. Against one reduction per step, which sums in fp32 and rounds once."""
+    """With --optimizer_offload the parameters are bf16, and FSDP2 would sum their gradients in bf16: 16 micro-batches
+    would lose the small ones. Against one reduction per step, which sums in fp32 and rounds once."""
     gradients, update = {}, optim.update
 
     def recorded(optimizer, *rest, **named):
@@ -234,8 +235,8 @@ def test_micro_batches_are_summed_in_fp32(train, monkeypatch):
 
     monkeypatch.setattr(optim, "update", recorded)
     for how in ("step", "micro_batch"):
-        train("--max_steps", 1, "--batch_size", 16, "--no-packing", "--param_offload", "--optimizer_offload", "--dtype", "bf16",
-              "--gradient_reduction", how, out=how)
+        train("--max_steps", 1, "--batch_size", 16, "--no-packing", "--param_offload", "--optimizer_offload", "--dtype",
+              "bf16", "--gradient_reduction", how, out=how)
     assert {g.dtype for g in gradients["step"]} == {torch.bfloat16}
     assert {g.dtype for g in gradients["micro_batch"]} == {torch.float32}
     for a, b in zip(gradients["step"], gradients["micro_batch"], strict=True):

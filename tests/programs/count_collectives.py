@@ -3,7 +3,7 @@
 A case is a JSON object: the directory of a "model"; and, if they are not 1, false and "step", "tp", "replicas",
 "use_lora" and "gradient_reduction". No fault is planted. Prints for each case a JSON object:
 
-    counts      collectives of [forward, backward] of a micro-batch that is not the last of its step, and of the last one
+    counts      collectives of [forward, backward] of a micro-batch that is not the last of its step, and of the last
     held        elements of the parameters that rank 0 holds, and `parameters`, how many there are
     evaluated   elements that it holds after an evaluation and an answer to a prompt
     gradient    elements of all that is new in memory between the two micro-batches

@@ -41,10 +41,10 @@ def test_tp_divides_the_processes():
 
 
 @pytest.mark.parametrize("tp, sp, replicas, world_size, message", [
-    (1, 1, 2, 1, "--replicas 2 needs a multiple of 2 processes, and this run has 1; start them with ./train.sh --n_gpus 2, "
-     "or use --replicas 1"),
-    (1, 1, 3, 4, "--replicas 3 needs a multiple of 3 processes, and this run has 4; start them with ./train.sh --n_gpus 3, "
-     "or use --replicas 1 or 2 or 4"),
+    (1, 1, 2, 1, "--replicas 2 needs a multiple of 2 processes, and this run has 1; start them with "
+     "./train.sh --n_gpus 2, or use --replicas 1"),
+    (1, 1, 3, 4, "--replicas 3 needs a multiple of 3 processes, and this run has 4; start them with "
+     "./train.sh --n_gpus 3, or use --replicas 1 or 2 or 4"),
     (2, 1, 3, 4, "--tp 2 --replicas 3 needs a multiple of 6 processes, and this run has 4; start them with "
      "./train.sh --n_gpus 6, or use --replicas 1 or 2"),
     (1, 2, 4, 6, "--sp 2 --replicas 4 needs a multiple of 8 processes, and this run has 6; start them with "
@@ -58,7 +58,8 @@ def test_a_layout_that_does_not_divide_the_processes_is_an_error(tp, sp, replica
     with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
         processes.check_layout(tp, sp, replicas, world_size)
     sizes = dict(tp=tp, sp=sp, replicas=replicas)
-    for name, numbers in re.findall(r"--(sp|replicas) ([0-9]+(?: or [0-9]+)*)", str(error.value).partition(", or use ")[2]):
+    choices = str(error.value).partition(", or use ")[2]
+    for name, numbers in re.findall(r"--(sp|replicas) ([0-9]+(?: or [0-9]+)*)", choices):
         for number in numbers.split(" or "):
             processes.check_layout(**{**sizes, name: int(number)}, world_size=world_size)
 
