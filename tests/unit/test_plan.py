@@ -78,7 +78,7 @@ def test_a_collective_takes_as_long_as_its_slower_link(run):
         assert step_time(run, Cluster(8, 400, *speeds)).shards == pytest.approx(seconds)
 
 
-# ---- collectives ------------------------------------------------------------------------------------------------------
+# ---- collectives -----------------------------------------------------------------------------------------------------
 
 
 def test_four_all_to_alls_a_block_and_direction_and_four_when_recomputed(run):
@@ -108,7 +108,7 @@ def test_when_gradients_are_reduced(run):
     assert once[1][0] == n_groups and once[1][1] == once[0][1] // 16
 
 
-# ---- the search -------------------------------------------------------------------------------------------------------
+# ---- the search ------------------------------------------------------------------------------------------------------
 
 
 CLUSTER = Cluster(8, 400, 300, 5)
