@@ -4,6 +4,7 @@ ops/forecast.py has a formula for the blocks of model.py. Those of families/NAME
 """
 
 import copy
+import math
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,32 @@ class KeptByAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise NotImplementedError("only the forward pass is measured")
+
+
+class Exchanged(torch.autograd.Function):
+    """A tensor of another shape, as from an all-to-all of ranks/sp.py: nothing is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x, *shape):
+        return x.new_empty(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("only the forward pass is measured")
+
+
+def attend_function(sp):
+    """A function in place of attention that keeps what attention keeps, with the exchanges of ranks/sp.py."""
+    def attend(q, k, v, *_, **__):
+        if sp == 1:
+            return KeptByAttention.apply(q, k, v)
+        repeats = sp // math.gcd(k.shape[1], sp)
+        q_heads, *key_heads = (Exchanged.apply(x, x.shape[0] * sp, x.shape[1] * n // sp, x.shape[2])
+                               for x, n in ((q, 1), (k, repeats), (v, repeats)))
+        y = KeptByAttention.apply(q_heads, *key_heads)
+        return Exchanged.apply(y, *q.shape)
+
+    return attend
 
 
 class Kept:
@@ -59,11 +86,12 @@ class Kept:
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-def measure(model, *, bf16, fused_norms, tp=1, length=256):
-    """Bytes per token that autograd keeps for each block in eager mode, (blocks,).
+def measure(model, *, bf16, fused_norms, tp=1, sp=1, length=256):
+    """Bytes per token of a rank that autograd keeps for each block in eager mode, (blocks,).
 
     model   on meta, with its adapters
     tp      the heads and the MLP are split over so many ranks
+    sp      so many ranks exchange tokens for heads around attention
     length  tokens of the document that is measured
 
     Blocks that keep the same are measured once.
@@ -73,15 +101,15 @@ def measure(model, *, bf16, fused_norms, tp=1, length=256):
         kind = (model.config.layer_types[i], model.config.ropes[i] is None, i > 0 or embedding_trains)
         if kind not in found:
             needs_input_grad = kind[-1]
-            found[kind] = block_bytes(block, i, model.config, bf16, fused_norms, needs_input_grad, length)
+            found[kind] = block_bytes(block, i, model.config, bf16, fused_norms, needs_input_grad, length, sp)
             if tp > 1:
-                found[kind] *= tp_share(block, i, model.config, tp, length)
+                found[kind] *= tp_share(block, i, model.config, tp, length, sp)
         sizes.append(found[kind])
     return tuple(sizes)
 
 
-def block_bytes(block, layer, config, bf16, fused_norms, needs_input_grad, length):
-    """Bytes per token that autograd keeps for one block."""
+def block_bytes(block, layer, config, bf16, fused_norms, needs_input_grad, length, sp):
+    """Bytes per token of a rank that autograd keeps for one block."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     block, rope = copy.deepcopy(block).to(dtype), config.ropes[layer]
     x = torch.empty(length, config.hidden_size, dtype=dtype, device="meta", requires_grad=needs_input_grad)
@@ -92,16 +120,16 @@ def block_bytes(block, layer, config, bf16, fused_norms, needs_input_grad, lengt
     kept.ignored |= {t.untyped_storage()._cdata for t in (cos, documents.positions, documents.offsets)
                      if t is not None}
 
-    def attend(q, k, v, *_, **__):
-        return KeptByAttention.apply(q, k, v)
-
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-        block(x, cos, sin, documents, attend)
+        block(x, cos, sin, documents, attend_function(sp))
     return kept.n_bytes / length
 
 
-def tp_share(block, layer, config, tp, length):
-    """The share of a block's bytes that a rank keeps, with tp: measured on a block with fewer heads."""
+def tp_share(block, layer, config, tp, length, sp):
+    """The share of a block's bytes that a tp rank keeps: measured on a block with fewer heads.
+
+    Keys and values are repeated as often as the heads of the rank need, not those of the whole block.
+    """
     share = replace(config, num_attention_heads=config.num_attention_heads // tp,
                     num_key_value_heads=config.num_key_value_heads // tp,
                     intermediate_size=config.intermediate_size // tp)
@@ -109,5 +137,5 @@ def tp_share(block, layer, config, tp, length):
     for other in (share, config):
         with torch.device("meta"):
             fresh = type(block)(other, layer)
-        sizes.append(block_bytes(fresh, layer, other, False, True, True, length))
+        sizes.append(block_bytes(fresh, layer, other, False, True, True, length, sp))
     return sizes[0] / sizes[1]

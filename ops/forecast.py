@@ -308,12 +308,12 @@ def unsharded_bytes(run, blocks, itemsize=None, only_trained=False):
     total = 0
     for name, shape, stored, trained in run.parameters:
         if ".layers." in name:
-            in_group = blocks == ALL or (
-                blocks not in (None, HEAD) and name.startswith(f"model.layers.{blocks}." if blocks else "model.layers."))
+            prefix = f"model.layers.{blocks}." if blocks else "model.layers."
+            in_group = blocks not in (None, HEAD) and name.startswith(prefix)
         else:
             of_head = run.has_head_group and "embed_tokens" not in name
-            in_group = blocks == ALL or blocks == (HEAD if of_head else None)
-        if in_group and (trained or not only_trained):
+            in_group = blocks == (HEAD if of_head else None)
+        if (in_group or blocks == ALL) and (trained or not only_trained):
             total += shard_sizes(run, name, shape)[0] * (itemsize or stored)
     return total
 
@@ -363,8 +363,8 @@ def block_activations(run, is_first=False):
     kept = 0 if has_frozen_input else copies * C * w + 4  # norm: x, and 1 / rms in fp32
     kept += kept_inputs("q_proj", "k_proj", "v_proj") * w
     kept += (H + K) * (copies * D * w + 4) * c.qk_norm
-    # attention: q, k, v, its output, and a logsumexp per head. With sp they are of all tokens and 1 / sp of the
-    # heads; keys and values are repeated where sp exceeds their heads
+    # attention: q, k, v, its output, and a logsumexp per head. With sp they are of all tokens and 1 / sp of
+    # the heads; keys and values are repeated where sp exceeds their heads
     kept += (2 * H + 2 * run.key_heads) * D * w + 4 * H
     # with one call per conversation their outputs are copied into one tensor, with sp into a rank's tokens
     is_copied = run.sp > 1 or (run.micro_batch_size > 1 and not run.has_varlen_attention)
@@ -493,7 +493,7 @@ def reduction_bytes(run, group):
 
 
 def embedding_bytes(run, held, state):
-    """Bytes of gradients and parameters while the embedding's backward, the last one, adds and reduces them."""
+    """Bytes of gradients and parameters while the embedding's backward, the last, adds and reduces them."""
     tied_gradient = matrix_bytes(run, gradient_itemsize(run, run.itemsize)) * (
         run.trains_embedding and run.config.tie_word_embeddings)  # the head's, which is added to it
     if not run.is_sharded:
@@ -503,7 +503,8 @@ def embedding_bytes(run, held, state):
     gradients = held or gradients_of(run, "") + gradients_of(run, HEAD)
     dense = unsharded_bytes(run, None, run.itemsize, only_trained=True)
     before = 0 if held else full_gradient(run, "0")  # the flat tensor of the first block's
-    return gradients + gathered_bytes(run, None) + before + max(dense + tied_gradient, reduction_bytes(run, None))
+    embedding = max(dense + tied_gradient, reduction_bytes(run, None))
+    return gradients + gathered_bytes(run, None) + before + embedding
 
 
 def stage_name(block, last):
@@ -711,7 +712,7 @@ def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO,
     3. For each size, the fewest checkpointed blocks that fit, k of L.
     4. Of the sizes that fit, that of the least time. A step's time is in proportion to
        (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens of a rank): a block that is checkpointed is computed once
-       more, a third of its forward and backward. What other reductions cost is not in it.
+       more, a third of its forward and backward. What more reductions cost is not in it.
 
     Raises UserError if nothing fits.
     """

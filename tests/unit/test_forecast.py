@@ -14,8 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import TINY, chat, first, model_directory, model_loss, program, small_model, tensors_of, two_layers, write
 from test_families import FAMILY_CASES, SIZES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fsdp
 import sft
@@ -24,7 +27,7 @@ from families.config import ModelConfig
 from model import CausalLM
 from ops import activations, forecast, memory, optim
 from ops.attention import Documents
-from ranks import processes
+from ranks import processes, sp
 from settings.parser import parse
 from tools import plan
 from tools.step_time import Cluster, flops
@@ -37,8 +40,11 @@ def planned_run(model, length, **settings):
     return forecast.PlannedRun(model.config, parameters, length, **settings)
 
 
-def kept_bytes(model, lengths):
-    """Bytes of all tensors that autograd keeps for a forward pass, except parameters; each storage once."""
+def kept_bytes(model, lengths, documents=None):
+    """Bytes of all tensors that autograd keeps for a forward pass, except parameters; each storage once.
+
+    documents  with --sp those of a rank's part; None: all tokens of `lengths`
+    """
     parameters, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor):
@@ -47,9 +53,10 @@ def kept_bytes(model, lengths):
             kept[storage.data_ptr()] = storage  # a reference, so that its address is not reused
         return tensor
 
-    tokens = torch.arange(sum(lengths)) % model.config.vocab_size
+    documents = documents or Documents.of(lengths)
+    tokens = torch.arange(len(documents.positions)) % model.config.vocab_size
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model_loss(model, tokens, lengths, tokens)
+        loss = model(tokens, documents, torch.arange(len(tokens)), tokens).total
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -79,6 +86,84 @@ def test_activations_to_the_byte(name, checkpointed_blocks, micro_batch_size):
     is_full, trains_embedding = "use_lora" not in MODELS[name], model.model.embed_tokens.weight.requires_grad
     other = hidden * (1 + is_full) + 4 * N + 4 * N * model.config.head_dim + 8 * N * (1 + trains_embedding)
     assert kept_bytes(model, (20,) * micro_batch_size) == forecast.kept_bytes(run) + other
+
+
+@pytest.fixture
+def mesh():
+    """A function from the sizes of (replicas, shards, sp) to the Ranks of one of so many processes. The others don't
+    exist: nothing is exchanged, but shapes and calls are those of real ones."""
+    def of(replicas, shards, sp_size):
+        n = replicas * shards
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+        axes = init_device_mesh("cpu", (replicas, shards, 1), mesh_dim_names=("replicas", "shards", "tp"))
+        group = init_device_mesh("cpu", (n // sp_size, sp_size), mesh_dim_names=("dp", "sp"))["sp"].get_group()
+        return SimpleNamespace(mesh=axes, sp_size=sp_size, sp_rank=0, sp_group=group, world_size=n,
+                               device=torch.device("cpu"))
+
+    yield of
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("checkpointed_blocks", [0, 1, 3])
+@pytest.mark.parametrize("sp_size", [2, 4, 8])
+@pytest.mark.parametrize("name", ["full", "qwen3", "lora", "dropout", "attention"])
+def test_activations_of_an_sp_rank_to_the_byte(name, sp_size, checkpointed_blocks, micro_batch_size, mesh):
+    """Eight query heads, two for keys and values, which are repeated from sp 4 on; a micro-batch that sp does not divide
+    ends with a document of padding."""
+    model = small_model(**MODELS[name], num_hidden_layers=3, num_attention_heads=8)
+    model.model.checkpointed_blocks = checkpointed_blocks
+    sp.split(model, mesh(1, 8, sp_size))
+    run = planned_run(model, 21, micro_batch_size=micro_batch_size, checkpointed_blocks=checkpointed_blocks,
+                      world_size=8, sp=sp_size, dropout=MODELS[name].get("adapter", {}).get("lora_dropout", 0.0))
+    padding = -21 * micro_batch_size % sp_size
+    lengths = (21,) * micro_batch_size + (padding,) * (padding > 0)
+    N, whole = sum(lengths) // sp_size, Documents.of(lengths)
+    assert run.rank_tokens == N
+    documents = Documents(lengths, whole.positions[:N], whole.offsets, is_part=True)
+    hidden, trains_embedding = N * model.config.hidden_size * 4, model.model.embed_tokens.weight.requires_grad
+    other = hidden * (2 if trains_embedding else 1) + 4 * N + 4 * N * model.config.head_dim
+    other += 8 * N * (1 + trains_embedding)
+    assert kept_bytes(model, lengths, documents) == forecast.kept_bytes(run) + other
+
+
+def grown(before=frozenset()):
+    """{address: bytes} of the fp32 tensors in memory that were not there before."""
+    gc.collect()
+    found = {}
+    for tensor in [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]:
+        for t in (tensor, tensor.grad if tensor.is_leaf else None):
+            if t is not None and t.dtype == torch.float32 and t.device.type == "cpu":
+                storage = memory.local(t).untyped_storage()
+                if storage.nbytes() and storage.data_ptr() not in before:
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("reduction, replicas", [("step", 1), ("step", 2), ("micro_batch", 1), ("micro_batch", 2)])
+def test_what_fsdp_holds_to_the_byte(reduction, replicas, tied, mesh):
+    """The parameters that are gathered when forward ends, and the gradients between two micro-batches."""
+    model = small_model(tie_word_embeddings=tied, hidden_size=128)
+    run = planned_run(model, 16, batch_size=8, world_size=4, replicas=replicas, gradient_reduction=reduction)
+    fsdp.shard(model, mesh(replicas, 4 // replicas, 1), bf16=False, param_offload=False, gradient_reduction=reduction)
+    tokens = torch.arange(16)
+
+    def loss():
+        fsdp.set_gradient_sync(model, is_last=False)
+        return model_loss(model, tokens, (16,), tokens)
+
+    fsdp.set_gradient_sync(model, is_last=True)
+    model_loss(model, tokens, (16,), tokens).backward()  # the first one makes FSDP2's buffers
+    for p in model.parameters():
+        p.grad = None
+    before, first = set(grown()), loss()
+    gathered = sum(4 * p.numel() for p in model.parameters() if not memory.is_split(p))
+    assert gathered == sum(forecast.gathered_bytes(run, group) for group in (None, forecast.HEAD, "0"))
+    first.backward()
+    del first
+    assert sum(grown(before).values()) == forecast.held_bytes(run)
+    assert forecast.held_bytes(dataclasses.replace(run, batch_size=4)) == 0
 
 
 class FusedNorm(torch.autograd.Function):
@@ -138,12 +223,15 @@ def test_measured_blocks_keep_what_the_formula_says(name, cuda):
     assert [size + rng_state for size in others] == [forecast.block_activations(run)] * 2
 
 
-def test_measured_blocks_of_tensor_parallel_ranks():
-    """Half the heads and half the MLP; the hidden states are whole."""
-    model = small_model(num_hidden_layers=1, tie_word_embeddings=False).to("meta")
+@pytest.mark.parametrize("tp, sp_size", [(2, 1), (1, 2), (1, 4), (2, 2), (2, 4)])
+def test_measured_blocks_of_parallel_ranks(tp, sp_size):
+    """tp: 1 / tp of the heads and of the MLP; the hidden states are whole. sp: 1 / sp of the tokens, but keys and values
+    are repeated where there are more ranks than heads of them."""
+    model = small_model(num_hidden_layers=1, tie_word_embeddings=False, num_attention_heads=8).to("meta")
     model.model.embed_tokens.requires_grad_(True)
-    size, = activations.measure(model, bf16=False, fused_norms=True, tp=2)
-    assert 256 * size == pytest.approx(forecast.block_activations(planned_run(model, 256, tp=2, world_size=2, cuda=True)))
+    size, = activations.measure(model, bf16=False, fused_norms=True, tp=tp, sp=sp_size)
+    run = planned_run(model, 256 * sp_size, tp=tp, sp=sp_size, world_size=8, cuda=True)
+    assert 256 * size == pytest.approx(forecast.block_activations(run))
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
@@ -404,6 +492,54 @@ def test_auto_never_makes_more_than_a_step_or_32768_tokens():
         assert forecast.choose(run, 10_000 * GB).micro_batch_size == n
     run = dataclasses.replace(gpu(QWEN_05B), world_size=8, batch_size=64)
     assert forecast.choose(run, 10_000 * GB).micro_batch_size == 8
+    run = dataclasses.replace(run, sp=2, length=8192)  # the 32,768 tokens are those of a rank
+    assert forecast.choose(run, 10_000 * GB).micro_batch_size == 8
+    assert forecast.choose(dataclasses.replace(run, sp=1), 10_000 * GB).micro_batch_size == 4
+
+
+def test_a_large_gradient_is_reduced_with_each_micro_batch():
+    """Of 7B in fp32: 28.4 GiB, a tenth of 284. Not where a step has one micro-batch, or ranks share nothing."""
+    run = dataclasses.replace(gpu(QWEN_7B), world_size=8, batch_size=64)
+    full = 4 * sum(math.prod(shape) for _, shape, *_ in run.parameters)
+    assert forecast.gradient_reduction(run, 10 * full - 1) == "micro_batch"
+    assert forecast.gradient_reduction(run, 10 * full) == "step"
+    for changes in (dict(micro_batch_size=8), dict(world_size=1), dict(replicas=8)):
+        assert forecast.gradient_reduction(dataclasses.replace(run, **changes), full) == "step"
+    on_tp = dataclasses.replace(run, tp=2)
+    on_tp_full = sum(4 * forecast.shard_sizes(on_tp, name, shape)[0] for name, shape, *_ in run.parameters)
+    assert forecast.gradient_reduction(on_tp, 10 * on_tp_full) == "step"
+    assert forecast.gradient_reduction(on_tp, 10 * on_tp_full - 1) == "micro_batch"
+    often = dataclasses.replace(run, gradient_reduction="micro_batch")
+    assert forecast.held_bytes(run) == full and full / 8 <= forecast.held_bytes(often) < 1.001 * full / 8
+    assert forecast.memory(run)["device"] - forecast.memory(often)["device"] > 0.7 * full
+
+
+@pytest.mark.parametrize("capacity", [40, 80])
+def test_the_reduction_is_chosen_for_the_size_that_is_chosen(capacity):
+    """In 80 GiB a step of 7B is one micro-batch, which holds nothing; in 40 it is several."""
+    run = dataclasses.replace(gpu(QWEN_7B), world_size=8, batch_size=64, length=1024)
+    chosen = forecast.choose(run, capacity * GB, reduction="auto")
+    assert chosen.gradient_reduction == forecast.gradient_reduction(chosen, capacity * GB)
+    assert (chosen.micro_batches > 1) == (chosen.gradient_reduction == "micro_batch") == (capacity == 40)
+    assert forecast.memory(chosen)["device"] <= forecast.FILL * capacity * GB
+    given = dataclasses.replace(run, gradient_reduction="micro_batch")
+    assert forecast.choose(given, capacity * GB).gradient_reduction == "micro_batch"
+
+
+def test_remedies_name_sp_and_the_reduction_where_they_help():
+    """--sp is the next size that the ranks and the heads allow; the reduction saves only where a gradient is held."""
+    run = dataclasses.replace(gpu(QWEN_7B), world_size=8, batch_size=64, length=32768, checkpointed_blocks=28)
+    saved = dict(forecast.savings(run))
+    for flags, changes in (("--sp 2", dict(sp=2)),
+                           ("--gradient_reduction micro_batch", dict(gradient_reduction="micro_batch"))):
+        assert saved[flags] == forecast.memory(run)["device"] - forecast.memory(
+            dataclasses.replace(run, **changes))["device"] > GB
+    assert "--sp 4" in dict(forecast.savings(dataclasses.replace(run, sp=2)))  # 28 heads
+    assert not [flags for flags, _ in forecast.savings(dataclasses.replace(run, sp=4)) if flags.startswith("--sp")]
+    once = dict(forecast.savings(dataclasses.replace(run, batch_size=8)))
+    assert "--gradient_reduction micro_batch" not in once
+    alone = [flags for flags, _ in forecast.savings(dataclasses.replace(run, world_size=1))]
+    assert not [flags for flags in alone if flags.startswith(("--sp", "--gradient_reduction"))]
 
 
 def test_only_what_is_auto_is_chosen():
