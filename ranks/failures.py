@@ -142,7 +142,7 @@ class Watchdog:
 
     def __init__(self, store, rank, world_size, timeout):
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
-        # Of many ranks, each reads the others' states more seldom: at most 128 per tick, whatever their number
+        # Of many ranks, each reads the others' states more seldom: at most 128 per tick
         self.stride = 1 + world_size // 128
         self.grace = GRACE + self.stride * TICK
         self.phase, self.progress, self.store_waits, self.beat = "start", 0, 0, 0
@@ -326,9 +326,9 @@ class Watchdog:
 
     @property
     def is_looking(self):
-        """Whether this rank reads where the others are: it has not moved for some seconds, more of many ranks.
+        """Whether this rank reads where the others are: it has not moved for some seconds.
 
-        A step of a large model may take seconds, and all ranks would read all states in each.
+        Of many ranks, for more: otherwise all would read all states in each long step of a large model.
         """
         return bool(self.lost) or self.age_of("own") > 4 * TICK * self.stride
 

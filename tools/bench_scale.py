@@ -75,12 +75,14 @@ def steps(dataset, per_rank, rank=RANKS // 2 + 1):
     rows = []
     for step in range(2, STEPS + 2):
         (_, ids), sample = milliseconds(lambda: sampler.step(step))
-        groups, packed = milliseconds(lambda: pack(dataset.n_inputs[ids], LENGTH, dp_rank=rank, dp_size=RANKS))
+        groups, packed = milliseconds(
+            lambda: pack(dataset.n_inputs[ids], LENGTH, dp_rank=rank, dp_size=RANKS))
         _, collated = milliseconds(lambda: [data.collate(dataset, ids[group]) for group in groups])
         _, counted = milliseconds(lambda: dataset.count(ids))
         rows.append((sample, packed, collated, counted))
     medians = map(statistics.median, zip(*rows))
-    return {"epoch_starts_ms": first, **dict(zip(("sample_ms", "pack_ms", "collate_ms", "count_ms"), medians)),
+    names = "sample_ms", "pack_ms", "collate_ms", "count_ms"
+    return {"epoch_starts_ms": first, **dict(zip(names, medians)),
             "step_ms": statistics.median(map(sum, rows))}
 
 
