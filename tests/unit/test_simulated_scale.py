@@ -1,5 +1,6 @@
 """1,024 ranks without the ranks: their groups, shards and files, a step's packing, the requests to the store."""
 
+import datetime
 import itertools
 import json
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import EXAMPLES, TINY, first, run_all, small_model
+from torch.distributed.tensor import Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fsdp
@@ -96,6 +98,8 @@ def test_a_model_is_sharded_over_1024_ranks(rank, layout, start):
     fsdp.shard(model, ranks, bf16=True, param_offload=False)
     sizes = []
     for name, p in model.named_parameters():
+        axes = dict(zip(p.device_mesh.mesh_dim_names, p.placements))
+        assert ("replicas" in axes) == (layout.replicas > 1) and axes.get("replicas", Replicate()).is_replicate()
         spans = ownership.as_integers(
             ownership.shard_spans(p.shape, bench_scale.split_of(name), layout, rank))
         assert spans == pretrained.local_shard(p)[1], name
@@ -234,8 +238,9 @@ def test_all_ranks_know_when_all_have_read_a_failure(silent):
 
 def recorded():
     """(a store, the Counter of its requests by (what, number of keys))"""
-    requests = Counter()
-    return CountedStore(dist.HashStore(), lambda what, n: requests.update({(what, n): 1})), requests
+    requests, store = Counter(), dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=2))  # no request may wait for a rank that is not there
+    return CountedStore(store, lambda what, n: requests.update({(what, n): 1})), requests
 
 
 @pytest.mark.parametrize("rank", [0, 5])
