@@ -96,8 +96,11 @@ class Dataset:
         """
         n_targets = int(self.n_targets[ids].sum())
         weight = float(n_targets)
-        if len(self.weight):
-            weight = sum(float(self.weights_of(i).sum(dtype=np.float64)) for i in ids)
+        if len(self.weight):  # every rank counts the whole step, so no call of weights_of
+            ids, weights = np.sort(np.asarray(ids, np.int64)), np.asarray(self.weight)
+            spans = (np.searchsorted(self.weighted, self.starts[ids + end]).tolist() for end in (0, 1))
+            weights = np.concatenate([weights[:0], *(weights[start:stop] for start, stop in zip(*spans))])
+            weight += float(weights.sum(dtype=np.float64)) - len(weights)
         return dict(tokens=int(self.n_tokens[ids].sum()), target_tokens=n_targets, target_weight=weight)
 
     def mix(self):

@@ -97,14 +97,13 @@ def micro_batches_needed(lengths, ranks, capacity, dp_size):
     The smaller of the two is what this conversation needs; the result is the largest need of all.
     """
     by_rank = lengths[np.argsort(ranks, kind="stable")]  # sorted by rank, within a rank longest first
-    boundaries = np.cumsum(np.bincount(ranks, minlength=dp_size))[:-1]
-    n_batches = 1
-    for lengths_of_rank in np.split(by_rank, boundaries):
-        tokens_before = np.cumsum(lengths_of_rank) - lengths_of_rank
-        conversations_before = np.arange(len(lengths_of_rank))
-        needed = 1 + np.minimum(tokens_before // (capacity - lengths_of_rank + 1), conversations_before)
-        n_batches = max(n_batches, int(needed.max(initial=1)))
-    return n_batches
+    counts = np.bincount(ranks, minlength=dp_size)
+    first = np.repeat(np.cumsum(counts) - counts, counts)  # where the conversations of the same rank begin
+    tokens_before = np.cumsum(by_rank) - by_rank
+    tokens_before -= tokens_before[first]
+    conversations_before = np.arange(len(by_rank)) - first
+    needed = 1 + np.minimum(tokens_before // (capacity - by_rank + 1), conversations_before)
+    return int(needed.max(initial=1))
 
 
 def split_over_ranks(lengths, dp_size):

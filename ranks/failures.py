@@ -127,6 +127,11 @@ def child_state(pid):
     return state if int(parent) == os.getppid() and state not in "ZX" else ""
 
 
+def prepare(store, world_size):
+    """Let every rank have a state in a new store: "", until it starts. To read a missing key would block."""
+    store.multi_set([f"state {rank}" for rank in range(world_size)], [""] * world_size)
+
+
 class Watchdog:
     """Watches this rank and the others once start() is called; see the top of this file.
 
@@ -137,7 +142,7 @@ class Watchdog:
 
     def __init__(self, store, rank, world_size, timeout):
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
-        # of many ranks, each reads the others' states more seldom: n ranks read n states
+        # Of many ranks, each reads the others' states more seldom: at most 128 per tick
         self.stride = 1 + world_size // 128
         self.grace = GRACE + self.stride * TICK
         self.phase, self.progress, self.store_waits, self.beat = "start", 0, 0, 0
@@ -151,7 +156,8 @@ class Watchdog:
         self.lost = None  # why the main thread can't reach other ranks
         self.states = {}  # {rank: State} of all ranks, read while this one does not move
         self.siblings = {}  # {rank: State} of this node's ranks that are children of this one's parent
-        self.unread = set(range(world_size))  # the ranks that have not read the failure yet
+        self.has_read = False  # whether this rank is counted among those that have read the failure
+        self.unread = world_size  # the number of ranks that have not read the failure yet
         self.ages = {}  # (rank, "beat" or "place") -> [what it was, seconds for which it has not changed]
         self.is_store_gone = False
         self.wake = threading.Event()
@@ -270,16 +276,16 @@ class Watchdog:
         elif self.failure is None and self.store.check(["failed"]):
             self.failure = Failure(**json.loads(self.store.get("failed")))
         if self.failure:
-            self.store.set(f"read {self.rank}", "")
-            if self.failure.is_silent:
-                self.unread.discard(self.failure.rank)
-            self.unread = {rank for rank in self.unread if not self.store.check([f"read {rank}"])}
+            is_silent = self.failure.is_silent  # then nobody waits for the rank that failed
+            counts = not self.has_read and not (is_silent and self.failure.rank == self.rank)
+            self.has_read = True
+            self.unread = self.world_size - is_silent - self.store.add("readers", int(counts))
             return
         if len(self.siblings) < len(self.node_ranks):
             # without torchrun, or under a script, ranks of a node may have different parents
             self.siblings.update((rank, state) for rank, state in self.read(self.node_ranks).items()
                                  if state.parent == os.getppid())
-        if self.is_looking and self.beat % self.stride == 0:
+        if self.is_looking and (self.beat + self.rank) % self.stride == 0:  # not all in the same tick
             self.states = self.read(range(self.world_size))
 
     def claim(self, failure):
@@ -293,12 +299,9 @@ class Watchdog:
         self.failure = Failure(**json.loads(text))
 
     def read(self, ranks):
-        """{rank: State} of those of the ranks that have started."""
-        keys = {rank: f"state {rank}" for rank in ranks}
-        if not self.store.check(list(keys.values())):
-            keys = {rank: key for rank, key in keys.items() if self.store.check([key])}
-        texts = self.store.multi_get(list(keys.values())) if keys else []
-        return {rank: State(*json.loads(text)) for rank, text in zip(keys, texts)}
+        """{rank: State} of those of the ranks that have started: one request, whatever their number."""
+        texts = self.store.multi_get([f"state {rank}" for rank in ranks])
+        return {rank: State(*json.loads(text)) for rank, text in zip(ranks, texts) if text}
 
     # ---- the thread that counts ----------------------------------------------------------------------
 
@@ -323,8 +326,11 @@ class Watchdog:
 
     @property
     def is_looking(self):
-        """Whether this rank reads where the others are: it has not moved for some seconds."""
-        return bool(self.lost) or self.age_of("own") > 4 * TICK
+        """Whether this rank reads where the others are: it has not moved for some seconds.
+
+        Of many ranks, for more: otherwise all would read all states in each long step of a large model.
+        """
+        return bool(self.lost) or self.age_of("own") > 4 * TICK * self.stride
 
     def count(self, seconds):
         self.age(("own",), self.state().place, seconds)

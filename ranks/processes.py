@@ -24,7 +24,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ranks import cluster, gate
-from ranks.failures import BACKEND_TIMEOUT, TICK, Watchdog, code_of, leave_exit_code, print_traceback
+from ranks.failures import (
+    BACKEND_TIMEOUT,
+    TICK,
+    Watchdog,
+    code_of,
+    leave_exit_code,
+    prepare,
+    print_traceback,
+)
 from ranks.launch import CODE_FILE, EXIT_CODES, end_with_parent, exit_code, handle_signals
 from settings import errors
 from settings.errors import NonFiniteError, OutOfMemory, UserError
@@ -109,6 +117,11 @@ class Ranks:
         while done < self.world_size:
             time.sleep(0.1)
             done = self.store.add(phase, 0)
+
+    def count(self, what):
+        """Count this rank; the last one sets the key "all WHAT", so that the others wait for one key."""
+        if self.store.add(f"number {what}", 1) == self.world_size:
+            self.store.set(f"all {what}", "")
 
     def each(self, batches):
         """Yield data.MicroBatches on this rank's device, and remember which one is being computed."""
@@ -241,15 +254,16 @@ class Ranks:
         if self.watchdog:
             self.watchdog.store_waits += 1
             self.watchdog.phase = "end"
-        self.store.set(f"done {self.rank}", "")
-        self.store.wait([f"done {rank}" for rank in range(self.world_size)])
+        self.store.set(f"done {self.rank}", "")  # from now on, this process may end
+        self.count("done")
+        self.store.wait(["all done"])
         if self.watchdog:
             self.watchdog.close()
-        self.store.set(f"left {self.rank}", "")
+        self.count("left")
         if self.rank == 0:
             with contextlib.suppress(dist.DistStoreError):  # all are done, whatever becomes of one of them
                 limit = datetime.timedelta(seconds=60)
-                self.store.wait([f"left {rank}" for rank in range(self.world_size)], limit)
+                self.store.wait(["all left"], limit)
         dist.destroy_process_group()
         if self.world_size > 1:  # a script that called train() may end at once, see errors.end
             time.sleep(PAUSE)  # in which gloo's threads can free the tensors of the last collectives
@@ -377,7 +391,7 @@ def start(tp, timeout, deterministic=False, same=None, *, sp=1, replicas=1):
         if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):  # train.sh has done this already
             master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             cluster.use_interface(cluster.local_address(*master), os.environ)
-        store = join(connect(rank, world_size, timeout), rank, timeout)
+        store = join(connect(rank, world_size, timeout), rank, world_size, timeout)
         watchdog = Watchdog(store.clone(), rank, world_size, timeout)
         watchdog.start()
     ranks = Ranks(rank=rank, world_size=world_size, dp_rank=rank // (sp * tp),
@@ -451,7 +465,7 @@ def wait_for_port(place, timeout):
         time.sleep(PAUSE)
 
 
-def join(store, rank, timeout):
+def join(store, rank, world_size, timeout):
     """The part of the store that this attempt of the run uses.
 
     torchrun --max_restarts starts a run again in the same store, where the keys of earlier attempts still
@@ -492,6 +506,7 @@ def join(store, rank, timeout):
     name = f"attempt {me}"
     part = dist.PrefixStore(name, store)
     part.set("place of rank 0", place)
+    prepare(part, world_size)
     store.set("newest attempt", name)
     return part
 

@@ -35,6 +35,9 @@ memory  peak memory and seconds per step of sft.py: random weights of the size o
 plan    the memory that tools/plan.py predicts and the peak of a run, both without what the process takes
         before it has a model, in fp32: two shapes, full and LoRA, with and without checkpointing and
         offload, one or two micro-batches per step, conversations of max_length tokens
+scale   what one of 1,024 ranks does by itself: milliseconds to sample, pack and collate a step, and to start
+        an epoch; requests to the store per tick of the watchdog, and the load of all ranks on the store's
+        node; the gate of rank 0; seconds to plan which rank writes which bytes of a checkpoint
 
 --part step --device cuda [--shape 0.5b, 1.5b or 7b] [--lora] [--vs trl] [--repeats 1] measures on one GPU:
 bf16 with fp32 master weights, at most 2,048 tokens per conversation and 16,384 per step (7b: 8,192; full
@@ -94,6 +97,7 @@ from settings.parser import check, parse, setting
 from settings.venv import PROJECT
 from text import formats, sources
 from text.template import ChatTokenizer
+from tools.bench_scale import bench_scale
 from tools.bench_sides import (ALPHA, BATCH, CUDA_LENGTH, CUDA_STEPS, LENGTH, QWEN_05B, RANK, SIDES, UNSTEADY,
                                copy, cuda_rows, speed, spread)
 
@@ -137,7 +141,8 @@ class Config:
 
     part: str | None = setting(
         None, f"the part to measure; none: {', '.join(DEFAULT)}, one after another",
-        ("loss", "load", "ranks", "memory", "data", "chat", "delta", "step", "save", "start", "plan"),
+        ("loss", "load", "ranks", "memory", "data", "chat", "delta", "step", "save", "start", "plan",
+               "scale"),
         group="bench")
     repeats: int = setting(3, "timed runs after a warm-up (ranks: without); memory: timed steps", low=1)
     tokens: int = setting(4096, "loss: tokens of the micro-batch", low=1)
@@ -567,7 +572,7 @@ def measure(cfg):
         os.environ.update(OMP_NUM_THREADS=str(threads), TMPDIR=directory)
         parts = {"loss": bench_loss, "load": bench_load, "save": bench_save, "ranks": bench_ranks,
                  "memory": bench_memory, "data": bench_data, "chat": bench_chat, "delta": bench_delta,
-                 "step": bench_step, "start": bench_start, "plan": bench_plan}
+                 "step": bench_step, "start": bench_start, "plan": bench_plan, "scale": bench_scale}
         line.update(parts[cfg.part](cfg, directory))
     # four digits; more would be noise
     line = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.4g}"))

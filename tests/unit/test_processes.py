@@ -176,7 +176,7 @@ def attempts(monkeypatch):
 
     def start(rank, timeout=20, lives=True):
         def run():
-            part = processes.join(store, rank, timeout)
+            part = processes.join(store, rank, 2, timeout)
             if lives:
                 ended.append(threading.Event())
                 pool.submit(live, part, rank, ended[-1])
@@ -243,6 +243,7 @@ def watchdogs(monkeypatch):
     monkeypatch.setattr(failures, "child_state", lambda pid: "S")
     store = dist.HashStore()
     store.set_timeout(datetime.timedelta(seconds=1))
+    failures.prepare(store, 4)
     found = []
     for rank in range(4):
         monkeypatch.setenv("GROUP_RANK", str(rank // 2))
