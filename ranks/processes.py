@@ -127,8 +127,9 @@ class Ranks:
     def all_reduce(self, tensor):
         """Sum a tensor over the ranks that compute other tokens, in place."""
         for axis in ("shards", "replicas"):
-            if self.mesh and self.mesh[axis].size() > 1:
-                dist.all_reduce(tensor, group=self.mesh[axis].get_group())
+            # not mesh[axis], which imports torch._dynamo: a run of one rank would take a second more
+            if self.mesh and self.mesh.size(self.mesh.mesh_dim_names.index(axis)) > 1:
+                dist.all_reduce(tensor, group=self.mesh.get_group(axis))
         return tensor
 
     def broadcast(self, number):
