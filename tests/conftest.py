@@ -13,6 +13,7 @@ sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not help tiny models
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes, which import torch each
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's & does that; the tests send interrupts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("helpers")
