@@ -1,5 +1,6 @@
 """The project and tests/ on sys.path, no hub, and one way to run the trainer inside the test's process."""
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters even of a local directory
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not help tiny models
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes, which import torch each
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's & does that; the tests send interrupts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("helpers")
@@ -49,6 +51,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def objects_that_stay():
+    """Exclude what exists before a file's tests from gc.collect(), which each sft.train() calls: modules, tests and
+    session fixtures are a million objects, and to look at all of them takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -159,7 +159,7 @@ def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig
     So are the losses by source, which add up to that of the step; tools/evaluate.py has the same of the
     checkpoint, on two ranks, with sequence parallelism.
     """
-    common = (*RUN, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", TINY)
+    common = (*RUN, "--max_steps", 3, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", TINY)
     layouts = {"dp2": ("--no-packing",), "sp2tp2": ()}
     if pytestconfig.getoption("--full"):
         layouts |= {"tp2": (), "sp4": (), "dp4": (), "dp2 offload": ("--param_offload",), "dp2tp2": ("--optimizer_offload",)}

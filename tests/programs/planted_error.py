@@ -1,7 +1,7 @@
-"""Runs with an error: planted_error.py CASES.json [flags of sft.py] runs sft.py once per [where, what] of the file.
+"""Runs with an error: planted_error.py CASES.json [flags of sft.py] runs sft.py once per [where, what, flags...] of it.
 
 Planted: the function `what` of this file fails in the training loop (where is loop), while data is read (data) or while
-a checkpoint is written (checkpoint). Each run is a fork of this process and ends as sft.py would. Its standard output
+a checkpoint is written (checkpoint); none if where is none. Each run is a fork of this process and ends as sft.py would. Its standard output
 goes to the file WHERE.WHAT, its standard error to WHERE.WHAT.err, and all exit codes to codes.json.
 """
 
@@ -57,13 +57,13 @@ import sft  # noqa: E402  after the patches, since some modules import these fun
 with open(sys.argv[1], encoding="utf-8") as f:
     cases = json.load(f)
 codes = []
-for where, what in cases:
+for where, what, *flags in cases:
     name = f"{where}.{what}"
     if os.fork() == 0:
         for stream, file in ((1, name), (2, f"{name}.err")):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
-        planted[where] = globals()[what]
-        sys.argv, code = ["sft.py", *sys.argv[2:], "--output_dir", f"out.{name}"], 0
+        planted[where] = globals().get(what)
+        sys.argv, code = ["sft.py", *sys.argv[2:], *flags, "--output_dir", f"out.{name}"], 0
         try:
             run(sft.main)
         except SystemExit as stop:

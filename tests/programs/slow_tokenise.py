@@ -1,8 +1,10 @@
-"""Loads a data file through the token cache and prints the digest of the data: slow_tokenise.py FILE MODEL CACHE
+"""Processes that load a data file through the token cache at once: slow_tokenise.py N FILE MODEL CACHE
 
-Planted: tokenising takes two more seconds and prints MADE.
+Each of the N processes is a fork of this one and prints the digest of the data. Planted: tokenising takes two more
+seconds and prints MADE.
 """
 
+import os
 import sys
 import time
 
@@ -13,10 +15,16 @@ tokenise = data.tokenise
 
 
 def slow(*args):
-    print("MADE")
+    print("MADE", flush=True)
     time.sleep(2)  # until the other processes have started
     tokenise(*args)
 
 
 data.tokenise = slow
-print(data.load(sys.argv[1], ChatTokenizer(sys.argv[2]), 64, cache_dir=sys.argv[3]).digest)
+children = []
+for _ in range(int(sys.argv[1])):
+    children.append(os.fork())
+    if children[-1] == 0:
+        print(data.load(sys.argv[2], ChatTokenizer(sys.argv[3]), 64, cache_dir=sys.argv[4]).digest, flush=True)
+        os._exit(0)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))

@@ -126,7 +126,8 @@ def test_without_varlen_attn_there_is_one_graph_too(traced, window, monkeypatch)
 
 
 @pytest.mark.parametrize("options", [
-    {}, dict(use_lora=True), pytest.param(dict(quantize=True, use_lora=True), marks=full)], ids=str)
+    dict(use_lora=True), pytest.param({}, marks=full), pytest.param(dict(quantize=True, use_lora=True), marks=full)],
+    ids=str)
 def test_a_compiled_block_keeps_gate_and_up_alone(traced, options):
     """Of the MLP's tensors (tokens, intermediate_size): silu(gate) and the product are computed again."""
     net = fresh(**options)

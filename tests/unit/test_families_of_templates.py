@@ -5,6 +5,7 @@ tests of those templates are skipped. The others are written here with the trait
 """
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -215,14 +216,22 @@ def templates(tmp_path_factory):
     return template
 
 
-@pytest.fixture
-def made(templates, tmp_path):
-    """A function: name of a template, arguments of ChatTokenizer -> the ChatTokenizer."""
+@pytest.fixture(scope="session")
+def made(templates, tmp_path_factory):
+    """A function: name of a template, arguments of ChatTokenizer -> the ChatTokenizer, one for all tests."""
+    made_before = {}
+
     def make(name, **arguments):
+        key = name, json.dumps(arguments)
+        if key not in made_before:
+            made_before[key] = build(name, **arguments)
+        return made_before[key]
+
+    def build(name, **arguments):
         source = templates(name)
         special = sorted({*SPECIAL.findall(source), EOS.get(name, "<|endoftext|>")})
         config = {"eos_token": EOS.get(name, "<|endoftext|>"), "bos_token": "<s>"}
-        directory = make_directory(tmp_path / name, source, ["<s>", *special], **config)
+        directory = make_directory(tmp_path_factory.mktemp("made"), source, ["<s>", *special], **config)
         return ChatTokenizer(directory, **arguments)
 
     return make
@@ -361,10 +370,10 @@ def test_targets_of(name, kwargs, messages, expected, made, tmp_path):
     text, spans, _ = tokenizer.render_spans(read, "here", tools)
     assert [text[span.start : span.stop] for span in spans] == expected
     assert all(span.has_stop_token for span in spans)
-    path = write(tmp_path / "rows.json", [row, *[{"messages": chat("q", "fine")}] * 300])
+    path = write(tmp_path / "rows.json", [row])
     assert target_texts(data.load(path, tokenizer, 4096), 0, tokenizer.tokenizer) == expected
     if "strftime_now" not in tokenizer.source:
-        theirs = AutoTokenizer.from_pretrained(os.path.join(tmp_path, name))
+        theirs = AutoTokenizer.from_pretrained(tokenizer.directory)
         rendered = theirs.apply_chat_template(messages, tools=tools, tokenize=False, **(kwargs or {}))
         appended = re.search(r"<\|\w+\|>$", expected[-1])[0] if name == "glm4moe" else ""
         assert text == rendered + appended
@@ -457,7 +466,7 @@ def test_without_train_reasoning_answers_alone_are_targets(name, kwargs, message
     """The reasoning and what is around it are context; the rest of each turn is a target, and only that."""
     tokenizer = made(name, template_kwargs=kwargs)
     row = {"messages": messages, **({"tools": TOOLS} if any(m.get("tool_calls") for m in messages) else {})}
-    path = write(tmp_path / "rows.json", [row, *[{"messages": chat("q", "fine")}] * 300])
+    path = write(tmp_path / "rows.json", [row])
     without = data.load(path, tokenizer, 4096, train_reasoning=False)
     assert target_texts(without, 0, tokenizer.tokenizer) == expected
     trained = data.load(path, tokenizer, 4096)
@@ -622,7 +631,7 @@ def test_split_turns_renders_each_turn_as_inference_does(name, kwargs, messages,
     path = write(tmp_path / "rows.json", [row, {"prompt": "q", "response": "a"}])
     dataset = data.load(path, tokenizer, 4096, split_turns=True)
     assert len(dataset) == len(expected) + 1 and list(dataset.row) == [0] * len(expected) + [1]
-    theirs = AutoTokenizer.from_pretrained(os.path.join(tmp_path, name))
+    theirs = AutoTokenizer.from_pretrained(tokenizer.directory)
     ends = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant" and m.get("weight") != 0]
     for i, (end, target) in enumerate(zip(ends, expected, strict=True)):
         assert target_texts(dataset, i, tokenizer.tokenizer) == [target]
@@ -691,7 +700,7 @@ def test_prompts_of_inference_are_compared(name, kwargs, messages, expected, mad
         assert ledger.differing[kind][0] == count
         assert ledger.differing[kind][1].startswith(f"{path}[0], {example}")
     # By transformers: is the prompt the beginning of the text?
-    theirs = AutoTokenizer.from_pretrained(os.path.join(tmp_path, name))
+    theirs = AutoTokenizer.from_pretrained(tokenizer.directory)
     apply = functools.partial(theirs.apply_chat_template, tools=row.get("tools"), tokenize=False, **(kwargs or {}))
     same = [apply(messages).startswith(apply(messages[:i], add_generation_prompt=True))
             for i, m in enumerate(messages) if m["role"] == "assistant"]

@@ -166,7 +166,7 @@ def test_several_ranks_copy_and_resume(tmp_path):
     """Files as they were, or one for each rank; with --async_save, tensor parallel, offload; then a resume."""
     directory = multimodal(tmp_path / "m", UNTIED, files=2)
     one_file = multimodal(tmp_path / "one", UNTIED)
-    flags = (*SHORT, "--lr", "1e-2", "--save_steps", "1", "--timeout", "60")
+    flags = (*SHORT, "--lr", "1e-2", "--save_steps", "1", "--keep_checkpoints", "all", "--timeout", "60")
     runs = [(2, ("--model", directory, "--output_dir", "two", *flags, "--async_save")),
             (2, ("--model", one_file, "--output_dir", "split", *flags, "--strategy", "megatron", "--tp", "2")),
             (2, ("--output_dir", "two", "--resume_from", "two/checkpoints/step_1", "--max_steps", "4"))]

@@ -20,18 +20,14 @@ from text.template import ChatTokenizer
 from tools import show
 
 
-def run_show(*arguments):
-    command = [sys.executable, os.path.join(ROOT, "tools", "show.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_show_prints_what_the_model_sees(tmp_path, capsys):
+def test_show_prints_what_the_model_sees(output, tmp_path, capsys):
     """Targets are marked, in green on a terminal; --ids prints ids; only -n rows are read, so the broken one is not."""
     path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "é answer"}] * 3 + [{"broken": 1}])
-    out = run_show("show", path, "--model", "tiny", "-n", 2).stdout
+    command = [sys.executable, os.path.join(ROOT, "tools", "show.py"), "show", path, "--model", "tiny", "-n", "2"]
+    out = subprocess.run(command, capture_output=True, text=True).stdout
     assert out.count("---") == 2
     assert out.count("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«é answer<|im_end|>»") == 2
-    ids = run_show("show", path, "-n", 1, "--ids").stdout
+    ids = output("show", path, "-n", 1, "--ids")
     dataset = data.load(path, tiny, 100, limit=3)
     first = slice(0, dataset.starts[1])
     assert "«" + " ".join(map(str, dataset.tokens[first][dataset.loss_mask[first]])) in ids
@@ -186,11 +182,11 @@ def test_weights_are_marked(rows, capsys):
     assert re.search("«word word »×0.5«<.im_end.>»×2\n", second)
 
 
-def test_stats_print_what_max_length_truncates(tmp_path, monkeypatch):
+def test_stats_print_what_max_length_truncates(output, tmp_path):
     """Rows and targets beyond each length equal those that data.load truncates."""
     rows = [{"prompt": "q", "response": "word " * n} for n in (3, 600, 1500, 5000)]
     path = write(tmp_path / "rows.json", rows)
-    out = run_show("stats", path, "--max_length", 512).stdout
+    out = output("stats", path, "--max_length", 512)
     full = data.load(path, tiny, 10**6)
     for length in (512, 1024, 2048, 4096):
         truncated = data.load(path, tiny, length)
@@ -199,7 +195,7 @@ def test_stats_print_what_max_length_truncates(tmp_path, monkeypatch):
         assert re.search(rf"--max_length {length:<5,} truncates {rows} rows .* and removes {lost:,} targets", out)
     assert "packing " in out
     assert "rows     4 in = 4 trained" in out
-    dropped = run_show("stats", path, "--max_length", 700, "--too_long", "drop").stdout
+    dropped = output("stats", path, "--max_length", 700, "--too_long", "drop")
     is_long = full.n_tokens > 700
     n_targets = full.n_targets[is_long].sum()
     assert re.search(rf"--max_length 700   drops {is_long.sum()} rows .* removes {n_targets:,} targets", dropped)
