@@ -377,11 +377,7 @@ def collate(dataset, ids, pin_memory=False, sp_rank=0, sp_size=1):
 
 def micro_batches(dataset, ids, capacity, max_conversations=None, *, dp_rank=0, dp_size=1, sp_rank=0,
                   sp_size=1, pin_memory=False):
-    """Yield one rank's MicroBatches of a step's conversations `ids`; see packing.pack.
-
-    dp_rank  of dp_size: which conversations it reads
-    sp_rank  of sp_size: which part of each micro-batch's tokens it has
-    """
+    """Yield a rank's MicroBatches of a step's conversations `ids`, its sp part of each; see packing.pack."""
     ids = np.asarray(ids, dtype=np.int64)
     for group in pack(dataset.n_inputs[ids], capacity, max_conversations, dp_rank=dp_rank, dp_size=dp_size):
         yield collate(dataset, ids[group], pin_memory, sp_rank, sp_size)
