@@ -305,10 +305,8 @@ class Sampler:
 class MicroBatch:
     """Conversations one after another, without padding: N tokens, R of which are followed by a target.
 
-    With --sp these are N tokens of a micro-batch of sp_size * N, which this rank has a part of.
-
     buffer     (S,) int64. The tensors below are views of it, so that one copy moves all of them to the device
-    lengths    tuple of ints with sum sp_size * N, the tokens of each conversation
+    lengths    tuple of ints, the tokens of each conversation; sum sp_size * N: with --sp these N are a part
     n_targets  R
     ids        (conversations,) int64 array, their indices in the Dataset
 
@@ -376,8 +374,7 @@ def micro_batches(dataset, ids, capacity, max_conversations=None, *, dp_rank=0, 
                   sp_size=1, pin_memory=False):
     """Yield one rank's MicroBatches of a step's conversations `ids`; see packing.pack.
 
-    dp_rank  of dp_size: which conversations it reads
-    sp_rank  of sp_size: which part of each micro-batch's tokens it has
+    dp_rank decides which conversations it reads, sp_rank which part of each micro-batch's tokens it has.
     """
     ids = np.asarray(ids, dtype=np.int64)
     for group in pack(dataset.n_inputs[ids], capacity, max_conversations, dp_rank=dp_rank, dp_size=dp_size):
