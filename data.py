@@ -308,10 +308,8 @@ class Sampler:
 class MicroBatch:
     """Conversations one after another, without padding: N tokens, R of which are followed by a target.
 
-    With --sp these are N tokens of a micro-batch of sp_size * N, which this rank has a part of.
-
     buffer     (S,) int64. The tensors below are views of it, so that one copy moves all of them to the device
-    lengths    tuple of ints with sum sp_size * N, the tokens of each conversation
+    lengths    tuple of ints, the tokens of each conversation; sum sp_size * N: with --sp these N are a part
     n_targets  R
     ids        (conversations,) int64 array, their indices in the Dataset
 

@@ -121,8 +121,7 @@ class Config(Settings):
     strategy: str = setting("fsdp", "fsdp and fsdp2: FSDP2; megatron: tensor parallel × FSDP2",
                             ("fsdp", "fsdp2", "megatron"), env="STRATEGY", group="several GPUs, memory")
     tp: int = setting(1, "split each matrix over N ranks (tensor parallel)", env="TP", low=1)
-    sp: int = setting(1, "each micro-batch's tokens over N ranks, attention's heads too (sequence parallel)",
-                     env="SP", low=1)
+    sp: int = setting(1, "split the tokens of a micro-batch over N ranks (Ulysses)", env="SP", low=1)
     replicas: int = setting(1, "N copies of the model, each sharded over 1/N of the ranks (HSDP)", low=1)
     gradient_reduction: str = setting(
         "auto", "sum gradients over ranks once a step or, for less memory, with each micro_batch; auto: once "
