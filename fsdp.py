@@ -5,6 +5,7 @@ ranks/tp.py has split are sharded again, over dp.
 """
 
 import contextlib
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,8 @@ def shard(model, ranks, *, bf16, param_offload, gradient_reduction="step"):
     if head.weight is not decoder.embed_tokens.weight:
         fully_shard(decoder.embed_tokens, **options)
         decoder.embed_tokens.set_unshard_in_backward(False)  # its gradient needs the tokens only
+        # With tp its output is a view. Nothing changes it in place, and FSDP2's hook on it has nothing to do.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPEmbedding")
         fully_shard([decoder.norm, head], reshard_after_forward=False, **options)
     fully_shard(model, **options)
     model.gradient_reduction = gradient_reduction
