@@ -590,7 +590,7 @@ def waiting_gradients(run, held, i):
 
 
 def exchange_bytes(run):
-    """Bytes that attention's backward allocates with sp: gradients of q, k, v, one of them being exchanged."""
+    """Bytes that attention's backward allocates with sp: gradients of q, k and v, one being exchanged."""
     if run.sp == 1:
         return 0
     heads = run.config.num_attention_heads // run.tp
@@ -707,8 +707,8 @@ def choose(run, capacity, *, micro_batch_size=AUTO, gradient_checkpointing=AUTO,
 
     1. The size of a micro-batch: at most TOKENS tokens a rank (max_length, if that is longer) and what the
        step of a rank needs; and a half, a quarter, ... of it.
-    2. For each size, how the gradient is reduced: gradient_reduction() of a run with it. Where the step is a single
-       micro-batch it is reduced once in any case.
+    2. For each size, how the gradient is reduced: gradient_reduction() of a run with it. Where the step is
+       a single micro-batch it is reduced once in any case.
     3. For each size, the fewest checkpointed blocks that fit, k of L.
     4. Of the sizes that fit, that of the least time. A step's time is in proportion to
        (1 + k / (3 L)) (1 + FIXED_TOKENS / tokens of a rank): a block that is checkpointed is computed once

@@ -5,9 +5,10 @@ import os
 import resource
 
 import torch
+import torch.distributed as dist
 
 # mallopt's parameters (glibc's malloc.h)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 tuned = []  # not empty: tune_malloc has set something, which reset_malloc sets back
 
 
@@ -33,10 +34,16 @@ def tune_malloc(*, is_lora, offloads):
 
     A LoRA run returns blocks of 16 MiB and more. A step of a 0.5B model with 1 x 1,024 tokens then peaks at
     3.2 GiB instead of 3.7 and takes 10 % more time.
+
+    With several ranks, gloo's threads allocate too. All of them then share one heap: of its own each would
+    keep what it has freed, copies of the largest tensors that it has exchanged.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        tuned.append(True)
+        mallopt(M_ARENA_MAX, 1)
     if is_lora or not offloads:
         tuned.append(True)
     if is_lora:
@@ -54,6 +61,7 @@ def reset_malloc():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if tuned and mallopt is not None:
+        mallopt(M_ARENA_MAX, 0)  # as many as the C library thinks fit
         mallopt(M_MMAP_MAX, 2**16)
         mallopt(M_MMAP_THRESHOLD, 2**17)
         mallopt(M_TRIM_THRESHOLD, 2**17)

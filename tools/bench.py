@@ -34,7 +34,8 @@ memory  peak memory and seconds per step of sft.py: random weights of the size o
         in the same Python
 plan    the memory that tools/plan.py predicts and the peak of a run, both without what the process takes
         before it has a model, in fp32: two shapes, full and LoRA, with and without checkpointing and
-        offload, one or two micro-batches per step, conversations of max_length tokens
+        offload, one or two micro-batches per step, conversations of max_length tokens; and on 2 and 4
+        ranks with dp, replicas, sp, tp and both reductions of the gradient (of the rank with most memory)
 scale   what one of 1,024 ranks does by itself: milliseconds to sample, pack and collate a step, and to start
         an epoch; requests to the store per tick of the watchdog, and the load of all ranks on the store's
         node; the gate of rank 0; seconds to plan which rank writes which bytes of a checkpoint
@@ -124,6 +125,11 @@ PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and th
     "152k": (dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8), 1536,
              ("", "--no-gradient_checkpointing", "--optimizer_offload",
               "--param_offload --no-gradient_checkpointing", "--use_lora --param_offload")),
+}
+PLANNED_RANKS = {  # more of --part plan, of the first shape: flags -> processes
+    "--batch_size 2": 2, "--batch_size 4": 2, "--batch_size 4 --gradient_reduction micro_batch": 2,
+    "--batch_size 2 --replicas 2": 2, "--sp 2": 2, "--strategy megatron --tp 2": 2,
+    "--batch_size 4 --replicas 2 --no-gradient_checkpointing": 4, "--sp 4 --no-gradient_checkpointing": 4,
 }
 # of --part ranks: (processes, flags)
 MESHES = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}
@@ -483,34 +489,51 @@ def write_full_rows(directory, length, n):
     return path
 
 
-def bench_plan(cfg, directory):
-    def base_gb(*modules):
-        """Memory of a process that has only imported these modules."""
-        code = (f"import sys; sys.path.insert(0, {PROJECT!r}); import tools.bench_sides, "
-                f"{', '.join(modules)}; print(tools.bench_sides.proc_gb('status', 'VmRSS'))")
-        return float(launch(1, "-c", code))
+# of --part plan: what a process takes before it has a model. tools.bench takes about as much as the tokenizer
+BASE = """import sys
+sys.path.insert(0, {root!r})
+import tools.bench_sides, sft, tools.bench, {modules}
+from ranks import processes
+with processes.start({tp}, 60) as ranks:
+    ranks.all_reduce(tools.bench.torch.zeros(1))
+    print(tools.bench_sides.proc_gb('status', 'VmRSS'))
+"""
 
-    line = {}
-    for shape, (config, length, runs) in PLANNED.items():
+
+def base_gb(n, kind, directory):
+    """Memory of one of n processes that has imported what a run with these flags does, and met the others."""
+    modules = ["torch"]
+    if "--no-gradient_checkpointing" not in kind:
+        modules.append("torch._dynamo")  # torch's checkpoint() imports it
+    if n > 1 or "--param_offload" in kind:
+        modules.append("torch.distributed.fsdp")
+    if "--tp" in kind:
+        modules.append("torch.distributed.tensor.parallel")
+    path = os.path.join(directory, "base.py")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(BASE.format(root=PROJECT, modules=", ".join(modules), tp=2 if "--tp" in kind else 1))
+    return max(map(float, launch(n, path).split()))
+
+
+def bench_plan(cfg, directory):
+    line, runs = {}, [(shape, kind, 1) for shape in PLANNED for kind in PLANNED[shape][2]]
+    runs += [(next(iter(PLANNED)), kind, n) for kind, n in PLANNED_RANKS.items()]
+    for shape, kind, n in runs:
+        config, length, _ = PLANNED[shape]
         write_model(directory, dict(QWEN_05B, **config))
-        rows = write_full_rows(directory, length, 2 * (cfg.repeats + 1))
-        for kind in runs:
-            batch = () if "batch_size" in kind else ("--batch_size", "1")
-            flags = ("--max_length", str(length), *batch, *kind.split())
-            printed = launch(1, os.path.join(PROJECT, "tools", "plan.py"), "--model", directory, *flags)
-            peak_line = next(text for text in printed.splitlines() if text.startswith("peak"))
-            planned = float(peak_line.split()[1])
-            steps = train(directory, 1, cfg.repeats + 1, "--train_data", rows, *flags)
-            assert all(step["tokens"] == length * (2 if "batch_size" in kind else 1) for step in steps)
-            modules = ["sft", "tools.bench"]  # tools.bench takes about as much memory as the tokenizer
-            if "--no-gradient_checkpointing" not in kind:
-                modules.append("torch._dynamo")  # torch's checkpoint() imports it
-            if "--param_offload" in kind:
-                modules.append("torch.distributed.fsdp")
-            base = base_gb(*modules)
-            peak = steps[-1]["peak_memory_gb"] - base
-            line[f"{shape} {kind}".strip()] = {"base_gb": base, "planned_gb": planned, "peak_gb": peak,
-                                               "ratio": planned / peak}
+        words = kind.split()
+        batch_size = int(words[words.index("--batch_size") + 1]) if "--batch_size" in words else 1
+        rows = write_full_rows(directory, length, batch_size * (cfg.repeats + 1))
+        flags = ("--max_length", str(length), "--batch_size", str(batch_size), *words)
+        printed = launch(n, os.path.join(PROJECT, "tools", "plan.py"), "--model", directory, *flags)
+        peak_line = next(text for text in printed.splitlines() if text.startswith("peak"))
+        planned = float(peak_line.split()[1])
+        steps = train(directory, n, cfg.repeats + 1, "--train_data", rows, *flags)
+        assert all(step["tokens"] == length * batch_size for step in steps)
+        base = base_gb(n, kind, directory)
+        peak = steps[-1]["peak_memory_gb"] - base
+        name = " ".join([shape, *[f"{n} ranks"] * (n > 1), *words])
+        line[name] = {"base_gb": base, "planned_gb": planned, "peak_gb": peak, "ratio": planned / peak}
     largest = max(abs(run["ratio"] - 1) for run in line.values())
     return {"runs": line, "largest_difference": largest}
 
