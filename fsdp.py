@@ -25,12 +25,10 @@ def shard(model, ranks, *, bf16, param_offload, gradient_reduction="step"):
     param_offload       keep parameters and gradients in host memory
     gradient_reduction  "step" or "micro_batch", see set_gradient_sync
 
-    The parameters of a group are gathered together, and so are their gradients reduced. Each block is one.
-    With a tied head the rest is another: gathered from the start of forward to the end of backward. Otherwise
-    the embedding is one, gathered for its forward only; and norm and head are one, gathered from the norm's
-    forward to its backward, so that head and embedding are not in memory at the same time. The last block
-    stays gathered too, because backward begins with it. So a micro-batch of L blocks has 2 L gathers if the
-    head is tied, otherwise 2 L + 1.
+    Groups, whose parameters are gathered together: each block; and with a tied head the rest, from the start
+    of forward to the end of backward. Otherwise the embedding, for its forward only, and norm and head, from
+    the norm's forward to its backward. The last block stays gathered, as backward begins with it. So the
+    gathers of a micro-batch, with L blocks, are 2 L if the head is tied, otherwise 2 L + 1.
     """
     if not is_used(ranks, param_offload):
         return
@@ -76,9 +74,9 @@ def set_gradient_sync(model, is_last):
 
     is_last  whether it is the last micro-batch of its step
 
-    With --gradient_reduction "step" only the last micro-batch reduces gradients; until then each rank holds
-    the sum of its own ones, unsharded. With "micro_batch" each one reduces them over `shards`, and each rank
-    holds its shard; only the last one reduces them over `replicas`.
+    "step": only the last micro-batch reduces gradients; until then each rank holds its own sum, unsharded.
+    "micro_batch": each one reduces them over `shards`, so that a rank holds its shard; only the last one
+    reduces them over `replicas`.
     """
     if not hasattr(model, "set_requires_gradient_sync"):
         return
@@ -131,11 +129,3 @@ def grad_norm(model):
                 dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
-
-
-def all_reduce_max(values, ranks):
-    """Element-wise maximum over all ranks, as a list of floats."""
-    values = values.to(ranks.device, torch.float32)
-    if ranks.world_size > 1:
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import math
 
 import torch
+import torch.distributed as dist
 
 import data
 import fsdp
@@ -68,7 +69,7 @@ def compare(backward, model, dataset, ids, cfg, ranks):
         norms = torch.stack([b.norm() for b in base[1]])
         differences = torch.stack([(a - b).norm() for a, b in zip(gradients, base[1])])
         differences = differences / norms.clamp(min=max(FLOOR * norms.norm().item(), 1e-30))
-        largest = fsdp.all_reduce_max(differences.max()[None], ranks)
+        largest = all_reduce_max(differences.max()[None], ranks)
         difference = max(*largest, abs(loss / base[0] - 1).item())
         worst = max(worst, difference)
         if ranks.rank == 0:
@@ -103,6 +104,14 @@ def gradient(backward, model, dataset, ids, ranks, *, capacity, max_conversation
     return ranks.all_reduce(loss), gradients
 
 
+def all_reduce_max(values, ranks):
+    """Element-wise maximum over all ranks, as a list of floats."""
+    values = values.to(ranks.device, torch.float32)
+    if ranks.world_size > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
 def trained_parameters(model):
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -112,7 +121,7 @@ def check_adapters(model, ranks):
     gradients = {name: p.grad for name, p in model.named_parameters() if ".lora_B." in name}
     none = torch.zeros((), dtype=torch.bool, device=ranks.device)
     is_nonzero = torch.stack([none if g is None else local(g).any().to(none) for g in gradients.values()])
-    is_nonzero = fsdp.all_reduce_max(is_nonzero, ranks)
+    is_nonzero = all_reduce_max(is_nonzero, ranks)
     dead = [name for name, nonzero in zip(gradients, is_nonzero) if not nonzero]
     if dead:
         raise UserError(f"{len(dead)} of {len(gradients)} adapters have no gradient and would never learn: "
