@@ -312,10 +312,11 @@ def check_layout(tp, sp, replicas, world_size):
         if flag != "--tp" and world_size % others == 0:
             divisors = [n for n in range(1, world_size // others + 1) if world_size // others % n == 0]
             fits.append(f"{flag} {' or '.join(map(str, divisors))}")
+    if not fits:  # as on a resume with fewer ranks, which takes these sizes from its run
+        fits.append(" ".join(f"{flag} 1" for flag in used if flag != "--tp"))
     flags = " ".join(f"{flag} {size}" for flag, size in used.items())
-    choices = f", or use {', '.join(fits)}" if fits else ""
     raise UserError(f"{flags} needs a multiple of {product} processes, and this run has {world_size}; start "
-                    f"them with ./train.sh --n_gpus {product}{choices}")
+                    f"them with ./train.sh --n_gpus {product}, or use {', or '.join(fits)}")
 
 
 def check_tp(tp, world_size):

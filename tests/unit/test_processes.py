@@ -50,7 +50,11 @@ def test_tp_divides_the_processes():
     (1, 2, 4, 6, "--sp 2 --replicas 4 needs a multiple of 8 processes, and this run has 6; start them with "
      "./train.sh --n_gpus 8, or use --replicas 1 or 3"),
     (2, 3, 5, 8, "--tp 2 --sp 3 --replicas 5 needs a multiple of 30 processes, and this run has 8; start them with "
-     "./train.sh --n_gpus 30"),
+     "./train.sh --n_gpus 30, or use --sp 1 --replicas 1"),
+    (1, 2, 2, 1, "--sp 2 --replicas 2 needs a multiple of 4 processes, and this run has 1; start them with "
+     "./train.sh --n_gpus 4, or use --sp 1 --replicas 1"),
+    (1, 2, 2, 2, "--sp 2 --replicas 2 needs a multiple of 4 processes, and this run has 2; start them with "
+     "./train.sh --n_gpus 4, or use --sp 1, or --replicas 1"),
     (4, 2, 2, 2, "--tp 4 needs at least 4 processes, and this run has 2"),
 ])
 def test_a_layout_that_does_not_divide_the_processes_is_an_error(tp, sp, replicas, world_size, message):
@@ -58,10 +62,12 @@ def test_a_layout_that_does_not_divide_the_processes_is_an_error(tp, sp, replica
     with pytest.raises(UserError, match=f"^{re.escape(message)}") as error:
         processes.check_layout(tp, sp, replicas, world_size)
     sizes = dict(tp=tp, sp=sp, replicas=replicas)
-    choices = str(error.value).partition(", or use ")[2]
-    for name, numbers in re.findall(r"--(sp|replicas) ([0-9]+(?: or [0-9]+)*)", choices):
-        for number in numbers.split(" or "):
-            processes.check_layout(**{**sizes, name: int(number)}, world_size=world_size)
+    for choice in str(error.value).partition(", or use ")[2].split(", or "):
+        flags = re.findall(r"--(sp|replicas) ([0-9]+(?: or [0-9]+)*)", choice)
+        for numbers in itertools.product(*(numbers.split(" or ") for _, numbers in flags)):
+            changed = {name: int(number) for (name, _), number in zip(flags, numbers, strict=True)}
+            if changed:  # the error about --tp has another form
+                processes.check_layout(**{**sizes, **changed}, world_size=world_size)
 
 
 def test_layouts_that_divide_the_processes():
