@@ -125,8 +125,8 @@ class Config(Settings):
                      env="SP", low=1)
     replicas: int = setting(1, "N copies of the model, each sharded over 1/N of the ranks (HSDP)", low=1)
     gradient_reduction: str = setting(
-        "auto", "sum gradients over ranks once a step or, for less memory, with each micro_batch; auto: once a "
-                "step if a whole gradient fits into a tenth of the memory", ("auto", "step", "micro_batch"))
+        "auto", "sum gradients over ranks once a step or, for less memory, with each micro_batch; auto: once "
+                "a step if a whole gradient fits into a tenth of memory", ("auto", "step", "micro_batch"))
     timeout: int = setting(600, "abort if a rank does not respond for this many seconds", low=1, high=1e6)
     param_offload: bool = setting(False, "keep parameters, gradients and optimizer state in host memory",
                                   env="PARAM_OFFLOAD")

@@ -169,7 +169,8 @@ def sizes_of(run, offload, checkpointed_blocks):
     """(what two runs must have in common, numbers with each of which memory rises), for is_larger."""
     holds = run.micro_batches > 1 and run.gradient_reduction == "step"
     sizes = run.micro_batch_size, run.replicas, -run.sp, holds, -checkpointed_blocks
-    return (run.tp, run.micro_batches > 1, offload), sizes
+    # without shards nothing is gathered; with replicas FSDP2 sums gradients in another buffer
+    return (run.tp, run.micro_batches > 1, run.shards > 1, run.replicas > 1, offload), sizes
 
 
 def is_larger(sizes, other):

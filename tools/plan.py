@@ -87,8 +87,8 @@ class Config(sft.Config):
             n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", n))
         elif n % n_gpus and (n > n_gpus or self.n_gpus):
             divisors = [str(i) for i in range(1, n + 1) if n % i == 0]
-            raise UserError(f"--ranks {n} is not a multiple of the {n_gpus} GPUs of a node; set --n_gpus to one "
-                            f"of {', '.join(divisors)}, or --ranks {max(1, n // n_gpus) * n_gpus}")
+            raise UserError(f"--ranks {n} is not a multiple of the {n_gpus} GPUs of a node; set --n_gpus to "
+                            f"one of {', '.join(divisors)}, or --ranks {max(1, n // n_gpus) * n_gpus}")
         return Cluster(min(n, n_gpus), self.tflops, self.node_gb_per_second, self.network_gb_per_second)
 
 
@@ -221,12 +221,13 @@ def plan(cfg):
 
 
 def chosen(run, cfg):
-    """The PlannedRun with what `auto` chooses. Raises UserError if nothing fits."""
-    if cfg.gradient_reduction == AUTO:
-        run = replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity(cfg)))
+    """The PlannedRun with what `auto` chooses, see RunState.choose_memory. UserError if nothing fits."""
     if AUTO in (cfg.micro_batch_size, cfg.gradient_checkpointing):
-        run = forecast.choose(run, capacity(cfg), micro_batch_size=cfg.micro_batch_size,
-                              gradient_checkpointing=cfg.gradient_checkpointing)
+        return forecast.choose(run, capacity(cfg), micro_batch_size=cfg.micro_batch_size,
+                               gradient_checkpointing=cfg.gradient_checkpointing,
+                               reduction=cfg.gradient_reduction)
+    if cfg.gradient_reduction == AUTO:
+        return replace(run, gradient_reduction=forecast.gradient_reduction(run, capacity(cfg)))
     return run
 
 

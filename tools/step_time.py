@@ -77,7 +77,7 @@ def gathers(run, itemsize=None):
 
 
 def collectives(run):
-    """{name, which begins with the axis: (calls, bytes of the full tensors, bytes that a rank sends)} per step.
+    """{name: (calls, bytes of the full tensors, bytes that a rank sends)} per step; names begin with an axis.
 
     A rank sends (n - 1) / n of a tensor in a ring all-gather or reduce-scatter and in an all-to-all, twice
     that in a ring all-reduce. Of an all-gather or reduce-scatter the unsharded tensor counts, of the others

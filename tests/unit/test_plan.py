@@ -78,7 +78,7 @@ def test_a_collective_takes_as_long_as_its_slower_link(run):
         assert step_time(run, Cluster(8, 400, *speeds)).shards == pytest.approx(seconds)
 
 
-# ---- collectives ------------------------------------------------------------------------------------------------------
+# ---- collectives -----------------------------------------------------------------------------------------------------
 
 
 def test_four_all_to_alls_a_block_and_direction_and_four_when_recomputed(run):
@@ -108,7 +108,7 @@ def test_when_gradients_are_reduced(run):
     assert once[1][0] == n_groups and once[1][1] == once[0][1] // 16
 
 
-# ---- the search -------------------------------------------------------------------------------------------------------
+# ---- the search ------------------------------------------------------------------------------------------------------
 
 
 CLUSTER = Cluster(8, 400, 300, 5)
@@ -116,7 +116,7 @@ CLUSTER = Cluster(8, 400, 300, 5)
 
 @pytest.fixture(scope="module")
 def candidates(run):
-    """[(layout, seconds, bytes of the device), ...] of every run, one after the other."""
+    """[(its best.sizes_of, layout, seconds, bytes of the device), ...] of every run, one after the other."""
     found = []
     for tp, sp, replicas in itertools.product((1, 2), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)):
         if 32 % (tp * sp * replicas) or 8 // tp % sp:
@@ -124,11 +124,13 @@ def candidates(run):
         layout = of(run, tp=tp, sp=sp, replicas=replicas)
         sizes = [n for n in (1, 2, 4, 8, 16) if n <= max(1, 32 // layout.dp)]
         for size, k, offload, reduction in itertools.product(
-                sizes, range(4), best.OFFLOADS.values(), ("step", "micro_batch")):
-            planned = of(layout, micro_batch_size=size, checkpointed_blocks=k, gradient_reduction=reduction, **offload)
+                sizes, range(4), best.OFFLOADS, ("step", "micro_batch")):
+            planned = of(layout, micro_batch_size=size, checkpointed_blocks=k, gradient_reduction=reduction,
+                         **best.OFFLOADS[offload])
             if reduction == "step" or planned.micro_batches > 1:
                 seconds = best.middle(step_time(planned, CLUSTER))
-                found.append(((tp, sp, replicas), seconds, forecast.memory(planned)["device"]))
+                found.append((best.sizes_of(planned, offload, k), (tp, sp, replicas), seconds,
+                              forecast.memory(planned)["device"]))
     return found
 
 
@@ -137,12 +139,22 @@ def test_the_three_best_of_all_candidates(run, candidates, limit):
     """From memory for all activations to memory that needs sp."""
     found = best.Search(run, CLUSTER, limit * GB).candidates()
     expected = {}
-    for layout, seconds, device in candidates:
+    for _, layout, seconds, device in candidates:
         if device <= limit * GB:
             expected[layout] = min(seconds, expected.get(layout, seconds))
     assert [candidate.seconds for candidate in found] == pytest.approx(sorted(expected.values())[:3])
     for candidate in found:
         assert forecast.memory(candidate.run)["device"] == candidate.device <= limit * GB
+
+
+def test_a_run_that_is_larger_needs_no_less_memory(candidates):
+    """What the search skips because a smaller run did not fit."""
+    n_larger = 0
+    for (sizes, *_, device), (other_sizes, *_, other) in itertools.permutations(candidates[::5], 2):
+        if best.is_larger(sizes, other_sizes):
+            n_larger += 1
+            assert device >= other, (sizes, other_sizes)
+    assert n_larger > 100
 
 
 def printed(monkeypatch, capsys, *flags):
