@@ -35,6 +35,9 @@ BY_COLUMNS = "o_proj", "down_proj"
 # memory of freed tensors. It is a fraction of the kept activations, plus a fraction of what all blocks
 # allocate one after another. Tensors above HEAP_LIMIT bytes cause none: the system gets them back at once.
 # LoRA runs lower that limit (memory.tune_malloc). Pairs: without and with LoRA.
+# With several ranks, gloo copies what it gathers twice and what it reduces once. These copies are of so many
+# sizes that of the largest ones, freed, the heap reuses nothing: GLOO_COPIES of the largest group stay.
+GLOO_COPIES = 3
 KEPT_FRAGMENTATION, BLOCK_FRAGMENTATION, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)
 
 
@@ -659,7 +662,13 @@ def fragmentation(run, block):
     wide = run.rank_tokens * (run.config.intermediate_size // run.tp) * run.itemsize
     in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[run.is_lora])
     of_blocks = BLOCK_FRAGMENTATION * (one + block) * run.config.num_hidden_layers
-    return int(in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks))
+    of_ranks = 0
+    if run.shards > 1:
+        of_ranks = GLOO_COPIES * max(gathered_bytes(run, group) for group in (None, HEAD, "0"))
+        if run.micro_batches > 1 and run.gradient_reduction == "step":
+            # the flat shards do not fit where the held gradients, tensor by tensor, were freed
+            of_ranks += states(run)["gradients"]
+    return int(in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks)) + of_ranks
 
 
 def largest_micro_batch(run, limit, several=True):
