@@ -785,14 +785,15 @@ def savings(run, place="device"):
         "--use_lora --quantize nf4": not run.is_lora and run.tp == 1 and with_lora(run, quantize=True),
         "--quantize nf4": run.is_lora and not run.quantize and not is_dora and run.tp == 1
             and with_lora(run, quantize=True),
-        "--optimizer_offload": run.cuda and not run.param_offload and replace(run, optimizer_offload=True),
+        "--optimizer_offload": run.cuda and not run.param_offload
+            and as_stored(replace(run, optimizer_offload=True)),
         "--gradient_reduction micro_batch": run.is_sharded and replace(run, gradient_reduction="micro_batch"),
         f"--sp {larger_sp(run)}": larger_sp(run) and replace(run, sp=larger_sp(run)),
         f"--n_gpus {2 * run.world_size}": run.cuda and on_ranks(run, 2 * run.world_size),
     }
     if place == "host":
-        options = {"--no-optimizer_offload": replace(run, optimizer_offload=False),
-                   "--no-param_offload": replace(run, param_offload=False), **options}
+        options = {"--no-optimizer_offload": as_stored(replace(run, optimizer_offload=False)),
+                   "--no-param_offload": as_stored(replace(run, param_offload=False)), **options}
     now = memory(run)[place]
     saved = [(flags, now - memory(other)[place]) for flags, other in options.items() if other]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
@@ -811,14 +812,26 @@ def larger_sp(run):
 
 
 def on_ranks(run, world_size):
-    """The run on more ranks: there its trained parameters are fp32, see has_own_masters."""
+    """The run on more ranks."""
     more = replace(run, world_size=world_size)
     if not run.is_sharded:  # `auto` of more ranks, for a gradient that is large beside the memory
         more = replace(more, gradient_reduction="micro_batch")
-    if not run.has_own_masters or more.has_own_masters:
-        return more
-    return replace(more, parameters=tuple((name, shape, 4 if trained else itemsize, trained)
-                                          for name, shape, itemsize, trained in run.parameters))
+    return as_stored(more)
+
+
+def as_stored(run):
+    """The run after a change of its settings: trained parameters in the dtype that sft.build gives them."""
+    if not run.bf16:
+        return run
+    is_narrow = run.has_own_masters or (run.optimizer_offload and not run.is_lora)
+    return replace(run, parameters=with_itemsize(run.parameters, 2 if is_narrow else 4))
+
+
+@functools.lru_cache(maxsize=16)
+def with_itemsize(parameters, itemsize):
+    """PlannedRun.parameters with this many bytes per element of what is trained."""
+    return tuple((name, shape, itemsize if trained else stored, trained)
+                 for name, shape, stored, trained in parameters)
 
 
 def with_lora(run, quantize=False, rank=8):

@@ -48,7 +48,7 @@ class Candidate:
             sizes.append("--no-gradient_checkpointing")
         elif run.checkpointed_blocks < run.config.num_hidden_layers:
             sizes.append("--gradient_checkpointing auto")
-        if run.micro_batches > 1:
+        if run.micro_batches > 1 and run.is_sharded:  # otherwise there is nothing to reduce
             sizes.append(f"--gradient_reduction {run.gradient_reduction}")
         return " ".join(filter(None, [*sizes, self.offload])) or "the defaults"
 
@@ -66,10 +66,10 @@ def divisors(n):
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def layouts(run):
+def layouts(run, planned):
     """The runs of every tp × sp × replicas that the model and the number of ranks allow, and [reason, ...].
 
-    A reason says why a model has no tp, or no sp, at all.
+    A reason says why a model has no tp, or no sp, at all. planned: see Search
     """
     found, reasons = [], {}
     for tp, sp in itertools.product(divisors(run.world_size), repeat=2):
@@ -78,6 +78,7 @@ def layouts(run):
         layout = replace(run, tp=tp, sp=sp)
         try:
             forecast.check(layout)
+            layout = planned(tp, sp) if planned else layout
         except UserError as error:
             axis = ("tp", tp) if sp == 1 else ("sp", sp)
             reasons.setdefault(axis[0], str(error).partition("; ")[0])
@@ -101,20 +102,23 @@ class Search:
 
     Runs are visited in the order of the time that they would take without checkpointing, which is a lower
     bound: when it exceeds the time of the third best layout, nothing better can follow.
+
+    planned  a function: (tp, sp) -> the run with them, in which more may differ (compilation, what the blocks
+             of a family keep); UserError if a setting does not work with them. None: nothing else differs
     """
 
-    def __init__(self, run, cluster, limit, count=3):
+    def __init__(self, run, cluster, limit, count=3, planned=None):
         self.cluster, self.limit, self.count = cluster, limit, count
         self.too_large = []  # sizes_of runs that do not fit
         self.best = {}  # (tp, sp, replicas) -> Candidate
-        self.layouts, self.reasons = layouts(run)
+        self.layouts, self.reasons = layouts(run, planned)
         self.queue, self.numbers = [], itertools.count()
         for layout in self.layouts:
             for planned in variants(layout):
                 self.push(planned, "")
 
     def push(self, run, offload):
-        run = replace(run, **OFFLOADS[offload])
+        run = forecast.as_stored(replace(run, **OFFLOADS[offload]))
         bound = middle(step_time(run, self.cluster))
         heapq.heappush(self.queue, (bound, next(self.numbers), run, offload))  # no run is compared
 
@@ -182,10 +186,13 @@ def is_larger(sizes, other):
 # what is printed
 
 
-def lines(run, cluster, capacity):
-    """Yield the lines of `plan.py --best`. Raises UserError if nothing fits into FILL of `capacity` bytes."""
+def lines(run, cluster, capacity, planned=None):
+    """Yield the lines of `plan.py --best`. Raises UserError if nothing fits into FILL of `capacity` bytes.
+
+    planned  see Search
+    """
     limit = FILL * capacity
-    search = Search(run, cluster, limit)
+    search = Search(run, cluster, limit, planned=planned)
     found = search.candidates()
     if not found:
         smallest = least(search.layouts)
@@ -251,8 +258,9 @@ def least(runs, **changes):
                       checkpointed_blocks=run.config.num_hidden_layers)
         for offload, settings in OFFLOADS.items():
             if not settings or (run.cuda and changes.get("offload", True)):
-                planned = replace(run, **settings, **{k: v for k, v in changes.items() if k != "offload"})
-                found.append((memory(planned)["device"], Candidate(planned, offload, None, 0)))
+                fixed = {k: v for k, v in changes.items() if k != "offload"}
+                smaller = forecast.as_stored(replace(run, **settings, **fixed))
+                found.append((memory(smaller)["device"], Candidate(smaller, offload, None, 0)))
     return min(found, key=lambda item: item[0])
 
 

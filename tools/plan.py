@@ -211,8 +211,13 @@ def plan(cfg):
     model, _ = sft.build(replace(cfg, dtype=dtype), paths, ranks)
     run = PlannedRun.of(model, cfg, world_size=cfg.world_size(), cuda=cuda)
     cluster = cfg.cluster()
+
+    def planned(tp, sp):
+        other = replace(cfg, tp=tp, sp=sp, best=False)  # UserError where a setting does not work with them
+        return PlannedRun.of(model, other, world_size=cfg.world_size(), cuda=cuda)
+
     if cfg.best:
-        printed = best.lines(run, cluster, capacity(cfg))
+        printed = best.lines(run, cluster, capacity(cfg), planned)
     else:
         check(run)
         printed = lines(chosen(run, cfg), cluster=cluster, memory_gb=cfg.memory_gb)

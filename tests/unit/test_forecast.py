@@ -544,6 +544,16 @@ def test_remedies_name_sp_and_the_reduction_where_they_help():
     assert not [flags for flags in alone if flags.startswith(("--sp", "--gradient_reduction"))]
 
 
+def test_what_offload_saves_counts_how_weights_are_stored(monkeypatch):
+    """Several GPUs in bf16: FSDP2's weights are fp32, with --optimizer_offload bf16; those of adapters are fp32."""
+    for flags in ((), ("--use_lora",)):
+        flags = "--model", TINY, "--ranks", 4, "--gradient_reduction", "step", *flags
+        run, offloaded = planned_by(monkeypatch, *flags), planned_by(monkeypatch, *flags, "--optimizer_offload")
+        difference = forecast.memory(run)["device"] - forecast.memory(offloaded)["device"]
+        assert dict(forecast.savings(run)).get("--optimizer_offload", 0) == max(0, difference)
+        assert forecast.as_stored(offloaded) == offloaded and forecast.as_stored(run) == run
+
+
 def test_only_what_is_auto_is_chosen():
     """A number that is given stays."""
     run = dataclasses.replace(gpu(QWEN_05B), micro_batch_size=3, checkpointed_blocks=7)

@@ -5,6 +5,7 @@ test_forecast.py compares the calls and bytes of collectives with those of four 
 
 import dataclasses
 import itertools
+import json
 import re
 import sys
 
@@ -178,6 +179,42 @@ def test_best_prints_runs_that_plan_prints_too(monkeypatch, capsys):
         times, = re.findall(r"^ +([\d.]+) s if FSDP2's .*, ([\d.]+) s if not", shown, re.M)
         assert [f"{float(peak):.1f}", *times] == figures
         assert parts in shown
+
+
+GEMMA = dict(model_type="gemma3_text", hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=512,
+             num_attention_heads=4, num_key_value_heads=4, head_dim=16, sliding_window=64, query_pre_attn_scalar=16,
+             hidden_activation="gelu_pytorch_tanh", rope_local_base_freq=1e4, rope_theta=1e6)
+
+
+@pytest.mark.parametrize("config, ranks", [(None, 1), (None, 4), (GEMMA, 4)])
+def test_candidates_are_what_their_flags_mean(config, ranks, tmp_path, monkeypatch):
+    """Compilation, what the blocks keep and how weights are stored too, of every layout and offload."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    runs, flags = [], ["--model", tmp_path if config else TINY, "--ranks", ranks, "--batch_size", 2 * ranks]
+    monkeypatch.setattr(best.Search, "candidates", lambda search: runs.append(search) or [])
+    monkeypatch.setattr(plan, "lines", lambda run, **_: runs.append(run) or [])
+
+    def planned(*more):
+        monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, [*flags, *more])])
+        attempt(plan.main)
+        return runs.pop()
+
+    search = planned("--best")
+    for layout, offload in itertools.product(search.layouts, best.OFFLOADS if config is None else [""]):
+        if layout.replicas == 1:
+            search.queue.clear()
+            search.push(of(layout, gradient_reduction="step"), offload)
+            (_, _, candidate, _), = search.queue
+            given = best.Candidate(candidate, offload, None, 0).flags.replace("the defaults", "").split()
+            assert planned(*given) == candidate, given
+
+
+@pytest.mark.parametrize("flags, absent, present", [
+    (("--ranks", 8, "--use_lora", "--quantize", "nf4"), "--tp ", "not      --quantize nf4 does not work with --tp"),
+    (("--ranks", 1), "--gradient_reduction", "1        --no-gradient_checkpointing")])
+def test_best_prints_no_flag_that_is_refused(monkeypatch, capsys, flags, absent, present):
+    out = printed(monkeypatch, capsys, "--best", *flags)
+    assert present in out and not any(absent in line for line in out.splitlines() if line[:1] in "123")
 
 
 def test_why_a_candidate_loses(run):
