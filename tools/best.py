@@ -66,10 +66,11 @@ def divisors(n):
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def layouts(run):
+def layouts(run, planned=None):
     """The runs of every tp × sp × replicas that the model and the number of ranks allow, and [reason, ...].
 
-    A reason says why a model has no tp, or no sp, at all.
+    A reason says why a model has no tp, or no sp, at all. planned: function (tp=, sp=) -> PlannedRun of these
+    settings; None: `run` with other sizes, where what a block keeps depends on nothing else.
     """
     found, reasons = [], {}
     for tp, sp in itertools.product(divisors(run.world_size), repeat=2):
@@ -78,6 +79,7 @@ def layouts(run):
         layout = replace(run, tp=tp, sp=sp)
         try:
             forecast.check(layout)
+            layout = planned(tp=tp, sp=sp) if planned else layout
         except UserError as error:
             axis = ("tp", tp) if sp == 1 else ("sp", sp)
             reasons.setdefault(axis[0], str(error).partition("; ")[0])
@@ -103,15 +105,15 @@ class Search:
     bound: when it exceeds the time of the third best layout, nothing better can follow.
     """
 
-    def __init__(self, run, cluster, limit, count=3):
+    def __init__(self, run, cluster, limit, planned=None, count=3):
         self.cluster, self.limit, self.count = cluster, limit, count
         self.too_large = []  # sizes_of runs that do not fit
         self.best = {}  # (tp, sp, replicas) -> Candidate
-        self.layouts, self.reasons = layouts(run)
+        self.layouts, self.reasons = layouts(run, planned)
         self.queue, self.numbers = [], itertools.count()
         for layout in self.layouts:
-            for planned in variants(layout):
-                self.push(planned, "")
+            for variant in variants(layout):
+                self.push(variant, "")
 
     def push(self, run, offload):
         run = replace(run, **OFFLOADS[offload])
@@ -182,10 +184,13 @@ def is_larger(sizes, other):
 # what is printed
 
 
-def lines(run, cluster, capacity):
-    """Yield the lines of `plan.py --best`. Raises UserError if nothing fits into FILL of `capacity` bytes."""
+def lines(run, cluster, capacity, planned=None):
+    """Yield the lines of `plan.py --best`; planned: see layouts.
+
+    Raises UserError if nothing fits into FILL of `capacity` bytes.
+    """
     limit = FILL * capacity
-    search = Search(run, cluster, limit)
+    search = Search(run, cluster, limit, planned)
     found = search.candidates()
     if not found:
         smallest = least(search.layouts)

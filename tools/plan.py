@@ -212,7 +212,11 @@ def plan(cfg):
     run = PlannedRun.of(model, cfg, world_size=cfg.world_size(), cuda=cuda)
     cluster = cfg.cluster()
     if cfg.best:
-        printed = best.lines(run, cluster, capacity(cfg))
+        def planned(**sizes):
+            return PlannedRun.of(
+                model, replace(cfg, best=False, **sizes), world_size=cfg.world_size(), cuda=cuda)
+
+        printed = best.lines(run, cluster, capacity(cfg), planned)
     else:
         check(run)
         printed = lines(chosen(run, cfg), cluster=cluster, memory_gb=cfg.memory_gb)

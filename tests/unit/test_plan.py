@@ -5,6 +5,7 @@ test_forecast.py compares the calls and bytes of collectives with those of four 
 
 import dataclasses
 import itertools
+import json
 import re
 import sys
 
@@ -178,6 +179,32 @@ def test_best_prints_runs_that_plan_prints_too(monkeypatch, capsys):
         times, = re.findall(r"^ +([\d.]+) s if FSDP2's .*, ([\d.]+) s if not", shown, re.M)
         assert [f"{float(peak):.1f}", *times] == figures
         assert parts in shown
+
+
+GEMMA = dict(model_type="gemma2", vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=16, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("family", ["tiny", "gemma2"])
+def test_best_searches_the_runs_of_the_settings_that_it_prints(family, monkeypatch, capsys, tmp_path):
+    """Each layout is the run that its flags make: tp compiles no block, and other blocks keep other tensors."""
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA))
+    searched, runs = [], []
+    monkeypatch.setattr(best, "impossible", lambda layouts, limit: searched.extend(layouts) or [])
+    monkeypatch.setattr(plan, "check", runs.append)
+    flags = ("--model", TINY if family == "tiny" else tmp_path, "--ranks", 2, "--max_length", 1024)
+    printed(monkeypatch, capsys, *flags, "--best")
+    assert {(run.tp, run.sp) for run in searched} == {(1, 1), (1, 2), (2, 1)}
+    for run in searched:
+        printed(monkeypatch, capsys, *flags, "--tp", run.tp, "--sp", run.sp, "--replicas", run.replicas)
+        assert run == runs[-1]
+
+
+def test_best_leaves_out_what_a_setting_excludes(monkeypatch, capsys):
+    """A run that must be compiled has no tp."""
+    out = printed(monkeypatch, capsys, "--ranks", 2, "--best", "--compile", "true")
+    assert "--tp" not in re.sub("^not.*", "", out, flags=re.M)
+    assert "\nnot      --compile does not work with --tp\n" in out
 
 
 def test_why_a_candidate_loses(run):
