@@ -114,8 +114,8 @@ class Search:
         self.layouts, self.reasons = layouts(run, planned)
         self.queue, self.numbers = [], itertools.count()
         for layout in self.layouts:
-            for planned in variants(layout):
-                self.push(planned, "")
+            for variant in variants(layout):
+                self.push(variant, "")
 
     def push(self, run, offload):
         run = forecast.as_stored(replace(run, **OFFLOADS[offload]))

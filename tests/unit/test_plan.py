@@ -217,6 +217,13 @@ def test_best_prints_no_flag_that_is_refused(monkeypatch, capsys, flags, absent,
     assert present in out and not any(absent in line for line in out.splitlines() if line[:1] in "123")
 
 
+def test_best_leaves_out_what_a_setting_excludes(monkeypatch, capsys):
+    """A run that must be compiled has no tp."""
+    out = printed(monkeypatch, capsys, "--ranks", 2, "--best", "--compile", "true")
+    assert "--tp" not in re.sub("^not.*", "", out, flags=re.M)
+    assert "\nnot      --compile does not work with --tp\n" in out
+
+
 def test_why_a_candidate_loses(run):
     first = best.Candidate(run, "", step_time(of(run, checkpointed_blocks=0), Cluster(1, 0.01)), 3 * GB)
     second = best.Candidate(run, "", step_time(of(run, checkpointed_blocks=3), Cluster(1, 0.01)), 2 * GB)
