@@ -282,9 +282,10 @@ class Watchdog:
             self.unread = self.world_size - is_silent - self.store.add("readers", int(counts))
             return
         if len(self.siblings) < len(self.node_ranks):
-            # without torchrun, or under a script, ranks of a node may have different parents
-            self.siblings.update((rank, state) for rank, state in self.read(self.node_ranks).items()
-                                 if state.parent == os.getppid())
+            # without torchrun, or under a script, ranks of a node may have different parents; a new dict each
+            # time, as other threads go through the old one
+            self.siblings = {**self.siblings, **{rank: state for rank, state in self.read(
+                self.node_ranks).items() if state.parent == os.getppid()}}
         if self.is_looking and (self.beat + self.rank) % self.stride == 0:  # not all in the same tick
             self.states = self.read(range(self.world_size))
 

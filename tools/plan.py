@@ -139,7 +139,8 @@ def memory_lines(run):
     if run.is_sharded:
         yield f"gathered      {size['gathered']:>14}  unsharded parameters"
     if sizes["held"] and run.world_size > 1:  # on one rank it is the gradient above
-        yield f"held          {size['held']:>14}  the full gradient, between micro-batches"
+        part = "full gradient" if run.gradient_reduction == "step" else "gradient's shard"
+        yield f"held          {size['held']:>14}  the {part}, between micro-batches"
     if sizes["slack"]:
         yield f"allocator     {size['slack']:>14}  heap fragmentation"
     yield f"peak          {size['device']:>14}  per rank, {on_device}, during {sizes['stage']}"

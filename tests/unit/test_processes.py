@@ -364,6 +364,15 @@ def test_a_rank_with_another_parent_has_not_ended(watchdogs, monkeypatch):
     assert wait(watchdogs, 9) is None
 
 
+def test_a_thread_reads_who_the_siblings_are_while_another_judges(watchdogs, monkeypatch):
+    """A dict that grew meanwhile would end the judging thread: nobody would notice a lost rank any more."""
+    for watchdog in watchdogs[:2]:
+        watchdog.exchange()
+    watchdogs[1].siblings = {0: watchdogs[0].state()}  # all that it has read so far
+    monkeypatch.setattr(failures, "child_state", lambda pid: watchdogs[1].exchange() or "S")
+    assert watchdogs[1].gone_sibling() is None and set(watchdogs[1].siblings) == {0, 1}
+
+
 def test_the_first_failure_wins(watchdogs):
     """Each rank reads it; the phase of one that does not respond is the last one that it wrote."""
     first = watchdogs[1].blame_for(KeyError("x"), 1)
