@@ -35,9 +35,9 @@ BY_COLUMNS = "o_proj", "down_proj"
 # memory of freed tensors. It is a fraction of the kept activations, plus a fraction of what all blocks
 # allocate one after another. Tensors above HEAP_LIMIT bytes cause none: the system gets them back at once.
 # LoRA runs lower that limit (memory.tune_malloc). Pairs: without and with LoRA.
-# With several ranks, gloo copies what it gathers twice and what it reduces once. These copies are of so many
-# sizes that of the largest ones, freed, the heap reuses nothing: GLOO_COPIES of the largest group stay.
-GLOO_COPIES = 3
+# With several ranks, gloo's threads copy what they gather and reduce. Freed, these copies stay in the heap, as
+# many as GLOO_COPIES of the largest group: measured in a loop of both, without a model.
+GLOO_COPIES = 4
 KEPT_FRAGMENTATION, BLOCK_FRAGMENTATION, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)
 
 
@@ -506,6 +506,8 @@ def embedding_bytes(run, held, state):
     gradients = held or gradients_of(run, "") + gradients_of(run, HEAD)
     dense = unsharded_bytes(run, None, run.itemsize, only_trained=True)
     before = 0 if held else full_gradient(run, "0")  # the flat tensor of the first block's
+    if run.tp > 1:  # torch computes the gradient of the whole vocabulary before it takes this rank's rows
+        dense += run.config.vocab_size * run.config.hidden_size * run.itemsize * run.trains_embedding
     embedding = max(dense + tied_gradient, reduction_bytes(run, None))
     return gradients + gathered_bytes(run, None) + before + embedding
 
@@ -665,8 +667,7 @@ def fragmentation(run, block):
     of_ranks = 0
     if run.shards > 1:
         of_ranks = GLOO_COPIES * max(gathered_bytes(run, group) for group in (None, HEAD, "0"))
-        if run.micro_batches > 1 and run.gradient_reduction == "step":
-            # the flat shards do not fit where the held gradients, tensor by tensor, were freed
+        if run.micro_batches > 1:  # FSDP2's flat shards do not fit where other gradients were freed
             of_ranks += states(run)["gradients"]
     return int(in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks)) + of_ranks
 
