@@ -219,7 +219,7 @@ def lines(run, cluster, capacity, planned=None):
         yield (f"idle     {idle} of {found[0].run.dp} groups of ranks have no conversation: raise "
                f"--batch_size to {found[0].run.dp}, or use fewer GPUs")
     for text in (*search.reasons, *impossible(search.layouts, limit)):
-        yield f"left out {text}"
+        yield f"excluded {text}"
 
 
 def parts(time):

@@ -210,7 +210,7 @@ def test_candidates_are_what_their_flags_mean(config, ranks, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("flags, absent, present", [
-    (("--ranks", 8, "--use_lora", "--quantize", "nf4"), "--tp ", "left out --quantize nf4 does not work with --tp"),
+    (("--ranks", 8, "--use_lora", "--quantize", "nf4"), "--tp ", "excluded --quantize nf4 does not work with --tp"),
     (("--ranks", 1), "--gradient_reduction", "1        --no-gradient_checkpointing")])
 def test_best_prints_no_flag_that_is_refused(monkeypatch, capsys, flags, absent, present):
     out = printed(monkeypatch, capsys, "--best", *flags)
@@ -220,8 +220,8 @@ def test_best_prints_no_flag_that_is_refused(monkeypatch, capsys, flags, absent,
 def test_best_leaves_out_what_a_setting_excludes(monkeypatch, capsys):
     """A run that must be compiled has no tp."""
     out = printed(monkeypatch, capsys, "--ranks", 2, "--best", "--compile", "true")
-    assert "--tp" not in re.sub("^left out.*", "", out, flags=re.M)
-    assert "\nleft out --compile does not work with --tp\n" in out
+    assert "--tp" not in re.sub("^excluded.*", "", out, flags=re.M)
+    assert "\nexcluded --compile does not work with --tp\n" in out
 
 
 def test_why_a_candidate_loses(run):
@@ -240,7 +240,7 @@ def test_what_is_impossible_is_named(run):
     needed, = re.findall(r"without --sp, one conversation of 32,768 tokens needs ([\d.]+) GiB", lines)
     assert float(needed) == pytest.approx(smallest / GB, abs=0.06)
     assert smallest > 0.3 * 0.85 * GB
-    assert "left out" not in "\n".join(best.lines(run, Cluster(), 80 * GB))
+    assert "excluded" not in "\n".join(best.lines(run, Cluster(), 80 * GB))
     _, error = attempt(list, best.lines(run, Cluster(), 0.01 * GB))
     assert "nothing fits: one conversation of 32,768 tokens" in error and "use more ranks" in error
 
