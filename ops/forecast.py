@@ -37,8 +37,8 @@ BY_COLUMNS = "o_proj", "down_proj"
 # LoRA runs lower that limit (memory.tune_malloc). Pairs: without and with LoRA.
 KEPT_FRAGMENTATION, BLOCK_FRAGMENTATION, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)
 # With several ranks, gloo's threads copy what they gather and reduce. Freed, these copies stay in the heap,
-# as many as GLOO_COPIES of the largest group: measured in a loop of both, without a model.
-GLOO_COPIES = 4
+# as many as GLOO_COPIES of the largest group: 3 to 5 in a loop of both, without a model.
+GLOO_COPIES = 3
 
 
 @dataclass(frozen=True)
