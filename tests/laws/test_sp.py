@@ -217,7 +217,7 @@ def test_four_exchanges_a_layer_and_direction(checkpointed, ranks):
 
 
 @pytest.mark.parametrize("options, backend", [
-    (dict(use_lora=True, checkpointed_blocks=1), "aot_eager"),
+    pytest.param(dict(use_lora=True, checkpointed_blocks=1), "aot_eager", marks=pytest.mark.full),
     *(pytest.param(options, backend, marks=pytest.mark.full) for backend in ("aot_eager", "aot_eager_decomp_partition")
       for options in ({}, dict(num_attention_heads=8, num_key_value_heads=1), dict(use_lora=True)))], ids=str)
 def test_compiled_blocks_stay_one_graph(options, backend, ranks, monkeypatch, request):
