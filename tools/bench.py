@@ -129,7 +129,8 @@ PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and th
 PLANNED_RANKS = {  # more of --part plan, of the first shape: flags -> processes
     "--batch_size 2": 2, "--batch_size 4": 2, "--batch_size 4 --gradient_reduction micro_batch": 2,
     "--batch_size 2 --replicas 2": 2, "--sp 2": 2, "--strategy megatron --tp 2": 2,
-    "--batch_size 4 --replicas 2 --no-gradient_checkpointing": 4, "--batch_size 2 --sp 2 --no-gradient_checkpointing": 4,
+    "--batch_size 4 --replicas 2 --no-gradient_checkpointing": 4,
+    "--batch_size 2 --sp 2 --no-gradient_checkpointing": 4,
 }
 # of --part ranks: (processes, flags)
 MESHES = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}
