@@ -35,8 +35,8 @@ BY_COLUMNS = "o_proj", "down_proj"
 # memory of freed tensors. It is a fraction of the kept activations, plus a fraction of what all blocks
 # allocate one after another. Tensors above HEAP_LIMIT bytes cause none: the system gets them back at once.
 # LoRA runs lower that limit (memory.tune_malloc). Pairs: without and with LoRA.
-# With several ranks, gloo's threads copy what they gather and reduce. Freed, these copies stay in the heap, as
-# many as GLOO_COPIES of the largest group; a loop of both, without a model, leaves 3 to 5.
+# With several ranks, gloo's threads copy what they gather and reduce. Freed, these copies stay in the heap,
+# as many as GLOO_COPIES of the largest group; a loop of both, without a model, leaves 3 to 5.
 GLOO_COPIES = 3
 KEPT_FRAGMENTATION, BLOCK_FRAGMENTATION, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)
 

@@ -125,7 +125,8 @@ PLANNED = {  # of --part plan: the model, tokens of a conversation, flags and th
 PLANNED_RANKS = {  # more of --part plan, of the first shape: flags -> processes
     "--batch_size 2": 2, "--batch_size 4": 2, "--batch_size 4 --gradient_reduction micro_batch": 2,
     "--batch_size 2 --replicas 2": 2, "--sp 2": 2, "--strategy megatron --tp 2": 2,
-    "--batch_size 4 --replicas 2 --no-gradient_checkpointing": 4, "--batch_size 2 --sp 2 --no-gradient_checkpointing": 4,
+    "--batch_size 4 --replicas 2 --no-gradient_checkpointing": 4,
+    "--batch_size 2 --sp 2 --no-gradient_checkpointing": 4,
 }
 # of --part ranks: (processes, flags)
 MESHES = {"one": (1, ()), "dp2": (2, ()), "tp2": (2, ("--strategy", "megatron", "--tp", "2"))}
@@ -490,8 +491,9 @@ sys.path.insert(0, {root!r})
 import tools.bench_sides, sft, tools.bench, {modules}
 from ranks import processes
 with processes.start({tp}, 60) as ranks:
-    ranks.all_reduce(tools.bench.torch.zeros(1))
-    print(tools.bench_sides.proc_gb('status', 'VmRSS'))
+    ranks.all_reduce(torch.zeros(1))
+    if ranks.rank == 0:  # the others have as much
+        print(tools.bench_sides.proc_gb('status', 'VmRSS'))
 """
 
 
@@ -507,7 +509,7 @@ def base_gb(n, kind, directory):
     path = os.path.join(directory, "base.py")
     with open(path, "w", encoding="utf-8") as f:
         f.write(BASE.format(root=PROJECT, modules=", ".join(modules), tp=2 if "--tp" in kind else 1))
-    return max(map(float, launch(n, path).split()))
+    return float(launch(n, path))
 
 
 def bench_plan(cfg, directory):
