@@ -496,8 +496,9 @@ sys.path.insert(0, {root!r})
 import tools.bench_sides, sft, tools.bench, {modules}
 from ranks import processes
 with processes.start({tp}, 60) as ranks:
-    ranks.all_reduce(tools.bench.torch.zeros(1))
-    print(tools.bench_sides.proc_gb('status', 'VmRSS'))
+    ranks.all_reduce(torch.zeros(1))
+    if ranks.rank == 0:  # the others have as much
+        print(tools.bench_sides.proc_gb('status', 'VmRSS'))
 """
 
 
@@ -513,7 +514,7 @@ def base_gb(n, kind, directory):
     path = os.path.join(directory, "base.py")
     with open(path, "w", encoding="utf-8") as f:
         f.write(BASE.format(root=PROJECT, modules=", ".join(modules), tp=2 if "--tp" in kind else 1))
-    return max(map(float, launch(n, path).split()))
+    return float(launch(n, path))
 
 
 def bench_plan(cfg, directory):
