@@ -45,6 +45,17 @@ def test_a_killed_run_returns_its_first_steps_and_saves_nothing(tmp_path, monkey
     assert removed == [(str(tmp_path / "run"), [])]
 
 
+@pytest.mark.full
+def test_the_plan_of_a_run_is_its_peak_within_a_tenth(tmp_path, monkeypatch):
+    """Two of the runs of --part plan: on one rank, and sequence parallelism on two."""
+    shape, (config, length, _) = next(iter(bench.PLANNED.items()))
+    monkeypatch.setattr(bench, "PLANNED", {shape: (config, length, ("",))})
+    monkeypatch.setattr(bench, "PLANNED_RANKS", {"--sp 2": 2})
+    figures = bench.bench_plan(parse(bench.Config, ["--part", "plan", "--repeats", "1"])[0], str(tmp_path))
+    assert list(figures["runs"]) == [shape, f"{shape} 2 ranks --sp 2"]
+    assert figures["largest_difference"] <= 0.1
+
+
 def test_useful_flops_are_those_of_every_conversation_once(tmp_path):
     bench.write_model(str(tmp_path), SHAPE)
     bench.write_rows(str(tmp_path / "rows.json"), 10)
