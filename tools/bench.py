@@ -32,10 +32,11 @@ start   seconds from the launch of sft.py to the end of its first optimizer step
 memory  peak memory and seconds per step of sft.py: random weights of the size of Qwen2.5-0.5B, 1 × 1,024
         tokens in fp32, full and LoRA; with --vs trl the same with TRL's SFTTrainer (pip install trl peft)
         in the same Python
-plan    the memory that tools/plan.py predicts and the peak of a run, both without what the process takes
-        before it has a model, in fp32: two shapes, full and LoRA, with and without checkpointing and
-        offload, one or two micro-batches per step, conversations of max_length tokens; and on 2 and 4
-        ranks with dp, replicas, sp, tp and both reductions of the gradient (of the rank with most memory)
+plan    the memory that tools/plan.py predicts and the peak of a run (the median of --repeats runs), both
+        without what the process takes before it has a model, in fp32: two shapes, full and LoRA, with and
+        without checkpointing and offload, one or two micro-batches per step, conversations of max_length
+        tokens; and on 2 and 4 ranks with dp, replicas, sp, tp and both reductions of the gradient (of the
+        rank with most memory)
 scale   what one of 1,024 ranks does by itself: milliseconds to sample, pack and collate a step, and to start
         an epoch; requests to the store per tick of the watchdog, and the load of all ranks on the store's
         node; the gate of rank 0; seconds to plan which rank writes which bytes of a checkpoint
@@ -151,7 +152,7 @@ class Config:
         ("loss", "load", "ranks", "memory", "data", "chat", "delta", "step", "save", "start", "plan",
                "scale"),
         group="bench")
-    repeats: int = setting(3, "timed runs after a warm-up (ranks: without); memory: timed steps", low=1)
+    repeats: int = setting(3, "timed runs after a warm-up (ranks, plan: without); memory: timed steps", low=1)
     tokens: int = setting(4096, "loss: tokens of the micro-batch", low=1)
     hidden: int = setting(896, "loss: hidden size", low=1)
     vocab: int = setting(151936, "loss: vocabulary size", low=1)
@@ -525,17 +526,19 @@ def bench_plan(cfg, directory):
         write_model(directory, dict(QWEN_05B, **config))
         words = kind.split()
         batch_size = int(words[words.index("--batch_size") + 1]) if "--batch_size" in words else 1
-        rows = write_full_rows(directory, length, batch_size * (cfg.repeats + 1))
+        rows = write_full_rows(directory, length, batch_size * 2)
         flags = ("--max_length", str(length), "--batch_size", str(batch_size), *words)
         printed = launch(n, os.path.join(PROJECT, "tools", "plan.py"), "--model", directory, *flags)
         peak_line = next(text for text in printed.splitlines() if text.startswith("peak"))
         planned = float(peak_line.split()[1])
-        steps = train(directory, n, cfg.repeats + 1, "--train_data", rows, *flags)
-        assert all(step["tokens"] == length * batch_size for step in steps)
-        base = base_gb(n, kind, directory)
-        peak = steps[-1]["peak_memory_gb"] - base
+        base, peaks = base_gb(n, kind, directory), []
+        for _ in range(cfg.repeats):  # of runs: the same one has another peak each time
+            steps = train(directory, n, 2, "--train_data", rows, *flags)
+            assert all(step["tokens"] == length * batch_size for step in steps)
+            peaks.append(steps[-1]["peak_memory_gb"] - base)
         name = " ".join([shape, *[f"{n} ranks"] * (n > 1), *words])
-        line[name] = {"base_gb": base, "planned_gb": planned, "peak_gb": peak, "ratio": planned / peak}
+        line[name] = {"base_gb": base, "planned_gb": planned, "peak_gb": spread(peaks),
+                      "ratio": planned / statistics.median(peaks)}
     largest = max(abs(run["ratio"] - 1) for run in line.values())
     return {"runs": line, "largest_difference": largest}
 
