@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 def runs(tmp_path_factory, models, pytestconfig):
     """{"model layout offload shape": output directory} of runs over all axes of the gradient law.
 
-    A third of the pairs of layout and offload; with --full all of them.
+    A third of the pairs of layout and offload, on one and two ranks and as dp 2 × tp 2; with --full all of them.
     """
     root = tmp_path_factory.mktemp("runs")
     offloads = {"": (), "param": ("--param_offload",), "opt": ("--optimizer_offload",)}
@@ -59,7 +59,8 @@ def runs(tmp_path_factory, models, pytestconfig):
               "auto": ("--micro_batch_size", "auto", "--gradient_checkpointing", "auto")}
     commands = {f"{model} one  ": (1, ("--model", models[model])) for model in models}
     for (i, layout), (j, offload) in itertools.product(enumerate(LAYOUTS), enumerate(offloads)):
-        if ((i + j) % 3 or layout == "sp2tp2") and not pytestconfig.getoption("--full"):  # as in test_weights.py
+        is_first = (i + j) % 3 == 0 and layout not in ("dp4", "tp4", "sp4", "sp2tp2")
+        if not is_first and not pytestconfig.getoption("--full"):
             continue
         ranks, flags = LAYOUTS[layout]
         model = "untied" if ((i + 1) // 2 + j) % 2 or layout == "tp4" else "tied"  # tied has two key/value heads

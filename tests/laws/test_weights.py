@@ -160,9 +160,10 @@ def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig
     checkpoint, on two ranks, with sequence parallelism.
     """
     common = (*RUN, "--max_steps", 3, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", TINY)
-    layouts = {"dp2": ("--no-packing",), "sp2tp2": ()}
+    layouts = {"dp2": ("--no-packing",)}
     if pytestconfig.getoption("--full"):
-        layouts |= {"tp2": (), "sp4": (), "dp4": (), "dp2 offload": ("--param_offload",), "dp2tp2": ("--optimizer_offload",)}
+        layouts |= {"sp2tp2": (), "tp2": (), "sp4": (), "dp4": (), "dp2 offload": ("--param_offload",),
+                    "dp2tp2": ("--optimizer_offload",)}
     runs = [(LAYOUTS[name.split()[0]][0], (*common, *LAYOUTS[name.split()[0]][1], *more, "--output_dir",
                                            tmp_path / name)) for name, more in layouts.items()]
     evaluated = 2, ("tools/evaluate.py", tmp_path / "dp2/checkpoints/latest", rows, "--json", "--sp", 2)

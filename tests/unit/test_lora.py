@@ -570,7 +570,7 @@ RUN = ("--use_lora", "--train_data", EXAMPLES, "--lr", "1e-3", "--batch_size", "
 def runs(tmp_path_factory, models, pytestconfig):
     """Runs with LoRA over layouts, offloads, packing and gradient checkpointing, {name: output directory}.
 
-    With --full half of all pairs of layout and kind; otherwise a quarter, without the layouts tp4, sp4 and sp2tp2.
+    With --full half of all pairs of layout and kind; otherwise a quarter, without four layouts of four ranks.
     """
     root = tmp_path_factory.mktemp("lora_runs")
     kinds = {"plain": (), "dora": ("--lora_dora", "--lora_rs"), "embedding": ("--lora_modules_to_save", "embed_tokens"),
@@ -584,7 +584,7 @@ def runs(tmp_path_factory, models, pytestconfig):
         for j, kind in enumerate(kinds):
             step = 2 if pytestconfig.getoption("--full") else 4
             if (kind == "nf4" and "tp" in layout) or (i + j) % step or (
-                    step == 4 and layout in ("tp4", "sp4", "sp2tp2")):
+                    step == 4 and layout in ("dp4", "tp4", "sp4", "sp2tp2")):
                 continue
             model = "untied" if (i + j) % 4 or layout == "tp4" else "tied"
             offload, shape = list(offloads)[(i + (i + j) // 2) % 3], list(shapes)[i // 2 % 2]

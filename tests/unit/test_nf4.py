@@ -328,6 +328,7 @@ def test_compiled_dequantisation_has_the_same_bits(columns, monkeypatch):
         assert metrics.generated_kernel_count == 1
 
 
+@pytest.mark.full
 def test_compiled_dequantisation_in_checkpointed_layers(monkeypatch):
     """Forward, the second forward in backward, and backward give the bits of the eager function."""
     torch._dynamo.reset()

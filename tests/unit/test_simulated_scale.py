@@ -271,17 +271,18 @@ def test_only_rank_0_reads_the_answers_of_all_ranks_at_the_gate(rank):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """{number of ranks: [what count_store.py wrote, of each rank]} of two runs of sft.py."""
+def runs(tmp_path_factory, pytestconfig):
+    """{number of ranks: [what count_store.py wrote, of each rank]} of a run of sft.py, with --full of two."""
+    sizes = (2, 4) if pytestconfig.getoption("--full") else (2,)
     directory = tmp_path_factory.mktemp("requests")
     flags = ("--model", TINY, "--train_data", EXAMPLES, "--batch_size", 8, "--max_steps", 4, "--max_length", 256)
-    run_all([(n, ("count_store", *flags, "--output_dir", f"out{n}")) for n in (2, 4)], directory)
+    run_all([(n, ("count_store", *flags, "--output_dir", f"out{n}")) for n in sizes], directory)
     return {n: [json.loads((directory / f"requests {rank} of {n}.json").read_text()) for rank in range(n)]
-            for n in (2, 4)}
+            for n in sizes}
 
 
 def test_a_step_takes_one_request_of_each_rank(runs):
-    """In runs of two and four ranks: where it is. Rank 0 also looks for warnings of the others, once a step."""
+    """In runs of two ranks, with --full of four too: where it is. Rank 0 also looks for warnings of the others, once a step."""
     for ranks in runs.values():
         for rank, counts in enumerate(ranks):
             steps = [counts[f"step {step}"] for step in range(1, 5)]
@@ -300,6 +301,7 @@ def test_a_watchdog_of_a_run_makes_two_requests_a_tick(runs):
         assert counts["set state #"] == ticks and abs(counts["check failed"] - ticks) <= 1 and len(counts) == 2
 
 
+@pytest.mark.full
 def test_start_and_end_take_as_many_requests_of_our_own_on_more_ranks(runs):
     """gloo asks for the address of each rank, and waits ask again and again: these are not compared. Rank 0 of n also
     reads n answers at each gate."""

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import first, run_all, two_layers
+from helpers import run_all, two_layers
 from safetensors.torch import load_file, save_file
 
 from disk import checkpoint, ownership, pretrained, saving
@@ -166,7 +166,8 @@ GRID = ["replicas=2,tp=2>one", "one>replicas=2,tp=2", "tp=2>one", "tp=2>tp=2", "
         "use_lora=true,tp=2>use_lora=true"]
 
 
-@pytest.mark.parametrize("pairs", first(1, [GRID[:1], GRID[1:]]))
+@pytest.mark.full
+@pytest.mark.parametrize("pairs", [GRID[:1], GRID[1:]])
 def test_eight_ranks_write_each_byte_once_and_read_it_about_once(pairs, tmp_path):
     """Bytes are counted where they are written and read; the program asserts that all values are right."""
     two_layers(tmp_path / "model", hidden_size=56, intermediate_size=296, head_dim=2, vocab_size=2376, **SHAPE_OF_7B)
