@@ -30,7 +30,8 @@ SMALLER = {"10.0.0.1": "127.0.0.1", "--n_gpus 8 --model tiny": "--n_gpus 1 --mod
            "N_GPUS=8": "N_GPUS=1", "--n_gpus 4": "--n_gpus 2", "--nproc_per_node 4": "--nproc_per_node 2",
            "--nproc_per_node 8": "--nproc_per_node 2",
            "/shared/": "shared/", "checkpoints/step_40": "checkpoints/step_2",
-           "--vs trl": "--vs transformers --rows 8 --repeats 1"}  # TRL is not installed for the tests
+           "--vs trl": "--vs transformers --rows 8 --repeats 1",  # TRL is not installed for the tests
+           "-m timeit": "-m timeit -n 1 -r 1"}
 STARTS = re.compile(r"(\./train\.sh|python|torchrun|bash|mkdir|[A-Z_]+=\S+ )")
 # this suite, what is not in the copy, and 20 runs of which test_bench.py makes two
 NOT_RUN = {"bash tests/run.sh", "python tests/make_scaling.py", "python tools/bench.py --part plan"}
