@@ -33,9 +33,11 @@ FIXED_TOKENS = 2048  # the fixed time of a micro-batch, as tokens that take as l
 BY_COLUMNS = "o_proj", "down_proj"
 # Heap fragmentation on the CPU, fitted to `bench.py --part plan` with glibc 2.36, which does not reuse all
 # memory of freed tensors. It is a fraction of the kept activations, plus a fraction of what all blocks
-# allocate one after another. Tensors above HEAP_LIMIT bytes cause none: the system gets them back at once.
-# LoRA runs lower that limit (memory.tune_malloc). Pairs: without and with LoRA.
-KEPT_FRAGMENTATION, BLOCK_FRAGMENTATION, HEAP_LIMIT = (0.1, 0.0), 0.7, (2**25, 2**24)
+# allocate one after another, plus a fraction of what the loss does. Tensors above HEAP_LIMIT bytes cause
+# none: the system gets them back at once. LoRA runs lower that limit (memory.tune_malloc). Pairs: without and
+# with LoRA.
+KEPT_FRAGMENTATION, LOSS_FRAGMENTATION, HEAP_LIMIT = (0.1, 0.0), (0.3, 0.0), (2**25, 2**24)
+BLOCK_FRAGMENTATION = 0.55, 0.62
 # With several ranks, gloo's threads copy what they gather and reduce. Freed, these copies stay in the heap,
 # as many as GLOO_COPIES of the largest group: 3 to 5 in a loop of both, without a model.
 GLOO_COPIES = 3
@@ -631,14 +633,24 @@ def resting_bytes(run, state):
     if run.cuda and run.param_offload:
         return 0, sum(state.values()) + copied
     optimizer = state["moments"] + state["masters"]
-    if run.optimizer_offload:  # two fp32 buffers, as large as the largest shard: gradient in, weight out
-        optimizer += 8 * max(shard_sizes(run, name, shape)[1] for name, shape, _, trained in run.parameters
-                             if trained)
+    if run.optimizer_offload:
+        optimizer += buffer_bytes(run)
     if run.cuda and run.optimizer_offload:
         return state["weights"], optimizer + copied
     if run.cuda:
         return state["weights"] + optimizer, copied
     return state["weights"] + optimizer + copied, 0
+
+
+def buffer_bytes(run):
+    """Bytes of the two fp32 buffers of --optimizer_offload, as large as the largest shard, which take turns.
+
+    On CUDA they are pinned. On the CPU a part that is never written takes no memory.
+    """
+    trained = [(name, shape) for name, shape, _, is_trained in run.parameters if is_trained]
+    trained.sort(key=lambda pair: len(pair[1]) < 2)  # the order of the optimizer: matrices, then the others
+    sizes = [4 * shard_sizes(run, name, shape)[1] for name, shape in trained]
+    return 2 * max(sizes) if run.cuda else max(sizes[::2]) + max(sizes[1::2], default=0)
 
 
 def copied_bytes(run):
@@ -663,13 +675,14 @@ def fragmentation(run, block):
     # the largest tensors are the MLP's; a block keeps four of them
     wide = run.rank_tokens * (run.config.intermediate_size // run.tp) * run.itemsize
     in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[run.is_lora])
-    of_blocks = BLOCK_FRAGMENTATION * (one + block) * run.config.num_hidden_layers
+    of_blocks = BLOCK_FRAGMENTATION[run.is_lora] * (one + block) * run.config.num_hidden_layers
     of_ranks = 0
     if run.shards > 1:
         of_ranks = GLOO_COPIES * max(gathered_bytes(run, group) for group in (None, HEAD, "0"))
         if run.micro_batches > 1:  # FSDP2's flat shards do not fit where other gradients were freed
             of_ranks += states(run)["gradients"]
-    return int(in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks)) + of_ranks
+    of_activations = in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks)
+    return int(of_activations + LOSS_FRAGMENTATION[run.is_lora] * loss_bytes(run)) + of_ranks
 
 
 def largest_micro_batch(run, limit, several=True):

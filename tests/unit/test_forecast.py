@@ -1,6 +1,7 @@
 """ops/forecast.py and tools/plan.py: bytes against those of autograd, of a run's tensors and of real collectives; laws,
 what `auto` chooses, and errors."""
 
+import collections
 import dataclasses
 import functools
 import gc
@@ -247,6 +248,23 @@ def test_activations_of_each_block_in_backward(k):
         below = sum(run.hidden_bytes if j < k else block for j in range(i))
         assert forecast.activations(run, i) == below + block
     assert forecast.activations(run) == forecast.activations(run, 2)
+
+
+@pytest.mark.parametrize("flags", [(), ("--use_lora",)])
+def test_the_buffers_of_optimizer_offload(train, monkeypatch, flags):
+    """What a run of tiny writes into them, to the byte: the first parameter goes to one, the second to the other, and so
+    on. On CUDA, where they are pinned, both are as large as the largest."""
+    written, part = collections.Counter(), optim.part
+
+    def counted(buffer, p):
+        written[id(buffer)] = max(written[id(buffer)], 4 * memory.local(p).numel())
+        return part(buffer, p)
+
+    monkeypatch.setattr(optim, "part", counted)
+    train(*flags, "--optimizer_offload", "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
+    run = planned_by(monkeypatch, "--model", TINY, *flags, "--optimizer_offload")
+    assert forecast.buffer_bytes(run) == sum(written.values())
+    assert forecast.buffer_bytes(dataclasses.replace(run, cuda=True)) == 2 * max(written.values())
 
 
 @pytest.mark.parametrize("flags", [
