@@ -677,9 +677,9 @@ def fragmentation(run, block):
     in_heap = 1 - 4 * wide / one * (wide > HEAP_LIMIT[run.is_lora])
     of_blocks = BLOCK_FRAGMENTATION[run.is_lora] * (one + block) * run.config.num_hidden_layers
     of_ranks = 0
-    if run.shards > 1:
+    if run.shards * run.replicas > 1:
         of_ranks = GLOO_COPIES * max(gathered_bytes(run, group) for group in (None, HEAD, "0"))
-        if run.micro_batches > 1:  # FSDP2's flat shards do not fit where other gradients were freed
+        if run.shards > 1 and run.micro_batches > 1:  # FSDP2's flat shards do not fit where other gradients were freed
             of_ranks += states(run)["gradients"]
     of_activations = in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks)
     return int(of_activations + LOSS_FRAGMENTATION[run.is_lora] * loss_bytes(run)) + of_ranks
