@@ -83,7 +83,7 @@ def test_losses_do_not_depend_on_the_layout(runs):
             assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-4), (name, a, b)
             assert a["tokens"] == b["tokens"]
             assert a["target_tokens"] == b["target_tokens"]
-    assert len(runs) >= 7 and worst > 0  # at least the two base runs and some layouts, which do differ in rounding
+    assert len(runs) >= 6 and worst > 0  # at least the two base runs and some layouts, which do differ in rounding
 
 
 def test_checkpoints_do_not_depend_on_the_layout(runs):
@@ -104,7 +104,7 @@ def test_every_rank_writes_a_file(runs):
     """Four ranks write four files and an index that names them; transformers loads the same tensors."""
     from transformers import AutoModelForCausalLM
 
-    step = next(runs[name] for name in runs if " dp4 " in name) / "checkpoints" / "step_6"
+    step = next(runs[name] for name in runs if " dp2tp2 " in name) / "checkpoints" / "step_6"
     names = sorted(f for f in os.listdir(step) if f.endswith(".safetensors"))
     assert len(names) == 4
     assert names[0] == "model-00001-of-00004.safetensors"
