@@ -679,7 +679,8 @@ def fragmentation(run, block):
     of_ranks = 0
     if run.shards * run.replicas > 1:
         of_ranks = GLOO_COPIES * max(gathered_bytes(run, group) for group in (None, HEAD, "0"))
-        if run.shards > 1 and run.micro_batches > 1:  # FSDP2's flat shards do not fit where other gradients were freed
+        # FSDP2's flat shards do not fit where other gradients were freed
+        if run.shards > 1 and run.micro_batches > 1:
             of_ranks += states(run)["gradients"]
     of_activations = in_heap * (KEPT_FRAGMENTATION[run.is_lora] * activations(run) + of_blocks)
     return int(of_activations + LOSS_FRAGMENTATION[run.is_lora] * loss_bytes(run)) + of_ranks
