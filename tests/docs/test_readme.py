@@ -33,7 +33,7 @@ SMALLER = {"10.0.0.1": "127.0.0.1", "--n_gpus 8 --model tiny": "--n_gpus 1 --mod
            "--vs trl": "--vs transformers --rows 8 --repeats 1",  # TRL is not installed for the tests
            "-m timeit": "-m timeit -n 1 -r 1"}
 STARTS = re.compile(r"(\./train\.sh|python|torchrun|bash|mkdir|[A-Z_]+=\S+ )")
-# this suite, what is not in the copy, and 20 runs of which test_bench.py makes two
+# this suite, what is not in the copy, and 20 runs, two of which test_bench.py makes
 NOT_RUN = {"bash tests/run.sh", "python tests/make_scaling.py", "python tools/bench.py --part plan"}
 ACTIVATE = "source .venv/bin/activate"  # what the READMEs say for torchrun
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.S | re.M)
