@@ -648,7 +648,7 @@ def buffer_bytes(run):
     On CUDA they are pinned. On the CPU a part that is never written takes no memory.
     """
     trained = [(name, shape) for name, shape, _, is_trained in run.parameters if is_trained]
-    trained.sort(key=lambda pair: len(pair[1]) < 2)  # the order of the optimizer: matrices, then the others
+    trained.sort(key=lambda pair: (len(pair[1]) > 1, ".lora_B." in pair[0]))  # as in optim.parameter_groups
     sizes = [4 * shard_sizes(run, name, shape)[1] for name, shape in trained]
     return 2 * max(sizes) if run.cuda else max(sizes[::2]) + max(sizes[1::2], default=0)
 

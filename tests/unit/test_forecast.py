@@ -250,10 +250,13 @@ def test_activations_of_each_block_in_backward(k):
     assert forecast.activations(run) == forecast.activations(run, 2)
 
 
-@pytest.mark.parametrize("flags", [(), ("--use_lora",)])
+@pytest.mark.parametrize("flags", [
+    (), ("--use_lora",), *(pytest.param(flags, marks=pytest.mark.full) for flags in (
+        ("--use_lora", "--lora_plus_ratio", "4", "--lora_dora"), ("--dtype", "bf16"), ("--freeze", "embed_tokens"),
+        ("--use_lora", "--lora_modules_to_save", "embed_tokens")))])
 def test_the_buffers_of_optimizer_offload(train, monkeypatch, flags):
-    """What a run of tiny writes into them, to the byte: the first parameter goes to one, the second to the other, and so
-    on. On CUDA, where they are pinned, both are as large as the largest."""
+    """What a run of tiny writes into them, to the byte: the first parameter goes to one, the second to the other, and
+    so on. On CUDA, where they are pinned, both are as large as the largest."""
     written, part = collections.Counter(), optim.part
 
     def counted(buffer, p):

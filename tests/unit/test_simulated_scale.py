@@ -282,7 +282,7 @@ def runs(tmp_path_factory, pytestconfig):
 
 
 def test_a_step_takes_one_request_of_each_rank(runs):
-    """In runs of two ranks, with --full of four too: where it is. Rank 0 also looks for warnings of the others, once a step."""
+    """In a run of two ranks, with --full of four too: where it is. Rank 0 also looks for warnings, once a step."""
     for ranks in runs.values():
         for rank, counts in enumerate(ranks):
             steps = [counts[f"step {step}"] for step in range(1, 5)]
