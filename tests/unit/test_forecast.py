@@ -251,7 +251,7 @@ def test_activations_of_each_block_in_backward(k):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--use_lora",), *(pytest.param(flags, marks=pytest.mark.full) for flags in (
+    (), ("--use_lora", "--lora_targets", "gate_proj"), *(pytest.param(flags, marks=pytest.mark.full) for flags in (
         ("--use_lora", "--lora_plus_ratio", "4", "--lora_dora"), ("--dtype", "bf16"), ("--freeze", "embed_tokens"),
         ("--use_lora", "--lora_modules_to_save", "embed_tokens")))])
 def test_the_buffers_of_optimizer_offload(train, monkeypatch, flags):
