@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from settings.errors import UserError, printable
 from text import inference, split
 from text.sources import describe_files
@@ -115,8 +117,9 @@ class Ledger:
         if n_pieces > 1:
             self.cut += 1
             self.pieces += n_pieces
-        self.weighted += int((weights != 1).sum())
-        self.weight += float(weights.sum(dtype="float64"))
+        n_weighted = int(np.count_nonzero(weights != 1))
+        self.weighted += n_weighted
+        self.weight += float(weights.sum(dtype="float64")) if n_weighted else len(weights)
 
     def lines(self, files=()):
         """The lines on the screen: files if they are given, rows, tokens, and what else there is to say."""

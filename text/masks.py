@@ -40,17 +40,18 @@ def mask(conversation, encoding, options, tokenizer):
     """
     if conversation.dropped:
         return Masked(dropped=conversation.dropped)
-    if conversation.tokens is None:
-        lacking = count_unknown(conversation.text, encoding.ids, tokenizer)
-        return mask_row(conversation, encoding, options, tokenizer)._replace(unknown=lacking)
-    return mask_row(conversation, encoding, options, tokenizer)
+    ids = encoding.ids  # makes a list each time that it is read
+    masked = mask_row(conversation, encoding, ids, options, tokenizer)
+    if conversation.tokens is not None:
+        return masked
+    return masked._replace(unknown=count_unknown(conversation.text, ids, tokenizer))
 
 
-def mask_row(conversation, encoding, options, tokenizer):
+def mask_row(conversation, encoding, ids, options, tokenizer):
     """mask() of a row that its reader has not dropped, without its unknown characters."""
     if conversation.tokens is None and conversation.spans is None:
-        return mask_text(document(encoding.ids, tokenizer), options.max_length)
-    where, ids, kind = conversation.where, encoding.ids, "chat"
+        return mask_text(document(ids, tokenizer), options.max_length)
+    where, kind = conversation.where, "chat"
     if conversation.tokens is not None:
         kind, (ids, weights) = "tokens", check_tokens(conversation.tokens, tokenizer.size, where)
     length, kept = len(ids), min(len(ids), options.max_length)
@@ -62,7 +63,7 @@ def mask_row(conversation, encoding, options, tokenizer):
     turns = stopped = reasoning = 0
     if kind == "chat":
         weights, turns, stopped, reasoning = make_weights(
-            encoding, conversation.spans, conversation.text, kept=kept,
+            encoding, ids, conversation.spans, conversation.text, kept=kept,
             stop_token_ids=tokenizer.stop_token_ids, train_on_prompt=options.train_on_prompt,
             train_reasoning=options.train_reasoning)
     weights = check_weights(weights[:kept], where)
@@ -76,12 +77,12 @@ def mask_row(conversation, encoding, options, tokenizer):
 # ---- chats -----------------------------------------------------------------------------------------------
 
 
-def make_weights(encoding, spans, text, *, kept, train_on_prompt, train_reasoning, stop_token_ids):
+def make_weights(encoding, ids, spans, text, *, kept, train_on_prompt, train_reasoning, stop_token_ids):
     """The weights of the tokens of one conversation; 0: no target.
 
     A token is a target if it lies entirely inside a trained span.
 
-    encoding         of `text`, by the tokenizers library: n tokens
+    encoding, ids    of `text`, by the tokenizers library: n tokens
     spans            turns.Spans, the assistant's turns in order
     kept             n, or fewer if the conversation is truncated
     train_on_prompt  every token but the first is a target: those outside trained spans have weight 1
@@ -91,7 +92,7 @@ def make_weights(encoding, spans, text, *, kept, train_on_prompt, train_reasonin
     Returns (kept,) fp64, the number of trained turns that are not truncated, how many of these have their
     stop token among the targets, and the number of tokens of their reasoning.
     """
-    ids, weights = encoding.ids, np.full(len(encoding), float(train_on_prompt))
+    weights = np.full(len(ids), float(train_on_prompt))
     turns = stopped = reasoning = 0
     for start, end, has_stop_token, weight, answer in spans:
         first, after = token_range(encoding, start, end, len(text))

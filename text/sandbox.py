@@ -14,6 +14,7 @@ import types
 
 import jinja2
 import jinja2.meta
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.visitor
 
@@ -23,6 +24,13 @@ COST = 2**28  # characters of all values that the template makes, plus 64 times 
 OUTPUT = 2**18  # characters of the rendered text, plus 16 times those of the conversation
 ITEM = 32  # cost of an item of a list, in characters: about the memory that it takes
 LISTS = list, tuple, type({}.keys()), type({}.values()), type({}.items())
+OF_DICTS = frozenset(dir(dict))
+SINGLE = frozenset((int, float, bool, type(None)))  # types of values that cost 1
+SHORTENING = frozenset("endswith lstrip removeprefix removesuffix rstrip startswith strip".split())
+FRAME = "_loop_vars", "_block_vars"  # jinja adds them to the arguments of a call, and removes them
+# What templates read most: all of it safe, and nothing that jinja replaces, as it does str.format
+PLAIN = frozenset([(str, name) for name in (*SHORTENING, "replace", "split")] +
+                  [(jinja2.runtime.LoopContext, name) for name in "first index index0 last".split()])
 
 # What a template can make Python raise. SyntaxError: jinja compiles a break outside a loop to Python.
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError, RecursionError)
@@ -30,6 +38,15 @@ FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
 
 def refuse(message):
     raise jinja2.TemplateError(message)
+
+
+def length(value):
+    """Characters of all that is in a value, about."""
+    if type(value) is str:
+        return len(value)
+    if isinstance(value, dict):
+        return length(list(value)) + length(list(value.values()))
+    return sum(map(length, value)) if isinstance(value, (list, tuple)) else len(repr(value))
 
 
 @contextlib.contextmanager
@@ -155,8 +172,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         Raises jinja2.TemplateError if the template fails or exceeds a limit.
         """
-        with template_errors():  # repr fails on values that are nested too deep
-            size = sum(len(repr(value)) for value in values.values())
+        with template_errors():  # it fails on values that are nested too deep
+            size = length(values)
         self.start(size)
         with template_errors():
             text = template.render(values)  # a variable may have any name, self too
@@ -181,8 +198,12 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         as_text  texts inside lists count with their length, not only as an item
         """
-        if isinstance(value, (str, range)):
-            return len(value) * (1 if isinstance(value, str) else ITEM)
+        if isinstance(value, str):
+            return len(value)
+        if type(value) in SINGLE:
+            return 1
+        if isinstance(value, range):
+            return ITEM * len(value)
         size, pending = 1, [value]
         while pending:
             value = pending.pop()
@@ -239,9 +260,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return cost
 
     def getattr(self, obj, attribute):
-        """Every x.name in a template; as jinja's, but faster for the keys of messages."""
-        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+        """Every x.name in a template; as jinja's, but faster for the keys of messages and what is PLAIN."""
+        if type(obj) is dict and attribute in obj and attribute not in OF_DICTS:
             return obj[attribute]
+        if (type(obj), attribute) in PLAIN:
+            return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj, attr, value):
@@ -257,6 +280,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """A filter that spends its cost before it runs."""
 
         @functools.wraps(function)  # copies jinja_pass_arg, with which jinja passes a context
+        def constant_filter(*values, **named):
+            self.spend(1)
+            return function(*values, **named)
+
+        @functools.wraps(function)
         def counted_filter(*values, **named):
             at = int(getattr(function, "jinja_pass_arg", None) is not None)  # where the filtered value is
             value, rest = values[at], values[at + 1 :]
@@ -264,15 +292,12 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 value = list(value)
             if name == "round" and any(abs(number) > 1000 for number in rest if isinstance(number, int)):
                 refuse("a number of thousands of digits")
-            if name in self.constant_filters:
-                self.spend(1)
-            else:
-                self.spend(self.cost(name, value, [*rest, *named.values()]))
+            self.spend(self.cost(name, value, [*rest, *named.values()]))
             if name in self.lazy_filters:
                 value = self.turns(value)
             return function(*values[:at], value, *rest, **named)
 
-        return counted_filter
+        return constant_filter if name in self.constant_filters else counted_filter
 
     def turns(self, items):
         """The items of a list or generator; each of them spends 1."""
@@ -298,15 +323,21 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context, function, /, *values, **named):
         """Every call in a template: methods of texts and numbers spend cost(), others their inputs' size."""
+        inputs = [*values, *(value for key, value in named.items() if key not in FRAME)]
+        is_method = type(function) is types.BuiltinMethodType and type(function.__self__) is str
+        if is_method and function.__name__ in SHORTENING and len(inputs) == len(values):
+            if all(type(value) is str for value in values):
+                self.spend(len(function.__self__) + sum(map(len, values)))
+                return function(*values)
         method = getattr(function, "__wrapped__", function)  # jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, (str, int)):
             values = [list(v) if name == "join" and isinstance(v, types.GeneratorType) else v for v in values]
-            self.spend(self.cost(name, owner, [*values, *named.values()]))
+            self.spend(self.cost(name, owner, [*values, *inputs[len(values) :]]))
         elif name == "strftime":
             self.spend(self.cost(name, None, values))
         else:
-            inputs = (*values, *named.values(), *[owner] * (name == "copy"))
+            inputs += [owner] * (name == "copy")
             self.spend(sum(self.size(value, False) for value in inputs) + 1)
         result = super().call(context, function, *values, **named)
         if isinstance(result, bytes):  # their methods and operators are not counted
@@ -315,6 +346,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context, operator, left, right):
         """Every operator of intercepted_binops in a template."""
+        if operator == "+" and type(left) is type(right) is str:
+            self.spend(len(left) + len(right))
+            return left + right
         if operator == "%" and isinstance(left, str):
             argument = right if isinstance(right, (str, tuple, dict)) else str(right)
             self.spend(self.cost("format", left, [argument]))

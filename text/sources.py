@@ -1,6 +1,7 @@
 """Which files --train_data and --val_data name: paths, directories, hub datasets, their rows, weights."""
 
 import fnmatch
+import functools
 import glob
 import itertools
 import json
@@ -500,13 +501,17 @@ def source_name(row, name, file):
     value = row.get("source") if isinstance(row, dict) and not name else None
     if isinstance(value, (str, int)) and str(value).strip():
         return str(value).strip()[:100]
-    return name or describe_files([file])
+    return name or name_of_file(file)
+
+
+@functools.lru_cache(1000)
+def name_of_file(file):
+    """What the screen calls a file: "data/train.jsonl", "org/name/en.parquet"."""
+    name = file.replace("/./", "/")  # train.sh in another folder: PROJECT/./data/...
+    return re.sub(r"^.*/datasets--([^/]+)/snapshots/[^/]+/", lambda m: m[1].replace("--", "/") + "/", name)
 
 
 def describe_files(files, count=3):
     """The names of files in a line: "data/train.jsonl, org/name/en.parquet and 4 more"."""
-    names = [file.replace("/./", "/") for file in files]  # train.sh in another folder: PROJECT/./data/...
-    names = [re.sub(r"^.*/datasets--([^/]+)/snapshots/[^/]+/", lambda m: m[1].replace("--", "/") + "/", name)
-             for name in names]
-    more = f" and {len(names) - count:,} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    more = f" and {len(files) - count:,} more" if len(files) > count else ""
+    return ", ".join(map(name_of_file, files[:count])) + more

@@ -5,6 +5,7 @@ are found by character offsets in that text (text/turns.py), not by rendering me
 token ids. What a message says and the text lacks is an error.
 """
 
+import collections
 import contextlib
 import glob
 import json
@@ -356,20 +357,22 @@ class ChatTokenizer:
     def encode_ahead(self, batches):
         """Yield (batch, its encodings). A batch is a list of objects that have a .text.
 
-        A thread encodes one batch, on all cores and without Python's lock, while the caller makes the next.
+        While the caller reads the next batch, two threads encode those before it, on all cores and without
+        Python's lock. With one thread the cores would have nothing to do while it waits for that lock.
         """
         def encode(batch):
             with tokenizer_errors(f"the tokenizer of {self.directory} can't encode the data"):
                 return self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
 
-        with ThreadPoolExecutor(1) as pool:
-            waiting, encodings = None, None
+        with ThreadPoolExecutor(2) as pool:
+            ahead = collections.deque()  # of (batch, future of its encodings)
             for batch in batches:
-                if waiting is not None:
-                    yield waiting, encodings.result()
-                waiting, encodings = batch, pool.submit(encode, batch)
-            if waiting is not None:
-                yield waiting, encodings.result()
+                ahead.append((batch, pool.submit(encode, batch)))
+                if len(ahead) > 2:
+                    former, encodings = ahead.popleft()
+                    yield former, encodings.result()
+            for batch, encodings in ahead:
+                yield batch, encodings.result()
 
     def count(self, texts):
         """The number of tokens of some texts."""
@@ -621,18 +624,18 @@ def find_reasoning(text, answers, spans, learned):
     """
     found, n_rendered, dropped = [], 0, ()
     for span, message in zip(spans, answers):
-        reasoning = turns.reasoning_of(message)
-        answer = learned.answer_after(text, span, reasoning)
+        reasoning, begins = turns.reasoning_of(message), learned.turn_begins(text, span)
+        answer = learned.answer_after(text, span, begins, reasoning)
         is_rendered = bool(reasoning) and answer is not None
         if reasoning and not is_rendered:
             turn = text[span.start : span.stop]
             visible = message["content"].rpartition(turns.THINK_END)[2].strip()
             before = turn.rpartition(visible)[0] if visible else turn
             is_rendered = turns.locate_forms(before, reasoning, 0, None) is not None
-            answer = None if is_rendered else learned.answer_after(text, span, "")
+            answer = None if is_rendered else learned.answer_after(text, span, begins, "")
         if not is_rendered or answer is not None:
             answer = span.start if answer is None else answer
-            if learned.has_more_reasoning(text, span, answer):
+            if learned.has_more_reasoning(text, span, begins, answer):
                 answer, is_rendered = None, bool(reasoning)
         found.append(span._replace(answer=answer))
         if reasoning and span.weight:

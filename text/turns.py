@@ -352,9 +352,12 @@ class Turns:
         lead = next((lead for lead in self.leads if text.startswith(lead, start)), "")
         return [start, start + len(lead)]
 
-    def answer_after(self, text, span, reasoning):
-        """Where an answer begins behind this reasoning, with which its turn begins; None if it does not."""
-        for start in self.turn_begins(text, span)[: 2 if reasoning else 1]:
+    def answer_after(self, text, span, begins, reasoning):
+        """Where an answer begins behind this reasoning, with which its turn begins; None if it does not.
+
+        begins  turn_begins(text, span)
+        """
+        for start in begins[: 2 if reasoning else 1]:
             before = self.before_thought.match(text, start, span.stop)
             begin = before.end()
             if not before[1] and not text[max(begin - 80, 0) : begin].rstrip().endswith(self.befores):
@@ -367,11 +370,11 @@ class Turns:
                     return end.end()
         return None
 
-    def has_more_reasoning(self, text, span, start):
+    def has_more_reasoning(self, text, span, begins, start):
         """Whether a turn from `start` on seems to have reasoning: a tag at its start, or a block anywhere."""
         if text.find(THINK, start, span.stop) >= 0 and BLOCK.search(text, start, span.stop):
             return True
-        starts = self.turn_begins(text, span) if start == span.start else [start]
+        starts = begins if start == span.start else [start]
         return any(self.before_thought.match(text, at, span.stop)[1]
                    or OTHER_TAGS.match(text, at, span.stop) for at in starts)
 

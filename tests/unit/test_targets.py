@@ -178,8 +178,8 @@ def masked(encoding, spans, kept=None, train_on_prompt=False, stop_token_ids=(ST
     """(loss mask as text, turns, turns whose stop token is a target[, tokens of reasoning if there are any])."""
     kept = len(encoding) if kept is None else kept
     weights, turns, stopped, reasoning = masks.make_weights(
-        encoding, [Span(*span) for span in spans], encoding.text, kept=kept, stop_token_ids=stop_token_ids,
-        train_on_prompt=train_on_prompt, train_reasoning=train_reasoning)
+        encoding, encoding.ids, [Span(*span) for span in spans], encoding.text, kept=kept,
+        stop_token_ids=stop_token_ids, train_on_prompt=train_on_prompt, train_reasoning=train_reasoning)
     assert weights.dtype == np.float64 and weights.shape == (kept,)
     assert type(turns) is type(stopped) is int
     counts = (turns, stopped, reasoning) if reasoning else (turns, stopped)
