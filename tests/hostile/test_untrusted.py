@@ -381,6 +381,13 @@ CASES = {
     "lines of a text": (template, "{{ ('aa\n' * 500000).splitlines()|length }}", LARGE),
     "slices of a text": (template, "{% set x = 'a' * 1000000 %}{% set ns = namespace(x=[]) %}" + LOOP.replace(
         "many", "range(99)") + "{% set ns.x = ns.x + [x[i:]] %}{% endfor %}", LARGE),
+    "copies of a text, stripped": (template, "{% set x = 'a' * 900000 + ' ' %}{% set ns = namespace(x=[]) %}" +
+                                   LOOP.replace("many", "range(999)") + "{% set ns.x = ns.x + [x.strip()] %}"
+                                   "{% endfor %}", LARGE),
+    "copies of a text with a letter more": (template, "{% set x = 'a' * 900000 %}{% set ns = namespace(x=[]) %}" +
+                                            LOOP.replace("many", "range(999)") + "{% set ns.x = ns.x + [x + 'b'] %}"
+                                            "{% endfor %}", LARGE),
+    "ten long prefixes": (template, "{{ 'b'.startswith(('a' * 900000,) * 10) }}", LARGE),
     "copies of a list": (template, "{% set x = [1] * 100000 %}{% macro m(n) %}{% set c = x.copy() %}{% if n %}"
                          "{{ m(n-1) }}{% endif %}{{ c|length }}{% endmacro %}{{ m(60) }}", LARGE),
     "a list grows by one": (template, "{% set ns = namespace(x=[]) %}" + LOOP.replace("many", "range(99999)")
