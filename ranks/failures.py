@@ -50,8 +50,8 @@ class Failure:
 
     def line(self):
         verb = "did not respond" if self.is_silent else "failed"
-        return (f"sft.py: error: rank {self.rank} (node {self.node}, {self.host}) {verb} in {self.phase}: "
-                f"{self.cause}")
+        return (f"{os.path.basename(sys.argv[0])}: error: rank {self.rank} (node {self.node}, {self.host}) "
+                f"{verb} in {self.phase}: {self.cause}")
 
 
 class State(NamedTuple):

@@ -234,8 +234,8 @@ class Ranks:
             is_bug = code == 1 and not isinstance(error, reported)
             self.watchdog.fail(error, code)
             if is_bug:
-                print(f"sft.py: rank {self.rank} (node {self.watchdog.node}, {self.watchdog.host}) failed in "
-                      f"{self.phase}:", file=sys.stderr)
+                print(f"{os.path.basename(sys.argv[0])}: rank {self.rank} (node {self.watchdog.node}, "
+                      f"{self.watchdog.host}) failed in {self.phase}:", file=sys.stderr)
                 print_traceback(error)
                 sys.exit(1)
         elif dist.is_initialized():
@@ -401,11 +401,11 @@ def start(tp, timeout, deterministic=False, same=None, *, sp=1, replicas=1):
     with contextlib.ExitStack() as ends:
         ends.push(ranks)  # so that an error ends the other ranks too
         if watchdog:
+            errors.exits_at_once = not dist.is_initialized()  # otherwise by a script that calls train()
             ranks.wait_for_start()
             store.set_timeout(BACKEND_TIMEOUT)
             ranks.agree("program", {"device": device.type, **(same or {})})
         if not dist.is_initialized():
-            errors.exits_at_once = world_size > 1
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                     timeout=BACKEND_TIMEOUT)
         ranks.mesh = init_device_mesh(device.type, (replicas, world_size // (replicas * tp), tp),

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import time
 import unicodedata
 
 # What to do about an OSError, by its number.
@@ -24,7 +25,7 @@ ADVICE = {
 }
 
 
-exits_at_once = False  # this process has threads of gloo; ranks.processes.start sets it
+exits_at_once = False  # the ranks meet, with threads of gloo: end() ends them; ranks.processes.start sets it
 
 
 class UserError(ValueError):
@@ -119,6 +120,15 @@ def say(message):
         print(f"{os.path.basename(sys.argv[0])}: {printable(message)}", file=sys.stderr, flush=True)
 
 
+def let_the_first_rank_speak():
+    """Wait where torchrun has started several ranks, which have not met yet: all find the same error.
+
+    The first one of a node prints it and ends, and torchrun ends the others meanwhile.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not exits_at_once:
+        time.sleep(5)
+
+
 def is_stdout_closed():
     """Whether the reader of standard output (`| head`) has closed it. If so, later output is discarded."""
     poll = select.poll()
@@ -183,11 +193,13 @@ def report(main):
         say(f"error: {error}")
         sys.exit(1)
     except UserError as error:
+        let_the_first_rank_speak()
         say(f"error: {error}")
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
+        let_the_first_rank_speak()
         message, advice = f"error: {error.filename}: {error.strerror}", ADVICE.get(error.errno)
         if advice:
             message += f"; {advice}"

@@ -13,12 +13,12 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, TESTS, first
+from helpers import ROOT, TESTS, first, torchrun
 
 import sft
 from ranks import packages
 from ranks.launch import EXIT_CODES, children
-from settings import venv
+from settings import errors, venv
 from settings.errors import UserError
 
 TOOLS = sorted(pathlib.Path(ROOT, "tools").glob("*.py"))
@@ -45,6 +45,29 @@ def test_a_wrong_setting_of_several_ranks_is_one_line(arguments, line, tmp_path)
     done = train_sh("--n_gpus", "3", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"sft.py: error: {line}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program, arguments, line", first(1, [
+    ("sft.py", ["--lr", "x"], "flag --lr: lr can't be 'x'; it must be a number"),
+    ("sft.py", ["--model", "nowhere"], "--model nowhere: no such directory"),
+    ("tools/evaluate.py", ["nowhere"], "nowhere: no FILE follows")]))
+def test_torchrun_prints_an_error_of_all_ranks_once(program, arguments, line, tmp_path):
+    """The other ranks wait for torchrun to end them."""
+    done = torchrun(3, os.path.join(ROOT, program), *arguments, cwd=tmp_path)
+    lines = re.findall(r"^\S+\.py: error: (.*)", done.stderr, re.M)
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith(line), done.stderr
+
+
+def test_an_error_of_one_rank_alone_is_printed_later(monkeypatch, capsys):
+    """No torchrun ends the rank, because the others have no error."""
+    waits = []
+    monkeypatch.setattr(errors.time, "sleep", waits.append)
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit, match="2"):
+            errors.report(lambda: sft.Config(lr=-1))
+        assert capsys.readouterr().err.endswith(": error: --lr -1.0: it must be at least 0\n")
+    assert waits == [5]
 
 
 @pytest.mark.parametrize("arguments, line", [

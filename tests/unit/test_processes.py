@@ -373,8 +373,9 @@ def test_a_thread_reads_who_the_siblings_are_while_another_judges(watchdogs, mon
     assert watchdogs[1].gone_sibling() is None and set(watchdogs[1].siblings) == {0, 1}
 
 
-def test_the_first_failure_wins(watchdogs):
+def test_the_first_failure_wins(watchdogs, monkeypatch):
     """Each rank reads it; the phase of one that does not respond is the last one that it wrote."""
+    monkeypatch.setattr("sys.argv", ["tools/evaluate.py"])
     first = watchdogs[1].blame_for(KeyError("x"), 1)
     silent = watchdogs[2].silent(3, watchdogs[3].state(), "gone")
     for watchdog, failure in zip(watchdogs, (None, first, silent)):
@@ -383,7 +384,7 @@ def test_the_first_failure_wins(watchdogs):
         watchdog.exchange()
     watchdogs[0].exchange()
     assert {watchdog.failure for watchdog in watchdogs} == {first}
-    assert first.line() == f"sft.py: error: rank 1 (node 0, {first.host}) failed in step 8: KeyError: 'x'"
+    assert first.line() == f"evaluate.py: error: rank 1 (node 0, {first.host}) failed in step 8: KeyError: 'x'"
     watchdogs[0].exchange()
     assert not watchdogs[0].unread
 
