@@ -232,8 +232,10 @@ def read_content(turn, role, message, columns):
         message["tool_calls"] = calls
         content = "" if content in EMPTY else content
     if not contents and not calls:
+        texts = [key for key, value in turn.items() if isinstance(value, str) and key not in ("role", "from")]
+        elsewhere = f", not as {listed(texts)}" if texts else ""
         raise columns.error(f"the content of the {role} message must be a string, it is null; remove the "
-                            f'row or write the text as "content", not in one of {listed(turn)}')
+                            f'row or write the text as "content"{elsewhere}')
     message["content"] = read_text(content, message["role"], columns)
     set_reasoning(message, reasoning, columns)
     if message["role"] == "assistant" and not calls and not message["content"].strip():

@@ -507,7 +507,8 @@ def table():
     lines = ["# Untrusted files: what is limited", "",
              "What a model directory, an adapter, a chat template, settings, data or a checkpoint from somebody",
              "else may contain, and what happens. An error is one line that contains the quoted text, and exit",
-             "code 2. `python tests/hostile/test_untrusted.py` prints this page; as a test it runs every case.", "",
+             "code 2. `python tests/hostile/test_untrusted.py` prints this page, and as a test it runs every case",
+             "(`./train.sh --setup requirements-dev.txt` installs what it needs).", "",
              RULES.rstrip()]
     for kind, title in KINDS.items():
         lines += ["", f"## {title}", "", "| Case | What happens |", "|---|---|"]
@@ -521,7 +522,7 @@ def table():
 
 RULES = """## Rules
 
-- Nothing that is read is executed. Weights are safetensors; everything else is JSON, text or YAML scalars.
+- Nothing that is read is executed, but chat templates, in a sandbox. Weights are safetensors; everything else is JSON, text or YAML scalars.
   Pickles and Python modules in a model directory are never opened.
 - Weight files may be links to anywhere, as weights are often on another disk. Only safetensors with the
   expected names and shapes are accepted. All other files of a model are copied into checkpoints and quoted
@@ -530,8 +531,8 @@ RULES = """## Rules
 - Sizes in config.json are bounded. Its shapes are compared with the headers of the weights before memory is
   allocated.
 - Chat templates run in a sandbox. For one conversation, a template may create 268 million characters (plus
-  64 times the length of the conversation; an item of a list counts as 32), run for 10 s, and print 262,144
-  characters more than 16 times the conversation. The filters `wordwrap`, `urlize` and `pprint` and the
+  64 times the length of the conversation; an item of a list counts as 32), run for 10 s, and print 16 times
+  the length of the conversation plus 262,144 characters. The filters `wordwrap`, `urlize` and `pprint` and the
   function `lipsum` are removed; bytes are refused.
 - A row of a data file has at most 67,108,864 characters. A file of settings has at most 262,144 bytes.
 - A step directory is compared with its manifest. That detects damage, not forgery: whoever can write the
@@ -539,8 +540,8 @@ RULES = """## Rules
 
 ## Not limited
 
-- Templates run in the process of the run, not in one of their own. The limits above are a count of what each
-  operation makes: an operation that nobody thought of may take more. The clock is checked between operations;
+- Templates run in the process of the run, not in one of their own. The limits above count what each
+  operation is known to make; one that nobody thought of may make more. The clock is checked between operations;
   one on a text of a hundred million characters takes seconds. Memory may reach about 2 GB. If a template is
   from somebody whom you do not trust, look at it first, or run in a container with limits.
 - Decompression of a row group of a parquet file by pyarrow, and the tokenizers package on a long text.

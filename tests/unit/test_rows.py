@@ -767,7 +767,8 @@ BAD_ROWS = {
     "only the prompt of verl": ({"prompt": [Q], "reward_model": {"ground_truth": "4"}}, 'no answer to "prompt"; .*'
                                 "--prompt_key COLUMN --response_key COLUMN$"),
     "content under another key": ({"messages": [Q, {"role": "assistant", "message": "a"}]},
-                                  'it is null; .* write the text as "content", not in one of "role", "message"'),
+                                  'it is null; .* write the text as "content", not as "message"$'),
+    "content null": ({"messages": [Q, {"role": "assistant", "content": None}]}, 'write the text as "content"$'),
     "a list of messages as Python writes it": ({"prompt": str([Q]), "completion": "a"}, "not the text of JSON"),
     "messages as texts": ({"messages": ["q", "a"]}, "a message must be"),
     "messages in messages": ({"messages": {"messages": chat("q", "a")}}, "must be a non-empty list"),
