@@ -522,8 +522,8 @@ def table():
 
 RULES = """## Rules
 
-- Nothing that is read is executed, but chat templates, in a sandbox. Weights are safetensors; everything else is JSON, text or YAML scalars.
-  Pickles and Python modules in a model directory are never opened.
+- Nothing that is read is executed, but chat templates, in a sandbox. Weights are safetensors; everything else
+  is JSON, text or YAML scalars. Pickles and Python modules in a model directory are never opened.
 - Weight files may be links to anywhere, as weights are often on another disk. Only safetensors with the
   expected names and shapes are accepted. All other files of a model are copied into checkpoints and quoted
   in errors. So a link has to stay in its directory, or lead to `models--NAME/blobs` of the hub's cache.
