@@ -179,11 +179,12 @@ def tokenise(spec, sources, tokenizer, options, directory, progress=None):
     weights = [[group, source.weight] for group, source in enumerate(sources) for _ in source.files]
     ledger, writer, names = Ledger(), ArrayWriter(directory, ARRAYS, HASHED), {}
     for batch, encodings in tokenizer.encode_ahead(batches(sources, tokenizer, options, names)):
-        for conversation, encoding in zip(batch, encodings, strict=True):
-            append(conversation, encoding, options, tokenizer, ledger, writer)
+        for pair in zip(batch, encodings, strict=True):
+            append(*pair, options, tokenizer, ledger, writer)
         ledger.reasoning_tokens_dropped += tokenizer.count(
             text for item in batch if item.notes for text in item.notes.reasoning_dropped)
         writer.flush()
+        del batch, encodings, pair  # 300 bytes a token, before the next batch is read
         if progress:
             progress()
     ledger.check(spec, options)

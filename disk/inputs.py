@@ -7,9 +7,7 @@ setting that was typed.
 import errno
 import os
 import re
-import sys
 import tempfile
-import time
 
 from disk import checkpoint, files, foreign, hub, peft, pretrained
 from families.config import ModelConfig
@@ -23,15 +21,11 @@ def checked(cfg, origins):
 
     origins  of the settings, from settings.parser.parse: the error names the file that a path is written in
 
-    Raises UserError for what does not exist or can't be used. Of several ranks on a node, one raises it and
-    the others exit, as they would print the same.
+    Raises UserError for what does not exist or can't be used.
     """
     try:
         check(cfg)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK") or "0"):
-            time.sleep(1)  # torchrun ends the other ranks when one has exited, and the first has to print
-            sys.exit(2)
         name = str(error).partition(" ")[0].removeprefix("--")
         if name in origins and parser.files_read({name: origins[name]}):
             raise UserError(f"{error} ({name} is set in {origins[name]})") from error

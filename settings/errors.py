@@ -120,13 +120,20 @@ def say(message):
         print(f"{os.path.basename(sys.argv[0])}: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def let_the_first_rank_speak():
-    """Wait where torchrun has started several ranks, which have not met yet: all find the same error.
+def say_once(message):
+    """say() for an error that all ranks of a node may find before they meet: the first rank prints it.
 
-    The first one of a node prints it and ends, and torchrun ends the others meanwhile.
+    The others wait until torchrun ends them, because the first one has ended. A rank that finds an error
+    alone prints it after 5 seconds.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not exits_at_once:
-        time.sleep(5)
+    is_one_of_many = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
+    deadline = time.monotonic() + 5
+    with contextlib.suppress(KeyboardInterrupt):
+        while is_one_of_many and not exits_at_once and time.monotonic() < deadline:
+            if signal.SIGTERM in signal.sigpending():  # the ranks of train.sh start with it blocked
+                return
+            time.sleep(0.1)
+    say(message)
 
 
 def is_stdout_closed():
@@ -193,17 +200,15 @@ def report(main):
         say(f"error: {error}")
         sys.exit(1)
     except UserError as error:
-        let_the_first_rank_speak()
-        say(f"error: {error}")
+        say_once(f"error: {error}")
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
-        let_the_first_rank_speak()
         message, advice = f"error: {error.filename}: {error.strerror}", ADVICE.get(error.errno)
         if advice:
             message += f"; {advice}"
             if trains:
                 message += "; --resume_from auto then continues from the newest complete checkpoint, if any"
-        say(message)
+        say_once(message)
         sys.exit(2)

@@ -41,12 +41,12 @@ def refuse(message):
 
 
 def length(value):
-    """Characters of all that is in a value, about."""
+    """Characters of a value as JSON writes it, without escapes."""
     if type(value) is str:
-        return len(value)
+        return len(value) + 2
     if isinstance(value, dict):
-        return length(list(value)) + length(list(value.values()))
-    return sum(map(length, value)) if isinstance(value, (list, tuple)) else len(repr(value))
+        return sum(map(length, value)) + sum(map(length, value.values())) + 4 * len(value) + 2
+    return sum(map(length, value)) + 2 * len(value) + 2 if isinstance(value, (list, tuple)) else len(repr(value))
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
 MAX_TEMPLATE = 2**20  # characters; the longest known templates have 30,000
 TEMPLATE_FILE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # those of transformers
 OWN_VARIABLES = "messages", "tools", "add_generation_prompt"  # of a template: template_kwargs can't set them
+MOST_AHEAD = 3 * 2**20  # characters that are encoded at once, if they are several rows
 SHORT = 24  # characters of a message that may stand in a template by chance
 # What switches reasoning on and off in a system message; some templates read it and remove it
 SWITCH = re.compile(r"/(?:no_?)?think\b")
@@ -364,15 +365,19 @@ class ChatTokenizer:
             with tokenizer_errors(f"the tokenizer of {self.directory} can't encode the data"):
                 return self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
 
+        def take():
+            batch, encodings = ahead.popleft()
+            return batch, encodings.result()
+
+        ahead = collections.deque()  # of (batch, future of its encodings)
         with ThreadPoolExecutor(2) as pool:
-            ahead = collections.deque()  # of (batch, future of its encodings)
             for batch in batches:
                 ahead.append((batch, pool.submit(encode, batch)))
-                if len(ahead) > 2:
-                    former, encodings = ahead.popleft()
-                    yield former, encodings.result()
-            for batch, encodings in ahead:
-                yield batch, encodings.result()
+                while len(ahead) > 2 or sum(len(item.text) for waiting, _ in ahead
+                                            for item in waiting) > MOST_AHEAD:
+                    yield take()
+            while ahead:
+                yield take()
 
     def count(self, texts):
         """The number of tokens of some texts."""

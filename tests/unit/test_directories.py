@@ -390,18 +390,6 @@ def test_ids_of_the_hub_are_not_checked(hub, tmp_path):
         inputs.check_data("--val_data", spec)
 
 
-@pytest.mark.full
-def test_several_ranks_print_one_line(tmp_path):
-    """Only the first rank of a node prints; without this each would, in two forms."""
-    command = [sys.executable, os.path.join(ROOT, "sft.py"), "--model", TINY, "--train_data", "nope.json"]
-    ranks = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
-             for rank in range(2)]
-    screens = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert screens[0].startswith("sft.py: error: --train_data nope.json: no such data file") and screens[1] == ""
-
-
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "gpt2"}, "--model .*'gpt2' is not supported"), ({"quantization_config": {"bits": 4}}, "--model .*nf4")])
 def test_a_local_model_is_checked_too(tmp_path, change, message):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, TESTS, first, torchrun
@@ -50,6 +51,7 @@ def test_a_wrong_setting_of_several_ranks_is_one_line(arguments, line, tmp_path)
 @pytest.mark.parametrize("program, arguments, line", first(1, [
     ("sft.py", ["--lr", "x"], "flag --lr: lr can't be 'x'; it must be a number"),
     ("sft.py", ["--model", "nowhere"], "--model nowhere: no such directory"),
+    ("sft.py", ["--model", "tiny", "--train_data", "nowhere"], "--train_data nowhere: no such data file"),
     ("tools/evaluate.py", ["nowhere"], "nowhere: no FILE follows")]))
 def test_torchrun_prints_an_error_of_all_ranks_once(program, arguments, line, tmp_path):
     """The other ranks wait for torchrun to end them."""
@@ -58,16 +60,23 @@ def test_torchrun_prints_an_error_of_all_ranks_once(program, arguments, line, tm
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith(line), done.stderr
 
 
-def test_an_error_of_one_rank_alone_is_printed_later(monkeypatch, capsys):
-    """No torchrun ends the rank, because the others have no error."""
-    waits = []
-    monkeypatch.setattr(errors.time, "sleep", waits.append)
-    for local_rank in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        with pytest.raises(SystemExit, match="2"):
-            errors.report(lambda: sft.Config(lr=-1))
-        assert capsys.readouterr().err.endswith(": error: --lr -1.0: it must be at least 0\n")
-    assert waits == [5]
+@pytest.mark.parametrize("env, pending, waits, is_printed", [
+    ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "a"}, set(), True, True),  # torchrun does not end it: it is alone
+    ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "a"}, {signal.SIGTERM}, False, False),  # a rank of train.sh
+    ({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a"}, set(), False, True), ({"LOCAL_RANK": "1"}, set(), False, True)])
+def test_a_rank_prints_an_error_at_once_later_or_not(env, pending, waits, is_printed, monkeypatch, capsys):
+    """A later rank of torchrun leaves it to the first one of its node."""
+    clock = iter(range(100))
+    monkeypatch.setattr(errors, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    monkeypatch.setattr(errors.signal, "sigpending", lambda: pending)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        errors.report(lambda: sft.Config(lr=-1))
+    line = ": error: --lr -1.0: it must be at least 0\n"
+    assert capsys.readouterr().err.endswith(line) if is_printed else not capsys.readouterr().err
+    assert (next(clock) > 5) == waits
 
 
 @pytest.mark.parametrize("arguments, line", [
