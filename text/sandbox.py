@@ -46,7 +46,9 @@ def length(value):
         return len(value) + 2
     if isinstance(value, dict):
         return sum(map(length, value)) + sum(map(length, value.values())) + 4 * len(value) + 2
-    return sum(map(length, value)) + 2 * len(value) + 2 if isinstance(value, (list, tuple)) else len(repr(value))
+    if isinstance(value, (list, tuple)):
+        return sum(map(length, value)) + 2 * len(value) + 2
+    return len(repr(value))
 
 
 @contextlib.contextmanager

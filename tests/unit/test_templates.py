@@ -4,6 +4,9 @@ npm downloads the tokenizers into a temporary directory; if it can't, their test
 with those of transformers. The oracle of the targets walks over token ids and uses neither characters nor offsets.
 """
 
+import datetime
+import functools
+import json
 import random
 import re
 import subprocess
@@ -16,6 +19,7 @@ from transformers import AutoTokenizer
 
 import data
 from settings.errors import UserError
+from text.sandbox import Sandbox
 from text.template import ChatTokenizer
 
 # family: beginnings of the tokens before an answer, as in the vocabulary; text of the token that ends it
@@ -467,3 +471,13 @@ def test_a_template_that_writes_a_reminder_where_no_token_ends_the_turn_is_refus
     with pytest.raises(UserError, match=re.escape(f"can't be used: it writes {reminder!r} after the last turn, and no "
                                                   "token ends that turn")):
         ChatTokenizer(make_directory(tmp_path / "b", template.replace("REMINDER", reminder), special))
+
+
+@pytest.mark.parametrize("value", [[""] * 70000, [[]] * 70000, [{}] * 70000, [1] * 70000, [None] * 70000,
+                                   functools.reduce(lambda inner, _: {"a": inner}, range(700), 1)],
+                         ids=["texts", "lists", "objects", "numbers", "nulls", "nested 700 deep"])
+def test_a_long_list_of_little_may_be_written_as_json(value):
+    """What a template may write grows with the conversation: with its commas and brackets, too."""
+    sandbox = Sandbox([], datetime.date(2026, 1, 31))
+    template = sandbox.load("{{ tools|tojson }}")
+    assert sandbox.render(template, tools=value) == json.dumps(value)
