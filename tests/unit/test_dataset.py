@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from data_helpers import assert_is, by_hand, conversations, ends_a_turn, repeatable, sources, tiny
@@ -386,3 +387,21 @@ def test_progress_is_shown_after_each_megabyte(tmp_path, monkeypatch):
     calls = []
     loaded = data.load(write(tmp_path / "long.json", rows), ChatTokenizer(TINY), 1000, progress=lambda: calls.append(1))
     assert len(calls) == 2 and len(loaded) == 4
+
+
+@pytest.mark.parametrize("characters, read", [(1, [3, 4, 5, 5, 5]), (2**20, [3, 4, 5, 5, 5]),
+                                              (2 * 2**20, [2, 3, 4, 5, 5]), (4 * 2**20, [1, 2, 3, 4, 5])])
+def test_batches_are_encoded_ahead_but_few_long_rows(characters, read, monkeypatch):
+    """How many batches are read when each one's encodings are ready. The tokens of long rows would fill the memory."""
+    tokenizer, pulled, found = ChatTokenizer(TINY), [], []
+    monkeypatch.setattr(tokenizer, "tokenizer", SimpleNamespace(encode_batch=lambda texts, **_: list(map(len, texts))))
+
+    def batches():
+        for i in range(5):
+            pulled.append(i)
+            yield [SimpleNamespace(text="a" * (characters + i))]
+
+    for batch, encodings in tokenizer.encode_ahead(batches()):
+        assert encodings == [len(batch[0].text)]
+        found.append(len(pulled))
+    assert found == read
