@@ -37,8 +37,8 @@ class BadRows:
         if not self.errors:
             return
         if self.n_bad == 1:
-            raise UserError(self.errors[0])
+            raise UserError(self.errors[0] + "; --bad_rows drop trains without it" * (self.n_good > 0))
+        way = ", or drop them with --bad_rows drop" * (self.n_good > 0)
         more = f"\n  and {self.n_bad - SHOWN:,} more" if self.n_bad > SHOWN else ""
         lines = "\n  ".join(self.errors)
-        raise UserError(f"{self.n_bad:,} rows can't be used; correct them, or drop them with --bad_rows drop:"
-                        f"\n  {lines}{more}")
+        raise UserError(f"{self.n_bad:,} rows can't be used; correct them{way}:\n  {lines}{more}")

@@ -585,4 +585,4 @@ HINTS = [(r"'|[A-Za-z_]+\s*:", "keys and texts need double quotes"), (r"[}\]]", 
 def not_json(path, line, column, message, rest=""):
     """The UserError for JSON text with a mistake; `rest` is the text from the mistake on."""
     hints = [hint for pattern, hint in HINTS if re.match(pattern, rest) and "Expecting" in str(message)]
-    return UserError("; ".join([f"{path} is not JSON: line {line}, column {column}: {message}", *hints[:1]]))
+    return UserError("; ".join([f"{path} line {line}, column {column} is not JSON: {message}", *hints[:1]]))

@@ -124,7 +124,8 @@ class Ledger:
     def lines(self, files=()):
         """The lines on the screen: files if they are given, rows, tokens, and what else there is to say."""
         n_dropped = sum(self.dropped.values())
-        dropped = "".join(f", {count} {reason}" for reason, count in self.dropped.items())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        dropped = f" ({reasons})" if reasons else ""
         cut = f" (of {self.rows_truncated} rows)" if self.rows_truncated else ""
         extra = f" + {self.in_dropped_rows:,} in dropped rows" if self.in_dropped_rows else ""
         name, turns = "rows", ""
@@ -192,7 +193,7 @@ class Ledger:
         if not self.rows:
             raise UserError(f"{spec}: no rows; pass a file with conversations")
         if not self.trained:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
             remedy = "mark at least one assistant message as trained"
             if "bad" in self.dropped:
                 remedy = f"the first: {self.warnings[0]}"

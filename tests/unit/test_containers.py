@@ -144,8 +144,8 @@ def test_what_is_not_json_names_line_and_column(content, line, column, hint, tmp
     """A syntax error is reported with file, line and column, what is wrong and what to write."""
     for packed in (content, gzip.compress(content)):
         say = refusal(tmp_path / "rows.json", packed)
-        assert re.match(rf"rows.json is not JSON: line {line}, column {column}: .*{hint}", say), say
-        with pytest.raises(UserError, match=f"is not JSON: line {line}, column "):
+        assert re.match(rf"rows.json line {line}, column {column} is not JSON: .*{hint}", say), say
+        with pytest.raises(UserError, match=f"line {line}, column .* is not JSON"):
             data.load(str(tmp_path / "rows.json"), tiny, 100)
 
 
@@ -254,7 +254,7 @@ def test_rows_are_read_in_chunks(form, tmp_path):
 def test_an_error_near_the_end_has_the_right_place(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": "p", "response": "word " * 1000}] * 2000, indent=0)[:-1] + ",\n{oops}]")
-    assert f"line {2000 * 4 + 3}, column 2: " in refusal(path)
+    assert f"line {2000 * 4 + 3}, column 2 is not JSON" in refusal(path)
 
 
 @pytest.mark.parametrize("content", ['{"a": "' + "x" * 3000 + '"}', '[{"a": "' + "x" * 3000 + '"}]',

@@ -61,7 +61,7 @@ def test_the_ledger_is_printed_as_it_balances(tmp_path):
     """The two lines on the screen have every number of the two sums."""
     dataset = data.load(write(tmp_path / "rows.json", LEDGER_ROWS), tiny, 20)
     assert dataset.ledger.lines() == (
-        "rows     4 in = 3 trained + 1 dropped, 1 without targets after truncation",
+        "rows     4 in = 3 trained + 1 dropped (1 without targets after truncation)",
         "tokens   107 in = 10 target + 48 context + 19 truncated (of 2 rows) + 30 in dropped rows",
         "prompts  5 of 5 trained turns (100 %) follow the prompt that inference renders")
     assert dataset.ledger.lines(dataset.files)[0] == f"files    {tmp_path}/rows.json"
@@ -324,7 +324,8 @@ def test_all_bad_rows_of_a_file_are_in_one_error(tmp_path):
         data.load(f"{first},{second}", tiny, 100)
     head, *rows = str(error.value).splitlines()
     assert head == "3 rows can't be used; correct them, or drop them with --bad_rows drop:"
-    places = [f"{first} line 2: no answer to", f"{first} is not JSON: line 3", f'{first} line 5: "messages" must be a non-empty list']
+    places = [f"{first} line 2: no answer to", f"{first} line 3, column 2 is not JSON",
+              f'{first} line 5: "messages" must be a non-empty list']
     assert [row.strip()[: len(place)] for row, place in zip(rows, places, strict=True)] == places
 
 
@@ -337,13 +338,15 @@ def test_the_first_bad_rows_are_named_and_all_are_counted(n_bad, named, tmp_path
     assert text.count(f"{path}[") == named and f"{path}[1]" in text and f"{path}[{named}]" in text
     assert (f"{n_bad} rows can't be used" in text) == (n_bad > 1)
     assert (f"and {n_bad - 20} more" in text) == (n_bad > 20)
+    assert ("--bad_rows drop trains without it" in text) == (n_bad == 1)
 
 
 def test_a_file_of_nothing_but_bad_rows_is_not_read_to_its_end(tmp_path):
-    """After a thousand bad rows without a good one; a good one before keeps it reading."""
-    path = write(tmp_path / "rows.json", [{"prompt": "a"}] * 1500)
-    with pytest.raises(UserError, match="^1,000 rows can't be used"):
-        data.load(path, tiny, 100)
+    """After a thousand bad rows without a good one; a good one before keeps it reading. Only then is --bad_rows drop
+    of use."""
+    for n_rows, head in (1500, "1,000 rows can't be used; correct them:\n"), (1, ".*--response_key COLUMN$"):
+        with pytest.raises(UserError, match=f"^{head}"):
+            data.load(write(tmp_path / "rows.json", [{"prompt": "a"}] * n_rows), tiny, 100)
     path = write(tmp_path / "rows.json", [GOOD] + [{"prompt": "a"}] * 1500)
     with pytest.raises(UserError, match="^1,500 rows can't be used"):
         data.load(path, tiny, 100)
@@ -356,7 +359,7 @@ def test_bad_rows_are_dropped_and_counted(tmp_path):
     dataset = data.load(str(path), tiny, 100, bad_rows="drop")
     assert list(dataset.row) == [0, 6] and dataset.ledger.dropped == {"bad": 5}
     lines = dataset.ledger.lines()
-    assert lines[0] == "rows     7 in = 2 trained + 5 dropped, 5 bad"
+    assert lines[0] == "rows     7 in = 2 trained + 5 dropped (5 bad)"
     assert [line.partition(": ")[0] for line in lines[-4:]] == [
         *(f"warning  {path} line {i}" for i in (2, 3, 4)), "warning  2 more rows have one"]
     with pytest.raises(UserError, match=r"no row is left .* all dropped \(1 bad\); the first: .*bad.json\[0\]: no answer"):

@@ -278,7 +278,7 @@ def test_a_row_that_is_not_to_be_trained_is_dropped_and_counted(row, mark, reaso
     assert read.dropped == reason and read.messages is read.text is read.tokens is None
     path = write(tmp_path / "rows.json", [{**row, **mark}, row])
     dataset = data.load(path, tiny, 100)
-    assert dataset.ledger.lines()[0] == f"rows     2 in = 1 trained + 1 dropped, 1 {reason}"
+    assert dataset.ledger.lines()[0] == f"rows     2 in = 1 trained + 1 dropped (1 {reason})"
     assert [dataset.source(i) for i in range(len(dataset))] == [f"{path}[1]"]
 
 
@@ -719,8 +719,19 @@ BAD_ROWS = {
         {"id": 1, "data": {"q": "q", "a": "a"}}, "unrecognised columns 'id', 'data.q', 'data.a'; .*"
                                "--prompt_key COLUMN --response_key COLUMN$"),
     "columns without a name": ({"": {"": {}}, "x": {"": 1}}, "unrecognised columns '.', 'x.'; accepted"),
-    "no keys": ({}, r"unrecognised columns \(none\); accepted"),
-    "half a pair": ({"prompt": "q"}, 'no answer to "prompt"; unrecognised columns \'prompt\'; accepted'),
+    "no keys": ({}, "no question and no answer; accepted"),
+    "half a pair": ({"prompt": "q"}, 'no answer to "prompt"; accepted'),
+    "a context alone": ({"input": "q"}, 'no answer to "input"; accepted'),
+    "a system message alone": ({"system": "q"}, "no question and no answer; accepted"),
+    "a misspelled answer": (
+        {"instruction": "q", "ouput": "a", "id": "x"},
+        "no answer to \"instruction\"; unrecognised columns 'ouput' \\(output\\?\\), 'id'; .*"
+        "pass --prompt_key instruction --response_key ouput$"),
+    "a misspelled question": (
+        {"Qestion": "q", "answer": "a"}, "no question for \"answer\"; unrecognised columns 'Qestion' .question\\?.; .*"
+        "pass --prompt_key Qestion --response_key answer$"),
+    "misspelled messages": ({"mesages": [{"role": "user", "content": "q"}]}, "'mesages' .messages\\?.; accepted"),
+    "an answer and an id": ({"id": "x", "answer": "a"}, "unrecognised columns 'id'; .* --response_key COLUMN$"),
     "half an Alpaca row": ({"instruction": "q", "input": ""}, 'no answer to "instruction"; .*--prompt_key COLUMN'),
     "a text": ("just text", "a row must be an object, not str"),
     "a number": (5, "a row must be an object, not int"),
@@ -899,9 +910,9 @@ BAD_ROWS = {
     "thinking that differs": (
         {**answers({}), "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
                               "may not differ"),
-    "text and an answer": ({"text": "q", "answer": "a"}, "unrecognised columns 'text', 'answer'"),
+    "text and an answer": ({"text": "q", "answer": "a"}, "no question for .answer.; accepted"),
     "a text that is a list": ({"text": ["x"], "id": 1}, '"text" must be a text, it is ."x".'),
-    "an empty text": ({"text": " "}, "unrecognised columns 'text'"),
+    "an empty text": ({"text": " "}, '"text" is empty; accepted'),
     "weight of a text": ({"text": "x", "weight": 2}, '"weight" of a plain text must be 1'),
 }
 

@@ -95,7 +95,7 @@ def test_a_row_of_the_file(output, rows):
         output("show", rows, "--row", 10)
     length = len(tiny.tokenizer.encode(tiny.render([{"role": "user", "content": "question 0"},
                                                     {"role": "assistant", "content": "word "}])).ids)
-    with pytest.raises(UserError, match=r"--row 9: .* 9 too long"):
+    with pytest.raises(UserError, match=r"--row 9: .*\(9 too long"):
         output("show", rows, "--row", 9, "--too_long", "drop", "--max_length", length)
 
 
@@ -115,9 +115,9 @@ def test_bad_rows_and_what_is_not_used_are_printed(output, tmp_path):
         with pytest.raises(UserError, match="2 rows can't be used"):
             output(command, path)
         out = output(command, path, "--bad_rows", "drop")
-        assert "rows     3 in = 1 trained + 2 dropped, 2 bad" in out
+        assert "rows     3 in = 1 trained + 2 dropped (2 bad)" in out
         assert "columns not used: score" in out
-        assert "rows.jsonl line 2: " in out and "rows.jsonl is not JSON: line 3" in out
+        assert "rows.jsonl line 2: " in out and "rows.jsonl line 3, column 14 is not JSON" in out
 
 
 def test_a_plain_text_and_tokens_are_shown(output, tmp_path):
@@ -153,7 +153,7 @@ def test_what_is_truncated_is_marked(output, rows):
     cut = tiny.tokenizer.decode(full.tokens[full.starts[6] - 4 : full.starts[6]].tolist(), skip_special_tokens=False)
     assert f"⟪truncated: {cut}⟫" in out
     assert "truncated:" not in output("show", rows, "--row", 5, "--max_length", length + 4)
-    assert "rows     10 in = 6 trained + 4 dropped, 4 too long" in output(
+    assert "rows     10 in = 6 trained + 4 dropped (4 too long)" in output(
         "show", rows, "-n", 10, "--max_length", length + 4, "--too_long", "drop")
 
 
