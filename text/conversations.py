@@ -31,6 +31,7 @@ class Conversation(NamedTuple):
     notes: Notes | None = None  # what else the template's owner should know, see template.Notes
     prompts: list = []  # of inference.Prompts, one for each trained turn that is compared
     is_first: bool = True  # False: --split_turns has made another one of the same row
+    is_unasked: bool = False  # a trained answer is its first message
     source: int = 0  # number of the name of its source
 
 
@@ -94,6 +95,7 @@ def render(file, number, row, where, tokenizer, options, compares):
             message["weight"] = 0.0
     made, unused = [], row.unused + tokenizer.unread(row.template_kwargs, row.tools)
     samples = split_turns(row.messages) if options.split_turns else [row.messages]
+    opening = next(message for message in row.messages if message["role"] != "system")
     if len(samples[-1]) < len(row.messages):
         unused += ("messages after the last trained turn",)
     for messages in samples:
@@ -107,7 +109,8 @@ def render(file, number, row, where, tokenizer, options, compares):
             unused += ("messages.name",)
         prompts = inference.compare(tokenizer, messages, text, spans, row, where) if compares else []
         made.append(Conversation(file, number, where, text, spans, unused=unused, notes=notes,
-                                 prompts=prompts, is_first=not made))
+                                 prompts=prompts, is_first=not made,
+                                 is_unasked=opening["role"] == "assistant" and opening["weight"] > 0))
     return made
 
 

@@ -36,6 +36,7 @@ class Ledger:
     turns_stopped: int = 0  # turns among these whose stop token is a target
     kinds: dict = field(default_factory=dict)  # "chat", "text" or "tokens" -> rows
     chats_trained: int = 0  # rows
+    unasked: int = 0  # rows whose first message, without a system message, is a trained answer
     cut: int = 0  # plain texts longer than max_length
     pieces: int = 0  # into which these were cut
     weighted: int = 0  # targets whose weight is not 1
@@ -90,6 +91,7 @@ class Ledger:
             self.drop(masked.dropped, masked.length)
         else:
             self.keep(masked)
+            self.unasked += conversation.is_first and conversation.is_unasked
 
     def compare(self, prompts, encoding):
         """Count the inference.Prompts of a conversation, whose text has this encoding."""
@@ -148,6 +150,9 @@ class Ledger:
             examples = ": " * bool(self.lacking) + " ".join(self.lacking)
             lines.append(f"unknown  the tokenizer lacks characters{examples}; {what}, in "
                          f"{self.rows_unknown:,} {name}")
+        if self.unasked:
+            lines.append(f"unasked  {self.unasked:,} rows begin with an answer, which no question asks for; it "
+                         'is trained too, unless its message has "train": false')
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
         if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:

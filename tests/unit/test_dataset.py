@@ -67,6 +67,18 @@ def test_the_ledger_is_printed_as_it_balances(tmp_path):
     assert dataset.ledger.lines(dataset.files)[0] == f"files    {tmp_path}/rows.json"
 
 
+@pytest.mark.parametrize("options, expected", [({}, 3), ({"split_turns": True}, 3), ({"train_on": "last"}, 1)], ids=str)
+def test_rows_that_begin_with_a_trained_answer_are_counted(options, expected, tmp_path):
+    """After a system message too; not where the answer is no target. A row counts once, not each of its samples."""
+    greeting, system, *later = [
+        {"role": role, "content": "Hello."} for role in ("assistant", "system", "user", "assistant")]
+    starts = [[greeting], [system, greeting], [{**greeting, "train": False}], later, [system]]
+    rows = [{"messages": start + later} for start in starts] + [{"conversations": [{"from": "gpt", "value": "alone"}]}]
+    ledger = data.load(write(tmp_path / "rows.json", rows), tiny, 100, **options).ledger
+    assert ledger.unasked == expected
+    assert any(line.startswith(f"unasked  {expected} rows begin with an answer") for line in ledger.lines())
+
+
 def test_an_error_for_long_conversations_names_the_row_and_both_lengths(tmp_path):
     """--too_long error stops at the first row that is longer, with its length and the limit."""
     path = write(tmp_path / "rows.json", LEDGER_ROWS)
