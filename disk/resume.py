@@ -138,7 +138,9 @@ def lines(resumed, saved, cfg, origins):
     if cfg.resume_from and origins:
         of_run = [path for path in [settings_file(cfg.resume_from, cfg.output_dir)] if path in read]
     others = [path for path in read if path not in of_run]
-    result = [f"config   {', '.join(others) or 'none read (--config config.yaml reads it)'}"]
+    presets = sorted({origin for origin in origins.values() if origin.startswith("preset ")})
+    none = f"{', '.join(presets)}; no other file" if presets else "none"
+    result = [f"config   {', '.join(others) or f'{none} read (--config config.yaml reads it)'}"]
     if of_run and not others:
         result = []
     settings_of = f", settings of {of_run[0]}" if of_run else ""

@@ -22,7 +22,9 @@ def result_lines(directory):
     step, best = run.lowest(judged)
     if best is not None:
         of_set = f" of {judged}" if judged else ""
-        lines.append(f"val_loss {best:.4f}{of_set} after step {step:,} is the lowest")
+        link = os.path.join(directory, "checkpoints", "best")
+        is_saved = os.path.basename(os.path.realpath(link)) == f"step_{step}"
+        lines.append(f"val_loss {best:.4f}{of_set} after step {step:,} is the lowest" + f": {link}" * is_saved)
     forgetting = [(name, run.forgetting(name)) for name in run.last_sets()]
     texts = [f"{value:+.4f}" + f" of {name}" * bool(name) for name, value in forgetting if value is not None]
     if texts:

@@ -350,14 +350,15 @@ class Log:
         by_source = {f"loss/{name}": part["loss"] for name, part in values.get("sources", {}).items()}
         numbers = {name: value for name, value in values.items() if name != "sources"}
         self.send("train", step, {**numbers, **by_source})
-        self.bar.shown = shown = bar.parts(values, self.val_loss)
+        self.bar.shown = bar.parts(values, self.val_loss)
         self.bar.update()
         now = time.perf_counter()
         is_due = now - self.last_printed > 10 or step == self.total_steps
         if self.on_console and self.bar.disable and is_due:  # no bar: output goes to a file
             self.last_printed = now
             remaining = (now - self.started) / (step - self.last_step) * (self.total_steps - step)
-            print(f"step {step:,} of {self.total_steps:,}: {', '.join(shown.values())}, "
+            shown = bar.parts(values).values()  # val_loss has lines of its own
+            print(f"step {step:,} of {self.total_steps:,}: {', '.join(shown)}, "
                   f"{bar.duration(remaining)} left", flush=True)
 
     def warn_if_unchanged(self, step, values):

@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import itertools
 import os
+import shlex
 import sys
 import time
 from typing import NamedTuple
@@ -182,7 +183,9 @@ def show_command(cfg, tokenizer):
     full = load(cfg, tokenizer, limit=limit, max_length=EVERYTHING) if is_long else None
     show(dataset, tokenizer, chosen, cfg.ids,
          COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN, full)
-    counts, _, *remarks = dataset.ledger.lines()  # of all rows that were read, not only of those shown
+    counts, _, *remarks = dataset.ledger.lines()
+    if dataset.ledger.of_rows > len(set(dataset.row[chosen])):
+        print(f"--- of the {dataset.ledger.of_rows:,} rows that were read:")
     for line in [counts] * bool(dataset.ledger.dropped) + remarks:
         print(line)
 
@@ -280,12 +283,15 @@ def cache_command(cache_dir, clears):
 
 def main():
     arguments = ["--n" if argument == "-n" else argument for argument in sys.argv[1:]]
+    program = venv.command("tools/show.py")
+    if arguments and os.path.exists(arguments[0]):
+        raise UserError(f"{arguments[0]}: what to do with it comes first: {program} show "
+                        f"{shlex.quote(arguments[0])} --model DIR, or stats in place of show")
     cfg, _ = parse(Config, arguments, positional=["do", "data"])
     if cfg.cache:
         cache_command(cfg.cache_dir, cfg.cache == "clear")
         return
     if not cfg.do:
-        program = venv.command("tools/show.py")
         raise UserError(f"show or stats is missing; run {program} show FILE --model DIR, or "
                         f"{program} stats FILE --model DIR")
     directory = pretrained.model_directory(cfg.tokenizer or cfg.model, *["--tokenizer"] * bool(cfg.tokenizer))

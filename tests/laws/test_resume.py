@@ -228,7 +228,9 @@ def test_the_banner_names_the_files_of_settings(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("lr: 3\n")
     cfg, origins = parser.parse(sft.Config, ["--model", "tiny"])
     assert cfg.lr != 3 and resume.lines(None, {}, cfg, origins) == [
-        "config   none read (--config config.yaml reads it)"]
+        "config   preset configs/tiny.yaml; no other file read (--config config.yaml reads it)"]
+    _, origins = parser.parse(sft.Config, ["--model", "dir"])
+    assert resume.lines(None, {}, cfg, origins) == ["config   none read (--config config.yaml reads it)"]
     cfg, origins = parser.parse(sft.Config, ["--config", "config.yaml"])
     assert cfg.lr == 3 and resume.lines(None, {}, cfg, origins) == ["config   config.yaml"]
 

@@ -45,7 +45,8 @@ def test_the_closing_lines_are_those_of_the_run(folder, capsys):
     best = min((line for line in val if line["step"]), key=lambda line: line["val_loss"])
     said = labelled(capsys.readouterr().out.split("resume   step 2")[1])
     assert said["loss    "] == f"{steps[0]['loss']:.4f} in step 1, {steps[3]['loss']:.4f} in step 4"
-    assert said["val_loss"] == f"{best['val_loss']:.4f} after step {best['step']} is the lowest"
+    assert said["val_loss"] == f"{best['val_loss']:.4f} after step 4 is the lowest: my run/checkpoints/best"
+    assert best["step"] == 4
     speed = sorted(line["tokens_per_second"] for line in steps)
     memory = max(line["peak_memory_gb"] for line in steps)
     form = r"(.*) of training, ([\d,]+) tokens/s, (.*) GiB of memory at most, (.*) on the disk"
@@ -67,7 +68,10 @@ def test_sets_and_forgetting(tmp_path):
     said = closing.result_lines(tmp_path)
     assert "val_loss 2.0000 of math after step 4 is the lowest" in said
     assert "forgot   -1.0000 of math, +0.5000 of general: the last val_loss minus the one before training; above 0 it is worse" in said
-    (tmp_path / "config.yaml").write_text("keep_best: general\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best").symlink_to("step_4")
+    assert f"val_loss 2.0000 of math after step 4 is the lowest: {tmp_path}/checkpoints/best" in closing.result_lines(tmp_path)
+    (tmp_path / "config.yaml").write_text("keep_best: general\n")  # whose lowest step was not saved
     assert "val_loss 1.2500 of general after step 2 is the lowest" in closing.result_lines(tmp_path)
     for line in lines:
         line.pop("val_sets", None)

@@ -90,7 +90,8 @@ def test_data_settings_change_what_is_shown(output, tmp_path):
 def test_a_row_of_the_file(output, rows):
     """--row reads no later row. A row that does not exist, or was dropped, is an error."""
     out = output("show", rows, "--row", 7)
-    assert out.count("---") == 1 and "rows.json[7]" in out and "question 7" in out
+    assert re.findall("^---.*", out, re.M) == [f"--- {rows}[7]: 32 tokens, 12 targets", "--- of the 8 rows that were read:"]
+    assert "question 7" in out and "--- of the" not in output("show", rows, "--n", 3)
     with pytest.raises(UserError, match=r"--row 10: no conversation .* has 10 in = 10 trained .* rows count from 0"):
         output("show", rows, "--row", 10)
     length = len(tiny.tokenizer.encode(tiny.render([{"role": "user", "content": "question 0"},
@@ -102,7 +103,7 @@ def test_a_row_of_the_file(output, rows):
 def test_a_row_of_a_source_that_begins_later(output, rows):
     """--row counts from the beginning of the file, also if the source names some of its rows only."""
     out = output("show", f"{rows}[5:9]", "--row", 7)
-    assert out.count("---") == 1 and "rows.json[7]" in out and "question 7" in out
+    assert re.findall("^---.*", out, re.M)[0].startswith(f"--- {rows}[7]: ") and "question 7" in out
     with pytest.raises(UserError, match="--row 4: no conversation comes from this row"):
         output("show", f"{rows}[5:9]", "--row", 4)
 
@@ -242,6 +243,7 @@ def test_the_cache_is_listed_and_cleared(output, rows, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (("stats", "none.json"), "no such data file"),
     ((), "show or stats is missing"),
+    ((os.path.join(ROOT, "README.md"),), "what to do with it comes first: .* show .*README.md --model DIR"),
     (("show", "data/example.jsonl", "-n", "0"), "--n 0: it must be at least 1"),
 ])
 def test_invalid_arguments_are_errors(arguments, message, monkeypatch):
