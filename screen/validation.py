@@ -64,6 +64,26 @@ def digest_of(dataset, ids):
     return digest.hexdigest()
 
 
+def n_trained_too(dataset, train_set):
+    """How many conversations of a Dataset have the tokens of a conversation in train_set."""
+    def keys(dataset, ids):
+        """(k,) int64: a hash of the length and of eight tokens of each conversation."""
+        result = np.zeros(len(ids), np.int64)
+        for eighth in range(8):
+            tokens = dataset.tokens[dataset.starts[ids] + dataset.n_tokens[ids] * eighth // 8]
+            result = 1_000_003 * result + tokens
+        return 1_000_003 * result + dataset.n_tokens[ids]
+
+    def hashes(dataset, ids):
+        return [hash(dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tobytes()) for i in ids]
+
+    ids = np.arange(len(dataset))
+    alike = np.flatnonzero(np.isin(train_set.n_tokens, dataset.n_tokens))
+    alike = alike[np.isin(keys(train_set, alike), keys(dataset, ids))]
+    trained = set(hashes(train_set, alike))
+    return sum(found in trained for found in hashes(dataset, ids))
+
+
 def measure(evaluate, model, dataset, sets, cfg, ranks):
     """{name: Result} of ValidationSets. All ranks call it.
 
@@ -111,16 +131,20 @@ class Validation:
             run.lines.append(f"forgetting is not known{of}: the checkpoint has no loss from before training")
 
     def lines(self, train_set):
-        """The banner's line about several sets, or about --val_split."""
+        """The banner's lines about rows that are trained too and several sets, or about --val_split."""
         if self.run.cfg.val_split:
             n, n_train = self.dataset.ledger.of_rows, train_set.ledger.of_rows
             return [f"split    {n:,} of {n + n_train:,} rows are for validation, by a hash of each one "
                     f"(--val_split {self.run.cfg.val_split})"]
+        lines = []
+        if n := n_trained_too(self.dataset, train_set):
+            lines = [f"overlap  {n:,} of {len(self.dataset):,} validation conversations are trained too: "
+                     "val_loss is lower than on new data"]
         if len(self.sets) < 2:
-            return []
+            return lines
         sizes = [f"{name} {len(part.ids):,} conversations, {part.tokens:,} targets"
                  for name, part in self.sets.items()]
-        return [f"sets     {'; '.join(sizes)}"]
+        return [*lines, f"sets     {'; '.join(sizes)}"]
 
     def before_training(self, evaluate, model, cfg, log):
         """In a new run, measure and log the losses with which later ones are compared. All ranks call it.

@@ -52,6 +52,23 @@ def test_very_many_sources_take_bounded_memory(tmp_path, monkeypatch):
     assert data.load(path, tiny, 64).source_names == ["s0", "s1", "s2", "other"]
 
 
+def test_rows_that_are_trained_and_validated_are_counted(tmp_path, train, capsys):
+    """By their tokens, not by their place: the answer alone, the first word or the length may be equal in others."""
+    words = "a b c d".split()
+    rows = [{"prompt": f"{p} {q}", "response": r} for p in words for q in words for r in words]
+    random.Random(0).shuffle(rows)
+    trained, both, new = rows[:30], rows[20:30], rows[30:50]
+    a, b, c = (write(tmp_path / f"{i}.json", part) for i, part in enumerate((trained, both + new, new)))
+    of_a, of_b, of_c = (data.load(path, tiny, 64) for path in (a, b, c))
+    assert [validation.n_trained_too(x, y) for x, y in ((of_b, of_a), (of_a, of_b), (of_c, of_a), (of_a, of_a))] == [10, 10, 0, 30]
+    flags = (*SHORT, "--max_steps", 1, "--train_data", a)
+    train(*flags, "--val_data", f"x={b},y={c}")
+    line = "overlap  10 of 50 validation conversations are trained too: val_loss is lower than on new data"
+    assert f"\n{line}\nsets     x 30" in capsys.readouterr().out
+    train(*flags, "--val_data", c, out="other")
+    assert "overlap" not in capsys.readouterr().out
+
+
 def test_names_make_sets(tmp_path):
     """The same name twice is one set; without names all sources are one."""
     a, b, c = (write(tmp_path / f"{i}.json", ROWS[i : i + 1]) for i in range(3))
