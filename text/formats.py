@@ -4,8 +4,6 @@ Nothing that a row says is dropped without a word: each column and each key of a
 the reason, or listed as not used. text/keys.py has the tables of those that are known.
 """
 
-import difflib
-import functools
 import json
 import re
 from typing import NamedTuple
@@ -13,7 +11,7 @@ from typing import NamedTuple
 from settings.errors import UserError
 from text.annotations import product, read_label, read_template_kwargs, read_tokens, read_tools, read_weight
 from text.columns import SHAPES, TURNS, Columns, is_null, values_of, without_nulls
-from text.keys import MEDIA_MARK, NAMES, ROLES, ROW_KEYS, STRONG, plain, row_use
+from text.keys import MEDIA_MARK, NAMES, ROLES, ROW_KEYS, STRONG, nearest, plain, row_use
 from text.messages import (EMPTY, decoded, decoded_turns, has_role, is_empty, is_finite, is_pair, is_turns,
                            listed, one_reasoning, read_text, read_turn, read_turns, shown)
 
@@ -21,8 +19,8 @@ KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_
 # Values of a column "reasoning" that say whether there is any, as in Nemotron's data
 NO_THOUGHTS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}
 # A misspelled column is compared with these
-MAIN_COLUMNS = [name for key in ROW_KEYS if key.use in ("messages", "prompt", "response", "context", "text")
-                for name in key.names.split()]
+MAIN_COLUMNS = tuple(name for key in ROW_KEYS if key.use in ("messages", "prompt", "response", "context", "text")
+                     for name in key.names.split())
 NO_CONTEXT = {"nan", "NaN", "null", "None", "<noinput>"}  # how tables and Alpaca's data write no input
 
 
@@ -279,23 +277,18 @@ def no_shape(columns):
     lacks = [f"no question for {listed(responses)}"] if responses else lacks
     lacks = [f'"{text[0]:.60}" is empty'] if text and kinds == {"text"} else lacks
     if unknown:
-        found = (f"{name!r} ({nearest(name)}?)" if nearest(name) else repr(name) for name in unknown[:50])
+        near = [nearest(name, MAIN_COLUMNS) for name in unknown[:50]]
+        found = [f"{name!r} ({known}?)" if known else repr(name) for name, known in zip(unknown, near)]
         lacks.append(f"unrecognised columns {', '.join(found):.200}")
     lack = "; ".join(lacks) or "no question and no answer"
     lists = [name for name in names for turns in values_of(given, name) if is_turns(turns) and any(
         ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant" for turn in turns)]
     if prompts or responses:
-        misspelled = list(filter(nearest, unknown[:50]))
+        misspelled = [name for name in unknown[:50] if nearest(name, MAIN_COLUMNS)]
         names = [*(prompts or misspelled), *(responses or misspelled)]
     way = column_flags(names, keys)
     way = f"pass --messages_key {lists[0]:.60}" if lists else way
     return columns.error(f"{lack}; accepted are {SHAPES}, or {way}")
-
-
-@functools.lru_cache(4096)
-def nearest(name):
-    """The main column that an unknown one may be, misspelled, or None."""
-    return next(iter(difflib.get_close_matches(plain(name[:60]), MAIN_COLUMNS, n=1, cutoff=0.8)), None)
 
 
 def not_a_list(columns, name, value):

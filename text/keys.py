@@ -5,6 +5,7 @@ ledger lists it. A key of a message that is not here is passed to the chat templ
 too. docs/data.md explains all of them.
 """
 
+import difflib
 import functools
 import re
 from typing import NamedTuple
@@ -110,6 +111,7 @@ ROLES = {  # in lower case -> role; the content of a function_call is the JSON o
                      "tool_responses", "tool_results", "ipython", "environment"), "tool"),
     **dict.fromkeys(("function_call", "tool_call", "tool_calls", "function_calls"), "function_call"),
 }
+ROLE_NAMES = tuple(ROLES)
 CALL_ROLES = {name for name, role in ROLES.items() if role == "function_call"}
 PAIRS = {  # keys of a turn that has both a question and its answer (ms-swift, XTuner) -> role
     "system": "system",
@@ -139,6 +141,12 @@ MESSAGE = {name: key for key in MESSAGE_KEYS for name in key.names.split()}
 def plain(name):
     """The name of a column or key as the tables write it: " System Prompt" is system_prompt."""
     return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+@functools.lru_cache(4096)
+def nearest(name, known):
+    """The one of a tuple of known names that this one may be, misspelled, or None."""
+    return next(iter(difflib.get_close_matches(plain(name[:60]), known, n=1, cutoff=0.8)), None)
 
 
 @functools.lru_cache(4096)

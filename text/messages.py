@@ -10,7 +10,7 @@ import math
 import re
 
 from settings.errors import UserError
-from text.keys import CALL_ROLES, MESSAGE, PAIRS, ROLES, message_use, plain
+from text.keys import CALL_ROLES, MESSAGE, PAIRS, ROLE_NAMES, ROLES, message_use, nearest, plain
 
 REASONING = [key for key in MESSAGE if MESSAGE[key].use == "reasoning"]
 EMPTY = None, "", [], {}
@@ -187,11 +187,13 @@ def read_role(turn, columns):
     """The role of a turn: user, assistant, system, tool, or function_call, whose content is calls.
 
     A `role` that is none of them goes to the chat template: its own roles have any name, and a message that
-    it does not write is an error (ChatTokenizer.render_spans).
+    it does not write is an error (ChatTokenizer.render_spans). One that looks like a misspelled role is an
+    error, as its message would not be trained.
     """
     role = turn.get("role")
     is_name = isinstance(role, str) and re.fullmatch(r"[\w .-]{1,60}", role)
-    if is_name and "from" not in turn and plain(role) not in ROLES:
+    if is_name and "from" not in turn and plain(role) not in ROLES and not (
+            role.isalpha() and nearest(role, ROLE_NAMES)):
         columns.message_keys[f"role {role}"] = None
         return role
     roles = {plain(turn[key]) if isinstance(turn[key], str) else shown(turn[key])
@@ -199,8 +201,10 @@ def read_role(turn, columns):
     found = {ROLES.get(role) for role in roles}
     if len(found) > 1 or None in found:
         key = "role" if "role" in turn else "from"
-        raise columns.error(f'unknown "{key}": {", ".join(sorted(roles))!r:.60}; it must be one of '
-                            f"{', '.join(ROLES)}")
+        text = ", ".join(sorted(roles))
+        near = nearest(text, ROLE_NAMES)
+        raise columns.error(f'unknown "{key}": {text!r:.60}{f" ({near}?)" if near else ""}; it must be one of '
+                            f"{', '.join(ROLE_NAMES)}")
     return found.pop()
 
 

@@ -766,6 +766,8 @@ BAD_ROWS = {
     "role a list": ({"messages": [{"role": ["user"], "content": "q"}, A]}, 'unknown "role"'),
     "roles that differ": (
         {"messages": [{"role": "user", "from": "gpt", "content": "q"}, A]}, 'unknown "role": .gpt, user'),
+    "role misspelled": ({"messages": [Q, {"role": "Asistant", "content": "a"}, A]}, "unknown \"role\": 'asistant' .assistant\\?.; it must"),
+    "from misspelled": ({"conversations": [{"from": "huma", "value": "q"}]}, "unknown \"from\": 'huma' .human\\?.; it must"),
     "from unknown": ({"conversations": [{"from": "bing", "value": "q"}]}, "unknown \"from\": 'bing'.*human.*gpt"),
     "empty answer": ({"prompt": "q", "response": ""}, "empty answer"),
     "blank answer": ({"messages": [Q, {"role": "assistant", "content": " \n\t"}]}, "empty answer"),
