@@ -73,12 +73,27 @@ def addmm_on_meta():
     return library  # when it is freed, the function is, too
 
 
+@pytest.fixture(scope="session")
+def half(tmp_path_factory):
+    """The directory of models/tiny with the first two of its four layers: a step takes two thirds of the time."""
+    from helpers import model_directory
+
+    def cut(tensors):
+        for name in [name for name in tensors if ".layers.2." in name or ".layers.3." in name]:
+            del tensors[name]
+
+    return model_directory(tmp_path_factory.mktemp("half") / "model", {"num_hidden_layers": 2}, cut)
+
+
 @pytest.fixture
-def train(tmp_path, monkeypatch):
-    """A function: flags of sft.py -> the lines of its metrics.jsonl. Runs in tmp_path; `out` is --output_dir."""
+def train(tmp_path, monkeypatch, half):
+    """A function: flags of sft.py -> the lines of its metrics.jsonl. Runs in tmp_path; `out` is --output_dir.
+
+    The model is `half` unless another one is given.
+    """
     import sft
 
-    def run(*flags, model=TINY, out="out"):
+    def run(*flags, model=half, out="out"):
         monkeypatch.chdir(tmp_path)
         words = ["sft.py", "--model", str(model), "--output_dir", out, "--train_data", EXAMPLES]
         monkeypatch.setattr(sys, "argv", words + [str(flag) for flag in flags])

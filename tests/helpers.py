@@ -1,5 +1,6 @@
 """Helpers of several test files: paths, small models, conversations, templates, runs on many ranks, programs."""
 
+import functools
 import json
 import os
 import re
@@ -84,6 +85,13 @@ def started(name, *arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), **options)
 
 
+@functools.cache
+def ranks_of():
+    """A process of tests/programs/ranks_of.py, for all tests. It ends with this one, which closes its input."""
+    return subprocess.Popen([sys.executable, program_path("ranks_of")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True, env=environment())
+
+
 def launch_all(runs, directory):
     """Run several programs on many ranks, one after another; tests/programs/ranks_of.py forks all their ranks.
 
@@ -91,7 +99,7 @@ def launch_all(runs, directory):
                of a program under tests/programs/, or the path of one of the project, and its arguments
     directory  the current directory of the runs
 
-    Returns the CompletedProcess of ranks_of.py.
+    Returns a CompletedProcess with what all of them printed.
     """
     commands = []
     for ranks, arguments in runs:
@@ -100,8 +108,11 @@ def launch_all(runs, directory):
             path = os.path.join(ROOT, first) if first.endswith(".py") else program_path(first)
             arguments = arguments[1:]
         commands.append([ranks, [path, *map(str, arguments)]])
-    (directory / "runs.json").write_text(json.dumps(commands))
-    result = program("ranks_of", "runs.json", cwd=directory)
+    request = {"directory": str(directory), "environment": environment(), "runs": commands}
+    print(json.dumps(request), file=ranks_of().stdin, flush=True)
+    code = int(ranks_of().stdout.readline())
+    texts = [(directory / name).read_text() for name in ("stdout", "stderr")]
+    result = subprocess.CompletedProcess(commands, code, *texts)
     print(*re.findall(r"^RUN .*", result.stdout, re.M), sep="\n")  # the duration of each run
     return result
 

@@ -59,7 +59,7 @@ def ledger(train, tmp_path, capsys):
         texts = {}
         for pattern, line in zip(patterns, lines, strict=True):
             texts.update(re.fullmatch(pattern, line).groupdict())
-        reasons = {reason: int(n) for n, reason in re.findall(r" (\d+) ([a-z ]+)", texts.pop("reasons"))}
+        reasons = {reason: int(n) for n, reason in re.findall(r"[ (](\d+) ([a-z ]+)", texts.pop("reasons"))}
         counts = {name: int(value or 0) for name, value in texts.items()}
         assert sum(reasons.values()) == counts["dropped"]
         assert counts["rows"] == counts["trained"] + counts["dropped"]

@@ -170,22 +170,22 @@ def test_a_resumed_run_takes_what_was_chosen_before(train, tmp_path, monkeypatch
     """So that it computes the same numbers, although another device would choose otherwise. A number that is given wins."""
     run = planned_run()
     limited(run, monkeypatch, micro_batch_size=8, checkpointed_blocks=3)
-    straight = train(*AUTO, "--max_steps", 4, out="straight")
+    straight = train(*AUTO, "--max_steps", 4, out="straight", model=TINY)
     before = chosen(tmp_path / "straight", 4)
     place = {"world_size": 1, "tp": 1, "sp": 1, "replicas": 1, "max_length": 256}
     assert before == {**place, "micro_batch_size": 8, "checkpointed_blocks": 3}
-    train(*AUTO, "--max_steps", 4, "--save_steps", 2, out="resumed")
+    train(*AUTO, "--max_steps", 4, "--save_steps", 2, out="resumed", model=TINY)
     for step in 3, 4:  # as if killed after step 2
         for path in (tmp_path / "resumed" / "checkpoints").glob(f"step_{step}"):
             path.rename(tmp_path / f"gone_{step}")
     (tmp_path / "resumed" / "checkpoints" / "latest").unlink()
     monkeypatch.setattr(forecast, "device_memory", lambda device: 100 * 2**30)
     capsys.readouterr()
-    resumed = train(*AUTO, "--max_steps", 4, "--resume_from", "auto", out="resumed")
+    resumed = train(*AUTO, "--max_steps", 4, "--resume_from", "auto", out="resumed", model=TINY)
     assert "micro_batch_size 8 (2,048 tokens), 3 of 4 blocks checkpointed: forecast" in capsys.readouterr().out
     assert chosen(tmp_path / "resumed", 4) == before
     assert [line["loss"] for line in resumed] == [line["loss"] for line in straight]
-    train(*AUTO, "--max_steps", 5, "--resume_from", "auto", "--micro_batch_size", 2, out="resumed")
+    train(*AUTO, "--max_steps", 5, "--resume_from", "auto", "--micro_batch_size", 2, out="resumed", model=TINY)
     assert chosen(tmp_path / "resumed", 5) == {**place, "checkpointed_blocks": 3}
 
 
@@ -215,7 +215,7 @@ def test_the_model_checkpoints_as_many_blocks_as_were_chosen(train, monkeypatch)
     monkeypatch.setattr(checkpoint, "save", recorded)
     monkeypatch.setattr(sft, "backward", counted)
     limited(planned_run(), monkeypatch, micro_batch_size=8, checkpointed_blocks=3)
-    train(*AUTO, "--max_steps", 1)
+    train(*AUTO, "--max_steps", 1, model=TINY)
     assert seen == [1, 3]
 
 
@@ -237,7 +237,7 @@ def test_what_was_chosen_for_other_ranks_is_chosen_again(train, tmp_path, monkey
 
 def test_config_yaml_of_a_run_keeps_auto(train, tmp_path, capsys):
     """Another machine chooses for itself."""
-    train(*AUTO, "--max_steps", 1)
+    train(*AUTO, "--max_steps", 1, model=TINY)
     text = (tmp_path / "out" / "config.yaml").read_text()
     assert "micro_batch_size: auto\n" in text and "gradient_checkpointing: auto\n" in text
     assert re.search(r"^memory   micro_batch_size 8 \(2,048 tokens\), 0 of 4 blocks checkpointed: forecast "

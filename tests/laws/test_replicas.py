@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import EXAMPLES, calls, count_collectives, launch_all, metrics, tensors_of, two_layers
+from helpers import EXAMPLES, TINY, calls, count_collectives, launch_all, metrics, tensors_of, two_layers
 
 from disk import files
 from disk.run import RunState
@@ -189,7 +189,8 @@ def choices(train, tmp_path, monkeypatch, capsys):
     def run(memory, steps, *flags):
         monkeypatch.setattr(forecast, "device_memory", lambda device: memory)
         capsys.readouterr()
-        train("--max_steps", steps, "--batch_size", 2, *flags, *(["--resume_from", "auto"] if steps > 1 else []))
+        resumes = ["--resume_from", "auto"] if steps > 1 else []
+        train("--max_steps", steps, "--batch_size", 2, *flags, *resumes, model=TINY)
         [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model")]
         state = files.read_json(tmp_path / "out" / "checkpoints" / f"step_{steps}" / "training_state" / "state.json")
         return line.partition("gradients reduced ")[2], state["chosen"]

@@ -145,7 +145,7 @@ def reference_lr(step, total, scheduler, peak, warmup_ratio, min_ratio):
 def test_ten_steps_equal_a_loop_with_transformers(train, scheduler, min_ratio):
     """Ten steps have the losses of transformers' model and torch's AdamW on the same conversations, padded."""
     lines = train(*FAST, "--scheduler", scheduler, "--min_lr_ratio", min_ratio, "--warmup_ratio", 0.25,
-                  "--max_steps", 10, "--weight_decay", 0.1, "--grad_clip", 0.5)
+                  "--max_steps", 10, "--weight_decay", 0.1, "--grad_clip", 0.5, model=TINY)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -209,7 +209,7 @@ def test_val_loss_is_weighted_by_tokens(train):
             correct += int((logits.argmax(-1) == targets).sum())
     for flags in ((), ("--no-packing",)):
         lines = train(*FAST, "--lr", 0, "--max_steps", 2, "--val_data", EXAMPLES, "--eval_steps", 2, *flags,
-                      out=f"out{len(flags)}")
+                      out=f"out{len(flags)}", model=TINY)
         assert [line for line in lines if "val_loss" in line] == [lines[0], lines[-1]] and "loss" not in lines[-1]
         assert (lines[0]["step"], lines[-1]["step"]) == (0, 2) and lines[0]["val_loss"] == lines[-1]["val_loss"]  # lr 0
         assert lines[-1]["val_tokens"] == count and lines[-1]["val_accuracy"] == correct / count > 0
@@ -274,7 +274,7 @@ def test_a_killed_process_resumes_exactly(train, tmp_path):
     """SIGKILL at a random moment of a real process, then --resume_from auto: the same bytes as an uninterrupted run."""
     flags = (*FAST, "--batch_size", "4", "--max_length", "128", "--max_steps", "9", "--save_steps", "3",
              "--no-gradient_checkpointing")
-    train(*flags, out="straight")
+    train(*flags, out="straight", model=TINY)
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "sft.py"), "--model", TINY, "--train_data", EXAMPLES,
                                 *flags, "--output_dir", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoints" / "step_3").exists():
@@ -282,7 +282,7 @@ def test_a_killed_process_resumes_exactly(train, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train(*flags, "--resume_from", "auto", out="killed")
+    train(*flags, "--resume_from", "auto", out="killed", model=TINY)
     for file in ("model.safetensors", "training_state/tensors.safetensors"):
         a, b = (tmp_path / out / "checkpoints" / "step_9" / file for out in ("straight", "killed"))
         assert filecmp.cmp(a, b, shallow=False), file
@@ -370,7 +370,7 @@ def test_resuming_a_finished_run_changes_nothing(train, capsys):
 def test_a_step_directory_is_a_hugging_face_model(train, tmp_path):
     """Each step_N loads with transformers, has the same logits there, stops at the trained end of turn, and has the
     same tokenizer."""
-    train(*FAST, "--max_steps", 2, "--save_steps", 1)
+    train(*FAST, "--max_steps", 2, "--save_steps", 1, model=TINY)
     assert os.readlink(tmp_path / "out" / "checkpoints" / "latest") == "step_2"
     for step in (1, 2):
         directory = tmp_path / "out" / "checkpoints" / f"step_{step}"
@@ -393,7 +393,7 @@ def test_a_step_directory_is_a_hugging_face_model(train, tmp_path):
 
 def test_every_weight_is_trained(train, tmp_path):
     """After three steps every tensor has changed."""
-    train(*FAST, "--max_steps", 3)
+    train(*FAST, "--max_steps", 3, model=TINY)
     before, after = weights(TINY), masters(tmp_path / "out" / "checkpoints" / "step_3")
     assert set(before) == {n.removeprefix("master.") for n in after if n.startswith("master.")}
     for name, tensor in before.items():
@@ -402,7 +402,7 @@ def test_every_weight_is_trained(train, tmp_path):
 
 def test_the_screen_shows_the_run_and_its_result(train, capsys):
     """Before the first step: model, data (every token is counted), steps; after the last: result, how to try it."""
-    lines = train(*FAST, "--epochs", 1, "--keep_checkpoints", 1)
+    lines = train(*FAST, "--epochs", 1, "--keep_checkpoints", 1, model=TINY)
     out, _ = capsys.readouterr()
     assert f"model    {TINY} (qwen2): 1,050,752 parameters, all trained, fp32 on 1 × cpu" in out
     assert "rows     72 in = 72 trained + 0 dropped" in out

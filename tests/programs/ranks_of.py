@@ -1,7 +1,7 @@
-"""Runs programs on many ranks: ranks_of.py RUNS.json, a list of [number of ranks, [program, arguments...]]
+"""Runs programs on many ranks, as the lines of its standard input say; see perform().
 
 Each rank is a fork of this process, which has imported what a run needs: the imports take longer than a run of a tiny
-model. torchrun is not used. No fault is planted. If a run fails, exits with 1 without starting the remaining ones.
+model. torchrun is not used. No fault is planted. After each line it prints an exit code, on a line.
 """
 
 import json
@@ -57,10 +57,26 @@ def run(world_size, command):
         sys.exit(f"{world_size} ranks, exit codes {codes}: {' '.join(command)}")
 
 
-if __name__ == "__main__":
-    with open(sys.argv[1], encoding="utf-8") as f:
-        runs = json.load(f)
+def perform(directory, environment, runs):
+    """Runs of a line, in this directory. What they print goes to its files stdout and stderr.
+
+    runs  [[number of ranks, [program, arguments...]], ...], one after another. If one fails, exits with 1
+    """
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+        with open(name, "w", encoding="utf-8") as f:
+            os.dup2(f.fileno(), stream.fileno())
     for world_size, command in runs:
         started = time.monotonic()
         run(world_size, command)
         print(f"RUN {time.monotonic() - started:.1f} s", *command, flush=True)
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        performer = multiprocessing.get_context("fork").Process(target=perform, kwargs=json.loads(line))
+        performer.start()
+        performer.join()
+        print(performer.exitcode, flush=True)

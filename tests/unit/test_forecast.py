@@ -293,7 +293,7 @@ def test_states_equal_the_tensors_of_a_run(train, monkeypatch, flags):
 
     monkeypatch.setattr(fsdp, "grad_norm", counted_norm)
     monkeypatch.setattr(checkpoint, "save", counted_save)
-    train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
+    train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1, model=TINY)
     assert forecast.states(planned_by(monkeypatch, "--model", TINY, *flags)) == sizes
 
 
@@ -623,7 +623,7 @@ def test_the_planned_run_of_a_loaded_model_is_that_of_a_model_on_meta(train, mon
     monkeypatch.setattr(checkpoint, "save",
                         lambda *args, model, **rest: models.append(model) or save(*args, model=model, **rest))
     for flags in (), ("--use_lora",), ("--dtype", "bf16"), ("--dtype", "bf16", "--use_lora"):
-        train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1, out="_".join(("out", *flags)))
+        train(*flags, "--max_steps", 1, "--max_length", 64, "--batch_size", 1, out="_".join(("out", *flags)), model=TINY)
         cfg = parse(sft.Config, ["--model", TINY, *flags])[0]
         loaded = forecast.PlannedRun.of(models[-1], cfg, world_size=1, cuda=False)
         assert loaded.parameters == planned_by(monkeypatch, "--model", TINY, *flags).parameters
@@ -644,7 +644,7 @@ def test_the_peak_of_a_chosen_run_is_within_5_percent(train, tmp_path, monkeypat
     monkeypatch.setattr(memory, "tune_malloc", lambda **kwargs: None)
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        train(*arguments, "--max_steps", 3, "--micro_batch_size", 2, "--gradient_checkpointing", "auto")
+        train(*arguments, "--max_steps", 3, "--micro_batch_size", 2, "--gradient_checkpointing", "auto", model=TINY)
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])

@@ -320,7 +320,7 @@ def test_best_and_worst_conversations_equal_transformers_losses(train, tmp_path)
     with open(EXAMPLES, encoding="utf-8") as f:
         rows = [row for row in json.load(f) if "prompt" in row]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    train(*FAST, "--epochs", 1, "--lr", 0, "--train_data", tmp_path / "rows.json")
+    train(*FAST, "--epochs", 1, "--lr", 0, "--train_data", tmp_path / "rows.json", model=TINY)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     losses = {}
