@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks the hub for adapters eve
 os.environ["HOME"] = tempfile.mkdtemp()  # an empty cache of tokenised data, for subprocesses too
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not help tiny models
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes, which import torch each
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # nor ten of them that try the CPU's instructions
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's & does that; the tests send interrupts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("helpers")

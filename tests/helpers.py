@@ -96,7 +96,8 @@ def launch_all(runs, directory):
     """Run several programs on many ranks, one after another; tests/programs/ranks_of.py forks all their ranks.
 
     runs       [(number of ranks, arguments), ...]: flags of sft.py; or, if the first argument is not a flag, the name
-               of a program under tests/programs/, or the path of one of the project, and its arguments
+               of a program under tests/programs/, or the path of one of the project, and its arguments. With 0 ranks
+               it is one process that is no rank: program(), without the seconds that imports take
     directory  the current directory of the runs
 
     Returns a CompletedProcess with what all of them printed.

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, TINY, VALIDATION, model_directory, program
+from helpers import ROOT, TINY, VALIDATION, model_directory, run_all
 
 PLACES = ("loop", "data", "checkpoint")
 BUGS = {"unpack": "ValueError: too many values to unpack (expected 2)",
@@ -28,8 +28,7 @@ def ended(tmp_path_factory):
     broken = model_directory(directory / "broken", change_tensors=lambda t: t["model.norm.weight"].fill_(math.nan))
     cases = [*itertools.product(PLACES, (*BUGS, "user_error", "missing_file")), ("none", "nan", "--model", str(broken))]
     (directory / "cases.json").write_text(json.dumps(cases))
-    result = program("planted_error", "cases.json", "--model", TINY, *FLAGS, cwd=directory)
-    assert result.returncode == 0, result.stderr
+    run_all([(0, ("planted_error", "cases.json", "--model", TINY, *FLAGS))], directory)
     codes = json.loads((directory / "codes.json").read_text())
     return {case[:2]: (code, (directory / f"{'.'.join(case[:2])}.err").read_text()) for case, code in zip(cases, codes)}
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import TINY, VALIDATION, model_directory, program
+from helpers import TINY, VALIDATION, model_directory, run_all
 
 import sft
 from ranks import gate
@@ -49,8 +49,7 @@ def ended(tmp_path_factory, request):
     cases = [{"name": name, "flags": flags, "patch": patch} for name, (flags, patch, _) in CASES.items()
              if name not in SLOW or request.config.getoption("--full")]
     (directory / "cases.json").write_text(json.dumps(cases))
-    result = program("differing_ranks", "cases.json", "--model", TINY, "--lr", "2e-5", *FLAGS, cwd=directory)
-    assert result.returncode == 0, result.stderr
+    run_all([(0, ("differing_ranks", "cases.json", "--model", TINY, "--lr", "2e-5", *FLAGS))], directory)
     codes = json.loads((directory / "codes.json").read_text())
     return {name: (codes[name], [(directory / f"{name}.{rank}.err").read_text() for rank in range(2)])
             for name in codes}

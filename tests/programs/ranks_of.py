@@ -26,6 +26,10 @@ def be_rank(rank, world_size, port, command, local_rank=None):
     local_rank = rank if local_rank is None else local_rank
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    be_program(command)
+
+
+def be_program(command):
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -38,7 +42,10 @@ def keep_store(pipe):
 
 
 def run(world_size, command):
-    """Run a program on many ranks; exit this process if one fails or the run takes longer than 200 seconds."""
+    """Run a program on many ranks; exit this process if one fails or the run takes longer than 200 seconds.
+
+    world_size  0: one process that is no rank
+    """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     # in a process of its own: a store has threads, and this process must fork without threads
@@ -46,6 +53,7 @@ def run(world_size, command):
     agent.start()
     port, deadline = receiver.recv(), time.monotonic() + 200
     ranks = [fork.Process(target=be_rank, args=(rank, world_size, port, command)) for rank in range(world_size)]
+    ranks = ranks or [fork.Process(target=be_program, args=(command,))]
     for process in ranks:
         process.start()
     for process in ranks:  # if one fails, the others give up after --timeout
