@@ -12,10 +12,11 @@ import sys
 import numpy as np
 import torch.fx.experimental.symbolic_shapes  # noqa: F401  every run imports it; here once, as it takes a second
 
+import sft
 from disk import checkpoint
 from screen.log import Log
 from settings.errors import UserError, run
-from text import formats
+from text import conversations
 
 
 def unpack():
@@ -50,9 +51,8 @@ def planting(function, where):
 
 
 Log.step = planting(Log.step, "loop")
-formats.read_row = planting(formats.read_row, "data")
+conversations.read_row = planting(conversations.read_row, "data")
 checkpoint.save = planting(checkpoint.save, "checkpoint")
-import sft  # noqa: E402  after the patches, since some modules import these functions by name
 
 with open(sys.argv[1], encoding="utf-8") as f:
     cases = json.load(f)
