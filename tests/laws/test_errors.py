@@ -22,13 +22,13 @@ FLAGS = ("--train_data", VALIDATION, "--cache_dir", "none", "--max_steps", 1, "-
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
+def ended(tmp_path_factory, half):
     """{(where, what): (exit code, standard error)} of runs of sft.py with an error planted there."""
     directory = tmp_path_factory.mktemp("errors")
     broken = model_directory(directory / "broken", change_tensors=lambda t: t["model.norm.weight"].fill_(math.nan))
     cases = [*itertools.product(PLACES, (*BUGS, "user_error", "missing_file")), ("none", "nan", "--model", str(broken))]
     (directory / "cases.json").write_text(json.dumps(cases))
-    run_all([(0, ("planted_error", "cases.json", "--model", TINY, *FLAGS))], directory)
+    run_all([(0, ("planted_error", "cases.json", "--model", half, *FLAGS))], directory)
     codes = json.loads((directory / "codes.json").read_text())
     return {case[:2]: (code, (directory / f"{'.'.join(case[:2])}.err").read_text()) for case, code in zip(cases, codes)}
 

@@ -107,10 +107,10 @@ def test_ctrl_c_twice_stops_at_once_with_one_line_each(tmp_path):
         "stopped without saving; steps that no checkpoint has are lost"]
 
 
-def test_a_signal_to_one_rank_stops_both(tmp_path, request):
+def test_a_signal_to_one_rank_stops_both(tmp_path, request, half):
     """During an evaluation; with --full also during a save, to the other rank. The resumed run is bit-identical to one
     without signals."""
-    flags = "--max_steps", 3, "--save_steps", 2, *RUN[2:-5], *RUN[-3:], *MODEL, "--output_dir"
+    flags = "--max_steps", 3, "--save_steps", 2, *RUN[2:-5], *RUN[-3:], "--model", half, *MODEL[2:], "--output_dir"
     stops = [(1, "evaluation after step 2", int(signal.SIGTERM)), (0, "save of step 2", int(signal.SIGUSR1))]
     stops = stops[:1 + request.config.getoption("--full")]
     planted = [("none", "none", 0, *flags, "uninterrupted")]

@@ -153,13 +153,13 @@ def test_weights_are_a_view_of_the_buffer(count, rows):
 RUN = (*FAST, "--max_length", 128, "--batch_size", 3, "--max_steps", 6, "--timeout", 60)
 
 
-def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig):
+def test_a_run_does_not_depend_on_its_layout(rows, train, tmp_path, pytestconfig, half):
     """Losses, norms and val_loss of several ranks, tensor and sequence parallelism, offload, no packing, to 1e-5.
 
     So are the losses by source, which add up to that of the step; tools/evaluate.py has the same of the
     checkpoint, on two ranks, with sequence parallelism.
     """
-    common = (*RUN, "--max_steps", 3, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", TINY)
+    common = (*RUN, "--max_steps", 3, "--train_data", rows, "--val_data", rows, "--eval_steps", 3, "--model", half)
     layouts = {"dp2": ("--no-packing",), "sp2tp2": ()}
     if pytestconfig.getoption("--full"):
         layouts |= {"tp2": (), "sp4": (), "dp4": (), "dp2 offload": ("--param_offload",),

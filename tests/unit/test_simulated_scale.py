@@ -271,11 +271,11 @@ def test_only_rank_0_reads_the_answers_of_all_ranks_at_the_gate(rank):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, pytestconfig):
+def runs(tmp_path_factory, pytestconfig, half):
     """{number of ranks: [what count_store.py wrote, of each rank]} of a run of sft.py, with --full of two."""
     sizes = (2, 4) if pytestconfig.getoption("--full") else (2,)
     directory = tmp_path_factory.mktemp("requests")
-    flags = ("--model", TINY, "--train_data", EXAMPLES, "--batch_size", 8, "--max_steps", 4, "--max_length", 256)
+    flags = ("--model", half, "--train_data", EXAMPLES, "--batch_size", 8, "--max_steps", 4, "--max_length", 256)
     run_all([(n, ("count_store", *flags, "--output_dir", f"out{n}")) for n in sizes], directory)
     return {n: [json.loads((directory / f"requests {rank} of {n}.json").read_text()) for rank in range(n)]
             for n in sizes}
