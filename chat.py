@@ -40,7 +40,7 @@ class Config:
     model: str = setting("./outputs/checkpoints/latest", "model or adapter directory, hub id, or tiny",
                          group="chat")
     base: str | None = setting(None, "base model of an adapter; none: as adapter_config.json names it")
-    prompt: str | None = setting(None, "answer this prompt, then exit")
+    prompt: str | None = setting(None, "answer this prompt, or else the text piped into stdin, then exit")
     system: str | None = setting(None, "system message")
     template_kwargs: str | None = setting(None, "variables of the template; none: as in the model's training")
     temperature: float = setting(0.0, "0: the most likely token; 1: sample from the model's distribution",
