@@ -24,7 +24,8 @@ def result_lines(directory):
         of_set = f" of {judged}" if judged else ""
         link = os.path.join(directory, "checkpoints", "best")
         is_saved = os.path.basename(os.path.realpath(link)) == f"step_{step}"
-        lines.append(f"val_loss {best:.4f}{of_set} after step {step:,} is the lowest" + f": {link}" * is_saved)
+        where = f": {link}" if is_saved else ""
+        lines.append(f"val_loss {best:.4f}{of_set} after step {step:,} is the lowest{where}")
     forgetting = [(name, run.forgetting(name)) for name in run.last_sets()]
     texts = [f"{value:+.4f}" + f" of {name}" * bool(name) for name, value in forgetting if value is not None]
     if texts:

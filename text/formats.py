@@ -19,8 +19,8 @@ KEYS = "prompt", "response", "messages"  # defaults of --prompt_key, --response_
 # Values of a column "reasoning" that say whether there is any, as in Nemotron's data
 NO_THOUGHTS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}
 # A misspelled column is compared with these
-MAIN_COLUMNS = tuple(name for key in ROW_KEYS if key.use in ("messages", "prompt", "response", "context", "text")
-                     for name in key.names.split())
+MAIN_COLUMNS = tuple(name for key in ROW_KEYS for name in key.names.split()
+                     if key.use in ("messages", "prompt", "response", "context", "text"))
 NO_CONTEXT = {"nan", "NaN", "null", "None", "<noinput>"}  # how tables and Alpaca's data write no input
 
 

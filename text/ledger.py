@@ -151,8 +151,8 @@ class Ledger:
             lines.append(f"unknown  the tokenizer lacks characters{examples}; {what}, in "
                          f"{self.rows_unknown:,} {name}")
         if self.unasked:
-            lines.append(f"unasked  {self.unasked:,} rows begin with an answer, which no question asks for; it "
-                         'is trained too, unless its message has "train": false')
+            lines.append(f"unasked  {self.unasked:,} rows begin with an answer, which no question asks for; "
+                         'it is trained too, unless its message has "train": false')
         if not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
         if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:

@@ -202,9 +202,8 @@ def read_role(turn, columns):
     if len(found) > 1 or None in found:
         key = "role" if "role" in turn else "from"
         text = ", ".join(sorted(roles))
-        near = nearest(text, ROLE_NAMES)
-        raise columns.error(f'unknown "{key}": {text!r:.60}{f" ({near}?)" if near else ""}; it must be one of '
-                            f"{', '.join(ROLE_NAMES)}")
+        near = f" ({nearest(text, ROLE_NAMES)}?)" if nearest(text, ROLE_NAMES) else ""
+        raise columns.error(f'unknown "{key}": {text!r:.60}{near}; it must be one of {", ".join(ROLE_NAMES)}')
     return found.pop()
 
 
