@@ -273,9 +273,13 @@ def no_shape(columns):
         unknown += [] if uses[name] else found
     prompts = columns.by_use.get("prompt") or columns.by_use.get("context")
     responses = columns.by_use.get("response")
-    lacks = [f"no answer to {listed(prompts)}"] if prompts else []
-    lacks = [f"no question for {listed(responses)}"] if responses else lacks
-    lacks = [f'"{text[0]:.60}" is empty'] if text and kinds == {"text"} else lacks
+    lacks = []
+    if responses:
+        lacks.append(f"no question for {listed(responses)}")
+    elif prompts:
+        lacks.append(f"no answer to {listed(prompts)}")
+    elif text:
+        lacks.append(f'"{text[0]:.60}" is empty')
     if unknown:
         near = [nearest(name, MAIN_COLUMNS) for name in unknown[:50]]
         found = [f"{name!r} ({known}?)" if known else repr(name) for name, known in zip(unknown, near)]
