@@ -38,6 +38,7 @@ from settings import errors
 from settings.errors import NonFiniteError, OutOfMemory, UserError
 
 PAUSE = 0.05  # seconds between two looks at the store while ranks start
+NOT_BEGUN = "stopped before training began; nothing new to save"
 
 
 @dataclass
@@ -97,9 +98,9 @@ class Ranks:
         """
         started = self.store.add("started", 1)
         while started < self.world_size:
-            if pending := signal.sigpending() & EXIT_CODES.keys():  # ranks/launch.py has blocked them
-                self.received_signal = max(pending)
-                end_by_signal(self.received_signal, has_trained=False)
+            if number := pending_signal():
+                self.received_signal = number
+                end_by_signal(number, has_trained=False)
             time.sleep(PAUSE)
             if self.rank == 0:
                 self.store.add("turns of rank 0", 1)  # join() waits for it
@@ -169,7 +170,7 @@ class Ranks:
             write_to_screen("stopped without saving; steps that no checkpoint has are lost")
             os._exit(EXIT_CODES[number])
         if os.environ.get("LOCAL_RANK", "0") == "0" and not self.received_signal:  # once on each node
-            message = "stopped before training began; nothing new to save"
+            message = NOT_BEGUN
             if self.has_polled:
                 message = "finishing this step and saving"
             if self.has_polled and number == signal.SIGINT:
@@ -275,6 +276,20 @@ class Stopped(SystemExit):
     def __init__(self, number, has_trained):
         super().__init__(leave_exit_code(exit_code(number, has_trained)))
         self.number, self.has_trained = number, has_trained
+
+
+def pending_signal():
+    """The signal that came while this rank starts, or 0. A line says so, once on each node.
+
+    ranks/launch.py has blocked the signals; Ranks.on_signal handles them from the end of the start on.
+    """
+    pending = signal.sigpending() & EXIT_CODES.keys()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+        pending -= {signal.SIGHUP}
+    number = max(pending, default=0)
+    if number and os.environ.get("LOCAL_RANK", "0") == "0":
+        write_to_screen(f"{signal.Signals(number).name}: {NOT_BEGUN}")
+    return number
 
 
 def end_by_signal(number, has_trained):
@@ -443,6 +458,8 @@ def connect(rank, world_size, timeout):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
+        if number := pending_signal():
+            end_by_signal(number, has_trained=False)
         thread.join(PAUSE)
     if not outcome:  # a bug, whose traceback the thread has printed
         sys.exit(1)
@@ -484,6 +501,8 @@ def join(store, rank, world_size, timeout):
     if rank == 0:
         limit = 3 * TICK if store.check(["newest attempt"]) else 0
     while waited < limit:
+        if number := pending_signal():
+            end_by_signal(number, has_trained=False)
         newest = store.get("newest attempt").decode() if store.check(["newest attempt"]) else None
         if newest != name:
             name, part, state = newest, dist.PrefixStore(newest, store), None

@@ -5,6 +5,8 @@ import fcntl
 import itertools
 import os
 import re
+import signal
+import socket
 import subprocess
 import threading
 import time
@@ -165,6 +167,35 @@ class Both(NamedTuple):
 
 
 # ---- the attempts of a run in one store -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_ends_a_rank_that_waits_for_others(rank, monkeypatch, capfd, tmp_path):
+    """ranks/launch.py has blocked it. For the store, for rank 0 and for the last rank; one rank of a node says so."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as taken:  # nobody answers there
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("SFT_EXIT_CODE_FILE", str(tmp_path / "code"))
+        monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: set())
+        monkeypatch.setattr(signal, "sigpending", lambda: {signal.SIGTERM, signal.SIGHUP})
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        store = dist.HashStore()
+        store.set("newest attempt", "of an earlier run")
+        ranks = processes.single_process(torch.device("cpu"))
+        ranks.store, ranks.world_size, ranks.rank = store, 2, rank
+        waits = [lambda: processes.join(store, rank, 2, 60), ranks.wait_for_start]
+        waits += [lambda: processes.connect(rank, 2, 60)] * rank  # as rank 0 it would serve the store
+        try:
+            for wait in waits:
+                with pytest.raises(processes.Stopped) as stopped:
+                    wait()
+                assert stopped.value.number == signal.SIGTERM and (tmp_path / "code").read_text() == "143"
+                line = "\nSIGTERM: stopped before training began; nothing new to save\n"
+                assert capfd.readouterr().err == ("" if rank else line)
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
