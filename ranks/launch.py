@@ -8,6 +8,7 @@ their place. This file imports only the standard library, so that one process st
 """
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -179,11 +180,15 @@ def supervise(child, n_nodes, code_file):
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.2)
 
     def on_timer(*_):
-        nonlocal starting
+        nonlocal starting, give_up
         workers = set(children(child))
         starting = {worker for worker in workers - signalled | starting & workers if blocks(worker, received)}
-        if time.monotonic() >= give_up and (starting or not signalled | workers):
+        is_idle = not signalled | workers
+        if time.monotonic() >= give_up and (starting or is_idle):
             send(signal.SIGKILL, [child, *workers])
+            if is_idle:  # no rank says it
+                give_up = math.inf
+                say_not_begun(received)
         send(received, workers - signalled)
         signalled.update(workers)
 
@@ -213,11 +218,15 @@ def handle_signals(handler):
     return before
 
 
-def stop_early(number, _):
-    """Signal handler while there are no processes yet."""
-    with contextlib.suppress(OSError):
+def say_not_begun(number):
+    with contextlib.suppress(OSError):  # stderr may be closed
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: stopped before training began; nothing new to save\n".encode())
+
+
+def stop_early(number, _):
+    """Signal handler while there are no processes yet."""
+    say_not_begun(number)
     sys.exit(exit_code(number, has_trained=False))
 
 
