@@ -30,7 +30,7 @@ REMEDY = ("; use --resume_from with another step directory, or start a new run f
 
 
 def is_count(value, low=0):
-    return type(value) is int and value >= low  # True is an int
+    return type(value) is int and low <= value < 2**53  # True is an int
 
 
 def is_number(value):
@@ -65,12 +65,20 @@ def is_baseline(value):
     return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
+def is_lowest(value):
+    """Whether a value is a RunState's `lowest`: {digest of a validation set: {"val_loss", "step"}}."""
+    return isinstance(value, dict) and all(
+        is_best_saved(known) and is_number(known["val_loss"]) for known in value.values())
+
+
 # What a run reads of state.json: {key: (whether a value is valid, the rule)}
 STATE_RULES = {
     "step": (functools.partial(is_count, low=1), "an integer of at least 1"),
     "updates": (is_count, "an integer of at least 0"),
     "best": (is_best, "an object with val_loss (a number or null), step and behind (integers)"),
     "best_saved": (is_best_saved, "an object with val_loss (a number or null) and step (an integer)"),
+    "lowest": (is_lowest, "an object of objects with val_loss (a number) and step (an integer)"),
+    "ranks": (functools.partial(is_count, low=1), "an integer of at least 1"),
     "norms": (lambda norms: isinstance(norms, list) and all(map(is_number, norms)), "a list of numbers"),
     "is_cut": (lambda value: type(value) is bool, "true or false"),
     "date": (is_date, "a date such as 2026-01-31"),

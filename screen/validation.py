@@ -64,8 +64,8 @@ def digest_of(dataset, ids):
     return digest.hexdigest()
 
 
-def n_trained_too(dataset, train_set):
-    """How many conversations of a Dataset have the tokens of a conversation in train_set."""
+def n_trained_too(dataset, ids, train_set):
+    """How many of the conversations `ids` of a Dataset have the tokens of a conversation in train_set."""
     def keys(dataset, ids):
         """(k,) int64: a hash of the length and of eight tokens of each conversation."""
         result = np.zeros(len(ids), np.int64)
@@ -77,8 +77,7 @@ def n_trained_too(dataset, train_set):
     def hashes(dataset, ids):
         return [hash(dataset.tokens[dataset.starts[i] : dataset.starts[i + 1]].tobytes()) for i in ids]
 
-    ids = np.arange(len(dataset))
-    alike = np.flatnonzero(np.isin(train_set.n_tokens, dataset.n_tokens))
+    alike = np.flatnonzero(np.isin(train_set.n_tokens, dataset.n_tokens[ids]))
     alike = alike[np.isin(keys(train_set, alike), keys(dataset, ids))]
     trained = set(hashes(train_set, alike))
     return sum(found in trained for found in hashes(dataset, ids))
@@ -131,15 +130,17 @@ class Validation:
             run.lines.append(f"forgetting is not known{of}: the checkpoint has no loss from before training")
 
     def lines(self, train_set):
-        """The banner's lines about rows that are trained too and several sets, or about --val_split."""
+        """The banner's lines about rows that are trained too, about several sets, or about --val_split."""
+        lines = []
+        for name, part in self.sets.items():
+            if n := n_trained_too(self.dataset, part.ids, train_set):
+                of_set = f" of {name}" if name else ""
+                lines.append(f"overlap  {n:,} of {len(part.ids):,} validation conversations{of_set} are in "
+                             "the training data too: their loss is lower than on new data")
         if self.run.cfg.val_split:
             n, n_train = self.dataset.ledger.of_rows, train_set.ledger.of_rows
-            return [f"split    {n:,} of {n + n_train:,} rows are for validation, by a hash of each one "
-                    f"(--val_split {self.run.cfg.val_split})"]
-        lines = []
-        if n := n_trained_too(self.dataset, train_set):
-            lines = [f"overlap  {n:,} of {len(self.dataset):,} validation conversations are trained too: "
-                     "val_loss is lower than on new data"]
+            return [*lines, f"split    {n:,} of {n + n_train:,} rows are for validation, by a hash of each "
+                            f"one (--val_split {self.run.cfg.val_split})"]
         if len(self.sets) < 2:
             return lines
         sizes = [f"{name} {len(part.ids):,} conversations, {part.tokens:,} targets"

@@ -37,8 +37,11 @@ class BadRows:
         if not self.errors:
             return
         if self.n_bad == 1:
-            raise UserError(self.errors[0] + "; --bad_rows drop trains without it" * (self.n_good > 0))
+            raise UserError(self.errors[0] + "; --bad_rows drop leaves it out" * (self.n_good > 0))
         way = ", or drop them with --bad_rows drop" * (self.n_good > 0)
         more = f"\n  and {self.n_bad - SHOWN:,} more" if self.n_bad > SHOWN else ""
         lines = "\n  ".join(self.errors)
-        raise UserError(f"{self.n_bad:,} rows can't be used; correct them{way}:\n  {lines}{more}")
+        what = f"{self.n_bad:,} rows can't be used"
+        if self.n_bad >= HOPELESS and not self.n_good:  # the others were not read
+            what = f"none of the first {self.n_bad:,} rows can be used"
+        raise UserError(f"{what}; correct them{way}:\n  {lines}{more}")

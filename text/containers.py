@@ -363,7 +363,8 @@ def json_lines(f, path):
             try:
                 row = DECODER.decode(line.rstrip("\n"))
             except json.JSONDecodeError as error:
-                row = not_json(path, number, error.colno, error.msg, line[error.colno - 1 :])
+                row = not_json(path, number, error.colno, error.msg, line[error.colno - 1 :],
+                               line[: error.colno - 1])
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits, or too deep nesting
                 row = not_json(path, number, 1, error)
             yield f"{path} line {number}", row
@@ -479,7 +480,8 @@ class JsonText:
         column = len(before) - before.rfind("\n")
         if "\n" not in before:
             column += self.column
-        return not_json(self.path, self.line + before.count("\n"), column, message, self.text[position:])
+        return not_json(self.path, self.line + before.count("\n"), column, message, self.text[position:],
+                        before[-1000:])
 
     def value(self):
         """The value that begins here."""
@@ -582,7 +584,12 @@ HINTS = [(r"'|[A-Za-z_]+\s*:", "keys and texts need double quotes"), (r"[}\]]", 
          ("None|True|False", "JSON has null, true and false"), ("#|//", "JSON has no comments")]
 
 
-def not_json(path, line, column, message, rest=""):
-    """The UserError for JSON text with a mistake; `rest` is the text from the mistake on."""
+def not_json(path, line, column, message, rest="", before=""):
+    """The UserError for JSON text with a mistake.
+
+    before, rest  the text before the mistake, and from it on
+    """
     hints = [hint for pattern, hint in HINTS if re.match(pattern, rest) and "Expecting" in str(message)]
+    if before.rstrip().endswith(":") and rest[:1] in ("}", "]", ","):
+        hints = ["a value is missing"]
     return UserError("; ".join([f"{path} line {line}, column {column} is not JSON: {message}", *hints[:1]]))

@@ -280,16 +280,18 @@ def no_shape(columns):
         lacks.append(f"no answer to {listed(prompts)}")
     elif text:
         lacks.append(f'"{text[0]:.60}" is empty')
-    if unknown:
-        near = [nearest(name, MAIN_COLUMNS) for name in unknown[:50]]
-        found = [f"{name!r} ({known}?)" if known else repr(name) for name, known in zip(unknown, near)]
-        lacks.append(f"unrecognised columns {', '.join(found):.200}")
+    near = {name: nearest(name, MAIN_COLUMNS) for name in unknown[:1000]}
+    if unknown:  # first those that look misspelled
+        shown_first = sorted(near, key=lambda name: near[name] is None)[:8]
+        found = [f"{name!r:.62}" + (f" ({near[name]}?)" if near[name] else "") for name in shown_first]
+        more = f" and {len(unknown) - 8:,} more" if len(unknown) > 8 else ""
+        lacks.append(f"unrecognised columns {', '.join(found)}{more}")
     lack = "; ".join(lacks) or "no question and no answer"
     lists = [name for name in names for turns in values_of(given, name) if is_turns(turns) and any(
         ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant" for turn in turns)]
-    if prompts or responses:
-        misspelled = [name for name in unknown[:50] if nearest(name, MAIN_COLUMNS)]
-        names = [*(prompts or misspelled), *(responses or misspelled)]
+    meant = {row_use(known): [name] for name, known in near.items() if known}
+    if prompts or responses or meant:
+        names = [*(prompts or meant.get("prompt", ())), *(responses or meant.get("response", ()))]
     way = column_flags(names, keys)
     way = f"pass --messages_key {lists[0]:.60}" if lists else way
     return columns.error(f"{lack}; accepted are {SHAPES}, or {way}")

@@ -112,6 +112,8 @@ ROLES = {  # in lower case -> role; the content of a function_call is the JSON o
     **dict.fromkeys(("function_call", "tool_call", "tool_calls", "function_calls"), "function_call"),
 }
 ROLE_NAMES = tuple(ROLES)
+# Other roles are the template's own, unless they look like one of these with a letter wrong
+COMMON_ROLES = ("user", "human", "assistant", "system", "developer", "observation", "function")
 CALL_ROLES = {name for name, role in ROLES.items() if role == "function_call"}
 PAIRS = {  # keys of a turn that has both a question and its answer (ms-swift, XTuner) -> role
     "system": "system",
@@ -147,6 +149,16 @@ def plain(name):
 def nearest(name, known):
     """The one of a tuple of known names that this one may be, misspelled, or None."""
     return next(iter(difflib.get_close_matches(plain(name[:60]), known, n=1, cutoff=0.8)), None)
+
+
+def misspelled(name):
+    """The known column that an unknown one may be, or the known key for "messages.KEY"; None if none.
+
+    A known name with more letters, as in context_id, is another word.
+    """
+    key = name.removeprefix("messages.")
+    near = nearest(key, tuple(ROW if key == name else MESSAGE))
+    return near if near and near not in plain(key) else None
 
 
 @functools.lru_cache(4096)

@@ -7,6 +7,7 @@ import numpy as np
 
 from settings.errors import UserError, printable
 from text import inference, split
+from text.keys import misspelled
 from text.sources import describe_files
 
 N_WARNINGS = 3  # that are printed
@@ -152,8 +153,8 @@ class Ledger:
                          f"{self.rows_unknown:,} {name}")
         if self.unasked:
             lines.append(f"unasked  {self.unasked:,} rows begin with an answer, which no question asks for; "
-                         'it is trained too, unless its message has "train": false')
-        if not self.chats_trained:
+                         'it is a target too, unless its message has "train": false')
+        if self.trained and not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
         if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:
             masked = ", no targets" if self.reasoning_masked else ""
@@ -165,7 +166,9 @@ class Ledger:
                          f"blocks{masked}){lost}{hint}")
         lines += self.inference_lines()
         if self.unused:
-            names = [" ".join(name[:60].split()) for name in self.unused]
+            near = {name: misspelled(name) for name in self.unused}
+            names = [" ".join(name[:60].split()) + (f" ({near[name]}?)" if near[name] else "")
+                     for name in sorted(near, key=lambda name: not near[name])]
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             lines.append(f"columns not used: {', '.join(names[:20])}{more}")
         lines += [f"warning  {warning}" for warning in self.warnings]
@@ -189,7 +192,8 @@ class Ledger:
         """Raise UserError if no row is trained, or if the model would not learn to end its turn.
 
         It would not if less than 99 % of the trained turns have their stop token as a target, or if all turns
-        are truncated. Rows without messages do not count.
+        are truncated. Rows without messages do not count. Nothing is said of the first rows alone
+        (options.limit).
         """
         assert self.rows == self.trained + sum(self.dropped.values()), self
         assert self.tokens == self.target + self.context + self.truncated + self.in_dropped_rows, self
@@ -197,6 +201,8 @@ class Ledger:
         split.check(spec, options, self.rows)
         if not self.rows:
             raise UserError(f"{spec}: no rows; pass a file with conversations")
+        if options.limit is not None:
+            return
         if not self.trained:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
             remedy = "mark at least one assistant message as trained"

@@ -10,7 +10,7 @@ import math
 import re
 
 from settings.errors import UserError
-from text.keys import CALL_ROLES, MESSAGE, PAIRS, ROLE_NAMES, ROLES, message_use, nearest, plain
+from text.keys import CALL_ROLES, MESSAGE, COMMON_ROLES, PAIRS, ROLE_NAMES, ROLES, message_use, nearest, plain
 
 REASONING = [key for key in MESSAGE if MESSAGE[key].use == "reasoning"]
 EMPTY = None, "", [], {}
@@ -192,8 +192,7 @@ def read_role(turn, columns):
     """
     role = turn.get("role")
     is_name = isinstance(role, str) and re.fullmatch(r"[\w .-]{1,60}", role)
-    if is_name and "from" not in turn and plain(role) not in ROLES and not (
-            role.isalpha() and nearest(role, ROLE_NAMES)):
+    if is_name and "from" not in turn and plain(role) not in ROLES and not is_misspelled(role):
         columns.message_keys[f"role {role}"] = None
         return role
     roles = {plain(turn[key]) if isinstance(turn[key], str) else shown(turn[key])
@@ -205,6 +204,12 @@ def read_role(turn, columns):
         near = f" ({nearest(text, ROLE_NAMES)}?)" if nearest(text, ROLE_NAMES) else ""
         raise columns.error(f'unknown "{key}": {text!r:.60}{near}; it must be one of {", ".join(ROLE_NAMES)}')
     return found.pop()
+
+
+def is_misspelled(role):
+    """Whether a role is a common one with a letter wrong. With more letters (users) it is another word."""
+    near = nearest(role, COMMON_ROLES) if role.isalpha() else None
+    return near is not None and near not in plain(role)
 
 
 def read_content(turn, role, message, columns):

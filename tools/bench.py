@@ -251,7 +251,10 @@ def command(n, *arguments):
 
 def launch(n, *arguments):
     """Run a Python program in n processes; return what it prints."""
-    return subprocess.run(command(n, *arguments), stdout=subprocess.PIPE, check=True, text=True).stdout
+    done = subprocess.run(command(n, *arguments), stdout=subprocess.PIPE, check=False, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has printed why
+    return done.stdout
 
 
 def start_sides(n, *flags):
@@ -387,6 +390,9 @@ def bench_delta(cfg, directory):
 
 def write_step(cfg, directory):
     """Write the model and the conversations of bench_step; return the model's config.json."""
+    if cfg.rows and cfg.rows <= BATCH:
+        raise UserError(f"--rows {cfg.rows}: a step has {BATCH} conversations, and the first one is not "
+                        f"counted; pass at least {BATCH + 1}")
     config = dict(QWEN_05B, **SHAPES[cfg.shape])
     write_model(directory, config)
     n_rows = 3000 if cfg.device == "cuda" else 48  # on CUDA more than CUDA_STEPS

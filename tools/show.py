@@ -43,12 +43,14 @@ class Own:
     do: str | None = setting(None, "show: print conversations; stats: print lengths, keys and packing",
                              ("show", "stats"), group="data")
     data: str = setting("./data/example_sft.json", "what --train_data of sft.py takes")
-    n: int = setting(3, "show: number of conversations", low=1, unless="row or random")
-    row: int | None = setting(None, "show: this row of the file; the first one is 0", low=0, unless="random")
-    random: int | None = setting(None, "show: so many conversations, drawn with --seed", low=1)
+    n: int = setting(3, "show: number of conversations", low=1, unless="row or random or do=stats")
+    row: int | None = setting(None, "show: this row of the file; the first one is 0", low=0,
+                           unless="random or do=stats")
+    random: int | None = setting(None, "show: so many conversations, drawn with --seed", low=1,
+                                 unless="do=stats")
     seed: int = setting(42, "decides which ones --random draws", low=0, needs="random")
-    ids: bool = setting(False, "show: print token ids instead of text")
-    batch_size: int = setting(64, "stats: conversations per step", low=1)
+    ids: bool = setting(False, "show: print token ids instead of text", unless="do=stats")
+    batch_size: int = setting(64, "stats: conversations per step", low=1, unless="do=show")
     cache: bool | str = setting(False, "list the token cache in --cache_dir; clear: remove its entries",
                                 word="clear", unless="do")
 

@@ -386,7 +386,9 @@ def test_a_file_system_without_links(first, copy, monkeypatch):
 @pytest.mark.parametrize("key, value", [
     ("best", []), ("best", {}), ("best", {"val_loss": "1", "step": 1, "behind": 0}), ("norms", 3), ("norms", [None]),
     ("best", {"val_loss": 1.0, "step": True, "behind": 0}), ("is_cut", 1), ("date", "today"), ("date", "2026-02-31"),
-    ("date", 3), ("lr", "1"), ("total_steps", -1), ("template_kwargs", {}), ("base", 1), ("model", []), ("val_data", 1)])
+    ("date", 3), ("lr", "1"), ("total_steps", -1), ("template_kwargs", {}), ("base", 1), ("model", []), ("val_data", 1),
+    ("lowest", "x"), ("lowest", {"a": {}}), ("lowest", {"a": []}), ("lowest", {"a": {"val_loss": None, "step": 1}}),
+    ("lowest", {"a": {"val_loss": "1", "step": 1}}), ("updates", 10**30), ("step", 10**30), ("ranks", None), ("ranks", [])])
 def test_a_damaged_state_is_one_line(tmp_path, key, value):
     (tmp_path / "training_state").mkdir()
     write(tmp_path / "training_state" / "state.json", {"step": 7, key: value})

@@ -135,11 +135,13 @@ GOOD_LINE = b'{"prompt": "a", "response": "b"}\n'
     (b'{\n "prompt": "a",\n response: "b"\n}', 3, 2, "double quotes"),
     (b'{"prompt": "a", "response": None}', 1, 29, "null, true and false"),
     (b'{\n "prompt": "a"\n},\n{\n "prompt": "b"\n}', 3, 2, "objects with commas between them need \\["),
+    (b'{"prompt": "a", "response": }', 1, 29, "a value is missing$"),
+    (b'[{"prompt": "a", "response": , "id": 1}]', 1, 30, "a value is missing$"),
     (b'{"prompt": "a", "prompt": "b"}', 1, 1, "the key 'prompt' appears twice"),
     (b"prompt,response\na,b\n", 1, 1, "Expecting value"),
 ], ids=["array", "cut array", "trailing comma", "trailing comma in a row", "lines", "cut line", "two in a line",
         "lines of arrays", "single quotes", "single quotes later", "no quotes", "None", "commas between objects",
-        "a key twice", "CSV"])
+        "no value", "no value in an array", "a key twice", "CSV"])
 def test_what_is_not_json_names_line_and_column(content, line, column, hint, tmp_path):
     """A syntax error is reported with file, line and column, what is wrong and what to write."""
     for packed in (content, gzip.compress(content)):

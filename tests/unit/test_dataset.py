@@ -350,13 +350,13 @@ def test_the_first_bad_rows_are_named_and_all_are_counted(n_bad, named, tmp_path
     assert text.count(f"{path}[") == named and f"{path}[1]" in text and f"{path}[{named}]" in text
     assert (f"{n_bad} rows can't be used" in text) == (n_bad > 1)
     assert (f"and {n_bad - 20} more" in text) == (n_bad > 20)
-    assert ("--bad_rows drop trains without it" in text) == (n_bad == 1)
+    assert ("--bad_rows drop leaves it out" in text) == (n_bad == 1)
 
 
 def test_a_file_of_nothing_but_bad_rows_is_not_read_to_its_end(tmp_path):
     """After a thousand bad rows without a good one; a good one before keeps it reading. Only then is --bad_rows drop
     of use."""
-    for n_rows, head in (1500, "1,000 rows can't be used; correct them:\n"), (1, ".*--response_key COLUMN$"):
+    for n_rows, head in (1500, "none of the first 1,000 rows can be used; correct them:\n"), (1, ".*--response_key COLUMN$"):
         with pytest.raises(UserError, match=f"^{head}"):
             data.load(write(tmp_path / "rows.json", [{"prompt": "a"}] * n_rows), tiny, 100)
     path = write(tmp_path / "rows.json", [GOOD] + [{"prompt": "a"}] * 1500)
@@ -376,6 +376,14 @@ def test_bad_rows_are_dropped_and_counted(tmp_path):
         *(f"warning  {path} line {i}" for i in (2, 3, 4)), "warning  2 more rows have one"]
     with pytest.raises(UserError, match=r"no row is left .* all dropped \(1 bad\); the first: .*bad.json\[0\]: no answer"):
         data.load(write(tmp_path / "bad.json", [{"prompt": "a"}]), tiny, 100, bad_rows="drop")
+
+
+def test_columns_that_are_not_used_and_look_misspelled_come_first(tmp_path):
+    """So do keys of messages; a known name with more letters is another word."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "wieght": 0}]
+    row = {"id": 1, "context_id": "x", "messages": messages, "sytem": "s"}
+    ledger = data.load(write(tmp_path / "rows.json", [row]), tiny, 100).ledger
+    assert ledger.lines()[-1] == "columns not used: sytem (system?), messages.wieght (weight?), id, context_id"
 
 
 def test_names_of_columns_cannot_change_the_terminal(tmp_path):

@@ -704,6 +704,12 @@ def test_a_role_that_is_not_known_is_listed():
     assert read.unused == ("messages.role critic", "messages.content.annotations")
 
 
+@pytest.mark.parametrize("role", ["tools", "users", "questioner", "ecosystem", "promoter", "bots", "Assistants", "user1"])
+def test_a_role_that_is_another_word_reaches_the_template(role):
+    read = read_row({"messages": [Q, {"role": role, "content": "x"}, A]}, "here")
+    assert [m["role"] for m in read.messages] == ["user", role, "assistant"]
+
+
 def test_unknown_keys_of_messages_reach_the_template():
     assert read_row({"messages": [{**Q, "mood": "calm"}, A]}, "here").messages[0]["mood"] == "calm"
 
@@ -730,6 +736,10 @@ BAD_ROWS = {
     "a misspelled question": (
         {"Qestion": "q", "answer": "a"}, "no question for \"answer\"; unrecognised columns 'Qestion' .question\\?.; .*"
         "pass --prompt_key Qestion --response_key answer$"),
+    "both misspelled, behind others": (
+        {**{f"meta {i}": i for i in range(17)}, "promt": "q", "respnse": "a"},
+        "unrecognised columns 'promt' .prompt\\?., 'respnse' .response\\?., 'meta 0', .* and 11 more; accepted .*"
+        "pass --prompt_key promt --response_key respnse$"),
     "misspelled messages": ({"mesages": [{"role": "user", "content": "q"}]}, "'mesages' .messages\\?.; accepted"),
     "an answer and an id": ({"id": "x", "answer": "a"}, "unrecognised columns 'id'; .* --response_key COLUMN$"),
     "half an Alpaca row": ({"instruction": "q", "input": ""}, 'no answer to "instruction"; .*--prompt_key COLUMN'),

@@ -100,6 +100,20 @@ def test_a_row_of_the_file(output, rows):
         output("show", rows, "--row", 9, "--too_long", "drop", "--max_length", length)
 
 
+def test_the_first_rows_need_not_be_like_the_others(output, tmp_path):
+    """Where they are too long, or are not trained, sft.py would still train on the file."""
+    pair = {"prompt": "q", "response": "a"}
+    long = write(tmp_path / "long.json", [{"prompt": "q", "response": "word " * 60}] * 3 + [pair] * 9)
+    flags = "--max_length", 40
+    assert output("show", long, *flags).count("more tokens with") == 3
+    assert "3 dropped (3 too long)" in output("show", long, *flags, "--too_long", "drop")
+    other = write(tmp_path / "other.json", [{**pair, "label": False}, {**pair, "weight": 0}, pair])
+    out = output("show", other, "-n", 2)
+    assert "rows     2 in = 0 trained + 2 dropped (1 label is false, 1 without targets)" in out and "«" not in out
+    with pytest.raises(UserError, match="--row 0: no conversation comes from this row; .*1 label is false"):
+        output("show", other, "--row", 0)
+
+
 def test_a_row_of_a_source_that_begins_later(output, rows):
     """--row counts from the beginning of the file, also if the source names some of its rows only."""
     out = output("show", f"{rows}[5:9]", "--row", 7)
@@ -245,6 +259,8 @@ def test_the_cache_is_listed_and_cleared(output, rows, tmp_path):
     ((), "show or stats is missing"),
     ((os.path.join(ROOT, "README.md"),), "what to do with it comes first: .* show .*README.md --model DIR"),
     (("show", "data/example.jsonl", "-n", "0"), "--n 0: it must be at least 1"),
+    (("stats", "data/example.jsonl", "--row", "3"), "--row 3 does not work with --do stats"),
+    (("show", "data/example.jsonl", "--batch_size", "3"), "--batch_size 3 does not work with --do show"),
 ])
 def test_invalid_arguments_are_errors(arguments, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["show.py", *arguments])

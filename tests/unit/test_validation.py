@@ -53,20 +53,26 @@ def test_very_many_sources_take_bounded_memory(tmp_path, monkeypatch):
 
 
 def test_rows_that_are_trained_and_validated_are_counted(tmp_path, train, capsys):
-    """By their tokens, not by their place: the answer alone, the first word or the length may be equal in others."""
+    """By their tokens, not by their place: the answer alone, the first word or the length may be equal in others. In
+    each set, and with --val_split."""
     words = "a b c d".split()
     rows = [{"prompt": f"{p} {q}", "response": r} for p in words for q in words for r in words]
     random.Random(0).shuffle(rows)
     trained, both, new = rows[:30], rows[20:30], rows[30:50]
     a, b, c = (write(tmp_path / f"{i}.json", part) for i, part in enumerate((trained, both + new, new)))
     of_a, of_b, of_c = (data.load(path, tiny, 64) for path in (a, b, c))
-    assert [validation.n_trained_too(x, y) for x, y in ((of_b, of_a), (of_a, of_b), (of_c, of_a), (of_a, of_a))] == [10, 10, 0, 30]
+    assert [validation.n_trained_too(x, range(len(x)), y) for x, y in (
+        (of_b, of_a), (of_a, of_b), (of_c, of_a), (of_a, of_a))] == [10, 10, 0, 30]
+    assert validation.n_trained_too(of_b, [0, 9, 10], of_a) == 2
     flags = (*SHORT, "--max_steps", 1, "--train_data", a)
     train(*flags, "--val_data", f"x={b},y={c}")
-    line = "overlap  10 of 50 validation conversations are trained too: val_loss is lower than on new data"
+    line = "overlap  10 of 30 validation conversations of x are in the training data too: their loss is lower than on new data"
     assert f"\n{line}\nsets     x 30" in capsys.readouterr().out
     train(*flags, "--val_data", c, out="other")
     assert "overlap" not in capsys.readouterr().out
+    long = write(tmp_path / "long.json", [{"prompt": "a", "response": f"{'b ' * 70}{i}"} for i in range(20)])
+    train(*flags, "--train_data", f"{long},{a}", "--val_split", 0.5, out="cut")  # they differ behind --max_length only
+    assert re.search(r"\noverlap  \d+ of \d+ validation conversations are in .*\nsplit ", capsys.readouterr().out)
 
 
 def test_names_make_sets(tmp_path):
