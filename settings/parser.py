@@ -463,7 +463,8 @@ def apply_presets(values, origins, fields):
             resolved = {n: values.get(n, f.default) for n, f in fields.items()}
             changed = {n for n, value in resolved.items() if value != fields[n].default}
             has_effect = not unmet_need(target, changed) and not excluded_by(target, resolved, changed)
-            if name not in values and has_effect:
+            is_excluded = any(name in fields[n].metadata["unless"].split(" or ") for n in changed)
+            if name not in values and has_effect and not is_excluded:
                 values[name] = convert(target, assignment.text, assignment.origin)
                 origins[name] = f"preset configs/{preset}.yaml"
 

@@ -1,5 +1,6 @@
 """The columns of one row of a data file: what they are for, and which of them have been used."""
 
+import itertools
 import math
 
 from settings.errors import UserError
@@ -16,7 +17,8 @@ class Columns:
 
     given         the row as it is
     row           column -> value, without nulls
-    by_use        use (see text/keys.py) -> the columns that have a value, in the order of the row
+    uses          column of the row as it is -> use (see text/keys.py), of those that have one
+    by_use        use -> the columns that have a value, in the order of the row
     used          columns
     message_keys  unknown keys of messages, as the keys of a dict, which keeps their order
     """
@@ -28,8 +30,9 @@ class Columns:
         self.where, self.keys, self.given = where, keys, row
         self.row = {name: value for name, value in row.items() if not is_null(value)}
         self.used, self.message_keys, self.by_use = set(), {}, {}
-        for name, value in self.row.items():
-            if (use := row_use(name)) and value not in EMPTY:
+        self.uses = {name: use for name in row if (use := row_use(name))}
+        for name, use in self.uses.items():
+            if name in self.row and self.row[name] not in EMPTY:
                 self.by_use.setdefault(use, []).append(name)
 
     def error(self, text):
@@ -37,7 +40,8 @@ class Columns:
 
     def names(self, use):
         """The columns of this use that have a value, or else the first one that is an empty text or list."""
-        return self.by_use.get(use) or [name for name in self.row if row_use(name) == use][:1]
+        found = (name for name, known in self.uses.items() if known == use and name in self.row)
+        return self.by_use.get(use) or list(itertools.islice(found, 1))
 
     def value(self, name):
         """The value of a column, which counts as used; without nulls. "a.b" may be b inside a."""

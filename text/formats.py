@@ -248,11 +248,11 @@ def column_flags(names, keys):
 def no_shape(columns):
     """The UserError for a row of no known shape: what is missing, its columns, and flags that name them."""
     given, keys = columns.given, columns.keys
-    uses = {name: row_use(name) for name in given}
+    uses = dict(columns.uses)
     uses.update({key: use for key, use in zip(keys, ("prompt", "response", "messages")) if key in given})
     for use, role, other in ("prompt", "user", "response"), ("response", "assistant", "prompt"):
-        nulls = [name for name in given if uses[name] == use and is_null(given[name])]
-        is_half = any(uses[name] == other and not is_null(given[name]) for name in given)
+        nulls = [name for name in given if uses.get(name) == use and is_null(given[name])]
+        is_half = any(uses.get(name) == other and not is_null(given[name]) for name in given)
         if nulls and is_half and not columns.names(use):
             return columns.error(f"the content of the {role} message must be a string, it is "
                                  f"{shown(given[nulls[0]])}; remove the row or write the text of "
@@ -260,9 +260,9 @@ def no_shape(columns):
     if {"role", "from"} & given.keys() and {"content", "value"} & given.keys():
         return columns.error(f'the row is a single message; a row is {{"messages": {TURNS}}}')
     for name in given:
-        if uses[name] == "messages":
+        if uses.get(name) == "messages":
             return not_a_list(columns, name, given[name])
-    kinds = {uses[name] for name in given} & {"text", "prompt", "response"}
+    kinds = {*uses.values()} & {"text", "prompt", "response"}
     text = columns.names("text")
     if kinds == {"text"} and text and not isinstance(columns.row[text[0]], str):
         return columns.error(f'"{text[0]:.60}" must be a text, it is {shown(columns.row[text[0]])}')
@@ -270,7 +270,7 @@ def no_shape(columns):
     for name, value in given.items():
         found = [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]
         names += found
-        unknown += [] if uses[name] else found
+        unknown += [] if uses.get(name) else found
     prompts = columns.by_use.get("prompt") or columns.by_use.get("context")
     responses = columns.by_use.get("response")
     lacks = []

@@ -191,7 +191,8 @@ def time_lines(run, cluster):
     yield f"step     {compute:.2f} s of computation at {cluster.tflops:g} TFLOP/s{again}"
     yield (f"         {time.node:.2f} s in a node at {cluster.node_gb_per_second:g} GB/s, "
            f"{time.network:.2f} s between nodes at {cluster.network_gb_per_second:g} GB/s")
-    yield f"         {best.parts(time)}"
+    if parts := best.parts(time):  # of a tiny model none takes 0.01 s
+        yield f"         {parts}"
     tokens = run.batch_size * run.length
     yield (f"         {time.least:.2f} s if FSDP2's collectives overlap with computation, {time.most:.2f} s "
            f"if not: {tokens / time.least:,.0f} to {tokens / time.most:,.0f} tokens per second")

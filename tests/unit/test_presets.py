@@ -12,6 +12,7 @@ import chat
 import sft
 from settings import parser
 from settings.parser import check, setting
+from tools import plan
 
 DEFAULTS = dataclasses.asdict(sft.Config())
 TINY = {"lr": 4e-3, "epochs": 60, "batch_size": 8, "gradient_checkpointing": False, "keep_checkpoints": 2}
@@ -77,6 +78,9 @@ def test_a_line_of_a_preset_that_has_no_effect_is_skipped():
     assert changed("--model=tiny", "--use_lora")[0]["lora_modules_to_save"] == "embed_tokens"
     for arguments in ["--no-use_lora"], ["--use_lora", "--resume_adapter", "a"]:
         assert "lora_modules_to_save" not in changed("--model=tiny", *arguments)[0]
+    # --best of plan.py does not work with --gradient_checkpointing, which the preset switches off
+    assert parser.parse(plan.Config, ["--model=tiny", "--ranks", "7"])[0].gradient_checkpointing is False
+    assert parser.parse(plan.Config, ["--model=tiny", "--ranks", "7", "--best"])[0].gradient_checkpointing is True
 
 
 def test_python_and_train_sh_are_the_same_run(tmp_path):
