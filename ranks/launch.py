@@ -219,6 +219,7 @@ def handle_signals(handler):
 
 
 def say_not_begun(number):
+    """Write that signal `number` has ended a run of which no rank had started."""
     with contextlib.suppress(OSError):  # stderr may be closed
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: stopped before training began; nothing new to save\n".encode())

@@ -10,7 +10,8 @@ import math
 import re
 
 from settings.errors import UserError
-from text.keys import CALL_ROLES, MESSAGE, COMMON_ROLES, PAIRS, ROLE_NAMES, ROLES, message_use, nearest, plain
+from text.keys import (CALL_ROLES, COMMON_ROLES, MESSAGE, PAIRS, ROLE_NAMES, ROLES, message_use, nearest,
+                       plain)
 
 REASONING = [key for key in MESSAGE if MESSAGE[key].use == "reasoning"]
 EMPTY = None, "", [], {}

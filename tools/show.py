@@ -286,7 +286,7 @@ def cache_command(cache_dir, clears):
 def main():
     arguments = ["--n" if argument == "-n" else argument for argument in sys.argv[1:]]
     program = venv.command("tools/show.py")
-    if arguments and os.path.exists(arguments[0]):
+    if arguments and arguments[0] not in ("show", "stats") and os.path.exists(arguments[0]):
         raise UserError(f"{arguments[0]}: what to do with it comes first: {program} show "
                         f"{shlex.quote(arguments[0])} --model DIR, or stats in place of show")
     cfg, _ = parse(Config, arguments, positional=["do", "data"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, header
+from helpers import ROOT, TINY, header
 from safetensors.torch import save_file
 from checkpoint_helpers import TIED, UNTIED, Run, listing, loaded, published
 
@@ -219,7 +219,7 @@ def test_an_added_file_is_refused_if_it_would_be_read(run):
 @pytest.mark.full
 def test_two_ranks_share_the_files(train, tmp_path):
     """Each rank reads some of the files. The error names the damaged file, whichever rank reads it, and no other."""
-    train(*FAST, "--max_steps", 1)
+    train(*FAST, "--max_steps", 1, model=TINY)
     for name in ("model.safetensors", "training_state/state.json"):
         path = tmp_path / LATEST / name
         intact = path.read_bytes()

@@ -264,7 +264,7 @@ def test_the_buffers_of_optimizer_offload(train, monkeypatch, flags):
         return part(buffer, p)
 
     monkeypatch.setattr(optim, "part", counted)
-    train(*flags, "--optimizer_offload", "--max_steps", 1, "--max_length", 64, "--batch_size", 1)
+    train(*flags, "--optimizer_offload", "--max_steps", 1, "--max_length", 64, "--batch_size", 1, model=TINY)
     run = planned_by(monkeypatch, "--model", TINY, *flags, "--optimizer_offload")
     assert forecast.buffer_bytes(run) == sum(written.values())
     assert forecast.buffer_bytes(dataclasses.replace(run, cuda=True)) == 2 * max(written.values())

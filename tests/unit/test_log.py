@@ -293,7 +293,7 @@ def test_many_ranks_answer_as_one_and_warn_once(train, tmp_path, monkeypatch, ra
     (tmp_path / "prompts.txt").write_text("What is supervised fine-tuning?\n", encoding="utf-8")
     monkeypatch.setattr("screen.samples.SAMPLE_TOKENS", 12)
     common = (*FAST, "--epochs", 2, "--sample_prompts", tmp_path / "prompts.txt")
-    train(*common)
+    train(*common, model=TINY)
     result = program("warns", "--model", TINY, "--train_data", EXAMPLES, *common, *flags, "--output_dir",
                      tmp_path / "many", ranks=ranks)
     assert result.returncode == 0, result.stderr
