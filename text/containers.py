@@ -590,6 +590,8 @@ def not_json(path, line, column, message, rest="", before=""):
     before, rest  the text before the mistake, and from it on
     """
     hints = [hint for pattern, hint in HINTS if re.match(pattern, rest) and "Expecting" in str(message)]
+    if str(message).startswith("Unterminated"):  # "Unterminated string starting at"
+        message, hints = f"{message} this column", ["its closing quote is missing"]
     if before.rstrip().endswith(":") and rest[:1] in ("}", "]", ","):
         hints = ["a value is missing"]
     return UserError("; ".join([f"{path} line {line}, column {column} is not JSON: {message}", *hints[:1]]))

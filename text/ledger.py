@@ -55,7 +55,7 @@ class Ledger:
     lacking: list = field(default_factory=list)  # some of these characters
     compared: int = 0  # trained turns whose prompt is compared with that of inference
     differing: dict = field(default_factory=dict)  # how it differs -> [turns, the first one]
-    warned: int = 0  # rows with a warning
+    warned: int = 0  # warnings about rows
     warnings: list = field(default_factory=list)  # the first few
 
     @property
@@ -78,14 +78,15 @@ class Ledger:
         self.rows_unknown += masked.unknown.tokens + masked.unknown.characters > 0
         self.lacking = list(dict.fromkeys([*self.lacking, *masked.unknown.examples]))[:N_CHARACTERS]
         for name in conversation.unused if conversation.is_first else ():
+            if name not in self.unused and len(self.unused) < N_COLUMNS and (near := misspelled(name)):
+                self.warn(f'{conversation.where}: "{name:.60}" is not used; should it be "{near}"?')
             if name in self.unused or len(self.unused) < N_COLUMNS:
                 self.unused[name] = self.unused.get(name, 0) + 1
         if notes:
             self.reasoning_rendered += notes.reasoning_rendered
             self.reasoning_dropped += len(notes.reasoning_dropped)
         if notes and notes.warning and conversation.is_first:
-            self.warned += 1
-            self.warnings = [*self.warnings, notes.warning][:N_WARNINGS]
+            self.warn(notes.warning)
         if masked.kind:
             self.kinds[masked.kind] = self.kinds.get(masked.kind, 0) + 1
         if masked.dropped:
@@ -93,6 +94,11 @@ class Ledger:
         else:
             self.keep(masked)
             self.unasked += conversation.is_first and conversation.is_unasked
+
+    def warn(self, text):
+        """Count a warning about a row; the first few are kept."""
+        self.warned += 1
+        self.warnings = [*self.warnings, text][:N_WARNINGS]
 
     def compare(self, prompts, encoding):
         """Count the inference.Prompts of a conversation, whose text has this encoding."""
@@ -152,8 +158,9 @@ class Ledger:
             lines.append(f"unknown  the tokenizer lacks characters{examples}; {what}, in "
                          f"{self.rows_unknown:,} {name}")
         if self.unasked:
-            lines.append(f"unasked  {self.unasked:,} rows begin with an answer, which no question asks for; "
-                         'it is a target too, unless its message has "train": false')
+            begin = "row begins" if self.unasked == 1 else "rows begin"
+            lines.append(f"unasked  {self.unasked:,} {begin} with an answer, which no question asks for; it "
+                         'is a target too, unless its message has "train": false')
         if self.trained and not self.chats_trained:
             lines.append("turns    no row has messages, so whether turns end was not checked")
         if n_thoughts := self.reasoning_rendered + self.reasoning_dropped:
@@ -173,7 +180,7 @@ class Ledger:
             lines.append(f"columns not used: {', '.join(names[:20])}{more}")
         lines += [f"warning  {warning}" for warning in self.warnings]
         if self.warned > len(self.warnings):
-            lines.append(f"warning  {self.warned - len(self.warnings):,} more rows have one")
+            lines.append(f"warning  and {self.warned - len(self.warnings):,} more")
         return tuple(map(printable, lines))  # names of columns and files may hold anything
 
     def inference_lines(self):

@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import itertools
 import os
+import re
 import shlex
 import sys
 import time
@@ -286,9 +287,11 @@ def cache_command(cache_dir, clears):
 def main():
     arguments = ["--n" if argument == "-n" else argument for argument in sys.argv[1:]]
     program = venv.command("tools/show.py")
-    if arguments and arguments[0] not in ("show", "stats") and os.path.exists(arguments[0]):
-        raise UserError(f"{arguments[0]}: what to do with it comes first: {program} show "
-                        f"{shlex.quote(arguments[0])} --model DIR, or stats in place of show")
+    first = arguments[0] if arguments else "show"
+    is_file = os.path.exists(first) or re.search("[./]", first)
+    if first not in ("show", "stats") and not first.startswith("-") and is_file:
+        raise UserError(f"{first}: what to do with it comes first: {program} show {shlex.join(arguments)}, "
+                        "or stats in place of show")
     cfg, _ = parse(Config, arguments, positional=["do", "data"])
     if cfg.cache:
         cache_command(cfg.cache_dir, cfg.cache == "clear")

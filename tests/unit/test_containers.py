@@ -128,7 +128,8 @@ GOOD_LINE = b'{"prompt": "a", "response": "b"}\n'
     (b'[{"prompt": "a", "response": "b"},]', 1, "3[45]", "comma"),  # Python 3.13 points at the comma
     (b'[{"prompt": "a", "response": "b",}]', 1, "3[34]", "comma"),
     (GOOD_LINE + b"\n" + b'{"prompt": "a" "response": "b"}\n', 3, 16, ""),
-    (GOOD_LINE + GOOD_LINE + b'{"prompt": "a", "resp', 3, 17, "Unterminated"),
+    (GOOD_LINE + GOOD_LINE + b'{"prompt": "a", "resp', 3, 17,
+     "Unterminated string starting at this column; its closing quote is missing"),
     (GOOD_LINE.strip() + GOOD_LINE, 1, 33, "Extra data"), (b'["a", "b"]\n["c", "d"]\n', 2, 1, "after the array"),
     (b"{'prompt': 'a', 'response': 'b'}\n", 1, 2, "double quotes"),
     (GOOD_LINE + b"{'prompt': 'a'}\n", 2, 2, "double quotes"),

@@ -76,7 +76,7 @@ def test_rows_that_begin_with_a_trained_answer_are_counted(options, expected, tm
     rows = [{"messages": start + later} for start in starts] + [{"conversations": [{"from": "gpt", "value": "alone"}]}]
     ledger = data.load(write(tmp_path / "rows.json", rows), tiny, 100, **options).ledger
     assert ledger.unasked == expected
-    assert any(line.startswith(f"unasked  {expected} rows begin with an answer") for line in ledger.lines())
+    assert any(line.startswith(f"unasked  {expected} row") for line in ledger.lines())
 
 
 def test_an_error_for_long_conversations_names_the_row_and_both_lengths(tmp_path):
@@ -373,17 +373,21 @@ def test_bad_rows_are_dropped_and_counted(tmp_path):
     lines = dataset.ledger.lines()
     assert lines[0] == "rows     7 in = 2 trained + 5 dropped (5 bad)"
     assert [line.partition(": ")[0] for line in lines[-4:]] == [
-        *(f"warning  {path} line {i}" for i in (2, 3, 4)), "warning  2 more rows have one"]
+        *(f"warning  {path} line {i}" for i in (2, 3, 4)), "warning  and 2 more"]
     with pytest.raises(UserError, match=r"no row is left .* all dropped \(1 bad\); the first: .*bad.json\[0\]: no answer"):
         data.load(write(tmp_path / "bad.json", [{"prompt": "a"}]), tiny, 100, bad_rows="drop")
 
 
 def test_columns_that_are_not_used_and_look_misspelled_come_first(tmp_path):
-    """So do keys of messages; a known name with more letters is another word."""
+    """So do keys of messages; a known name with more letters is another word. A warning names the first row."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "wieght": 0}]
     row = {"id": 1, "context_id": "x", "messages": messages, "sytem": "s"}
-    ledger = data.load(write(tmp_path / "rows.json", [row]), tiny, 100).ledger
-    assert ledger.lines()[-1] == "columns not used: sytem (system?), messages.wieght (weight?), id, context_id"
+    path = write(tmp_path / "rows.json", [{"prompt": "q", "response": "a"}, row, row])
+    lines = data.load(path, tiny, 100).ledger.lines()
+    assert lines[-3:] == (
+        "columns not used: sytem (system?), messages.wieght (weight?), id, context_id",
+        f'warning  {path}[1]: "sytem" is not used; should it be "system"?',
+        f'warning  {path}[1]: "messages.wieght" is not used; should it be "weight"?')
 
 
 def test_names_of_columns_cannot_change_the_terminal(tmp_path):

@@ -257,7 +257,8 @@ def test_the_cache_is_listed_and_cleared(output, rows, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (("stats", "none.json"), "no such data file"),
     ((), "show or stats is missing"),
-    ((os.path.join(ROOT, "README.md"),), "what to do with it comes first: .* show .*README.md --model DIR"),
+    ((os.path.join(ROOT, "README.md"), "-n", "2"), "what to do with it comes first: .* show .*README.md --n 2, or stats"),
+    (("nowhere.json",), "nowhere.json: what to do with it comes first"),
     (("show", "data/example.jsonl", "-n", "0"), "--n 0: it must be at least 1"),
     (("stats", "data/example.jsonl", "--row", "3"), "--row 3 does not work with --do stats"),
     (("show", "data/example.jsonl", "--batch_size", "3"), "--batch_size 3 does not work with --do show"),
