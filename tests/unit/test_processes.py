@@ -181,6 +181,9 @@ def test_a_signal_ends_a_rank_that_waits_for_others(rank, monkeypatch, capfd, tm
         monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: set())
         monkeypatch.setattr(signal, "sigpending", lambda: {signal.SIGTERM, signal.SIGHUP})
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "sigpending", lambda: {signal.SIGHUP})
+            assert processes.pending_signal() == 0
         store = dist.HashStore()
         store.set("newest attempt", "of an earlier run")
         ranks = processes.single_process(torch.device("cpu"))
